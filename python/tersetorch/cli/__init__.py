@@ -1,0 +1,1 @@
+"""Does a person type it? The tersetorch command."""

@@ -1,0 +1,1 @@
+"""Does it say how a weight is stored? Dataclasses over plain tensors."""

@@ -1,0 +1,60 @@
+"""Builds csrc/ with CMake; everything about the package itself is in pyproject.toml."""
+
+import shutil
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+
+
+def torch_version() -> str:
+    """Version of the torch to build against; stops the build with one sentence when it is missing or too old."""
+    try:
+        found = version("torch")
+    except PackageNotFoundError:
+        found = "none"
+    if found == "none" or tuple(map(int, found.split(".")[:2])) < (2, 13):
+        raise SystemExit(
+            f"tersetorch: the build needs torch >= 2.13 in this environment, found {found}; run "
+            "'pip install torch==2.13.0 setuptools cmake ninja pybind11', then 'pip install --no-build-isolation .'"
+        )
+    return found
+
+
+class CMakeBuild(build_ext):
+    """Puts the three native pieces into the package."""
+
+    def run(self) -> None:
+        """Configures and builds; the build folder is kept, so that the next build compiles only what changed."""
+        import pybind11
+
+        editable = self.inplace or self.editable_mode
+        package = (ROOT / "python" if editable else Path(self.build_lib).resolve()) / "tersetorch"
+        torch_dir = Path(find_spec("torch").origin).parent
+        build = ROOT / "build" / sys.implementation.cache_tag
+        options = {
+            "CMAKE_LIBRARY_OUTPUT_DIRECTORY": package,
+            "CMAKE_MAKE_PROGRAM": shutil.which("ninja"),
+            "Python_EXECUTABLE": sys.executable,
+            "pybind11_DIR": pybind11.get_cmake_dir(),
+            "TERSETORCH_TORCH_DIR": torch_dir,
+            "TERSETORCH_TORCH_VERSION": torch_version(),
+        }
+        defines = [f"-D{name}={value}" for name, value in options.items()]
+        subprocess.run(["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", *defines], check=True)
+        subprocess.run(["cmake", "--build", build], check=True)
+
+
+torch_version()
+setup(
+    packages=[*find_packages("python"), "tersetorch.bench"],
+    package_dir={"": "python", "tersetorch.bench": "bench"},
+    ext_modules=[Extension("tersetorch._native", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+)

@@ -1,0 +1,118 @@
+"""The rooms of the project and who may use whom."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "python" / "tersetorch"
+KERNELS = ROOT / "csrc" / "kernels"
+
+# A room imports itself and the rooms before it.
+ORDER = [
+    "ops",
+    "formats",
+    "nn",
+    "methods",
+    "costs",
+    "conversion",
+    "storage",
+    "zoo",
+    "recipes",
+    "reports",
+    "bench",
+    "cli",
+]
+FOLDERS = {room: ROOT / "bench" if room == "bench" else PACKAGE / room for room in ORDER}
+
+# Headers that a native room never includes.
+FRAMEWORKS = r"torch|ATen|c10|Python|pybind11"
+FORBIDDEN_INCLUDES = {
+    "kernels": FRAMEWORKS + r"|codec|native|thread|mutex|string>|vector|memory|stdexcept|iostream|new>",
+    "codec": FRAMEWORKS + r"|native",
+    "torch": r"Python|pybind11|ATen|c10|torch/(?!csrc/stable|headeronly|common)|native|codec",
+    "native": r"torch|ATen|c10",
+}
+
+
+def imported_modules(file):
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def includes(file):
+    return re.findall(r'^\s*#include\s+([<"][^>"]+[>"])', file.read_text(), re.MULTILINE)
+
+
+def ops():
+    return sorted(folder.name for folder in KERNELS.iterdir() if folder.name != "common")
+
+
+def test_every_folder_is_a_room_with_its_question():
+    found = {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert found == set(ORDER) - {"bench"}
+    for folder in FOLDERS.values():
+        docstring = ast.get_docstring(ast.parse((folder / "__init__.py").read_text()))
+        assert docstring and "?" in docstring, f"{folder}/__init__.py must open with the room's question"
+
+
+@pytest.mark.parametrize("room", ORDER)
+def test_room_imports_only_rooms_before_it(room):
+    allowed = ORDER[: ORDER.index(room) + 1]
+    for file in FOLDERS[room].rglob("*.py"):
+        used = {m.split(".")[1] for m in imported_modules(file) if m.startswith("tersetorch.")} & set(ORDER)
+        assert used <= set(allowed), f"{file.relative_to(ROOT)} imports {sorted(used - set(allowed))}"
+
+
+def test_only_ops_calls_the_dispatcher():
+    for file in PACKAGE.rglob("*.py"):
+        if PACKAGE / "ops" not in file.parents:
+            assert "torch.ops.tersetorch" not in file.read_text(), f"{file.relative_to(ROOT)}: use tersetorch.ops"
+
+
+def test_no_room_hides_a_public_function():
+    public = {
+        alias.asname or alias.name
+        for node in ast.parse((PACKAGE / "__init__.py").read_text()).body
+        if isinstance(node, ast.ImportFrom) and node.module != "tersetorch"
+        for alias in node.names
+    }
+    assert not public & set(ORDER)
+
+
+@pytest.mark.parametrize("room", FORBIDDEN_INCLUDES)
+def test_native_room_includes_only_what_it_may(room):
+    forbidden = re.compile(f'[<"]({FORBIDDEN_INCLUDES[room]})')
+    for file in (ROOT / "csrc" / room).rglob("*.*"):
+        for header in includes(file):
+            assert not forbidden.match(header), f"{file.relative_to(ROOT)} includes {header}"
+
+
+def test_instruction_set_files_include_only_intrinsics_and_their_contract():
+    files = [f for f in KERNELS.rglob("*.cpp") if re.search(r"_avx(2|512|512bf16)$", f.stem)]
+    assert files
+    for file in files:
+        op = file.parent.name
+        allowed = {"<immintrin.h>", "<cstdint>", f'"kernels/{op}/{op}.h"'}
+        assert set(includes(file)) <= allowed, f"{file.relative_to(ROOT)} may include only {sorted(allowed)}"
+
+
+@pytest.mark.parametrize("op", ops())
+def test_one_name_all_the_way_down(op):
+    for path in (
+        f"csrc/kernels/{op}/{op}.h",
+        f"csrc/kernels/{op}/{op}.cpp",
+        f"csrc/kernels/{op}/{op}_scalar.cpp",
+        f"csrc/torch/{op}.cpp",
+        f"python/tersetorch/ops/{op}.py",
+        f"tests/kernels/test_{op}.cpp",
+        f"tests/ops/test_{op}.py",
+    ):
+        assert (ROOT / path).is_file(), f"{op} needs {path}"
+    assert f'm.def("{op}(' in (ROOT / "csrc/torch/library.cpp").read_text()
