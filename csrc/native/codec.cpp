@@ -1,0 +1,179 @@
+#include "native/codec.h"
+
+#include <pybind11/numpy.h>
+
+#include <cstdint>
+#include <span>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "codec/bit_stream.h"
+#include "codec/huffman.h"
+#include "codec/positions.h"
+
+namespace py = pybind11;
+
+namespace tersetorch {
+namespace {
+
+using Codes = py::array_t<std::uint32_t, py::array::c_style>;
+using Symbols = py::array_t<std::uint16_t, py::array::c_style>;
+using Counts = py::array_t<std::uint64_t, py::array::c_style>;
+using Positions = py::array_t<std::int64_t, py::array::c_style>;
+
+std::span<const std::uint8_t> BytesOf(const py::bytes& data) {
+  const std::string_view view = data;
+  return {reinterpret_cast<const std::uint8_t*>(view.data()), view.size()};
+}
+
+template <typename T>
+std::span<const T> ItemsOf(const py::array_t<T, py::array::c_style>& array) {
+  return {array.data(), static_cast<std::size_t>(array.size())};
+}
+
+py::bytes ToBytes(const std::vector<std::uint8_t>& stream) {
+  return py::bytes(reinterpret_cast<const char*>(stream.data()), stream.size());
+}
+
+void CheckRange(const char* function, const char* argument, std::int64_t value, std::int64_t low, std::int64_t high) {
+  if (value < low || value > high) {
+    throw py::value_error(std::string(function) + ": " + argument + " must lie in [" + std::to_string(low) + ", " +
+                          std::to_string(high) + "], got " + std::to_string(value));
+  }
+}
+
+// Compared before allocating: a damaged count must not ask for memory that the stream cannot fill.
+void CheckCount(const char* function, std::int64_t count, std::size_t bytes, int width) {
+  if (count < 0 || static_cast<std::uint64_t>(count) > std::uint64_t{bytes} * 8 / static_cast<unsigned>(width)) {
+    throw py::value_error(std::string(function) + ": data must hold count codes, got " + std::to_string(bytes) +
+                          " bytes for " + std::to_string(count) + " codes of at least " + std::to_string(width) +
+                          " bits; the stream is cut short");
+  }
+}
+
+py::bytes WriteBits(const Codes& codes, int width) {
+  CheckRange("write_bits", "width", width, 1, kMaxBitWidth);
+  BitWriter writer;
+  for (const std::uint32_t code : ItemsOf(codes)) {
+    if (std::uint64_t{code} >> width != 0) {
+      throw py::value_error("write_bits: codes must fit " + std::to_string(width) + " bits, got " +
+                            std::to_string(code) + "; raise width");
+    }
+    writer.Write(code, width);
+  }
+  return ToBytes(writer.Finish());
+}
+
+Codes ReadBits(const py::bytes& data, int width, std::int64_t count) {
+  CheckRange("read_bits", "width", width, 1, kMaxBitWidth);
+  const std::span<const std::uint8_t> stream = BytesOf(data);
+  CheckCount("read_bits", count, stream.size(), width);
+  Codes codes(count);
+  BitReader reader(stream.data(), stream.size());
+  for (std::int64_t i = 0; i < count; ++i) codes.mutable_data()[i] = reader.Read(width).value();
+  if (!reader.OnlyPaddingLeft()) {
+    throw py::value_error("read_bits: data must end after the last code in zero bits, got " +
+                          std::to_string(stream.size()) + " bytes; pass the stream alone");
+  }
+  return codes;
+}
+
+std::uint64_t HuffmanSize(const Counts& counts) {
+  const std::span<const std::uint64_t> items = ItemsOf(counts);
+  return HuffmanBytes(items, HuffmanLengths(items));
+}
+
+py::bytes HuffmanEncode(const Symbols& symbols, std::int64_t alphabet) {
+  CheckRange("huffman_encode", "alphabet", alphabet, 0, kMaxAlphabet);
+  std::vector<std::uint64_t> counts(static_cast<std::size_t>(alphabet));
+  for (const std::uint16_t symbol : ItemsOf(symbols)) {
+    CheckRange("huffman_encode", "symbols", symbol, 0, alphabet - 1);
+    ++counts[symbol];
+  }
+  const HuffmanEncoder encoder(HuffmanLengths(counts));
+  BitWriter writer;
+  encoder.WriteTable(writer);
+  for (const std::uint16_t symbol : ItemsOf(symbols)) encoder.Write(symbol, writer);
+  return ToBytes(writer.Finish());
+}
+
+Symbols HuffmanDecode(const py::bytes& data, std::int64_t alphabet, std::int64_t count) {
+  CheckRange("huffman_decode", "alphabet", alphabet, 0, kMaxAlphabet);
+  const std::span<const std::uint8_t> stream = BytesOf(data);
+  CheckCount("huffman_decode", count, stream.size(), 1);
+  BitReader reader(stream.data(), stream.size());
+  const HuffmanDecoder decoder(static_cast<std::size_t>(alphabet), reader);
+  Symbols symbols(count);
+  for (std::int64_t i = 0; i < count; ++i) {
+    symbols.mutable_data()[i] = static_cast<std::uint16_t>(decoder.Read(reader));
+  }
+  if (!reader.OnlyPaddingLeft()) {
+    throw py::value_error("huffman_decode: data must end after the last code in zero bits, got " +
+                          std::to_string(stream.size()) + " bytes; pass the stream alone");
+  }
+  return symbols;
+}
+
+std::size_t HuffmanTableSize(const py::bytes& data, std::int64_t alphabet) {
+  CheckRange("huffman_table_size", "alphabet", alphabet, 0, kMaxAlphabet);
+  const std::span<const std::uint8_t> stream = BytesOf(data);
+  BitReader reader(stream.data(), stream.size());
+  const HuffmanDecoder decoder(static_cast<std::size_t>(alphabet), reader);
+  return reader.BytesTaken();
+}
+
+py::tuple BestGaps(const Positions& positions) {
+  const GapCoding best = BestGapCoding(ItemsOf(positions));
+  return py::make_tuple(best.width, best.huffman, best.bytes);
+}
+
+py::bytes GapsEncode(const Positions& positions, int width, bool huffman) {
+  CheckRange("encode_gaps", "width", width, 1, kMaxGapWidth);
+  return ToBytes(EncodeGaps(ItemsOf(positions), width, huffman));
+}
+
+py::bytes BitmapEncode(const Positions& positions, std::int64_t size) {
+  CheckRange("encode_bitmap", "size", size, 0, std::int64_t{1} << 48);
+  return ToBytes(EncodeBitmap(ItemsOf(positions), size));
+}
+
+// Room for `count` positions, after comparing the count with the stream.
+Positions RoomFor(const char* function, std::int64_t count, const py::bytes& data, std::int64_t size) {
+  CheckRange(function, "size", size, 0, std::int64_t{1} << 48);
+  CheckCount(function, count, BytesOf(data).size(), 1);
+  return Positions(count);
+}
+
+Positions GapsDecode(const py::bytes& data, int width, bool huffman, std::int64_t count, std::int64_t size) {
+  CheckRange("decode_gaps", "width", width, 1, kMaxGapWidth);
+  Positions positions = RoomFor("decode_gaps", count, data, size);
+  DecodeGaps(BytesOf(data), width, huffman, size, {positions.mutable_data(), static_cast<std::size_t>(count)});
+  return positions;
+}
+
+Positions BitmapDecode(const py::bytes& data, std::int64_t count, std::int64_t size) {
+  Positions positions = RoomFor("decode_bitmap", count, data, size);
+  DecodeBitmap(BytesOf(data), size, {positions.mutable_data(), static_cast<std::size_t>(count)});
+  return positions;
+}
+
+}  // namespace
+
+void BindCodec(py::module_& m) {
+  m.def("write_bits", &WriteBits, py::arg("codes").noconvert(), py::arg("width"));
+  m.def("read_bits", &ReadBits, py::arg("data"), py::arg("width"), py::arg("count"));
+  m.def("huffman_size", &HuffmanSize, py::arg("counts").noconvert());
+  m.def("huffman_encode", &HuffmanEncode, py::arg("symbols").noconvert(), py::arg("alphabet"));
+  m.def("huffman_decode", &HuffmanDecode, py::arg("data"), py::arg("alphabet"), py::arg("count"));
+  m.def("huffman_table_size", &HuffmanTableSize, py::arg("data"), py::arg("alphabet"));
+  m.def("best_gaps", &BestGaps, py::arg("positions").noconvert());
+  m.def("encode_gaps", &GapsEncode, py::arg("positions").noconvert(), py::arg("width"), py::arg("huffman"));
+  m.def("decode_gaps", &GapsDecode, py::arg("data"), py::arg("width"), py::arg("huffman"), py::arg("count"),
+        py::arg("size"));
+  m.def("encode_bitmap", &BitmapEncode, py::arg("positions").noconvert(), py::arg("size"));
+  m.def("decode_bitmap", &BitmapDecode, py::arg("data"), py::arg("count"), py::arg("size"));
+}
+
+}  // namespace tersetorch
