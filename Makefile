@@ -5,10 +5,10 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
-CTEST_BUILD := build/kernel-tests
+KERNEL_TESTS := build/kernel-tests
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: venv demo test test-full test-kernels bench lint clean
+.PHONY: venv demo test test-full test-kernels test-newest-torch bench reproduce tables lint clean
 
 venv: .venv/package
 
@@ -36,12 +36,26 @@ test-full: venv test-kernels
 	python -m pytest
 
 test-kernels: .venv/tools
-	cmake -S . -B $(CTEST_BUILD) -G Ninja -DTERSETORCH_TESTS=ON >/dev/null
-	cmake --build $(CTEST_BUILD)
-	ctest --test-dir $(CTEST_BUILD) --output-on-failure
+	cmake -S . -B $(KERNEL_TESTS) -G Ninja -DTERSETORCH_TESTS=ON >/dev/null
+	cmake --build $(KERNEL_TESTS)
+	ctest --test-dir $(KERNEL_TESTS) --output-on-failure
 
+# The library built against one torch serves later ones.
+test-newest-torch: venv
+	python .ci/test_newest_torch.py '$(TORCH_INDEX)'
+
+# Measures on this machine and stores the records the tables are made of.
 bench: venv
-	python -m tersetorch.bench
+	$(PIP) --no-build-isolation --editable '.[bench]'
+	tersetorch bench csr_matmul --threads 1 --json bench/results/csr_matmul_1_thread.json
+	tersetorch bench csr_matmul --threads 2 --json bench/results/csr_matmul_2_threads.json
+
+reproduce: venv
+	python -m tersetorch.bench.reproductions.lenet_300_100 --json bench/results/lenet_300_100.json
+
+# Writes the README's tables from bench/results.
+tables: venv
+	python -m tersetorch.bench.tables
 
 lint: venv
 	ruff check .
@@ -50,4 +64,4 @@ lint: venv
 	clang-format --dry-run --Werror $$(find csrc tests examples -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
 clean:
-	rm -rf .venv build dist python/*.egg-info python/tersetorch/*.so
+	rm -rf .venv .venv-newest build dist python/*.egg-info python/tersetorch/*.so

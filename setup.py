@@ -1,5 +1,6 @@
 """Builds csrc/ with CMake; everything about the package itself is in pyproject.toml."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ ROOT = Path(__file__).parent.resolve()
 def torch_version() -> str:
     """Version of the torch to build against; stops the build with one sentence when it is missing or too old."""
     try:
-        found = version("torch")
+        found = version("torch") if find_spec("torch") else "none"
     except PackageNotFoundError:
         found = "none"
     if found == "none" or tuple(map(int, found.split(".")[:2])) < (2, 13):
@@ -27,11 +28,22 @@ def torch_version() -> str:
     return found
 
 
+def require_compiler() -> None:
+    """Stops the build with one sentence when there is no C++ compiler."""
+    requested = os.environ.get("CXX")
+    if not any(shutil.which(name) for name in ([requested] if requested else ["c++", "g++", "clang++"])):
+        raise SystemExit(
+            f"tersetorch: the build needs a C++20 compiler, found none ({requested or 'c++, g++ or clang++'}); "
+            "install one (Debian: 'apt-get install g++') or name it in CXX"
+        )
+
+
 class CMakeBuild(build_ext):
     """Puts the three native pieces into the package."""
 
     def run(self) -> None:
         """Configures and builds; the build folder is kept, so that the next build compiles only what changed."""
+        require_compiler()
         import pybind11
 
         editable = self.inplace or self.editable_mode
@@ -53,7 +65,11 @@ class CMakeBuild(build_ext):
 
 torch_version()
 setup(
-    packages=[*find_packages("python"), "tersetorch.bench"],
+    packages=[
+        *find_packages("python"),
+        "tersetorch.bench",
+        *(f"tersetorch.bench.{package}" for package in find_packages("bench")),
+    ],
     package_dir={"": "python", "tersetorch.bench": "bench"},
     ext_modules=[Extension("tersetorch._native", sources=[])],
     cmdclass={"build_ext": CMakeBuild},

@@ -1,1 +1,6 @@
 """Does it say how a weight is stored? Dataclasses over plain tensors."""
+
+from tersetorch.formats.csr_weight import CsrWeight
+from tersetorch.formats.sparse_codebook_weight import SparseCodebookWeight
+
+__all__ = ["CsrWeight", "SparseCodebookWeight"]

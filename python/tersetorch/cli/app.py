@@ -1,0 +1,29 @@
+"""The verbs of the tersetorch command; each lives in a file of its own."""
+
+import sys
+
+import typer
+
+from tersetorch.cli.bench import bench
+from tersetorch.cli.convert import convert
+from tersetorch.cli.demo import demo
+from tersetorch.cli.doctor import doctor
+from tersetorch.cli.inspect import inspect
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Makes trained PyTorch networks smaller and faster, and measures both.",
+)
+for verb in (demo, convert, inspect, doctor, bench):
+    app.command()(verb)
+
+
+def main() -> None:
+    """Runs the command. Exit codes: 0 done, 1 it could not be done (one sentence on stderr says why), 2 wrong usage."""
+    try:
+        app()
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        print(error, file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,99 @@
+"""Which positions of a weight are stored: compressed sparse rows, shared by every format that keeps only non-zeros."""
+
+import torch
+from torch import Tensor
+
+INT32_MAX = 2**31 - 1
+
+
+def pattern_of(nonzero: Tensor) -> tuple[Tensor, Tensor]:
+    """Row offsets int32 [rows + 1] and column indices int32 [nnz] of the true entries of nonzero, bool [rows, columns].
+
+    Raises:
+        ValueError: more positions or columns than int32 can number.
+    """
+    counts = nonzero.sum(1)
+    stored = int(counts.sum())
+    if max(stored, nonzero.shape[1]) > INT32_MAX:
+        raise ValueError(
+            f"csr: a weight must have fewer than 2**31 non-zeros and columns, got {stored} and {nonzero.shape[1]}; "
+            "split it by rows"
+        )
+    row_offsets = torch.zeros(nonzero.shape[0] + 1, dtype=torch.int32, device=nonzero.device)
+    row_offsets[1:] = counts.cumsum(0)
+    return row_offsets, nonzero.nonzero()[:, 1].int()
+
+
+def rows_of(row_offsets: Tensor) -> Tensor:
+    """The row of every stored position, int64 [nnz]."""
+    return torch.repeat_interleave(row_offsets.diff())
+
+
+def scatter(row_offsets: Tensor, col_indices: Tensor, values: Tensor, columns: int) -> Tensor:
+    """The dense weight [rows, columns] with values [nnz] at the stored positions and 0 elsewhere."""
+    dense = values.new_zeros(row_offsets.numel() - 1, columns)
+    dense[rows_of(row_offsets), col_indices.long()] = values
+    return dense
+
+
+def check_pattern(owner: str, row_offsets: Tensor, col_indices: Tensor, columns: int) -> None:
+    """Checks that the pattern is one that pattern_of could have made.
+
+    Raises:
+        TypeError: an index tensor is not int32.
+        ValueError: shapes, offsets or columns do not describe rows of strictly increasing columns.
+    """
+    for name, indices in (("row_offsets", row_offsets), ("col_indices", col_indices)):
+        if indices.dtype != torch.int32:
+            raise TypeError(f"{owner}: {name} must be int32, got {indices.dtype}; call {name}.int()")
+        if indices.dim() != 1:
+            raise ValueError(f"{owner}: {name} must be 1-D, got shape {tuple(indices.shape)}; flatten it")
+    if columns < 0:
+        raise ValueError(f"{owner}: columns must be at least 0, got {columns}; pass the width of the dense weight")
+    stored = col_indices.numel()
+    if (
+        row_offsets.numel() == 0
+        or row_offsets[0] != 0
+        or row_offsets[-1] != stored
+        or bool((row_offsets.diff() < 0).any())
+    ):
+        raise ValueError(
+            f"{owner}: row_offsets must rise from 0 to the {stored} stored positions, got {_shorten(row_offsets)}; "
+            "build it with from_dense"
+        )
+    if stored == 0:
+        return
+    low, high = int(col_indices.min()), int(col_indices.max())
+    if low < 0 or high >= columns:
+        raise ValueError(
+            f"{owner}: col_indices must lie in [0, {columns}), got values from {low} to {high}; "
+            "pass the columns of the weight they belong to"
+        )
+    rows = rows_of(row_offsets)
+    if bool(((rows[1:] == rows[:-1]) & (col_indices.diff() <= 0)).any()):
+        raise ValueError(
+            f"{owner}: col_indices must rise strictly within a row, got a repeated or unsorted column; "
+            "build it with from_dense"
+        )
+
+
+def check_dense(owner: str, weight: Tensor) -> None:
+    """Checks that weight can be stored by a format of the kernels.
+
+    Raises:
+        TypeError: weight is not a float32 or bfloat16 tensor.
+        ValueError: weight is not 2-D.
+    """
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"{owner}: weight must be a tensor, got {type(weight).__name__}; pass module.weight")
+    if weight.dtype not in (torch.float32, torch.bfloat16):
+        raise TypeError(f"{owner}: weight must be float32 or bfloat16, got {weight.dtype}; call weight.float()")
+    if weight.dim() != 2:
+        raise ValueError(
+            f"{owner}: weight must be [rows, columns], got shape {tuple(weight.shape)}; reshape it to two dimensions"
+        )
+
+
+def _shorten(indices: Tensor) -> str:
+    shown = indices.flatten()[:4].tolist()
+    return f"{shown}" if indices.numel() <= 4 else f"{shown[:3]} ... {int(indices[-1])}"

@@ -1,0 +1,85 @@
+"""A weight as its non-zero values, row after row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tersetorch.formats.csr_pattern import check_dense, check_pattern, pattern_of, rows_of, scatter
+
+
+@dataclass(frozen=True)
+class CsrWeight:
+    """Compressed sparse rows: W[r, col_indices[k]] = values[k], row_offsets[r] <= k < row_offsets[r + 1], 0 elsewhere.
+
+    Attributes:
+        row_offsets: int32 [rows + 1], from 0 to nnz, never falling.
+        col_indices: int32 [nnz], strictly rising within a row, each in [0, columns).
+        values: float32 or bfloat16 [nnz].
+        columns: width of the dense weight.
+
+    Source:
+        Tinney and Walker, Direct solutions of sparse network equations by optimally ordered triangular factorization
+        (1967); the layout is the one of torch.sparse_csr_tensor.
+    """
+
+    row_offsets: Tensor
+    col_indices: Tensor
+    values: Tensor
+    columns: int
+
+    @classmethod
+    def from_dense(cls, weight: Tensor) -> CsrWeight:
+        """Stores the non-zeros of weight, float32 or bfloat16 [rows, columns]; 0.0 and -0.0 are left out, NaN is kept.
+
+        Raises:
+            TypeError: weight is not a float32 or bfloat16 tensor.
+            ValueError: weight is not 2-D, or holds 2**31 or more non-zeros.
+        """
+        check_dense("CsrWeight", weight)
+        dense = weight.detach()
+        nonzero = dense != 0
+        row_offsets, col_indices = pattern_of(nonzero)
+        return cls(row_offsets, col_indices, dense[nonzero], dense.shape[1])
+
+    def to_dense(self) -> Tensor:
+        """The exact weight the kernel uses: [rows, columns], of the dtype of values."""
+        return scatter(self.row_offsets, self.col_indices, self.values, self.columns)
+
+    def validate(self) -> None:
+        """Checks what the kernel and to_dense rely on.
+
+        Raises:
+            TypeError: a tensor has another dtype than the class names.
+            ValueError: shapes, offsets or columns do not fit each other.
+        """
+        check_pattern("CsrWeight", self.row_offsets, self.col_indices, self.columns)
+        if self.values.dtype not in (torch.float32, torch.bfloat16):
+            raise TypeError(f"CsrWeight: values must be float32 or bfloat16, got {self.values.dtype}; call .float()")
+        if self.values.shape != self.col_indices.shape:
+            raise ValueError(
+                f"CsrWeight: values must be [{self.nnz}] as col_indices is, got shape {tuple(self.values.shape)}; "
+                "pass one value for each stored position"
+            )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, columns) of the dense weight."""
+        return self.row_offsets.numel() - 1, self.columns
+
+    @property
+    def nnz(self) -> int:
+        """Number of stored positions."""
+        return self.col_indices.numel()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored tensors."""
+        return self.row_offsets.nbytes + self.col_indices.nbytes + self.values.nbytes
+
+    @property
+    def rows(self) -> Tensor:
+        """The row of every stored position, int64 [nnz]."""
+        return rows_of(self.row_offsets)

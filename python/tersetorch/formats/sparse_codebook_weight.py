@@ -1,0 +1,127 @@
+"""A weight whose non-zeros are 8-bit codes into a table of values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tersetorch.formats.csr_pattern import check_dense, check_pattern, pattern_of, rows_of, scatter
+
+MAX_ENTRIES = 256
+# Non-zeros looked at first: a weight that nobody shared is refused without sorting all of it.
+SAMPLE = 65536
+
+
+@dataclass(frozen=True)
+class SparseCodebookWeight:
+    """W[r, col_indices[k]] = codebook[0, codes[k]] for row_offsets[r] <= k < row_offsets[r + 1], 0 elsewhere.
+
+    Attributes:
+        row_offsets: int32 [rows + 1], from 0 to nnz, never falling.
+        col_indices: int32 [nnz], strictly rising within a row, each in [0, columns).
+        codes: uint8 [nnz], each in [1, entries): code 0 is reserved for zero.
+        codebook: float32 [1, entries], 1 <= entries <= 256, codebook[0, 0] = 0.
+        columns: width of the dense weight.
+
+    Source:
+        Han et al., Deep Compression (2015), sections 2 and 3, with absolute columns instead of gaps, so that a kernel
+        can start at any row.
+    """
+
+    row_offsets: Tensor
+    col_indices: Tensor
+    codes: Tensor
+    codebook: Tensor
+    columns: int
+
+    @classmethod
+    def from_dense(cls, weight: Tensor) -> SparseCodebookWeight:
+        """Finds the codes of weight, float32 or bfloat16 [rows, columns], exactly; the codebook is sorted.
+
+        Raises:
+            TypeError: weight is not a float32 or bfloat16 tensor.
+            ValueError: weight is not 2-D, has more than 255 distinct non-zero values, or 2**31 or more non-zeros.
+        """
+        check_dense("SparseCodebookWeight", weight)
+        dense = weight.detach()
+        nonzero = dense != 0
+        stored = dense[nonzero].float()
+        if stored.numel() > SAMPLE:
+            _check_distinct(torch.unique(stored[:SAMPLE]), "at least ")
+        distinct, codes = torch.unique(stored, return_inverse=True)
+        _check_distinct(distinct, "")
+        row_offsets, col_indices = pattern_of(nonzero)
+        codebook = torch.cat([distinct.new_zeros(1), distinct])[None]
+        return cls(row_offsets, col_indices, (codes + 1).to(torch.uint8), codebook, dense.shape[1])
+
+    def to_dense(self) -> Tensor:
+        """The exact weight the kernel uses: float32 [rows, columns]."""
+        return scatter(self.row_offsets, self.col_indices, self.values, self.columns)
+
+    def validate(self) -> None:
+        """Checks what the kernel and to_dense rely on.
+
+        Raises:
+            TypeError: a tensor has another dtype than the class names.
+            ValueError: shapes, offsets, columns, codes or codebook do not fit each other.
+        """
+        owner = "SparseCodebookWeight"
+        check_pattern(owner, self.row_offsets, self.col_indices, self.columns)
+        if self.codes.dtype != torch.uint8:
+            raise TypeError(f"{owner}: codes must be uint8, got {self.codes.dtype}; build it with from_dense")
+        if self.codebook.dtype != torch.float32:
+            raise TypeError(f"{owner}: codebook must be float32, got {self.codebook.dtype}; call codebook.float()")
+        if self.codes.shape != self.col_indices.shape:
+            raise ValueError(
+                f"{owner}: codes must be [{self.nnz}] as col_indices is, got shape {tuple(self.codes.shape)}; "
+                "pass one code for each stored position"
+            )
+        if self.codebook.dim() != 2 or self.codebook.shape[0] != 1 or not 1 <= self.codebook.shape[1] <= MAX_ENTRIES:
+            raise ValueError(
+                f"{owner}: codebook must be [1, entries] with 1 <= entries <= {MAX_ENTRIES}, "
+                f"got shape {tuple(self.codebook.shape)}; share the weight with at most 8 bits"
+            )
+        if self.codebook[0, 0] != 0:
+            raise ValueError(
+                f"{owner}: codebook[0, 0] must be 0, got {float(self.codebook[0, 0])}; code 0 is reserved for zero"
+            )
+        if self.nnz and not (int(self.codes.min()) >= 1 and int(self.codes.max()) < self.codebook.shape[1]):
+            raise ValueError(
+                f"{owner}: codes must lie in [1, {self.codebook.shape[1]}), got values from {int(self.codes.min())} "
+                f"to {int(self.codes.max())}; build it with from_dense"
+            )
+
+    @property
+    def values(self) -> Tensor:
+        """The value of every stored position, float32 [nnz]; differentiable in codebook."""
+        return self.codebook[0].index_select(0, self.codes.int())
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, columns) of the dense weight."""
+        return self.row_offsets.numel() - 1, self.columns
+
+    @property
+    def nnz(self) -> int:
+        """Number of stored positions."""
+        return self.col_indices.numel()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored tensors."""
+        return self.row_offsets.nbytes + self.col_indices.nbytes + self.codes.nbytes + self.codebook.nbytes
+
+    @property
+    def rows(self) -> Tensor:
+        """The row of every stored position, int64 [nnz]."""
+        return rows_of(self.row_offsets)
+
+
+def _check_distinct(distinct: Tensor, bound: str) -> None:
+    if distinct.numel() >= MAX_ENTRIES:
+        raise ValueError(
+            f"SparseCodebookWeight: weight must have at most {MAX_ENTRIES - 1} distinct non-zero values, "
+            f"got {bound}{distinct.numel()}; share it first, for example with tt.quantize.kmeans(model, bits=8)"
+        )

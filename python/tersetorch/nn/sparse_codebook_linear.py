@@ -1,0 +1,53 @@
+"""A linear layer whose non-zero weights are 8-bit codes into a shared table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from tersetorch import ops
+from tersetorch.formats import SparseCodebookWeight
+from tersetorch.nn.sparse_module import SparseLinearBase
+
+
+class SparseCodebookLinear(SparseLinearBase[SparseCodebookWeight]):
+    """y = x @ W.T + bias, W's non-zeros stored as codes; the codebook trains (each entry sums its members' gradients).
+
+    Shapes: x float32 or bfloat16 [..., in_features] -> y [..., out_features], of x's dtype; sums in float32.
+    Buffers row_offsets, col_indices, codes; parameters codebook float32 [1, entries], bias [out_features] or None.
+    The codebook stays float32 under .half(), .bfloat16() and .double(): rounding it would move every weight.
+
+    Args:
+        weight: the sparse weight; its tensors are used, not copied.
+        bias: float [out_features], or None.
+
+    Raises:
+        TypeError: weight is not a SparseCodebookWeight, or has other dtypes than that class names.
+        ValueError: weight is not a valid SparseCodebookWeight, or bias does not fit it.
+
+    Source:
+        Han et al., Deep Compression (2015), section 3.3 (trained shared weights), eq. 3 for the gradient.
+    """
+
+    format = SparseCodebookWeight
+    buffer_fields = ("row_offsets", "col_indices", "codes")
+    parameter_field = "codebook"
+
+    codes: Tensor
+    codebook: nn.Parameter
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Applies the layer to x, float [..., in_features]."""
+        self.check_input(x)
+        multiply = ops.csr_matmul if torch.is_grad_enabled() else ops.csr_matmul_inference
+        return multiply(x, self.row_offsets, self.col_indices, self.codes, self.bias, self.codebook[0])
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = self.codebook.data
+        super()._apply(fn, recurse)
+        if self.codebook.dtype != before.dtype:
+            self.codebook.data = before.to(self.codebook.device)
+        return self

@@ -1,0 +1,41 @@
+"""A linear layer that stores and multiplies only its non-zero weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from tersetorch import ops
+from tersetorch.formats import CsrWeight
+from tersetorch.nn.sparse_module import SparseLinearBase
+
+
+class SparseLinear(SparseLinearBase[CsrWeight]):
+    """y = x @ W.T + bias, W in compressed sparse rows; fine-tunes at fixed sparsity.
+
+    Shapes: x float32 or bfloat16 [..., in_features] -> y [..., out_features], of x's dtype; sums in float32.
+    Buffers row_offsets, col_indices; parameters values [nnz], bias [out_features] or None.
+
+    Args:
+        weight: the sparse weight; its tensors are used, not copied.
+        bias: float [out_features], or None.
+
+    Raises:
+        TypeError: weight is not a CsrWeight, or has other dtypes than that class names.
+        ValueError: weight is not a valid CsrWeight, or bias does not fit it.
+
+    Source:
+        Han et al., Learning both weights and connections (2015), section 3; run as CSR rather than retrained dense.
+    """
+
+    format = CsrWeight
+    buffer_fields = ("row_offsets", "col_indices")
+    parameter_field = "values"
+
+    values: nn.Parameter
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Applies the layer to x, float [..., in_features]."""
+        self.check_input(x)
+        multiply = ops.csr_matmul if torch.is_grad_enabled() else ops.csr_matmul_inference
+        return multiply(x, self.row_offsets, self.col_indices, self.values, self.bias)

@@ -1,0 +1,91 @@
+"""Runs every op on small awkward shapes against a float64 reference; what tersetorch doctor shows."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tersetorch.ops.csr_matmul import csr_matmul
+
+ROWS, COLUMNS, ENTRIES = 37, 53, 16
+# One, around each width of the batched kernels, and a prime.
+BATCHES = [1, 2, 7, 9, 31, 65]
+EPSILON = torch.finfo(torch.float32).eps
+BFLOAT16_EPSILON = torch.finfo(torch.bfloat16).eps
+
+
+def check_ops() -> list[dict[str, Any]]:
+    """Each op and case with its largest error, the error that float32 sums may have, and whether it kept to it.
+
+    An error is |y - reference| as a multiple of sum |w x|, the size that rounding errors grow with; largest over all
+    elements and batches.
+    """
+    return [
+        _check("float32", torch.float32, codebook=False),
+        _check("bfloat16", torch.bfloat16, codebook=False),
+        _check("codebook", torch.float32, codebook=True),
+        *_check_gradients(),
+    ]
+
+
+def _problem(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The dense weight, its positions and its codes; row 5 is empty."""
+    generator = torch.Generator().manual_seed(0)
+    kept = torch.rand(ROWS, COLUMNS, generator=generator) < 0.3
+    kept[5] = False
+    dense = torch.where(kept, torch.randn(ROWS, COLUMNS, generator=generator), 0.0).to(dtype)
+    kept = dense != 0
+    row_offsets = torch.zeros(ROWS + 1, dtype=torch.int32)
+    row_offsets[1:] = kept.sum(1).cumsum(0)
+    return dense, row_offsets, kept.nonzero()[:, 1].int(), kept
+
+
+def _check(case: str, dtype: torch.dtype, codebook: bool) -> dict[str, Any]:
+    dense, row_offsets, col_indices, kept = _problem(dtype)
+    generator = torch.Generator().manual_seed(1)
+    bias = torch.randn(ROWS, generator=generator)
+    values, table = dense[kept], None
+    if codebook:
+        table = torch.randn(ENTRIES, generator=generator)
+        values = torch.randint(ENTRIES, (int(kept.sum()),), generator=generator).to(torch.uint8)
+        dense = torch.zeros_like(dense).masked_scatter(kept, table[values.int()])
+    # A float32 sum of n terms, and one rounding of the output.
+    bound = (COLUMNS + 2) * EPSILON + (0.0 if dtype == torch.float32 else BFLOAT16_EPSILON)
+    worst = 0.0
+    for batch in BATCHES:
+        x = torch.randn(batch, COLUMNS, generator=generator).to(dtype)
+        y = csr_matmul(x, row_offsets, col_indices, values, bias, table)
+        reference = x.double() @ dense.double().T + bias.double()
+        size = x.double().abs() @ dense.double().abs().T + bias.double().abs()
+        worst = max(worst, _largest(y, reference, size))
+    return _result("csr_matmul", case, worst, bound)
+
+
+def _check_gradients() -> list[dict[str, Any]]:
+    dense, row_offsets, col_indices, kept = _problem(torch.float32)
+    generator = torch.Generator().manual_seed(2)
+    worst = {"x": 0.0, "values": 0.0}
+    for batch in BATCHES:
+        x = torch.randn(batch, COLUMNS, generator=generator, requires_grad=True)
+        upstream = torch.randn(batch, ROWS, generator=generator)
+        values = dense[kept].requires_grad_()
+        grad_x, grad_values = torch.autograd.grad(
+            csr_matmul(x, row_offsets, col_indices, values), (x, values), grad_outputs=upstream
+        )
+        x, up, w = x.detach().double(), upstream.double(), dense.double()
+        worst["x"] = max(worst["x"], _largest(grad_x, up @ w, up.abs() @ w.abs()))
+        products, sizes = (up.T @ x)[kept], (up.abs().T @ x.abs())[kept]
+        worst["values"] = max(worst["values"], _largest(grad_values, products, sizes))
+    terms = {"x": ROWS, "values": max(BATCHES)}
+    return [_result("csr_matmul", f"gradient of {n}", worst[n], (terms[n] + 2) * EPSILON) for n in worst]
+
+
+def _largest(got: Tensor, reference: Tensor, size: Tensor) -> float:
+    error = (got.double() - reference).abs()
+    # An empty row has size 0 without a bias and must be exact.
+    relative = torch.where(size > 0, error / size.clamp_min(torch.finfo(torch.float64).tiny), error)
+    return float(relative.nan_to_num(nan=torch.inf).max())
+
+
+def _result(op: str, case: str, max_error: float, bound: float) -> dict[str, Any]:
+    return {"op": op, "case": case, "max_error": max_error, "bound": bound, "ok": max_error <= bound}
