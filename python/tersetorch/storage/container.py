@@ -1,0 +1,158 @@
+"""The outer shape of a .terse file: a safetensors file of two byte tensors, checked to the last bit.
+
+    8 bytes    length of the head, little endian
+    head       JSON: metadata {"terse": version} and the places of two uint8 tensors, data before header
+    data       every stream in the header's order, each followed by its CRC-32
+    header     CRC-32 of the rest, then raw-deflated JSON
+
+The head is a function of the version and of the two lengths. Reading rebuilds it and compares: a head with other keys,
+another spelling, gaps, overlaps or bytes after the end is refused without being interpreted. CRC-32 finds every single
+flipped bit in the rest.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+from tersetorch.storage.errors import refuse
+
+VERSION = 1
+HEAD_CAP = 1024
+HEADER_CAP = 16 << 20
+CHECKSUM_BYTES = 4
+_ALIGNMENT = 8
+
+
+def pack(header: dict[str, Any], streams: Sequence[bytes]) -> bytes:
+    """The bytes of a file; the same arguments give the same bytes.
+
+    Raises:
+        ValueError: the header is larger than a reader accepts.
+    """
+    text = json.dumps(header, separators=(",", ":")).encode()
+    if len(text) > HEADER_CAP:
+        raise ValueError(
+            f"save: the model's description must fit {HEADER_CAP} bytes, got {len(text)}; save its parts apart"
+        )
+    compressor = zlib.compressobj(9, zlib.DEFLATED, -15, 9)
+    deflated = compressor.compress(text) + compressor.flush()
+    data = b"".join(part for stream in streams for part in (stream, _checksum(stream)))
+    packed = _checksum(deflated) + deflated
+    return _head(len(data), len(packed)) + data + packed
+
+
+def unpack(raw: bytes) -> tuple[dict[str, Any], memoryview, int, int]:
+    """The header, the data, and the bytes that the container and the header take.
+
+    Raises:
+        TerseFileError: raw is no whole .terse file of this version.
+    """
+    if len(raw) < 8:
+        refuse("be a terse file", f"{len(raw)} bytes")
+    (head_length,) = struct.unpack_from("<Q", raw)
+    if not 2 <= head_length <= min(HEAD_CAP, len(raw) - 8):
+        refuse(f"begin with the length of a head of at most {HEAD_CAP} bytes", f"{head_length} in {len(raw)} bytes")
+    head = _parse(raw[8 : 8 + head_length], "the head")
+    version, data_length, header_length = _places(head)
+    if version != str(VERSION):
+        refuse(f"have format version {VERSION}", f"version {version[:20]}", "read it with the tersetorch it came from")
+    expected = _head(data_length, header_length)
+    start = len(expected)
+    if raw[:start] != expected or len(raw) != start + data_length + header_length:
+        refuse("have the head that its two tensors call for, and end with them", f"{len(raw)} other bytes")
+    view = memoryview(raw)
+    data = view[start : start + data_length]
+    packed = view[start + data_length :]
+    deflated = _checked(packed[CHECKSUM_BYTES:], bytes(packed[:CHECKSUM_BYTES]), "the header")
+    return _inflate(deflated), data, start, header_length
+
+
+def split(data: memoryview, lengths: Sequence[int]) -> list[bytes]:
+    """The streams of these lengths, their checksums verified.
+
+    Raises:
+        TerseFileError: the lengths do not fill data exactly, or a stream is damaged.
+    """
+    needed = sum(lengths) + CHECKSUM_BYTES * len(lengths)
+    if needed != len(data):
+        refuse("hold exactly the streams of its header", f"{len(data)} bytes for {needed}")
+    streams = []
+    start = 0
+    for number, length in enumerate(lengths):
+        end = start + length
+        streams.append(_checked(data[start:end], bytes(data[end : end + CHECKSUM_BYTES]), f"stream {number}"))
+        start = end + CHECKSUM_BYTES
+    return streams
+
+
+def _head(data_length: int, header_length: int) -> bytes:
+    """What the safetensors library writes for these two tensors."""
+    places = {
+        "__metadata__": {"terse": str(VERSION)},
+        "data": {"dtype": "U8", "shape": [data_length], "data_offsets": [0, data_length]},
+        "header": {
+            "dtype": "U8",
+            "shape": [header_length],
+            "data_offsets": [data_length, data_length + header_length],
+        },
+    }
+    text = json.dumps(places, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _places(head: Any) -> tuple[str, int, int]:
+    """Version and lengths of data and header that a head claims."""
+    try:
+        version = head["__metadata__"]["terse"]
+        (data_length,), (header_length,) = (head[name]["shape"] for name in ("data", "header"))
+    except (KeyError, TypeError, ValueError):
+        version = data_length = header_length = None
+    lengths = (data_length, header_length)
+    if not isinstance(version, str) or not all(type(length) is int and 0 <= length < 1 << 48 for length in lengths):
+        refuse("be a terse file", "another file, or a damaged head", "pass a file that tt.save wrote")
+    return version, data_length, header_length
+
+
+def _checksum(data: bytes | memoryview) -> bytes:
+    return struct.pack("<I", zlib.crc32(data))
+
+
+def _checked(data: memoryview, checksum: bytes, name: str) -> bytes:
+    if _checksum(data) != checksum:
+        refuse(f"match the checksum of {name}", "other bytes")
+    return bytes(data)
+
+
+def _inflate(deflated: bytes) -> dict[str, Any]:
+    inflater = zlib.decompressobj(-15)
+    try:
+        text = inflater.decompress(deflated, HEADER_CAP + 1)
+    except zlib.error as error:
+        refuse("hold a deflated header", str(error))
+    if len(text) > HEADER_CAP:
+        refuse(f"inflate to a header of at most {HEADER_CAP} bytes", "a longer one")
+    if not inflater.eof or inflater.unused_data or inflater.unconsumed_tail:
+        refuse("hold one whole deflated header", "a part, or more")
+    header = _parse(text, "the header")
+    if not isinstance(header, dict):
+        refuse("have an object as its header", type(header).__name__)
+    return header
+
+
+def _parse(text: bytes, name: str) -> Any:
+    try:
+        return json.loads(text.decode(), object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        refuse(f"hold JSON without repeated keys in {name}", f"{type(error).__name__}: {str(error)[:80]}")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a repeated key")
+    return found

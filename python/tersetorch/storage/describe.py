@@ -1,0 +1,168 @@
+"""A module tree as the header's nodes, and its tensors as entries and streams.
+
+A node is an object with
+
+    k  kind (a registered torch.nn class, a zoo network, or one of our layers)     c  its constructor's arguments
+    a  attributes set after construction                                           t  tensors: name -> number of an entry
+    m  children: name -> node, the number of an earlier node (a shared module, counted in this order), or null
+    e  training flag, where it differs from the parent's (the model's is compared with false)
+    o  [class, reason]: tt.load cannot rebuild this module by itself
+
+A node with neither k nor o is what the constructor of its nearest ancestor with a kind makes in that place.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from torch import Tensor, nn
+
+from tersetorch.storage import registry
+from tersetorch.storage.compare import difference, needs_values
+from tersetorch.storage.entry import Entry
+from tersetorch.storage.layers import KINDS, Layer, encode_layer
+from tersetorch.storage.streams import Stream
+from tersetorch.storage.tensors import encode_tensor
+
+
+class Describer:
+    """Walks a model once. Afterwards entries and streams hold its tensors, each stored once."""
+
+    def __init__(self) -> None:
+        self.entries: list[Entry] = []
+        self.streams: list[list[Stream]] = []
+        self._numbers: dict[int, int] = {}
+        self._layers: dict[int, Layer] = {}
+        self._modules: dict[nn.Module, int] = {}
+        self._taken: set[nn.Module] = set()
+
+    def node(self, module: nn.Module, path: str = "", made: nn.Module | None = None, training: bool = False) -> Any:
+        """The node of module; made is what its parent's constructor puts in its place.
+
+        Raises:
+            ValueError: a tensor cannot be stored, or the module keeps state of another kind.
+        """
+        if module in self._modules:
+            return self._modules[module]
+        self._modules[module] = len(self._modules)
+        if type(module).get_extra_state is not nn.Module.get_extra_state:
+            raise ValueError(
+                f"save: model must keep its state in tensors, got extra state in {_label(path)} "
+                f"({type(module).__name__}); register it as a buffer"
+            )
+        node: dict[str, Any] = {}
+        if type(module) in KINDS:
+            built = None
+            node |= self._layer(module, path)  # type: ignore[arg-type]
+        else:
+            if made in self._taken:
+                made = None
+            node |= _identity(module, made)
+            built = node.pop("built", None)
+            tensors = self._own_tensors(module, path)
+            if tensors:
+                node["t"] = tensors
+        if built is not None:
+            self._taken.add(built)
+        if module.training != training:
+            node["e"] = module.training
+        children = {
+            name: None
+            if child is None
+            else self.node(child, f"{path}.{name}".removeprefix("."), _child(built, name), module.training)
+            for name, child in module._modules.items()
+        }
+        if children:
+            node["m"] = children
+        return node
+
+    def _layer(self, layer: Layer, path: str) -> dict[str, Any]:
+        """Node of one of our layers."""
+        parameter = getattr(layer, layer.parameter_field)
+        earlier = self._layers.get(id(parameter))
+        if earlier is None:
+            if id(parameter) in self._numbers:
+                raise ValueError(_tied(path))
+            self._layers[id(parameter)] = layer
+            number = self._add(parameter, *encode_layer(path or "the model", layer))
+        else:
+            number = self._numbers[id(parameter)]
+            same = all(getattr(layer, field).equal(getattr(earlier, field)) for field in layer.buffer_fields)
+            if type(layer) is not type(earlier) or layer.in_features != earlier.in_features or not same:
+                raise ValueError(_tied(path))
+        node: dict[str, Any] = {"k": KINDS[type(layer)], "t": {"weight": number}}
+        if layer.bias is not None:
+            node["t"]["bias"] = self._number(layer.bias, _join(path, "bias"))
+        if layer._modules:
+            raise ValueError(f"save: {_label(path)} must have no children, got {sorted(layer._modules)}; remove them")
+        reason, _ = difference(layer, type(layer)(layer.sparse_weight, layer.bias))
+        return node if reason is None else {**node, "o": [_class_name(layer), reason]}
+
+    def _own_tensors(self, module: nn.Module, path: str) -> dict[str, int]:
+        """Numbers of the parameters and persistent buffers of module itself."""
+        return {
+            name: self._number(tensor, _join(path, name))
+            for name, tensor in (*module._parameters.items(), *module._buffers.items())
+            if tensor is not None and name not in module._non_persistent_buffers_set
+        }
+
+    def _number(self, tensor: Tensor, path: str) -> int:
+        if id(tensor) in self._layers:
+            raise ValueError(_tied(path))
+        if id(tensor) not in self._numbers:
+            trains = tensor.requires_grad or not isinstance(tensor, nn.Parameter)
+            return self._add(tensor, *encode_tensor(path, tensor, trains))
+        return self._numbers[id(tensor)]
+
+    def _add(self, tensor: Tensor, entry: Entry, streams: list[Stream]) -> int:
+        number = self._numbers[id(tensor)] = len(self.entries)
+        self.entries.append(entry)
+        self.streams.append(streams)
+        return number
+
+
+def _identity(module: nn.Module, made: nn.Module | None) -> dict[str, Any]:
+    """Kind, config and overrides of a module, or why there are none; "built" is the module that they make."""
+    if made is not None and difference(module, made)[0] is None:
+        return {"built": made}
+    kind = registry.kind_of(module)
+    if kind is None:
+        return {"o": [_class_name(module), "its class is not registered"]}
+    try:
+        config = kind.config(module)
+        restored = registry.from_json(json.loads(json.dumps(config)))
+        built = registry.construct(kind, restored, "meta")
+        if needs_values(built):
+            built = registry.construct(kind, restored, "cpu")
+    except Exception as error:  # whatever an altered module makes a constructor raise
+        return {"o": [_class_name(module), f"its constructor's arguments cannot be told ({type(error).__name__})"]}
+    reason, overrides = difference(module, built, kind.overrides, kind.ignored)
+    if reason is not None:
+        return {"o": [_class_name(module), reason]}
+    node: dict[str, Any] = {"k": kind.name, "built": built}
+    if config:
+        node["c"] = config
+    if overrides:
+        node["a"] = overrides
+    return node
+
+
+def _child(built: nn.Module | None, name: str) -> nn.Module | None:
+    return None if built is None else built._modules.get(name)
+
+
+def _class_name(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}".removeprefix(".")
+
+
+def _label(path: str) -> str:
+    return path or "the model itself"
+
+
+def _tied(path: str) -> str:
+    return f"save: {_label(path)} must not share its values with a layer of other positions or kind; untie the two"

@@ -1,0 +1,219 @@
+"""What the header says of one tensor, read strictly.
+
+    s  shape                  n  stored positions (sparse forms)      z  positions that hold -0.0 (with a stream)
+    d  dtype                  k  codebook entries (codebook forms)    o  dimensions from outermost to innermost in memory
+    f  form                   t  positions run down the columns       g  false: a parameter that does not train
+    x  streams: [coder, bytes] or [coder, bytes, width]               c  true: the weight of a sparse layer, never dense
+
+Forms and their streams:
+
+    raw               values
+    codebook          codebook, codes
+    sparse            positions, values
+    sparse-codebook   positions, codebook, codes
+
+followed by `negatives` where z is there: which of the other positions, counted among themselves, hold -0.0.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from tersetorch.storage import fields
+from tersetorch.storage.errors import refuse
+from tersetorch.storage.streams import CODE_CODERS, MAX_ENTRIES, POSITION_CODERS, Stream
+
+DTYPES = {
+    "f64": torch.float64,
+    "f32": torch.float32,
+    "f16": torch.float16,
+    "bf16": torch.bfloat16,
+    "f8e4": torch.float8_e4m3fn,
+    "f8e5": torch.float8_e5m2,
+    "c64": torch.complex64,
+    "c128": torch.complex128,
+    "i64": torch.int64,
+    "i32": torch.int32,
+    "i16": torch.int16,
+    "i8": torch.int8,
+    "u64": torch.uint64,
+    "u32": torch.uint32,
+    "u16": torch.uint16,
+    "u8": torch.uint8,
+    "bool": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# Complex tensors are stored as their real view, with a last dimension of 2.
+REAL = {torch.complex64: torch.float32, torch.complex128: torch.float64}
+
+FORMS = {
+    "raw": ("values",),
+    "codebook": ("codebook", "codes"),
+    "sparse": ("positions", "values"),
+    "sparse-codebook": ("positions", "codebook", "codes"),
+}
+ROLE_CODERS = {
+    "values": ("raw",),
+    "codebook": ("raw",),
+    "codes": CODE_CODERS,
+    "positions": POSITION_CODERS,
+    "negatives": POSITION_CODERS,
+}
+MAX_GAP_WIDTH = 15
+
+
+@dataclass(frozen=True)
+class StreamSpec:
+    """One stream of a tensor: what it holds, its coder, the coder's width (0 for none) and its bytes."""
+
+    role: str
+    coder: str
+    width: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Entry:
+    """How one tensor is stored; the module's docstring names the fields."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    form: str
+    stored: int
+    entries: int = 0
+    down_columns: bool = False
+    negatives: int = 0
+    order: tuple[int, ...] | None = None
+    trains: bool = True
+    compressed: bool = False
+    streams: tuple[StreamSpec, ...] = ()
+
+    @property
+    def real_dtype(self) -> torch.dtype:
+        """The dtype of the stored numbers."""
+        return REAL.get(self.dtype, self.dtype)
+
+    @property
+    def numel(self) -> int:
+        """Stored numbers of the dense tensor (two for a complex one)."""
+        return math.prod(self.shape) * (2 if self.dtype in REAL else 1)
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether positions are stored."""
+        return self.form.startswith("sparse")
+
+    @property
+    def decoded_bytes(self) -> int:
+        """Bytes of the tensors that reading it makes."""
+        size = self.real_dtype.itemsize
+        if not self.compressed:
+            return self.numel * size
+        kept = self.stored * (5 if self.form == "sparse-codebook" else 4 + size)
+        return 4 * (self.shape[0] + 1) + kept + 4 * self.entries
+
+    def with_streams(self, streams: list[Stream]) -> Entry:
+        """This entry with what the header has to know of its streams."""
+        specs = tuple(StreamSpec(stream.role, stream.coder, stream.width, len(stream.data)) for stream in streams)
+        return replace(self, streams=specs)
+
+    def to_json(self) -> dict[str, Any]:
+        """The header's object; fields that have their usual value are left out."""
+        data: dict[str, Any] = {"s": list(self.shape), "d": DTYPE_NAMES[self.dtype], "f": self.form}
+        if self.is_sparse:
+            data["n"] = self.stored
+        if self.form.endswith("codebook"):
+            data["k"] = self.entries
+        if self.down_columns:
+            data["t"] = True
+        if self.negatives:
+            data["z"] = self.negatives
+        if self.order:
+            data["o"] = list(self.order)
+        if not self.trains:
+            data["g"] = False
+        if self.compressed:
+            data["c"] = True
+        data["x"] = [[spec.coder, spec.nbytes] + [spec.width] * (spec.width > 0) for spec in self.streams]
+        return data
+
+    @classmethod
+    def from_json(cls, data: Any) -> Entry:
+        """Reads and checks the header's object.
+
+        Raises:
+            TerseFileError: a field is unknown, missing or out of range, or the fields contradict each other.
+        """
+        data = fields.check_keys(data, "a tensor", set("sdfnktzogcx"))
+        sizes = fields.items(data.get("s"), "a shape")
+        shape = tuple(fields.integer(size, "a dimension", 0, fields.MAX_SIZE) for size in sizes[:65])
+        if len(sizes) > 64 or math.prod(shape) >= fields.MAX_SIZE // 2:
+            refuse("have tensors of at most 64 dimensions and fewer than 2**47 numbers", f"shape {list(shape)[:8]}")
+        dtype = DTYPES[fields.text(data.get("d"), "a dtype", tuple(DTYPES))]
+        form = fields.text(data.get("f"), "a form", tuple(FORMS))
+        entry = cls(shape, dtype, form, 0)
+        numel = entry.numel
+        stored = fields.integer(data.get("n"), "a count", 0, numel) if entry.is_sparse else numel
+        codebook = form.endswith("codebook")
+        entries = fields.integer(data.get("k"), "codebook entries", 0, MAX_ENTRIES) if codebook else 0
+        negatives = fields.integer(data["z"], "a count", 1, numel - stored) if "z" in data else 0
+        entry = replace(
+            entry,
+            stored=stored,
+            entries=entries,
+            down_columns=fields.flag(data.get("t", False), "t"),
+            negatives=negatives,
+            order=_order(data["o"], len(shape)) if "o" in data else None,
+            trains=fields.flag(data.get("g", True), "g"),
+            compressed=fields.flag(data.get("c", False), "c"),
+        )
+        roles = FORMS[form] + ("negatives",) * bool(negatives)
+        specs = fields.items(data.get("x"), "streams")
+        if len(specs) != len(roles):
+            refuse(f"have {len(roles)} streams for a tensor stored as {form}", len(specs))
+        entry = replace(entry, streams=tuple(map(_stream_spec, roles, specs)))
+        entry._check(data)
+        return entry
+
+    def _check(self, data: dict[str, Any]) -> None:
+        """What the fields owe each other. A count is compared with its stream before anything is allocated for it."""
+        if data.keys() & set("nt") and not self.is_sparse or ("k" in data and not self.form.endswith("codebook")):
+            refuse(f"have only the fields of a tensor stored as {self.form}", sorted(data))
+        if self.negatives and not (self.is_sparse and self.real_dtype.is_floating_point):
+            refuse("mark -0.0 in sparse floating-point tensors only", DTYPE_NAMES[self.dtype])
+        if self.down_columns and len(self.shape) < 2:
+            refuse("run down the columns of tensors with two dimensions or more", len(self.shape))
+        layer = self.is_sparse and len(self.shape) == 2 and self.dtype in (torch.float32, torch.bfloat16)
+        if self.compressed and (not layer or self.negatives or self.order):
+            refuse("keep a layer's weight as a sparse float32 or bfloat16 matrix", f"{self.form} {list(self.shape)}")
+        for spec in self.streams:
+            if spec.coder == "raw":
+                count = self.entries if spec.role == "codebook" else self.stored
+                if spec.nbytes != count * self.real_dtype.itemsize:
+                    refuse(f"hold {count} {spec.role} in their stream", f"{spec.nbytes} bytes")
+            else:
+                count = self.negatives if spec.role == "negatives" else self.stored
+                if count > spec.nbytes * 8:
+                    refuse(f"hold {count} {spec.role} in their stream", f"{spec.nbytes} bytes")
+
+
+def _order(value: Any, dimensions: int) -> tuple[int, ...]:
+    order = tuple(fields.integer(item, "a dimension", 0, dimensions - 1) for item in fields.items(value, "o")[:65])
+    if sorted(order) != list(range(dimensions)):
+        refuse(f"have an order of {dimensions} dimensions", list(order)[:8])
+    return order
+
+
+def _stream_spec(role: str, data: Any) -> StreamSpec:
+    parts = fields.items(data, "a stream")
+    if not 2 <= len(parts) <= 3:
+        refuse("have [coder, bytes] or [coder, bytes, width] as a stream", f"{len(parts)} items")
+    coder = fields.text(parts[0], f"the coder of {role}", ROLE_CODERS[role])
+    if (len(parts) == 3) != coder.startswith("gaps"):
+        refuse("give a width to gaps and to nothing else", f"{len(parts)} items for {coder}")
+    width = fields.integer(parts[2], "a width", 1, MAX_GAP_WIDTH) if len(parts) == 3 else 0
+    return StreamSpec(role, coder, width, fields.integer(parts[1], "bytes", 0, fields.MAX_SIZE))

@@ -1,0 +1,49 @@
+"""Reading a header strictly: every field has a type and a range, and nothing else may be there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tersetorch.storage.errors import refuse
+
+# Beyond any tensor, and small enough that products of two stay exact in the native code.
+MAX_SIZE = 1 << 48
+
+
+def check_keys(data: Any, owner: str, allowed: set[str]) -> dict[str, Any]:
+    """data itself, an object whose keys are all allowed."""
+    if not isinstance(data, dict):
+        refuse(f"have an object as {owner}", type(data).__name__)
+    unknown = data.keys() - allowed
+    if unknown:
+        refuse(f"have only known fields in {owner}", sorted(unknown)[0][:40], "read it with a newer tersetorch")
+    return data
+
+
+def integer(value: Any, owner: str, low: int, high: int) -> int:
+    """value itself, an integer in [low, high]."""
+    if type(value) is not int or not low <= value <= high:
+        refuse(f"have an integer in [{low}, {high}] as {owner}", repr(value)[:40])
+    return value
+
+
+def text(value: Any, owner: str, allowed: tuple[str, ...] = ()) -> str:
+    """value itself, a string, one of allowed where that is given."""
+    if not isinstance(value, str) or (allowed and value not in allowed):
+        rule = f"one of {', '.join(allowed)}" if allowed else "a string"
+        refuse(f"have {rule} as {owner}", repr(value)[:40])
+    return value
+
+
+def items(value: Any, owner: str) -> list[Any]:
+    """value itself, a list."""
+    if not isinstance(value, list):
+        refuse(f"have a list as {owner}", repr(value)[:40])
+    return value
+
+
+def flag(value: Any, owner: str) -> bool:
+    """value itself, true or false."""
+    if not isinstance(value, bool):
+        refuse(f"have true or false as {owner}", repr(value)[:40])
+    return value

@@ -1,0 +1,127 @@
+"""Our own layers as entries: their format as it is, positions, codebook order and all, never made dense."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tersetorch.formats import CsrWeight, SparseCodebookWeight
+from tersetorch.nn import SparseCodebookLinear, SparseLinear
+from tersetorch.storage import streams, tensors
+from tersetorch.storage.entry import Entry
+from tersetorch.storage.errors import refuse
+from tersetorch.storage.streams import Array, Stream
+
+Layer = SparseLinear | SparseCodebookLinear
+LAYERS: dict[str, type[Layer]] = {
+    "tersetorch.SparseLinear": SparseLinear,
+    "tersetorch.SparseCodebookLinear": SparseCodebookLinear,
+}
+KINDS = {cls: kind for kind, cls in LAYERS.items()}
+_NUMPY_CODEBOOK = np.dtype(np.uint32)
+
+
+def encode_layer(name: str, layer: Layer) -> tuple[Entry, list[Stream]]:
+    """The sparse weight of a layer in the smaller of row and column order.
+
+    Raises:
+        ValueError: the layer's tensors are not a valid sparse weight, or have no data.
+    """
+    weight = layer.sparse_weight
+    for field in (*layer.buffer_fields, layer.parameter_field):
+        tensors.check_plain(f"{name}.{field}", getattr(layer, field))
+    try:
+        weight.validate()
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"save: {name} must hold a valid sparse weight, got one refused as '{error}'") from error
+    rows, columns = weight.shape
+    row_of = weight.rows.cpu().numpy()
+    column_of = weight.col_indices.cpu().numpy().astype(np.int64)
+    by_columns = column_of * rows + row_of
+    down = np.argsort(by_columns, kind="stable")
+    positions, coding, down_columns = min(
+        (
+            (positions, streams.best_position_coding(positions, rows * columns), down_columns)
+            for down_columns, positions in ((False, row_of * columns + column_of), (True, by_columns[down]))
+        ),
+        key=lambda choice: choice[1].nbytes,
+    )
+    entries, encoded = _encode_values(weight, down if down_columns else slice(None))
+    entry = Entry(
+        (rows, columns),
+        torch.float32 if isinstance(weight, SparseCodebookWeight) else weight.values.dtype,
+        "sparse-codebook" if len(encoded) == 2 else "sparse",
+        positions.size,
+        entries,
+        down_columns,
+        trains=getattr(layer, layer.parameter_field).requires_grad,
+        compressed=True,
+    )
+    encoded = [streams.encode_positions("positions", positions, rows * columns, coding), *encoded]
+    return entry.with_streams(encoded), encoded
+
+
+def _encode_values(weight: CsrWeight | SparseCodebookWeight, order: Array | slice) -> tuple[int, list[Stream]]:
+    """Entries of the codebook (0 for none), and the streams of the values in this order."""
+    if isinstance(weight, SparseCodebookWeight):
+        codes: Array = weight.codes.cpu().numpy()
+        codebook = tensors.patterns(weight.codebook)
+        coding = streams.best_code_coding(np.bincount(codes, minlength=codebook.size))
+        return codebook.size, [
+            streams.raw_stream("codebook", codebook),
+            streams.encode_codes(codes[order], codebook.size, coding),
+        ]
+    values = tensors.patterns(weight.values)
+    table = tensors.count_patterns(values)
+    return tensors.value_streams(values[order], table, tensors.value_coding(table, values.size, values.itemsize)[1])
+
+
+def decode_layer(kind: str, entry: Entry, data: list[bytes], bias: Tensor | None) -> Layer:
+    """The layer of a kind in LAYERS; bias is used, not copied.
+
+    Raises:
+        TerseFileError: the entry or its streams are no weight of that layer.
+    """
+    cls = LAYERS[kind]
+    rows, columns = entry.shape
+    positions = tensors.positions_of(entry, data)
+    values: Array
+    if cls is SparseCodebookLinear:
+        if entry.form != "sparse-codebook" or entry.dtype is not torch.float32:
+            refuse(f"hold a float32 codebook and codes for a {kind}", f"{entry.form} of {entry.dtype}")
+        codebook, values = tensors.codebook_and_codes(entry, data, _NUMPY_CODEBOOK)
+    else:
+        values = tensors.values_of(entry, data, np.dtype(f"u{entry.dtype.itemsize}"))
+    if entry.down_columns and rows:
+        positions = positions % rows * columns + positions // rows
+        order = np.argsort(positions, kind="stable")
+        positions, values = positions[order], values[order]
+    row_of, column_of = np.divmod(positions, max(1, columns))
+    row_offsets = np.zeros(rows + 1, np.int32)
+    np.cumsum(np.bincount(row_of, minlength=rows), out=row_offsets[1:])
+    pattern: dict[str, Any] = {
+        "row_offsets": torch.from_numpy(row_offsets),
+        "col_indices": torch.from_numpy(column_of.astype(np.int32)),
+        "columns": columns,
+    }
+    try:
+        if cls is SparseCodebookLinear:
+            table = _tensor(codebook, torch.float32)[None]
+            codes = torch.from_numpy(values.astype(np.uint8))
+            parameter = nn.Parameter(table, requires_grad=entry.trains)
+            weight = SparseCodebookWeight(codes=codes, codebook=parameter, **pattern)
+            return SparseCodebookLinear(weight, bias)
+        parameter = nn.Parameter(_tensor(values, entry.dtype), requires_grad=entry.trains)
+        return SparseLinear(CsrWeight(values=parameter, **pattern), bias)
+    except (TypeError, ValueError) as error:
+        refuse(f"hold a valid weight for a {kind}", error)
+
+
+def _tensor(values: Array, dtype: torch.dtype) -> Tensor:
+    """A fresh tensor from bit patterns."""
+    tensor = torch.empty(values.size, dtype=dtype)
+    tensor.view(torch.int32 if dtype.itemsize == 4 else torch.int16).numpy()[:] = values.view(f"i{dtype.itemsize}")
+    return tensor

@@ -1,0 +1,112 @@
+"""tt.load, and what it shares with tt.inspect."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any
+
+from torch import nn
+
+from tersetorch.methods import finalize
+from tersetorch.methods.parametrization import is_live
+from tersetorch.storage import fields
+from tersetorch.storage.container import split, unpack
+from tersetorch.storage.entry import Entry
+from tersetorch.storage.errors import reading, refuse
+from tersetorch.storage.rebuild import Builder, Tensors, adopt
+from tersetorch.storage.writer import path_of
+
+# What a file may ask for without being asked about: this much, or this many times its own size.
+FREE_BYTES = 64 << 20
+FREE_RATIO = 4096
+
+
+@dataclass(frozen=True)
+class Contents:
+    """A file's parts, every checksum verified.
+
+    Attributes:
+        file_bytes: size of the file.
+        container_bytes: the safetensors head with its length.
+        header_bytes: the header tensor, deflated, with its checksum.
+        root: the model's node.
+        entries: the tensors.
+        data: the streams of each tensor.
+        provenance: what save was given.
+    """
+
+    file_bytes: int
+    container_bytes: int
+    header_bytes: int
+    root: Any
+    entries: list[Entry]
+    data: list[list[bytes]]
+    provenance: dict[str, Any] | None
+
+
+def load(path: str | PathLike[str], *, model: nn.Module | None = None, max_bytes: int | None = None) -> nn.Module:
+    """Reads what save wrote: the same tensors to the bit, on the CPU, with the same ties and training flags.
+
+    Args:
+        path: the file.
+        model: an instance of the saved model's class with dense layers, as its constructor makes it. It is copied, the
+            file's sparse layers are put into the copy, and the copy is returned; model itself never changes. Without
+            it, zoo networks and trees of torch.nn modules and our layers are built from the file alone.
+        max_bytes: the most bytes that the tensors may take; at least 64 MiB or 4096 times the file's size when None.
+
+    Raises:
+        TypeError: an argument has another type than named here.
+        TerseFileError: the file is truncated, damaged, larger than max_bytes once decoded, of another version, not a
+            terse file, or holds modules that need model=. Nothing is left behind.
+        ValueError: model's modules, or its tensors' names, shapes or dtypes, are not those of the file.
+        FileNotFoundError: there is no such file.
+    """
+    if model is not None and not isinstance(model, nn.Module):
+        raise TypeError(f"load: model must be an nn.Module, got {type(model).__name__}; pass an instance, not a class")
+    if max_bytes is not None and (not isinstance(max_bytes, int) or isinstance(max_bytes, bool)):
+        raise TypeError(f"load: max_bytes must be an integer, got {type(max_bytes).__name__}; pass a number of bytes")
+    if max_bytes is not None and max_bytes < 1:
+        raise ValueError(f"load: max_bytes must be at least 1, got {max_bytes}; pass None for the usual limit")
+    with reading("load", path_of("load", path)):
+        contents = read("load", path)
+        limit = max(FREE_BYTES, FREE_RATIO * contents.file_bytes) if max_bytes is None else max_bytes
+        needed = sum(entry.decoded_bytes for entry in contents.entries)
+        if needed > limit:
+            refuse(f"decode to at most {limit} bytes", needed, "pass max_bytes= if you trust the file")
+        tensors = Tensors(contents.entries, contents.data)
+        if model is None:
+            loaded = Builder(tensors, limit).build(contents.root)
+        else:
+            loaded = adopt(contents.root, _dense(model), tensors)
+        tensors.check_all_used()
+    return loaded
+
+
+def read(where: str, path: str | PathLike[str]) -> Contents:
+    """Reads and verifies the file; decodes nothing. Call it inside `reading`.
+
+    Raises:
+        TypeError: path is neither a string nor a path.
+        TerseFileError: the file is damaged, of another version, or no terse file.
+        FileNotFoundError: there is no such file.
+    """
+    target = path_of(where, path)
+    if target.is_dir():
+        refuse("be a terse file", "a folder", "pass the file's name")
+    raw = target.read_bytes()
+    header, data, container_bytes, header_bytes = unpack(raw)
+    fields.check_keys(header, "the header", {"m", "t", "p"})
+    entries = [Entry.from_json(item) for item in fields.items(header.get("t"), "the tensors")]
+    provenance = header.get("p")
+    if provenance is not None and not isinstance(provenance, dict):
+        refuse("have an object as provenance", type(provenance).__name__)
+    streams = iter(split(data, [spec.nbytes for entry in entries for spec in entry.streams]))
+    grouped = [[next(streams) for _ in entry.streams] for entry in entries]
+    return Contents(len(raw), container_bytes, header_bytes, header.get("m"), entries, grouped, provenance)
+
+
+def _dense(model: nn.Module) -> nn.Module:
+    """The instance that the file's tensors go into: model, or a finalized copy of one that is being compressed."""
+    return finalize(copy.deepcopy(model)) if is_live(model) else model

@@ -1,0 +1,282 @@
+"""A model from a header's nodes: built from registered kinds, or put into a copy of the user's instance."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+from torch import Tensor, nn
+
+from tersetorch.storage import fields, registry
+from tersetorch.storage.compare import needs_values
+from tersetorch.storage.entry import Entry
+from tersetorch.storage.errors import refuse
+from tersetorch.storage.layers import LAYERS, Layer, decode_layer
+from tersetorch.storage.tensors import decode_tensor
+
+_NODE_KEYS = set("kcatmeo")
+
+
+class Tensors:
+    """Decodes entries when they are asked for, each once, so that what was tied is tied again."""
+
+    def __init__(self, entries: list[Entry], data: list[list[bytes]]) -> None:
+        self.entries = entries
+        self._data = data
+        self._plain: dict[int, Tensor] = {}
+        self._parameters: dict[int, nn.Parameter] = {}
+        self._layers: dict[int, Layer] = {}
+
+    def entry(self, number: Any, compressed: bool) -> Entry:
+        """The entry of this number, which must be (or not be) a layer's sparse weight."""
+        number = fields.integer(number, "the number of a tensor", 0, len(self.entries) - 1)
+        entry = self.entries[number]
+        if entry.compressed != compressed:
+            refuse("use sparse weights in sparse layers, and only there", f"tensor {number}")
+        return entry
+
+    def plain(self, number: Any) -> Tensor:
+        """The tensor of this number."""
+        entry = self.entry(number, compressed=False)
+        if number not in self._plain:
+            self._plain[number] = decode_tensor(entry, self._data[number])
+        return self._plain[number]
+
+    def parameter(self, number: Any) -> nn.Parameter:
+        """The tensor of this number as a parameter, always the same object."""
+        tensor = self.plain(number)
+        if number not in self._parameters:
+            trains = self.entries[number].trains
+            if trains and not (tensor.is_floating_point() or tensor.is_complex()):
+                refuse("mark integer parameters as not training", str(tensor.dtype))
+            self._parameters[number] = nn.Parameter(tensor, requires_grad=trains)
+        return self._parameters[number]
+
+    def layer(self, kind: str, node: dict[str, Any]) -> Layer:
+        """One of our layers; layers with the same weight share its tensors."""
+        names = fields.check_keys(node.get("t"), f"the tensors of a {kind}", {"weight", "bias"})
+        number = names.get("weight")
+        entry = self.entry(number, compressed=True)
+        bias = self.parameter(names["bias"]) if "bias" in names else None
+        if bias is not None and tuple(bias.shape) != entry.shape[:1]:
+            refuse(f"have a bias of {entry.shape[0]} numbers in a {kind}", list(bias.shape))
+        earlier = self._layers.get(number)
+        if earlier is None:
+            self._layers[number] = layer = decode_layer(kind, entry, self._data[number], bias)
+            return layer
+        if type(earlier) is not LAYERS[kind]:
+            refuse("share a weight among layers of one kind", kind)
+        return LAYERS[kind](earlier.sparse_weight, bias)  # type: ignore[arg-type]
+
+    def check_all_used(self) -> None:
+        """Refuses tensors that no module uses."""
+        unused = len(self.entries) - len(self._plain) - len(self._layers)
+        if unused:
+            refuse("store the tensors of its modules only", f"{unused} more")
+
+
+class Builder:
+    """Builds a whole model from nodes. Every module is built on device meta and compared with its tensors first."""
+
+    def __init__(self, tensors: Tensors, limit: int) -> None:
+        self._tensors = tensors
+        self._limit = limit
+        self._modules: list[nn.Module] = []
+        self._taken: set[nn.Module] = set()
+
+    def build(self, node: Any, path: str = "", made: nn.Module | None = None, training: bool = False) -> nn.Module:
+        """The module of a node; made is what its parent's constructor put in its place.
+
+        Raises:
+            TerseFileError: the node is opaque, damaged, or does not fit its tensors.
+        """
+        if type(node) is int:
+            return self._modules[fields.integer(node, "the number of a module", 0, len(self._modules) - 1)]
+        check_node(node)
+        if "o" in node:
+            name, reason = node["o"]
+            refuse(
+                "consist of modules that tt.load can rebuild by itself",
+                f"{name} at {path or 'the model itself'} ({reason})",
+                "pass model=, an instance of the network's class",
+            )
+        training = node.get("e", training)
+        kind = node.get("k")
+        if kind in LAYERS:
+            module: nn.Module = self._tensors.layer(kind, node)
+            self._modules.append(module)
+        else:
+            module = self._made(made, path) if kind is None else self._constructed(node)
+            self._taken.add(module)
+            self._modules.append(module)
+            _assign(module, node.get("t", {}), self._tensors, path, refuse)
+            self._put_children(module, node.get("m", {}), path, training)
+        module.training = training
+        return module
+
+    def _made(self, made: nn.Module | None, path: str) -> nn.Module:
+        if made is None or made in self._taken:
+            refuse("name the kind of every module that no constructor makes", path or "the model itself")
+        return made
+
+    def _constructed(self, node: dict[str, Any]) -> nn.Module:
+        kind = registry.named(node["k"])
+        if kind is None:
+            refuse("consist of kinds that are registered", node["k"][:60], "read it with the tersetorch it came from")
+        config = registry.from_json(node.get("c", {}))
+        try:
+            if kind.tensors(config) > len(node.get("t", {})):
+                refuse(f"hold the tensors of {kind.name}({config})", len(node.get("t", {})))
+            module = registry.construct(kind, config, "meta")
+        except Exception as error:  # whatever a constructor raises for arguments that no save wrote
+            refuse(f"hold arguments that {kind.name} takes", f"{type(error).__name__}: {str(error)[:200]}")
+        if needs_values(module):
+            tensors = (*module.parameters(), *module.buffers())
+            size = sum(tensor.nbytes for tensor in tensors)
+            if size > self._limit:
+                refuse(f"need at most {self._limit} bytes for a {kind.name}", size, "raise max_bytes")
+            module = registry.construct(kind, config, "cpu")
+        for name, value in node.get("a", {}).items():
+            if name not in kind.overrides or not (value is None or isinstance(value, bool | int | float | str)):
+                refuse(f"set only known attributes of a {kind.name}", name[:40])
+            setattr(module, name, value)
+        return module
+
+    def _put_children(self, module: nn.Module, nodes: dict[str, Any], path: str, training: bool) -> None:
+        children: dict[str, nn.Module | None] = {}
+        for name, node in nodes.items():
+            own = name in module._parameters or name in module._buffers or hasattr(type(module), name)
+            if not name or "." in name or own:
+                refuse("name children as nn.Module allows", repr(name)[:40])
+            inside = f"{path}.{name}".removeprefix(".")
+            children[name] = None if node is None else self.build(node, inside, module._modules.get(name), training)
+            vars(module).pop(name, None)
+        module._modules.clear()
+        module._modules.update(children)
+
+
+def adopt(root: Any, model: nn.Module, tensors: Tensors) -> nn.Module:
+    """A copy of model with the file's layers in it and the file's tensors; model itself does not change.
+
+    Raises:
+        ValueError: model cannot be copied, or its modules or tensors are not those of the file.
+        TerseFileError: a node is damaged.
+    """
+    pairs = list(_pairs(root, model, []))
+    # Layers go in through the copy's memo, so that every reference to the replaced ones follows.
+    memo: dict[int, Any] = {}
+    for node, module, path in pairs:
+        if node.get("k") in LAYERS:
+            layer = tensors.layer(node["k"], node)
+            weight = getattr(module, "weight", None)
+            if not isinstance(weight, Tensor) or tuple(weight.shape) != (layer.out_features, layer.in_features):
+                mismatch(f"a layer of {layer.in_features} inputs and {layer.out_features} outputs at {path}", module)
+            if (getattr(module, "bias", None) is None) != (layer.bias is None):
+                mismatch(f"a layer {'without' if layer.bias is None else 'with'} a bias at {path}", module)
+            memo[id(module)] = layer
+    replaced = set(memo)  # deepcopy adds to memo
+    try:
+        copied = copy.deepcopy(model, memo)
+    except Exception as error:  # whatever a member raises
+        raise ValueError(
+            f"load: model must be copyable with copy.deepcopy, got {type(error).__name__}: {error}; pass a new instance"
+        ) from error
+    flags: dict[int, bool] = {}
+    for node, module, path in pairs:
+        twin = copied.get_submodule(path)
+        training = node.get("e", flags.get(id(node), False))
+        flags |= {id(child): training for child in node.get("m", {}).values()}
+        if id(module) not in replaced:
+            _assign(twin, node.get("t", {}), tensors, path, mismatch)
+            for name, value in node.get("a", {}).items():
+                setattr(twin, name, value)
+        twin.training = training
+    return copied
+
+
+def _pairs(node: Any, module: nn.Module | None, seen: list[nn.Module], path: str = "") -> Iterator[Any]:
+    """Every node once with the module of the user's instance in its place, checked to be of the same kind."""
+    if type(node) is int:
+        if seen[fields.integer(node, "the number of a module", 0, len(seen) - 1)] is not module:
+            mismatch(f"a module at {path} that is shared as in the file", module)
+        return
+    if node is None or module is None:
+        if node is not module:
+            mismatch(f"{'no' if node is None else 'a'} module at {path}", module)
+        return
+    check_node(node)
+    if module in seen:
+        mismatch(f"a module of its own at {path}", "one that it shares with another place")
+    seen.append(module)
+    yield node, module, path
+    kind = node.get("k")
+    if kind in LAYERS:
+        return
+    if kind is not None:
+        known = registry.named(kind)
+        if known is None:
+            refuse("consist of kinds that are registered", kind[:60], "read it with the tersetorch it came from")
+        try:
+            fits = type(module) is known.cls and registry.from_json(known.config(module)) == registry.from_json(
+                node.get("c", {})
+            )
+        except Exception:  # a module that was altered so far that its arguments cannot be told
+            fits = False
+        if not fits:
+            arguments = ", ".join(f"{name}={value!r}" for name, value in node.get("c", {}).items())
+            mismatch(f"{kind}({arguments}) at {path or 'its root'}", module)
+        if set(node.get("a", {})) - set(known.overrides):
+            refuse(f"set only known attributes of a {kind}", sorted(node["a"])[0][:40])
+    children = node.get("m", {})
+    if list(children) != list(module._modules):
+        mismatch(f"children {list(children)} at {path or 'its root'}", list(module._modules))
+    for name, child in children.items():
+        yield from _pairs(child, module._modules[name], seen, f"{path}.{name}".removeprefix("."))
+
+
+def check_node(node: Any) -> None:
+    """Refuses a node whose fields have other types than the format gives them."""
+    fields.check_keys(node, "a module", _NODE_KEYS)
+    if "k" in node:
+        fields.text(node["k"], "a kind")
+    for key in "catm":
+        if key in node and not isinstance(node[key], dict):
+            refuse(f"have an object as {key} of a module", type(node[key]).__name__)
+    if "e" in node:
+        fields.flag(node["e"], "a training flag")
+    if "o" in node:
+        parts = fields.items(node["o"], "an opaque module")
+        if len(parts) != 2:
+            refuse("have [class, reason] for an opaque module", f"{len(parts)} items")
+        for part in parts:
+            fields.text(part, "class or reason of an opaque module")
+
+
+def mismatch(rule: str, came: object) -> NoReturn:
+    """Raises ValueError for a model= that is not the file's."""
+    shown = came if isinstance(came, list | str) else type(came).__name__
+    raise ValueError(f"load: model must have {rule}, got {shown}; pass an instance built as the saved one was")
+
+
+def _assign(module: nn.Module, names: dict[str, Any], tensors: Tensors, path: str, complain: Any) -> None:
+    """Puts tensors into module, whose own must have the same names, shapes and, where they are not meta, dtypes."""
+    own = {
+        name: tensor
+        for name, tensor in (*module._parameters.items(), *module._buffers.items())
+        if tensor is not None and name not in module._non_persistent_buffers_set
+    }
+    where = path or "its root"
+    if names.keys() != own.keys():
+        complain(f"tensors {sorted(names)} at {where}", sorted(own))
+    for name, number in names.items():
+        entry = tensors.entry(number, compressed=False)
+        if entry.shape != tuple(own[name].shape):
+            complain(f"shape {list(entry.shape)} for {name} at {where}", str(list(own[name].shape)))
+        if not own[name].is_meta and complain is not refuse and entry.dtype != own[name].dtype:
+            complain(f"{entry.dtype} for {name} at {where}", str(own[name].dtype))
+    for name, number in names.items():
+        if name in module._parameters:
+            setattr(module, name, tensors.parameter(number))
+        else:
+            module._buffers[name] = tensors.plain(number)

@@ -1,0 +1,266 @@
+"""Any dense tensor as its smallest form, to the bit, and back.
+
+Values are bit patterns here: a zero is a pattern of zeros, so that NaN payloads survive. -0.0 is a value like any other,
+or, where w * mask left many of them, a zero with its sign stored beside (`negatives`), whichever is smaller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tersetorch.storage import streams
+from tersetorch.storage.entry import DTYPE_NAMES, REAL, Entry
+from tersetorch.storage.errors import refuse
+from tersetorch.storage.streams import Array, Coding, Stream
+
+# What a stream costs beside its bytes: its checksum, and about this much of the header.
+STREAM_BYTES = 12
+# Values looked at first: a tensor that nobody shared is recognised without sorting all of it.
+SAMPLE = 2 * streams.MAX_ENTRIES
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_PATTERNS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+
+Table = tuple[Array, Array]
+"""Distinct bit patterns, rising, and how often each occurs."""
+
+
+@dataclass(frozen=True)
+class _Choice:
+    nbytes: int
+    form: str
+    build: Callable[[], tuple[Entry, list[Stream]]]
+
+
+def encode_tensor(name: str, tensor: Tensor, trains: bool) -> tuple[Entry, list[Stream]]:
+    """The smallest form of a plain tensor of any dtype and shape.
+
+    Raises:
+        ValueError: tensor is no plain strided tensor with data, or has a dtype that the format does not know.
+    """
+    check_plain(name, tensor)
+    dtype = tensor.dtype
+    order = _memory_order(tensor)
+    real = torch.view_as_real(tensor.detach().resolve_conj()) if dtype in REAL else tensor.detach()
+    bits = patterns(real.resolve_neg())
+    shape = tuple(tensor.shape)
+    base = Entry(shape, dtype, "raw", bits.size, order=order, trains=trains)
+
+    nonzero = bits != 0
+    values = bits[nonzero]
+    table = count_patterns(values)
+    zeros = bits.size - values.size
+    choices = [_dense_choice(base, bits, _with_zero(table, zeros, bits.dtype))]
+    if zeros:
+        choices += _sparse_choices(base, bits, nonzero, table, signed=False)
+    sign = _PATTERNS[bits.itemsize](1 << (8 * bits.itemsize - 1))
+    if real.dtype.is_floating_point and bool((values == sign).any()):
+        choices += _sparse_choices(base, bits, (bits != 0) & (bits != sign), _without(table, sign), signed=True)
+    entry, encoded = min(choices, key=lambda choice: choice.nbytes).build()
+    return entry.with_streams(encoded), encoded
+
+
+def decode_tensor(entry: Entry, data: list[bytes]) -> Tensor:
+    """The tensor of an entry, from its streams.
+
+    Raises:
+        TerseFileError: a stream does not decode to what the entry says.
+    """
+    pattern = np.dtype(_PATTERNS[entry.real_dtype.itemsize])
+    flat = torch.empty(entry.numel, dtype=entry.real_dtype)
+    bits = flat.view(_INTEGERS[pattern.itemsize]).numpy().view(pattern)
+    if entry.is_sparse:
+        positions = positions_of(entry, data)
+        target = np.zeros(entry.numel, pattern)
+        target[positions] = values_of(entry, data, pattern)
+        if entry.negatives:
+            rest = np.ones(entry.numel, bool)
+            rest[positions] = False
+            spec = entry.streams[-1]
+            marked = streams.decode_positions(
+                data[-1], spec.coder, spec.width, entry.negatives, entry.numel - entry.stored
+            )
+            target[np.flatnonzero(rest)[marked]] = 1 << (8 * pattern.itemsize - 1)
+        if entry.down_columns:
+            target = target.reshape(-1, entry.shape[0]).T.ravel()
+        bits[:] = target
+    else:
+        bits[:] = values_of(entry, data, pattern)
+    if entry.dtype is torch.bool and entry.numel and int(bits.max()) > 1:
+        refuse("hold 0 or 1 for bool", int(bits.max()))
+    shape = entry.shape
+    result = torch.view_as_complex(flat.reshape(*shape, 2)) if entry.dtype in REAL else flat.reshape(shape)
+    if entry.order:
+        inverse = sorted(range(len(shape)), key=entry.order.__getitem__)
+        result = result.permute(entry.order).contiguous().permute(inverse)
+    return result
+
+
+def positions_of(entry: Entry, data: list[bytes]) -> NDArray[np.int64]:
+    """The stored positions of a sparse form, in the order of its values."""
+    spec = entry.streams[0]
+    return streams.decode_positions(data[0], spec.coder, spec.width, entry.stored, entry.numel)
+
+
+def codebook_and_codes(entry: Entry, data: list[bytes], dtype: np.dtype) -> tuple[Array, Array]:  # type: ignore[type-arg]
+    """Codebook and codes of a codebook form."""
+    at = [spec.role for spec in entry.streams].index("codebook")
+    codebook = streams.decode_raw(data[at], dtype, entry.entries)
+    return codebook, streams.decode_codes(data[at + 1], entry.streams[at + 1].coder, entry.entries, entry.stored)
+
+
+def values_of(entry: Entry, data: list[bytes], dtype: np.dtype) -> Array:  # type: ignore[type-arg]
+    """The stored values of any form, in their order."""
+    if entry.form.endswith("codebook"):
+        codebook, codes = codebook_and_codes(entry, data, dtype)
+        return codebook[codes] if len(codes) else codebook[:0]
+    return streams.decode_raw(data[entry.is_sparse], dtype, entry.stored)
+
+
+def patterns(tensor: Tensor) -> Array:
+    """The bit patterns of a real tensor, unsigned, flattened in C order."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    size = flat.element_size()
+    array: Array = flat.view(_INTEGERS[size]).numpy().view(_PATTERNS[size])
+    return array
+
+
+def count_patterns(bits: Array) -> Table | None:
+    """Distinct patterns and their counts; None for more than a codebook holds."""
+    if bits.itemsize <= 2:
+        counts = np.bincount(bits, minlength=1)
+        distinct = np.flatnonzero(counts)
+        return distinct.astype(bits.dtype), counts[distinct]
+    if bits.size > SAMPLE and len(np.unique(bits[:SAMPLE])) > streams.MAX_ENTRIES:
+        return None
+    distinct, counts = np.unique(bits, return_counts=True)
+    return (distinct, counts) if len(distinct) <= streams.MAX_ENTRIES else None
+
+
+def value_coding(table: Table | None, count: int, itemsize: int) -> tuple[int, Coding | None]:
+    """Bytes of `count` values, and the coder of their codes where a codebook is smaller than the values."""
+    raw = count * itemsize + STREAM_BYTES
+    if table is not None:
+        coding = streams.best_code_coding(table[1])
+        shared = len(table[0]) * itemsize + coding.nbytes + 2 * STREAM_BYTES
+        if shared < raw:
+            return shared, coding
+    return raw, None
+
+
+def value_streams(values: Array, table: Table | None, coding: Coding | None) -> tuple[int, list[Stream]]:
+    """Entries of the codebook (0 for none), and the streams of values."""
+    if coding is None or table is None:
+        return 0, [streams.raw_stream("values", values)]
+    distinct = table[0]
+    codes = np.searchsorted(distinct, values)
+    return len(distinct), [
+        streams.raw_stream("codebook", distinct),
+        streams.encode_codes(codes, len(distinct), coding),
+    ]
+
+
+def check_plain(name: str, tensor: Tensor) -> None:
+    """Refuses what has no bytes to store."""
+    if tensor.layout != torch.strided or type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_quantized:
+        kind = type(tensor).__name__ if tensor.layout == torch.strided else str(tensor.layout)
+        raise ValueError(f"save: {name} must be a plain dense tensor, got {kind}; convert it first")
+    if tensor.is_meta:
+        raise ValueError(f"save: {name} must hold values, got a tensor on device meta; load or initialise it first")
+    if tensor.dtype not in DTYPE_NAMES:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPE_NAMES)
+        raise ValueError(f"save: {name} must have one of the dtypes {known}, got {tensor.dtype}; cast it first")
+
+
+def _dense_choice(base: Entry, bits: Array, table: Table | None) -> _Choice:
+    nbytes, coding = value_coding(table, bits.size, bits.itemsize)
+    form = "raw" if coding is None else "codebook"
+
+    def build() -> tuple[Entry, list[Stream]]:
+        entries, encoded = value_streams(bits, table, coding)
+        return _form(base, form, bits.size, entries), encoded
+
+    return _Choice(nbytes, form, build)
+
+
+def _sparse_choices(base: Entry, bits: Array, kept: NDArray[np.bool_], table: Table | None, signed: bool) -> list[_Choice]:
+    """Storing the patterns marked in kept, by rows and by columns; signed: the others are zeros of either sign."""
+    return [
+        _sparse_choice(base, bits, kept, table, signed, down_columns)
+        for down_columns in (False, True)[: 1 + (len(base.shape) > 1 and base.dtype not in REAL)]
+    ]
+
+
+def _sparse_choice(
+    base: Entry, bits: Array, kept: NDArray[np.bool_], table: Table | None, signed: bool, down_columns: bool
+) -> _Choice:
+    if down_columns:
+        bits, kept = (array.reshape(base.shape[0], -1).T.ravel() for array in (bits, kept))
+    positions = np.flatnonzero(kept)
+    position_coding = streams.best_position_coding(positions, bits.size)
+    nbytes, coding = value_coding(table, positions.size, bits.itemsize)
+    nbytes += position_coding.nbytes + STREAM_BYTES
+    negatives = np.flatnonzero(bits[~kept]) if signed else np.empty(0, np.int64)
+    zeros = bits.size - positions.size
+    if signed:
+        negative_coding = streams.best_position_coding(negatives, zeros)
+        nbytes += negative_coding.nbytes + STREAM_BYTES
+    form = "sparse" if coding is None else "sparse-codebook"
+
+    def build() -> tuple[Entry, list[Stream]]:
+        entries, encoded = value_streams(bits[positions], table, coding)
+        encoded = [streams.encode_positions("positions", positions, bits.size, position_coding), *encoded]
+        if signed:
+            encoded.append(streams.encode_positions("negatives", negatives, zeros, negative_coding))
+        return _form(base, form, positions.size, entries, down_columns, negatives.size), encoded
+
+    return _Choice(nbytes, form, build)
+
+
+def _form(
+    base: Entry, form: str, stored: int, entries: int, down_columns: bool = False, negatives: int = 0
+) -> Entry:
+    return Entry(
+        base.shape,
+        base.dtype,
+        form,
+        stored,
+        entries,
+        down_columns,
+        negatives,
+        base.order,
+        base.trains,
+    )
+
+
+def _with_zero(table: Table | None, zeros: int, dtype: np.dtype) -> Table | None:  # type: ignore[type-arg]
+    if table is None or not zeros:
+        return table
+    distinct, counts = table
+    if len(distinct) == streams.MAX_ENTRIES:
+        return None
+    return np.concatenate([np.zeros(1, dtype), distinct]), np.concatenate([[zeros], counts])
+
+
+def _without(table: Table | None, pattern: np.unsignedinteger) -> Table | None:  # type: ignore[type-arg]
+    if table is None:
+        return None
+    distinct, counts = table
+    kept = distinct != pattern
+    return distinct[kept], counts[kept]
+
+
+def _memory_order(tensor: Tensor) -> tuple[int, ...] | None:
+    """Dimensions from outermost to innermost in memory, where that is not their own order and the tensor is dense.
+
+    Kernels choose by layout (channels last, a transposed weight), and another kernel may round differently.
+    """
+    if tensor.is_contiguous():
+        return None
+    order = tuple(sorted(range(tensor.dim()), key=lambda dim: (-tensor.stride(dim), dim)))
+    return order if tensor.permute(order).is_contiguous() else None

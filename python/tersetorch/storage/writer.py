@@ -1,0 +1,117 @@
+"""tt.save."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import secrets
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tersetorch.methods import finalize
+from tersetorch.methods.parametrization import is_live
+from tersetorch.storage.container import pack
+from tersetorch.storage.describe import Describer
+
+PROVENANCE_CAP = 64 << 10
+
+
+def save(model: nn.Module, path: str | PathLike[str], *, provenance: dict[str, Any] | None = None) -> None:
+    """Writes model to one file, every tensor in its smallest lossless form; the same model gives the same bytes.
+
+    A tensor is stored raw, as codebook and codes, or as the positions of its non-zeros with their values or codes;
+    which one follows from its values, not from how a layer happens to run. SparseLinear and SparseCodebookLinear are
+    stored as they are. Parameters and modules that are shared are stored once. A model that is still being compressed
+    is stored as tersetorch.finalize would leave it, and does not change.
+
+    The file is written beside path under another name and moved into place whole, so a failure leaves what was there.
+
+    Args:
+        model: any module. tersetorch.load builds zoo networks and trees of torch.nn modules and our layers by itself,
+            and puts everything else into an instance that it is given.
+        path: the file to write; its folder must exist.
+        provenance: what reports should know of the model (accuracy, latency, sensitivity), JSON of at most 64 KiB.
+
+    Raises:
+        TypeError: model is no nn.Module, path no path, or provenance no dict.
+        ValueError: a tensor is no plain tensor with values or of an unknown dtype, a module keeps state outside its
+            tensors, or provenance is not JSON.
+        FileNotFoundError: the folder of path does not exist.
+
+    Source:
+        Han, Mao and Dally, Deep Compression (2015), sections 2 (relative positions), 3 (codebooks) and 4 (Huffman
+        codes), lossless here and with fillers that store no value.
+    """
+    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(f"save: model must be an eager nn.Module, got {type(model).__name__}; pass the Python module")
+    target = path_of("save", path)
+    if target.is_dir():
+        raise ValueError(f"save: path must name a file, got the folder {target}; add a name, such as model.terse")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"save: path must lie in a folder that exists, got {target}; create {target.parent}")
+    header: dict[str, Any] = {}
+    if provenance is not None:
+        header["p"] = _checked_provenance(provenance)
+    if is_live(model):
+        model = finalize(_copy(model))
+    describer = Describer()
+    header["m"] = describer.node(model)
+    header["t"] = [entry.to_json() for entry in describer.entries]
+    _write(target, pack(header, [stream.data for streams in describer.streams for stream in streams]))
+
+
+def path_of(where: str, path: str | PathLike[str]) -> Path:
+    """path as a Path.
+
+    Raises:
+        TypeError: path is neither a string nor a path.
+    """
+    if not isinstance(path, str | PathLike):
+        raise TypeError(f"{where}: path must be a string or a path, got {type(path).__name__}; pass the file's name")
+    return Path(path)
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:  # whatever a member raises
+        raise ValueError(
+            f"save: model must be finalized or copyable, got {type(error).__name__}: {error}; call tt.finalize first"
+        ) from error
+
+
+def _checked_provenance(provenance: dict[str, Any]) -> dict[str, Any]:
+    if not isinstance(provenance, dict):
+        raise TypeError(f"save: provenance must be a dict, got {type(provenance).__name__}; name what you store")
+    try:
+        text = json.dumps(provenance, allow_nan=False)
+        kept = json.loads(text) == provenance
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"save: provenance must be JSON, got {error}; keep to numbers, strings and lists") from error
+    if not kept:
+        raise ValueError(
+            "save: provenance must come back from JSON as it is, got other keys or values; "
+            "use string keys, and lists instead of tuples"
+        )
+    if len(text) > PROVENANCE_CAP:
+        raise ValueError(f"save: provenance must fit {PROVENANCE_CAP} bytes as JSON, got {len(text)}; store less")
+    return provenance
+
+
+def _write(target: Path, data: bytes) -> None:
+    """Puts data at target whole or not at all."""
+    beside = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(beside, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, target)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
