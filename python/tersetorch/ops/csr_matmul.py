@@ -4,6 +4,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 MAX_ENTRIES = 256
 _FLOATS = (torch.float32, torch.bfloat16)
@@ -30,8 +31,8 @@ def csr_matmul(
     or NaN x reaches only the rows that use it.
 
     Args:
-        x: float32 or bfloat16 [..., in]; any strides. Under autocast x is taken as float32 and y is cast to the
-            autocast dtype; nothing else changes its dtype.
+        x: float32 or bfloat16 [..., in], any strides. Under autocast float16 too; it is then taken as float32 and y
+            is cast to the autocast dtype, while the weight, codebook and bias keep theirs.
         row_offsets: int32 or int64 [out + 1], from 0 to nnz, never falling.
         col_indices: int32 or int64 [nnz], each in [0, in); several in one row and column add up.
         values: float32 or bfloat16 [nnz]; with a codebook, uint8 codes [nnz], each below entries.
@@ -45,13 +46,15 @@ def csr_matmul(
         TypeError: an argument is not a tensor or has another dtype than named here.
         ValueError: shapes or devices do not fit each other.
         RuntimeError: an offset, a column or a code lies outside its range (found while multiplying; nothing outside
-            the tensors is read).
+            the tensors is read), or forward-mode differentiation is asked for.
 
     Source:
         Han et al., Deep Compression (2016), section 2 (rows, where the paper stores columns); Elsen et al., Fast
         Sparse ConvNets (2019), section 3, for the loop order.
     """
     _check("csr_matmul", x, row_offsets, col_indices, values, bias, codebook)
+    if forward_ad._current_level >= 0:
+        _refuse_tangents("csr_matmul", x=x, values=values, bias=bias, codebook=codebook)
     row_offsets, col_indices = _as_int32(row_offsets), _as_int32(col_indices)
     return cast(Tensor, _csr_matmul(x, row_offsets, col_indices, values, bias, codebook))
 
@@ -85,8 +88,9 @@ def _check(
     codebook: Tensor | None,
 ) -> None:
     index_dtypes = (torch.int32, torch.int64)
+    x_dtypes = (*_FLOATS, torch.float16) if torch.is_autocast_enabled("cpu") else _FLOATS
     for name, tensor, dtypes, hint in (
-        ("x", x, _FLOATS, "convert it"),
+        ("x", x, x_dtypes, "convert it"),
         ("row_offsets", row_offsets, index_dtypes, "convert it"),
         ("col_indices", col_indices, index_dtypes, "convert it"),
         (
@@ -130,6 +134,15 @@ def _check(
             f"{where}: codebook must be [entries] with at most {MAX_ENTRIES} entries, got shape "
             f"{tuple(codebook.shape)}; pass one group of a codebook"
         )
+
+
+def _refuse_tangents(where: str, **tensors: Tensor | None) -> None:
+    """The dispatcher would drop a tangent in silence and return a derivative of zero."""
+    for name, tensor in tensors.items():
+        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise RuntimeError(
+                f"{where}: {name} must not carry a forward-mode tangent, got one; use reverse mode (backward)"
+            )
 
 
 def _as_int32(indices: Tensor) -> Tensor:
@@ -179,6 +192,11 @@ def _grad_of_weight(
     return None, torch.zeros_like(codebook).index_add(0, values.int(), grad_values)
 
 
+def _needs(ctx: Any, argument: int) -> bool:
+    """Whether autograd wants this argument's gradient; trailing arguments left at their default are not listed."""
+    return argument < len(ctx.needs_input_grad) and bool(ctx.needs_input_grad[argument])
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, row_offsets, col_indices, values, bias, codebook = inputs
     ctx.bias_dtype = None if bias is None else bias.dtype
@@ -188,11 +206,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     x, row_offsets, col_indices, values, codebook = ctx.saved_tensors
     grad_x = grad_values = grad_bias = grad_codebook = None
-    if ctx.needs_input_grad[0]:
+    if _needs(ctx, 0):
         grad_x = _grad_x(grad_y, row_offsets, col_indices, values, x.shape[-1], codebook)
-    if ctx.needs_input_grad[3] or ctx.needs_input_grad[5]:
+    if _needs(ctx, 3) or _needs(ctx, 5):
         grad_values, grad_codebook = _grad_of_weight(grad_y, x, row_offsets, col_indices, values, codebook)
-    if ctx.needs_input_grad[4]:
+    if _needs(ctx, 4):
         leading = tuple(range(grad_y.dim()))  # of a batch dimension put in front, so that there always is one
         grad_bias = grad_y.unsqueeze(0).sum(leading, dtype=torch.float32).to(ctx.bias_dtype)
     return grad_x, None, None, grad_values, grad_bias, grad_codebook
@@ -212,9 +230,9 @@ def _setup_grad_x_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> 
 def _backward_of_grad_x(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_y, row_offsets, col_indices, values, codebook = ctx.saved_tensors
     grad_grad_y = grad_values = grad_codebook = None
-    if ctx.needs_input_grad[0]:
+    if _needs(ctx, 0):
         grad_grad_y = _csr_matmul(grad, row_offsets, col_indices, values, None, codebook)
-    if ctx.needs_input_grad[3] or ctx.needs_input_grad[5]:
+    if _needs(ctx, 3) or _needs(ctx, 5):
         grad_values, grad_codebook = _grad_of_weight(grad_y, grad, row_offsets, col_indices, values, codebook)
     return grad_grad_y, None, None, grad_values, None, grad_codebook
 
@@ -231,9 +249,9 @@ def _setup_grad_values_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor
 def _backward_of_grad_values(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_y, x, row_offsets, col_indices = ctx.saved_tensors
     grad_grad_y = grad_x = None
-    if ctx.needs_input_grad[0]:
+    if _needs(ctx, 0):
         grad_grad_y = _csr_matmul(x, row_offsets, col_indices, grad).to(grad_y.dtype)
-    if ctx.needs_input_grad[1]:
+    if _needs(ctx, 1):
         grad_x = _grad_x(grad_y, row_offsets, col_indices, grad, x.shape[-1]).to(x.dtype)
     return grad_grad_y, grad_x, None, None
 
