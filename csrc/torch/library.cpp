@@ -10,4 +10,19 @@ STABLE_TORCH_LIBRARY(tersetorch, m) {
 
   // The name of the level that the CPU kernels use.
   m.def("cpu_isa() -> str");
+  // float [..., in], int32 [out + 1], int32 [nnz], float or uint8 [nnz], float [out], float32 [entries] -> float [...,
+  // out]
+  m.def(
+      "csr_matmul(Tensor x, Tensor row_offsets, Tensor col_indices, Tensor values, Tensor? bias=None, Tensor? "
+      "codebook=None) -> Tensor");
+  // The same without autograd: for callers that know gradients to be off.
+  m.def(
+      "csr_matmul_inference(Tensor x, Tensor row_offsets, Tensor col_indices, Tensor values, Tensor? bias=None, "
+      "Tensor? codebook=None) -> Tensor");
+  // float [..., out] and the weight -> float [..., in]
+  m.def(
+      "csr_matmul_grad_x(Tensor grad_y, Tensor row_offsets, Tensor col_indices, Tensor values, int in_features, "
+      "Tensor? codebook=None) -> Tensor");
+  // float [..., out], float [..., in] and the positions -> float32 [nnz]
+  m.def("csr_matmul_grad_values(Tensor grad_y, Tensor x, Tensor row_offsets, Tensor col_indices) -> Tensor");
 }

@@ -4,3 +4,8 @@ from tersetorch.ops._load import load_native_module, load_native_ops
 
 load_native_module()
 load_native_ops()
+
+# The files below register on what was just loaded.
+from tersetorch.ops.csr_matmul import csr_matmul, csr_matmul_inference  # noqa: E402
+
+__all__ = ["csr_matmul", "csr_matmul_inference"]

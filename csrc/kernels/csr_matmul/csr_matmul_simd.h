@@ -1,0 +1,518 @@
+// The algorithm of every vector level, written once over vectors of `kLanes` floats: the compiler turns `a + b * c`
+// into one fused instruction of the level that the including file is built for. Everything here is local to that file.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "kernels/csr_matmul/csr_matmul.h"
+
+namespace tersetorch {
+namespace {
+
+using Index = std::int64_t;
+
+// kLanes floats that one register holds; a single lane is a plain float.
+template <int kLanes>
+struct VectorOf {
+  typedef float Type __attribute__((vector_size(4 * kLanes)));
+};
+template <>
+struct VectorOf<1> {
+  using Type = float;
+};
+template <int kLanes>
+using Vector = typename VectorOf<kLanes>::Type;
+
+using Float8 = Vector<8>;
+typedef std::int32_t Int8 __attribute__((vector_size(32)));
+typedef std::uint32_t Bits8 __attribute__((vector_size(32)));
+typedef std::uint16_t Halves8 __attribute__((vector_size(16)));
+typedef std::uint8_t Bytes32 __attribute__((vector_size(32)));
+typedef std::uint64_t Words4 __attribute__((vector_size(32)));
+
+// Element i and what follows it, of an array that may be unaligned.
+template <typename T>
+T LoadAt(const void* array, Index i, Index element_size) {
+  T value;
+  __builtin_memcpy(&value, static_cast<const char*>(array) + i * element_size, sizeof value);
+  return value;
+}
+
+template <typename T>
+T Load(const float* p) {
+  return LoadAt<T>(p, 0, 0);
+}
+
+template <typename T>
+void Store(void* p, T value) {
+  __builtin_memcpy(p, &value, sizeof value);
+}
+
+template <int kLanes>
+Vector<kLanes> Splat(float value) {
+  return value - Vector<kLanes>{};
+}
+
+// ---- bfloat16
+
+Float8 FromBFloat16(Halves8 high) { return (Float8)(__builtin_convertvector(high, Bits8) << 16); }
+
+// Nearest, ties to even; NaN stays NaN.
+Halves8 ToBFloat16(Float8 value) {
+  const Bits8 bits = (Bits8)value;
+  const Bits8 rounded = bits + 0x7fff + (bits >> 16 & 1);
+  return __builtin_convertvector((value != value ? bits | 0x400000 : rounded) >> 16, Halves8);
+}
+
+Float8 LoadFloats(const void* array, CsrFloat stored_as, Index i) {
+  if (stored_as == CsrFloat::kFloat32) return LoadAt<Float8>(array, i, 4);
+  return FromBFloat16(LoadAt<Halves8>(array, i, 2));
+}
+
+float LoadFloat(const void* array, CsrFloat stored_as, Index i) {
+  if (stored_as == CsrFloat::kFloat32) return LoadAt<float>(array, i, 4);
+  return __builtin_bit_cast(float, std::uint32_t{LoadAt<std::uint16_t>(array, i, 2)} << 16);
+}
+
+void StoreFloats(void* array, CsrFloat stored_as, Index i, Float8 value) {
+  if (stored_as == CsrFloat::kFloat32) {
+    Store(static_cast<char*>(array) + 4 * i, value);
+  } else {
+    Store(static_cast<char*>(array) + 2 * i, ToBFloat16(value));
+  }
+}
+
+void StoreFloat(void* array, CsrFloat stored_as, Index i, float value) {
+  if (stored_as == CsrFloat::kFloat32) {
+    Store(static_cast<char*>(array) + 4 * i, value);
+  } else {
+    Store(static_cast<char*>(array) + 2 * i, static_cast<std::uint16_t>(ToBFloat16(Splat<8>(value))[0]));
+  }
+}
+
+// ---- transposes
+
+void Transpose(Float8 (&m)[8]) {
+  Float8 pairs[8], quads[8];
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2) {
+    pairs[i] = __builtin_shuffle(m[i], m[i + 1], Int8{0, 8, 1, 9, 4, 12, 5, 13});
+    pairs[i + 1] = __builtin_shuffle(m[i], m[i + 1], Int8{2, 10, 3, 11, 6, 14, 7, 15});
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 8; i += 4) {
+    quads[i] = __builtin_shuffle(pairs[i], pairs[i + 2], Int8{0, 1, 8, 9, 4, 5, 12, 13});
+    quads[i + 1] = __builtin_shuffle(pairs[i], pairs[i + 2], Int8{2, 3, 10, 11, 6, 7, 14, 15});
+    quads[i + 2] = __builtin_shuffle(pairs[i + 1], pairs[i + 3], Int8{0, 1, 8, 9, 4, 5, 12, 13});
+    quads[i + 3] = __builtin_shuffle(pairs[i + 1], pairs[i + 3], Int8{2, 3, 10, 11, 6, 7, 14, 15});
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    m[i] = __builtin_shuffle(quads[i], quads[i + 4], Int8{0, 1, 2, 3, 8, 9, 10, 11});
+    m[i + 4] = __builtin_shuffle(quads[i], quads[i + 4], Int8{4, 5, 6, 7, 12, 13, 14, 15});
+  }
+}
+
+// out[n][offset + i] = tile[i][n]: `count` rows of a tile [count][kWidth] into a row-major [samples][stride].
+template <int kWidth>
+void StoreTransposed(const float* tile, Index count, Index samples, void* out, CsrFloat stored_as, Index stride,
+                     Index offset) {
+  Index i = 0;
+  if constexpr (kWidth == 1) {
+    for (; i + 8 <= count; i += 8) StoreFloats(out, stored_as, offset + i, Load<Float8>(tile + i));
+  } else {
+    for (; i + 8 <= count; i += 8) {
+      for (Index n = 0; n < samples; n += 8) {
+        Float8 block[8];
+        for (int j = 0; j < 8; ++j) block[j] = Load<Float8>(tile + (i + j) * kWidth + n);
+        Transpose(block);
+        for (Index j = 0; j < 8 && n + j < samples; ++j) {
+          StoreFloats(out, stored_as, (n + j) * stride + offset + i, block[j]);
+        }
+      }
+    }
+  }
+  for (; i < count; ++i) {
+    for (Index n = 0; n < samples; ++n) {
+      StoreFloat(out, stored_as, n * stride + offset + i, Load<float>(tile + i * kWidth + n));
+    }
+  }
+}
+
+template <int kWidth>
+void PackPanel(const CsrPackArgs& a, Index feature_begin, Index feature_end) {
+  constexpr Index kBlock = 64;  // features whose part of the panel stays in the first cache level
+  for (Index begin = feature_begin; begin < feature_end; begin += kBlock) {
+    const Index end = begin + kBlock < feature_end ? begin + kBlock : feature_end;
+    Index full = begin;
+    if constexpr (kWidth >= 8) {
+      full += (end - begin) / 8 * 8;
+      for (Index n = 0; n < kWidth; n += 8) {
+        for (Index c = begin; c < full; c += 8) {
+          Float8 block[8];
+          for (Index j = 0; j < 8; ++j) {
+            block[j] = n + j < a.samples ? LoadFloats(a.x, a.stored_as, (n + j) * a.features + c) : Float8{};
+          }
+          Transpose(block);
+          for (Index j = 0; j < 8; ++j) Store(a.panel + (c + j) * kWidth + n, block[j]);
+        }
+      }
+    }
+    for (Index c = full; c < end; ++c) {
+      for (Index n = 0; n < kWidth; ++n) {
+        a.panel[c * kWidth + n] = n < a.samples ? LoadFloat(a.x, a.stored_as, n * a.features + c) : 0.0f;
+      }
+    }
+  }
+}
+
+// ---- weights
+
+struct Float32Values {
+  explicit Float32Values(const CsrWeight& w) : values(w.values) {}
+  float At(Index k) const { return LoadAt<float>(values, k, 4); }
+  bool Inside(Index, Index) const { return true; }
+
+  const void* values;
+};
+
+struct BFloat16Values {
+  explicit BFloat16Values(const CsrWeight& w) : values(w.values) {}
+  float At(Index k) const { return LoadFloat(values, CsrFloat::kBFloat16, k); }
+  bool Inside(Index, Index) const { return true; }
+
+  const void* values;
+};
+
+struct CodeValues {
+  explicit CodeValues(const CsrWeight& w)
+      : codes(static_cast<const std::uint8_t*>(w.values)), codebook(w.codebook), entries(w.entries) {}
+  float At(Index k) const { return LoadAt<float>(codebook, codes[k], 4); }
+  bool Inside(Index begin, Index end) const {
+    if (entries == kCsrMaxEntries) return true;
+    if (entries == 0) return begin == end;
+    const auto last = static_cast<std::uint8_t>(entries - 1);
+    const Bytes32 limit = last - Bytes32{};
+    Bytes32 over{};
+    Index k = begin;
+    for (; k + 32 <= end; k += 32) {
+      const Bytes32 code = LoadAt<Bytes32>(codes, k, 1);
+      over |= (code > limit ? code : limit) ^ limit;
+    }
+    const Words4 any = (Words4)over;
+    bool outside = (any[0] | any[1] | any[2] | any[3]) != 0;
+    for (; k < end; ++k) outside |= codes[k] > last;
+    return !outside;
+  }
+
+  const std::uint8_t* codes;
+  const float* codebook;
+  Index entries;
+};
+
+// Where only the positions count.
+struct NoValues {
+  explicit NoValues(const CsrWeight&) {}
+  bool Inside(Index, Index) const { return true; }
+};
+
+struct Row {
+  Index begin, end;  // its non-zeros
+};
+
+Row RowAt(const CsrWeight& w, Index r) {
+  return {LoadAt<std::int32_t>(w.row_offsets, r, 4), LoadAt<std::int32_t>(w.row_offsets, r + 1, 4)};
+}
+
+// A checked column.
+std::uint64_t ColumnAt(const CsrWeight& w, Index k) { return LoadAt<std::uint32_t>(w.col_indices, k, 4); }
+
+bool ColumnsInside(const CsrWeight& w, Row row) {
+  if (w.columns == 0) return row.begin == row.end;
+  const auto last = static_cast<std::uint32_t>(w.columns - 1);  // as unsigned numbers, negative columns are too large
+  const Bits8 limit = last - Bits8{};
+  Bits8 over{};
+  Index k = row.begin;
+  for (; k + 8 <= row.end; k += 8) {
+    const Bits8 column = LoadAt<Bits8>(w.col_indices, k, 4);
+    over |= (column > limit ? column : limit) ^ limit;
+  }
+  const Words4 any = (Words4)over;
+  bool outside = (any[0] | any[1] | any[2] | any[3]) != 0;
+  for (; k < row.end; ++k) outside |= ColumnAt(w, k) > last;
+  return !outside;
+}
+
+template <typename Values>
+CsrStatus Check(const CsrWeight& w, const Values& values, Row row) {
+  if (row.begin < 0 || row.end < row.begin || row.end > w.nnz) return CsrStatus::kBadRowOffsets;
+  if (!ColumnsInside(w, row)) return CsrStatus::kBadColumn;
+  return values.Inside(row.begin, row.end) ? CsrStatus::kOk : CsrStatus::kBadCode;
+}
+
+// ---- y
+
+// Adds kCount non-zeros from k on, each to a chain of its own, so that none waits for another's sum.
+template <int kLanes, int kVectors, int kCount, typename Values>
+void AddNonZeros(const CsrWeight& w, const Values& values, const float* panel, Index k,
+                 Vector<kLanes> (*sums)[kVectors]) {
+#pragma GCC unroll 8
+  for (int chain = 0; chain < kCount; ++chain) {
+    const float* x = panel + ColumnAt(w, k + chain) * (kLanes * kVectors);
+    const Vector<kLanes> value = Splat<kLanes>(values.At(k + chain));
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) sums[chain][v] += value * Load<Vector<kLanes>>(x + v * kLanes);
+  }
+}
+
+// One row of a tile: w[row] * panel + bias.
+template <int kLanes, int kVectors, typename Values>
+void MultiplyRow(const CsrWeight& w, const Values& values, Row row, const float* panel, float bias, float* out) {
+  constexpr int kChains = kVectors < 8 ? 8 / kVectors : 1;  // eight sums hide the latency of a fused multiply-add
+  Vector<kLanes> sums[kChains][kVectors] = {};
+  Index k = row.begin;
+  for (; k + kChains <= row.end; k += kChains) {
+    AddNonZeros<kLanes, kVectors, kChains>(w, values, panel, k, sums);
+  }
+  if constexpr (kChains > 4) {
+    if (k + 4 <= row.end) {
+      AddNonZeros<kLanes, kVectors, 4>(w, values, panel, k, sums);
+      k += 4;
+    }
+  }
+  if constexpr (kChains > 2) {
+    if (k + 2 <= row.end) {
+      AddNonZeros<kLanes, kVectors, 2>(w, values, panel, k, sums);
+      k += 2;
+    }
+  }
+  if constexpr (kChains > 1) {
+    if (k < row.end) AddNonZeros<kLanes, kVectors, 1>(w, values, panel, k, sums);
+  }
+#pragma GCC unroll 3
+  for (int half = kChains / 2; half > 0; half /= 2) {
+#pragma GCC unroll 4
+    for (int chain = 0; chain < half; ++chain) {
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) sums[chain][v] += sums[chain + half][v];
+    }
+  }
+#pragma GCC unroll 8
+  for (int v = 0; v < kVectors; ++v) Store(out + v * kLanes, sums[0][v] + Splat<kLanes>(bias));
+}
+
+// The same for one sample. Intrinsics, because the compiler would gather the eight chains into a vector piece by piece.
+template <typename Values>
+float MultiplyRow(const CsrWeight& w, const Values& values, Row row, const float* x, float bias) {
+  constexpr int kChains = 8;
+  const auto add = [&](Index k, __m128 sum) {
+    return _mm_fmadd_ss(_mm_set_ss(values.At(k)), _mm_set_ss(Load<float>(x + ColumnAt(w, k))), sum);
+  };
+  __m128 sums[kChains] = {};
+  Index k = row.begin;
+  for (; k + kChains <= row.end; k += kChains) {
+#pragma GCC unroll 8
+    for (int chain = 0; chain < kChains; ++chain) sums[chain] = add(k + chain, sums[chain]);
+  }
+  for (; k + 2 <= row.end; k += 2) {
+    sums[0] = add(k, sums[0]);
+    sums[1] = add(k + 1, sums[1]);
+  }
+  if (k < row.end) sums[2] = add(k, sums[2]);
+  const __m128 total = _mm_add_ss(_mm_add_ss(_mm_add_ss(sums[0], sums[1]), _mm_add_ss(sums[2], sums[3])),
+                                  _mm_add_ss(_mm_add_ss(sums[4], sums[5]), _mm_add_ss(sums[6], sums[7])));
+  return _mm_cvtss_f32(total) + bias;
+}
+
+template <int kLanes, int kWidth, typename Values>
+CsrStatus MultiplyPanel(const CsrMatmulArgs& a, Index row_begin, Index row_end) {
+  constexpr Index kTileRows = 64;
+  alignas(64) float tile[kTileRows * kWidth];
+  const Values values(a.weight);
+  for (Index begin = row_begin; begin < row_end; begin += kTileRows) {
+    const Index count = row_end - begin < kTileRows ? row_end - begin : kTileRows;
+    for (Index i = 0; i < count; ++i) {
+      const Row row = RowAt(a.weight, begin + i);
+      if (const CsrStatus status = Check(a.weight, values, row); status != CsrStatus::kOk) return status;
+      const float bias = a.bias == nullptr ? 0.0f : LoadAt<float>(a.bias, begin + i, 4);
+      if constexpr (kWidth == 1) {
+        tile[i] = MultiplyRow(a.weight, values, row, a.panel, bias);
+      } else {
+        MultiplyRow<kLanes, kWidth / kLanes>(a.weight, values, row, a.panel, bias, tile + i * kWidth);
+      }
+    }
+    StoreTransposed<kWidth>(tile, count, a.samples, a.y, a.y_stored_as, a.weight.rows, begin);
+  }
+  return CsrStatus::kOk;
+}
+
+// ---- gradients
+
+template <int kLanes, int kWidth, typename Values>
+CsrStatus ScatterPanel(const CsrGradXArgs& a, Index, Index) {
+  constexpr int kVectors = kWidth / kLanes;
+  const CsrWeight& w = a.weight;
+  const Values values(w);
+  for (Index i = 0; i < w.columns * kWidth; ++i) a.sums[i] = 0;
+  for (Index r = 0; r < w.rows; ++r) {
+    const Row row = RowAt(w, r);
+    if (const CsrStatus status = Check(w, values, row); status != CsrStatus::kOk) return status;
+    Vector<kLanes> grad[kVectors];
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) grad[v] = Load<Vector<kLanes>>(a.grad_panel + r * kWidth + v * kLanes);
+    for (Index k = row.begin; k < row.end; ++k) {
+      float* sum = a.sums + ColumnAt(w, k) * kWidth;
+      const Vector<kLanes> value = Splat<kLanes>(values.At(k));
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v, sum += kLanes) Store(sum, Load<Vector<kLanes>>(sum) + value * grad[v]);
+    }
+  }
+  StoreTransposed<kWidth>(a.sums, w.columns, a.samples, a.grad_x, a.grad_x_stored_as, w.columns, 0);
+  return CsrStatus::kOk;
+}
+
+// The sums of eight vectors' lanes.
+Float8 SumLanes(Float8 (&m)[8]) {
+  Transpose(m);
+  return ((m[0] + m[1]) + (m[2] + m[3])) + ((m[4] + m[5]) + (m[6] + m[7]));
+}
+
+template <int kLanes>
+Float8 FoldToEight(Vector<kLanes> v) {
+  Float8 parts[kLanes / 8];
+  __builtin_memcpy(parts, &v, sizeof v);
+  return kLanes == 8 ? parts[0] : parts[0] + parts[kLanes / 8 - 1];
+}
+
+template <int kLanes, int kWidth, typename Values>
+CsrStatus SamplePanel(const CsrGradValuesArgs& a, Index row_begin, Index row_end) {
+  constexpr int kVectors = kWidth / kLanes;
+  const CsrWeight& w = a.weight;
+  for (Index r = row_begin; r < row_end; ++r) {
+    const Row row = RowAt(w, r);
+    if (const CsrStatus status = Check(w, Values(w), row); status != CsrStatus::kOk) return status;
+    const float* grad = a.grad_panel + r * kWidth;
+    if constexpr (kLanes == 1) {
+      for (Index k = row.begin; k < row.end; ++k) {
+        const float product = Load<float>(grad) * Load<float>(a.x_panel + ColumnAt(w, k));
+        a.grad_values[k] = a.add ? a.grad_values[k] + product : product;
+      }
+    } else {
+      for (Index k = row.begin; k < row.end; k += 8) {
+        const Index count = row.end - k < 8 ? row.end - k : 8;
+        Float8 products[8] = {};
+        for (Index i = 0; i < count; ++i) {
+          const float* x = a.x_panel + ColumnAt(w, k + i) * kWidth;
+          Vector<kLanes> sum{};
+#pragma GCC unroll 8
+          for (int v = 0; v < kVectors; ++v) {
+            sum += Load<Vector<kLanes>>(grad + v * kLanes) * Load<Vector<kLanes>>(x + v * kLanes);
+          }
+          products[i] = FoldToEight<kLanes>(sum);
+        }
+        const Float8 sums = SumLanes(products);
+        if (count == 8) {
+          Store(a.grad_values + k, a.add ? Load<Float8>(a.grad_values + k) + sums : sums);
+        } else {
+          for (Index i = 0; i < count; ++i) {
+            a.grad_values[k + i] = a.add ? a.grad_values[k + i] + sums[i] : sums[i];
+          }
+        }
+      }
+    }
+  }
+  return CsrStatus::kOk;
+}
+
+// ---- from the arguments to the template
+
+// Kernel<lanes, width, Values>::Run for the panel's width and the way the values are stored.
+template <int kMaxLanes, int kWidth, template <int, int, typename> typename Kernel, typename Args>
+CsrStatus ForValues(const Args& a, CsrValues stored_as, Index begin, Index end) {
+  constexpr int kLanes = kWidth < kMaxLanes ? kWidth : kMaxLanes;
+  switch (stored_as) {
+    case CsrValues::kFloat32:
+      return Kernel<kLanes, kWidth, Float32Values>::Run(a, begin, end);
+    case CsrValues::kBFloat16:
+      return Kernel<kLanes, kWidth, BFloat16Values>::Run(a, begin, end);
+    case CsrValues::kCodes:
+      break;
+  }
+  return Kernel<kLanes, kWidth, CodeValues>::Run(a, begin, end);
+}
+
+template <int kMaxLanes, template <int, int, typename> typename Kernel, typename Args>
+CsrStatus ForWidth(const Args& a, CsrValues stored_as, Index begin, Index end) {
+  switch (a.width) {
+    case 1:
+      return ForValues<kMaxLanes, 1, Kernel>(a, stored_as, begin, end);
+    case 8:
+      return ForValues<kMaxLanes, 8, Kernel>(a, stored_as, begin, end);
+    case 16:
+      return ForValues<kMaxLanes, 16, Kernel>(a, stored_as, begin, end);
+    case 32:
+      return ForValues<kMaxLanes, 32, Kernel>(a, stored_as, begin, end);
+    default:
+      return ForValues<kMaxLanes, 64, Kernel>(a, stored_as, begin, end);
+  }
+}
+
+template <int kLanes, int kWidth, typename Values>
+struct Multiply {
+  static CsrStatus Run(const CsrMatmulArgs& a, Index begin, Index end) {
+    return MultiplyPanel<kLanes, kWidth, Values>(a, begin, end);
+  }
+};
+
+template <int kLanes, int kWidth, typename Values>
+struct Scatter {
+  static CsrStatus Run(const CsrGradXArgs& a, Index begin, Index end) {
+    return ScatterPanel<kLanes, kWidth, Values>(a, begin, end);
+  }
+};
+
+template <int kLanes, int kWidth, typename>
+struct Sample {
+  static CsrStatus Run(const CsrGradValuesArgs& a, Index begin, Index end) {
+    return SamplePanel<kLanes, kWidth, NoValues>(a, begin, end);
+  }
+};
+
+void PackForWidth(const CsrPackArgs& a, Index feature_begin, Index feature_end) noexcept {
+  switch (a.width) {
+    case 1:
+      return PackPanel<1>(a, feature_begin, feature_end);
+    case 8:
+      return PackPanel<8>(a, feature_begin, feature_end);
+    case 16:
+      return PackPanel<16>(a, feature_begin, feature_end);
+    case 32:
+      return PackPanel<32>(a, feature_begin, feature_end);
+    default:
+      return PackPanel<64>(a, feature_begin, feature_end);
+  }
+}
+
+template <int kMaxLanes>
+CsrStatus MatmulWithLanes(const CsrMatmulArgs& a, Index row_begin, Index row_end) noexcept {
+  return ForWidth<kMaxLanes, Multiply>(a, a.weight.stored_as, row_begin, row_end);
+}
+
+template <int kMaxLanes>
+CsrStatus GradXWithLanes(const CsrGradXArgs& a) noexcept {
+  return ForWidth<kMaxLanes, Scatter>(a, a.weight.stored_as, 0, a.weight.rows);
+}
+
+template <int kMaxLanes>
+CsrStatus GradValuesWithLanes(const CsrGradValuesArgs& a, Index row_begin, Index row_end) noexcept {
+  return ForWidth<kMaxLanes, Sample>(a, CsrValues::kFloat32, row_begin, row_end);
+}
+
+template <int kMaxLanes>
+inline constexpr CsrKernels kKernelsWithLanes{PackForWidth, MatmulWithLanes<kMaxLanes>, GradXWithLanes<kMaxLanes>,
+                                              GradValuesWithLanes<kMaxLanes>};
+
+}  // namespace
+}  // namespace tersetorch

@@ -1,0 +1,357 @@
+// Every variant against sums in double, on awkward shapes and unaligned memory, and against damaged weights.
+//
+// A float32 sum of n products that were rounded once each is off by at most about (n + 1) * 2^-24 * sum |w * x|,
+// whatever the order; storing it as bfloat16 adds half a unit, 2^-9 of the result.
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstring>
+#include <initializer_list>
+#include <random>
+#include <vector>
+
+#include "kernels/check.h"
+#include "kernels/common/cpu_isa.h"
+#include "kernels/csr_matmul/csr_matmul.h"
+
+namespace tersetorch {
+extern const CsrKernels kCsrAvx512OnAvx2;
+}
+
+using namespace tersetorch;
+using test::Expect;
+
+namespace {
+
+using Index = std::int64_t;
+
+struct Variant {
+  const char* name;
+  CpuIsa needs;
+  const CsrKernels& kernels;
+};
+
+// Numbers that start one byte after an aligned address.
+template <typename T>
+class Unaligned {
+ public:
+  explicit Unaligned(const std::vector<T>& values) : bytes_(sizeof(T) * values.size() + 1), size_(values.size()) {
+    if (size_ != 0) std::memcpy(bytes_.data() + 1, values.data(), sizeof(T) * size_);
+  }
+  T* data() { return reinterpret_cast<T*>(bytes_.data() + 1); }
+  std::vector<T> Values() const {
+    std::vector<T> values(size_);
+    if (size_ != 0) std::memcpy(values.data(), bytes_.data() + 1, sizeof(T) * size_);
+    return values;
+  }
+
+ private:
+  std::vector<unsigned char> bytes_;
+  std::size_t size_;
+};
+
+std::uint16_t Truncated(float value) { return static_cast<std::uint16_t>(std::bit_cast<std::uint32_t>(value) >> 16); }
+float Widened(std::uint16_t half) { return std::bit_cast<float>(std::uint32_t{half} << 16); }
+
+std::vector<float> Random(Index count, std::mt19937& rng) {
+  std::normal_distribution<float> normal;
+  std::vector<float> values(count);
+  // Representable in bfloat16, so that one reference serves both ways of storing.
+  for (float& value : values) value = Widened(Truncated(normal(rng)));
+  return values;
+}
+
+// The same numbers in each way of storing them; codes go through a codebook of 7 entries.
+struct Weight {
+  Weight(Index rows, Index columns, double density, std::mt19937& rng) : rows(rows), columns(columns) {
+    std::bernoulli_distribution kept(density);
+    for (Index r = 0; r < rows; ++r) {
+      for (Index c = 0; c < columns; ++c) {
+        if (kept(rng)) col_indices.push_back(static_cast<std::int32_t>(c));
+      }
+      row_offsets.push_back(static_cast<std::int32_t>(col_indices.size()));
+    }
+    codebook = Random(7, rng);
+    for (std::size_t k = 0; k < col_indices.size(); ++k) {
+      codes.push_back(static_cast<std::uint8_t>(rng() % codebook.size()));
+      values.push_back(codebook[codes.back()]);
+      halves.push_back(Truncated(values.back()));
+    }
+  }
+
+  Index rows, columns;
+  std::vector<std::int32_t> row_offsets{0}, col_indices;
+  std::vector<float> values, codebook;
+  std::vector<std::uint16_t> halves;
+  std::vector<std::uint8_t> codes;
+};
+
+// A weight's tensors in unaligned memory.
+struct Stored {
+  Stored(const Weight& w, CsrValues stored_as)
+      : offsets(w.row_offsets),
+        indices(w.col_indices),
+        codebook(w.codebook),
+        values(w.values),
+        halves(w.halves),
+        codes(w.codes) {
+    const void* chosen = stored_as == CsrValues::kFloat32    ? static_cast<const void*>(values.data())
+                         : stored_as == CsrValues::kBFloat16 ? static_cast<const void*>(halves.data())
+                                                             : codes.data();
+    args = {offsets.data(), indices.data(),  chosen,
+            stored_as,      codebook.data(), static_cast<Index>(w.codebook.size()),
+            w.rows,         w.columns,       static_cast<Index>(w.col_indices.size())};
+  }
+
+  Unaligned<std::int32_t> offsets, indices;
+  Unaligned<float> codebook, values;
+  Unaligned<std::uint16_t> halves;
+  Unaligned<std::uint8_t> codes;
+  CsrWeight args;
+};
+
+struct Sum {
+  double value = 0, magnitude = 0;
+  Index terms = 0;
+
+  void Add(double term) {
+    value += term;
+    magnitude += std::fabs(term);
+    ++terms;
+  }
+  bool Near(double got, CsrFloat stored_as) const {
+    const double half = stored_as == CsrFloat::kFloat32 ? 0 : std::ldexp(std::fabs(value), -8);
+    return std::fabs(got - value) <= std::ldexp((terms + 1) * magnitude, -24) + half;
+  }
+};
+
+const CsrFloat kFloats[] = {CsrFloat::kFloat32, CsrFloat::kBFloat16};
+
+// An output array that can be read as floats.
+struct Output {
+  Output(Index count, CsrFloat stored_as)
+      : stored_as(stored_as),
+        floats(std::vector<float>(count, NAN)),
+        halves(std::vector<std::uint16_t>(count, 0x7fc0)) {}
+  void* data() { return stored_as == CsrFloat::kFloat32 ? static_cast<void*>(floats.data()) : halves.data(); }
+  std::vector<float> Values() const {
+    if (stored_as == CsrFloat::kFloat32) return floats.Values();
+    std::vector<float> values;
+    for (const std::uint16_t half : halves.Values()) values.push_back(Widened(half));
+    return values;
+  }
+
+  CsrFloat stored_as;
+  Unaligned<float> floats;
+  Unaligned<std::uint16_t> halves;
+};
+
+std::vector<float> Pack(const CsrKernels& kernels, const std::vector<float>& x, CsrFloat stored_as, Index samples,
+                        Index features, Index width) {
+  std::vector<std::uint16_t> halves;
+  for (const float value : x) halves.push_back(Truncated(value));
+  Unaligned<float> floats_in(x);
+  Unaligned<std::uint16_t> halves_in(halves);
+  const void* in = stored_as == CsrFloat::kFloat32 ? static_cast<const void*>(floats_in.data()) : halves_in.data();
+  std::vector<float> panel(features * width, NAN);
+  const CsrPackArgs args{in, stored_as, samples, features, panel.data(), width};
+  const Index middle = features / 3;
+  kernels.pack(args, middle, features);
+  kernels.pack(args, 0, middle);
+  return panel;
+}
+
+void TestOne(const Variant& variant, const Weight& w, CsrValues values_as, CsrFloat floats_as, Index samples,
+             Index width, std::mt19937& rng) {
+  const CsrKernels& kernels = variant.kernels;
+  Stored stored(w, values_as);
+  const auto x = Random(samples * w.columns, rng), bias = Random(w.rows, rng), grad = Random(samples * w.rows, rng);
+  const auto complain = [&](bool ok, const char* what) {
+    Expect(ok, "%s: %s, %ld x %ld, %ld of %ld samples, values %d, floats %d", variant.name, what, long{w.rows},
+           long{w.columns}, long{samples}, long{width}, static_cast<int>(values_as), static_cast<int>(floats_as));
+  };
+
+  const auto x_panel = Pack(kernels, x, floats_as, samples, w.columns, width);
+  const auto grad_panel = Pack(kernels, grad, floats_as, samples, w.rows, width);
+  bool packed = true;
+  for (Index c = 0; c < w.columns; ++c) {
+    for (Index n = 0; n < width; ++n) {
+      packed &= x_panel[c * width + n] == (n < samples ? x[n * w.columns + c] : 0.0f);
+    }
+  }
+  complain(packed, "pack");
+
+  // y, whole and in two parts.
+  Unaligned<float> stored_bias(bias);
+  Output y(samples * w.rows, floats_as), parts(samples * w.rows, floats_as);
+  CsrMatmulArgs args{stored.args, x_panel.data(), width, stored_bias.data(), y.data(), floats_as, samples};
+  complain(kernels.matmul(args, 0, w.rows) == CsrStatus::kOk, "matmul status");
+  args.y = parts.data();
+  kernels.matmul(args, w.rows / 3, w.rows);
+  kernels.matmul(args, 0, w.rows / 3);
+  const auto y_values = y.Values();
+  complain(samples * w.rows == 0 ||
+               std::memcmp(y_values.data(), parts.Values().data(), sizeof(float) * y_values.size()) == 0,
+           "matmul in parts");
+  bool right = true;
+  for (Index n = 0; n < samples; ++n) {
+    for (Index r = 0; r < w.rows; ++r) {
+      Sum want;
+      for (Index k = w.row_offsets[r]; k < w.row_offsets[r + 1]; ++k) {
+        want.Add(double{w.values[k]} * x[n * w.columns + w.col_indices[k]]);
+      }
+      want.Add(bias[r]);
+      right &= want.Near(y_values[n * w.rows + r], floats_as);
+    }
+  }
+  complain(right, "matmul");
+
+  // grad_x
+  std::vector<float> sums(w.columns * width, NAN);
+  Output grad_x(samples * w.columns, floats_as);
+  const CsrGradXArgs grad_x_args{stored.args, grad_panel.data(), width, sums.data(), grad_x.data(), floats_as, samples};
+  complain(kernels.grad_x(grad_x_args) == CsrStatus::kOk, "grad_x status");
+  std::vector<Sum> want_x(samples * w.columns);
+  for (Index r = 0; r < w.rows; ++r) {
+    for (Index k = w.row_offsets[r]; k < w.row_offsets[r + 1]; ++k) {
+      for (Index n = 0; n < samples; ++n) {
+        want_x[n * w.columns + w.col_indices[k]].Add(double{w.values[k]} * grad[n * w.rows + r]);
+      }
+    }
+  }
+  const auto got_x = grad_x.Values();
+  bool right_x = true;
+  for (std::size_t i = 0; i < want_x.size(); ++i) right_x &= want_x[i].Near(got_x[i], floats_as);
+  complain(right_x, "grad_x");
+
+  // grad_values: replaced, then added once more in two parts, which doubles them exactly.
+  std::vector<float> grad_values(w.col_indices.size(), NAN);
+  CsrGradValuesArgs values_args{stored.args, grad_panel.data(), x_panel.data(), width, false, grad_values.data()};
+  complain(kernels.grad_values(values_args, 0, w.rows) == CsrStatus::kOk, "grad_values status");
+  bool right_values = true;
+  for (Index r = 0; r < w.rows; ++r) {
+    for (Index k = w.row_offsets[r]; k < w.row_offsets[r + 1]; ++k) {
+      Sum want;
+      for (Index n = 0; n < samples; ++n) {
+        want.Add(double{grad[n * w.rows + r]} * x[n * w.columns + w.col_indices[k]]);
+      }
+      right_values &= want.Near(grad_values[k], CsrFloat::kFloat32);
+    }
+  }
+  complain(right_values, "grad_values");
+  auto doubled = grad_values;
+  values_args.add = true;
+  values_args.grad_values = doubled.data();
+  kernels.grad_values(values_args, w.rows / 3, w.rows);
+  kernels.grad_values(values_args, 0, w.rows / 3);
+  bool twice = true;
+  for (std::size_t k = 0; k < doubled.size(); ++k) twice &= doubled[k] == 2 * grad_values[k];
+  complain(twice, "grad_values added");
+}
+
+void TestShapes(const Variant& variant) {
+  std::mt19937 rng(1234);
+  const struct {
+    Index rows, columns;
+    double density;
+  } shapes[] = {{1, 1, 1.0},     {7, 9, 0.5},   {64, 8, 0.3},  {65, 100, 0.1}, {131, 37, 0.2},
+                {10, 300, 0.08}, {3, 257, 1.0}, {20, 50, 0.0}, {5, 0, 0.0},    {0, 5, 0.0}};
+  for (const auto& shape : shapes) {
+    const Weight w(shape.rows, shape.columns, shape.density, rng);
+    for (const Index width : {1, 8, 16, 32, 64}) {
+      for (const Index samples : {Index{1}, width / 2 + 1, width}) {
+        for (const CsrValues values_as : {CsrValues::kFloat32, CsrValues::kBFloat16, CsrValues::kCodes}) {
+          for (const CsrFloat floats_as : kFloats) TestOne(variant, w, values_as, floats_as, samples, width, rng);
+        }
+      }
+    }
+  }
+}
+
+// Each damage must be met by its status in every function that reads the damaged part, wherever in the row it lies.
+void TestDamage(const Variant& variant) {
+  std::mt19937 rng(99);
+  const Weight good(9, 50, 0.9, rng);
+  const auto expect = [&](const Weight& w, CsrStatus want, bool values_too, const char* what) {
+    for (const Index width : {1, 8, 16, 32, 64}) {
+      const CsrValues stored_as = want == CsrStatus::kBadCode ? CsrValues::kCodes : CsrValues::kFloat32;
+      Stored stored(w, stored_as);
+      std::vector<float> panel(w.columns * width), grads(w.rows * width), y(w.rows * width);
+      std::vector<float> sums(w.columns * width), grad_x(w.columns * width), grad_values(w.col_indices.size());
+      const auto check = [&](CsrStatus got, CsrStatus wanted, const char* function) {
+        Expect(got == wanted, "%s: %s in %s, width %ld, got %d", variant.name, what, function, long{width},
+               static_cast<int>(got));
+      };
+      const CsrMatmulArgs args{stored.args, panel.data(), width, nullptr, y.data(), CsrFloat::kFloat32, width};
+      check(variant.kernels.matmul(args, 0, w.rows), want, "matmul");
+      const CsrGradXArgs grad_x_args{stored.args,   grads.data(),       width, sums.data(),
+                                     grad_x.data(), CsrFloat::kFloat32, width};
+      check(variant.kernels.grad_x(grad_x_args), want, "grad_x");
+      const CsrGradValuesArgs values_args{stored.args, grads.data(), panel.data(), width, false, grad_values.data()};
+      check(variant.kernels.grad_values(values_args, 0, w.rows), values_too ? want : CsrStatus::kOk, "grad_values");
+    }
+  };
+  const std::size_t last = good.col_indices.size() - 1;
+  for (const std::size_t k : {std::size_t{0}, std::size_t{5}, std::size_t{43}, last}) {
+    for (const std::int32_t column : {50, -1, 1 << 30, INT32_MIN, INT32_MAX}) {
+      Weight bad = good;
+      bad.col_indices[k] = column;
+      expect(bad, CsrStatus::kBadColumn, true, "a column outside");
+    }
+    for (const int code : {7, 255}) {
+      Weight bad = good;
+      bad.codes[k] = static_cast<std::uint8_t>(code);
+      expect(bad, CsrStatus::kBadCode, false, "a code outside");
+    }
+  }
+  for (const std::int32_t offset : {-1, INT32_MIN, INT32_MAX, static_cast<std::int32_t>(last) + 2}) {
+    Weight bad = good;
+    bad.row_offsets[4] = offset;
+    expect(bad, CsrStatus::kBadRowOffsets, true, "an offset outside");
+  }
+  Weight falling = good;
+  std::swap(falling.row_offsets[3], falling.row_offsets[4]);
+  expect(falling, CsrStatus::kBadRowOffsets, true, "falling offsets");
+  expect(good, CsrStatus::kOk, true, "nothing");
+}
+
+// What bfloat16 outputs do with ties, infinities and NaN.
+void TestRounding(const Variant& variant) {
+  const float inputs[] = {1.0f,
+                          1.00390625f,              // halfway between 1 and 1 + 2^-7: to even, 1
+                          1.01171875f,              // halfway, to even: 1 + 2^-6
+                          -1.00390625f - 0x1p-20f,  // just over halfway
+                          3.4e38f,                  // rounds to infinity
+                          INFINITY,
+                          -INFINITY,
+                          std::bit_cast<float>(0x7f800001u),  // a NaN whose upper half alone would be infinity
+                          0x1p-140f};
+  const std::uint16_t want[] = {0x3f80, 0x3f80, 0x3f82, 0xbf81, 0x7f80, 0x7f80, 0xff80, 0x7fc0, 0x0000};
+  constexpr Index kCount = std::size(inputs);
+  const std::int32_t offsets[kCount + 1] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9}, indices[kCount] = {};
+  for (const Index width : {1, 8}) {
+    std::vector<float> panel(width, 1.0f);
+    std::uint16_t y[kCount * 8];
+    const CsrWeight weight{offsets, indices, inputs, CsrValues::kFloat32, nullptr, 0, kCount, 1, kCount};
+    variant.kernels.matmul({weight, panel.data(), width, nullptr, y, CsrFloat::kBFloat16, 1}, 0, kCount);
+    for (Index i = 0; i < kCount; ++i) {
+      Expect(y[i] == want[i], "%s: %g as bfloat16, got %04x", variant.name, double{inputs[i]}, unsigned{y[i]});
+    }
+  }
+}
+
+}  // namespace
+
+int main() {
+  const Variant variants[] = {{"scalar", CpuIsa::kScalar, kCsrScalar},
+                              {"avx2", CpuIsa::kAvx2, kCsrAvx2},
+                              {"avx512", CpuIsa::kAvx512, kCsrAvx512},
+                              {"avx512 source on avx2", CpuIsa::kAvx2, kCsrAvx512OnAvx2}};
+  for (const Variant& variant : variants) {
+    if (variant.needs > ProcessCpuIsa().detected) continue;
+    TestShapes(variant);
+    TestDamage(variant);
+    TestRounding(variant);
+  }
+  return test::Failures() != 0;
+}
