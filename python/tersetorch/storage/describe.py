@@ -2,8 +2,10 @@
 
 A node is an object with
 
-    k  kind (a registered torch.nn class, a zoo network, or one of our layers)     c  its constructor's arguments
-    a  attributes set after construction                                           t  tensors: name -> number of an entry
+    k  kind (a registered torch.nn class, a zoo network, or one of our layers)
+    c  its constructor's arguments
+    a  attributes set after construction
+    t  tensors: name -> number of an entry
     m  children: name -> node, the number of an earlier node (a shared module, counted in this order), or null
     e  training flag, where it differs from the parent's (the model's is compared with false)
     o  [class, reason]: tt.load cannot rebuild this module by itself
@@ -96,7 +98,8 @@ class Describer:
             node["t"]["bias"] = self._number(layer.bias, _join(path, "bias"))
         if layer._modules:
             raise ValueError(f"save: {_label(path)} must have no children, got {sorted(layer._modules)}; remove them")
-        reason, _ = difference(layer, type(layer)(layer.sparse_weight, layer.bias))
+        built = type(layer)(layer.sparse_weight, layer.bias)  # type: ignore[arg-type]
+        reason, _ = difference(layer, built)
         return node if reason is None else {**node, "o": [_class_name(layer), reason]}
 
     def _own_tensors(self, module: nn.Module, path: str) -> dict[str, int]:

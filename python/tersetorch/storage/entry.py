@@ -1,9 +1,16 @@
 """What the header says of one tensor, read strictly.
 
-    s  shape                  n  stored positions (sparse forms)      z  positions that hold -0.0 (with a stream)
-    d  dtype                  k  codebook entries (codebook forms)    o  dimensions from outermost to innermost in memory
-    f  form                   t  positions run down the columns       g  false: a parameter that does not train
-    x  streams: [coder, bytes] or [coder, bytes, width]               c  true: the weight of a sparse layer, never dense
+    s  shape
+    d  dtype
+    f  form
+    n  positions stored (sparse forms)
+    k  entries of the codebook (codebook forms)
+    t  true: positions run down the columns
+    z  how many of the other positions hold -0.0 (with a stream of its own)
+    o  dimensions from outermost to innermost in memory
+    g  false: a parameter that does not train
+    c  true: the weight of a sparse layer, which is never dense
+    x  streams: [coder, bytes] or [coder, bytes, width]
 
 Forms and their streams:
 
@@ -181,7 +188,7 @@ class Entry:
 
     def _check(self, data: dict[str, Any]) -> None:
         """What the fields owe each other. A count is compared with its stream before anything is allocated for it."""
-        if data.keys() & set("nt") and not self.is_sparse or ("k" in data and not self.form.endswith("codebook")):
+        if (data.keys() & set("nt") and not self.is_sparse) or ("k" in data and not self.form.endswith("codebook")):
             refuse(f"have only the fields of a tensor stored as {self.form}", sorted(data))
         if self.negatives and not (self.is_sparse and self.real_dtype.is_floating_point):
             refuse("mark -0.0 in sparse floating-point tensors only", DTYPE_NAMES[self.dtype])

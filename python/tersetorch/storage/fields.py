@@ -11,7 +11,7 @@ MAX_SIZE = 1 << 48
 
 
 def check_keys(data: Any, owner: str, allowed: set[str]) -> dict[str, Any]:
-    """data itself, an object whose keys are all allowed."""
+    """Returns data, an object whose keys are all allowed."""
     if not isinstance(data, dict):
         refuse(f"have an object as {owner}", type(data).__name__)
     unknown = data.keys() - allowed
@@ -21,14 +21,14 @@ def check_keys(data: Any, owner: str, allowed: set[str]) -> dict[str, Any]:
 
 
 def integer(value: Any, owner: str, low: int, high: int) -> int:
-    """value itself, an integer in [low, high]."""
+    """Returns value, an integer in [low, high]."""
     if type(value) is not int or not low <= value <= high:
         refuse(f"have an integer in [{low}, {high}] as {owner}", repr(value)[:40])
     return value
 
 
 def text(value: Any, owner: str, allowed: tuple[str, ...] = ()) -> str:
-    """value itself, a string, one of allowed where that is given."""
+    """Returns value, a string, one of allowed where that is given."""
     if not isinstance(value, str) or (allowed and value not in allowed):
         rule = f"one of {', '.join(allowed)}" if allowed else "a string"
         refuse(f"have {rule} as {owner}", repr(value)[:40])
@@ -36,14 +36,14 @@ def text(value: Any, owner: str, allowed: tuple[str, ...] = ()) -> str:
 
 
 def items(value: Any, owner: str) -> list[Any]:
-    """value itself, a list."""
+    """Returns value, a list."""
     if not isinstance(value, list):
         refuse(f"have a list as {owner}", repr(value)[:40])
     return value
 
 
 def flag(value: Any, owner: str) -> bool:
-    """value itself, true or false."""
+    """Returns value, true or false."""
     if not isinstance(value, bool):
         refuse(f"have true or false as {owner}", repr(value)[:40])
     return value

@@ -132,7 +132,7 @@ class Inspection:
         return asdict(self) | {"tensors": tensors} | totals
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=150, color_system=None)
+        console = Console(file=io.StringIO(), width=150, color_system=None, markup=False, emoji=False, highlight=False)
         console.print(self._tensor_table())
         console.print(self._part_table())
         console.print(

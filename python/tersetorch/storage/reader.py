@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any
@@ -12,11 +11,11 @@ from torch import nn
 from tersetorch.methods import finalize
 from tersetorch.methods.parametrization import is_live
 from tersetorch.storage import fields
+from tersetorch.storage.arguments import copy_of, path_of
 from tersetorch.storage.container import split, unpack
 from tersetorch.storage.entry import Entry
 from tersetorch.storage.errors import reading, refuse
 from tersetorch.storage.rebuild import Builder, Tensors, adopt
-from tersetorch.storage.writer import path_of
 
 # What a file may ask for without being asked about: this much, or this many times its own size.
 FREE_BYTES = 64 << 20
@@ -109,4 +108,4 @@ def read(where: str, path: str | PathLike[str]) -> Contents:
 
 def _dense(model: nn.Module) -> nn.Module:
     """The instance that the file's tensors go into: model, or a finalized copy of one that is being compressed."""
-    return finalize(copy.deepcopy(model)) if is_live(model) else model
+    return finalize(copy_of("load", model)) if is_live(model) else model

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
 from tersetorch.storage import fields, registry
+from tersetorch.storage.arguments import copy_of
 from tersetorch.storage.compare import needs_values
 from tersetorch.storage.entry import Entry
 from tersetorch.storage.errors import refuse
@@ -30,8 +30,7 @@ class Tensors:
 
     def entry(self, number: Any, compressed: bool) -> Entry:
         """The entry of this number, which must be (or not be) a layer's sparse weight."""
-        number = fields.integer(number, "the number of a tensor", 0, len(self.entries) - 1)
-        entry = self.entries[number]
+        entry: Entry = self.entries[fields.integer(number, "the number of a tensor", 0, len(self.entries) - 1)]
         if entry.compressed != compressed:
             refuse("use sparse weights in sparse layers, and only there", f"tensor {number}")
         return entry
@@ -56,7 +55,7 @@ class Tensors:
     def layer(self, kind: str, node: dict[str, Any]) -> Layer:
         """One of our layers; layers with the same weight share its tensors."""
         names = fields.check_keys(node.get("t"), f"the tensors of a {kind}", {"weight", "bias"})
-        number = names.get("weight")
+        number: Any = names.get("weight")
         entry = self.entry(number, compressed=True)
         bias = self.parameter(names["bias"]) if "bias" in names else None
         if bias is not None and tuple(bias.shape) != entry.shape[:1]:
@@ -176,12 +175,7 @@ def adopt(root: Any, model: nn.Module, tensors: Tensors) -> nn.Module:
                 mismatch(f"a layer {'without' if layer.bias is None else 'with'} a bias at {path}", module)
             memo[id(module)] = layer
     replaced = set(memo)  # deepcopy adds to memo
-    try:
-        copied = copy.deepcopy(model, memo)
-    except Exception as error:  # whatever a member raises
-        raise ValueError(
-            f"load: model must be copyable with copy.deepcopy, got {type(error).__name__}: {error}; pass a new instance"
-        ) from error
+    copied = copy_of("load", model, memo)
     flags: dict[int, bool] = {}
     for node, module, path in pairs:
         twin = copied.get_submodule(path)

@@ -94,7 +94,9 @@ def best_position_coding(positions: NDArray[np.int64], size: int) -> Coding:
     """The smallest coder for rising positions in [0, size)."""
     width, huffman, nbytes = _native.best_gaps(positions)
     bitmap = (size + 7) // 8
-    return Coding("bitmap", bitmap) if bitmap <= nbytes else Coding("gaps-huffman" if huffman else "gaps", nbytes, width)
+    return (
+        Coding("bitmap", bitmap) if bitmap <= nbytes else Coding("gaps-huffman" if huffman else "gaps", nbytes, width)
+    )
 
 
 def encode_positions(role: str, positions: NDArray[np.int64], size: int, coding: Coding) -> Stream:

@@ -1,13 +1,14 @@
 """Any dense tensor as its smallest form, to the bit, and back.
 
-Values are bit patterns here: a zero is a pattern of zeros, so that NaN payloads survive. -0.0 is a value like any other,
-or, where w * mask left many of them, a zero with its sign stored beside (`negatives`), whichever is smaller.
+Values are bit patterns here: a zero is a pattern of zeros, so that NaN payloads survive. -0.0 is a value like any
+other, or, where w * mask left many of them, a zero with its sign stored beside (`negatives`), whichever is smaller.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +34,6 @@ Table = tuple[Array, Array]
 @dataclass(frozen=True)
 class _Choice:
     nbytes: int
-    form: str
     build: Callable[[], tuple[Entry, list[Stream]]]
 
 
@@ -58,7 +58,7 @@ def encode_tensor(name: str, tensor: Tensor, trains: bool) -> tuple[Entry, list[
     choices = [_dense_choice(base, bits, _with_zero(table, zeros, bits.dtype))]
     if zeros:
         choices += _sparse_choices(base, bits, nonzero, table, signed=False)
-    sign = _PATTERNS[bits.itemsize](1 << (8 * bits.itemsize - 1))
+    sign = 1 << (8 * bits.itemsize - 1)
     if real.dtype.is_floating_point and bool((values == sign).any()):
         choices += _sparse_choices(base, bits, (bits != 0) & (bits != sign), _without(table, sign), signed=True)
     entry, encoded = min(choices, key=lambda choice: choice.nbytes).build()
@@ -86,7 +86,7 @@ def decode_tensor(entry: Entry, data: list[bytes]) -> Tensor:
                 data[-1], spec.coder, spec.width, entry.negatives, entry.numel - entry.stored
             )
             target[np.flatnonzero(rest)[marked]] = 1 << (8 * pattern.itemsize - 1)
-        if entry.down_columns:
+        if entry.down_columns and entry.numel:
             target = target.reshape(-1, entry.shape[0]).T.ravel()
         bits[:] = target
     else:
@@ -107,14 +107,14 @@ def positions_of(entry: Entry, data: list[bytes]) -> NDArray[np.int64]:
     return streams.decode_positions(data[0], spec.coder, spec.width, entry.stored, entry.numel)
 
 
-def codebook_and_codes(entry: Entry, data: list[bytes], dtype: np.dtype) -> tuple[Array, Array]:  # type: ignore[type-arg]
+def codebook_and_codes(entry: Entry, data: list[bytes], dtype: np.dtype[Any]) -> tuple[Array, Array]:
     """Codebook and codes of a codebook form."""
     at = [spec.role for spec in entry.streams].index("codebook")
     codebook = streams.decode_raw(data[at], dtype, entry.entries)
     return codebook, streams.decode_codes(data[at + 1], entry.streams[at + 1].coder, entry.entries, entry.stored)
 
 
-def values_of(entry: Entry, data: list[bytes], dtype: np.dtype) -> Array:  # type: ignore[type-arg]
+def values_of(entry: Entry, data: list[bytes], dtype: np.dtype[Any]) -> Array:
     """The stored values of any form, in their order."""
     if entry.form.endswith("codebook"):
         codebook, codes = codebook_and_codes(entry, data, dtype)
@@ -183,12 +183,14 @@ def _dense_choice(base: Entry, bits: Array, table: Table | None) -> _Choice:
 
     def build() -> tuple[Entry, list[Stream]]:
         entries, encoded = value_streams(bits, table, coding)
-        return _form(base, form, bits.size, entries), encoded
+        return replace(base, form=form, entries=entries), encoded
 
-    return _Choice(nbytes, form, build)
+    return _Choice(nbytes, build)
 
 
-def _sparse_choices(base: Entry, bits: Array, kept: NDArray[np.bool_], table: Table | None, signed: bool) -> list[_Choice]:
+def _sparse_choices(
+    base: Entry, bits: Array, kept: NDArray[np.bool_], table: Table | None, signed: bool
+) -> list[_Choice]:
     """Storing the patterns marked in kept, by rows and by columns; signed: the others are zeros of either sign."""
     return [
         _sparse_choice(base, bits, kept, table, signed, down_columns)
@@ -217,28 +219,20 @@ def _sparse_choice(
         encoded = [streams.encode_positions("positions", positions, bits.size, position_coding), *encoded]
         if signed:
             encoded.append(streams.encode_positions("negatives", negatives, zeros, negative_coding))
-        return _form(base, form, positions.size, entries, down_columns, negatives.size), encoded
+        entry = replace(
+            base,
+            form=form,
+            stored=positions.size,
+            entries=entries,
+            down_columns=down_columns,
+            negatives=negatives.size,
+        )
+        return entry, encoded
 
-    return _Choice(nbytes, form, build)
-
-
-def _form(
-    base: Entry, form: str, stored: int, entries: int, down_columns: bool = False, negatives: int = 0
-) -> Entry:
-    return Entry(
-        base.shape,
-        base.dtype,
-        form,
-        stored,
-        entries,
-        down_columns,
-        negatives,
-        base.order,
-        base.trains,
-    )
+    return _Choice(nbytes, build)
 
 
-def _with_zero(table: Table | None, zeros: int, dtype: np.dtype) -> Table | None:  # type: ignore[type-arg]
+def _with_zero(table: Table | None, zeros: int, dtype: np.dtype[Any]) -> Table | None:
     if table is None or not zeros:
         return table
     distinct, counts = table
@@ -247,7 +241,7 @@ def _with_zero(table: Table | None, zeros: int, dtype: np.dtype) -> Table | None
     return np.concatenate([np.zeros(1, dtype), distinct]), np.concatenate([[zeros], counts])
 
 
-def _without(table: Table | None, pattern: np.unsignedinteger) -> Table | None:  # type: ignore[type-arg]
+def _without(table: Table | None, pattern: int) -> Table | None:
     if table is None:
         return None
     distinct, counts = table
@@ -262,5 +256,6 @@ def _memory_order(tensor: Tensor) -> tuple[int, ...] | None:
     """
     if tensor.is_contiguous():
         return None
-    order = tuple(sorted(range(tensor.dim()), key=lambda dim: (-tensor.stride(dim), dim)))
+    strides = tensor.stride()
+    order = tuple(sorted(range(tensor.dim()), key=lambda dim: (-strides[dim], dim)))
     return order if tensor.permute(order).is_contiguous() else None

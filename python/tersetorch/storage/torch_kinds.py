@@ -31,7 +31,7 @@ _PLAIN = """
     CircularPad1d CircularPad2d CircularPad3d
     Upsample UpsamplingNearest2d UpsamplingBilinear2d PixelShuffle PixelUnshuffle ChannelShuffle
     CosineSimilarity PairwiseDistance
-""".split()
+"""
 
 # Classes that are only their children.
 _CONTAINERS = ("Sequential", "ModuleList", "ModuleDict")
@@ -113,20 +113,20 @@ def _transformer() -> nn.Module:
 
 
 def _register() -> None:
-    for name in _PLAIN:
+    for name in _PLAIN.split():
         cls = getattr(nn, name)
         names = [argument for argument in inspect.signature(cls.__init__).parameters if argument not in _NOT_CONFIG]
         add(Kind(name, cls, config_of(names, cls.__init__), cls))
     for name in _CONTAINERS:
         cls = getattr(nn, name)
         add(Kind(name, cls, _nothing, cls))
-    for name, names in _RECURRENT.items():
+    for name, arguments in _RECURRENT.items():
         cls = getattr(nn, name)
         ignored = ("_flat_weights", "_flat_weight_refs")
-        add(Kind(name, cls, config_of(names, _rnn_defaults), cls, ignored=ignored, tensors=_layers))
-    for name, names in _CELLS.items():
+        add(Kind(name, cls, config_of(arguments, _rnn_defaults), cls, ignored=ignored, tensors=_layers))
+    for name, arguments in _CELLS.items():
         cls = getattr(nn, name)
-        add(Kind(name, cls, config_of(names, cls.__init__), cls))
+        add(Kind(name, cls, config_of(arguments, cls.__init__), cls))
     linear = NonDynamicallyQuantizableLinear
     add(Kind("NonDynamicallyQuantizableLinear", linear, config_of(_LINEAR, linear.__init__), linear))
     add(Kind("MultiheadAttention", nn.MultiheadAttention, _attention, nn.MultiheadAttention))

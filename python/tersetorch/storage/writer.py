@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import secrets
@@ -15,6 +14,7 @@ from torch import nn
 
 from tersetorch.methods import finalize
 from tersetorch.methods.parametrization import is_live
+from tersetorch.storage.arguments import copy_of, path_of
 from tersetorch.storage.container import pack
 from tersetorch.storage.describe import Describer
 
@@ -40,7 +40,7 @@ def save(model: nn.Module, path: str | PathLike[str], *, provenance: dict[str, A
     Raises:
         TypeError: model is no nn.Module, path no path, or provenance no dict.
         ValueError: a tensor is no plain tensor with values or of an unknown dtype, a module keeps state outside its
-            tensors, or provenance is not JSON.
+            tensors, provenance is not JSON, or a model that is still being compressed cannot be copied.
         FileNotFoundError: the folder of path does not exist.
 
     Source:
@@ -58,31 +58,11 @@ def save(model: nn.Module, path: str | PathLike[str], *, provenance: dict[str, A
     if provenance is not None:
         header["p"] = _checked_provenance(provenance)
     if is_live(model):
-        model = finalize(_copy(model))
+        model = finalize(copy_of("save", model))
     describer = Describer()
     header["m"] = describer.node(model)
     header["t"] = [entry.to_json() for entry in describer.entries]
     _write(target, pack(header, [stream.data for streams in describer.streams for stream in streams]))
-
-
-def path_of(where: str, path: str | PathLike[str]) -> Path:
-    """path as a Path.
-
-    Raises:
-        TypeError: path is neither a string nor a path.
-    """
-    if not isinstance(path, str | PathLike):
-        raise TypeError(f"{where}: path must be a string or a path, got {type(path).__name__}; pass the file's name")
-    return Path(path)
-
-
-def _copy(model: nn.Module) -> nn.Module:
-    try:
-        return copy.deepcopy(model)
-    except Exception as error:  # whatever a member raises
-        raise ValueError(
-            f"save: model must be finalized or copyable, got {type(error).__name__}: {error}; call tt.finalize first"
-        ) from error
 
 
 def _checked_provenance(provenance: dict[str, Any]) -> dict[str, Any]:
@@ -105,7 +85,7 @@ def _checked_provenance(provenance: dict[str, Any]) -> dict[str, Any]:
 
 def _write(target: Path, data: bytes) -> None:
     """Puts data at target whole or not at all."""
-    beside = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    beside = target.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
         with open(beside, "xb") as file:
             file.write(data)
