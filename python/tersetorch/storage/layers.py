@@ -103,25 +103,18 @@ def decode_layer(kind: str, entry: Entry, data: list[bytes], bias: Tensor | None
     row_offsets = np.zeros(rows + 1, np.int32)
     np.cumsum(np.bincount(row_of, minlength=rows), out=row_offsets[1:])
     pattern: dict[str, Any] = {
-        "row_offsets": torch.from_numpy(row_offsets),
-        "col_indices": torch.from_numpy(column_of.astype(np.int32)),
+        "row_offsets": tensors.from_patterns(row_offsets, torch.int32),
+        "col_indices": tensors.from_patterns(column_of.astype(np.int32), torch.int32),
         "columns": columns,
     }
     try:
         if cls is SparseCodebookLinear:
-            table = _tensor(codebook, torch.float32)[None]
-            codes = torch.from_numpy(values.astype(np.uint8))
+            table = tensors.from_patterns(codebook, torch.float32)[None]
+            codes = tensors.from_patterns(values.astype(np.uint8), torch.uint8)
             parameter = nn.Parameter(table, requires_grad=entry.trains)
             weight = SparseCodebookWeight(codes=codes, codebook=parameter, **pattern)
             return SparseCodebookLinear(weight, bias)
-        parameter = nn.Parameter(_tensor(values, entry.dtype), requires_grad=entry.trains)
+        parameter = nn.Parameter(tensors.from_patterns(values, entry.dtype), requires_grad=entry.trains)
         return SparseLinear(CsrWeight(values=parameter, **pattern), bias)
     except (TypeError, ValueError) as error:
         refuse(f"hold a valid weight for a {kind}", error)
-
-
-def _tensor(values: Array, dtype: torch.dtype) -> Tensor:
-    """A fresh tensor from bit patterns."""
-    tensor = torch.empty(values.size, dtype=dtype)
-    tensor.view(torch.int32 if dtype.itemsize == 4 else torch.int16).numpy()[:] = values.view(f"i{dtype.itemsize}")
-    return tensor

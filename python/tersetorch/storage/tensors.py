@@ -71,28 +71,23 @@ def decode_tensor(entry: Entry, data: list[bytes]) -> Tensor:
     Raises:
         TerseFileError: a stream does not decode to what the entry says.
     """
-    pattern = np.dtype(_PATTERNS[entry.real_dtype.itemsize])
-    flat = torch.empty(entry.numel, dtype=entry.real_dtype)
-    bits = flat.view(_INTEGERS[pattern.itemsize]).numpy().view(pattern)
+    pattern: np.dtype[Any] = np.dtype(_PATTERNS[entry.real_dtype.itemsize])
+    bits = values_of(entry, data, pattern)
     if entry.is_sparse:
         positions = positions_of(entry, data)
-        target = np.zeros(entry.numel, pattern)
-        target[positions] = values_of(entry, data, pattern)
+        dense = np.zeros(entry.numel, pattern)
+        dense[positions] = bits
         if entry.negatives:
             rest = np.ones(entry.numel, bool)
             rest[positions] = False
             spec = entry.streams[-1]
-            marked = streams.decode_positions(
-                data[-1], spec.coder, spec.width, entry.negatives, entry.numel - entry.stored
-            )
-            target[np.flatnonzero(rest)[marked]] = 1 << (8 * pattern.itemsize - 1)
-        if entry.down_columns and entry.numel:
-            target = target.reshape(-1, entry.shape[0]).T.ravel()
-        bits[:] = target
-    else:
-        bits[:] = values_of(entry, data, pattern)
+            zeros = entry.numel - entry.stored
+            marked = streams.decode_positions(data[-1], spec.coder, spec.width, entry.negatives, zeros)
+            dense[np.flatnonzero(rest)[marked]] = 1 << (8 * pattern.itemsize - 1)
+        bits = dense.reshape(-1, entry.shape[0]).T.ravel() if entry.down_columns and entry.numel else dense
     if entry.dtype is torch.bool and entry.numel and int(bits.max()) > 1:
         refuse("hold 0 or 1 for bool", int(bits.max()))
+    flat = from_patterns(bits, entry.real_dtype)
     shape = entry.shape
     result = torch.view_as_complex(flat.reshape(*shape, 2)) if entry.dtype in REAL else flat.reshape(shape)
     if entry.order:
@@ -128,6 +123,13 @@ def patterns(tensor: Tensor) -> Array:
     size = flat.element_size()
     array: Array = flat.view(_INTEGERS[size]).numpy().view(_PATTERNS[size])
     return array
+
+
+def from_patterns(bits: Array, dtype: torch.dtype) -> Tensor:
+    """A new tensor, in memory of torch's own (aligned as kernels like it), with these bit patterns."""
+    tensor = torch.empty(bits.size, dtype=dtype)
+    tensor.view(_INTEGERS[dtype.itemsize]).numpy().view(bits.dtype)[:] = bits
+    return tensor
 
 
 def count_patterns(bits: Array) -> Table | None:
