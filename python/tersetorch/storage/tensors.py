@@ -91,8 +91,9 @@ def decode_tensor(entry: Entry, data: list[bytes]) -> Tensor:
     shape = entry.shape
     result = torch.view_as_complex(flat.reshape(*shape, 2)) if entry.dtype in REAL else flat.reshape(shape)
     if entry.order:
-        inverse = sorted(range(len(shape)), key=entry.order.__getitem__)
-        result = result.permute(entry.order).contiguous().permute(inverse)
+        laid_out = _laid_out(shape, entry.order, entry.dtype, "cpu")
+        laid_out.copy_(result)
+        return laid_out
     return result
 
 
@@ -254,10 +255,18 @@ def _without(table: Table | None, pattern: int) -> Table | None:
 def _memory_order(tensor: Tensor) -> tuple[int, ...] | None:
     """Dimensions from outermost to innermost in memory, where that is not their own order and the tensor is dense.
 
-    Kernels choose by layout (channels last, a transposed weight), and another kernel may round differently.
+    Kernels choose by strides (channels last, a transposed weight; those of dimensions of size 1 count too), and another
+    kernel may round differently.
     """
-    if tensor.is_contiguous():
-        return None
     strides = tensor.stride()
     order = tuple(sorted(range(tensor.dim()), key=lambda dim: (-strides[dim], dim)))
-    return order if tensor.permute(order).is_contiguous() else None
+    usual = _laid_out(tensor.shape, tuple(range(tensor.dim())), tensor.dtype, "meta").stride()
+    if strides == usual or _laid_out(tensor.shape, order, tensor.dtype, "meta").stride() != strides:
+        return None
+    return order
+
+
+def _laid_out(shape: tuple[int, ...], order: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
+    """An uninitialised dense tensor whose dimensions lie in memory in this order, outermost first."""
+    inverse = sorted(range(len(shape)), key=order.__getitem__)
+    return torch.empty([shape[dim] for dim in order], dtype=dtype, device=device).permute(inverse)
