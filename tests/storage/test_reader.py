@@ -381,7 +381,7 @@ NODES = [{"k": "Linear"}, {"k": "LSTM", "c": {"num_layers": 1 << 40}}]
 ODD = st.sampled_from([None, True, False, [], {}, [0], *NUMBERS, *WORDS, *NODES])
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(data=st.data())
 def test_a_header_that_says_something_else_is_refused_or_harmless(data, tmp_path_factory):
     path = tmp_path_factory.mktemp("odd") / "m.terse"
@@ -407,7 +407,7 @@ def test_a_header_that_says_something_else_is_refused_or_harmless(data, tmp_path
             read(path)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_streams_that_hold_something_else_are_refused_or_harmless(data, tmp_path_factory):
     path = tmp_path_factory.mktemp("odd") / "m.terse"

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tersetorch.formats import CsrWeight, SparseCodebookWeight
 from tersetorch.nn import SparseCodebookLinear, SparseLinear
@@ -107,14 +107,15 @@ def decode_layer(kind: str, entry: Entry, data: list[bytes], bias: Tensor | None
         "col_indices": tensors.from_patterns(column_of.astype(np.int32), torch.int32),
         "columns": columns,
     }
+    layer: Layer
     try:
         if cls is SparseCodebookLinear:
             table = tensors.from_patterns(codebook, torch.float32)[None]
             codes = tensors.from_patterns(values.astype(np.uint8), torch.uint8)
-            parameter = nn.Parameter(table, requires_grad=entry.trains)
-            weight = SparseCodebookWeight(codes=codes, codebook=parameter, **pattern)
-            return SparseCodebookLinear(weight, bias)
-        parameter = nn.Parameter(tensors.from_patterns(values, entry.dtype), requires_grad=entry.trains)
-        return SparseLinear(CsrWeight(values=parameter, **pattern), bias)
+            layer = SparseCodebookLinear(SparseCodebookWeight(codes=codes, codebook=table, **pattern), bias)
+        else:
+            layer = SparseLinear(CsrWeight(values=tensors.from_patterns(values, entry.dtype), **pattern), bias)
     except (TypeError, ValueError) as error:
         refuse(f"hold a valid weight for a {kind}", error)
+    getattr(layer, layer.parameter_field).requires_grad_(entry.trains)
+    return layer
