@@ -52,6 +52,16 @@ class Registered(nn.Module):
         return self.inner(x) + self.eps
 
 
+class Attentive(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.lstm = nn.LSTM(8, 3)
+
+    def forward(self, x):
+        return self.lstm(self.encoder(x))[0]
+
+
 class Inner(nn.Module):
     """Not registered: the constructor of Registered makes it."""
 
@@ -64,6 +74,7 @@ class Inner(nn.Module):
         return self.proj(x) / self.size
 
 
+register_module("tests.Attentive", Attentive, lambda m: {})
 register_module("tests.Registered", Registered, lambda m: {"sizes": m.sizes, "eps": m.eps})
 
 
@@ -176,6 +187,16 @@ def test_the_network_of_a_registered_class(round_trip):
     loaded = round_trip(model, x(2, 6))
     assert loaded.sizes == (6, 5, 4)
     assert torch.equal(loaded.offsets, model.offsets)
+
+
+@pytest.mark.parametrize("instance", [None, Attentive()], ids=["built", "adopted"])
+def test_what_a_registered_constructor_makes(instance, round_trip):
+    model = Attentive()
+    model.encoder.linear2 = SparseLinear.from_dense(prune_(model.encoder.linear2, 0.2))
+    model.encoder.activation_relu_or_gelu = 0
+    loaded = round_trip(model, x(2, 3, 8), model=instance)
+    assert loaded.encoder.activation_relu_or_gelu == 0
+    assert loaded.lstm._flat_weights[0] is loaded.lstm.weight_ih_l0
 
 
 def test_a_weight_of_a_product_with_a_mask(round_trip, tmp_path):
@@ -448,6 +469,11 @@ def _parts(tmp_path_factory):
         (lambda h: h | {"x": 1}, "have only known fields in the header, got x"),
         (lambda h: h["m"]["m"]["1"].update(k="Nothing"), "consist of kinds that are registered, got Nothing"),
         (lambda h: h["m"]["m"]["1"].update(a={"inplace": True}), "set only known attributes of a ReLU, got inplace"),
+        (
+            lambda h: h["m"]["m"]["3"]["m"].update({"2": {"a": {"x": 1}}}),
+            "only known fields in a module without a kind",
+        ),
+        (lambda h: h["m"]["m"]["0"].update(m={}), r"only known fields in a tersetorch\.SparseLinear, got m"),
         (lambda h: h["m"]["m"]["1"].update(c={"wrong": 1}), "hold arguments that ReLU takes, got TypeError"),
         (lambda h: h["m"]["m"]["4"].update(t={}), "hold arguments that LSTM takes|tensors"),
         (lambda h: h["m"]["m"]["4"]["c"].update(num_layers=1 << 40), "hold the tensors of LSTM"),

@@ -40,7 +40,7 @@ def difference(
         value = mine.get(name, _MISSING)
         if _same(value, theirs.get(name, _MISSING)):
             continue
-        if name not in overrides or not (value is None or isinstance(value, bool | int | float | str)):
+        if name not in overrides or not isinstance(value, bool | int | float | str | None):
             return f"its attribute {name!r} differs from the one its constructor sets", {}
         found[name] = value
     return None, found

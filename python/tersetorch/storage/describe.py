@@ -127,9 +127,9 @@ class Describer:
 
 def _identity(module: nn.Module, made: nn.Module | None) -> dict[str, Any]:
     """Kind, config and overrides of a module, or why there are none; "built" is the module that they make."""
-    if made is not None and difference(module, made)[0] is None:
-        return {"built": made}
     kind = registry.kind_of(module)
+    if made is not None and difference(module, made, (), kind.ignored if kind else ())[0] is None:
+        return {"built": made}
     if kind is None:
         return {"o": [_class_name(module), "its class is not registered"]}
     try:

@@ -53,7 +53,8 @@ def load(path: str | PathLike[str], *, model: nn.Module | None = None, max_bytes
         model: an instance of the saved model's class with dense layers, as its constructor makes it. It is copied, the
             file's sparse layers are put into the copy, and the copy is returned; model itself never changes. Without
             it, zoo networks and trees of torch.nn modules and our layers are built from the file alone.
-        max_bytes: the most bytes that the tensors may take; at least 64 MiB or 4096 times the file's size when None.
+        max_bytes: the most bytes that the tensors may take; None allows 64 MiB or 4096 times the file's size, whichever
+            is more.
 
     Raises:
         TypeError: an argument has another type than named here.

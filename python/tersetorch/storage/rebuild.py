@@ -11,7 +11,7 @@ from tersetorch.storage import fields, registry
 from tersetorch.storage.arguments import copy_of
 from tersetorch.storage.compare import needs_values
 from tersetorch.storage.entry import Entry
-from tersetorch.storage.errors import refuse
+from tersetorch.storage.errors import TerseFileError, refuse
 from tersetorch.storage.layers import LAYERS, Layer, decode_layer
 from tersetorch.storage.tensors import decode_tensor
 
@@ -123,24 +123,25 @@ class Builder:
         kind = registry.named(node["k"])
         if kind is None:
             refuse("consist of kinds that are registered", node["k"][:60], "read it with the tersetorch it came from")
-        config = registry.from_json(node.get("c", {}))
         try:
-            if kind.tensors(config) > len(node.get("t", {})):
-                refuse(f"hold the tensors of {kind.name}({config})", len(node.get("t", {})))
-            module = registry.construct(kind, config, "meta")
+            module = self._construct(kind, registry.from_json(node.get("c", {})), len(node.get("t", {})))
+        except TerseFileError:
+            raise
         except Exception as error:  # whatever a constructor raises for arguments that no save wrote
             refuse(f"hold arguments that {kind.name} takes", f"{type(error).__name__}: {str(error)[:200]}")
-        if needs_values(module):
-            tensors = (*module.parameters(), *module.buffers())
-            size = sum(tensor.nbytes for tensor in tensors)
-            if size > self._limit:
-                refuse(f"need at most {self._limit} bytes for a {kind.name}", size, "raise max_bytes")
-            module = registry.construct(kind, config, "cpu")
-        for name, value in node.get("a", {}).items():
-            if name not in kind.overrides or not (value is None or isinstance(value, bool | int | float | str)):
-                refuse(f"set only known attributes of a {kind.name}", name[:40])
-            setattr(module, name, value)
+        _override(module, kind, node)
         return module
+
+    def _construct(self, kind: registry.Kind, config: registry.Config, tensors: int) -> nn.Module:
+        if kind.tensors(config) > tensors:
+            refuse(f"hold the tensors of {kind.name}({config})", tensors)
+        module = registry.construct(kind, config, "meta")
+        if not needs_values(module):
+            return module
+        size = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+        if size > self._limit:
+            refuse(f"need at most {self._limit} bytes for a {kind.name}", size, "raise max_bytes")
+        return registry.construct(kind, config, "cpu")
 
     def _put_children(self, module: nn.Module, nodes: dict[str, Any], path: str, training: bool) -> None:
         children: dict[str, nn.Module | None] = {}
@@ -162,17 +163,18 @@ def adopt(root: Any, model: nn.Module, tensors: Tensors) -> nn.Module:
         ValueError: model cannot be copied, or its modules or tensors are not those of the file.
         TerseFileError: a node is damaged.
     """
-    pairs = list(_pairs(root, model, []))
+    pairs = list(_pairs(root, model, {}))
     # Layers go in through the copy's memo, so that every reference to the replaced ones follows.
     memo: dict[int, Any] = {}
     for node, module, path in pairs:
         if node.get("k") in LAYERS:
             layer = tensors.layer(node["k"], node)
             weight = getattr(module, "weight", None)
+            where = path or "its root"
             if not isinstance(weight, Tensor) or tuple(weight.shape) != (layer.out_features, layer.in_features):
-                mismatch(f"a layer of {layer.in_features} inputs and {layer.out_features} outputs at {path}", module)
+                mismatch(f"a layer of {layer.in_features} inputs and {layer.out_features} outputs at {where}", module)
             if (getattr(module, "bias", None) is None) != (layer.bias is None):
-                mismatch(f"a layer {'without' if layer.bias is None else 'with'} a bias at {path}", module)
+                mismatch(f"a layer {'without' if layer.bias is None else 'with'} a bias at {where}", module)
             memo[id(module)] = layer
     replaced = set(memo)  # deepcopy adds to memo
     copied = copy_of("load", model, memo)
@@ -183,16 +185,17 @@ def adopt(root: Any, model: nn.Module, tensors: Tensors) -> nn.Module:
         flags |= {id(child): training for child in node.get("m", {}).values()}
         if id(module) not in replaced:
             _assign(twin, node.get("t", {}), tensors, path, mismatch)
-            for name, value in node.get("a", {}).items():
-                setattr(twin, name, value)
+            if "a" in node:
+                _override(twin, registry.named(node["k"]), node)
         twin.training = training
     return copied
 
 
-def _pairs(node: Any, module: nn.Module | None, seen: list[nn.Module], path: str = "") -> Iterator[Any]:
+def _pairs(node: Any, module: nn.Module | None, seen: dict[nn.Module, int], path: str = "") -> Iterator[Any]:
     """Every node once with the module of the user's instance in its place, checked to be of the same kind."""
     if type(node) is int:
-        if seen[fields.integer(node, "the number of a module", 0, len(seen) - 1)] is not module:
+        number = fields.integer(node, "the number of a module", 0, len(seen) - 1)
+        if module is None or seen.get(module) != number:
             mismatch(f"a module at {path} that is shared as in the file", module)
         return
     if node is None or module is None:
@@ -202,7 +205,7 @@ def _pairs(node: Any, module: nn.Module | None, seen: list[nn.Module], path: str
     check_node(node)
     if module in seen:
         mismatch(f"a module of its own at {path}", "one that it shares with another place")
-    seen.append(module)
+    seen[module] = len(seen)
     yield node, module, path
     kind = node.get("k")
     if kind in LAYERS:
@@ -220,8 +223,6 @@ def _pairs(node: Any, module: nn.Module | None, seen: list[nn.Module], path: str
         if not fits:
             arguments = ", ".join(f"{name}={value!r}" for name, value in node.get("c", {}).items())
             mismatch(f"{kind}({arguments}) at {path or 'its root'}", module)
-        if set(node.get("a", {})) - set(known.overrides):
-            refuse(f"set only known attributes of a {kind}", sorted(node["a"])[0][:40])
     children = node.get("m", {})
     if list(children) != list(module._modules):
         mismatch(f"children {list(children)} at {path or 'its root'}", list(module._modules))
@@ -233,7 +234,11 @@ def check_node(node: Any) -> None:
     """Refuses a node whose fields have other types than the format gives them."""
     fields.check_keys(node, "a module", _NODE_KEYS)
     if "k" in node:
-        fields.text(node["k"], "a kind")
+        kind = fields.text(node["k"], "a kind")
+        if kind in LAYERS:
+            fields.check_keys(node, f"a {kind}", set("kteo"))
+    else:
+        fields.check_keys(node, "a module without a kind", set("tmeo"))
     for key in "catm":
         if key in node and not isinstance(node[key], dict):
             refuse(f"have an object as {key} of a module", type(node[key]).__name__)
@@ -245,6 +250,14 @@ def check_node(node: Any) -> None:
             refuse("have [class, reason] for an opaque module", f"{len(parts)} items")
         for part in parts:
             fields.text(part, "class or reason of an opaque module")
+
+
+def _override(module: nn.Module, kind: registry.Kind | None, node: dict[str, Any]) -> None:
+    """Sets the attributes of a node that its kind knows."""
+    for name, value in node.get("a", {}).items():
+        if kind is None or name not in kind.overrides or not isinstance(value, bool | int | float | str | None):
+            refuse(f"set only known attributes of a {node['k']}", name[:40])
+        setattr(module, name, value)
 
 
 def mismatch(rule: str, came: object) -> NoReturn:
