@@ -321,15 +321,36 @@ def test_plan_with_example_inputs_reports_the_difference(net, x):
     assert report(convert(net, x, plan="sparse")).max_difference < 1e-5
 
 
-def test_converting_again_leaves_sparse_layers_alone(net, x, timer):
+def test_a_converted_model_is_decided_anew_from_its_dense_form(net, x, timer):
     fast = convert(net, x)
-    again = convert(fast, x)
-    assert [type(module) for module in again] == [type(module) for module in fast]
-    assert "already a SparseLinear" in reasons(again)["0"]
-    assert report(again).plan == {"0": "csr", "2": "csr"}
-    assert type(convert(fast, plan=report(again).plan)[0]) is SparseLinear
-    with pytest.raises(ValueError, match="plan must leave '0' csr, got 'dense': already a SparseLinear"):
-        convert(fast, plan={"0": "dense"})
+    assert report(fast).plan == {"0": "csr", "2": "csr"}
+    again = convert(fast, plan="codebook", example_inputs=x)
+    assert report(again).plan == {"0": "sparse_codebook", "2": "sparse_codebook"}
+    assert torch.equal(again[0].weight, net[0].weight) and torch.equal(again[0].bias, net[0].bias)
+    assert report(convert(again, x)).plan == report(fast).plan
+    assert type(fast[0]) is SparseLinear
+    dense = convert(fast, plan={"0": "dense"})
+    assert torch.equal(dense.eval()(x), net.eval()(x))
+
+
+def test_a_converted_model_keeps_ties_flags_and_sparse_layers_with_hooks(x):
+    first, second = nn.Linear(40, 40), nn.Linear(40, 40, bias=False)
+    second.weight = first.weight
+    first.weight.requires_grad_(False)
+    fast = convert(nn.Sequential(first, second, nn.Linear(40, 3)).eval(), plan="sparse")
+    fast[2].register_forward_hook(lambda *args: None)
+    dense = convert(fast, plan={"0": "dense", "1": "dense"})
+    assert dense[0].weight is dense[1].weight and not dense[0].weight.requires_grad
+    assert not dense.training and type(dense[2]) is SparseLinear
+    with pytest.raises(ValueError, match="plan must leave '2' csr, got 'dense': already a SparseLinear, with hooks"):
+        convert(fast, plan={"2": "dense"})
+
+
+def test_an_encoder_layer_made_dense_again_has_its_fast_path_back():
+    encoder = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
+    fast = convert(encoder, plan="sparse")
+    assert fast.activation_relu_or_gelu == 0
+    assert convert(fast, plan={"linear1": "dense", "linear2": "dense"}).activation_relu_or_gelu == 1
 
 
 def test_live_models_are_finalized_in_the_copy(x, timer):

@@ -60,7 +60,7 @@ def test_plain_linear_may_be_swapped():
         (lambda: with_attribute(nn.Linear(3, 2), "forward", lambda x: x), "its forward was replaced"),
         (lambda: prune.identity(nn.Linear(3, 2), "weight"), "it carries hooks"),
         (lambda: parametrizations.weight_norm(nn.Linear(3, 2)), "parametrized by other code"),
-        (lambda: SparseLinear.from_dense(nn.Linear(3, 2)), "already a SparseLinear"),
+        (lambda: SparseLinear.from_dense(nn.Linear(3, 2)), "already a SparseLinear, with hooks"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")

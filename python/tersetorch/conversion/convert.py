@@ -23,9 +23,17 @@ from tersetorch.conversion.machine import load, machine_facts
 from tersetorch.conversion.plan import follow
 from tersetorch.conversion.planner import Decision, Planner
 from tersetorch.conversion.report import ConversionReport, LayerReport, attach
-from tersetorch.conversion.swap import deep_copy
+from tersetorch.conversion.swap import deep_copy, dense_again
 from tersetorch.conversion.verify import output_difference
-from tersetorch.conversion.walk import Site, current_format, find_sites, groups_of, label, own_parameter
+from tersetorch.conversion.walk import (
+    Site,
+    carries_hooks,
+    current_format,
+    find_sites,
+    groups_of,
+    label,
+    own_parameter,
+)
 from tersetorch.conversion.whole_model import assemble, settle
 from tersetorch.methods import finalize
 from tersetorch.methods.parametrization import is_live
@@ -81,7 +89,7 @@ def convert(
     inputs = None if example_inputs is None else Inputs.of(example_inputs)
     # A copy made in the caller's inference mode could never train.
     with torch.inference_mode(False), untouched_generators():
-        source = finalize(deep_copy(model)) if is_live(model) else model
+        source = dense_again(finalize(deep_copy(model)) if is_live(model) else model, _stays_sparse)
         if plan is not None:
             return _told(source, inputs, plan)
         assert inputs is not None
@@ -96,6 +104,12 @@ def convert(
             stacklevel=2,
         )
     return converted
+
+
+def _stays_sparse(layer: nn.Module) -> bool:
+    """Whether a sparse layer has no dense form that does the same: nn.Linear wants one dtype, and hooks would go."""
+    bias = own_parameter(layer, "bias")
+    return carries_hooks(layer) or (bias is not None and bias.dtype != layer.weight.dtype)
 
 
 def _told(source: nn.Module, inputs: Inputs | None, plan: str | Mapping[str, str]) -> nn.Module:

@@ -1,12 +1,14 @@
 """Builds the replacements of layers and the copy of a model that holds them."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 
 from tersetorch.conversion.candidates import Candidate
+from tersetorch.nn.sparse_module import SparseLinearBase
 
 
 def build(candidate: Candidate, modules: list[nn.Module]) -> list[nn.Module]:
@@ -34,6 +36,47 @@ def deep_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module
             "remove the hooks of torch.nn.utils.prune, weight_norm or spectral_norm, and detach what it keeps from a "
             "forward pass"
         ) from error
+
+
+def dense_again(model: nn.Module, kept: Callable[[nn.Module], bool]) -> nn.Module:
+    """A deep copy of model with the dense forms of its sparse layers, or model itself where it has none.
+
+    What was the fastest on one machine is then chosen anew on this one. Layers that use one weight go on doing so, and
+    encoder layers whose fast path a conversion switched off have it again.
+
+    Args:
+        model: any nn.Module.
+        kept: which sparse layers stay as they are.
+
+    Raises:
+        ValueError: model cannot be copied.
+    """
+    memo: dict[int, Any] = {}
+    weights: dict[int, Tensor] = {}
+    for layer in model.modules():
+        if not isinstance(layer, SparseLinearBase) or kept(layer):
+            continue
+        dense, source = layer.to_dense(), getattr(layer, layer.parameter_field)
+        dense.weight.requires_grad_(source.requires_grad)
+        dense.weight = weights.setdefault(id(source), dense.weight)
+        if layer.bias is not None:
+            dense.bias = copy.deepcopy(layer.bias, memo)
+        memo[id(layer)] = dense
+    if not weights:
+        return model
+    restored = {dense for dense in memo.values() if isinstance(dense, nn.Linear)}
+    copied = deep_copy(model, memo)
+    for module in copied.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and not restored.isdisjoint(module.modules()):
+            module.activation_relu_or_gelu = _fast_activation(module.activation)
+    return copied
+
+
+def _fast_activation(activation: Any) -> int:
+    """What nn.TransformerEncoderLayer's constructor notes of its activation: 1, 2, or 0 for no fast path."""
+    if activation is functional.relu or isinstance(activation, nn.ReLU):
+        return 1
+    return 2 if activation is functional.gelu or isinstance(activation, nn.GELU) else 0
 
 
 def swapped_copy(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.Module:

@@ -77,6 +77,11 @@ def groups_of(sites: Iterable[Site]) -> list[list[Site]]:
     return list(groups.values())
 
 
+def carries_hooks(module: nn.Module) -> bool:
+    """Whether a swap of module would lose hooks."""
+    return any(getattr(module, hooks) for hooks in HOOKS)
+
+
 def own_parameter(module: nn.Module, name: str) -> nn.Parameter | None:
     """The parameter that module itself registers under name, if any."""
     # The members of a ScriptModule can be listed, but not looked up.
@@ -111,7 +116,7 @@ def _why_kept(module: nn.Module, parents: list[nn.Module], table: Mapping[str, C
     kind = type(module)
     weight = own_parameter(module, "weight")
     if current_format(module, table) != "dense":
-        return f"already a {kind.__name__}; convert the dense model to choose again"
+        return f"already a {kind.__name__}, with hooks or of mixed dtypes, which its dense form would lose"
     if _is_quantized(module):
         return f"the weight of a {kind.__name__} is a method: it is quantised"
     for parent in parents:
@@ -126,7 +131,7 @@ def _why_kept(module: nn.Module, parents: list[nn.Module], table: Mapping[str, C
         return f"no format runs a {kind.__name__}"
     if "forward" in vars(module):
         return "its forward was replaced on the instance"
-    if any(getattr(module, hooks) for hooks in HOOKS):
+    if carries_hooks(module):
         return "it carries hooks, which a swap would lose; remove them first"
     if weight is None:
         return "its weight is not a parameter"
