@@ -1,19 +1,29 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 import typer
 
 import tersetorch as tt
+from tersetorch.cli import main
 from tersetorch.cli.shape import parse_shape
 
 
-def tersetorch(*arguments, **options):
-    program = "import sys; from tersetorch.cli import main; sys.argv[0] = 'tersetorch'; main()"
-    command = [sys.executable, "-c", program, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, **options)
+@pytest.fixture
+def tersetorch(capfd, monkeypatch):
+    """Runs the command in this process, as its script does."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["tersetorch", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        output = capfd.readouterr()
+        return SimpleNamespace(returncode=stopped.value.code or 0, stdout=output.out, stderr=output.err)
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -27,22 +37,27 @@ def terse_file(tmp_path_factory):
     return path
 
 
-def test_help_names_every_verb():
+def test_help_names_every_verb(tersetorch):
     done = tersetorch("--help")
     assert done.returncode == 0
     for verb in ("demo", "convert", "inspect", "doctor", "bench"):
         assert verb in done.stdout
 
 
-def test_inspect_adds_up(terse_file):
+def test_the_script_is_installed():
+    done = subprocess.run(["tersetorch", "inspect"], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 2 and "Missing argument" in done.stderr
+
+
+def test_inspect_adds_up(tersetorch, terse_file):
     done = tersetorch("inspect", terse_file, "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == tt.inspect(terse_file).to_dict()
     table = tersetorch("inspect", terse_file)
-    assert table.returncode == 0 and f"{terse_file.stat().st_size:,}" in table.stdout
+    assert table.returncode == 0 and str(terse_file.stat().st_size) in table.stdout
 
 
-def test_a_file_that_is_not_terse_gives_one_sentence(tmp_path):
+def test_a_file_that_is_not_terse_gives_one_sentence(tersetorch, tmp_path):
     path = tmp_path / "x.terse"
     path.write_bytes(b"nothing of the kind")
     for done in (tersetorch("inspect", path), tersetorch("convert", path, tmp_path / "y.terse", "--plan", "sparse")):
@@ -53,7 +68,7 @@ def test_a_file_that_is_not_terse_gives_one_sentence(tmp_path):
     assert missing.returncode == 1 and "Traceback" not in missing.stderr and "missing.terse" in missing.stderr
 
 
-def test_convert_follows_a_plan(terse_file, tmp_path):
+def test_convert_follows_a_plan(tersetorch, terse_file, tmp_path):
     output = tmp_path / "fast.terse"
     done = tersetorch("convert", terse_file, output, "--plan", "codebook", "--json")
     assert done.returncode == 0, done.stderr
@@ -64,7 +79,7 @@ def test_convert_follows_a_plan(terse_file, tmp_path):
     torch.testing.assert_close(fast(x), dense(x), rtol=1e-5, atol=1e-5)
 
 
-def test_convert_measures_and_reads_a_state_dict(tmp_path):
+def test_convert_measures_and_reads_a_state_dict(tersetorch, tmp_path):
     torch.manual_seed(0)
     network = tt.zoo.LeNet300100()
     torch.save(network.state_dict(), tmp_path / "lenet.pt")
@@ -88,18 +103,18 @@ def test_convert_measures_and_reads_a_state_dict(tmp_path):
         (["frobnicate"], "No such command"),
     ],
 )
-def test_wrong_usage_is_exit_code_2(arguments, match):
+def test_wrong_usage_is_exit_code_2(tersetorch, arguments, match):
     done = tersetorch(*arguments)
     assert done.returncode == 2
     assert match in " ".join(done.stderr.replace("│", " ").split())
 
 
-def test_measuring_needs_a_shape(terse_file, tmp_path):
+def test_measuring_needs_a_shape(tersetorch, terse_file, tmp_path):
     done = tersetorch("convert", terse_file, tmp_path / "fast.terse")
     assert done.returncode == 2 and "needs --input-shape" in done.stderr
 
 
-def test_doctor_checks_every_level():
+def test_doctor_checks_every_level(tersetorch):
     done = tersetorch("doctor", "--json")
     facts = json.loads(done.stdout)
     assert done.returncode == 0, done.stderr
