@@ -22,6 +22,15 @@ class Tied(nn.Module):
         return self.head(hidden) + self.twin(hidden)
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Models this small are slower on two threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def tied():
     torch.manual_seed(0)

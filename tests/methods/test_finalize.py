@@ -119,5 +119,5 @@ def test_a_parametrization_registered_on_top_of_ours_stays(mlp, share):
 
 
 def test_no_module_is_refused():
-    with pytest.raises(TypeError, match="finalize: model must be a torch.nn.Module, got dict; pass a network"):
+    with pytest.raises(TypeError, match=r"finalize: model must be a torch\.nn.Module, got dict; pass a network"):
         finalize({})

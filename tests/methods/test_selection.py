@@ -144,8 +144,14 @@ UNUSABLE = {
     "lazy": (lambda: nn.LazyLinear(3), "must be initialised, got a lazy one"),
     "complex": (lambda: layer(dtype=torch.complex64), "must be a floating-point tensor, got torch.complex64"),
     "pruned by torch": (lambda: torch_prune.random_unstructured(layer(), "weight", 0.5), "must be a parameter"),
-    "spectral norm": (lambda: parametrizations.spectral_norm(layer()), "no other parametrization, got _SpectralNorm"),
-    "weight norm": (lambda: parametrizations.weight_norm(layer()), "no other parametrization, got _WeightNorm"),
+    "spectral norm": (
+        lambda: parametrizations.spectral_norm(layer()),
+        "must have no other parametrization, got _SpectralNorm",
+    ),
+    "weight norm": (
+        lambda: parametrizations.weight_norm(layer()),
+        "must have no other parametrization, got _WeightNorm",
+    ),
     "sparse": (
         lambda: layer(lambda m: setattr(m, "weight", nn.Parameter(torch.eye(3).to_sparse()))),
         "must be a plain dense parameter, got torch.sparse_coo",

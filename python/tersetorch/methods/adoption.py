@@ -41,7 +41,8 @@ def adopt(optimizer: Optimizer) -> None:
     """Adds the codebook of every shared weight that optimizer holds to the weight's group; what it has it keeps.
 
     It happens by itself before each step. Call it where the codebooks must be there earlier: before
-    optimizer.load_state_dict in a resumed run, or before torch.amp.GradScaler unscales the first gradients.
+    optimizer.load_state_dict in a resumed run, before torch.amp.GradScaler unscales the first gradients, or before
+    torch.compile traces the step.
 
     Raises:
         TypeError: optimizer is no torch.optim.Optimizer.

@@ -7,13 +7,14 @@ from collections.abc import Mapping
 
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from tersetorch.methods.arguments import check_int, check_model, check_number
 from tersetorch.methods.selection import Target, select
 
 # Where a dropout module keeps (its rate on the dense network, the rate that was set last); in its __dict__, so that
-# deepcopy and pickle carry it along.
-MEMORY = "_dense_and_scaled_rate"
+# deepcopy and pickle carry it along; storage takes names that begin so for notes that no forward reads.
+MEMORY = "_tersetorch_dropout_rates"
 
 
 def dropout_rate(rate: float, kept: int, original: int) -> float:
@@ -103,9 +104,8 @@ def _told(where: str, model: nn.Module, pairs: Mapping[str, str]) -> list[tuple[
             known = [path for path, module in modules.items() if isinstance(module, _DropoutNd)]
             raise ValueError(f"{where}: pairs must name dropout modules, got {name!r}; the model has {known[:5]}")
         if not isinstance(dropout, _DropoutNd):
-            raise TypeError(
-                f"{where}: pairs must name dropout modules, got {name!r}, a {type(dropout).__name__}; name another"
-            )
+            kind = type_before_parametrizations(dropout).__name__
+            raise TypeError(f"{where}: pairs must name dropout modules, got {name!r}, a {kind}; name another")
         chosen = select(where, model, layer, None)
         if len(chosen) != 1:
             names = ", ".join(target.name for target in chosen)

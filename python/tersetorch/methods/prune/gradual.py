@@ -62,8 +62,8 @@ class GradualPruner:
     def __init__(
         self,
         model: nn.Module,
-        *,
         sparsity: Sparsity,
+        *,
         begin_step: int = 0,
         end_step: int,
         frequency: int = 100,

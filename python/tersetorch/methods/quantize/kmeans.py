@@ -44,9 +44,9 @@ def kmeans(
     Args:
         model: any nn.Module; its weights are float16, bfloat16, float32 or float64, of any shape.
         bits: 1 to 8; or one such number for each pattern, as prune.magnitude takes sparsity.
-        init: where the iteration starts: "exact" (the least squared error there is, by dynamic programming; the
-            default), "linear" (equal steps from the least to the greatest weight), "density" (equal shares of the
-            weights) or "random" (weights drawn with seed). See tersetorch.methods.quantize.kmeans_1d.cluster.
+        init: where the iteration starts: "exact" (the least squared error there is, by dynamic programming), "linear"
+            (equal steps from the least to the greatest weight), "density" (equal shares of the weights) or "random"
+            (weights drawn with seed). See tersetorch.methods.quantize.kmeans_1d.cluster.
         targets: as in prune.magnitude.
         ignore: as in prune.magnitude.
         iterations: most rounds of Lloyd's iteration a layer, at least 1; it stops when nothing moves.
@@ -59,7 +59,9 @@ def kmeans(
             prune.magnitude. The model is as it was.
 
     Source:
-        Han, Mao, Dally, Deep Compression (2016), sections 3.1 to 3.3. Where we differ: the paper starts from "linear".
+        Han, Mao, Dally, Deep Compression (2016), sections 3.1 to 3.3. Where we differ: the paper starts from "linear",
+        which keeps large weights apart; "exact" does so too where that lowers the error, owes nothing to luck, and lost
+        the least accuracy on LeNet-300-100 at 2 bits. From 3 bits on, training the values levels all four.
     """
     where = "quantize.kmeans"
     check_choice(where, "init", init, get_args(Init))
