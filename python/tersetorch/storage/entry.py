@@ -201,11 +201,11 @@ class Entry:
             if spec.coder == "raw":
                 count = self.entries if spec.role == "codebook" else self.stored
                 if spec.nbytes != count * self.real_dtype.itemsize:
-                    refuse(f"hold {count} {spec.role} in their stream", f"{spec.nbytes} bytes")
+                    refuse(f"hold {count} items in a stream of {spec.role}", f"{spec.nbytes} bytes")
             else:
                 count = self.negatives if spec.role == "negatives" else self.stored
                 if count > spec.nbytes * 8:
-                    refuse(f"hold {count} {spec.role} in their stream", f"{spec.nbytes} bytes")
+                    refuse(f"hold {count} items in a stream of {spec.role}", f"{spec.nbytes} bytes")
 
 
 def _order(value: Any, dimensions: int) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tersetorch.formats import CsrWeight, SparseCodebookWeight
 from tersetorch.nn import SparseCodebookLinear, SparseLinear
@@ -103,25 +103,19 @@ def decode_layer(kind: str, entry: Entry, data: list[bytes], bias: Tensor | None
     row_offsets = np.zeros(rows + 1, np.int32)
     np.cumsum(np.bincount(row_of, minlength=rows), out=row_offsets[1:])
     pattern: dict[str, Any] = {
-        "row_offsets": torch.from_numpy(row_offsets),
-        "col_indices": torch.from_numpy(column_of.astype(np.int32)),
+        "row_offsets": tensors.from_patterns(row_offsets, torch.int32),
+        "col_indices": tensors.from_patterns(column_of.astype(np.int32), torch.int32),
         "columns": columns,
     }
+    layer: Layer
     try:
         if cls is SparseCodebookLinear:
-            table = _tensor(codebook, torch.float32)[None]
-            codes = torch.from_numpy(values.astype(np.uint8))
-            parameter = nn.Parameter(table, requires_grad=entry.trains)
-            weight = SparseCodebookWeight(codes=codes, codebook=parameter, **pattern)
-            return SparseCodebookLinear(weight, bias)
-        parameter = nn.Parameter(_tensor(values, entry.dtype), requires_grad=entry.trains)
-        return SparseLinear(CsrWeight(values=parameter, **pattern), bias)
+            table = tensors.from_patterns(codebook, torch.float32)[None]
+            codes = tensors.from_patterns(values.astype(np.uint8), torch.uint8)
+            layer = SparseCodebookLinear(SparseCodebookWeight(codes=codes, codebook=table, **pattern), bias)
+        else:
+            layer = SparseLinear(CsrWeight(values=tensors.from_patterns(values, entry.dtype), **pattern), bias)
     except (TypeError, ValueError) as error:
         refuse(f"hold a valid weight for a {kind}", error)
-
-
-def _tensor(values: Array, dtype: torch.dtype) -> Tensor:
-    """A fresh tensor from bit patterns."""
-    tensor = torch.empty(values.size, dtype=dtype)
-    tensor.view(torch.int32 if dtype.itemsize == 4 else torch.int16).numpy()[:] = values.view(f"i{dtype.itemsize}")
-    return tensor
+    getattr(layer, layer.parameter_field).requires_grad_(entry.trains)
+    return layer

@@ -272,5 +272,7 @@ def _assign(module: nn.Module, names: dict[str, Any], tensors: Tensors, path: st
     for name, number in names.items():
         if name in module._parameters:
             setattr(module, name, tensors.parameter(number))
+            # The file's order is that of state dicts and optimizers.
+            module._parameters[name] = module._parameters.pop(name)
         else:
             module._buffers[name] = tensors.plain(number)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 Config = dict[str, Any]
 
@@ -116,9 +118,22 @@ def config_of(names: Iterable[str], constructor: Callable[..., Any]) -> Callable
 
 def construct(kind: Kind, config: Config, device: str) -> nn.Module:
     """Builds a module on a device without touching the random state; on "meta" it takes no memory for tensors."""
-    with torch.random.fork_rng(devices=[]), torch.device(device), warnings.catch_warnings():
+    draws = _NoNormal() if device == "meta" else nullcontext()
+    with torch.random.fork_rng(devices=[]), torch.device(device), draws, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return kind.build(**config)
+
+
+class _NoNormal(TorchFunctionMode):
+    """Passes over normal_: a tensor on device meta has no values, yet torch imports its compiler to draw them."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in (nn.init.normal_, Tensor.normal_):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def from_json(value: Any) -> Any:

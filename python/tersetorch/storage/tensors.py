@@ -71,33 +71,29 @@ def decode_tensor(entry: Entry, data: list[bytes]) -> Tensor:
     Raises:
         TerseFileError: a stream does not decode to what the entry says.
     """
-    pattern = np.dtype(_PATTERNS[entry.real_dtype.itemsize])
-    flat = torch.empty(entry.numel, dtype=entry.real_dtype)
-    bits = flat.view(_INTEGERS[pattern.itemsize]).numpy().view(pattern)
+    pattern: np.dtype[Any] = np.dtype(_PATTERNS[entry.real_dtype.itemsize])
+    bits = values_of(entry, data, pattern)
     if entry.is_sparse:
         positions = positions_of(entry, data)
-        target = np.zeros(entry.numel, pattern)
-        target[positions] = values_of(entry, data, pattern)
+        dense = np.zeros(entry.numel, pattern)
+        dense[positions] = bits
         if entry.negatives:
             rest = np.ones(entry.numel, bool)
             rest[positions] = False
             spec = entry.streams[-1]
-            marked = streams.decode_positions(
-                data[-1], spec.coder, spec.width, entry.negatives, entry.numel - entry.stored
-            )
-            target[np.flatnonzero(rest)[marked]] = 1 << (8 * pattern.itemsize - 1)
-        if entry.down_columns and entry.numel:
-            target = target.reshape(-1, entry.shape[0]).T.ravel()
-        bits[:] = target
-    else:
-        bits[:] = values_of(entry, data, pattern)
+            zeros = entry.numel - entry.stored
+            marked = streams.decode_positions(data[-1], spec.coder, spec.width, entry.negatives, zeros)
+            dense[np.flatnonzero(rest)[marked]] = 1 << (8 * pattern.itemsize - 1)
+        bits = dense.reshape(-1, entry.shape[0]).T.ravel() if entry.down_columns and entry.numel else dense
     if entry.dtype is torch.bool and entry.numel and int(bits.max()) > 1:
         refuse("hold 0 or 1 for bool", int(bits.max()))
+    flat = from_patterns(bits, entry.real_dtype)
     shape = entry.shape
     result = torch.view_as_complex(flat.reshape(*shape, 2)) if entry.dtype in REAL else flat.reshape(shape)
     if entry.order:
-        inverse = sorted(range(len(shape)), key=entry.order.__getitem__)
-        result = result.permute(entry.order).contiguous().permute(inverse)
+        laid_out = _laid_out(shape, entry.order, entry.dtype, "cpu")
+        laid_out.copy_(result)
+        return laid_out
     return result
 
 
@@ -128,6 +124,13 @@ def patterns(tensor: Tensor) -> Array:
     size = flat.element_size()
     array: Array = flat.view(_INTEGERS[size]).numpy().view(_PATTERNS[size])
     return array
+
+
+def from_patterns(bits: Array, dtype: torch.dtype) -> Tensor:
+    """A new tensor, in memory of torch's own (aligned as kernels like it), with these bit patterns."""
+    tensor = torch.empty(bits.size, dtype=dtype)
+    tensor.view(_INTEGERS[dtype.itemsize]).numpy().view(bits.dtype)[:] = bits
+    return tensor
 
 
 def count_patterns(bits: Array) -> Table | None:
@@ -252,10 +255,18 @@ def _without(table: Table | None, pattern: int) -> Table | None:
 def _memory_order(tensor: Tensor) -> tuple[int, ...] | None:
     """Dimensions from outermost to innermost in memory, where that is not their own order and the tensor is dense.
 
-    Kernels choose by layout (channels last, a transposed weight), and another kernel may round differently.
+    Kernels choose by strides (channels last, a transposed weight; those of dimensions of size 1 count too), and another
+    kernel may round differently.
     """
-    if tensor.is_contiguous():
-        return None
     strides = tensor.stride()
     order = tuple(sorted(range(tensor.dim()), key=lambda dim: (-strides[dim], dim)))
-    return order if tensor.permute(order).is_contiguous() else None
+    usual = _laid_out(tensor.shape, tuple(range(tensor.dim())), tensor.dtype, "meta").stride()
+    if strides == usual or _laid_out(tensor.shape, order, tensor.dtype, "meta").stride() != strides:
+        return None
+    return order
+
+
+def _laid_out(shape: tuple[int, ...], order: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
+    """An uninitialised dense tensor whose dimensions lie in memory in this order, outermost first."""
+    inverse = sorted(range(len(shape)), key=order.__getitem__)
+    return torch.empty([shape[dim] for dim in order], dtype=dtype, device=device).permute(inverse)

@@ -30,7 +30,7 @@ _PLAIN = """
     ReplicationPad1d ReplicationPad2d ReplicationPad3d ZeroPad1d ZeroPad2d ZeroPad3d
     CircularPad1d CircularPad2d CircularPad3d
     Upsample UpsamplingNearest2d UpsamplingBilinear2d PixelShuffle PixelUnshuffle ChannelShuffle
-    CosineSimilarity PairwiseDistance
+    CosineSimilarity
 """
 
 # Classes that are only their children.

@@ -1,0 +1,74 @@
+"""Wrote version1.terse: every form and coder, both sparse layers, ties, flags and overrides.
+
+Run once for each version of the format; the file is then never written again.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from tersetorch.nn import SparseCodebookLinear, SparseLinear
+from tersetorch.storage import save
+
+PROVENANCE = {"error": {"dense": 0.0164, "compressed": 0.0158}}
+
+
+def numbers(*shape):
+    """Numbers that are the same with every random generator."""
+    count = torch.Size(shape).numel()
+    return ((torch.arange(count, dtype=torch.float64) * 0.754877666).frac() - 0.5).float().reshape(shape)
+
+
+def fill(layer, density=1.0, levels=None):
+    """Weights of this share of non-zeros and about this many levels."""
+    weight = numbers(*layer.weight.shape)
+    kept = (torch.arange(weight.numel()) * 7919 % 1000 < 1000 * density).reshape(weight.shape)
+    if levels:
+        weight = (weight * levels).round() / levels
+    with torch.no_grad():
+        layer.weight.copy_(torch.where(kept, weight, 0))
+        if getattr(layer, "bias", None) is not None:
+            layer.bias.copy_(numbers(*layer.bias.shape))
+    return layer
+
+
+def model():
+    """The model in the file."""
+    encoder = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+    for parameter in encoder.parameters():
+        parameter.data = numbers(*parameter.shape)
+    encoder.linear1 = SparseLinear.from_dense(fill(encoder.linear1, 0.4))
+    encoder.activation_relu_or_gelu = 0
+    negative = fill(nn.Linear(30, 20, bias=False), 0.1)
+    with torch.no_grad():
+        negative.weight *= torch.where(numbers(20, 30) > 0, 1.0, -1.0)
+    tied = nn.Embedding(6, 4)
+    tied.weight.data = numbers(6, 4)
+    head = nn.Linear(4, 6, bias=False)
+    head.weight = tied.weight
+    shared = nn.GELU("tanh")
+    network = nn.Sequential(
+        tied,
+        encoder,
+        shared,
+        SparseCodebookLinear.from_dense(fill(nn.Linear(60, 24), 0.05, levels=4)),
+        fill(nn.Linear(24, 30), 0.02),
+        shared,
+        fill(nn.Linear(30, 30), 0.5),
+        negative,
+        fill(nn.Linear(20, 40), levels=2),
+        fill(nn.Linear(40, 16), levels=15),
+        fill(nn.Conv2d(2, 4, 3, padding="same")).to(memory_format=torch.channels_last),
+        nn.BatchNorm2d(4),
+        fill(nn.Linear(4, 4)).bfloat16(),
+        head,
+    )
+    network[4].weight.requires_grad_(False)
+    network.eval()
+    network[11].train()
+    return network
+
+
+if __name__ == "__main__":
+    save(model(), Path(__file__).parent / "version1.terse", provenance=PROVENANCE)

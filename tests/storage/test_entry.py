@@ -1,0 +1,66 @@
+import pytest
+import torch
+
+from tersetorch.storage.entry import Entry
+from tersetorch.storage.errors import TerseFileError
+
+SPARSE = {
+    "s": [8, 8],
+    "d": "f32",
+    "f": "sparse-codebook",
+    "n": 9,
+    "k": 4,
+    "x": [["gaps", 5, 3], ["raw", 16], ["packed", 3]],
+}
+RAW = {"s": [2, 3], "d": "f32", "f": "raw", "x": [["raw", 24]]}
+
+
+@pytest.mark.parametrize("data", [SPARSE, RAW, SPARSE | {"t": True, "g": False, "c": True}])
+def test_json_round_trips(data):
+    assert Entry.from_json(data).to_json() == data
+
+
+def test_sizes_of_what_will_be_decoded():
+    assert Entry.from_json(RAW).decoded_bytes == 24
+    assert Entry.from_json(SPARSE).decoded_bytes == 256
+    assert Entry.from_json(SPARSE | {"c": True}).decoded_bytes == 4 * 9 + 9 * 4 + 9 + 4 * 4
+    assert Entry((3,), torch.complex128, "raw", 6).decoded_bytes == 48
+
+
+@pytest.mark.parametrize(
+    "data,match",
+    [
+        (3, "have an object as a tensor, got int"),
+        (RAW | {"y": 1}, "have only known fields in a tensor, got y"),
+        (RAW | {"s": 3}, "have a list as a shape, got 3"),
+        (RAW | {"s": [-1]}, r"have an integer in \[0, .*\] as a dimension, got -1"),
+        (RAW | {"s": [True]}, "as a dimension, got True"),
+        (RAW | {"s": [1 << 40, 1 << 40]}, r"fewer than 2\*\*47 numbers"),
+        (RAW | {"s": [1] * 65}, "at most 64 dimensions"),
+        (RAW | {"d": "f31"}, "as a dtype, got 'f31'"),
+        (RAW | {"f": "zip"}, "have one of raw, codebook, sparse, sparse-codebook as a form, got 'zip'"),
+        (RAW | {"n": 6}, "only the fields of a tensor stored as raw"),
+        (RAW | {"k": 6}, "only the fields of a tensor stored as raw"),
+        (RAW | {"t": True}, "only the fields of a tensor stored as raw"),
+        (RAW | {"z": 1}, r"have an integer in \[1, 0\] as a count"),
+        (RAW | {"c": True}, "keep a layer's weight as a sparse float32 or bfloat16 matrix"),
+        (RAW | {"o": [0, 0]}, "have an order of 2 dimensions"),
+        (RAW | {"g": 1}, "have true or false as g, got 1"),
+        (RAW | {"x": []}, "have 1 streams for a tensor stored as raw, got 0"),
+        (RAW | {"x": [["raw", 23]]}, "hold 6 items in a stream of values, got 23 bytes"),
+        (RAW | {"x": [["raw"]]}, r"have \[coder, bytes\] or"),
+        (RAW | {"x": [["raw", 24, 3]]}, "give a width to gaps and to nothing else"),
+        (RAW | {"x": [["bitmap", 24]]}, "have one of raw as the coder of values, got 'bitmap'"),
+        (SPARSE | {"n": 65}, "as a count, got 65"),
+        (SPARSE | {"k": 65537}, "as codebook entries, got 65537"),
+        (SPARSE | {"n": 41}, "hold 41 items in a stream of positions, got 5 bytes"),
+        (SPARSE | {"k": 5}, "hold 5 items in a stream of codebook, got 16 bytes"),
+        (SPARSE | {"x": [["gaps", 5, 16], ["raw", 16], ["packed", 3]]}, r"in \[1, 15\] as a width, got 16"),
+        (SPARSE | {"d": "i32", "z": 1, "x": [*SPARSE["x"], ["bitmap", 7]]}, "mark -0.0 in sparse floating-point"),
+        (SPARSE | {"s": [64], "t": True}, "run down the columns of tensors with two dimensions or more, got 1"),
+        (SPARSE | {"s": [64], "c": True}, "keep a layer's weight as a sparse float32 or bfloat16 matrix"),
+    ],
+)
+def test_contradictions_are_refused(data, match):
+    with pytest.raises(TerseFileError, match=match):
+        Entry.from_json(data)

@@ -1,0 +1,501 @@
+"""Whole models: what comes back, into what, and what is refused."""
+
+import contextlib
+import copy
+import itertools
+import json
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn.utils import prune as torch_prune
+
+from tersetorch.nn import SparseCodebookLinear, SparseLinear
+from tersetorch.storage import TerseFileError, container, inspect, load, register_module, save
+
+
+class Custom(nn.Module):
+    def __init__(self, hidden=12, stride=1):
+        super().__init__()
+        self.conv = nn.Conv1d(1, 2, 3, stride=stride, padding=1)
+        self.fc1 = nn.Linear(16, hidden)
+        self.fc2 = nn.Linear(hidden, 4)
+        self.order = [self.fc1, self.fc2]  # plain references, which have to follow a swap
+        self.register_buffer("scale", torch.tensor(2.0))
+        self.register_buffer("mask", torch.ones(16), persistent=False)
+
+    def forward(self, x):
+        x = self.conv(x[:, None])[..., : x.shape[1]].mean(1) * self.scale * self.mask
+        for layer in self.order:
+            x = layer(x).relu()
+        return x
+
+
+class Registered(nn.Module):
+    def __init__(self, sizes, eps=1e-6):
+        super().__init__()
+        self.sizes = tuple(sizes)
+        self.eps = eps
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(sizes))
+        self.inner = Inner(sizes[-1])
+        self.register_buffer("offsets", torch.arange(sizes[0]) * 0.5, persistent=False)
+
+    def forward(self, x):
+        x = x + self.offsets
+        for layer in self.layers:
+            x = layer(x).relu()
+        return self.inner(x) + self.eps
+
+
+class Inner(nn.Module):
+    """Not registered: the constructor of Registered makes it."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size = size
+        self.proj = nn.Linear(size, size)
+
+    def forward(self, x):
+        return self.proj(x) / self.size
+
+
+register_module("tests.Registered", Registered, lambda m: {"sizes": m.sizes, "eps": m.eps})
+
+
+def x(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def prune_(layer, density, seed=0, levels=None):
+    weight = layer.weight.detach()
+    if levels:
+        weight = (weight / weight.abs().max() * levels).round() / levels
+    kept = torch.rand(weight.shape, generator=torch.Generator().manual_seed(seed)) < density
+    with torch.no_grad():
+        layer.weight.copy_(torch.where(kept, weight, 0))
+    return layer
+
+
+def swapped(model):
+    """A copy of Custom that runs its linear layers sparse."""
+    model = copy.deepcopy(model)
+    model.fc1 = SparseLinear.from_dense(prune_(model.fc1, 0.3))
+    model.fc2 = SparseCodebookLinear.from_dense(prune_(model.fc2, 0.5, levels=3))
+    model.order = [model.fc1, model.fc2]
+    return model
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def test_a_mixed_network(round_trip, small_model):
+    loaded = round_trip(small_model, x(5, 24))
+    assert [type(layer) for layer in loaded] == [type(layer) for layer in small_model]
+
+
+def test_convolutions_and_batch_norm(round_trip):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 5))
+    model(x(4, 3, 8, 8))  # running statistics that are no round numbers
+    prune_(model[0], 0.2)
+    round_trip(model, x(2, 3, 8, 8))
+
+
+def test_channels_last_weights(round_trip):
+    model = nn.Sequential(nn.Conv2d(16, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)).to(memory_format=torch.channels_last)
+    round_trip(model, x(2, 16, 8, 8).to(memory_format=torch.channels_last))
+
+
+def test_sparse_layers_inside_a_transformer(round_trip):
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2)
+    for layer in model.layers:
+        layer.linear1 = SparseLinear.from_dense(prune_(layer.linear1, 0.2))
+        layer.activation_relu_or_gelu = 0
+    model.use_nested_tensor = model.enable_nested_tensor = False
+    loaded = round_trip(model, x(2, 3, 8))
+    assert loaded.layers[0].activation_relu_or_gelu == 0
+    assert loaded.use_nested_tensor is loaded.enable_nested_tensor is False
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_other_dtypes(dtype, round_trip):
+    model = nn.Sequential(prune_(nn.Linear(20, 30), 0.1), nn.LayerNorm(30), nn.LSTM(30, 5)).to(dtype)
+    round_trip(model, x(3, 20).to(dtype))
+
+
+def test_a_bfloat16_sparse_layer(round_trip):
+    round_trip(SparseLinear.from_dense(prune_(nn.Linear(20, 30), 0.1).bfloat16()), x(3, 20).bfloat16())
+
+
+def test_tied_embeddings_are_stored_once(round_trip, tmp_path):
+    model = nn.ModuleDict({"embed": nn.Embedding(50, 16), "head": nn.Linear(16, 50, bias=False)})
+    model["head"].weight = model["embed"].weight
+    loaded = round_trip(model)
+    assert loaded["head"].weight is loaded["embed"].weight
+    assert inspect(tmp_path / "model.terse").file_bytes < 50 * 16 * 4 + 600
+
+
+def test_tied_sparse_layers_share_their_tensors(round_trip):
+    first = SparseLinear.from_dense(prune_(nn.Linear(8, 8), 0.5))
+    second = SparseLinear(first.sparse_weight, torch.ones(8))
+    loaded = round_trip(nn.Sequential(first, second), x(2, 8))
+    assert loaded[0].values is loaded[1].values
+    assert loaded[0].bias is not loaded[1].bias
+
+
+def test_shared_modules_stay_shared(round_trip):
+    layer, norm = nn.Linear(8, 8), nn.LayerNorm(8)
+    loaded = round_trip(nn.Sequential(layer, norm, nn.Sequential(layer), norm), x(2, 8))
+    assert loaded[0] is loaded[2][0]
+    assert loaded[1] is loaded[3]
+
+
+def test_flags_of_training_and_gradients(round_trip):
+    model = nn.Sequential(nn.Linear(3, 3), nn.Sequential(nn.Dropout(0.5), nn.BatchNorm1d(3)))
+    model[0].weight.requires_grad_(False)
+    model[1][1].eval()
+    round_trip(model)
+    round_trip(model.eval())
+
+
+def test_none_in_the_place_of_a_module(round_trip):
+    model = nn.Sequential(nn.Linear(2, 2))
+    model.register_module("nothing", None)
+    assert round_trip(model)._modules["nothing"] is None
+
+
+def test_the_network_of_a_registered_class(round_trip):
+    model = Registered([6, 5, 4], eps=1e-3)
+    model.layers[0] = SparseLinear.from_dense(prune_(model.layers[0], 0.4))
+    loaded = round_trip(model, x(2, 6))
+    assert loaded.sizes == (6, 5, 4)
+    assert torch.equal(loaded.offsets, model.offsets)
+
+
+def test_a_weight_of_a_product_with_a_mask(round_trip, tmp_path):
+    layer = nn.Linear(300, 200)
+    torch_prune.random_unstructured(layer, "weight", amount=0.9)
+    torch_prune.remove(layer, "weight")
+    assert bool((layer.weight.signbit() & (layer.weight == 0)).any())
+    round_trip(layer, x(2, 300))
+    assert inspect(tmp_path / "model.terse").file_bytes < 0.2 * layer.weight.nbytes
+
+
+def test_loading_leaves_the_random_state_alone(tmp_path, small_model):
+    path = tmp_path / "m.terse"
+    model = nn.Sequential(small_model, Registered([3, 2]))
+    before = torch.get_rng_state()
+    save(model, path)
+    load(path)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_custom_class_needs_an_instance(tmp_path):
+    path = tmp_path / "m.terse"
+    save(nn.Sequential(nn.ReLU(), Custom()), path)
+    with pytest.raises(TerseFileError) as caught:
+        load(path)
+    assert str(caught.value) == (
+        f"load: {path} must consist of modules that tt.load can rebuild by itself, got {Custom.__module__}.Custom at 1 "
+        "(its class is not registered); pass model=, an instance of the network's class"
+    )
+
+
+def test_an_instance_of_a_custom_class(round_trip):
+    fast, instance = swapped(Custom()), Custom()
+    before = {name: tensor.clone() for name, tensor in instance.state_dict().items()}
+    loaded = round_trip(fast, x(3, 16), model=instance)
+    assert loaded.order == [loaded.fc1, loaded.fc2]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in instance.state_dict().items())
+    assert type(instance.fc1) is nn.Linear
+    assert loaded.mask is not instance.mask
+
+
+def test_an_instance_that_is_one_layer_itself(round_trip):
+    layer = SparseLinear.from_dense(prune_(nn.Linear(8, 4), 0.5))
+    round_trip(layer, x(2, 8), model=nn.Linear(8, 4))
+
+
+def test_an_instance_that_was_swapped_already(round_trip):
+    round_trip(swapped(Custom()), x(3, 16), model=swapped(Custom()))
+
+
+def test_an_instance_on_the_meta_device(round_trip):
+    with torch.device("meta"):
+        instance = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    round_trip(nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)), x(4, 3), model=instance)
+
+
+def test_ties_are_those_of_the_file(round_trip):
+    tied = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    tied[1].weight = tied[0].weight
+    round_trip(tied, x(2, 4), model=nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
+
+
+def drop_fc2(model):
+    del model.fc2
+
+
+def add_layer(model):
+    model.more = nn.Linear(1, 1)
+
+
+def add_buffer(model):
+    model.register_buffer("more", torch.zeros(1))
+
+
+@pytest.mark.parametrize(
+    "instance,change,match",
+    [
+        (Custom(hidden=13), None, r"a layer of 16 inputs and 12 outputs at fc1, got Linear"),
+        (Custom(stride=2), None, r"Conv1d\(in_channels=1, out_channels=2, kernel_size=\[3\], stride=\[1\], .* at conv"),
+        (Custom(), drop_fc2, r"children \['conv', 'fc1', 'fc2'\] at its root, got \['conv', 'fc1'\]"),
+        (Custom(), add_layer, r"children .* got \['conv', 'fc1', 'fc2', 'more'\]"),
+        (Custom(), add_buffer, r"tensors \['scale'\] at its root, got \['more', 'scale'\]"),
+        (Custom().double(), None, r"torch.float32 for scale at its root, got torch.float64"),
+        (nn.Linear(2, 2), None, r"children .* at its root, got \[\]"),
+        (Custom(), lambda m: setattr(m, "fc1", nn.Linear(16, 12, bias=False)), "a layer with a bias at fc1"),
+        (Custom(), lambda m: setattr(m, "fc2", None), "a module at fc2, got NoneType"),
+        (Custom(), lambda m: setattr(m, "fc2", m.fc1), "a module of its own at fc2"),
+    ],
+)
+def test_an_instance_that_does_not_fit_is_refused(tmp_path, instance, change, match):
+    path = tmp_path / "m.terse"
+    save(swapped(Custom()), path)
+    instance = copy.deepcopy(instance)
+    if change:
+        change(instance)
+    before = {name: tensor.clone() for name, tensor in instance.state_dict().items()}
+    with pytest.raises(ValueError, match=match) as caught:
+        load(path, model=instance)
+    assert str(caught.value).startswith("load: model must have ")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in instance.state_dict().items())
+
+
+def test_an_instance_that_cannot_be_copied_is_refused(tmp_path):
+    path = tmp_path / "m.terse"
+    save(nn.Sequential(), path)
+    model = nn.Sequential()
+    model.lock = (value for value in ())
+    with pytest.raises(ValueError, match=r"load: model must be copyable with copy\.deepcopy, got TypeError"):
+        load(path, model=model)
+
+
+@pytest.mark.parametrize(
+    "arguments,error,match",
+    [
+        ({"model": nn.Linear}, TypeError, r"model must be an nn\.Module, got type"),
+        ({"max_bytes": 1.5}, TypeError, "max_bytes must be an integer, got float"),
+        ({"max_bytes": True}, TypeError, "max_bytes must be an integer, got bool"),
+        ({"max_bytes": 0}, ValueError, "max_bytes must be at least 1, got 0"),
+    ],
+)
+def test_bad_arguments_are_refused(tmp_path, arguments, error, match):
+    with pytest.raises(error, match=match):
+        load(tmp_path / "m.terse", **arguments)
+
+
+def test_paths(tmp_path):
+    with pytest.raises(TypeError, match="load: path must be a string or a path, got int"):
+        load(3)
+    with pytest.raises(FileNotFoundError):
+        load(tmp_path / "nothing.terse")
+    with pytest.raises(TerseFileError, match="must be a terse file, got a folder"):
+        load(tmp_path)
+
+
+def test_what_decodes_to_too_much_is_refused_before_anything_is_allocated(tmp_path):
+    path = tmp_path / "m.terse"
+    model = nn.Linear(5000, 4000, bias=False)
+    with torch.no_grad():
+        model.weight.zero_()
+    save(model, path)
+    assert path.stat().st_size < 400
+    with pytest.raises(TerseFileError, match=r"decode to at most 67108864 bytes, got 80000000; pass max_bytes="):
+        load(path)
+    assert torch.equal(load(path, max_bytes=80_000_000).weight, model.weight)
+    with pytest.raises(TerseFileError, match="decode to at most 79999999 bytes, got 80000000"):
+        load(path, max_bytes=79_999_999)
+
+
+def refused(path, damaged, *readers):
+    path.write_bytes(damaged)
+    for read in readers:
+        with pytest.raises(TerseFileError, match=r"m\.terse must "):
+            read(path)
+
+
+def test_every_byte_and_every_length_of_a_file_counts(tmp_path):
+    path = tmp_path / "m.terse"
+    layer = SparseLinear.from_dense(prune_(nn.Linear(9, 8), 0.3))
+    save(nn.Sequential(layer, nn.Tanh()), path)
+    raw = path.read_bytes()
+    assert len(raw) < 600
+    load(path)
+    for position in range(len(raw)):
+        refused(path, raw[:position] + bytes([raw[position] ^ 1 << position % 8]) + raw[position + 1 :], load)
+        refused(path, raw[:position], load)
+    for tail in (b"\0", b"{}", raw):
+        refused(path, raw + tail, load, inspect)
+
+
+@pytest.mark.slow
+def test_every_bit_of_a_file_counts(tmp_path, small_model):
+    path = tmp_path / "m.terse"
+    save(small_model, path)
+    raw = path.read_bytes()
+    for position in range(len(raw)):
+        for bit in range(8):
+            flipped = raw[:position] + bytes([raw[position] ^ 1 << bit]) + raw[position + 1 :]
+            refused(path, flipped, load, inspect)
+        refused(path, raw[:position], inspect)
+        refused(path, raw[:position] + raw[position + 1 :], load)
+        refused(path, raw[:position] + b"\0" + raw[position:], load)
+
+
+def reachable(value, path=()):
+    """Every path into a JSON value."""
+    yield path
+    if isinstance(value, dict | list):
+        for key in value if isinstance(value, dict) else range(len(value)):
+            yield from reachable(value[key], (*path, key))
+
+
+def changed(value, path, change):
+    if not path:
+        return change(value)
+    copied = copy.copy(value)
+    copied[path[0]] = changed(value[path[0]], path[1:], change)
+    return copied
+
+
+NUMBERS = [-1, 0, 1, 2, 7, 16, 1 << 20, 1 << 47, 1 << 70, 1.5]
+WORDS = ["", "raw", "sparse", "huffman", "Linear", "a.b", "tersetorch.SparseLinear", "f32", "f64"]
+NODES = [{"k": "Linear"}, {"k": "LSTM", "c": {"num_layers": 1 << 40}}]
+ODD = st.sampled_from([None, True, False, [], {}, [0], *NUMBERS, *WORDS, *NODES])
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_a_header_that_says_something_else_is_refused_or_harmless(data, tmp_path_factory):
+    path = tmp_path_factory.mktemp("odd") / "m.terse"
+    header, streams = _parts(tmp_path_factory)
+    for _ in range(data.draw(st.integers(1, 3))):
+        where = data.draw(st.sampled_from(list(reachable(header))))
+        action = data.draw(st.sampled_from(["replace", "drop", "add", "nudge"]))
+        odd = data.draw(ODD)
+
+        def change(value, action=action, odd=odd):
+            if action == "add" and isinstance(value, dict):
+                return value | {data.draw(st.sampled_from("kcatmeosdfnx01")): odd}
+            if action == "drop" and isinstance(value, dict | list) and value:
+                return type(value)(list(value.items())[1:]) if isinstance(value, dict) else value[1:]
+            if action == "nudge" and type(value) is int:
+                return value + data.draw(st.sampled_from([-1, 1, 8]))
+            return odd
+
+        header = changed(header, where, change)
+    path.write_bytes(container.pack(header, streams))
+    for read in (load, inspect):
+        with contextlib.suppress(TerseFileError):
+            read(path)
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_streams_that_hold_something_else_are_refused_or_harmless(data, tmp_path_factory):
+    path = tmp_path_factory.mktemp("odd") / "m.terse"
+    header, streams = _parts(tmp_path_factory)
+    number = data.draw(st.integers(0, len(streams) - 1))
+    size = len(streams[number])
+    streams[number] = data.draw(st.binary(min_size=size, max_size=size))
+    path.write_bytes(container.pack(header, streams))
+    with contextlib.suppress(TerseFileError):
+        load(path)
+
+
+def _parts(tmp_path_factory):
+    """Header and streams of a file with every form and a few kinds of module."""
+    path = tmp_path_factory.getbasetemp() / "parts.terse"
+    if not path.exists():
+        torch.manual_seed(0)
+        shared = nn.ReLU()
+        model = nn.Sequential(
+            SparseLinear.from_dense(prune_(nn.Linear(9, 8), 0.3)),
+            shared,
+            SparseCodebookLinear.from_dense(prune_(nn.Linear(8, 40), 0.5, levels=2)),
+            nn.Sequential(shared, prune_(nn.Linear(40, 40), 0.1), prune_(nn.Linear(40, 40), 0.1, levels=2)),
+            nn.LSTM(40, 3),
+            prune_(nn.Linear(40, 20), 1.0, levels=2),
+        )
+        with torch.no_grad():
+            model[3][1].weight *= torch.where(x(40, 40) > 0, 1, -1)
+        save(model, path)
+    header, data, _, _ = container.unpack(path.read_bytes())
+    lengths = [stream[1] for entry in header["t"] for stream in entry["x"]]
+    return json.loads(json.dumps(header)), container.split(data, lengths)
+
+
+@pytest.mark.parametrize(
+    "change,match",
+    [
+        (lambda h: h | {"x": 1}, "have only known fields in the header, got x"),
+        (lambda h: h["m"]["m"]["1"].update(k="Nothing"), "consist of kinds that are registered, got Nothing"),
+        (lambda h: h["m"]["m"]["1"].update(a={"inplace": True}), "set only known attributes of a ReLU, got inplace"),
+        (lambda h: h["m"]["m"]["1"].update(c={"wrong": 1}), "hold arguments that ReLU takes, got TypeError"),
+        (lambda h: h["m"]["m"]["4"].update(t={}), "hold arguments that LSTM takes|tensors"),
+        (lambda h: h["m"]["m"]["4"]["c"].update(num_layers=1 << 40), "hold the tensors of LSTM"),
+        (lambda h: h["m"]["m"].update({"train": {"k": "ReLU"}}), "name children as nn.Module allows, got 'train'"),
+        (lambda h: h["m"]["m"].update({"9": 99}), "have an integer in .* as the number of a module, got 99"),
+        (lambda h: h["m"]["m"].update({"9": {}}), "name the kind of every module that no constructor makes, got 9"),
+        (lambda h: h["t"].append(h["t"][1] | {"s": [0], "x": [["raw", 0]]}), "exactly the streams of its header"),
+        (lambda h: h["m"]["m"]["5"]["t"].update(weight=0), "use sparse weights in sparse layers, and only there"),
+        (lambda h: h["m"]["m"]["0"]["t"].update(bias=3), r"have a bias of 8 numbers in a tersetorch\.SparseLinear"),
+        (lambda h: h["m"]["m"]["5"]["c"].update(out_features=21), r"shape \[20, 40\] for weight at 5"),
+    ],
+)
+def test_headers_that_contradict_themselves_are_refused(change, match, tmp_path, tmp_path_factory):
+    header, streams = _parts(tmp_path_factory)
+    header = change(header) or header
+    path = tmp_path / "m.terse"
+    path.write_bytes(container.pack(header, streams))
+    with pytest.raises(TerseFileError, match=match):
+        load(path)
+
+
+def test_a_tensor_that_no_module_uses_is_refused(tmp_path, tmp_path_factory):
+    header, streams = _parts(tmp_path_factory)
+    header["t"].append({"s": [1], "d": "f32", "f": "raw", "x": [["raw", 4]]})
+    path = tmp_path / "m.terse"
+    path.write_bytes(container.pack(header, [*streams, b"1234"]))
+    with pytest.raises(TerseFileError, match="store the tensors of its modules only, got 1 more"):
+        load(path)
+    with pytest.raises(TerseFileError, match=r"inspect: .* must use every tensor it stores"):
+        inspect(path)
+
+
+@pytest.mark.parametrize("depth", [3_000, 100_000])
+def test_modules_nested_beyond_reason_are_refused(tmp_path, depth):
+    text = ('{"t":[],"m":' + '{"k":"Sequential","m":{"0":' * depth + "null" + "}}" * depth + "}").encode()
+    deflated = zlib.compress(text, 9)[2:-4]
+    packed = struct.pack("<I", zlib.crc32(deflated)) + deflated
+    path = tmp_path / "m.terse"
+    path.write_bytes(container._head(0, len(packed)) + packed)
+    for read in (load, inspect):
+        with pytest.raises(TerseFileError, match=r"must nest less deeply|must hold JSON"):
+            read(path)
+
+
+def test_numbers_come_back_exactly(tmp_path):
+    path = tmp_path / "m.terse"
+    layer = nn.Linear(3, 1)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[np.pi, -0.0, 1e-42]]))
+    save(layer, path)
+    assert load(path).weight.view(torch.int32).tolist() == layer.weight.view(torch.int32).tolist()

@@ -1,0 +1,273 @@
+import os
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from tersetorch import methods
+from tersetorch.nn import SparseLinear
+from tersetorch.storage import TerseFileError, inspect, load, save
+
+
+class Stateful(nn.Module):
+    def get_extra_state(self):
+        return 3
+
+    def set_extra_state(self, state):
+        pass
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.fc(x)
+
+
+def test_the_same_model_gives_the_same_bytes(tmp_path, small_model):
+    save(small_model, tmp_path / "a.terse", provenance={"error": 0.016})
+    save(load(tmp_path / "a.terse"), tmp_path / "b.terse", provenance={"error": 0.016})
+    assert (tmp_path / "a.terse").read_bytes() == (tmp_path / "b.terse").read_bytes()
+
+
+def test_another_process_writes_the_same_bytes(tmp_path, run_python):
+    program = (
+        "import torch; from torch import nn; from tersetorch.storage import save; torch.manual_seed(0);"
+        f"save(nn.TransformerEncoderLayer(8, 2, 16), {str(tmp_path / 'a.terse')!r})"
+    )
+    done = run_python(program, PYTHONHASHSEED="7")
+    assert done.returncode == 0, done.stderr
+    torch.manual_seed(0)
+    save(nn.TransformerEncoderLayer(8, 2, 16), tmp_path / "b.terse")
+    assert (tmp_path / "a.terse").read_bytes() == (tmp_path / "b.terse").read_bytes()
+
+
+def test_the_header_of_a_small_network_is_small(tmp_path):
+    model = nn.Sequential(nn.Linear(784, 300), nn.ReLU(), nn.Linear(300, 100), nn.ReLU(), nn.Linear(100, 10))
+    save(model, tmp_path / "m.terse")
+    found = inspect(tmp_path / "m.terse")
+    assert found.header_bytes + found.container_bytes < 450
+
+
+def test_a_model_in_training_is_stored_as_finalize_leaves_it(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(30, 40), nn.ReLU(), nn.Linear(40, 5))
+    methods.prune.magnitude(model, sparsity=0.9)
+    x = torch.randn(2, 30)
+    expected = model(x)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    save(model, tmp_path / "m.terse")
+    after = model.state_dict()
+    assert list(before) == list(after)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    loaded = load(tmp_path / "m.terse")
+    assert type(loaded[0]) is nn.Linear
+    assert torch.equal(loaded(x), expected)
+    assert inspect(tmp_path / "m.terse").tensors[0].form == "sparse"
+    # The instance may be one in training as well.
+    assert torch.equal(load(tmp_path / "m.terse", model=model)(x), expected)
+    assert list(model.state_dict()) == list(before)
+
+
+@pytest.mark.parametrize("content", [None, b"what was there"])
+def test_a_failed_write_leaves_what_was_there(tmp_path, small_model, monkeypatch, content):
+    path = tmp_path / "m.terse"
+    if content:
+        path.write_bytes(content)
+
+    def fail(*arguments):
+        raise OSError("disk full")
+
+    for step in ("replace", "fsync"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, step, fail)
+            with pytest.raises(OSError, match="disk full"):
+                save(small_model, path)
+        assert [file.name for file in tmp_path.iterdir()] == (["m.terse"] if content else [])
+        assert not content or path.read_bytes() == content
+
+
+def test_a_file_is_replaced_and_nothing_else_left(tmp_path, small_model):
+    path = tmp_path / "m.terse"
+    path.write_bytes(b"old")
+    save(small_model, str(path))
+    load(str(path))
+    assert [file.name for file in tmp_path.iterdir()] == ["m.terse"]
+
+
+def test_a_file_has_the_usual_permissions(tmp_path, small_model):
+    (tmp_path / "other").write_bytes(b"")
+    save(small_model, tmp_path / "m.terse")
+    assert (tmp_path / "m.terse").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_provenance_comes_back(tmp_path):
+    provenance = {"error": {"dense": 0.0164, "compressed": 0.0158}, "layers": ["fc1", None, True], "text": "ä"}
+    save(nn.Linear(2, 2), tmp_path / "m.terse", provenance=provenance)
+    assert inspect(tmp_path / "m.terse").provenance == provenance
+    save(nn.Linear(2, 2), tmp_path / "m.terse")
+    assert inspect(tmp_path / "m.terse").provenance is None
+
+
+@pytest.mark.parametrize(
+    "provenance,error,match",
+    [
+        ([1], TypeError, "provenance must be a dict, got list"),
+        ({"a": torch.zeros(1)}, ValueError, "provenance must be JSON, got Object of type Tensor"),
+        ({"a": float("nan")}, ValueError, "provenance must be JSON, got Out of range float"),
+        ({1: 2}, ValueError, "must come back from JSON as it is"),
+        ({"a": (1, 2)}, ValueError, "must come back from JSON as it is"),
+        ({"a": "x" * 70_000}, ValueError, "provenance must fit 65536 bytes as JSON, got 70009"),
+    ],
+)
+def test_bad_provenance_is_refused(tmp_path, provenance, error, match):
+    with pytest.raises(error, match=match):
+        save(nn.Linear(2, 2), tmp_path / "m.terse", provenance=provenance)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "model,match",
+    [
+        (nn.Linear, "model must be an eager nn.Module, got type"),
+        ({"weight": 1}, "model must be an eager nn.Module, got dict"),
+    ],
+)
+def test_what_is_no_model_is_refused(tmp_path, model, match):
+    with pytest.raises(TypeError, match=match):
+        save(model, tmp_path / "m.terse")
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_paths_are_refused(tmp_path):
+    with pytest.raises(TypeError, match="save: path must be a string or a path, got int"):
+        save(nn.ReLU(), 3)
+    with pytest.raises(ValueError, match="save: path must name a file, got the folder"):
+        save(nn.ReLU(), tmp_path)
+    with pytest.raises(FileNotFoundError, match="save: path must lie in a folder that exists"):
+        save(nn.ReLU(), tmp_path / "none" / "m.terse")
+
+
+def tied_to_values(model):
+    model[1].bias = nn.Parameter(torch.zeros(2))
+    model[1].bias = model[0].values
+
+
+def tied_layers(model):
+    model[1] = SparseLinear.from_dense(nn.Linear(3, 2))
+    model[1].values = model[0].values
+    model[1].col_indices = model[1].col_indices.flip(0)
+
+
+@pytest.mark.parametrize(
+    "model,change,match",
+    [
+        (nn.Sequential(Stateful()), None, r"must keep its state in tensors, got extra state in 0 \(Stateful\)"),
+        (nn.Linear(2, 2, device="meta"), None, "save: weight must hold values, got a tensor on device meta"),
+        (nn.Sequential(nn.LazyLinear(2)), None, "save: 0.weight must"),
+        (nn.Sequential(SparseLinear.from_dense(nn.Linear(3, 2)), nn.Linear(2, 2)), tied_to_values, "share its values"),
+        (
+            nn.Sequential(SparseLinear.from_dense(nn.Linear(3, 2)), None),
+            tied_layers,
+            "hold a valid|share its values",
+        ),
+    ],
+)
+def test_what_a_file_cannot_keep_is_refused(tmp_path, model, change, match):
+    if change:
+        change(model)
+    with pytest.raises(ValueError, match=match):
+        save(model, tmp_path / "m.terse")
+    assert not list(tmp_path.iterdir())
+
+
+def with_hook(model):
+    model[0].register_forward_hook(lambda module, args, output: output * 2)
+
+
+def with_other_forward(model):
+    model[0].forward = torch.relu
+
+
+def with_weight_norm(model):
+    parametrizations.weight_norm(model[0])
+
+
+def with_attribute(model):
+    model[0].in_features = 4
+
+
+def with_more_parameters(model):
+    model[0].register_parameter("more", nn.Parameter(torch.zeros(1)))
+
+
+def with_function(model):
+    model[1] = nn.TransformerEncoderLayer(4, 2, 8, activation=torch.tanh)
+
+
+def with_custom(model):
+    model.add_module("net", Net())
+
+
+def with_sparse_hook(model):
+    model[0] = SparseLinear.from_dense(model[0])
+    with_hook(model)
+
+
+@pytest.mark.parametrize(
+    "change,match",
+    [
+        (with_hook, r"torch\.nn\.modules\.linear\.Linear at 0 \(it has hooks\)"),
+        (with_other_forward, r"Linear at 0 \(its attribute 'forward' differs"),
+        (with_weight_norm, r"ParametrizedLinear at 0 \(its class is not registered\)"),
+        (with_attribute, r"Linear at 0 \(its parameters or buffers differ"),
+        (with_more_parameters, r"Linear at 0 \(its parameters or buffers differ"),
+        (with_function, r"TransformerEncoderLayer at 1 \(its constructor's arguments cannot be told \(KeyError\)\)"),
+        (with_custom, r"Net at net \(its class is not registered\)"),
+        (with_sparse_hook, r"SparseLinear at 0 \(it has hooks\)"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning:torch")
+def test_what_load_cannot_build_is_stored_and_said(tmp_path, change, match):
+    model = nn.Sequential(nn.Linear(3, 2), nn.ReLU())
+    change(model)
+    path = tmp_path / "m.terse"
+    save(model, path)
+    assert sum(inspect(path).parts.values()) == path.stat().st_size
+    with pytest.raises(TerseFileError, match=match):
+        load(path)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:torch")
+def test_models_with_foreign_parametrizations_load_into_an_instance(tmp_path):
+    model = parametrizations.weight_norm(nn.Linear(3, 2))
+    save(model, tmp_path / "m.terse")
+    loaded = load(tmp_path / "m.terse", model=parametrizations.weight_norm(nn.Linear(3, 2)))
+    x = torch.ones(1, 3)
+    assert torch.equal(loaded(x), model(x))
+
+
+def test_notes_of_our_own_do_not_matter(tmp_path):
+    model = nn.Sequential(nn.Linear(3, 2))
+    vars(model)["_tersetorch_note"] = {"anything": object()}
+    save(model, tmp_path / "m.terse")
+    assert isinstance(load(tmp_path / "m.terse"), nn.Sequential)
+
+
+def test_the_golden_file_of_version_1(same_state):
+    path = Path(__file__).parent / "golden" / "version1.terse"
+    namespace = runpy.run_path(path.parent / "make_golden.py", run_name="golden")
+    model = namespace["model"]()
+    loaded = load(path)
+    same_state(model, loaded)
+    found = inspect(path)
+    assert found.version == 1
+    assert found.provenance == namespace["PROVENANCE"]
+    assert {tensor.form for tensor in found.tensors} == {"raw", "codebook", "sparse", "sparse-codebook"}
+    coders = {coder for tensor in found.tensors for coder in tensor.coders}
+    assert coders == {"raw", "packed", "huffman", "gaps", "gaps-huffman", "bitmap"}
