@@ -284,6 +284,7 @@ void TestDamage(const Variant& variant) {
       };
       const CsrMatmulArgs args{stored.args, panel.data(), width, nullptr, y.data(), CsrFloat::kFloat32, width};
       check(variant.kernels.matmul(args, 0, w.rows), want, "matmul");
+      if (want == CsrStatus::kBadRowOffsets) check(variant.kernels.matmul(args, 4, w.rows), want, "matmul from row 4");
       const CsrGradXArgs grad_x_args{stored.args,   grads.data(),       width, sums.data(),
                                      grad_x.data(), CsrFloat::kFloat32, width};
       check(variant.kernels.grad_x(grad_x_args), want, "grad_x");
@@ -310,7 +311,7 @@ void TestDamage(const Variant& variant) {
     expect(bad, CsrStatus::kBadRowOffsets, true, "an offset outside");
   }
   Weight falling = good;
-  std::swap(falling.row_offsets[3], falling.row_offsets[4]);
+  std::swap(falling.row_offsets[4], falling.row_offsets[5]);
   expect(falling, CsrStatus::kBadRowOffsets, true, "falling offsets");
   expect(good, CsrStatus::kOk, true, "nothing");
 }
@@ -325,10 +326,11 @@ void TestRounding(const Variant& variant) {
                           INFINITY,
                           -INFINITY,
                           std::bit_cast<float>(0x7f800001u),  // a NaN whose upper half alone would be infinity
+                          std::bit_cast<float>(0x7fffffffu),  // a NaN that would be rounded to -0
                           0x1p-140f};
-  const std::uint16_t want[] = {0x3f80, 0x3f80, 0x3f82, 0xbf81, 0x7f80, 0x7f80, 0xff80, 0x7fc0, 0x0000};
+  const std::uint16_t want[] = {0x3f80, 0x3f80, 0x3f82, 0xbf81, 0x7f80, 0x7f80, 0xff80, 0x7fc0, 0x7fff, 0x0000};
   constexpr Index kCount = std::size(inputs);
-  const std::int32_t offsets[kCount + 1] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9}, indices[kCount] = {};
+  const std::int32_t offsets[kCount + 1] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10}, indices[kCount] = {};
   for (const Index width : {1, 8}) {
     std::vector<float> panel(width, 1.0f);
     std::uint16_t y[kCount * 8];
