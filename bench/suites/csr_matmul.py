@@ -1,6 +1,7 @@
 """csr_matmul beside the dense and sparse products that a user could run instead."""
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,6 +19,7 @@ BATCHES = [1, 8, 64, 256]
 DENSITY = 0.1
 OTHER_DENSITIES = [0.03, 0.2]  # at 4096x4096 only
 MAX_ERROR = 1e-4  # of the largest output
+SECONDS, QUICK_SECONDS = 8.0, 1.5  # for all implementations of one case
 
 
 def run(threads: int, quick: bool) -> list[dict[str, Any]]:
@@ -33,7 +35,7 @@ def run(threads: int, quick: bool) -> list[dict[str, Any]]:
     try:
         with torch.inference_mode():
             fma_gflops = _fma_gflops()
-            seconds = 1.5 if quick else 8.0
+            seconds = QUICK_SECONDS if quick else SECONDS
             return [r for case in _cases(quick) for r in _measure(*case, threads, fma_gflops, seconds)]
     finally:
         torch.set_num_threads(before)
@@ -127,7 +129,9 @@ def _sparse(
     x: Tensor, row_offsets: Tensor, col_indices: Tensor, values: Tensor, threads: int
 ) -> Iterator[tuple[str, Callable[[], Tensor]]]:
     shape = (row_offsets.numel() - 1, x.shape[1])
-    weight = torch.sparse_csr_tensor(row_offsets, col_indices, values, shape)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+        weight = torch.sparse_csr_tensor(row_offsets, col_indices, values, shape, check_invariants=True)
     yield "torch sparse csr", lambda: (weight @ x.T).T
     try:
         from scipy.sparse import csr_array

@@ -48,9 +48,9 @@ struct CsrMatmulArgs {
   CsrWeight weight;
   const float* panel;  // of x, [columns, width]
   std::int64_t width;
-  const float* bias;     // [rows] or null
-  void* y;               // [samples, rows]
-  CsrFloat y_stored_as;  //
+  const float* bias;  // [rows] or null
+  void* y;            // [samples, rows]
+  CsrFloat y_stored_as;
   std::int64_t samples;  // <= width
 };
 
@@ -58,10 +58,10 @@ struct CsrGradXArgs {
   CsrWeight weight;
   const float* grad_panel;  // of grad_y, [rows, width]
   std::int64_t width;
-  float* sums;                // [columns, width], scratch
-  void* grad_x;               // [samples, columns]
-  CsrFloat grad_x_stored_as;  //
-  std::int64_t samples;       // <= width
+  float* sums;   // [columns, width], scratch
+  void* grad_x;  // [samples, columns]
+  CsrFloat grad_x_stored_as;
+  std::int64_t samples;  // <= width
 };
 
 struct CsrGradValuesArgs {

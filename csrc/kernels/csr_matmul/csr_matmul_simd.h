@@ -45,7 +45,7 @@ T Load(const float* p) {
 }
 
 template <typename T>
-void Store(void* p, T value) {
+void Store(void* p, const T& value) {
   __builtin_memcpy(p, &value, sizeof value);
 }
 
@@ -405,7 +405,7 @@ Float8 SumLanes(Float8 (&m)[8]) {
 }
 
 template <int kLanes>
-Float8 FoldToEight(Vector<kLanes> v) {
+Float8 FoldToEight(const Vector<kLanes>& v) {
   Float8 parts[kLanes / 8];
   __builtin_memcpy(parts, &v, sizeof v);
   return kLanes == 8 ? parts[0] : parts[0] + parts[kLanes / 8 - 1];
