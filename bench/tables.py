@@ -19,7 +19,8 @@ MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 OURS = ("tersetorch csr", "tersetorch csr codebook")
 DENSE = ("torch F.linear fp32", "torch mkldnn packed fp32")
 SPARSE = ("torch sparse csr", "scipy csr")
-HEADLINE = {"density": 0.1, "batches": (1, 64)}
+HEADLINE_DENSITY = 0.1
+HEADLINE_BATCHES = (1, 64)
 
 
 def render(text: str) -> str:
@@ -83,7 +84,7 @@ def seeds() -> str:
 
 def speeds() -> str:
     """Times of the sparse layer beside its strongest peers, at the headline density."""
-    return _speed_table(lambda r: r["density"] == HEADLINE["density"] and r["batch"] in HEADLINE["batches"])
+    return _speed_table(lambda record: record["density"] == HEADLINE_DENSITY and record["batch"] in HEADLINE_BATCHES)
 
 
 def all_speeds() -> str:
