@@ -10,8 +10,7 @@ STABLE_TORCH_LIBRARY(tersetorch, m) {
 
   // The name of the level that the CPU kernels use.
   m.def("cpu_isa() -> str");
-  // float [..., in], int32 [out + 1], int32 [nnz], float or uint8 [nnz], float [out], float32 [entries] -> float [...,
-  // out]
+  // x [..., in] and a weight [out, in] in compressed sparse rows -> [..., out]; with a codebook, values are codes.
   m.def(
       "csr_matmul(Tensor x, Tensor row_offsets, Tensor col_indices, Tensor values, Tensor? bias=None, Tensor? "
       "codebook=None) -> Tensor");
@@ -19,10 +18,10 @@ STABLE_TORCH_LIBRARY(tersetorch, m) {
   m.def(
       "csr_matmul_inference(Tensor x, Tensor row_offsets, Tensor col_indices, Tensor values, Tensor? bias=None, "
       "Tensor? codebook=None) -> Tensor");
-  // float [..., out] and the weight -> float [..., in]
+  // Its gradients: grad_y [..., out] -> [..., in]
   m.def(
       "csr_matmul_grad_x(Tensor grad_y, Tensor row_offsets, Tensor col_indices, Tensor values, int in_features, "
       "Tensor? codebook=None) -> Tensor");
-  // float [..., out], float [..., in] and the positions -> float32 [nnz]
+  // grad_y [..., out], x [..., in] -> float32 [nnz]
   m.def("csr_matmul_grad_values(Tensor grad_y, Tensor x, Tensor row_offsets, Tensor col_indices) -> Tensor");
 }

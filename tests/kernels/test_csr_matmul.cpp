@@ -254,11 +254,11 @@ void TestShapes(const Variant& variant) {
   const struct {
     Index rows, columns;
     double density;
-  } shapes[] = {{1, 1, 1.0},     {7, 9, 0.5},   {64, 8, 0.3},  {65, 100, 0.1}, {131, 37, 0.2},
-                {10, 300, 0.08}, {3, 257, 1.0}, {20, 50, 0.0}, {5, 0, 0.0},    {0, 5, 0.0}};
+  } shapes[] = {{1, 1, 1.0},    {7, 9, 0.5},   {64, 8, 0.3},  {65, 100, 0.1}, {131, 37, 0.2}, {10, 300, 0.08},
+                {40, 100, 0.6}, {3, 257, 1.0}, {20, 50, 0.0}, {5, 0, 0.0},    {0, 5, 0.0}};
   for (const auto& shape : shapes) {
     const Weight w(shape.rows, shape.columns, shape.density, rng);
-    for (const Index width : {1, 8, 16, 32, 64}) {
+    for (const Index width : {1, 8, 16, 32}) {
       for (const Index samples : {Index{1}, width / 2 + 1, width}) {
         for (const CsrValues values_as : {CsrValues::kFloat32, CsrValues::kBFloat16, CsrValues::kCodes}) {
           for (const CsrFloat floats_as : kFloats) TestOne(variant, w, values_as, floats_as, samples, width, rng);
@@ -271,9 +271,9 @@ void TestShapes(const Variant& variant) {
 // Each damage must be met by its status in every function that reads the damaged part, wherever in the row it lies.
 void TestDamage(const Variant& variant) {
   std::mt19937 rng(99);
-  const Weight good(9, 50, 0.9, rng);
+  const Weight good(40, 50, 0.9, rng);  // more non-zeros than a kernel checks at once
   const auto expect = [&](const Weight& w, CsrStatus want, bool values_too, const char* what) {
-    for (const Index width : {1, 8, 16, 32, 64}) {
+    for (const Index width : {1, 8, 16, 32}) {
       const CsrValues stored_as = want == CsrStatus::kBadCode ? CsrValues::kCodes : CsrValues::kFloat32;
       Stored stored(w, stored_as);
       std::vector<float> panel(w.columns * width), grads(w.rows * width), y(w.rows * width);
@@ -284,6 +284,7 @@ void TestDamage(const Variant& variant) {
       };
       const CsrMatmulArgs args{stored.args, panel.data(), width, nullptr, y.data(), CsrFloat::kFloat32, width};
       check(variant.kernels.matmul(args, 0, w.rows), want, "matmul");
+      if (want == CsrStatus::kBadRowOffsets) check(variant.kernels.matmul(args, 4, w.rows), want, "matmul from row 4");
       const CsrGradXArgs grad_x_args{stored.args,   grads.data(),       width, sums.data(),
                                      grad_x.data(), CsrFloat::kFloat32, width};
       check(variant.kernels.grad_x(grad_x_args), want, "grad_x");
@@ -310,7 +311,7 @@ void TestDamage(const Variant& variant) {
     expect(bad, CsrStatus::kBadRowOffsets, true, "an offset outside");
   }
   Weight falling = good;
-  std::swap(falling.row_offsets[3], falling.row_offsets[4]);
+  std::swap(falling.row_offsets[4], falling.row_offsets[5]);
   expect(falling, CsrStatus::kBadRowOffsets, true, "falling offsets");
   expect(good, CsrStatus::kOk, true, "nothing");
 }
@@ -325,10 +326,11 @@ void TestRounding(const Variant& variant) {
                           INFINITY,
                           -INFINITY,
                           std::bit_cast<float>(0x7f800001u),  // a NaN whose upper half alone would be infinity
+                          std::bit_cast<float>(0x7fffffffu),  // a NaN that would be rounded to -0
                           0x1p-140f};
-  const std::uint16_t want[] = {0x3f80, 0x3f80, 0x3f82, 0xbf81, 0x7f80, 0x7f80, 0xff80, 0x7fc0, 0x0000};
+  const std::uint16_t want[] = {0x3f80, 0x3f80, 0x3f82, 0xbf81, 0x7f80, 0x7f80, 0xff80, 0x7fc0, 0x7fff, 0x0000};
   constexpr Index kCount = std::size(inputs);
-  const std::int32_t offsets[kCount + 1] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9}, indices[kCount] = {};
+  const std::int32_t offsets[kCount + 1] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10}, indices[kCount] = {};
   for (const Index width : {1, 8}) {
     std::vector<float> panel(width, 1.0f);
     std::uint16_t y[kCount * 8];

@@ -247,7 +247,7 @@ def test_forward_mode_is_refused_instead_of_returning_zero():
         torch.func.jvp(lambda x: csr_matmul(x, row_offsets, col_indices, values), (x,), (x,))
 
 
-@pytest.mark.parametrize("batch", [1, 16, 200])
+@pytest.mark.parametrize("batch", [1, 9, 16, 200])
 def test_threads_do_not_change_a_bit(batch):
     row_offsets, col_indices, values, _ = random_weight(801, 1000, 0.3)
     x, bias = random(batch, 1000).requires_grad_(), random(801, seed=2)
@@ -267,6 +267,19 @@ def test_threads_do_not_change_a_bit(batch):
             assert all(torch.equal(a, b) for a, b in zip(results(), alone, strict=True))
     finally:
         torch.set_num_threads(threads)
+
+
+def test_large_batches_pass_in_waves():
+    row_offsets, col_indices, values, dense = random_weight(20, 16, 0.3)
+    x, grad_y = random(32 * 16 * 2 + 5, 16).requires_grad_(), random(32 * 16 * 2 + 5, 20, seed=4)
+    values.requires_grad_()
+    y = csr_matmul(x, row_offsets, col_indices, values)
+    assert_close_sum(y.detach(), x.detach(), dense.T)
+    grad_x, grad_values = torch.autograd.grad(y, (x, values), grad_y)
+    assert_close_sum(grad_x, grad_y, dense)
+    of_row = rows_of(row_offsets)
+    left, right = grad_y.T[of_row], x.detach().T[col_indices.long()]
+    assert_close_sum(grad_values.unsqueeze(-1).unsqueeze(-1), left.unsqueeze(1), right.unsqueeze(2))
 
 
 # ---- PyTorch

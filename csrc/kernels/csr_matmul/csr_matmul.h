@@ -4,7 +4,7 @@
 //         w[k] is values[k] or codebook[values[k]]. Everything is accumulated in float32.
 // Layout: x, y and their gradients row-major [samples, features], float32 or bfloat16. The kernels read samples from
 //         panels: `width` samples transposed, float32 [features][width], zero where a panel has fewer samples, so that
-//         one non-zero weight multiplies consecutive numbers. width is 1, 8, 16, 32 or 64.
+//         one non-zero weight multiplies consecutive numbers. width is 1, 8, 16 or 32.
 // Safety: every row offset, column and code is compared with its bounds before it is used; the first row that fails
 //         ends the call with the status, and what was written by then is of no use.
 // Source: the panels follow Elsen et al., Fast Sparse ConvNets (2019), section 3, with samples in place of pixels.
@@ -19,7 +19,7 @@
 
 namespace tersetorch {
 
-inline constexpr std::int64_t kCsrMaxWidth = 64;
+inline constexpr std::int64_t kCsrMaxWidth = 32;
 inline constexpr std::int64_t kCsrMaxEntries = 256;
 
 enum class CsrFloat : int { kFloat32, kBFloat16 };
@@ -48,9 +48,9 @@ struct CsrMatmulArgs {
   CsrWeight weight;
   const float* panel;  // of x, [columns, width]
   std::int64_t width;
-  const float* bias;     // [rows] or null
-  void* y;               // [samples, rows]
-  CsrFloat y_stored_as;  //
+  const float* bias;  // [rows] or null
+  void* y;            // [samples, rows]
+  CsrFloat y_stored_as;
   std::int64_t samples;  // <= width
 };
 
@@ -58,10 +58,10 @@ struct CsrGradXArgs {
   CsrWeight weight;
   const float* grad_panel;  // of grad_y, [rows, width]
   std::int64_t width;
-  float* sums;                // [columns, width], scratch
-  void* grad_x;               // [samples, columns]
-  CsrFloat grad_x_stored_as;  //
-  std::int64_t samples;       // <= width
+  float* sums;   // [columns, width], scratch
+  void* grad_x;  // [samples, columns]
+  CsrFloat grad_x_stored_as;
+  std::int64_t samples;  // <= width
 };
 
 struct CsrGradValuesArgs {

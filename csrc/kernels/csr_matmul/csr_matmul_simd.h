@@ -30,7 +30,6 @@ typedef std::int32_t Int8 __attribute__((vector_size(32)));
 typedef std::uint32_t Bits8 __attribute__((vector_size(32)));
 typedef std::uint16_t Halves8 __attribute__((vector_size(16)));
 typedef std::uint8_t Bytes32 __attribute__((vector_size(32)));
-typedef std::uint64_t Words4 __attribute__((vector_size(32)));
 
 // Element i and what follows it, of an array that may be unaligned.
 template <typename T>
@@ -46,7 +45,7 @@ T Load(const float* p) {
 }
 
 template <typename T>
-void Store(void* p, T value) {
+void Store(void* p, const T& value) {
   __builtin_memcpy(p, &value, sizeof value);
 }
 
@@ -170,6 +169,14 @@ void PackPanel(const CsrPackArgs& a, Index feature_begin, Index feature_end) {
 
 // ---- weights
 
+// The largest of v's elements.
+template <typename V>
+std::uint32_t Largest(V v) {
+  std::uint32_t largest = 0;
+  for (unsigned i = 0; i < sizeof v / sizeof v[0]; ++i) largest = v[i] > largest ? v[i] : largest;
+  return largest;
+}
+
 struct Float32Values {
   explicit Float32Values(const CsrWeight& w) : values(w.values) {}
   float At(Index k) const { return LoadAt<float>(values, k, 4); }
@@ -192,19 +199,15 @@ struct CodeValues {
   float At(Index k) const { return LoadAt<float>(codebook, codes[k], 4); }
   bool Inside(Index begin, Index end) const {
     if (entries == kCsrMaxEntries) return true;
-    if (entries == 0) return begin == end;
-    const auto last = static_cast<std::uint8_t>(entries - 1);
-    const Bytes32 limit = last - Bytes32{};
-    Bytes32 over{};
+    Bytes32 parts{};  // of the largest code
     Index k = begin;
     for (; k + 32 <= end; k += 32) {
       const Bytes32 code = LoadAt<Bytes32>(codes, k, 1);
-      over |= (code > limit ? code : limit) ^ limit;
+      parts = code > parts ? code : parts;
     }
-    const Words4 any = (Words4)over;
-    bool outside = (any[0] | any[1] | any[2] | any[3]) != 0;
-    for (; k < end; ++k) outside |= codes[k] > last;
-    return !outside;
+    Index largest = Largest(parts);
+    for (; k < end; ++k) largest = codes[k] > largest ? codes[k] : largest;
+    return begin == end || largest < entries;
   }
 
   const std::uint8_t* codes;
@@ -229,28 +232,50 @@ Row RowAt(const CsrWeight& w, Index r) {
 // A checked column.
 std::uint64_t ColumnAt(const CsrWeight& w, Index k) { return LoadAt<std::uint32_t>(w.col_indices, k, 4); }
 
-bool ColumnsInside(const CsrWeight& w, Row row) {
-  if (w.columns == 0) return row.begin == row.end;
-  const auto last = static_cast<std::uint32_t>(w.columns - 1);  // as unsigned numbers, negative columns are too large
-  const Bits8 limit = last - Bits8{};
-  Bits8 over{};
-  Index k = row.begin;
-  for (; k + 8 <= row.end; k += 8) {
-    const Bits8 column = LoadAt<Bits8>(w.col_indices, k, 4);
-    over |= (column > limit ? column : limit) ^ limit;
+bool ColumnsInside(const CsrWeight& w, Index begin, Index end) {
+  Bits8 parts[2]{};  // of the largest column; as unsigned numbers, negative columns are too large
+  Index k = begin;
+  for (; k + 16 <= end; k += 16) {
+    for (int i = 0; i < 2; ++i) {
+      const Bits8 column = LoadAt<Bits8>(w.col_indices, k + 8 * i, 4);
+      parts[i] = column > parts[i] ? column : parts[i];
+    }
   }
-  const Words4 any = (Words4)over;
-  bool outside = (any[0] | any[1] | any[2] | any[3]) != 0;
-  for (; k < row.end; ++k) outside |= ColumnAt(w, k) > last;
-  return !outside;
+  std::uint64_t largest = Largest(parts[0] > parts[1] ? parts[0] : parts[1]);
+  for (; k < end; ++k) largest = ColumnAt(w, k) > largest ? ColumnAt(w, k) : largest;
+  return begin == end || largest < static_cast<std::uint64_t>(w.columns);
 }
 
+// Checks rows ahead of their use, several at once: a loop over one row is short, and its end surprises the processor.
 template <typename Values>
-CsrStatus Check(const CsrWeight& w, const Values& values, Row row) {
-  if (row.begin < 0 || row.end < row.begin || row.end > w.nnz) return CsrStatus::kBadRowOffsets;
-  if (!ColumnsInside(w, row)) return CsrStatus::kBadColumn;
-  return values.Inside(row.begin, row.end) ? CsrStatus::kOk : CsrStatus::kBadCode;
-}
+class RowChecker {
+ public:
+  RowChecker(const CsrWeight& w, const Values& values, Index row_begin, Index row_end)
+      : w_(w), values_(values), checked_(row_begin), row_end_(row_end) {}
+
+  // Whether `row` may be used; rows come in order.
+  CsrStatus Check(Index row) {
+    if (row < checked_) return CsrStatus::kOk;
+    const Index begin = RowAt(w_, checked_).begin;
+    Index end = begin;
+    if (begin < 0) return CsrStatus::kBadRowOffsets;
+    do {
+      const Row next = RowAt(w_, checked_);
+      if (next.end < next.begin || next.end > w_.nnz) return CsrStatus::kBadRowOffsets;
+      end = next.end;
+      ++checked_;
+    } while (checked_ < row_end_ && end - begin < kAhead);
+    if (!ColumnsInside(w_, begin, end)) return CsrStatus::kBadColumn;
+    return values_.Inside(begin, end) ? CsrStatus::kOk : CsrStatus::kBadCode;
+  }
+
+ private:
+  static constexpr Index kAhead = 1024;  // non-zeros, few enough to stay in the first cache level until they are used
+
+  const CsrWeight& w_;
+  const Values& values_;
+  Index checked_, row_end_;  // rows before checked_ are sound
+};
 
 // ---- y
 
@@ -262,7 +287,7 @@ void AddNonZeros(const CsrWeight& w, const Values& values, const float* panel, I
   for (int chain = 0; chain < kCount; ++chain) {
     const float* x = panel + ColumnAt(w, k + chain) * (kLanes * kVectors);
     const Vector<kLanes> value = Splat<kLanes>(values.At(k + chain));
-#pragma GCC unroll 8
+#pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) sums[chain][v] += value * Load<Vector<kLanes>>(x + v * kLanes);
   }
 }
@@ -270,7 +295,7 @@ void AddNonZeros(const CsrWeight& w, const Values& values, const float* panel, I
 // One row of a tile: w[row] * panel + bias.
 template <int kLanes, int kVectors, typename Values>
 void MultiplyRow(const CsrWeight& w, const Values& values, Row row, const float* panel, float bias, float* out) {
-  constexpr int kChains = kVectors < 8 ? 8 / kVectors : 1;  // eight sums hide the latency of a fused multiply-add
+  constexpr int kChains = 8 / kVectors;  // eight sums hide the latency of a fused multiply-add
   Vector<kLanes> sums[kChains][kVectors] = {};
   Index k = row.begin;
   for (; k + kChains <= row.end; k += kChains) {
@@ -288,18 +313,16 @@ void MultiplyRow(const CsrWeight& w, const Values& values, Row row, const float*
       k += 2;
     }
   }
-  if constexpr (kChains > 1) {
-    if (k < row.end) AddNonZeros<kLanes, kVectors, 1>(w, values, panel, k, sums);
-  }
+  if (k < row.end) AddNonZeros<kLanes, kVectors, 1>(w, values, panel, k, sums);
 #pragma GCC unroll 3
   for (int half = kChains / 2; half > 0; half /= 2) {
 #pragma GCC unroll 4
     for (int chain = 0; chain < half; ++chain) {
-#pragma GCC unroll 8
+#pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) sums[chain][v] += sums[chain + half][v];
     }
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 4
   for (int v = 0; v < kVectors; ++v) Store(out + v * kLanes, sums[0][v] + Splat<kLanes>(bias));
 }
 
@@ -331,11 +354,12 @@ CsrStatus MultiplyPanel(const CsrMatmulArgs& a, Index row_begin, Index row_end) 
   constexpr Index kTileRows = 64;
   alignas(64) float tile[kTileRows * kWidth];
   const Values values(a.weight);
+  RowChecker<Values> checker(a.weight, values, row_begin, row_end);
   for (Index begin = row_begin; begin < row_end; begin += kTileRows) {
     const Index count = row_end - begin < kTileRows ? row_end - begin : kTileRows;
     for (Index i = 0; i < count; ++i) {
+      if (const CsrStatus status = checker.Check(begin + i); status != CsrStatus::kOk) return status;
       const Row row = RowAt(a.weight, begin + i);
-      if (const CsrStatus status = Check(a.weight, values, row); status != CsrStatus::kOk) return status;
       const float bias = a.bias == nullptr ? 0.0f : LoadAt<float>(a.bias, begin + i, 4);
       if constexpr (kWidth == 1) {
         tile[i] = MultiplyRow(a.weight, values, row, a.panel, bias);
@@ -355,17 +379,18 @@ CsrStatus ScatterPanel(const CsrGradXArgs& a, Index, Index) {
   constexpr int kVectors = kWidth / kLanes;
   const CsrWeight& w = a.weight;
   const Values values(w);
+  RowChecker<Values> checker(w, values, 0, w.rows);
   for (Index i = 0; i < w.columns * kWidth; ++i) a.sums[i] = 0;
   for (Index r = 0; r < w.rows; ++r) {
+    if (const CsrStatus status = checker.Check(r); status != CsrStatus::kOk) return status;
     const Row row = RowAt(w, r);
-    if (const CsrStatus status = Check(w, values, row); status != CsrStatus::kOk) return status;
     Vector<kLanes> grad[kVectors];
-#pragma GCC unroll 8
+#pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) grad[v] = Load<Vector<kLanes>>(a.grad_panel + r * kWidth + v * kLanes);
     for (Index k = row.begin; k < row.end; ++k) {
       float* sum = a.sums + ColumnAt(w, k) * kWidth;
       const Vector<kLanes> value = Splat<kLanes>(values.At(k));
-#pragma GCC unroll 8
+#pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v, sum += kLanes) Store(sum, Load<Vector<kLanes>>(sum) + value * grad[v]);
     }
   }
@@ -380,7 +405,7 @@ Float8 SumLanes(Float8 (&m)[8]) {
 }
 
 template <int kLanes>
-Float8 FoldToEight(Vector<kLanes> v) {
+Float8 FoldToEight(const Vector<kLanes>& v) {
   Float8 parts[kLanes / 8];
   __builtin_memcpy(parts, &v, sizeof v);
   return kLanes == 8 ? parts[0] : parts[0] + parts[kLanes / 8 - 1];
@@ -390,9 +415,11 @@ template <int kLanes, int kWidth, typename Values>
 CsrStatus SamplePanel(const CsrGradValuesArgs& a, Index row_begin, Index row_end) {
   constexpr int kVectors = kWidth / kLanes;
   const CsrWeight& w = a.weight;
+  const Values values(w);
+  RowChecker<Values> checker(w, values, row_begin, row_end);
   for (Index r = row_begin; r < row_end; ++r) {
+    if (const CsrStatus status = checker.Check(r); status != CsrStatus::kOk) return status;
     const Row row = RowAt(w, r);
-    if (const CsrStatus status = Check(w, Values(w), row); status != CsrStatus::kOk) return status;
     const float* grad = a.grad_panel + r * kWidth;
     if constexpr (kLanes == 1) {
       for (Index k = row.begin; k < row.end; ++k) {
@@ -406,7 +433,7 @@ CsrStatus SamplePanel(const CsrGradValuesArgs& a, Index row_begin, Index row_end
         for (Index i = 0; i < count; ++i) {
           const float* x = a.x_panel + ColumnAt(w, k + i) * kWidth;
           Vector<kLanes> sum{};
-#pragma GCC unroll 8
+#pragma GCC unroll 4
           for (int v = 0; v < kVectors; ++v) {
             sum += Load<Vector<kLanes>>(grad + v * kLanes) * Load<Vector<kLanes>>(x + v * kLanes);
           }
@@ -452,10 +479,8 @@ CsrStatus ForWidth(const Args& a, CsrValues stored_as, Index begin, Index end) {
       return ForValues<kMaxLanes, 8, Kernel>(a, stored_as, begin, end);
     case 16:
       return ForValues<kMaxLanes, 16, Kernel>(a, stored_as, begin, end);
-    case 32:
-      return ForValues<kMaxLanes, 32, Kernel>(a, stored_as, begin, end);
     default:
-      return ForValues<kMaxLanes, 64, Kernel>(a, stored_as, begin, end);
+      return ForValues<kMaxLanes, 32, Kernel>(a, stored_as, begin, end);
   }
 }
 
@@ -488,10 +513,8 @@ void PackForWidth(const CsrPackArgs& a, Index feature_begin, Index feature_end) 
       return PackPanel<8>(a, feature_begin, feature_end);
     case 16:
       return PackPanel<16>(a, feature_begin, feature_end);
-    case 32:
-      return PackPanel<32>(a, feature_begin, feature_end);
     default:
-      return PackPanel<64>(a, feature_begin, feature_end);
+      return PackPanel<32>(a, feature_begin, feature_end);
   }
 }
 

@@ -45,7 +45,7 @@ CHECK_PROGRAM = "import json, sys; from tersetorch.ops.self_check import check_o
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print the facts as JSON instead of tables.")] = False,
 ) -> None:
-    """Runs every op at every instruction-set level this CPU has against the reference; exit code 1 when one is wrong."""
+    """Runs every op at every level this CPU has against the reference; exit code 1 when one is wrong."""
     facts = examine()
     if as_json:
         print(json.dumps(facts, indent=1))
@@ -119,7 +119,9 @@ def _print(facts: dict[str, Any]) -> None:
     for level, checks in facts["checks"].items():
         name = f"{level} (in use)" if level == facts["active_level"] else level
         for check in checks:
-            error, bound = (f"{value:.2g}" if value is not None else "-" for value in (check["max_error"], check["bound"]))
+            error, bound = (
+                f"{value:.2g}" if value is not None else "-" for value in (check["max_error"], check["bound"])
+            )
             table.add_row(name, check["op"], check["case"], error, bound, "ok" if check["ok"] else "[bold red]WRONG")
     console.print(table)
     for level, missing in facts["missing_for_level"].items():

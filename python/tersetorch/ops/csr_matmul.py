@@ -52,9 +52,9 @@ def csr_matmul(
         Han et al., Deep Compression (2016), section 2 (rows, where the paper stores columns); Elsen et al., Fast
         Sparse ConvNets (2019), section 3, for the loop order.
     """
-    _check("csr_matmul", x, row_offsets, col_indices, values, bias, codebook)
+    _check(x, row_offsets, col_indices, values, bias, codebook)
     if forward_ad._current_level >= 0:
-        _refuse_tangents("csr_matmul", x=x, values=values, bias=bias, codebook=codebook)
+        _refuse_tangents(x=x, values=values, bias=bias, codebook=codebook)
     row_offsets, col_indices = _as_int32(row_offsets), _as_int32(col_indices)
     return cast(Tensor, _csr_matmul(x, row_offsets, col_indices, values, bias, codebook))
 
@@ -79,7 +79,6 @@ def csr_matmul_inference(
 
 
 def _check(
-    where: str,
     x: Tensor,
     row_offsets: Tensor,
     col_indices: Tensor,
@@ -105,43 +104,44 @@ def _check(
         if tensor is None and name in ("bias", "codebook"):
             continue
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"{where}: {name} must be a tensor, got {type(tensor).__name__}; pass a torch.Tensor")
+            raise TypeError(f"csr_matmul: {name} must be a tensor, got {type(tensor).__name__}; pass a torch.Tensor")
         if tensor.dtype not in dtypes:
             allowed = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-            raise TypeError(f"{where}: {name} must be {allowed}, got {tensor.dtype}; {hint}")
+            raise TypeError(f"csr_matmul: {name} must be {allowed}, got {tensor.dtype}; {hint}")
         if tensor.device != x.device:
             raise ValueError(
-                f"{where}: {name} must be on the device of x, {x.device}, got {tensor.device}; move one of them"
+                f"csr_matmul: {name} must be on the device of x, {x.device}, got {tensor.device}; move one of them"
             )
     if x.dim() == 0:
-        raise ValueError(f"{where}: x must be [..., in], got a scalar; reshape it")
+        raise ValueError("csr_matmul: x must be [..., in], got a scalar; reshape it")
     if row_offsets.dim() != 1 or row_offsets.shape[0] == 0:
         raise ValueError(
-            f"{where}: row_offsets must be [out + 1], got shape {tuple(row_offsets.shape)}; pass where each row begins"
+            f"csr_matmul: row_offsets must be [out + 1], got shape {tuple(row_offsets.shape)}; "
+            "pass where each row begins"
         )
     if col_indices.dim() != 1:
-        raise ValueError(f"{where}: col_indices must be [nnz], got shape {tuple(col_indices.shape)}; flatten it")
+        raise ValueError(f"csr_matmul: col_indices must be [nnz], got shape {tuple(col_indices.shape)}; flatten it")
     if values.shape != col_indices.shape:
         raise ValueError(
-            f"{where}: values must be [{col_indices.shape[0]}] like col_indices, got shape {tuple(values.shape)}; "
+            f"csr_matmul: values must be [{col_indices.shape[0]}] like col_indices, got shape {tuple(values.shape)}; "
             "pass one for each column index"
         )
     rows = row_offsets.shape[0] - 1
     if bias is not None and (bias.dim() != 1 or bias.shape[0] != rows):
-        raise ValueError(f"{where}: bias must be [{rows}], got shape {tuple(bias.shape)}; pass one for each row")
+        raise ValueError(f"csr_matmul: bias must be [{rows}], got shape {tuple(bias.shape)}; pass one for each row")
     if codebook is not None and (codebook.dim() != 1 or codebook.shape[0] > MAX_ENTRIES):
         raise ValueError(
-            f"{where}: codebook must be [entries] with at most {MAX_ENTRIES} entries, got shape "
+            f"csr_matmul: codebook must be [entries] with at most {MAX_ENTRIES} entries, got shape "
             f"{tuple(codebook.shape)}; pass one group of a codebook"
         )
 
 
-def _refuse_tangents(where: str, **tensors: Tensor | None) -> None:
+def _refuse_tangents(**tensors: Tensor | None) -> None:
     """The dispatcher would drop a tangent in silence and return a derivative of zero."""
     for name, tensor in tensors.items():
         if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
             raise RuntimeError(
-                f"{where}: {name} must not carry a forward-mode tangent, got one; use reverse mode (backward)"
+                f"csr_matmul: {name} must not carry a forward-mode tangent, got one; use reverse mode (backward)"
             )
 
 

@@ -1,0 +1,1 @@
+"""One file per suite; each has run(threads, quick), which returns a list of records."""

@@ -1,0 +1,231 @@
+"""A model in, the same model out with the layers that run faster on this machine."""
+
+from __future__ import annotations
+
+import math
+import sys
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+
+from tersetorch.conversion import timing
+from tersetorch.conversion.cache import DecisionCache
+from tersetorch.conversion.candidates import CANDIDATES, density, distinct_values
+from tersetorch.conversion.capture import Inputs, capture, untouched_generators
+from tersetorch.conversion.machine import load, machine_facts
+from tersetorch.conversion.plan import follow
+from tersetorch.conversion.planner import Decision, Planner
+from tersetorch.conversion.report import ConversionReport, LayerReport, attach
+from tersetorch.conversion.swap import deep_copy, dense_again
+from tersetorch.conversion.verify import output_difference
+from tersetorch.conversion.walk import (
+    Site,
+    carries_hooks,
+    current_format,
+    find_sites,
+    groups_of,
+    label,
+    own_parameter,
+)
+from tersetorch.conversion.whole_model import assemble, settle
+from tersetorch.methods import finalize
+from tersetorch.methods.parametrization import is_live
+
+
+def convert(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    plan: str | Mapping[str, str] | None = None,
+    max_error: float | None = None,
+    cache: bool = True,
+    progress: bool = False,
+    seed: int = 0,
+) -> nn.Module:
+    """A new model whose layers run in the format that is fastest on this machine, and never slower than before.
+
+    A layer is replaced only if, on the inputs it really gets, in 15 interleaved rounds of random order against the
+    strongest dense form (the layer itself, or its weight packed by oneDNN), its median ratio is at most 0.95, it wins
+    at least 13, and its lead is larger than the difference of dense to itself; and again on fresh rounds. Then the
+    whole model is timed in the same way against its dense form, and the weakest swaps are undone until it passes.
+    Timing runs in eval mode, without gradients, with torch's current number of threads; grad mode apart, in the
+    caller's context (autocast).
+
+    model is left as it was, with its buffers, gradients, flags and the random generators. Methods that are still
+    live are finalized in the copy, and layers that an earlier conversion built stay as they are. Training flags,
+    shared modules and tied parameters carry over.
+
+    Inside an nn.TransformerEncoderLayer a swap switches off the fast path. With src_key_padding_mask the outputs at
+    padded positions, which that path sets to 0, then hold numbers, as they do in training.
+
+    Args:
+        model: any nn.Module.
+        example_inputs: what model is called with: a tensor, a tuple of arguments or a dict of keyword arguments. With
+            plan, only for the report's largest output difference.
+        plan: "sparse" or "codebook", every layer that can; or format names ("csr", "sparse_codebook", "dense") by
+            layer name, the others stay dense. Nothing is measured.
+        max_error: largest |output difference| of a layer, as a share of its largest |output|. Default: what another
+            order of summation explains (see tersetorch.conversion.verify.rounding_bound).
+        cache: reuse and remember layer decisions in $TERSETORCH_CACHE, else in tersetorch in the user's cache
+            directory. The whole model is timed in any case.
+        progress: show a progress bar.
+        seed: of the random order of the rounds.
+
+    Raises:
+        TypeError: an argument has another type.
+        ValueError: an argument is out of range, plan does not fit model, or model cannot be copied or called.
+
+    Source:
+        The rules of tersetorch's design, "Never slower, defined".
+    """
+    _check_arguments(model, example_inputs, plan, max_error, cache, progress, seed)
+    inputs = None if example_inputs is None else Inputs.of(example_inputs)
+    # A copy made in the caller's inference mode could never train.
+    with torch.inference_mode(False), untouched_generators():
+        source = dense_again(finalize(deep_copy(model)) if is_live(model) else model, _stays_sparse)
+        if plan is not None:
+            return _told(source, inputs, plan)
+        assert inputs is not None
+        remembered = DecisionCache() if cache else None
+        planner = Planner(CANDIDATES, max_error, seed, timing.time_calls, machine_facts(), remembered)
+        converted = _measured(source, inputs, planner, progress)
+    if remembered is not None and remembered.problem is not None:
+        warnings.warn(
+            f"convert: the cache of decisions is not used: {remembered.problem}; delete it, set TERSETORCH_CACHE to "
+            "another folder, or pass cache=False",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return converted
+
+
+def _stays_sparse(layer: nn.Module) -> bool:
+    """Whether a sparse layer has no dense form that does the same: nn.Linear wants one dtype, and hooks would go."""
+    bias = own_parameter(layer, "bias")
+    return carries_hooks(layer) or (bias is not None and bias.dtype != layer.weight.dtype)
+
+
+def _told(source: nn.Module, inputs: Inputs | None, plan: str | Mapping[str, str]) -> nn.Module:
+    sites = find_sites(source, CANDIDATES)
+    groups = groups_of(sites)
+    decisions = follow(plan, sites, groups, CANDIDATES)
+    converted = assemble(source, groups, decisions)
+    difference = None
+    if inputs is not None:
+        dense = deep_copy(source).eval()
+        difference = output_difference(_run(dense, inputs), inputs.copy().run(deep_copy(converted).eval()))
+    conversion = ConversionReport(
+        _layer_reports(sites, groups, decisions), "Told by plan: nothing was measured.", max_difference=difference
+    )
+    attach(converted, conversion)
+    return converted
+
+
+def _measured(source: nn.Module, inputs: Inputs, planner: Planner, progress: bool) -> nn.Module:
+    probe = deep_copy(source).eval()
+    sites = find_sites(probe, planner.table)
+    groups = groups_of(sites)
+    # A first run says whether the model can be called at all, and fills what it allocates on its first call.
+    _run(probe, inputs)
+    calls = capture(probe, [site.module for group in groups for site in group], inputs)
+    decisions = []
+    with Progress(console=Console(stderr=True), disable=not progress) as bar:
+        task = bar.add_task("convert", total=len(groups) + 1)
+        for group in groups:
+            bar.update(task, description=f"convert {label(group[0].name)}")
+            decisions.append(planner.decide(group, [calls[site.module] for site in group]))
+            bar.advance(task)
+        bar.update(task, description="convert: the whole model")
+        reached = {module for module, seen in calls.items() if seen}
+        calls.clear()
+        decisions, conversion = settle(probe, inputs, groups, decisions, reached, planner)
+        bar.advance(task)
+    by_name = [[replace(site, module=source.get_submodule(site.name)) for site in group] for group in groups]
+    converted = assemble(source, by_name, decisions)
+    layers = _layer_reports(sites, groups, decisions)
+    attach(converted, replace(conversion, layers=layers, machine={**planner.facts, "load": load()}))
+    return converted
+
+
+def _run(model: nn.Module, inputs: Inputs) -> object:
+    try:
+        return inputs.copy().run(model)
+    except Exception as error:  # whatever the model raises
+        raise ValueError(
+            f"convert: example_inputs must be what the model is called with, got {type(error).__name__}: {error}; "
+            "pass a tensor, a tuple of arguments or a dict of keyword arguments that model takes in eval mode"
+        ) from error
+
+
+def _layer_reports(sites: list[Site], groups: list[list[Site]], decisions: list[Decision]) -> tuple[LayerReport, ...]:
+    by_group = {group[0].group: decision for group, decision in zip(groups, decisions, strict=True)}
+    reports = []
+    for site in sites:
+        weight = own_parameter(site.module, "weight")
+        counted = None if weight is None or site.kept is not None else weight.detach()
+        decision = (
+            by_group[site.group] if site.kept is None else Decision(current_format(site.module, CANDIDATES), site.kept)
+        )
+        reports.append(
+            LayerReport(
+                name=site.name,
+                names=site.names,
+                kind=type(site.module).__name__,
+                shape=() if weight is None else tuple(weight.shape),
+                density=None if counted is None else density(counted),
+                distinct=None if counted is None else distinct_values(counted),
+                chosen=decision.chosen,
+                reason=decision.reason,
+                dense_form=decision.dense_form,
+                dense_ms=decision.dense_ms,
+                noise=decision.noise,
+                cached=decision.cached,
+                trials=decision.trials,
+            )
+        )
+    return tuple(reports)
+
+
+def _check_arguments(
+    model: object,
+    example_inputs: object,
+    plan: object,
+    max_error: object,
+    cache: object,
+    progress: object,
+    seed: object,
+) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"convert: model must be an nn.Module, got {type(model).__name__}; pass the model itself")
+    # Nobody can hold a compiled module before this is imported, and importing it takes seconds.
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None and any(isinstance(module, dynamo.OptimizedModule) for module in model.modules()):
+        raise ValueError(
+            "convert: model must be eager, got one that went through torch.compile; convert the original and compile "
+            "the result"
+        )
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    lazy = [name for name, tensor in tensors if isinstance(tensor, UninitializedParameter | UninitializedBuffer)]
+    if lazy:
+        raise ValueError(f"convert: model must be initialised, got {lazy[0]!r} without a shape; run the model once")
+    if example_inputs is None and plan is None:
+        raise ValueError(
+            "convert: example_inputs must be given unless plan is, got None; pass a batch the model takes, "
+            "or plan='sparse'"
+        )
+    if isinstance(max_error, bool) or not isinstance(max_error, int | float | None):
+        raise TypeError(f"convert: max_error must be a number or None, got {type(max_error).__name__}; pass 1e-3")
+    if max_error is not None and not 0 <= max_error < math.inf:
+        raise ValueError(f"convert: max_error must be finite and at least 0, got {max_error}; pass 1e-3")
+    for name, flag in (("cache", cache), ("progress", progress)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"convert: {name} must be True or False, got {flag!r}; pass a bool")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"convert: seed must be an integer, got {type(seed).__name__}; pass 0")

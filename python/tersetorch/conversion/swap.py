@@ -1,0 +1,126 @@
+"""Builds the replacements of layers and the copy of a model that holds them."""
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tersetorch.conversion.candidates import Candidate
+from tersetorch.nn.sparse_module import SparseLinearBase
+
+
+def build(candidate: Candidate, modules: list[nn.Module]) -> list[nn.Module]:
+    """One replacement for each of modules, which use one weight: the replacements share what comes from it."""
+    layers = [candidate.build(module) for module in modules]
+    first = layers[0]
+    for layer in layers[1:]:
+        for name, tensor in (*first.named_parameters(), *first.named_buffers()):
+            if name != "bias":
+                setattr(layer, name, tensor)
+    return layers
+
+
+def deep_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """copy.deepcopy.
+
+    Raises:
+        ValueError: a member of model cannot be copied.
+    """
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:  # whatever the member raises
+        raise ValueError(
+            f"convert: model must be copyable with copy.deepcopy, got {type(error).__name__}: {error}; "
+            "remove the hooks of torch.nn.utils.prune, weight_norm or spectral_norm, and detach what it keeps from a "
+            "forward pass"
+        ) from error
+
+
+def dense_again(model: nn.Module, kept: Callable[[nn.Module], bool]) -> nn.Module:
+    """A deep copy of model with the dense forms of its sparse layers, or model itself where it has none.
+
+    What was the fastest on one machine is then chosen anew on this one. Layers that use one weight go on doing so, and
+    encoder layers whose fast path a conversion switched off have it again.
+
+    Args:
+        model: any nn.Module.
+        kept: which sparse layers stay as they are.
+
+    Raises:
+        ValueError: model cannot be copied.
+    """
+    memo: dict[int, Any] = {}
+    weights: dict[int, Tensor] = {}
+    for layer in model.modules():
+        if not isinstance(layer, SparseLinearBase) or kept(layer):
+            continue
+        dense, source = layer.to_dense(), getattr(layer, layer.parameter_field)
+        dense.weight.requires_grad_(source.requires_grad)
+        dense.weight = weights.setdefault(id(source), dense.weight)
+        if layer.bias is not None:
+            dense.bias = copy.deepcopy(layer.bias, memo)
+        memo[id(layer)] = dense
+    if not weights:
+        return model
+    restored = {dense for dense in memo.values() if isinstance(dense, nn.Linear)}
+    copied = deep_copy(model, memo)
+    for module in copied.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and not restored.isdisjoint(module.modules()):
+            module.activation_relu_or_gelu = _fast_activation(module.activation)
+    return copied
+
+
+def _fast_activation(activation: Any) -> int:
+    """What nn.TransformerEncoderLayer's constructor notes of its activation: 1, 2, or 0 for no fast path."""
+    if activation is functional.relu or isinstance(activation, nn.ReLU):
+        return 1
+    return 2 if activation is functional.gelu or isinstance(activation, nn.GELU) else 0
+
+
+def swapped_copy(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.Module:
+    """A deep copy of model in which every reference to a key is one to its replacement.
+
+    Replacements are used, not copied; each takes over the training and requires_grad flags of the layer it replaces
+    and the copy of its bias, which may be tied to others. Where one lands inside an nn.TransformerEncoderLayer, the
+    fast path of that layer and of the encoders around it is switched off: it would read weights instead of calling
+    layers, or hand them nested tensors.
+
+    Raises:
+        ValueError: model cannot be copied, or its own __deepcopy__ copies layers in some other way.
+    """
+    memo: dict[int, Any] = {id(module): replacement for module, replacement in replacements.items()}
+    for module, replacement in replacements.items():
+        _take_over(module, replacement, memo)
+    copied = deep_copy(model, memo)
+    if not set(replacements.values()) <= set(copied.modules()):
+        raise ValueError(
+            f"convert: model must hand copy.deepcopy's memo to its layers, got a {type(model).__name__} whose copy "
+            "lacks the new ones; convert the part below it"
+        )
+    _switch_off_fast_paths(copied, set(replacements.values()))
+    return copied
+
+
+def _take_over(module: nn.Module, replacement: nn.Module, memo: dict[int, Any]) -> None:
+    weight = module._parameters["weight"]
+    bias = module._parameters.get("bias")
+    assert weight is not None
+    for name, parameter in replacement.named_parameters():
+        if name != "bias":
+            parameter.requires_grad_(weight.requires_grad)
+    if bias is not None:
+        replacement.bias = copy.deepcopy(bias, memo)
+    replacement.training = module.training
+
+
+def _switch_off_fast_paths(model: nn.Module, replacements: set[nn.Module]) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder | nn.TransformerEncoderLayer) and any(
+            inner in replacements for inner in module.modules()
+        ):
+            if isinstance(module, nn.TransformerEncoder):
+                module.use_nested_tensor = module.enable_nested_tensor = False
+            else:
+                module.activation_relu_or_gelu = 0

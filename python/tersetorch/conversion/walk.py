@@ -1,0 +1,208 @@
+"""Which layers of a model may be swapped, and why the others may not."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from tersetorch.conversion.candidates import Candidate
+
+# Modules whose own forward reads a child's weight instead of calling the child.
+READS_CHILD_WEIGHTS = (nn.MultiheadAttention,)
+HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Site:
+    """A layer with a weight.
+
+    Attributes:
+        names: every path that leads to it; more than one for a shared module, "" for the model itself.
+        module: the layer.
+        kept: why it must stay as it is, or None.
+        group: sites with the same number use the same weight, so they are swapped together or not at all.
+    """
+
+    names: tuple[str, ...]
+    module: nn.Module
+    kept: str | None
+    group: int
+
+    @property
+    def name(self) -> str:
+        """The first path."""
+        return self.names[0]
+
+
+def find_sites(model: nn.Module, table: Mapping[str, Candidate]) -> list[Site]:
+    """Every module of model that owns a weight matrix, in the model's order, each once."""
+    names: dict[nn.Module, list[str]] = defaultdict(list)
+    parents: dict[nn.Module, list[nn.Module]] = defaultdict(list)
+    for name, module in model.named_modules(remove_duplicate=False):
+        names[module].append(name)
+    for module in names:
+        for child in module._modules.values():
+            if child is not None:
+                parents[child].append(module)
+    layers = [module for module in names if _has_weight(module, table)]
+    overlaps = _overlapping_weights(names)
+    sites = [
+        Site(tuple(names[module]), module, _why_kept(module, parents[module], table) or overlaps.get(module), index)
+        for index, module in enumerate(layers)
+    ]
+    return _tie(sites, names)
+
+
+def groups_of(sites: Iterable[Site]) -> list[list[Site]]:
+    """The sites that may be swapped, grouped by the weight they use."""
+    groups: dict[int, list[Site]] = defaultdict(list)
+    for site in sites:
+        if site.kept is None:
+            groups[site.group].append(site)
+    return list(groups.values())
+
+
+def carries_hooks(module: nn.Module) -> bool:
+    """Whether a swap of module would lose hooks."""
+    return any(getattr(module, hooks) for hooks in HOOKS)
+
+
+def own_parameter(module: nn.Module, name: str) -> nn.Parameter | None:
+    """The parameter that module itself registers under name, if any."""
+    # The members of a ScriptModule can be listed, but not looked up.
+    return dict(module._parameters.items()).get(name)
+
+
+def current_format(module: nn.Module, table: Mapping[str, Candidate]) -> str:
+    """What module runs as today: a format's name for a layer that convert built, otherwise "dense"."""
+    return next((name for name, row in table.items() if type(module) is row.layer), "dense")
+
+
+def label(name: str) -> str:
+    """A path as a person reads it."""
+    return name or "(the model)"
+
+
+def _has_weight(module: nn.Module, table: Mapping[str, Candidate]) -> bool:
+    weight = own_parameter(module, "weight")
+    return (
+        (weight is not None and weight.dim() >= 2)
+        or isinstance(module, tuple({row.source for row in table.values()} | {row.layer for row in table.values()}))
+        or _is_quantized(module)
+    )
+
+
+def _is_quantized(module: nn.Module) -> bool:
+    # torch.ao's quantised layers answer weight() instead of holding a parameter.
+    return callable(getattr(type(module), "weight", None))
+
+
+def _why_kept(module: nn.Module, parents: list[nn.Module], table: Mapping[str, Candidate]) -> str | None:
+    kind = type(module)
+    weight = own_parameter(module, "weight")
+    if current_format(module, table) != "dense":
+        return f"already a {kind.__name__}, with hooks or of mixed dtypes, which its dense form would lose"
+    if _is_quantized(module):
+        return f"the weight of a {kind.__name__} is a method: it is quantised"
+    for parent in parents:
+        if isinstance(parent, READS_CHILD_WEIGHTS):
+            return f"its parent {type(parent).__name__} reads its weight instead of calling it"
+    if parametrize.is_parametrized(module):
+        return "parametrized by other code; call torch.nn.utils.parametrize.remove_parametrizations first"
+    if kind not in {row.source for row in table.values()}:
+        bases = [row.source.__name__ for row in table.values() if isinstance(module, row.source)]
+        if bases:
+            return f"{kind.__name__} is a subclass of {bases[0]}, which may compute something else"
+        return f"no format runs a {kind.__name__}"
+    if "forward" in vars(module):
+        return "its forward was replaced on the instance"
+    if carries_hooks(module):
+        return "it carries hooks, which a swap would lose; remove them first"
+    if weight is None:
+        return "its weight is not a parameter"
+    return _why_weight_kept(weight)
+
+
+def _why_weight_kept(weight: Tensor) -> str | None:
+    if type(weight) is not nn.Parameter or type(weight.data) is not Tensor:
+        return f"its weight is a {type(weight.data).__name__}, not a plain tensor"
+    if weight.device.type != "cpu":
+        return f"its weight is on {weight.device}, and the kernels run on cpu"
+    if weight.dtype not in DTYPES:
+        return f"its weight is {weight.dtype}, and the kernels take float32 and bfloat16"
+    if weight.layout != torch.strided:
+        return f"its weight has layout {weight.layout}"
+    if weight.numel() == 0:
+        return "its weight is empty"
+    if not bool(weight.detach().isfinite().all()):
+        return "its weight holds NaN or infinity"
+    return None
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    plain = type(tensor) in (nn.Parameter, Tensor) and tensor.layout == torch.strided
+    return plain and tensor.device.type != "meta" and tensor.numel() > 0
+
+
+def _overlapping_weights(names: Mapping[nn.Module, list[str]]) -> dict[nn.Module, str]:
+    """The modules whose weight shares memory with another tensor of the model, other than by being the same one."""
+    spans = []
+    for module, paths in names.items():
+        for attribute, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is None or not _has_memory(tensor):
+                continue
+            last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+            start = tensor.data_ptr()
+            end = start + (last + 1) * tensor.element_size()
+            path = f"{paths[0]}.{attribute}".removeprefix(".")
+            spans.append((str(tensor.device), start, end, id(tensor), path, module, attribute))
+    spans.sort(key=lambda span: span[:3])
+    found = {}
+    for index, (device, _, end, identity, path, module, attribute) in enumerate(spans):
+        for other_device, start, _, other_identity, other_path, other, other_attribute in spans[index + 1 :]:
+            if other_device != device or start >= end:
+                break
+            if other_identity != identity:
+                if attribute == "weight":
+                    found[module] = f"its weight shares memory with {other_path}"
+                if other_attribute == "weight":
+                    found[other] = f"its weight shares memory with {path}"
+    return found
+
+
+def _tie(sites: list[Site], names: Mapping[nn.Module, list[str]]) -> list[Site]:
+    """Groups sites that use one parameter as their weight, and keeps those it also serves elsewhere."""
+    owners: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
+    for module in names:
+        for attribute, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                owners[id(tensor)].append((module, attribute))
+    site_of = {site.module: site for site in sites}
+    tied = []
+    for site in sites:
+        weight = own_parameter(site.module, "weight")
+        users = owners[id(weight)] if weight is not None else [(site.module, "weight")]
+        kept = site.kept
+        for module, attribute in users:
+            other = site_of.get(module)
+            if kept is None and (attribute != "weight" or other is None or other.kept is not None):
+                path = f"{names[module][0]}.{attribute}".removeprefix(".")
+                kept = f"its weight is tied to {path}, which stays as it is"
+        group = min((site_of[module].group for module, _ in users if module in site_of), default=site.group)
+        tied.append(replace(site, kept=kept, group=group))
+    return tied

@@ -1,0 +1,115 @@
+"""Times a converted model against the dense one and undoes swaps until it is faster, or dense."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from torch import nn
+
+from tersetorch.conversion import timing
+from tersetorch.conversion.capture import Inputs, uncalled
+from tersetorch.conversion.planner import Decision, Planner
+from tersetorch.conversion.report import ConversionReport
+from tersetorch.conversion.swap import swapped_copy
+from tersetorch.conversion.verify import output_difference
+from tersetorch.conversion.walk import Site
+
+# Where the model as a whole is not faster, this share of its swaps is undone before it is timed again.
+UNDONE_SHARE = 0.25
+
+
+def assemble(model: nn.Module, groups: list[list[Site]], decisions: list[Decision]) -> nn.Module:
+    """A copy of model as decided; the replacements themselves go into it."""
+    replacements = {
+        site.module: layer
+        for group, decision in zip(groups, decisions, strict=True)
+        if decision.layers
+        for site, layer in zip(group, decision.layers, strict=True)
+    }
+    return swapped_copy(model, replacements)
+
+
+def settle(
+    probe: nn.Module,
+    inputs: Inputs,
+    groups: list[list[Site]],
+    decisions: list[Decision],
+    reached: set[nn.Module],
+    planner: Planner,
+) -> tuple[list[Decision], ConversionReport]:
+    """Times the whole model and undoes swaps until it is faster than dense, or dense.
+
+    Args:
+        probe: the dense model, in eval mode; the sites in groups are its own.
+        inputs: what it is called with.
+        groups: the sites that were decided together.
+        decisions: one for each group.
+        reached: the sites' modules that probe calls.
+        planner: whose timer and seed are used.
+
+    Returns:
+        The decisions that stand, and the report's figures for the whole model.
+    """
+    decisions = list(decisions)
+    if not any(decision.layers for decision in decisions):
+        return decisions, _stays_dense("No layer is faster in another format: the model stays as it is.")
+    dense = _runner(probe, inputs.copy())
+    verdict, dense_ms = "not timed", None
+    while swapped := [index for index, decision in enumerate(decisions) if decision.layers]:
+        converted = assemble(probe, groups, decisions)
+        watched = {
+            layer: index
+            for index in swapped
+            for site, layer in zip(groups[index], decisions[index].layers, strict=True)
+            if site.module in reached
+        }
+        try:
+            missing = {watched[layer] for layer in uncalled(converted, watched, inputs)}
+        except Exception as error:  # whatever a model raises when it finds a layer it does not expect
+            _undo(decisions, _weakest(decisions, swapped), f"undone: the model fails: {type(error).__name__}: {error}")
+            continue
+        if missing:
+            _undo(decisions, missing, "undone: the model does not call the layer, but uses it in some other way")
+            continue
+        result = timing.contest(
+            {"dense model": dense},
+            {"converted model": _runner(converted, inputs.copy())},
+            seed=planner.seed,
+            timer=planner.timer,
+            label="the model: ",
+        )
+        verdict, dense_ms = result.describe("converted model"), result.dense_ms
+        if result.passes("converted model"):
+            score = result.scores["converted model"]
+            expected, got = inputs.copy().run(probe), inputs.copy().run(converted)
+            return decisions, ConversionReport(
+                layers=(),
+                reason=f"The converted model is {verdict}.",
+                dense_ms=result.dense_ms,
+                converted_ms=score.median_ms,
+                ratio=score.ratio,
+                wins=score.wins,
+                max_difference=output_difference(expected, got),
+            )
+        _undo(decisions, _weakest(decisions, swapped), f"undone: with it the whole model was {verdict}")
+    reason = f"All swaps were undone and the model stays as it is; with the last ones it was {verdict}."
+    return decisions, _stays_dense(reason, dense_ms)
+
+
+def _stays_dense(reason: str, dense_ms: float | None = None) -> ConversionReport:
+    return ConversionReport((), reason, dense_ms=dense_ms, max_difference=0.0)
+
+
+def _weakest(decisions: list[Decision], swapped: list[int]) -> list[int]:
+    order = sorted(swapped, key=lambda index: -decisions[index].ratio)
+    return order[: math.ceil(UNDONE_SHARE * len(order))]
+
+
+def _undo(decisions: list[Decision], indices: Iterable[int], reason: str) -> None:
+    for index in indices:
+        decisions[index] = decisions[index].undone(reason)
+
+
+def _runner(model: nn.Module, inputs: Inputs) -> timing.Run:
+    return lambda: inputs.run(model)

@@ -1,0 +1,37 @@
+"""Ends compression in training: parametrizations become plain tensors."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from tersetorch.methods.arguments import check_model
+from tersetorch.methods.parametrization import detach, live_weights, unshare
+
+
+def finalize(model: nn.Module) -> nn.Module:
+    """Bakes the compressed weights of model into plain parameters, in place, and returns model.
+
+    Outputs stay the same to the bit. Each weight is the same Parameter object as before the first method was called,
+    at its old place among the module's parameters, so an optimizer that was built before goes on with it; it requires
+    gradients as it did. Tied weights stay tied, deep copies of the model stay as they are, and a model with nothing to
+    bake is returned unchanged. The model then pickles and loads plain checkpoints.
+
+    The masks end here: zeros are zeros like any other, and training goes on from them as from any other value. To
+    train at fixed sparsity, finalize afterwards, or convert to SparseLinear layers.
+
+    Where other parametrizations were registered on top of ours, only ours is baked in, and they stay.
+
+    Raises:
+        TypeError: model is no module.
+    """
+    check_model("finalize", model)
+    live = live_weights(model)
+    with torch.no_grad():
+        for weight in live:
+            weight.original.copy_(weight.compressed(weight.original))
+    for weight in reversed(live):
+        # Before detach, which may leave the list without our parametrization.
+        unshare(weight)
+        detach(weight)
+    return model

@@ -1,0 +1,279 @@
+"""How a weight is compressed while its model still trains: one parametrization with a mask, codes and a codebook."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from tersetorch.methods import adoption
+
+MAX_ENTRIES = 256
+# Where torch's list for a tensor keeps the tensor's former place among the module's parameters.
+PLACE = "place_among_parameters"
+
+
+class CompressedWeight(nn.Module):
+    """weight = where(mask, codebook[0, codes] or original, 0); never original * mask, which gives -0.0 and keeps NaN.
+
+    Until it is shared, original trains, and a pruned position has no gradient. While it is shared, original is frozen
+    and codebook trains: dL/dcodebook[0, k] is the sum of dL/dweight over the positions with code k that mask keeps.
+
+    Attributes:
+        mask: bool, of the weight's shape; what is False is 0.
+        codes: uint8, of the weight's shape, or None while the weight is not shared.
+        codebook: parameter [1, entries], entries <= 256, or None while the weight is not shared; float64 for a float64
+            weight, else float32, and of that dtype still after model.half() or .bfloat16().
+
+    Source:
+        Han et al., Deep Compression (2016), section 3 and equation 3.
+    """
+
+    mask: Tensor
+    codes: Tensor | None
+    codebook: nn.Parameter | None
+
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mask", mask)
+        self.register_buffer("codes", None)
+        self.register_parameter("codebook", None)
+
+    def forward(self, original: Tensor) -> Tensor:
+        """The weight, of original's dtype."""
+        kept = original
+        if self.codebook is not None and self.codes is not None:
+            shared = self.codebook[0].index_select(0, self.codes.int().flatten())
+            kept = shared.view(self.codes.shape).to(original.dtype)
+        return torch.where(self.mask, kept, 0)
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """Takes in a weight that is assigned: the mask stays on, and each shared value becomes its members' mean."""
+        if self.codebook is not None and weight.shape == self.mask.shape:
+            self.codebook.data.copy_(self.nearest_codebook(weight))
+        return weight
+
+    @torch.no_grad()
+    def nearest_codebook(self, weight: Tensor) -> Tensor:
+        """The codebook that brings the shared weight nearest to weight in squared error, the codes as they are."""
+        assert self.codes is not None and self.codebook is not None
+        codes = self.codes[self.mask].long()
+        values = weight.detach().to(self.mask.device)[self.mask].double()
+        entries = self.codebook.shape[1]
+        count = torch.bincount(codes, minlength=entries)
+        # Measured from one member of each, so that members that agree give their value to the bit.
+        first = values.new_zeros(entries).scatter_(0, codes, values)
+        mean = first + torch.bincount(codes, weights=values - first[codes], minlength=entries) / count.clamp(min=1)
+        return torch.where(count > 0, mean, self.codebook[0].double())[None].to(self.codebook.dtype)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        before = self.codebook
+        dtype = None if before is None else before.dtype
+        values = None if before is None else before.data
+        super()._apply(fn, recurse)
+        if self.codebook is not None and values is not None and self.codebook.dtype != dtype:
+            self.codebook.data = values.to(self.codebook.device)
+            self.codebook.grad = None
+        return self
+
+
+@dataclass(frozen=True)
+class LiveWeight:
+    """A tensor of a module that carries our parametrization.
+
+    Attributes:
+        module: the module.
+        tensor: the name the tensor has there.
+        held: torch's list for it: our parametrization, then those that others registered later.
+    """
+
+    module: nn.Module
+    tensor: str
+    held: parametrize.ParametrizationList
+
+    @property
+    def compressed(self) -> CompressedWeight:
+        """Our parametrization."""
+        return cast(CompressedWeight, self.held[0])
+
+    @property
+    def original(self) -> nn.Parameter:
+        """The parameter that module had before, the same object."""
+        return cast(nn.Parameter, self.held.original)
+
+
+def live_weight(module: nn.Module, tensor: str) -> LiveWeight | None:
+    """The parametrization of module's tensor when it is ours, else None."""
+    held = parametrization_list(module, tensor)
+    if held is None or not isinstance(held[0], CompressedWeight):
+        return None
+    return LiveWeight(module, tensor, held)
+
+
+def live_weights(model: nn.Module) -> list[LiveWeight]:
+    """Every compressed weight of model, one entry for each module that holds it, in the order they were attached."""
+    return [live for module in model.modules() for live in _live_weights_of(module)]
+
+
+def parametrization_list(module: nn.Module, tensor: str) -> parametrize.ParametrizationList | None:
+    """What torch keeps for a parametrized tensor of module, or None for another tensor."""
+    if not parametrize.is_parametrized(module, tensor):
+        return None
+    return cast(parametrize.ParametrizationList, cast(nn.ModuleDict, module.parametrizations)[tensor])
+
+
+def parametrized_tensors(module: nn.Module) -> list[str]:
+    """The names of the tensors of module that anybody has parametrized."""
+    return list(cast(nn.ModuleDict, module.parametrizations)) if parametrize.is_parametrized(module) else []
+
+
+def _live_weights_of(module: nn.Module) -> list[LiveWeight]:
+    found = (live_weight(module, tensor) for tensor in parametrized_tensors(module))
+    return [live for live in found if live is not None]
+
+
+def is_live(model: nn.Module) -> bool:
+    """Whether model still carries a parametrization of ours, so that finalize has something to do."""
+    return any(isinstance(module, CompressedWeight) for module in model.modules())
+
+
+def attach(owners: Sequence[tuple[nn.Module, str]]) -> CompressedWeight:
+    """The one parametrization of the weight that all owners hold, made with nothing pruned where there is none yet."""
+    present = [live_weight(module, tensor) for module, tensor in owners]
+    compressed = next((live.compressed for live in present if live is not None), None)
+    if compressed is None:
+        module, tensor = owners[0]
+        compressed = CompressedWeight(torch.ones_like(getattr(module, tensor), dtype=torch.bool, requires_grad=False))
+    for (module, tensor), live in zip(owners, present, strict=True):
+        if live is None:
+            place = list(module._parameters).index(tensor)
+            own_class(module)
+            parametrize.register_parametrization(module, tensor, compressed)
+            setattr(parametrization_list(module, tensor), PLACE, place)
+            setattr(type(module), "_load_from_state_dict", _load_live)  # noqa: B010 (mypy takes no such assignment)
+    return compressed
+
+
+def share(owners: Sequence[tuple[nn.Module, str]], codes: Tensor, codebook: Tensor) -> None:
+    """Makes the weight of owners codebook[0, codes] where its mask keeps it; the codebook trains where the weight did.
+
+    Optimizers that hold the weight take in the codebook, see tersetorch.methods.adoption.
+    """
+    attach(owners)
+    live = live_weight(*owners[0])
+    assert live is not None
+    _share(live, codes, codebook)
+
+
+def detach(live: LiveWeight) -> None:
+    """Takes our parametrization off; the original, as it is, becomes the module's tensor or the input of what is left.
+
+    Several weights of a module come off in the opposite of the order they were attached in, so that each returns to
+    its place among the parameters, which optimizers count by.
+    """
+    module, tensor, held = live.module, live.tensor, live.held
+    own_class(module)
+    if len(held) > 1:
+        del held[0]
+        return
+    parametrize.remove_parametrizations(module, tensor, leave_parametrized=False)
+    order = [name for name in module._parameters if name != tensor]
+    order.insert(getattr(held, PLACE), tensor)
+    for name in order:
+        module._parameters[name] = module._parameters.pop(name)
+
+
+def own_class(module: nn.Module) -> None:
+    """Gives a parametrized module a class that no deep copy of it shares.
+
+    torch keeps a parametrized tensor as a property of a class made for the module; copy.deepcopy hands the same class
+    to the copy, so that adding or removing a property there would reach the other model.
+    """
+    if parametrize.is_parametrized(module):
+        shared = type(module)
+        members = {name: value for name, value in vars(shared).items() if name not in ("__dict__", "__weakref__")}
+        module.__class__ = type(shared.__name__, shared.__bases__, members)
+
+
+def unshare(live: LiveWeight) -> None:
+    """Lets the original train again where the codebook did; the codes and the codebook go."""
+    compressed = live.compressed
+    if compressed.codebook is not None:
+        live.original.requires_grad_(compressed.codebook.requires_grad)
+        adoption.replace(compressed.codebook, None)
+        compressed.codes = None
+        compressed.codebook = None
+
+
+def _share(live: LiveWeight, codes: Tensor, codebook: Tensor) -> None:
+    compressed = live.compressed
+    former = compressed.codebook
+    trains = live.original.requires_grad if former is None else former.requires_grad
+    compressed.codes = codes
+    compressed.codebook = nn.Parameter(codebook, requires_grad=trains)
+    live.original.requires_grad_(False)
+    live.original.grad = None
+    if former is not None:
+        adoption.replace(former, compressed.codebook)
+    adoption.announce(live.held)
+
+
+def _load_live(self: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    """_load_from_state_dict of a module with compressed weights: reads dense checkpoints, and shared ones or not.
+
+    A checkpoint with the plain weight is taken in as an assignment is, see CompressedWeight.right_inverse.
+    """
+    errors: list[str] = args[-1]
+    for live in _live_weights_of(self):
+        compressed = live.compressed
+        plain = prefix + live.tensor
+        inside = f"{prefix}parametrizations.{live.tensor}"
+        mask, codes, codebook = (f"{inside}.0.{name}" for name in ("mask", "codes", "codebook"))
+        if f"{inside}.original" in state_dict:
+            problem = _prepare(live, state_dict.get(codes), state_dict.get(codebook))
+            if problem is not None:
+                errors.append(f"{inside}.0: {problem}")
+                state_dict.pop(codes, None)
+                state_dict.pop(codebook, None)
+        elif plain in state_dict:
+            weight = state_dict.pop(plain)
+            state_dict[f"{inside}.original"] = weight
+            state_dict[mask] = compressed.mask
+            if compressed.codebook is not None:
+                fits = isinstance(weight, Tensor) and weight.shape == compressed.mask.shape
+                state_dict[codes] = compressed.codes
+                state_dict[codebook] = compressed.nearest_codebook(weight) if fits else compressed.codebook.detach()
+    before: Any = parametrize.type_before_parametrizations(self)
+    before._load_from_state_dict(self, state_dict, prefix, *args)
+
+
+def _prepare(live: LiveWeight, codes: Any, codebook: Any) -> str | None:
+    """Makes room for the codes and the codebook that are about to be loaded, or for none; or says what is wrong."""
+    if codes is None and codebook is None:
+        unshare(live)
+        return None
+    problem = _codes_problem(codes, codebook, live.compressed.mask)
+    if problem is not None:
+        return problem
+    present = live.compressed.codebook
+    if present is None or present.shape != codebook.shape:
+        blank = torch.zeros_like(live.compressed.mask, dtype=torch.uint8)
+        wide = torch.float64 if live.original.dtype == torch.float64 else torch.float32
+        _share(live, blank, torch.zeros(codebook.shape, dtype=wide, device=blank.device))
+    return None
+
+
+def _codes_problem(codes: Any, codebook: Any, mask: Tensor) -> str | None:
+    if not isinstance(codes, Tensor) or not isinstance(codebook, Tensor):
+        return "codes and codebook must come together, got only one of them"
+    if codebook.dim() != 2 or codebook.shape[0] != 1 or not 1 <= codebook.shape[1] <= MAX_ENTRIES:
+        return f"codebook must be [1, entries] with 1 <= entries <= {MAX_ENTRIES}, got {tuple(codebook.shape)}"
+    if codes.dtype != torch.uint8 or codes.shape != mask.shape:
+        return f"codes must be uint8 {tuple(mask.shape)}, got {codes.dtype} {tuple(codes.shape)}"
+    if codes.numel() and int(codes.max()) >= codebook.shape[1]:
+        return f"codes must lie in [0, {codebook.shape[1]}), got {int(codes.max())}"
+    return None

@@ -1,0 +1,9 @@
+"""Which weights go: each method sets masks that training respects until finalize bakes them in."""
+
+from tersetorch.methods.prune.density import LayerDensity, density
+from tersetorch.methods.prune.dropout import dropout_rate, rescale_dropout
+from tersetorch.methods.prune.gradual import GradualPruner
+from tersetorch.methods.prune.iterative import iterative
+from tersetorch.methods.prune.magnitude import magnitude
+
+__all__ = ["GradualPruner", "LayerDensity", "density", "dropout_rate", "iterative", "magnitude", "rescale_dropout"]

@@ -1,0 +1,6 @@
+"""How few values a layer's weights share."""
+
+from tersetorch.methods.adoption import adopt
+from tersetorch.methods.quantize.kmeans import kmeans
+
+__all__ = ["adopt", "kmeans"]

@@ -1,0 +1,200 @@
+"""The small trainer of the demo and the reproductions: whole data set in memory, batches by index."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import torch
+from rich.progress import Progress
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tersetorch.zoo.checks import check_count, check_seed
+
+OptimizerName = Literal["sgd", "adam"]
+Schedule = Literal["cosine", "constant"]
+
+EVALUATION_BATCH = 1000
+
+
+def steps_per_epoch(images: int, batch_size: int = 128) -> int:
+    """Optimizer steps that fit takes in one epoch: whole batches only, one smaller batch when there is no whole one.
+
+    Raises:
+        TypeError, ValueError: images or batch_size is not an int of at least 1.
+    """
+    check_count("steps_per_epoch", "images", images)
+    check_count("steps_per_epoch", "batch_size", batch_size)
+    return max(1, images // batch_size)
+
+
+def fit(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    epochs: int,
+    batch_size: int = 128,
+    lr: float = 0.1,
+    optimizer: OptimizerName = "sgd",
+    momentum: float = 0.9,
+    weight_decay: float = 0.0,
+    schedule: Schedule = "cosine",
+    input_dropout: float = 0.0,
+    seed: int = 0,
+    after_step: Callable[[], object] | None = None,
+    progress: Progress | None = None,
+    description: str = "training",
+) -> nn.Module:
+    """Trains model in place on the mean cross-entropy and returns it.
+
+    Each epoch visits the images once in a fresh order; what is left of the last whole batch waits for the next epoch.
+    Parameters that do not require gradients stay as they are. The same seed on the same machine with the same number
+    of threads gives the same weights; torch's global generator is left as it was found.
+
+    Args:
+        model: gives logits [N, classes] for images.
+        images: [N, ...], what model takes.
+        labels: int64 [N].
+        epochs: passes over the images; 0 does nothing.
+        batch_size: images a step.
+        lr: learning rate, at the start when schedule is "cosine".
+        optimizer: "sgd" (with Nesterov's momentum where momentum > 0) or "adam" (decoupled weight decay).
+        momentum: of "sgd", in [0, 1).
+        weight_decay: factor of the L2 penalty on tensors of two or more dimensions; biases are not decayed.
+        schedule: "cosine" lets lr fall to 0 at the last step; "constant" keeps it.
+        input_dropout: part of the input values that each step sets to zero, the others scaled up, in [0, 1).
+        seed: draws the order of the images and what the model draws (dropout).
+        after_step: called after every optimizer step, such as GradualPruner.step.
+        progress: a bar for this training is added to it.
+        description: words beside that bar.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is outside its range, no parameter trains, or the loss is no longer finite.
+
+    Source:
+        Loshchilov and Hutter, SGDR (2017), equation 5 without restarts, and Decoupled weight decay (2019).
+    """
+    _check_fit(
+        model, images, labels, epochs, batch_size, lr, optimizer, momentum, weight_decay, schedule, input_dropout
+    )
+    check_seed("fit", seed)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not trained:
+        raise ValueError("fit: model must have a parameter that requires gradients, got none; unfreeze one")
+    decayed = [parameter for parameter in trained if parameter.ndim > 1]
+    plain = [parameter for parameter in trained if parameter.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    stepper: torch.optim.Optimizer
+    if optimizer == "sgd":
+        stepper = torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0, foreach=True)
+    else:
+        stepper = torch.optim.AdamW(groups, lr=lr, foreach=True)
+
+    batches = steps_per_epoch(len(images), batch_size)
+    task = None if progress is None else progress.add_task(description, total=epochs * batches)
+    training = model.training
+    model.train()
+    order = torch.Generator().manual_seed(seed)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            for epoch in range(epochs):
+                shuffled = torch.randperm(len(images), generator=order)
+                for batch in range(batches):
+                    if schedule == "cosine":
+                        part = (epoch * batches + batch) / (epochs * batches)
+                        for group in stepper.param_groups:
+                            group["lr"] = lr * (1 + math.cos(math.pi * part)) / 2
+                    rows = shuffled[batch * batch_size : (batch + 1) * batch_size]
+                    x = functional.dropout(images[rows], input_dropout) if input_dropout else images[rows]
+                    loss = functional.cross_entropy(model(x), labels[rows])
+                    stepper.zero_grad()
+                    loss.backward()
+                    stepper.step()
+                    if after_step is not None:
+                        after_step()
+                    if progress is not None and task is not None:
+                        progress.advance(task)
+                if not math.isfinite(loss.item()):
+                    raise ValueError(
+                        f"fit: the loss must stay finite, got {loss.item()} in epoch {epoch + 1}; lower lr={lr}"
+                    )
+    finally:
+        model.train(training)
+    return model
+
+
+@torch.no_grad()
+def error_rate(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """Part of the images, in [0, 1], whose largest logit is not their label's; model is evaluated in eval mode.
+
+    Raises:
+        TypeError: model is no module, or images or labels is no tensor.
+        ValueError: images and labels differ in number, or there are none.
+    """
+    _check_pair("error_rate", model, images, labels)
+    training = model.training
+    model.eval()
+    try:
+        wrong = sum(
+            int((model(some).argmax(1) != wanted).sum())
+            for some, wanted in zip(images.split(EVALUATION_BATCH), labels.split(EVALUATION_BATCH), strict=True)
+        )
+    finally:
+        model.train(training)
+    return wrong / len(labels)
+
+
+def _check_pair(where: str, model: nn.Module, images: Tensor, labels: Tensor) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{where}: model must be a torch.nn.Module, got {type(model).__name__}; pass a network")
+    for name, tensor in (("images", images), ("labels", labels)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{where}: {name} must be a tensor, got {type(tensor).__name__}; call torch.as_tensor")
+    if labels.dtype != torch.int64 or labels.ndim != 1:
+        raise ValueError(
+            f"{where}: labels must be int64 [N], got {labels.dtype} {tuple(labels.shape)}; pass class numbers"
+        )
+    if images.ndim < 1 or len(images) != len(labels) or not len(labels):
+        raise ValueError(
+            f"{where}: images must be as many as labels and at least one, got shapes {tuple(images.shape)} and "
+            f"{tuple(labels.shape)}; pass one label for each image"
+        )
+
+
+def _check_fit(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    epochs: int,
+    batch_size: int,
+    lr: float,
+    optimizer: str,
+    momentum: float,
+    weight_decay: float,
+    schedule: str,
+    input_dropout: float,
+) -> None:
+    _check_pair("fit", model, images, labels)
+    check_count("fit", "epochs", epochs, least=0)
+    check_count("fit", "batch_size", batch_size)
+    for name, value, upper in (
+        ("lr", lr, math.inf),
+        ("momentum", momentum, 1),
+        ("weight_decay", weight_decay, 1),
+        ("input_dropout", input_dropout, 1),
+    ):
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise TypeError(f"fit: {name} must be a number, got {value!r}; pass a float")
+        if not 0 <= value < upper:
+            raise ValueError(f"fit: {name} must be in [0, {upper}), got {value}; pass a number in that range")
+    for name, choice, choices in (
+        ("optimizer", optimizer, get_args(OptimizerName)),
+        ("schedule", schedule, get_args(Schedule)),
+    ):
+        if choice not in choices:
+            raise ValueError(f"fit: {name} must be one of {', '.join(choices)}, got {choice!r}; pass one of these")

@@ -1,0 +1,142 @@
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+import typer
+
+import tersetorch as tt
+from tersetorch.cli import main
+from tersetorch.cli.shape import parse_shape
+
+
+@pytest.fixture
+def tersetorch(capfd, monkeypatch):
+    """Runs the command in this process, as its script does."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["tersetorch", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        output = capfd.readouterr()
+        return SimpleNamespace(returncode=stopped.value.code or 0, stdout=output.out, stderr=output.err)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def terse_file(tmp_path_factory):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(40, 30), torch.nn.ReLU(), torch.nn.Linear(30, 10))
+    tt.prune.magnitude(model, sparsity=0.8)
+    tt.quantize.kmeans(model, bits=4)
+    path = tmp_path_factory.mktemp("cli") / "model.terse"
+    tt.save(model, path)
+    return path
+
+
+def test_help_names_every_verb(tersetorch):
+    done = tersetorch("--help")
+    assert done.returncode == 0
+    for verb in ("demo", "convert", "inspect", "doctor", "bench"):
+        assert verb in done.stdout
+
+
+def test_the_script_is_installed():
+    done = subprocess.run(["tersetorch", "inspect"], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 2 and "Missing argument" in done.stderr
+
+
+def test_inspect_adds_up(tersetorch, terse_file):
+    done = tersetorch("inspect", terse_file, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == tt.inspect(terse_file).to_dict()
+    table = tersetorch("inspect", terse_file)
+    assert table.returncode == 0 and str(terse_file.stat().st_size) in table.stdout
+
+
+def test_a_file_that_is_not_terse_gives_one_sentence(tersetorch, tmp_path):
+    path = tmp_path / "x.terse"
+    path.write_bytes(b"nothing of the kind")
+    for done in (tersetorch("inspect", path), tersetorch("convert", path, tmp_path / "y.terse", "--plan", "sparse")):
+        assert done.returncode == 1
+        assert "Traceback" not in done.stderr and str(path) in done.stderr
+    assert not (tmp_path / "y.terse").exists()
+    missing = tersetorch("inspect", tmp_path / "missing.terse")
+    assert missing.returncode == 1 and "Traceback" not in missing.stderr and "missing.terse" in missing.stderr
+
+
+def test_convert_follows_a_plan(tersetorch, terse_file, tmp_path):
+    output = tmp_path / "fast.terse"
+    done = tersetorch("convert", terse_file, output, "--plan", "codebook", "--json")
+    assert done.returncode == 0, done.stderr
+    assert {layer["chosen"] for layer in json.loads(done.stdout)["layers"]} == {"sparse_codebook"}
+    fast, dense = tt.load(output), tt.load(terse_file)
+    assert isinstance(fast[0], tt.nn.SparseCodebookLinear)
+    x = torch.randn(3, 40, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(fast(x), dense(x), rtol=1e-5, atol=1e-5)
+
+
+def test_convert_measures_and_reads_a_state_dict(tersetorch, tmp_path):
+    torch.manual_seed(0)
+    network = tt.zoo.LeNet300100()
+    torch.save(network.state_dict(), tmp_path / "lenet.pt")
+    arguments = ("convert", tmp_path / "lenet.pt", tmp_path / "lenet.terse", "--network", "lenet-300-100")
+    done = tersetorch(*arguments, "--input-shape", "1x784")
+    assert done.returncode == 0, done.stderr
+    x = torch.randn(2, 784, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(tt.load(tmp_path / "lenet.terse")(x), network.eval()(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "arguments,match",
+    [
+        (
+            ["convert", "model.pt", "out.terse", "--plan", "sparse"],
+            "a state dict needs --network, one of lenet-300-100",
+        ),
+        (["convert", "model.pt", "out.terse", "--network", "VGG"], "--network must be one of lenet-300-100"),
+        (["convert", "model.onnx", "out.terse", "--network", "lenet-300-100"], "must end in .terse, .pt, .pth or"),
+        (["bench", "nothing"], "SUITE must be one of csr_matmul"),
+        (["frobnicate"], "No such command"),
+    ],
+)
+def test_wrong_usage_is_exit_code_2(tersetorch, arguments, match):
+    done = tersetorch(*arguments)
+    assert done.returncode == 2
+    assert match in " ".join(done.stderr.replace("│", " ").split())
+
+
+def test_measuring_needs_a_shape(tersetorch, terse_file, tmp_path):
+    done = tersetorch("convert", terse_file, tmp_path / "fast.terse")
+    assert done.returncode == 2 and "needs --input-shape" in done.stderr
+
+
+def test_doctor_checks_every_level(tersetorch):
+    done = tersetorch("doctor", "--json")
+    facts = json.loads(done.stdout)
+    assert done.returncode == 0, done.stderr
+    assert set(facts["checks"]) == set(facts["levels"])
+    assert facts["levels"] + list(facts["missing_for_level"]) == ["scalar", "avx2", "avx512", "avx512bf16"]
+    for checks in facts["checks"].values():
+        assert {check["case"] for check in checks} >= {"float32", "bfloat16", "codebook", "gradient of x"}
+        assert all(check["ok"] and check["max_error"] <= check["bound"] for check in checks)
+
+
+def test_doctor_fails_when_an_op_is_wrong(monkeypatch):
+    from tersetorch.cli import doctor
+
+    wrong = {"op": "csr_matmul", "case": "float32", "max_error": 1.0, "bound": 1e-6, "ok": False}
+    monkeypatch.setattr(doctor, "_check", lambda level: [wrong])
+    with pytest.raises(typer.Exit) as stopped:
+        doctor.doctor(as_json=False)
+    assert stopped.value.exit_code == 1
+
+
+def test_shapes():
+    assert parse_shape("1x784") == [1, 784] and parse_shape("8X3x2") == [8, 3, 2]
+    for bad in ("", "0x3", "axb", "1x", "-1x2"):
+        with pytest.raises(typer.BadParameter, match="positive sizes joined by x"):
+            parse_shape(bad)

@@ -1,0 +1,42 @@
+import pytest
+
+from tersetorch.methods import prune
+from tersetorch.methods.parametrization import is_live
+
+
+def test_each_round_prunes_then_retrains(mlp, train):
+    seen = []
+
+    def retrain(model, index):
+        seen.append((index, prune.density(model)["0"].kept))
+        train(model)
+
+    assert prune.iterative(mlp, [0.5, 0.8, 0.8, 0.9], retrain) is mlp
+    assert seen == [(1, 170), (2, 68), (3, 68), (4, 34)]
+
+
+def test_mappings_and_scope(mlp):
+    prune.iterative(mlp, [{"0": 0.5}, {"0": 0.8, "2": 0.2}], lambda model, index: None)
+    assert [layer.kept for layer in prune.density(mlp).values()] == [68, 68]
+    prune.iterative(mlp, [0.9], lambda model, index: None, scope="global")
+    assert sum(layer.kept for layer in prune.density(mlp).values()) == 43
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"sparsities": 0.5}, TypeError, "sparsities must be a list, got float"),
+        ({"sparsities": []}, ValueError, "sparsities must hold at least one"),
+        ({"sparsities": [0.5, 1.0]}, ValueError, r"sparsity must be in \[0, 1\), got 1.0"),
+        ({"sparsities": [0.5, 0.4]}, ValueError, "sparsities must not fall, got 0.4 after 0.5 for '0' in round 2"),
+        ({"retrain": 3}, TypeError, "retrain must be callable, got int"),
+        ({"targets": "fc"}, ValueError, "targets must match"),
+    ],
+)
+def test_bad_arguments_are_refused_before_the_first_round(mlp, arguments, error, message):
+    def retrain(model, index):
+        pytest.fail("a round was run")
+
+    with pytest.raises(error, match=f"prune.iterative: {message}"):
+        prune.iterative(mlp, **{"sparsities": [0.5], "retrain": retrain, **arguments})
+    assert not is_live(mlp)

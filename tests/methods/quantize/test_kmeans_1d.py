@@ -1,0 +1,120 @@
+import itertools
+
+import numpy as np
+import pytest
+
+from tersetorch.methods.quantize import kmeans_1d
+from tersetorch.methods.quantize.kmeans_1d import INITIAL, cluster, optimal_starts
+
+
+def least_error(values, clusters):
+    """The least sum of squares over every way to cut the sorted values into runs."""
+    values = np.sort(np.asarray(values, np.float64))
+    errors = []
+    for cuts in itertools.combinations(range(1, len(values)), clusters - 1):
+        runs = np.split(values, cuts)
+        errors.append(sum(float(np.square(run - run.mean()).sum()) for run in runs))
+    return min(errors)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_exact_is_the_best_of_all_partitions(seed):
+    random = np.random.default_rng(seed)
+    values = random.standard_normal(random.integers(2, 12)).round(int(random.integers(1, 4)))
+    clusters = int(random.integers(1, len(values) + 1))
+    found = cluster(values, clusters)
+    assert found.squared_error(values) == pytest.approx(least_error(values, clusters), abs=1e-12)
+
+
+@pytest.mark.parametrize("count", [33, 64, 257, 1021])
+@pytest.mark.parametrize("clusters", [1, 2, 3, 15, 16, 31])
+def test_exact_is_no_worse_than_any_other_start(count, clusters):
+    values = np.random.default_rng(count).standard_normal(count).astype(np.float32)
+    errors = {init: cluster(values, clusters, init).squared_error(values) for init in INITIAL}
+    assert errors["exact"] <= min(errors.values()) * (1 + 1e-12)
+
+
+def test_divide_and_conquer_agrees_with_the_plain_recurrence():
+    random = np.random.default_rng(0)
+    for count, clusters in ((2, 2), (3, 2), (17, 4), (40, 9), (41, 40), (41, 41)):
+        points, weights = np.sort(random.standard_normal(count)), random.integers(1, 9, count).astype(float)
+
+        def cost(i, j, points=points, weights=weights):
+            mean = np.average(points[i:j], weights=weights[i:j])
+            return float((weights[i:j] * np.square(points[i:j] - mean)).sum())
+
+        best = [np.inf] * (count + 1)
+        best[0] = 0.0
+        for _ in range(clusters):
+            best = [np.inf] + [min(best[i] + cost(i, j) for i in range(j)) for j in range(1, count + 1)]
+        bounds = [*optimal_starts(points, weights, clusters), count]
+        assert len(set(bounds)) == clusters + 1
+        assert sum(cost(i, j) for i, j in itertools.pairwise(bounds)) == pytest.approx(best[count], abs=1e-12)
+
+
+@pytest.mark.parametrize("init", INITIAL)
+def test_every_result_is_a_fixed_point(init):
+    values = np.random.default_rng(0).laplace(size=3001).astype(np.float32)
+    found = cluster(values, 16, init)
+    nearest = np.abs(values[:, None].astype(np.float64) - found.centroids).argmin(1)
+    codes = found.codes(values)
+    assert np.array_equal(codes, nearest)
+    means = [values[codes == code].astype(np.float64).mean() for code in range(len(found.centroids))]
+    np.testing.assert_allclose(found.centroids, means, rtol=1e-12)
+    assert (np.diff(found.centroids) > 0).all()
+
+
+@pytest.mark.parametrize("init", INITIAL)
+@pytest.mark.parametrize("values", [[3.0], [0.1] * 50, [0.1, -0.7, 0.1, 1e-8, -0.7], np.linspace(-1, 1, 5)])
+def test_few_distinct_values_are_kept_to_the_bit(init, values):
+    values = np.asarray(values, np.float32)
+    found = cluster(values, 5, init)
+    assert np.array_equal(found.centroids[found.codes(values)].astype(np.float32), values)
+    assert found.squared_error(values) == 0
+
+
+def test_a_cluster_of_one_value_is_that_value_to_the_bit():
+    values = np.concatenate((np.full(1000, 0.1), [1e6, -1e-7], np.full(7, 3e-5)))
+    found = cluster(values, 3)
+    assert found.centroids[1:].tolist() == [0.1, 1e6]
+
+
+def test_a_value_midway_goes_to_the_lower_centroid():
+    values = np.array([0.0, 0.0, 1.0, 2.0, 2.0])
+    for init in ("linear", "density"):
+        assert cluster(values, 2, init, iterations=1).codes(values).tolist() == [0, 0, 0, 1, 1]
+
+
+def test_initial_centroids():
+    points, weights = np.array([0.0, 1.0, 2.0, 9.0]), np.array([1.0, 5.0, 1.0, 1.0])
+    assert INITIAL["linear"](points, weights, 4, 0).tolist() == [0, 3, 6, 9]
+    assert INITIAL["density"](points, weights, 4, 0).tolist() == [0, 1, 1, 2]
+    drawn = INITIAL["random"](points, weights, 3, 7)
+    assert len(set(drawn)) == 3 and set(drawn) <= set(points)
+    assert np.array_equal(drawn, INITIAL["random"](points, weights, 3, 7))
+
+
+def test_centroids_without_members_are_left_out():
+    values = np.concatenate((np.linspace(0, 0.1, 50), [100.0]))
+    found = cluster(values, 8, "linear")
+    assert len(found.centroids) == 2
+    assert np.bincount(found.codes(values)).min() > 0
+
+
+def test_iterations_are_a_limit():
+    values = np.random.default_rng(0).standard_normal(2000)
+    few, many = (cluster(values, 16, "random", iterations=count).squared_error(values) for count in (1, 1000))
+    assert many < few
+
+
+@pytest.mark.parametrize("outlier", [None, 1e4])
+def test_more_values_than_the_exact_search_takes(monkeypatch, outlier):
+    values = np.random.default_rng(0).standard_normal(5000)
+    if outlier is not None:
+        values[17] = outlier
+    exact = cluster(values, 12).squared_error(values)
+    monkeypatch.setattr(kmeans_1d, "EXACT_VALUES", 1000)
+    monkeypatch.setattr(kmeans_1d, "BINS", 512)
+    binned = cluster(values, 12)
+    assert binned.squared_error(values) <= 1.001 * exact
+    assert np.array_equal(binned.codes(values), np.abs(values[:, None] - binned.centroids).argmin(1))

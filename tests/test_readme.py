@@ -1,0 +1,37 @@
+"""What the README and the docs claim is run or compared with stored results."""
+
+import re
+from pathlib import Path
+
+from tersetorch.bench.tables import render
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_example_runs_and_is_short(tmp_path, monkeypatch):
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(example.splitlines()) <= 12
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(compile(example, "README.md", "exec"), names)
+    assert (tmp_path / "model.terse").stat().st_size > 0
+
+
+def test_every_command_shown_exists():
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
+    shown = set(re.findall(r"make ([a-z][a-z-]*)", README))
+    assert shown and shown <= targets
+
+
+def test_tables_are_those_of_the_stored_results():
+    for page in ("README.md", "docs/results.md"):
+        text = (ROOT / page).read_text()
+        assert render(text) == text, f"{page}: run 'make tables'"
+
+
+def test_links_lead_somewhere():
+    for page in [ROOT / "README.md", *ROOT.glob("docs/*.md"), ROOT / "CONTRIBUTING.md"]:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} links {target}"
