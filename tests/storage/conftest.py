@@ -53,7 +53,9 @@ def same_state(same_bits):
         state, other_state = a.state_dict(keep_vars=True), b.state_dict(keep_vars=True)
         assert list(state) == list(other_state)
         for name, tensor in state.items():
-            same_bits(tensor, other_state[name])
+            weight = isinstance(tensor, nn.Parameter) and tensor.dim() > 1 and tensor.is_floating_point()
+            # The sign of a weight's zero is not kept.
+            same_bits(torch.where(tensor == 0, 0, tensor).detach() if weight else tensor, other_state[name])
             assert tensor.requires_grad == other_state[name].requires_grad, name
             assert isinstance(tensor, nn.Parameter) == isinstance(other_state[name], nn.Parameter), name
         tied = {(n, m) for n, t in state.items() for m, u in state.items() if t is u}

@@ -85,7 +85,7 @@ class SparseCodebookWeight:
             )
         if self.codebook[0, 0] != 0:
             raise ValueError(
-                f"{owner}: codebook[0, 0] must be 0, got {float(self.codebook[0, 0])}; code 0 is reserved for zero"
+                f"{owner}: codebook[0, 0] must be 0, got {self.codebook[0, 0].item()}; code 0 is reserved for zero"
             )
         if self.nnz and not (int(self.codes.min()) >= 1 and int(self.codes.max()) < self.codebook.shape[1]):
             raise ValueError(

@@ -6,7 +6,6 @@
     n  positions stored (sparse forms)
     k  entries of the codebook (codebook forms)
     t  true: positions run down the columns
-    z  how many of the other positions hold -0.0 (with a stream of its own)
     o  dimensions from outermost to innermost in memory
     g  false: a parameter that does not train
     c  true: the weight of a sparse layer, which is never dense
@@ -18,8 +17,6 @@ Forms and their streams:
     codebook          codebook, codes
     sparse            positions, values
     sparse-codebook   positions, codebook, codes
-
-followed by `negatives` where z is there: which of the other positions, counted among themselves, hold -0.0.
 """
 
 from __future__ import annotations
@@ -68,7 +65,6 @@ ROLE_CODERS = {
     "codebook": ("raw",),
     "codes": CODE_CODERS,
     "positions": POSITION_CODERS,
-    "negatives": POSITION_CODERS,
 }
 MAX_GAP_WIDTH = 15
 
@@ -93,7 +89,6 @@ class Entry:
     stored: int
     entries: int = 0
     down_columns: bool = False
-    negatives: int = 0
     order: tuple[int, ...] | None = None
     trains: bool = True
     compressed: bool = False
@@ -137,8 +132,6 @@ class Entry:
             data["k"] = self.entries
         if self.down_columns:
             data["t"] = True
-        if self.negatives:
-            data["z"] = self.negatives
         if self.order:
             data["o"] = list(self.order)
         if not self.trains:
@@ -155,7 +148,7 @@ class Entry:
         Raises:
             TerseFileError: a field is unknown, missing or out of range, or the fields contradict each other.
         """
-        data = fields.check_keys(data, "a tensor", set("sdfnktzogcx"))
+        data = fields.check_keys(data, "a tensor", set("sdfnktogcx"))
         sizes = fields.items(data.get("s"), "a shape")
         shape = tuple(fields.integer(size, "a dimension", 0, fields.MAX_SIZE) for size in sizes[:65])
         if len(sizes) > 64 or math.prod(shape) >= fields.MAX_SIZE // 2:
@@ -167,18 +160,16 @@ class Entry:
         stored = fields.integer(data.get("n"), "a count", 0, numel) if entry.is_sparse else numel
         codebook = form.endswith("codebook")
         entries = fields.integer(data.get("k"), "codebook entries", 0, MAX_ENTRIES) if codebook else 0
-        negatives = fields.integer(data["z"], "a count", 1, numel - stored) if "z" in data else 0
         entry = replace(
             entry,
             stored=stored,
             entries=entries,
             down_columns=fields.flag(data.get("t", False), "t"),
-            negatives=negatives,
             order=_order(data["o"], len(shape)) if "o" in data else None,
             trains=fields.flag(data.get("g", True), "g"),
             compressed=fields.flag(data.get("c", False), "c"),
         )
-        roles = FORMS[form] + ("negatives",) * bool(negatives)
+        roles = FORMS[form]
         specs = fields.items(data.get("x"), "streams")
         if len(specs) != len(roles):
             refuse(f"have {len(roles)} streams for a tensor stored as {form}", len(specs))
@@ -190,22 +181,18 @@ class Entry:
         """What the fields owe each other. A count is compared with its stream before anything is allocated for it."""
         if (data.keys() & set("nt") and not self.is_sparse) or ("k" in data and not self.form.endswith("codebook")):
             refuse(f"have only the fields of a tensor stored as {self.form}", sorted(data))
-        if self.negatives and not (self.is_sparse and self.real_dtype.is_floating_point):
-            refuse("mark -0.0 in sparse floating-point tensors only", DTYPE_NAMES[self.dtype])
         if self.down_columns and len(self.shape) < 2:
             refuse("run down the columns of tensors with two dimensions or more", len(self.shape))
         layer = self.is_sparse and len(self.shape) == 2 and self.dtype in (torch.float32, torch.bfloat16)
-        if self.compressed and (not layer or self.negatives or self.order):
+        if self.compressed and (not layer or self.order):
             refuse("keep a layer's weight as a sparse float32 or bfloat16 matrix", f"{self.form} {list(self.shape)}")
         for spec in self.streams:
             if spec.coder == "raw":
                 count = self.entries if spec.role == "codebook" else self.stored
                 if spec.nbytes != count * self.real_dtype.itemsize:
                     refuse(f"hold {count} items in a stream of {spec.role}", f"{spec.nbytes} bytes")
-            else:
-                count = self.negatives if spec.role == "negatives" else self.stored
-                if count > spec.nbytes * 8:
-                    refuse(f"hold {count} items in a stream of {spec.role}", f"{spec.nbytes} bytes")
+            elif self.stored > spec.nbytes * 8:
+                refuse(f"hold {self.stored} items in a stream of {spec.role}", f"{spec.nbytes} bytes")
 
 
 def _order(value: Any, dimensions: int) -> tuple[int, ...]:

@@ -36,7 +36,6 @@ _ROLE_PARTS = {
     "codebook": "codebooks",
     "codes": "codes",
     "positions": "positions",
-    "negatives": "positions",
 }
 
 

@@ -34,7 +34,7 @@ class Coding:
 
 @dataclass(frozen=True)
 class Stream:
-    """Encoded numbers: what they are (values, positions, codes, codebook, negatives), how, and the bytes."""
+    """Encoded numbers: what they are (values, positions, codes, codebook), how, and the bytes."""
 
     role: str
     coder: str

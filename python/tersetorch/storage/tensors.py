@@ -1,7 +1,8 @@
 """Any dense tensor as its smallest form, to the bit, and back.
 
 Values are bit patterns here: a zero is a pattern of zeros, so that NaN payloads survive. -0.0 is a value like any
-other, or, where w * mask left many of them, a zero with its sign stored beside (`negatives`), whichever is smaller.
+other, but in a parameter of two dimensions or more, a weight, where it is the trace of a product with a mask: there it
+becomes 0.0, which is equal and gives equal sums, or the positions would cost more than the values that are left.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class _Choice:
 
 
 def encode_tensor(name: str, tensor: Tensor, trains: bool) -> tuple[Entry, list[Stream]]:
-    """The smallest form of a plain tensor of any dtype and shape.
+    """The smallest form of a plain tensor of any dtype and shape; a weight's -0.0 becomes 0.0.
 
     Raises:
         ValueError: tensor is no plain strided tensor with data, or has a dtype that the format does not know.
@@ -48,6 +49,8 @@ def encode_tensor(name: str, tensor: Tensor, trains: bool) -> tuple[Entry, list[
     order = _memory_order(tensor)
     real = torch.view_as_real(tensor.detach().resolve_conj()) if dtype in REAL else tensor.detach()
     bits = patterns(real.resolve_neg())
+    if isinstance(tensor, torch.nn.Parameter) and tensor.dim() > 1 and dtype.is_floating_point:
+        bits = np.where(bits == bits.dtype.type(1 << (8 * bits.itemsize - 1)), bits.dtype.type(0), bits)
     shape = tuple(tensor.shape)
     base = Entry(shape, dtype, "raw", bits.size, order=order, trains=trains)
 
@@ -57,10 +60,10 @@ def encode_tensor(name: str, tensor: Tensor, trains: bool) -> tuple[Entry, list[
     zeros = bits.size - values.size
     choices = [_dense_choice(base, bits, _with_zero(table, zeros, bits.dtype))]
     if zeros:
-        choices += _sparse_choices(base, bits, nonzero, table, signed=False)
-    sign = 1 << (8 * bits.itemsize - 1)
-    if real.dtype.is_floating_point and bool((values == sign).any()):
-        choices += _sparse_choices(base, bits, (bits != 0) & (bits != sign), _without(table, sign), signed=True)
+        choices += [
+            _sparse_choice(base, bits, nonzero, table, down_columns)
+            for down_columns in (False, True)[: 1 + (len(shape) > 1 and dtype not in REAL)]
+        ]
     entry, encoded = min(choices, key=lambda choice: choice.nbytes).build()
     return entry.with_streams(encoded), encoded
 
@@ -77,13 +80,6 @@ def decode_tensor(entry: Entry, data: list[bytes]) -> Tensor:
         positions = positions_of(entry, data)
         dense = np.zeros(entry.numel, pattern)
         dense[positions] = bits
-        if entry.negatives:
-            rest = np.ones(entry.numel, bool)
-            rest[positions] = False
-            spec = entry.streams[-1]
-            zeros = entry.numel - entry.stored
-            marked = streams.decode_positions(data[-1], spec.coder, spec.width, entry.negatives, zeros)
-            dense[np.flatnonzero(rest)[marked]] = 1 << (8 * pattern.itemsize - 1)
         bits = dense.reshape(-1, entry.shape[0]).T.ravel() if entry.down_columns and entry.numel else dense
     if entry.dtype is torch.bool and entry.numel and int(bits.max()) > 1:
         refuse("hold 0 or 1 for bool", int(bits.max()))
@@ -191,45 +187,22 @@ def _dense_choice(base: Entry, bits: Array, table: Table | None) -> _Choice:
     return _Choice(nbytes, build)
 
 
-def _sparse_choices(
-    base: Entry, bits: Array, kept: NDArray[np.bool_], table: Table | None, signed: bool
-) -> list[_Choice]:
-    """Storing the patterns marked in kept, by rows and by columns; signed: the others are zeros of either sign."""
-    return [
-        _sparse_choice(base, bits, kept, table, signed, down_columns)
-        for down_columns in (False, True)[: 1 + (len(base.shape) > 1 and base.dtype not in REAL)]
-    ]
-
-
 def _sparse_choice(
-    base: Entry, bits: Array, kept: NDArray[np.bool_], table: Table | None, signed: bool, down_columns: bool
+    base: Entry, bits: Array, kept: NDArray[np.bool_], table: Table | None, down_columns: bool
 ) -> _Choice:
+    """Storing the patterns marked in kept, by rows or by columns."""
     if down_columns:
         bits, kept = (array.reshape(base.shape[0], -1).T.ravel() for array in (bits, kept))
     positions = np.flatnonzero(kept)
     position_coding = streams.best_position_coding(positions, bits.size)
     nbytes, coding = value_coding(table, positions.size, bits.itemsize)
     nbytes += position_coding.nbytes + STREAM_BYTES
-    negatives = np.flatnonzero(bits[~kept]) if signed else np.empty(0, np.int64)
-    zeros = bits.size - positions.size
-    if signed:
-        negative_coding = streams.best_position_coding(negatives, zeros)
-        nbytes += negative_coding.nbytes + STREAM_BYTES
     form = "sparse" if coding is None else "sparse-codebook"
 
     def build() -> tuple[Entry, list[Stream]]:
         entries, encoded = value_streams(bits[positions], table, coding)
         encoded = [streams.encode_positions("positions", positions, bits.size, position_coding), *encoded]
-        if signed:
-            encoded.append(streams.encode_positions("negatives", negatives, zeros, negative_coding))
-        entry = replace(
-            base,
-            form=form,
-            stored=positions.size,
-            entries=entries,
-            down_columns=down_columns,
-            negatives=negatives.size,
-        )
+        entry = replace(base, form=form, stored=positions.size, entries=entries, down_columns=down_columns)
         return entry, encoded
 
     return _Choice(nbytes, build)
@@ -242,14 +215,6 @@ def _with_zero(table: Table | None, zeros: int, dtype: np.dtype[Any]) -> Table |
     if len(distinct) == streams.MAX_ENTRIES:
         return None
     return np.concatenate([np.zeros(1, dtype), distinct]), np.concatenate([[zeros], counts])
-
-
-def _without(table: Table | None, pattern: int) -> Table | None:
-    if table is None:
-        return None
-    distinct, counts = table
-    kept = distinct != pattern
-    return distinct[kept], counts[kept]
 
 
 def _memory_order(tensor: Tensor) -> tuple[int, ...] | None:

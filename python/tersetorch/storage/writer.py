@@ -25,9 +25,9 @@ def save(model: nn.Module, path: str | PathLike[str], *, provenance: dict[str, A
     """Writes model to one file, every tensor in its smallest lossless form; the same model gives the same bytes.
 
     A tensor is stored raw, as codebook and codes, or as the positions of its non-zeros with their values or codes;
-    which one follows from its values, not from how a layer happens to run. The sign of a zero is kept: the -0.0 that a
-    product with a mask leaves cost a bit for each zero, which torch.where(mask, weight, 0) does not. SparseLinear and
-    SparseCodebookLinear are stored as they are. Parameters and modules that are shared are stored once. A model that is
+    which one follows from its values, not from how a layer happens to run. A weight's -0.0, which a product with a mask
+    leaves, comes back as 0.0; every other bit of every tensor is kept. SparseLinear and SparseCodebookLinear are
+    stored as they are. Parameters and modules that are shared are stored once. A model that is
     still being compressed is stored as tersetorch.finalize would leave it, and does not change.
 
     The file is written beside path under another name and moved into place whole, so a failure leaves what was there.

@@ -40,9 +40,6 @@ def model():
         parameter.data = numbers(*parameter.shape)
     encoder.linear1 = SparseLinear.from_dense(fill(encoder.linear1, 0.4))
     encoder.activation_relu_or_gelu = 0
-    negative = fill(nn.Linear(30, 20, bias=False), 0.1)
-    with torch.no_grad():
-        negative.weight *= torch.where(numbers(20, 30) > 0, 1.0, -1.0)
     tied = nn.Embedding(6, 4)
     tied.weight.data = numbers(6, 4)
     head = nn.Linear(4, 6, bias=False)
@@ -56,7 +53,7 @@ def model():
         fill(nn.Linear(24, 30), 0.02),
         shared,
         fill(nn.Linear(30, 30), 0.5),
-        negative,
+        fill(nn.Linear(30, 20, bias=False), 0.1),
         fill(nn.Linear(20, 40), levels=2),
         fill(nn.Linear(40, 16), levels=15),
         fill(nn.Conv2d(2, 4, 3, padding="same")).to(memory_format=torch.channels_last),
