@@ -1,6 +1,7 @@
 import json
 
 import pytest
+import torch
 
 from tersetorch.bench.reproductions import lenet_300_100
 from tersetorch.bench.reproductions.lenet_300_100 import main, run
@@ -18,6 +19,10 @@ def short(monkeypatch):
     plan = LeNetPlan(32, 0.0, Training(epochs=2, lr=0.1), DeepCompressionRecipe.from_mapping(recipe))
     monkeypatch.setattr(lenet_300_100, "full_plan", lambda: plan)
     monkeypatch.setattr(lenet_300_100, "load_data", lambda name, seed: load("digits", seed=seed))
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def test_record_is_whole_and_consistent():
@@ -28,7 +33,9 @@ def test_record_is_whole_and_consistent():
     for row in record["seeds"]:
         assert row["ratio"] == row["bytes_dense"] / row["bytes"]
         assert row["layers"]["fc1"]["kept"] == pytest.approx(10)
-        assert row["layers"]["fc1"]["values"] <= 7
+        assert row["layers"]["fc1"]["bits"] == 3
+        assert set(row["layers"]["fc1"]) == {"weights", *record["paper"]["layers"]["fc1"]}
+        assert sum(row["file"]["parts"].values()) == row["bytes"]
     pairs = [(row["test"]["dense"], row["test"]["compressed"]) for row in record["seeds"]]
     assert record["mean"]["error_compressed"] == pytest.approx(sum(after for _, after in pairs) / 2)
     assert record["worst"]["error_rise"] == max(after - before for before, after in pairs)
