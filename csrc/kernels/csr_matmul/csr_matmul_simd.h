@@ -29,6 +29,7 @@ using Float8 = Vector<8>;
 typedef std::int32_t Int8 __attribute__((vector_size(32)));
 typedef std::uint32_t Bits8 __attribute__((vector_size(32)));
 typedef std::uint16_t Halves8 __attribute__((vector_size(16)));
+typedef std::uint8_t Bytes8 __attribute__((vector_size(8)));
 typedef std::uint8_t Bytes32 __attribute__((vector_size(32)));
 
 // Element i and what follows it, of an array that may be unaligned.
@@ -181,6 +182,7 @@ struct Float32Values {
   explicit Float32Values(const CsrWeight& w) : values(w.values) {}
   float At(Index k) const { return LoadAt<float>(values, k, 4); }
   bool Inside(Index, Index) const { return true; }
+  bool EightInside(Index) const { return true; }
 
   const void* values;
 };
@@ -189,6 +191,7 @@ struct BFloat16Values {
   explicit BFloat16Values(const CsrWeight& w) : values(w.values) {}
   float At(Index k) const { return LoadFloat(values, CsrFloat::kBFloat16, k); }
   bool Inside(Index, Index) const { return true; }
+  bool EightInside(Index) const { return true; }
 
   const void* values;
 };
@@ -208,6 +211,11 @@ struct CodeValues {
     Index largest = Largest(parts);
     for (; k < end; ++k) largest = codes[k] > largest ? codes[k] : largest;
     return begin == end || largest < entries;
+  }
+  bool EightInside(Index k) const {
+    if (entries == kCsrMaxEntries) return true;
+    const Bytes8 outside = (Bytes8)(LoadAt<Bytes8>(codes, k, 1) >= static_cast<std::uint8_t>(entries));
+    return __builtin_bit_cast(std::uint64_t, outside) == 0;
   }
 
   const std::uint8_t* codes;
@@ -247,6 +255,7 @@ bool ColumnsInside(const CsrWeight& w, Index begin, Index end) {
 }
 
 // Checks rows ahead of their use, several at once: a loop over one row is short, and its end surprises the processor.
+// For the gradients, whose loops take single non-zeros.
 template <typename Values>
 class RowChecker {
  public:
@@ -292,14 +301,40 @@ void AddNonZeros(const CsrWeight& w, const Values& values, const float* panel, I
   }
 }
 
+// Whether non-zeros [k, k + 8) may be used. Checked right before they are, because the panel's lines drive the columns
+// that a pass ahead has read out of the first cache level again, and its bursts of reads wait for the memory.
+template <typename Values>
+CsrStatus CheckEight(const CsrWeight& w, const Values& values, Index k) {
+  const Bits8 outside = (Bits8)(LoadAt<Bits8>(w.col_indices, k, 4) >= static_cast<std::uint32_t>(w.columns));
+  if (_mm256_movemask_ps((__m256)outside) != 0) return CsrStatus::kBadColumn;
+  return values.EightInside(k) ? CsrStatus::kOk : CsrStatus::kBadCode;
+}
+
+// The same for [k, end), fewer than eight.
+template <typename Values>
+CsrStatus CheckTail(const CsrWeight& w, const Values& values, Index k, Index end) {
+  const auto left = static_cast<std::int32_t>(end - k);
+  const Int8 taken = Int8{0, 1, 2, 3, 4, 5, 6, 7} < left;
+  const auto columns = (Bits8)_mm256_maskload_epi32(w.col_indices + k, (__m256i)taken);
+  const Bits8 outside = (Bits8)(columns >= static_cast<std::uint32_t>(w.columns)) & (Bits8)taken;
+  if (_mm256_movemask_ps((__m256)outside) != 0) return CsrStatus::kBadColumn;
+  return values.Inside(k, end) ? CsrStatus::kOk : CsrStatus::kBadCode;
+}
+
 // One row of a tile: w[row] * panel + bias.
 template <int kLanes, int kVectors, typename Values>
-void MultiplyRow(const CsrWeight& w, const Values& values, Row row, const float* panel, float bias, float* out) {
+CsrStatus MultiplyRow(const CsrWeight& w, const Values& values, Row row, const float* panel, float bias, float* out) {
   constexpr int kChains = 8 / kVectors;  // eight sums hide the latency of a fused multiply-add
   Vector<kLanes> sums[kChains][kVectors] = {};
   Index k = row.begin;
-  for (; k + kChains <= row.end; k += kChains) {
-    AddNonZeros<kLanes, kVectors, kChains>(w, values, panel, k, sums);
+  for (; k + 8 <= row.end; k += 8) {
+    if (const CsrStatus status = CheckEight(w, values, k); status != CsrStatus::kOk) return status;
+#pragma GCC unroll 4
+    for (int i = 0; i < 8; i += kChains) AddNonZeros<kLanes, kVectors, kChains>(w, values, panel, k + i, sums);
+  }
+  if (const CsrStatus status = CheckTail(w, values, k, row.end); status != CsrStatus::kOk) return status;
+  if constexpr (kChains < 8) {
+    for (; k + kChains <= row.end; k += kChains) AddNonZeros<kLanes, kVectors, kChains>(w, values, panel, k, sums);
   }
   if constexpr (kChains > 4) {
     if (k + 4 <= row.end) {
@@ -324,11 +359,12 @@ void MultiplyRow(const CsrWeight& w, const Values& values, Row row, const float*
   }
 #pragma GCC unroll 4
   for (int v = 0; v < kVectors; ++v) Store(out + v * kLanes, sums[0][v] + Splat<kLanes>(bias));
+  return CsrStatus::kOk;
 }
 
 // The same for one sample. Intrinsics, because the compiler would gather the eight chains into a vector piece by piece.
 template <typename Values>
-float MultiplyRow(const CsrWeight& w, const Values& values, Row row, const float* x, float bias) {
+CsrStatus MultiplyRow(const CsrWeight& w, const Values& values, Row row, const float* x, float bias, float* out) {
   constexpr int kChains = 8;
   const auto add = [&](Index k, __m128 sum) {
     return _mm_fmadd_ss(_mm_set_ss(values.At(k)), _mm_set_ss(Load<float>(x + ColumnAt(w, k))), sum);
@@ -336,9 +372,11 @@ float MultiplyRow(const CsrWeight& w, const Values& values, Row row, const float
   __m128 sums[kChains] = {};
   Index k = row.begin;
   for (; k + kChains <= row.end; k += kChains) {
+    if (const CsrStatus status = CheckEight(w, values, k); status != CsrStatus::kOk) return status;
 #pragma GCC unroll 8
     for (int chain = 0; chain < kChains; ++chain) sums[chain] = add(k + chain, sums[chain]);
   }
+  if (const CsrStatus status = CheckTail(w, values, k, row.end); status != CsrStatus::kOk) return status;
   for (; k + 2 <= row.end; k += 2) {
     sums[0] = add(k, sums[0]);
     sums[1] = add(k + 1, sums[1]);
@@ -346,28 +384,31 @@ float MultiplyRow(const CsrWeight& w, const Values& values, Row row, const float
   if (k < row.end) sums[2] = add(k, sums[2]);
   const __m128 total = _mm_add_ss(_mm_add_ss(_mm_add_ss(sums[0], sums[1]), _mm_add_ss(sums[2], sums[3])),
                                   _mm_add_ss(_mm_add_ss(sums[4], sums[5]), _mm_add_ss(sums[6], sums[7])));
-  return _mm_cvtss_f32(total) + bias;
+  *out = _mm_cvtss_f32(total) + bias;
+  return CsrStatus::kOk;
 }
 
 template <int kLanes, int kWidth, typename Values>
 CsrStatus MultiplyPanel(const CsrMatmulArgs& a, Index row_begin, Index row_end) {
   constexpr Index kTileRows = 64;
   alignas(64) float tile[kTileRows * kWidth];
-  const Values values(a.weight);
-  RowChecker<Values> checker(a.weight, values, row_begin, row_end);
+  const CsrWeight& w = a.weight;
+  const Values values(w);
   for (Index begin = row_begin; begin < row_end; begin += kTileRows) {
     const Index count = row_end - begin < kTileRows ? row_end - begin : kTileRows;
     for (Index i = 0; i < count; ++i) {
-      if (const CsrStatus status = checker.Check(begin + i); status != CsrStatus::kOk) return status;
-      const Row row = RowAt(a.weight, begin + i);
+      const Row row = RowAt(w, begin + i);
+      if (row.begin < 0 || row.end < row.begin || row.end > w.nnz) return CsrStatus::kBadRowOffsets;
       const float bias = a.bias == nullptr ? 0.0f : LoadAt<float>(a.bias, begin + i, 4);
+      CsrStatus status;
       if constexpr (kWidth == 1) {
-        tile[i] = MultiplyRow(a.weight, values, row, a.panel, bias);
+        status = MultiplyRow(w, values, row, a.panel, bias, tile + i);
       } else {
-        MultiplyRow<kLanes, kWidth / kLanes>(a.weight, values, row, a.panel, bias, tile + i * kWidth);
+        status = MultiplyRow<kLanes, kWidth / kLanes>(w, values, row, a.panel, bias, tile + i * kWidth);
       }
+      if (status != CsrStatus::kOk) return status;
     }
-    StoreTransposed<kWidth>(tile, count, a.samples, a.y, a.y_stored_as, a.weight.rows, begin);
+    StoreTransposed<kWidth>(tile, count, a.samples, a.y, a.y_stored_as, w.rows, begin);
   }
   return CsrStatus::kOk;
 }
