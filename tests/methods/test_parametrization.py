@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from tersetorch.methods import finalize, prune, quantize
-from tersetorch.methods.parametrization import CompressedWeight, is_live, live_weight
+from tersetorch.methods.parametrization import CompressedWeight, is_live, live_weight, release_graphs
 
 
 def compressed(module, tensor="weight"):
@@ -382,3 +382,29 @@ def test_another_parametrization_on_another_tensor_stays(mlp):
     assert parametrize.is_parametrized(mlp[0], "bias")
     assert not parametrize.is_parametrized(mlp[0], "weight")
     assert int(mlp[0].weight.count_nonzero()) == 170
+
+
+def test_a_dense_checkpoint_of_another_run_is_clustered_anew(make_mlp):
+    model, fresh = make_mlp(), make_mlp(seed=1)
+    quantize.kmeans(model, 4)
+    model.load_state_dict(fresh.state_dict())
+    dense = fresh[0].weight.detach().clone()
+    quantize.kmeans(fresh, 4)
+
+    def lost(layer):
+        return float((layer.weight - dense).square().sum())
+
+    assert lost(model[0]) <= 1.001 * lost(fresh[0]) < 0.02 * float(dense.square().sum())
+    assert compressed(model[0]).codebook.requires_grad
+
+
+def test_a_live_recurrent_module_can_be_copied_after_a_forward_pass():
+    torch.manual_seed(0)
+    model = torch.nn.LSTM(5, 7)
+    prune.magnitude(model, 0.5, targets="weight_*")
+    x = torch.randn(3, 1, 5)
+    expected = model(x)[0]
+    release_graphs(model)
+    copied = finalize(copy.deepcopy(model))
+    assert torch.equal(copied(x)[0], expected)
+    assert torch.equal(model(x)[0], expected)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from numbers import Integral, Real
 
 from torch import nn
 
@@ -23,17 +24,26 @@ def check_choice(where: str, name: str, value: object, choices: Iterable[str]) -
 
 def check_int(where: str, name: str, value: object, least: int, most: int | None = None) -> None:
     """Refuses what is no int in [least, most]."""
-    if not isinstance(value, int) or isinstance(value, bool):
+    if not isinstance(value, Integral) or isinstance(value, bool):
         raise TypeError(f"{where}: {name} must be an int, got {value!r}; pass a whole number")
-    if value < least or (most is not None and value > most):
+    number = int(value)
+    if number < least or (most is not None and number > most):
         limits = f"at least {least}" if most is None else f"from {least} to {most}"
         raise ValueError(f"{where}: {name} must be {limits}, got {value}; pass a number in that range")
 
 
-def check_number(where: str, name: str, value: object, least: float, below: float) -> None:
-    """Refuses what is no number in [least, below)."""
-    if not isinstance(value, int | float) or isinstance(value, bool):
+def check_flag(where: str, name: str, value: object) -> None:
+    """Refuses what is no bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{where}: {name} must be True or False, got {value!r}; pass a bool")
+
+
+def check_number(where: str, name: str, value: object, least: float, below: float, closed: bool = False) -> None:
+    """Refuses what is no number in [least, below), or in [least, below] where closed."""
+    if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"{where}: {name} must be a number, got {value!r}; pass a float")
-    if not least <= value < below:  # NaN fails too
-        limits = f"finite and at least {least}" if below == math.inf else f"in [{least}, {below})"
+    number = float(value)
+    if not (least <= number < below or (closed and number == below)):  # NaN fails too
+        end = "]" if closed else ")"
+        limits = f"finite and at least {least}" if below == math.inf else f"in [{least}, {below}{end}"
         raise ValueError(f"{where}: {name} must be {limits}, got {value}; pass a number in that range")

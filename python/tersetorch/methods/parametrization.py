@@ -187,6 +187,14 @@ def detach(live: LiveWeight) -> None:
         module._parameters[name] = module._parameters.pop(name)
 
 
+@torch.no_grad()
+def release_graphs(model: nn.Module) -> None:
+    """Makes a live model copyable after a forward pass: recurrent modules keep the weights that it computed."""
+    for module in model.modules():
+        if isinstance(module, nn.RNNBase) and parametrize.is_parametrized(module):
+            module._init_flat_weights()
+
+
 def own_class(module: nn.Module) -> None:
     """Gives a parametrized module a class that no deep copy of it shares.
 
@@ -225,7 +233,8 @@ def _share(live: LiveWeight, codes: Tensor, codebook: Tensor) -> None:
 def _load_live(self: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
     """_load_from_state_dict of a module with compressed weights: reads dense checkpoints, and shared ones or not.
 
-    A checkpoint with the plain weight is taken in as an assignment is, see CompressedWeight.right_inverse.
+    A checkpoint with the plain weight is read under the mask; a shared weight is clustered anew, to as many values,
+    unless it has just the values that its codes say, as a finalized copy of the same model has.
     """
     errors: list[str] = args[-1]
     for live in _live_weights_of(self):
@@ -244,9 +253,10 @@ def _load_live(self: nn.Module, state_dict: dict[str, Any], prefix: str, *args: 
             state_dict[f"{inside}.original"] = weight
             state_dict[mask] = compressed.mask
             if compressed.codebook is not None:
-                fits = isinstance(weight, Tensor) and weight.shape == compressed.mask.shape
+                if isinstance(weight, Tensor) and weight.shape == compressed.mask.shape:
+                    _share_anew(live, weight)
                 state_dict[codes] = compressed.codes
-                state_dict[codebook] = compressed.nearest_codebook(weight) if fits else compressed.codebook.detach()
+                state_dict[codebook] = compressed.codebook.detach()
     before: Any = parametrize.type_before_parametrizations(self)
     before._load_from_state_dict(self, state_dict, prefix, *args)
 
@@ -265,6 +275,31 @@ def _prepare(live: LiveWeight, codes: Any, codebook: Any) -> str | None:
         wide = torch.float64 if live.original.dtype == torch.float64 else torch.float32
         _share(live, blank, torch.zeros(codebook.shape, dtype=wide, device=blank.device))
     return None
+
+
+@torch.no_grad()
+def _share_anew(live: LiveWeight, dense: Tensor) -> None:
+    """Shares a dense checkpoint's weight: by the codes there are where its values agree with them, else clustered."""
+    compressed = live.compressed
+    assert compressed.codebook is not None and compressed.codes is not None
+    dense = dense.to(compressed.mask.device)
+    codebook = compressed.nearest_codebook(dense)
+    shared = codebook[0].index_select(0, compressed.codes.int().flatten()).view(dense.shape).to(dense.dtype)
+    if torch.equal(shared[compressed.mask], dense[compressed.mask]):
+        compressed.codebook.copy_(codebook)
+        return
+    from tersetorch.methods.quantize.kmeans_1d import cluster  # its package imports this module
+
+    survivors = dense[compressed.mask].to("cpu", codebook.dtype).numpy()
+    pruned = survivors.size < dense.numel()
+    values = codebook.new_zeros(int(pruned), device="cpu")
+    codes = torch.zeros_like(compressed.codes)
+    if survivors.size:
+        clusters = cluster(survivors, max(1, codebook.shape[1] - pruned), "exact")
+        found = torch.from_numpy(clusters.codes(survivors)) + int(pruned)
+        codes[compressed.mask] = found.to(codes.device, codes.dtype)
+        values = torch.cat([values, torch.from_numpy(clusters.centroids).to(values.dtype)])
+    _share(live, codes, values[None].to(codes.device))
 
 
 def _codes_problem(codes: Any, codebook: Any, mask: Tensor) -> str | None:

@@ -99,7 +99,7 @@ def select(where: str, model: nn.Module, targets: Patterns | None, ignore: Patte
         wish = "a Linear or Conv layer" if targets is None else "a weight in targets"
         raise ValueError(
             f"{where}: model must have {wish} that ignore leaves, got none; "
-            f"name layers in targets, such as {_some_names(everything)}"
+            + (f"name layers in targets, such as {_some_names(everything)}" if everything else "pass one with layers")
         )
     for target in chosen:
         _check_weight(where, target)

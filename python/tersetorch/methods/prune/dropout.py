@@ -28,7 +28,7 @@ def dropout_rate(rate: float, kept: int, original: int) -> float:
         Han, Pool, Tran, Dally, Learning both weights and connections (2015), equation 2.
     """
     where = "prune.dropout_rate"
-    check_number(where, "rate", rate, 0, math.nextafter(1, 2))
+    check_number(where, "rate", rate, 0, 1, closed=True)
     check_int(where, "original", original, 1)
     check_int(where, "kept", kept, 0, original)
     return rate * math.sqrt(kept / original)

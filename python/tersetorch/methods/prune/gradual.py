@@ -79,6 +79,8 @@ class GradualPruner:
         check_int(where, "frequency", frequency, 1)
         check_number(where, "initial_sparsity", initial_sparsity, 0, 1)
         check_choice(where, "schedule", schedule, get_args(Schedule))
+        if sparsity is None:
+            raise TypeError(f"{where}: sparsity must be a number or a mapping, got None; pass the final sparsity")
         for target, final in choose(where, model, sparsity, None, scope, targets, ignore):
             if final < initial_sparsity:
                 raise ValueError(

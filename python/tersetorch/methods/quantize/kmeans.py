@@ -10,7 +10,7 @@ import torch
 from rich.progress import track
 from torch import Tensor, nn
 
-from tersetorch.methods.arguments import check_choice, check_int
+from tersetorch.methods.arguments import check_choice, check_flag, check_int
 from tersetorch.methods.parametrization import attach, share
 from tersetorch.methods.quantize.kmeans_1d import Init, cluster
 from tersetorch.methods.selection import Patterns, PerPattern, Target, assign, select
@@ -67,6 +67,7 @@ def kmeans(
     check_choice(where, "init", init, get_args(Init))
     check_int(where, "iterations", iterations, 1)
     check_int(where, "seed", seed, 0)
+    check_flag(where, "progress", progress)
     chosen = _choose(where, model, bits, targets, ignore)
     shown = track(chosen, "sharing weights") if progress else chosen
     shared = [_cluster(target, width, init, iterations, seed + index) for index, (target, width) in enumerate(shown)]
