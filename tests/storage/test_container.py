@@ -43,6 +43,11 @@ def test_every_truncation_is_refused():
             container.unpack(raw[:end])
 
 
+def test_a_file_that_holds_less_than_its_size_is_refused():
+    with pytest.raises(TerseFileError, match="be a terse file, got 3 bytes"):
+        container.check_start(b"one", 4096)
+
+
 def test_another_version_is_named():
     raw = container.pack(HEADER, STREAMS).replace(b'"terse":"1"', b'"terse":"2"')
     with pytest.raises(TerseFileError, match="have format version 1, got version 2; read it with the tersetorch"):

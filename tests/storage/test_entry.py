@@ -15,7 +15,12 @@ SPARSE = {
 RAW = {"s": [2, 3], "d": "f32", "f": "raw", "x": [["raw", 24]]}
 
 
-@pytest.mark.parametrize("data", [SPARSE, RAW, SPARSE | {"t": True, "g": False, "c": True}])
+CONSTANT = {"s": [8, 8], "d": "f32", "f": "codebook", "k": 1, "x": [["raw", 4], ["constant", 0]]}
+
+
+@pytest.mark.parametrize(
+    "data", [SPARSE, RAW, CONSTANT, SPARSE | {"t": True, "g": False, "c": True}, SPARSE | {"b": (1 << 32) - 1}]
+)
 def test_json_round_trips(data):
     assert Entry.from_json(data).to_json() == data
 
@@ -56,6 +61,15 @@ def test_sizes_of_what_will_be_decoded():
         (SPARSE | {"k": 5}, "hold 5 items in a stream of codebook, got 16 bytes"),
         (SPARSE | {"x": [["gaps", 5, 16], ["raw", 16], ["packed", 3]]}, r"in \[1, 15\] as a width, got 16"),
         (SPARSE | {"s": [64], "t": True}, "run down the columns of tensors with two dimensions or more, got 1"),
+        (RAW | {"b": 6}, "only the fields of a tensor stored as raw"),
+        (SPARSE | {"b": 1 << 32}, r"in \[0, 4294967295\] as a bit pattern, got 4294967296"),
+        (SPARSE | {"b": 1, "c": True}, "keep a layer's weight as a sparse float32 or bfloat16 matrix"),
+        (
+            CONSTANT | {"k": 2, "x": [["raw", 8], ["constant", 0]]},
+            "one entry and no bytes for constant codes, got 2, 0",
+        ),
+        (CONSTANT | {"x": [["raw", 4], ["constant", 1]]}, "one entry and no bytes for constant codes, got 1, 1 bytes"),
+        (SPARSE | {"k": 1, "n": 41, "x": [["gaps", 5, 3], ["raw", 4], ["constant", 0]]}, "hold 41 items in a stream"),
         (SPARSE | {"s": [64], "c": True}, "keep a layer's weight as a sparse float32 or bfloat16 matrix"),
     ],
 )

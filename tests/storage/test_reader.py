@@ -4,12 +4,15 @@ import contextlib
 import copy
 import itertools
 import json
+import os
 import struct
+import tracemalloc
 import zlib
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -214,6 +217,47 @@ def test_a_weight_of_a_product_with_a_mask(round_trip, tmp_path):
     assert size < 0.15 * layer.weight.nbytes
 
 
+def negative_zeros(*shape):
+    return torch.where(torch.rand(shape) < 0.5, -0.0, torch.rand(shape))
+
+
+@pytest.mark.parametrize(
+    "module,kept",
+    [
+        (nn.Linear(6, 5), False),
+        (nn.ConvTranspose1d(3, 4, 2), False),
+        (nn.Bilinear(2, 3, 4), False),
+        (nn.GRU(4, 3), False),
+        (nn.LSTMCell(4, 3), False),
+        (nn.MultiheadAttention(4, 2), False),
+        (nn.Embedding(6, 5), True),
+        (nn.ParameterList([torch.zeros(6, 5)]), True),
+        (nn.LayerNorm([6, 5]), True),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_the_sign_of_zero_is_kept_where_it_may_show(module, kept, round_trip):
+    for parameter in module.parameters():
+        parameter.data = negative_zeros(*parameter.shape)
+    loaded = round_trip(module)
+    signs = [bool(((p == 0) & p.signbit()).any()) for p in loaded.parameters() if p.dim() > 1]
+    assert signs == [kept] * len(signs)
+
+
+def test_the_sign_of_zero_is_kept_in_a_weight_that_is_tied_to_an_embedding(round_trip):
+    model = nn.Sequential(nn.Linear(4, 6, bias=False), nn.Embedding(6, 4))
+    model[0].weight = model[1].weight = nn.Parameter(negative_zeros(6, 4))
+    assert bool((round_trip(model)[0].weight.signbit()).any())
+
+
+def test_another_activation_is_another_model(tmp_path):
+    path = tmp_path / "m.terse"
+    save(nn.TransformerEncoderLayer(4, 2, 8, activation=F.silu), path)
+    assert load(path).activation is F.silu
+    with pytest.raises(ValueError, match=r"must have TransformerEncoderLayer\(.*activation='silu'"):
+        load(path, model=nn.TransformerEncoderLayer(4, 2, 8, activation=F.gelu))
+
+
 def test_loading_leaves_the_random_state_alone(tmp_path, small_model):
     path = tmp_path / "m.terse"
     model = nn.Sequential(small_model, Registered([3, 2]))
@@ -331,10 +375,44 @@ def test_bad_arguments_are_refused(tmp_path, arguments, error, match):
 def test_paths(tmp_path):
     with pytest.raises(TypeError, match="load: path must be a string or a path, got int"):
         load(3)
-    with pytest.raises(FileNotFoundError):
-        load(tmp_path / "nothing.terse")
     with pytest.raises(TerseFileError, match="must be a terse file, got a folder"):
         load(tmp_path)
+    (tmp_path / "file").write_bytes(b"")
+    for read in (load, inspect):
+        for name, error in (("none", FileNotFoundError), ("file/x", NotADirectoryError), ("x" * 300, OSError)):
+            rule = rf"{read.__name__}: path must name a file that can be read, got '.*/{name}' \(.*\); check the name"
+            with pytest.raises(error, match=rule):
+                read(tmp_path / name)
+        with pytest.raises(ValueError, match=f"{read.__name__}: path must name a file, got ''"):
+            read("")
+        with pytest.raises(
+            ValueError, match=rf"{read.__name__}: path must be a name that a file can have, got 'a\\x00b"
+        ):
+            read("a\0b")
+
+
+def test_what_is_no_regular_file_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "m.terse")
+    for read in (load, inspect):
+        with pytest.raises(TerseFileError, match="must be a terse file, got a device or pipe"):
+            read(tmp_path / "m.terse")
+
+
+@pytest.mark.parametrize("start", [b"", b"\2" + bytes(7) + b"{}", None], ids=["zeros", "head", "terse"])
+def test_a_large_file_is_not_read_before_its_start_is_checked(tmp_path, start):
+    path = tmp_path / "m.terse"
+    save(nn.ReLU(), path)
+    if start is not None:
+        path.write_bytes(start)
+    os.truncate(path, 1 << 30)  # a hole: it takes no disk
+    tracemalloc.start()
+    try:
+        for read in (load, inspect):
+            with pytest.raises(TerseFileError, match=r"m\.terse must "):
+                read(path)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_what_decodes_to_too_much_is_refused_before_anything_is_allocated(tmp_path):
@@ -485,6 +563,8 @@ def _parts(tmp_path_factory):
         (lambda h: h["m"]["m"]["4"]["c"].update(num_layers=1 << 40), "hold the tensors of LSTM"),
         (lambda h: h["m"]["m"].update({"train": {"k": "ReLU"}}), "name children as nn.Module allows, got 'train'"),
         (lambda h: h["m"]["m"].update({"9": 99}), "have an integer in .* as the number of a module, got 99"),
+        (lambda h: h["m"]["m"].update({"9": 0}), "share modules that are complete, got module 0 inside itself at 9"),
+        (lambda h: h["m"]["m"]["3"]["m"].update({"9": 4}), r"share modules that are complete, .* at 3\.9"),
         (lambda h: h["m"]["m"].update({"9": {}}), "name the kind of every module that no constructor makes, got 9"),
         (lambda h: h["t"].append(h["t"][1] | {"s": [0], "x": [["raw", 0]]}), "exactly the streams of its header"),
         (lambda h: h["m"]["m"]["5"]["t"].update(weight=0), "use sparse weights in sparse layers, and only there"),

@@ -26,8 +26,8 @@ def encoded_bytes(streams):
     return sum(len(stream.data) for stream in streams)
 
 
-def round_trip(tensor):
-    entry, streams = encode_tensor("w", tensor, True)
+def round_trip(tensor, summed=False):
+    entry, streams = encode_tensor("w", tensor, True, summed)
     read = Entry.from_json(entry.to_json())
     assert read == entry
     return entry, streams, decode_tensor(read, [stream.data for stream in streams])
@@ -82,7 +82,7 @@ def test_the_negative_zeros_of_a_masked_weight_cost_nothing(same_bits):
     weight, mask = random_weight(300, 200, density=0.1)
     product, clean = nn.Parameter(weight * mask), torch.where(mask, weight, 0)
     assert bool(product.signbit()[~mask].any())
-    _, streams, found = round_trip(product)
+    _, streams, found = round_trip(product, summed=True)
     same_bits(clean, found)
     assert encoded_bytes(streams) == encoded_bytes(encode_tensor("w", clean, True)[1])
     assert bool(product.signbit()[~mask].any())  # the model's own weight is as it was
@@ -91,7 +91,45 @@ def test_the_negative_zeros_of_a_masked_weight_cost_nothing(same_bits):
 def test_negative_zeros_elsewhere_are_kept(same_bits):
     tensor = torch.where(torch.arange(200) % 3 > 0, 0.0, -0.0)
     for other in (tensor, nn.Parameter(tensor), tensor.view(20, 10)):
-        same_bits(other.detach(), round_trip(other)[2])
+        same_bits(other.detach(), round_trip(other, summed=True)[2])
+    weight = nn.Parameter(tensor.view(20, 10))
+    same_bits(weight.detach(), round_trip(weight)[2])
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_a_constant_tensor_takes_one_value(dtype, same_bits):
+    tensor = torch.ones(300, 20).to(dtype)
+    entry, streams, found = round_trip(tensor.real.contiguous() if dtype.is_complex else tensor)
+    same_bits(tensor.real.contiguous() if dtype.is_complex else tensor, found)
+    assert (entry.form, entry.streams[-1].coder) == ("codebook", "constant")
+    assert encoded_bytes(streams) == found.element_size()
+
+
+def test_a_sparse_tensor_of_one_value_takes_its_positions(same_bits):
+    tensor = torch.where(random_weight(300, 200, density=0.05)[1], 0.25, 0.0)
+    _, streams, found = round_trip(tensor)
+    same_bits(tensor, found)
+    assert [stream.role for stream in streams] == ["positions", "codebook", "codes"]
+    assert [len(stream.data) for stream in streams[1:]] == [4, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int32, torch.uint8])
+@pytest.mark.parametrize("common", [-1, 0.3])
+def test_what_differs_from_the_most_frequent_value_is_stored(dtype, common, same_bits):
+    weight, mask = random_weight(300, 200, density=0.02)
+    tensor = torch.where(mask, weight * 50, common).to(dtype)
+    entry, streams, found = round_trip(tensor)
+    same_bits(tensor, found)
+    assert entry.is_sparse
+    with_zeros = encode_tensor("w", torch.where(mask, weight * 50, 0).to(dtype), True)[1]
+    assert encoded_bytes(streams) <= 1.1 * encoded_bytes(with_zeros)
+
+
+def test_a_mask_that_is_mostly_true_is_stored_like_its_opposite(same_bits):
+    mask = random_weight(300, 200, density=0.02)[1]
+    _, streams, found = round_trip(~mask)
+    same_bits(~mask, found)
+    assert encoded_bytes(streams) == encoded_bytes(encode_tensor("w", mask, True)[1])
 
 
 def test_columns_that_are_all_zero_are_used(same_bits):

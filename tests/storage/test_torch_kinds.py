@@ -1,5 +1,7 @@
 """Every registered torch.nn class comes back from its file, arguments, state and outputs."""
 
+from collections import OrderedDict
+
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -13,6 +15,7 @@ def x(*shape):
 
 
 VECTORS, SERIES, IMAGES, VOLUMES = x(3, 6), x(2, 4, 10), x(2, 4, 8, 10), x(2, 4, 6, 5, 8)
+CLASSES = torch.tensor([0, 5, 2])
 TOKENS = torch.tensor([[1, 2, 0], [4, 4, 3]])
 
 CASES = [
@@ -118,6 +121,33 @@ CASES = [
     (nn.PixelUnshuffle(2), IMAGES),
     (nn.ChannelShuffle(2), IMAGES),
     (nn.CosineSimilarity(dim=0), VECTORS, VECTORS),
+    (nn.PairwiseDistance(1.0, keepdim=True), VECTORS, VECTORS),
+    (nn.SyncBatchNorm(4, eps=1e-3), IMAGES),
+    (nn.FractionalMaxPool2d(2, output_size=(3, 4)),),
+    (nn.FractionalMaxPool3d((2, 2, 1), output_ratio=0.5, return_indices=True),),
+    (nn.ParameterList([torch.ones(2, 3), torch.zeros(())]),),
+    (nn.ParameterList(),),
+    (nn.ParameterDict(OrderedDict(two=torch.ones(2), one=torch.zeros(3, 1))),),
+    (nn.L1Loss(reduction="sum"), VECTORS, VECTORS + 1),
+    (nn.MSELoss(), VECTORS, VECTORS + 1),
+    (nn.SmoothL1Loss(beta=0.5), VECTORS, VECTORS + 1),
+    (nn.HuberLoss(delta=0.5), VECTORS, VECTORS + 1),
+    (nn.BCELoss(), VECTORS.sigmoid(), VECTORS.sigmoid()),
+    (nn.BCEWithLogitsLoss(), VECTORS, VECTORS.sigmoid()),
+    (nn.NLLLoss(ignore_index=1), VECTORS, CLASSES),
+    (nn.CrossEntropyLoss(label_smoothing=0.1), VECTORS, CLASSES),
+    (nn.KLDivLoss(reduction="batchmean", log_target=True), VECTORS, VECTORS + 1),
+    (nn.PoissonNLLLoss(log_input=False, full=True), VECTORS.abs(), VECTORS.abs()),
+    (nn.GaussianNLLLoss(full=True), VECTORS, VECTORS + 1, VECTORS.abs()),
+    (nn.CTCLoss(blank=1, zero_infinity=True),),
+    (nn.SoftMarginLoss(), VECTORS, VECTORS.sign()),
+    (nn.MultiLabelMarginLoss(), VECTORS, torch.zeros(3, 6, dtype=torch.int64)),
+    (nn.MultiLabelSoftMarginLoss(), VECTORS, VECTORS.sigmoid()),
+    (nn.MultiMarginLoss(p=2, margin=0.5), VECTORS, CLASSES),
+    (nn.HingeEmbeddingLoss(margin=0.5), VECTORS, VECTORS.sign()),
+    (nn.CosineEmbeddingLoss(margin=0.5), VECTORS, VECTORS + 1, VECTORS[:, 0].sign()),
+    (nn.MarginRankingLoss(margin=0.5), VECTORS, VECTORS + 1, VECTORS.sign()),
+    (nn.TripletMarginLoss(p=1.0, swap=True), VECTORS, VECTORS + 1, VECTORS - 1),
     (nn.RNN(6, 5, num_layers=2, nonlinearity="relu"), VECTORS),
     (nn.LSTM(6, 5, batch_first=True, bidirectional=True, proj_size=2), x(2, 3, 6)),
     (nn.GRU(6, 5, bias=False, dropout=0.1, num_layers=2), VECTORS),
@@ -129,6 +159,8 @@ CASES = [
     (nn.TransformerEncoderLayer(6, 2, 8, activation="gelu", norm_first=True), VECTORS),
     (nn.TransformerEncoderLayer(6, 2, 8, activation=F.relu, batch_first=True, bias=False), x(2, 3, 6)),
     (nn.TransformerEncoderLayer(6, 2, 8, activation=nn.GELU()), VECTORS),
+    (nn.TransformerEncoderLayer(6, 2, 8, activation=F.silu), VECTORS),
+    (nn.TransformerDecoderLayer(6, 2, 8, activation=torch.tanh), VECTORS, VECTORS),
     (nn.TransformerDecoderLayer(6, 3, 8, dropout=0.2, layer_norm_eps=1e-3), VECTORS, VECTORS),
     (nn.TransformerEncoder(nn.TransformerEncoderLayer(6, 2, 8, batch_first=True), 3, nn.LayerNorm(6)), x(2, 3, 6)),
     (nn.TransformerDecoder(nn.TransformerDecoderLayer(6, 2, 8), 2), VECTORS, VECTORS),

@@ -151,6 +151,70 @@ def test_bad_paths_are_refused(tmp_path):
         save(nn.ReLU(), tmp_path)
     with pytest.raises(FileNotFoundError, match="save: path must lie in a folder that exists"):
         save(nn.ReLU(), tmp_path / "none" / "m.terse")
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match="save: path must lie in a folder that exists"):
+        save(nn.ReLU(), tmp_path / "file" / "m.terse")
+    with pytest.raises(ValueError, match="save: path must name a file, got ''"):
+        save(nn.ReLU(), "")
+    for name in ("a\0b", "a\ud800b"):
+        with pytest.raises(ValueError, match="save: path must be a name that a file can have"):
+            save(nn.ReLU(), tmp_path / name)
+    with pytest.raises(OSError, match=r"save: path must name a file that can be written, got .*; choose another"):
+        save(nn.ReLU(), tmp_path / ("x" * 300))
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(OSError, match="save: path must name a file that can be written"):
+        save(nn.ReLU(), tmp_path / "loop")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["file", "loop"]
+
+
+def test_what_is_no_regular_file_is_left_alone(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    (tmp_path / "link").symlink_to(pipe)
+    for path in (pipe, tmp_path / "link"):
+        with pytest.raises(ValueError, match=r"save: path must name a regular file, got the device or pipe .*pipe;"):
+            save(nn.ReLU(), path)
+    assert pipe.is_fifo()
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("content", [None, b"old"])
+def test_a_link_stays_and_its_target_is_replaced(tmp_path, content):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    if content:
+        (folder / "real.terse").write_bytes(content)
+    link = tmp_path / "link.terse"
+    link.symlink_to("folder/real.terse")
+    save(nn.ReLU(), link)
+    assert link.is_symlink()
+    assert isinstance(load(folder / "real.terse"), nn.ReLU)
+    assert [file.name for file in folder.iterdir()] == ["real.terse"]
+
+
+class Packed(nn.Module):
+    def __init__(self, value):
+        super().__init__()
+        self.value = value
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "packed"] = self.value
+
+
+def renamed(module, state, prefix, metadata):
+    state["other"] = state.pop("weight")
+
+
+def test_state_that_a_hook_renames_is_stored(tmp_path):
+    layer = nn.Linear(2, 2)
+    layer.register_state_dict_post_hook(renamed)
+    save(layer, tmp_path / "m.terse")
+    assert torch.equal(load(tmp_path / "m.terse", model=nn.Linear(2, 2)).weight, layer.weight)
+
+
+def within_itself(model):
+    model.add_module("again", nn.Sequential(model))
 
 
 def tied_to_values(model):
@@ -168,6 +232,9 @@ def tied_layers(model):
     "model,change,match",
     [
         (nn.Sequential(Stateful()), None, r"must keep its state in tensors, got extra state in 0 \(Stateful\)"),
+        (nn.Sequential(Packed(3)), None, r"keep its state in tensors, got int as 0\.packed in its state dict"),
+        (Packed(torch.zeros(2)), None, "in parameters and buffers, got 0 and a state dict of 1"),
+        (nn.Sequential(nn.ReLU()), within_itself, r"must be a tree, got again\.0, which contains itself"),
         (nn.Linear(2, 2, device="meta"), None, "save: weight must hold values, got a tensor on device meta"),
         (nn.Sequential(nn.LazyLinear(2)), None, "save: 0.weight must"),
         (nn.Sequential(SparseLinear.from_dense(nn.Linear(3, 2)), nn.Linear(2, 2)), tied_to_values, "share its values"),
@@ -207,7 +274,7 @@ def with_more_parameters(model):
 
 
 def with_function(model):
-    model[1] = nn.TransformerEncoderLayer(4, 2, 8, activation=torch.tanh)
+    model[1] = nn.TransformerEncoderLayer(4, 2, 8, activation=torch.sin)
 
 
 def with_custom(model):
@@ -227,7 +294,7 @@ def with_sparse_hook(model):
         (with_weight_norm, r"ParametrizedLinear at 0 \(its class is not registered\)"),
         (with_attribute, r"Linear at 0 \(its parameters or buffers differ"),
         (with_more_parameters, r"Linear at 0 \(its parameters or buffers differ"),
-        (with_function, r"TransformerEncoderLayer at 1 \(its constructor's arguments cannot be told \(KeyError\)\)"),
+        (with_function, r"TransformerEncoderLayer at 1 \(its constructor's arguments cannot be read back from it\)"),
         (with_custom, r"Net at net \(its class is not registered\)"),
         (with_sparse_hook, r"SparseLinear at 0 \(it has hooks\)"),
     ],
@@ -270,4 +337,14 @@ def test_the_golden_file_of_version_1(same_state):
     assert found.provenance == namespace["PROVENANCE"]
     assert {tensor.form for tensor in found.tensors} == {"raw", "codebook", "sparse", "sparse-codebook"}
     coders = {coder for tensor in found.tensors for coder in tensor.coders}
-    assert coders == {"raw", "packed", "huffman", "gaps", "gaps-huffman", "bitmap"}
+    assert coders == {"raw", "packed", "huffman", "constant", "gaps", "gaps-huffman", "bitmap"}
+
+
+def test_a_live_recurrent_module_saves_after_a_forward_pass(tmp_path):
+    torch.manual_seed(0)
+    model = nn.LSTM(5, 7)
+    methods.prune.magnitude(model, 0.5, targets="weight_*")
+    x = torch.randn(3, 1, 5)
+    expected = model(x)[0]
+    save(model, tmp_path / "m.terse")
+    assert torch.equal(load(tmp_path / "m.terse")(x)[0], expected)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -15,10 +18,30 @@ def path_of(where: str, path: str | PathLike[str]) -> Path:
 
     Raises:
         TypeError: path is neither a string nor a path.
+        ValueError: path is empty, or no name that a file can have.
     """
     if not isinstance(path, str | PathLike):
         raise TypeError(f"{where}: path must be a string or a path, got {type(path).__name__}; pass the file's name")
-    return Path(path)
+    if path == "":
+        raise ValueError(f"{where}: path must name a file, got ''; pass the file's name")
+    target = Path(path)
+    try:
+        encodable = b"\0" not in os.fsencode(target)
+    except UnicodeEncodeError:
+        encodable = False
+    if not encodable:
+        raise ValueError(f"{where}: path must be a name that a file can have, got {str(path)!r}; pass another")
+    return target
+
+
+@contextmanager
+def naming(where: str, path: Path, rule: str, fix: str) -> Iterator[None]:
+    """Says of every OSError raised inside, which keeps its class, what path must be."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise type(error)(f"{where}: path must {rule}, got {str(path)!r} ({reason}); {fix}") from error
 
 
 def copy_of(where: str, model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:

@@ -22,6 +22,7 @@ from tersetorch.storage.errors import refuse
 
 VERSION = 1
 HEAD_CAP = 1024
+START_CAP = 8 + HEAD_CAP
 HEADER_CAP = 16 << 20
 CHECKSUM_BYTES = 4
 _ALIGNMENT = 8
@@ -51,24 +52,34 @@ def unpack(raw: bytes) -> tuple[dict[str, Any], memoryview, int, int]:
     Raises:
         TerseFileError: raw is no whole .terse file of this version.
     """
-    if len(raw) < 8:
-        refuse("be a terse file", f"{len(raw)} bytes")
+    start, data_length, header_length = check_start(raw[:START_CAP], len(raw))
+    view = memoryview(raw)
+    data = view[start : start + data_length]
+    packed = view[start + data_length :]
+    deflated = _checked(packed[CHECKSUM_BYTES:], bytes(packed[:CHECKSUM_BYTES]), "the header")
+    return _inflate(deflated), data, start, header_length
+
+
+def check_start(raw: bytes, file_bytes: int) -> tuple[int, int, int]:
+    """Lengths of head, data and header of a file of file_bytes that begins with raw, its first START_CAP bytes.
+
+    Raises:
+        TerseFileError: no whole .terse file of this version begins so and has this size.
+    """
+    if min(len(raw), file_bytes) < 8:  # a file of /sys has fewer than it says
+        refuse("be a terse file", f"{min(len(raw), file_bytes)} bytes")
     (head_length,) = struct.unpack_from("<Q", raw)
-    if not 2 <= head_length <= min(HEAD_CAP, len(raw) - 8):
-        refuse(f"begin with the length of a head of at most {HEAD_CAP} bytes", f"{head_length} in {len(raw)} bytes")
+    if not 2 <= head_length <= min(HEAD_CAP, file_bytes - 8):
+        refuse(f"begin with the length of a head of at most {HEAD_CAP} bytes", f"{head_length} in {file_bytes} bytes")
     head = _parse(raw[8 : 8 + head_length], "the head")
     version, data_length, header_length = _places(head)
     if version != str(VERSION):
         refuse(f"have format version {VERSION}", f"version {version[:20]}", "read it with the tersetorch it came from")
     expected = _head(data_length, header_length)
     start = len(expected)
-    if raw[:start] != expected or len(raw) != start + data_length + header_length:
-        refuse("have the head that its two tensors call for, and end with them", f"{len(raw)} other bytes")
-    view = memoryview(raw)
-    data = view[start : start + data_length]
-    packed = view[start + data_length :]
-    deflated = _checked(packed[CHECKSUM_BYTES:], bytes(packed[:CHECKSUM_BYTES]), "the header")
-    return _inflate(deflated), data, start, header_length
+    if raw[:start] != expected or file_bytes != start + data_length + header_length:
+        refuse("have the head that its two tensors call for, and end with them", f"{file_bytes} other bytes")
+    return start, data_length, header_length
 
 
 def split(data: memoryview, lengths: Sequence[int]) -> list[bytes]:

@@ -27,17 +27,35 @@ from tersetorch.storage.layers import KINDS, Layer, encode_layer
 from tersetorch.storage.streams import Stream
 from tersetorch.storage.tensors import encode_tensor
 
+# Modules whose parameters only enter sums of products, where the sign of a zero does not show.
+_SUMMING = (
+    nn.Linear,
+    nn.modules.conv._ConvNd,
+    nn.Bilinear,
+    nn.RNNBase,
+    nn.RNNCellBase,
+    nn.MultiheadAttention,
+)
+
 
 class Describer:
     """Walks a model once. Afterwards entries and streams hold its tensors, each stored once."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self.entries: list[Entry] = []
         self.streams: list[list[Stream]] = []
         self._numbers: dict[int, int] = {}
         self._layers: dict[int, Layer] = {}
         self._modules: dict[nn.Module, int] = {}
         self._taken: set[nn.Module] = set()
+        self._open: set[nn.Module] = set()
+        # A parameter that another module uses as well, such as a tied embedding's, does not only enter sums.
+        self._exact = {
+            id(parameter)
+            for module in model.modules()
+            if not isinstance(module, _SUMMING)
+            for parameter in module._parameters.values()
+        }
 
     def node(self, module: nn.Module, path: str = "", made: nn.Module | None = None, training: bool = False) -> Any:
         """The node of module; made is what its parent's constructor puts in its place.
@@ -45,6 +63,10 @@ class Describer:
         Raises:
             ValueError: a tensor cannot be stored, or the module keeps state of another kind.
         """
+        if module in self._open:
+            raise ValueError(
+                f"save: model must be a tree, got {_label(path)}, which contains itself; cut the reference"
+            )
         if module in self._modules:
             return self._modules[module]
         self._modules[module] = len(self._modules)
@@ -69,12 +91,14 @@ class Describer:
             self._taken.add(built)
         if module.training != training:
             node["e"] = module.training
+        self._open.add(module)
         children = {
             name: None
             if child is None
             else self.node(child, f"{path}.{name}".removeprefix("."), _child(built, name), module.training)
             for name, child in module._modules.items()
         }
+        self._open.remove(module)
         if children:
             node["m"] = children
         return node
@@ -115,7 +139,7 @@ class Describer:
             raise ValueError(_tied(path))
         if id(tensor) not in self._numbers:
             trains = tensor.requires_grad or not isinstance(tensor, nn.Parameter)
-            return self._add(tensor, *encode_tensor(path, tensor, trains))
+            return self._add(tensor, *encode_tensor(path, tensor, trains, id(tensor) not in self._exact))
         return self._numbers[id(tensor)]
 
     def _add(self, tensor: Tensor, entry: Entry, streams: list[Stream]) -> int:
@@ -138,8 +162,8 @@ def _identity(module: nn.Module, made: nn.Module | None) -> dict[str, Any]:
         built = registry.construct(kind, restored, "meta")
         if needs_values(built):
             built = registry.construct(kind, restored, "cpu")
-    except Exception as error:  # whatever an altered module makes a constructor raise
-        return {"o": [_class_name(module), f"its constructor's arguments cannot be told ({type(error).__name__})"]}
+    except Exception:  # whatever an altered module makes a constructor raise
+        return {"o": [_class_name(module), "its constructor's arguments cannot be read back from it"]}
     reason, overrides = difference(module, built, kind.overrides, kind.ignored)
     if reason is not None:
         return {"o": [_class_name(module), reason]}

@@ -5,6 +5,7 @@
     f  form
     n  positions stored (sparse forms)
     k  entries of the codebook (codebook forms)
+    b  bit pattern of every position that is not stored (sparse forms; 0 where it is left out)
     t  true: positions run down the columns
     o  dimensions from outermost to innermost in memory
     g  false: a parameter that does not train
@@ -88,6 +89,7 @@ class Entry:
     form: str
     stored: int
     entries: int = 0
+    base: int = 0
     down_columns: bool = False
     order: tuple[int, ...] | None = None
     trains: bool = True
@@ -130,6 +132,8 @@ class Entry:
             data["n"] = self.stored
         if self.form.endswith("codebook"):
             data["k"] = self.entries
+        if self.base:
+            data["b"] = self.base
         if self.down_columns:
             data["t"] = True
         if self.order:
@@ -148,7 +152,7 @@ class Entry:
         Raises:
             TerseFileError: a field is unknown, missing or out of range, or the fields contradict each other.
         """
-        data = fields.check_keys(data, "a tensor", set("sdfnktogcx"))
+        data = fields.check_keys(data, "a tensor", set("sdfnkbtogcx"))
         sizes = fields.items(data.get("s"), "a shape")
         shape = tuple(fields.integer(size, "a dimension", 0, fields.MAX_SIZE) for size in sizes[:65])
         if len(sizes) > 64 or math.prod(shape) >= fields.MAX_SIZE // 2:
@@ -164,6 +168,7 @@ class Entry:
             entry,
             stored=stored,
             entries=entries,
+            base=fields.integer(data.get("b", 0), "a bit pattern", 0, (1 << 8 * entry.real_dtype.itemsize) - 1),
             down_columns=fields.flag(data.get("t", False), "t"),
             order=_order(data["o"], len(shape)) if "o" in data else None,
             trains=fields.flag(data.get("g", True), "g"),
@@ -179,18 +184,21 @@ class Entry:
 
     def _check(self, data: dict[str, Any]) -> None:
         """What the fields owe each other. A count is compared with its stream before anything is allocated for it."""
-        if (data.keys() & set("nt") and not self.is_sparse) or ("k" in data and not self.form.endswith("codebook")):
+        if (data.keys() & set("nbt") and not self.is_sparse) or ("k" in data and not self.form.endswith("codebook")):
             refuse(f"have only the fields of a tensor stored as {self.form}", sorted(data))
         if self.down_columns and len(self.shape) < 2:
             refuse("run down the columns of tensors with two dimensions or more", len(self.shape))
         layer = self.is_sparse and len(self.shape) == 2 and self.dtype in (torch.float32, torch.bfloat16)
-        if self.compressed and (not layer or self.order):
+        if self.compressed and (not layer or self.order or self.base):
             refuse("keep a layer's weight as a sparse float32 or bfloat16 matrix", f"{self.form} {list(self.shape)}")
         for spec in self.streams:
             if spec.coder == "raw":
                 count = self.entries if spec.role == "codebook" else self.stored
                 if spec.nbytes != count * self.real_dtype.itemsize:
                     refuse(f"hold {count} items in a stream of {spec.role}", f"{spec.nbytes} bytes")
+            elif spec.coder == "constant":
+                if spec.nbytes or self.entries != 1:
+                    refuse("have one entry and no bytes for constant codes", f"{self.entries}, {spec.nbytes} bytes")
             elif self.stored > spec.nbytes * 8:
                 refuse(f"hold {self.stored} items in a stream of {spec.role}", f"{spec.nbytes} bytes")
 

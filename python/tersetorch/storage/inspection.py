@@ -180,7 +180,8 @@ def inspect(path: str | PathLike[str]) -> Inspection:
     Raises:
         TypeError: path is neither a string nor a path.
         TerseFileError: the file is truncated, damaged, of another version, or no terse file.
-        FileNotFoundError: there is no such file.
+        ValueError: path is no name of a file.
+        OSError: the file cannot be read; FileNotFoundError where there is none.
     """
     with reading("inspect", path):
         contents = read("inspect", path)

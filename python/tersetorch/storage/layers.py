@@ -56,7 +56,7 @@ def encode_layer(name: str, layer: Layer) -> tuple[Entry, list[Stream]]:
         "sparse-codebook" if len(encoded) == 2 else "sparse",
         positions.size,
         entries,
-        down_columns,
+        down_columns=down_columns,
         trains=getattr(layer, layer.parameter_field).requires_grad,
         compressed=True,
     )

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from dataclasses import dataclass
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -11,8 +14,8 @@ from torch import nn
 from tersetorch.methods import finalize
 from tersetorch.methods.parametrization import is_live
 from tersetorch.storage import fields
-from tersetorch.storage.arguments import copy_of, path_of
-from tersetorch.storage.container import split, unpack
+from tersetorch.storage.arguments import copy_of, naming, path_of
+from tersetorch.storage.container import START_CAP, check_start, split, unpack
 from tersetorch.storage.entry import Entry
 from tersetorch.storage.errors import reading, refuse
 from tersetorch.storage.rebuild import Builder, Tensors, adopt
@@ -60,8 +63,9 @@ def load(path: str | PathLike[str], *, model: nn.Module | None = None, max_bytes
         TypeError: an argument has another type than named here.
         TerseFileError: the file is truncated, damaged, larger than max_bytes once decoded, of another version, not a
             terse file, or holds modules that need model=. Nothing is left behind.
-        ValueError: model's modules, or its tensors' names, shapes or dtypes, are not those of the file.
-        FileNotFoundError: there is no such file.
+        ValueError: path is no name of a file, or model's modules, or its tensors' names, shapes or dtypes, are not
+            those of the file.
+        OSError: the file cannot be read; FileNotFoundError where there is none.
     """
     if model is not None and not isinstance(model, nn.Module):
         raise TypeError(f"load: model must be an nn.Module, got {type(model).__name__}; pass an instance, not a class")
@@ -89,13 +93,11 @@ def read(where: str, path: str | PathLike[str]) -> Contents:
 
     Raises:
         TypeError: path is neither a string nor a path.
+        ValueError: path is no name of a file.
         TerseFileError: the file is damaged, of another version, or no terse file.
-        FileNotFoundError: there is no such file.
+        OSError: the file cannot be read; FileNotFoundError where there is none.
     """
-    target = path_of(where, path)
-    if target.is_dir():
-        refuse("be a terse file", "a folder", "pass the file's name")
-    raw = target.read_bytes()
+    raw = _whole(where, path_of(where, path))
     header, data, container_bytes, header_bytes = unpack(raw)
     fields.check_keys(header, "the header", {"m", "t", "p"})
     entries = [Entry.from_json(item) for item in fields.items(header.get("t"), "the tensors")]
@@ -105,6 +107,19 @@ def read(where: str, path: str | PathLike[str]) -> Contents:
     streams = iter(split(data, [spec.nbytes for entry in entries for spec in entry.streams]))
     grouped = [[next(streams) for _ in entry.streams] for entry in entries]
     return Contents(len(raw), container_bytes, header_bytes, header.get("m"), entries, grouped, provenance)
+
+
+def _whole(where: str, path: Path) -> bytes:
+    """The bytes of a regular file whose start and size are those of a .terse file."""
+    with naming(where, path, "name a file that can be read", "check the name"):
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode):
+            refuse("be a terse file", "a folder" if stat.S_ISDIR(mode) else "a device or pipe", "pass the file's name")
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            check_start(file.read(START_CAP), size)
+            file.seek(0)
+            return file.read(size)
 
 
 def _dense(model: nn.Module) -> nn.Module:

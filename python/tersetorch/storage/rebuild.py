@@ -83,6 +83,7 @@ class Builder:
         self._limit = limit
         self._modules: list[nn.Module] = []
         self._taken: set[nn.Module] = set()
+        self._open: set[nn.Module] = set()
 
     def build(self, node: Any, path: str = "", made: nn.Module | None = None, training: bool = False) -> nn.Module:
         """The module of a node; made is what its parent's constructor put in its place.
@@ -91,7 +92,10 @@ class Builder:
             TerseFileError: the node is opaque, damaged, or does not fit its tensors.
         """
         if type(node) is int:
-            return self._modules[fields.integer(node, "the number of a module", 0, len(self._modules) - 1)]
+            shared = self._modules[fields.integer(node, "the number of a module", 0, len(self._modules) - 1)]
+            if shared in self._open:
+                refuse("share modules that are complete", f"module {node} inside itself at {path}")
+            return shared
         check_node(node)
         if "o" in node:
             name, reason = node["o"]
@@ -110,7 +114,9 @@ class Builder:
             self._taken.add(module)
             self._modules.append(module)
             _assign(module, node.get("t", {}), self._tensors, path, refuse)
+            self._open.add(module)
             self._put_children(module, node.get("m", {}), path, training)
+            self._open.remove(module)
         module.training = training
         return module
 

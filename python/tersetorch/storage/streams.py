@@ -1,7 +1,8 @@
 """One stream of numbers as bytes: the coder that makes it smallest, and back.
 
-Coders: raw (the values' own bytes, little endian), packed (codes at a fixed width), huffman (codes), gaps and
-gaps-huffman (positions as relative gaps of `width` bits with fillers), bitmap (positions).
+Coders: raw (the values' own bytes, little endian), packed (codes at a fixed width), huffman (codes), constant (codes
+that are all 0, in no bytes), gaps and gaps-huffman (positions as relative gaps of `width` bits with fillers), bitmap
+(positions).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ MAX_ENTRIES = 65536
 # Codes of at most 15 bits.
 MAX_HUFFMAN_ENTRIES = 32768
 POSITION_CODERS = ("gaps", "gaps-huffman", "bitmap")
-CODE_CODERS = ("packed", "huffman")
+CODE_CODERS = ("packed", "huffman", "constant")
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,8 @@ def decode_raw(data: bytes, dtype: np.dtype[Any], count: int) -> Array:
 
 def best_code_coding(counts: Array) -> Coding:
     """The smallest coder for codes of which counts[c] are c."""
+    if len(counts) == 1:
+        return Coding("constant", 0)
     width = max(1, (len(counts) - 1).bit_length())
     packed = Coding("packed", (int(counts.sum()) * width + 7) // 8)
     if np.count_nonzero(counts) > MAX_HUFFMAN_ENTRIES:
@@ -70,7 +73,9 @@ def best_code_coding(counts: Array) -> Coding:
 
 def encode_codes(codes: Array, entries: int, coding: Coding) -> Stream:
     """Codes below entries as a stream."""
-    if coding.coder == "huffman":
+    if coding.coder == "constant":
+        data = b""
+    elif coding.coder == "huffman":
         data = _native.huffman_encode(codes.astype(np.uint16), entries)
     else:
         data = _native.write_bits(codes.astype(np.uint32), max(1, (entries - 1).bit_length()))
@@ -79,6 +84,8 @@ def encode_codes(codes: Array, entries: int, coding: Coding) -> Stream:
 
 def decode_codes(data: bytes, coder: str, entries: int, count: int) -> Array:
     """`count` codes below entries."""
+    if coder == "constant":
+        return np.broadcast_to(np.uint16(0), count)
     try:
         if coder == "huffman":
             return _native.huffman_decode(data, entries, count)

@@ -1,8 +1,8 @@
 """Any dense tensor as its smallest form, to the bit, and back.
 
 Values are bit patterns here: a zero is a pattern of zeros, so that NaN payloads survive. -0.0 is a value like any
-other, but in a parameter of two dimensions or more, a weight, where it is the trace of a product with a mask: there it
-becomes 0.0, which is equal and gives equal sums, or the positions would cost more than the values that are left.
+other, but in a weight that only enters sums, where it is the trace of a product with a mask: there it becomes 0.0,
+which is equal and gives equal sums, or the positions would cost more than the values that are left.
 """
 
 from __future__ import annotations
@@ -38,8 +38,15 @@ class _Choice:
     build: Callable[[], tuple[Entry, list[Stream]]]
 
 
-def encode_tensor(name: str, tensor: Tensor, trains: bool) -> tuple[Entry, list[Stream]]:
-    """The smallest form of a plain tensor of any dtype and shape; a weight's -0.0 becomes 0.0.
+def encode_tensor(name: str, tensor: Tensor, trains: bool, summed: bool = False) -> tuple[Entry, list[Stream]]:
+    """The smallest form of a plain tensor of any dtype and shape.
+
+    Args:
+        name: of the tensor, for errors.
+        tensor: to be stored.
+        trains: whether it is no parameter that does not train.
+        summed: its owners only add up products with it, so that -0.0 becomes 0.0 if it is a parameter of two dimensions
+            or more.
 
     Raises:
         ValueError: tensor is no plain strided tensor with data, or has a dtype that the format does not know.
@@ -49,19 +56,20 @@ def encode_tensor(name: str, tensor: Tensor, trains: bool) -> tuple[Entry, list[
     order = _memory_order(tensor)
     real = torch.view_as_real(tensor.detach().resolve_conj()) if dtype in REAL else tensor.detach()
     bits = patterns(real.resolve_neg())
-    if isinstance(tensor, torch.nn.Parameter) and tensor.dim() > 1 and dtype.is_floating_point:
+    if summed and isinstance(tensor, torch.nn.Parameter) and tensor.dim() > 1 and dtype.is_floating_point:
         bits = np.where(bits == bits.dtype.type(1 << (8 * bits.itemsize - 1)), bits.dtype.type(0), bits)
     shape = tuple(tensor.shape)
-    base = Entry(shape, dtype, "raw", bits.size, order=order, trains=trains)
+    common = _common_pattern(bits)
+    plain = Entry(shape, dtype, "raw", bits.size, base=common, order=order, trains=trains)
 
-    nonzero = bits != 0
-    values = bits[nonzero]
+    kept = bits != common
+    values = bits[kept]
     table = count_patterns(values)
-    zeros = bits.size - values.size
-    choices = [_dense_choice(base, bits, _with_zero(table, zeros, bits.dtype))]
-    if zeros:
+    rest = bits.size - values.size
+    choices = [_dense_choice(replace(plain, base=0), bits, _with_pattern(table, common, rest))]
+    if rest:
         choices += [
-            _sparse_choice(base, bits, nonzero, table, down_columns)
+            _sparse_choice(plain, bits, kept, table, down_columns)
             for down_columns in (False, True)[: 1 + (len(shape) > 1 and dtype not in REAL)]
         ]
     entry, encoded = min(choices, key=lambda choice: choice.nbytes).build()
@@ -78,7 +86,7 @@ def decode_tensor(entry: Entry, data: list[bytes]) -> Tensor:
     bits = values_of(entry, data, pattern)
     if entry.is_sparse:
         positions = positions_of(entry, data)
-        dense = np.zeros(entry.numel, pattern)
+        dense = np.full(entry.numel, entry.base, pattern)
         dense[positions] = bits
         bits = dense.reshape(-1, entry.shape[0]).T.ravel() if entry.down_columns and entry.numel else dense
     if entry.dtype is torch.bool and entry.numel and int(bits.max()) > 1:
@@ -176,45 +184,55 @@ def check_plain(name: str, tensor: Tensor) -> None:
         raise ValueError(f"save: {name} must have one of the dtypes {known}, got {tensor.dtype}; cast it first")
 
 
-def _dense_choice(base: Entry, bits: Array, table: Table | None) -> _Choice:
+def _dense_choice(plain: Entry, bits: Array, table: Table | None) -> _Choice:
     nbytes, coding = value_coding(table, bits.size, bits.itemsize)
     form = "raw" if coding is None else "codebook"
 
     def build() -> tuple[Entry, list[Stream]]:
         entries, encoded = value_streams(bits, table, coding)
-        return replace(base, form=form, entries=entries), encoded
+        return replace(plain, form=form, entries=entries), encoded
 
     return _Choice(nbytes, build)
 
 
 def _sparse_choice(
-    base: Entry, bits: Array, kept: NDArray[np.bool_], table: Table | None, down_columns: bool
+    plain: Entry, bits: Array, kept: NDArray[np.bool_], table: Table | None, down_columns: bool
 ) -> _Choice:
     """Storing the patterns marked in kept, by rows or by columns."""
     if down_columns:
-        bits, kept = (array.reshape(base.shape[0], -1).T.ravel() for array in (bits, kept))
+        bits, kept = (array.reshape(plain.shape[0], -1).T.ravel() for array in (bits, kept))
     positions = np.flatnonzero(kept)
     position_coding = streams.best_position_coding(positions, bits.size)
     nbytes, coding = value_coding(table, positions.size, bits.itemsize)
-    nbytes += position_coding.nbytes + STREAM_BYTES
+    nbytes += position_coding.nbytes + STREAM_BYTES * (2 if plain.base else 1)
     form = "sparse" if coding is None else "sparse-codebook"
 
     def build() -> tuple[Entry, list[Stream]]:
         entries, encoded = value_streams(bits[positions], table, coding)
         encoded = [streams.encode_positions("positions", positions, bits.size, position_coding), *encoded]
-        entry = replace(base, form=form, stored=positions.size, entries=entries, down_columns=down_columns)
+        entry = replace(plain, form=form, stored=positions.size, entries=entries, down_columns=down_columns)
         return entry, encoded
 
     return _Choice(nbytes, build)
 
 
-def _with_zero(table: Table | None, zeros: int, dtype: np.dtype[Any]) -> Table | None:
-    if table is None or not zeros:
+def _common_pattern(bits: Array) -> int:
+    """The pattern that a sparse form leaves out: the one of more than half of the values if there is one, or zero."""
+    if not bits.size:
+        return 0
+    half = bits.size // 2
+    middle = np.partition(bits, half)[half]  # a majority is the median
+    return int(middle) if np.count_nonzero(bits == middle) > half else 0
+
+
+def _with_pattern(table: Table | None, pattern: int, count: int) -> Table | None:
+    if table is None or not count:
         return table
     distinct, counts = table
     if len(distinct) == streams.MAX_ENTRIES:
         return None
-    return np.concatenate([np.zeros(1, dtype), distinct]), np.concatenate([[zeros], counts])
+    at = np.searchsorted(distinct, distinct.dtype.type(pattern))
+    return np.insert(distinct, at, pattern), np.insert(counts, at, count)
 
 
 def _memory_order(tensor: Tensor) -> tuple[int, ...] | None:

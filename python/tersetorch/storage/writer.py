@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import stat
+from contextlib import suppress
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,8 @@ import torch
 from torch import nn
 
 from tersetorch.methods import finalize
-from tersetorch.methods.parametrization import is_live
-from tersetorch.storage.arguments import copy_of, path_of
+from tersetorch.methods.parametrization import is_live, release_graphs
+from tersetorch.storage.arguments import copy_of, naming, path_of
 from tersetorch.storage.container import pack
 from tersetorch.storage.describe import Describer
 
@@ -25,12 +27,15 @@ def save(model: nn.Module, path: str | PathLike[str], *, provenance: dict[str, A
     """Writes model to one file, every tensor in its smallest lossless form; the same model gives the same bytes.
 
     A tensor is stored raw, as codebook and codes, or as the positions of its non-zeros with their values or codes;
-    which one follows from its values, not from how a layer happens to run. A weight's -0.0, which a product with a mask
-    leaves, comes back as 0.0; every other bit of every tensor is kept. SparseLinear and SparseCodebookLinear are
-    stored as they are. Parameters and modules that are shared are stored once. A model that is
-    still being compressed is stored as tersetorch.finalize would leave it, and does not change.
+    which one follows from its values, not from how a layer happens to run. The -0.0 that a product with a mask leaves
+    comes back as 0.0 in the weights of linear, convolutional, recurrent and attention layers, which only enter sums;
+    every other bit of every tensor is kept. SparseLinear and SparseCodebookLinear are stored as they are. Parameters
+    and modules that are shared are stored once. A model that is still being compressed is stored as
+    tersetorch.finalize would leave it, and does not change.
 
     The file is written beside path under another name and moved into place whole, so a failure leaves what was there.
+    A link stays, and what it names is replaced. A model that decodes to more than 64 MiB and more than 4096 times its
+    file needs max_bytes= at load.
 
     Args:
         model: any module. tersetorch.load builds zoo networks and trees of torch.nn modules and our layers by itself,
@@ -40,9 +45,10 @@ def save(model: nn.Module, path: str | PathLike[str], *, provenance: dict[str, A
 
     Raises:
         TypeError: model is no nn.Module, path no path, or provenance no dict.
-        ValueError: a tensor is no plain tensor with values or of an unknown dtype, a module keeps state outside its
-            tensors, provenance is not JSON, or a model that is still being compressed cannot be copied.
-        FileNotFoundError: the folder of path does not exist.
+        ValueError: path names a folder, a device or nothing that a file can be called, a tensor is no plain tensor
+            with values or of an unknown dtype, a module keeps state outside its tensors or contains itself, provenance
+            is not JSON, or a model that is still being compressed cannot be copied.
+        OSError: the file cannot be written; FileNotFoundError where the folder of path does not exist.
 
     Source:
         Han, Mao and Dally, Deep Compression (2015), sections 2 (relative positions), 3 (codebooks) and 4 (Huffman
@@ -51,19 +57,57 @@ def save(model: nn.Module, path: str | PathLike[str], *, provenance: dict[str, A
     if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
         raise TypeError(f"save: model must be an eager nn.Module, got {type(model).__name__}; pass the Python module")
     target = path_of("save", path)
-    if target.is_dir():
-        raise ValueError(f"save: path must name a file, got the folder {target}; add a name, such as model.terse")
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"save: path must lie in a folder that exists, got {target}; create {target.parent}")
+    target = Path(os.path.realpath(target))  # a link stays, and what it names is replaced
+    _check_target(target)
     header: dict[str, Any] = {}
     if provenance is not None:
         header["p"] = _checked_provenance(provenance)
     if is_live(model):
+        release_graphs(model)
         model = finalize(copy_of("save", model))
-    describer = Describer()
+    describer = Describer(model)
     header["m"] = describer.node(model)
+    _check_complete(model)
     header["t"] = [entry.to_json() for entry in describer.entries]
-    _write(target, pack(header, [stream.data for streams in describer.streams for stream in streams]))
+    packed = pack(header, [stream.data for streams in describer.streams for stream in streams])
+    with naming("save", target, "name a file that can be written", "choose another, or make room"):
+        _write(target, packed)
+
+
+def _check_target(target: Path) -> None:
+    """Refuses what is no place for a file."""
+    mode = 0
+    with naming("save", target, "name a file that can be written", "choose another"):
+        folder = target.parent.is_dir()
+        with suppress(FileNotFoundError, NotADirectoryError):
+            mode = target.stat().st_mode
+    if not folder:
+        raise FileNotFoundError(f"save: path must lie in a folder that exists, got {target}; create {target.parent}")
+    if stat.S_ISDIR(mode):
+        raise ValueError(f"save: path must name a file, got the folder {target}; add a name, such as model.terse")
+    if mode and not stat.S_ISREG(mode):
+        raise ValueError(f"save: path must name a regular file, got the device or pipe {target}; choose another")
+
+
+def _check_complete(model: nn.Module) -> None:
+    """Refuses a model whose state dict holds more than the parameters and persistent buffers that were stored."""
+    stored = sum(
+        tensor is not None and name not in module._non_persistent_buffers_set
+        for _, module in model.named_modules(remove_duplicate=False)
+        for name, tensor in (*module._parameters.items(), *module._buffers.items())
+    )
+    state = model.state_dict()
+    for name, value in state.items():
+        if not isinstance(value, torch.Tensor):
+            raise ValueError(
+                f"save: model must keep its state in tensors, got {type(value).__name__} as {name} in its state dict; "
+                "save the model it was made from, or register the state as buffers"
+            )
+    if len(state) > stored:
+        raise ValueError(
+            f"save: model must keep its state in parameters and buffers, got {stored} and a state dict of {len(state)};"
+            " register the rest as buffers"
+        )
 
 
 def _checked_provenance(provenance: dict[str, Any]) -> dict[str, Any]:

@@ -45,6 +45,8 @@ def model():
     head = nn.Linear(4, 6, bias=False)
     head.weight = tied.weight
     shared = nn.GELU("tanh")
+    steps = torch.full((20, 50), -1.0)
+    steps[::7, ::9] = numbers(3, 6)
     network = nn.Sequential(
         tied,
         encoder,
@@ -60,6 +62,7 @@ def model():
         nn.BatchNorm2d(4),
         fill(nn.Linear(4, 4)).bfloat16(),
         head,
+        nn.ParameterDict({"shift": torch.full((40,), 0.3), "steps": steps}),
     )
     network[4].weight.requires_grad_(False)
     network.eval()
