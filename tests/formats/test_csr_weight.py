@@ -90,6 +90,9 @@ def test_a_valid_weight_with_an_empty_row_passes():
         ({"col_indices": ints(3, 0, 1)}, ValueError, "must rise strictly within a row"),
         ({"values": torch.ones(2)}, ValueError, r"values must be \[3\]"),
         ({"values": torch.ones(3).half()}, TypeError, "values must be float32 or bfloat16"),
+        ({"columns": "a"}, TypeError, "columns must be an int, got 'a'"),
+        ({"row_offsets": 1}, TypeError, "row_offsets must be a tensor, got int"),
+        ({"values": [1.0]}, TypeError, "values must be a tensor, got list"),
         ({"columns": -1}, ValueError, "columns must be at least 0"),
     ],
 )

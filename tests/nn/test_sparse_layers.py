@@ -165,7 +165,7 @@ def test_compiles_without_a_graph_break(kind):
 
 def test_exports_with_a_dynamic_batch(kind):
     layer = kind.from_dense(dense_layer(37, 100))
-    batch = {"x": {0: torch.export.Dim("batch")}}
+    batch = {"input": {0: torch.export.Dim("batch")}}
     exported = torch.export.export(layer, (inputs(3, 100),), dynamic_shapes=batch)
     assert torch.equal(exported.module()(inputs(11, 100)), layer(inputs(11, 100)))
 
@@ -186,8 +186,17 @@ def test_weight_is_read_only(kind):
 def test_rejects(kind):
     layer = kind.from_dense(dense_layer(37, 100))
     for x in (torch.zeros(3, 99), torch.zeros(())):
-        with pytest.raises(ValueError, match=r"x must be \[\.\.\., 100\], got shape"):
+        with pytest.raises(ValueError, match=r"input must be \[\.\.\., 100\], got shape"):
             layer(x)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            with pytest.raises(TypeError, match="input must be a tensor, got str"):
+                layer("x")
+            with pytest.raises(TypeError, match=r"input must be float32 or bfloat16, got torch\.int64"):
+                layer(torch.ones(3, 100, dtype=torch.int64))
+    for bias in ("bias", torch.zeros(37).double(), torch.zeros(37).int()):
+        with pytest.raises(TypeError, match="bias must be float32 or bfloat16, got"):
+            kind(layer.sparse_weight, bias)
     with pytest.raises(TypeError, match=r"module must be an nn\.Linear, got Conv2d"):
         kind.from_dense(torch.nn.Conv2d(1, 1, 1))
     with pytest.raises(TypeError, match=f"weight must be a {kind.format.__name__}, got Tensor"):
@@ -207,3 +216,35 @@ def test_formats_are_the_layers_own():
     dense = dense_layer(37, 100)
     assert isinstance(SparseLinear.from_dense(dense).sparse_weight, CsrWeight)
     assert isinstance(SparseCodebookLinear.from_dense(dense).sparse_weight, SparseCodebookWeight)
+
+
+def test_called_by_the_name_that_nn_linear_gives_its_argument(kind):
+    layer = kind.from_dense(dense_layer(37, 100))
+    assert torch.equal(layer(input=inputs(3, 100)), layer(inputs(3, 100)))
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_forward_mode_is_refused_not_zero(kind, grad):
+    layer, x = kind.from_dense(dense_layer(37, 100)), inputs(3, 100)
+    with torch.set_grad_enabled(grad), pytest.raises(RuntimeError, match="must not carry a forward-mode tangent"):
+        torch.func.jvp(layer, (x,), (torch.ones_like(x),))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_dense_form_of_a_bfloat16_layer_runs(kind, bias):
+    layer = kind.from_dense(dense_layer(37, 100, bias=bias).bfloat16())
+    dense = layer.to_dense()
+    x = inputs(3, 100).bfloat16()
+    y = dense(x.to(dense.weight.dtype))
+    torch.testing.assert_close(y.float(), layer(x).float(), rtol=0.02, atol=0.05)
+    if bias:
+        assert dense.weight.dtype == dense.bias.dtype == torch.bfloat16
+
+
+def test_the_codebook_and_its_gradient_keep_their_dtype():
+    layer = SparseCodebookLinear.from_dense(dense_layer(37, 100))
+    layer(inputs(3, 100)).sum().backward()
+    before = layer.codebook.grad.clone()
+    layer.bfloat16()
+    assert layer.codebook.dtype == layer.codebook.grad.dtype == torch.float32
+    assert torch.equal(layer.codebook.grad, before)

@@ -43,7 +43,10 @@ def check_pattern(owner: str, row_offsets: Tensor, col_indices: Tensor, columns:
         TypeError: an index tensor is not int32.
         ValueError: shapes, offsets or columns do not describe rows of strictly increasing columns.
     """
+    if isinstance(columns, bool) or not isinstance(columns, int):
+        raise TypeError(f"{owner}: columns must be an int, got {columns!r}; pass the width of the dense weight")
     for name, indices in (("row_offsets", row_offsets), ("col_indices", col_indices)):
+        check_tensor(owner, name, indices)
         if indices.dtype != torch.int32:
             raise TypeError(f"{owner}: {name} must be int32, got {indices.dtype}; call {name}.int()")
         if indices.dim() != 1:
@@ -75,6 +78,12 @@ def check_pattern(owner: str, row_offsets: Tensor, col_indices: Tensor, columns:
             f"{owner}: col_indices must rise strictly within a row, got a repeated or unsorted column; "
             "build it with from_dense"
         )
+
+
+def check_tensor(owner: str, name: str, value: object) -> None:
+    """Raises TypeError when value is no tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{owner}: {name} must be a tensor, got {type(value).__name__}; build it with from_dense")
 
 
 def check_dense(owner: str, weight: Tensor) -> None:

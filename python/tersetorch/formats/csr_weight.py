@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tersetorch.formats.csr_pattern import check_dense, check_pattern, pattern_of, rows_of, scatter
+from tersetorch.formats.csr_pattern import check_dense, check_pattern, check_tensor, pattern_of, rows_of, scatter
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ class CsrWeight:
             ValueError: shapes, offsets or columns do not fit each other.
         """
         check_pattern("CsrWeight", self.row_offsets, self.col_indices, self.columns)
+        check_tensor("CsrWeight", "values", self.values)
         if self.values.dtype not in (torch.float32, torch.bfloat16):
             raise TypeError(f"CsrWeight: values must be float32 or bfloat16, got {self.values.dtype}; call .float()")
         if self.values.shape != self.col_indices.shape:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tersetorch.formats.csr_pattern import check_dense, check_pattern, pattern_of, rows_of, scatter
+from tersetorch.formats.csr_pattern import check_dense, check_pattern, check_tensor, pattern_of, rows_of, scatter
 
 MAX_ENTRIES = 256
 # Non-zeros looked at first: a weight that nobody shared is refused without sorting all of it.
@@ -69,6 +69,8 @@ class SparseCodebookWeight:
         """
         owner = "SparseCodebookWeight"
         check_pattern(owner, self.row_offsets, self.col_indices, self.columns)
+        check_tensor(owner, "codes", self.codes)
+        check_tensor(owner, "codebook", self.codebook)
         if self.codes.dtype != torch.uint8:
             raise TypeError(f"{owner}: codes must be uint8, got {self.codes.dtype}; build it with from_dense")
         if self.codebook.dtype != torch.float32:

@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Self
 
-import torch
 from torch import Tensor, nn
 
-from tersetorch import ops
 from tersetorch.formats import SparseCodebookWeight
 from tersetorch.nn.sparse_module import SparseLinearBase
 
 
 class SparseCodebookLinear(SparseLinearBase[SparseCodebookWeight]):
-    """y = x @ W.T + bias, W's non-zeros stored as codes; the codebook trains (each entry sums its members' gradients).
+    """y = input @ W.T + bias, W's non-zeros stored as codes; the codebook trains, an entry by its members' sum.
 
-    Shapes: x float32 or bfloat16 [..., in_features] -> y [..., out_features], of x's dtype; sums in float32.
+    Shapes: input float32 or bfloat16 [..., in_features] -> y [..., out_features], of input's dtype; sums in float32.
     Buffers row_offsets, col_indices, codes; parameters codebook float32 [1, entries], bias [out_features] or None.
     The codebook stays float32 under .half(), .bfloat16() and .double(): rounding it would move every weight.
 
@@ -39,15 +37,16 @@ class SparseCodebookLinear(SparseLinearBase[SparseCodebookWeight]):
     codes: Tensor
     codebook: nn.Parameter
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Applies the layer to x, float [..., in_features]."""
-        self.check_input(x)
-        multiply = ops.csr_matmul if torch.is_grad_enabled() else ops.csr_matmul_inference
-        return multiply(x, self.row_offsets, self.col_indices, self.codes, self.bias, self.codebook[0])
+    def forward(self, input: Tensor) -> Tensor:
+        """Applies the layer to input, float [..., in_features]."""
+        return self._multiply(input, self.codes, self.codebook[0])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = self.codebook.data
+        grad = None if self.codebook.grad is None else self.codebook.grad.data
         super()._apply(fn, recurse)
         if self.codebook.dtype != before.dtype:
+            self.codebook.grad = None
             self.codebook.data = before.to(self.codebook.device)
+            self.codebook.grad = None if grad is None else grad.to(self.codebook.device)
         return self

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
-from tersetorch import ops
 from tersetorch.formats import CsrWeight
 from tersetorch.nn.sparse_module import SparseLinearBase
 
 
 class SparseLinear(SparseLinearBase[CsrWeight]):
-    """y = x @ W.T + bias, W in compressed sparse rows; fine-tunes at fixed sparsity.
+    """y = input @ W.T + bias, W in compressed sparse rows; fine-tunes at fixed sparsity.
 
-    Shapes: x float32 or bfloat16 [..., in_features] -> y [..., out_features], of x's dtype; sums in float32.
+    Shapes: input float32 or bfloat16 [..., in_features] -> y [..., out_features], of input's dtype; sums in float32.
     Buffers row_offsets, col_indices; parameters values [nnz], bias [out_features] or None.
 
     Args:
@@ -34,8 +32,6 @@ class SparseLinear(SparseLinearBase[CsrWeight]):
 
     values: nn.Parameter
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Applies the layer to x, float [..., in_features]."""
-        self.check_input(x)
-        multiply = ops.csr_matmul if torch.is_grad_enabled() else ops.csr_matmul_inference
-        return multiply(x, self.row_offsets, self.col_indices, self.values, self.bias)
+    def forward(self, input: Tensor) -> Tensor:
+        """Applies the layer to input, float [..., in_features]."""
+        return self._multiply(input, self.values)

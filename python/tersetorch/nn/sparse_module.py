@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Generic, Self, TypeVar, cast
 
+import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
+from tersetorch import ops
 from tersetorch.formats import CsrWeight, SparseCodebookWeight
+
+FLOATS = (torch.float32, torch.bfloat16)
 
 Format = TypeVar("Format", CsrWeight, SparseCodebookWeight)
 
@@ -34,6 +39,9 @@ class SparseLinearBase(nn.Module, Generic[Format]):
             )
         weight.validate()
         self.out_features, self.in_features = weight.shape
+        if bias is not None and (not isinstance(bias, Tensor) or bias.dtype not in FLOATS):
+            got = bias.dtype if isinstance(bias, Tensor) else type(bias).__name__
+            raise TypeError(f"{type(self).__name__}: bias must be float32 or bfloat16, got {got}; convert it")
         if bias is not None and bias.shape != (self.out_features,):
             raise ValueError(
                 f"{type(self).__name__}: bias must be [{self.out_features}], one for each row of the weight, "
@@ -58,11 +66,15 @@ class SparseLinearBase(nn.Module, Generic[Format]):
         return cls(cast(Format, cls.format.from_dense(module.weight)), bias).train(module.training)
 
     def to_dense(self) -> nn.Linear:
-        """The plain layer with the same weight and bias."""
-        dense = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
-        dense.weight = nn.Parameter(self.weight)
-        if self.bias is not None:
-            dense.bias = nn.Parameter(self.bias.detach().clone())
+        """The plain layer with the same weight and bias, of one dtype: float32 where they differ and one needs it."""
+        weight, bias = self.weight, None if self.bias is None else self.bias.detach().clone()
+        if bias is not None and bias.dtype != weight.dtype:
+            narrow = weight.to(bias.dtype)
+            weight, bias = (narrow, bias) if torch.equal(narrow.float(), weight) else (weight, bias.float())
+        dense = nn.Linear(self.in_features, self.out_features, bias=bias is not None, device="meta")
+        dense.weight = nn.Parameter(weight)
+        if bias is not None:
+            dense.bias = nn.Parameter(bias)
         return dense.train(self.training)
 
     @property
@@ -76,12 +88,22 @@ class SparseLinearBase(nn.Module, Generic[Format]):
         """The dense weight [out_features, in_features], built anew at every read; writing to it changes nothing."""
         return self.sparse_weight.to_dense().detach()
 
-    def check_input(self, x: Tensor) -> None:
-        """Raises ValueError when x is not [..., in_features]."""
+    def _multiply(self, x: Tensor, values: Tensor, codebook: Tensor | None = None) -> Tensor:
+        if not isinstance(x, Tensor):
+            raise TypeError(
+                f"{type(self).__name__}: input must be a tensor, got {type(x).__name__}; pass a torch.Tensor"
+            )
+        if x.dtype not in FLOATS and not torch.is_autocast_enabled("cpu"):
+            raise TypeError(f"{type(self).__name__}: input must be float32 or bfloat16, got {x.dtype}; convert it")
         if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise ValueError(
-                f"{type(self).__name__}: x must be [..., {self.in_features}], got shape {tuple(x.shape)}; reshape it"
+                f"{type(self).__name__}: input must be [..., {self.in_features}], got shape {tuple(x.shape)}; "
+                "reshape it"
             )
+        # The twin drops forward-mode tangents, which no_grad does not switch off; csr_matmul refuses them.
+        recorded = torch.is_grad_enabled() or forward_ad._current_level >= 0
+        multiply = ops.csr_matmul if recorded else ops.csr_matmul_inference
+        return multiply(x, self.row_offsets, self.col_indices, values, self.bias, codebook)
 
     def extra_repr(self) -> str:
         """What print(module) shows between the parentheses."""
