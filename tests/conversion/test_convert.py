@@ -1,7 +1,9 @@
 import copy
+import dataclasses
 import random
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -482,3 +484,48 @@ def test_bad_models_are_refused(x):
         ValueError, match="example_inputs must be what the model is called with, got NotImplementedError"
     ):
         convert(nn.ModuleList([nn.Linear(3, 3)]), x)
+
+
+class Counting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(40, 30)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        noise = torch.rand(()) + np.random.rand() + random.random()
+        return Output(self.fc(x) * self.calls + noise)
+
+
+@dataclasses.dataclass
+class Output:
+    logits: torch.Tensor
+
+
+@pytest.mark.parametrize("plan", [None, "sparse"])
+def test_the_difference_of_stateful_and_random_models_is_that_of_the_layers(x, timer, plan):
+    torch.manual_seed(0)
+    model = prune.magnitude(Counting(), 0.9)
+    before = (torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate())
+    fast = convert(model, x, plan=plan)
+    after = (torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate())
+    assert torch.equal(before[0], after[0]) and before[1:] == after[1:]
+    assert report(fast).plan == {"fc": "csr"}
+    assert report(fast).max_difference < 1e-5
+    assert model.calls == fast.calls == 0
+
+
+class Bypassing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(40, 30)
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.fc.weight, self.fc.bias) if type(self.fc) is not nn.Linear else self.fc(x)
+
+
+def test_a_plan_leaves_layers_dense_that_the_model_would_not_call(x):
+    fast = convert(Bypassing(), x, plan="sparse")
+    assert type(fast.fc) is nn.Linear
+    assert "does not call the layer" in reasons(fast)["fc"]

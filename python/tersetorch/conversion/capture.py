@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -54,14 +55,24 @@ class Inputs:
 
 @contextmanager
 def untouched_generators() -> Iterator[None]:
-    """Gives torch's and Python's random generators back as they were."""
-    state = random.getstate()
+    """Gives torch's, numpy's and Python's random generators back as they were."""
+    state, numpy_state = random.getstate(), np.random.get_state()
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     try:
         with torch.random.fork_rng(devices=devices):
             yield
     finally:
         random.setstate(state)
+        np.random.set_state(numpy_state)
+
+
+def seeded_run(model: nn.Module, inputs: Inputs) -> object:
+    """What model returns for inputs when every generator starts anew, so that two models can be compared."""
+    with untouched_generators():
+        random.seed(0)
+        np.random.seed(0)
+        torch.manual_seed(0)
+        return inputs.copy().run(model)
 
 
 def capture(model: nn.Module, modules: Iterable[nn.Module], inputs: Inputs) -> dict[nn.Module, list[Tensor] | str]:

@@ -18,7 +18,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from tersetorch.conversion import timing
 from tersetorch.conversion.cache import DecisionCache
 from tersetorch.conversion.candidates import CANDIDATES, density, distinct_values
-from tersetorch.conversion.capture import Inputs, capture, untouched_generators
+from tersetorch.conversion.capture import Inputs, capture, seeded_run, uncalled, untouched_generators
 from tersetorch.conversion.machine import load, machine_facts
 from tersetorch.conversion.plan import follow
 from tersetorch.conversion.planner import Decision, Planner
@@ -36,7 +36,8 @@ from tersetorch.conversion.walk import (
 )
 from tersetorch.conversion.whole_model import assemble, settle
 from tersetorch.methods import finalize
-from tersetorch.methods.parametrization import is_live
+from tersetorch.methods.parametrization import is_live, release_graphs
+from tersetorch.nn import SparseCodebookLinear
 
 
 def convert(
@@ -89,6 +90,8 @@ def convert(
     inputs = None if example_inputs is None else Inputs.of(example_inputs)
     # A copy made in the caller's inference mode could never train.
     with torch.inference_mode(False), untouched_generators():
+        if is_live(model):
+            release_graphs(model)
         source = dense_again(finalize(deep_copy(model)) if is_live(model) else model, _stays_sparse)
         if plan is not None:
             return _told(source, inputs, plan)
@@ -107,9 +110,17 @@ def convert(
 
 
 def _stays_sparse(layer: nn.Module) -> bool:
-    """Whether a sparse layer has no dense form that does the same: nn.Linear wants one dtype, and hooks would go."""
+    """Whether a sparse layer has no dense form that surely takes the same inputs, or hooks that would go.
+
+    A codebook is float32 whatever the model's dtype is; only the bias tells it.
+    """
     bias = own_parameter(layer, "bias")
-    return carries_hooks(layer) or (bias is not None and bias.dtype != layer.weight.dtype)
+    if carries_hooks(layer) or not isinstance(layer, SparseCodebookLinear):
+        return carries_hooks(layer)
+    dense = layer.to_dense().weight
+    if bias is None:
+        return torch.equal(dense.bfloat16().float(), dense)
+    return dense.dtype != bias.dtype
 
 
 def _told(source: nn.Module, inputs: Inputs | None, plan: str | Mapping[str, str]) -> nn.Module:
@@ -119,13 +130,33 @@ def _told(source: nn.Module, inputs: Inputs | None, plan: str | Mapping[str, str
     converted = assemble(source, groups, decisions)
     difference = None
     if inputs is not None:
-        dense = deep_copy(source).eval()
-        difference = output_difference(_run(dense, inputs), inputs.copy().run(deep_copy(converted).eval()))
+        _run(deep_copy(source).eval(), inputs)
+        bypassed = _bypassed(source, converted, groups, decisions, inputs)
+        if bypassed:
+            reason = "undone: the model does not call the layer, but uses it in some other way"
+            decisions = [d.undone(reason) if index in bypassed else d for index, d in enumerate(decisions)]
+            converted = assemble(source, groups, decisions)
+        dense, sparse = deep_copy(source).eval(), deep_copy(converted).eval()
+        difference = output_difference(seeded_run(dense, inputs), seeded_run(sparse, inputs))
     conversion = ConversionReport(
         _layer_reports(sites, groups, decisions), "Told by plan: nothing was measured.", max_difference=difference
     )
     attach(converted, conversion)
     return converted
+
+
+def _bypassed(
+    source: nn.Module, converted: nn.Module, groups: list[list[Site]], decisions: list[Decision], inputs: Inputs
+) -> set[int]:
+    """The groups with a layer that source calls and converted does not."""
+    names = {site.name: index for index, group in enumerate(groups) if decisions[index].layers for site in group}
+
+    def unreached(model: nn.Module) -> set[str]:
+        copied = deep_copy(model).eval()
+        by_module = {copied.get_submodule(name): name for name in names}
+        return {by_module[module] for module in uncalled(copied, by_module, inputs)}
+
+    return {names[name] for name in unreached(converted) - unreached(source)}
 
 
 def _measured(source: nn.Module, inputs: Inputs, planner: Planner, progress: bool) -> nn.Module:
@@ -229,3 +260,5 @@ def _check_arguments(
             raise TypeError(f"convert: {name} must be True or False, got {flag!r}; pass a bool")
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"convert: seed must be an integer, got {type(seed).__name__}; pass 0")
+    if seed < 0:
+        raise ValueError(f"convert: seed must be at least 0, got {seed}; pass 0")

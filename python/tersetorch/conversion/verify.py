@@ -1,5 +1,6 @@
 """How far a candidate's outputs may lie from the dense layer's, and how far they do."""
 
+import dataclasses
 import math
 from typing import NamedTuple
 
@@ -83,8 +84,11 @@ def output_difference(expected: object, got: object) -> float | None:
 
     NaN and infinities that agree count as equal. None where the outputs hold no such tensors or do not correspond.
     """
-    pairs = list(zip(_tensors(expected), _tensors(got), strict=False))
-    if not pairs or any(a.shape != b.shape for a, b in pairs):
+    ours, theirs = _tensors(got), _tensors(expected)
+    if len(ours) != len(theirs) or not ours:
+        return None
+    pairs = list(zip(theirs, ours, strict=True))
+    if any(a.shape != b.shape for a, b in pairs):
         return None
     largest = 0.0
     for a, b in pairs:
@@ -95,5 +99,10 @@ def output_difference(expected: object, got: object) -> float | None:
 
 
 def _tensors(output: object) -> list[Tensor]:
-    leaves = pytree.tree_leaves(output)
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point() and not leaf.is_nested]
+    found: list[Tensor] = []
+    for leaf in pytree.tree_leaves(output):
+        if isinstance(leaf, Tensor):
+            found += [leaf] if leaf.is_floating_point() and not leaf.is_nested else []
+        elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            found += [tensor for value in vars(leaf).values() for tensor in _tensors(value)]
+    return found

@@ -8,10 +8,10 @@ from collections.abc import Iterable
 from torch import nn
 
 from tersetorch.conversion import timing
-from tersetorch.conversion.capture import Inputs, uncalled
+from tersetorch.conversion.capture import Inputs, seeded_run, uncalled
 from tersetorch.conversion.planner import Decision, Planner
 from tersetorch.conversion.report import ConversionReport
-from tersetorch.conversion.swap import swapped_copy
+from tersetorch.conversion.swap import deep_copy, swapped_copy
 from tersetorch.conversion.verify import output_difference
 from tersetorch.conversion.walk import Site
 
@@ -82,7 +82,10 @@ def settle(
         verdict, dense_ms = result.describe("converted model"), result.dense_ms
         if result.passes("converted model"):
             score = result.scores["converted model"]
-            expected, got = inputs.copy().run(probe), inputs.copy().run(converted)
+            # Both from the same state, which the timed runs may have moved on.
+            expected, got = (
+                seeded_run(copy, inputs) for copy in (deep_copy(probe), assemble(probe, groups, decisions))
+            )
             return decisions, ConversionReport(
                 layers=(),
                 reason=f"The converted model is {verdict}.",
