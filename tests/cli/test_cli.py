@@ -97,8 +97,8 @@ def test_convert_measures_and_reads_a_state_dict(tersetorch, tmp_path):
             ["convert", "model.pt", "out.terse", "--plan", "sparse"],
             "a state dict needs --network, one of lenet-300-100",
         ),
-        (["convert", "model.pt", "out.terse", "--network", "VGG"], "--network must be one of lenet-300-100"),
-        (["convert", "model.onnx", "out.terse", "--network", "lenet-300-100"], "must end in .terse, .pt, .pth or"),
+        (["convert", "model.pt", "out.terse", "--network", "VGG"], "one of lenet-300-100, got VGG"),
+        (["convert", "model.onnx", "out.terse", "--network", "lenet-300-100"], "must be a .terse, .pt, .pth or"),
         (["bench", "nothing"], "SUITE must be one of csr_matmul"),
         (["frobnicate"], "No such command"),
     ],
@@ -107,6 +107,31 @@ def test_wrong_usage_is_exit_code_2(tersetorch, arguments, match):
     done = tersetorch(*arguments)
     assert done.returncode == 2
     assert match in " ".join(done.stderr.replace("│", " ").split())
+
+
+def write_states(folder):
+    torch.save(torch.nn.Linear(3, 2).state_dict(), folder / "other.pt")
+    torch.save({"state_dict": tt.zoo.LeNet300100().state_dict()}, folder / "nested.pt")
+    torch.save(torch.nn.Linear(3, 2), folder / "whole.pt")
+    torch.save([1, 2], folder / "list.pt")
+    for name in ("garbage.pt", "garbage.safetensors"):
+        (folder / name).write_bytes(b"garbage")
+    for name in ("empty.pt", "empty.safetensors"):
+        (folder / name).write_bytes(b"")
+
+
+def test_a_file_without_the_network_gives_one_sentence(tersetorch, tmp_path):
+    write_states(tmp_path)
+    files = sorted(tmp_path.iterdir())
+    assert len(files) == 8
+    for path in [*files, tmp_path / "missing.pt"]:
+        arguments = (path, tmp_path / "out.terse", "--network", "lenet-300-100", "--plan", "sparse")
+        done = tersetorch("convert", *arguments)
+        assert done.returncode == 1
+        assert (
+            done.stderr.startswith("convert: MODEL must ") and done.stderr.count("\n") == 1 and str(path) in done.stderr
+        )
+    assert not (tmp_path / "out.terse").exists()
 
 
 def test_measuring_needs_a_shape(tersetorch, terse_file, tmp_path):
@@ -137,6 +162,8 @@ def test_doctor_fails_when_an_op_is_wrong(monkeypatch):
 
 def test_shapes():
     assert parse_shape("1x784") == [1, 784] and parse_shape("8X3x2") == [8, 3, 2]
-    for bad in ("", "0x3", "axb", "1x", "-1x2"):
+    for bad in ("", "0x3", "axb", "1x", "-1x2", "1x\u00b2"):
         with pytest.raises(typer.BadParameter, match="positive sizes joined by x"):
             parse_shape(bad)
+    with pytest.raises(typer.BadParameter, match="at most 1073741824 numbers"):
+        parse_shape("1x99999999999999")

@@ -24,6 +24,7 @@ def main() -> None:
     """Runs the command. Exit codes: 0 done, 1 it could not be done (one sentence on stderr says why), 2 wrong usage."""
     try:
         app()
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        print(error, file=sys.stderr)
+    except Exception as error:  # a person gets the sentence, never a traceback
+        sentence = str(error).strip().partition("\n")[0]
+        print(sentence or f"tersetorch: {type(error).__name__}", file=sys.stderr)
         sys.exit(1)

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import torch
 import typer
 from rich.console import Console
+from safetensors.torch import load_file
 
 from tersetorch import conversion, storage, zoo
 from tersetorch.cli.shape import parse_shape
@@ -45,21 +46,21 @@ def convert(
 def _read(path: Path, network: str) -> torch.nn.Module:
     if path.suffix == ".terse":
         return storage.load(path)
-    if not network:
-        raise typer.BadParameter(f"a state dict needs --network, one of {', '.join(zoo.NETWORKS)}")
+    if path.suffix not in (".pt", ".pth", ".safetensors") or path.is_dir():
+        raise typer.BadParameter(f"MODEL must be a .terse, .pt, .pth or .safetensors file, got {path}")
     if network not in zoo.NETWORKS:
-        raise typer.BadParameter(f"--network must be one of {', '.join(zoo.NETWORKS)}, got {network}")
+        got = network or "none"
+        raise typer.BadParameter(f"a state dict needs --network, one of {', '.join(zoo.NETWORKS)}, got {got}")
     model = zoo.NETWORKS[network]()
-    model.load_state_dict(_read_state(path))
+    try:
+        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+        model.load_state_dict(state)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"convert: MODEL must exist, got {path}; pass a file that does") from None
+    except Exception as error:  # whatever torch makes of a file that holds something else
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"convert: MODEL must hold a state dict of {network}, got {path} ({type(error).__name__}: {reason}); "
+            "write it with torch.save(model.state_dict(), path)"
+        ) from error
     return model.eval()
-
-
-def _read_state(path: Path) -> dict[str, torch.Tensor]:
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(path)
-    if path.suffix not in (".pt", ".pth"):
-        raise typer.BadParameter(f"MODEL must end in .terse, .pt, .pth or .safetensors, got {path.name}")
-    state: dict[str, torch.Tensor] = torch.load(path, weights_only=True, map_location="cpu")
-    return state
