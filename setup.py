@@ -1,6 +1,7 @@
 """Builds csrc/ with CMake; everything about the package itself is in pyproject.toml."""
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -31,7 +32,9 @@ def torch_version() -> str:
 def require_compiler() -> None:
     """Stops the build with one sentence when there is no C++ compiler."""
     requested = os.environ.get("CXX")
-    if not any(shutil.which(name) for name in ([requested] if requested else ["c++", "g++", "clang++"])):
+    # CXX may carry a wrapper or flags: "ccache g++ -O2".
+    names = shlex.split(requested)[:1] if requested else ["c++", "g++", "clang++"]
+    if not any(shutil.which(name) for name in names):
         raise SystemExit(
             f"tersetorch: the build needs a C++20 compiler, found none ({requested or 'c++, g++ or clang++'}); "
             "install one (Debian: 'apt-get install g++') or name it in CXX"
@@ -44,6 +47,13 @@ class CMakeBuild(build_ext):
     def run(self) -> None:
         """Configures and builds; the build folder is kept, so that the next build compiles only what changed."""
         require_compiler()
+        missing = [tool for tool in ("cmake", "ninja") if shutil.which(tool) is None]
+        missing += [] if find_spec("pybind11") else ["pybind11"]
+        if missing:
+            raise SystemExit(
+                f"tersetorch: the build needs cmake, ninja and pybind11, found no {', '.join(missing)}; "
+                f"run 'pip install {' '.join(missing)}'"
+            )
         import pybind11
 
         editable = self.inplace or self.editable_mode
@@ -59,8 +69,9 @@ class CMakeBuild(build_ext):
             "TERSETORCH_TORCH_VERSION": torch_version(),
         }
         defines = [f"-D{name}={value}" for name, value in options.items()]
-        subprocess.run(["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", *defines], check=True)
-        subprocess.run(["cmake", "--build", build], check=True)
+        for command in (["-S", ROOT, "-B", build, "-G", "Ninja", *defines], ["--build", build]):
+            if subprocess.run(["cmake", *command], check=False).returncode != 0:
+                raise SystemExit("tersetorch: the native pieces did not compile; the compiler's message stands above")
 
 
 torch_version()
