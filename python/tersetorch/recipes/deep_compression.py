@@ -235,7 +235,7 @@ def _check(
     ramp = plan.prune is not None and plan.prune.ramp_epochs is not None
     if (ramp and steps_per_epoch is None) or (steps_per_epoch is not None and steps_per_epoch < 1):
         raise ValueError(
-            f"deep_compression: steps_per_epoch must be at least 1 where recipe.prune has ramp_epochs, "
+            "deep_compression: steps_per_epoch must be at least 1 where recipe.prune has ramp_epochs, "
             f"got {steps_per_epoch}; pass the optimizer steps that train takes in an epoch"
         )
     if plan.prune is not None:

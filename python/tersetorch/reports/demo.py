@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -52,8 +53,10 @@ def run_demo(
     draw(figures, picture)
     figures["picture"] = str(picture)
     console.print(table(figures))
-    console.print(f"{figures['path']}: every byte of it is itemised by 'tersetorch inspect'", highlight=False)
-    console.print(f"{picture}: the same as a picture", highlight=False)
+    console.print(
+        f"{figures['path']}: every byte of it is itemised by 'tersetorch inspect'", markup=False, highlight=False
+    )
+    console.print(f"{picture}: the same as a picture", markup=False, highlight=False)
     return figures
 
 
@@ -61,7 +64,8 @@ def table(figures: dict[str, Any]) -> Table:
     """Before and after side by side: error, parameters, bytes, and the time of every layer."""
     source, machine = figures["data"], figures["machine"]
     shown = Table(
-        title=f"LeNet-300-100 on {source['name']} ({source['source']}), seed {figures['seed']}", title_justify="left"
+        title=f"LeNet-300-100 on {source['name']} ({escape(source['source'])}), seed {figures['seed']}",
+        title_justify="left",
     )
     shown.add_column("")
     for heading in ("dense", "compressed", "dense / compressed"):
