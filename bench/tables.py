@@ -21,6 +21,7 @@ DENSE = ("torch F.linear fp32", "torch mkldnn packed fp32")
 SPARSE = ("torch sparse csr", "scipy csr")
 HEADLINE_DENSITY = 0.1
 HEADLINE_BATCHES = (1, 64)
+HEADLINE_SHAPES = ([1024, 1024], [4096, 4096])
 
 
 def render(text: str) -> str:
@@ -57,7 +58,16 @@ def sizes() -> str:
 
 def seeds() -> str:
     """Every seed of the reproduction."""
-    record = _load("lenet_300_100.json")
+    return _seed_table("lenet_300_100.json")
+
+
+def sparser_seeds() -> str:
+    """Every seed of the sparser plan that was tried before."""
+    return _seed_table("lenet_300_100_sparser.json")
+
+
+def _seed_table(name: str) -> str:
+    record = _load(name)
     return _markdown(
         (
             "seed",
@@ -82,9 +92,32 @@ def seeds() -> str:
     )
 
 
+def layers() -> str:
+    """The paper's columns for each layer, and ours of the first seed."""
+    record = _load("lenet_300_100.json")
+    columns = ("kept", "bits", "huffman_bits", "position_huffman_bits", "file_percent")
+    return _markdown(
+        ("layer", "", "weights kept %", "bits", "Huffman bits", "position bits", "% of dense"),
+        (
+            (name, source, *(f"{layer[column]:.3g}" for column in columns))
+            for name in record["paper"]["layers"]
+            for source, layer in (
+                ("paper", record["paper"]["layers"][name]),
+                ("ours", record["seeds"][0]["layers"][name]),
+            )
+        ),
+    )
+
+
 def speeds() -> str:
-    """Times of the sparse layer beside its strongest peers, at the headline density."""
-    return _speed_table(lambda record: record["density"] == HEADLINE_DENSITY and record["batch"] in HEADLINE_BATCHES)
+    """Times of the sparse layer beside its strongest peers, at the headline density and shapes."""
+    return _speed_table(
+        lambda record: (
+            record["density"] == HEADLINE_DENSITY
+            and record["batch"] in HEADLINE_BATCHES
+            and record["shape"] in HEADLINE_SHAPES
+        )
+    )
 
 
 def all_speeds() -> str:
@@ -105,10 +138,10 @@ def _speed_table(wanted: Callable[[dict[str, Any]], bool]) -> str:
         for record in _load(name)["records"]
         if wanted(record)
     ]
-    cases: dict[tuple[Any, ...], dict[str, float]] = {}
+    cases: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
     for record in records:
         case = (record["density"], *record["shape"], record["batch"], record["threads"])
-        cases.setdefault(case, {})[record["implementation"]] = record["p30_ms"]
+        cases.setdefault(case, {})[record["implementation"]] = record
     return _markdown(
         (
             "layer (out x in)",
@@ -123,17 +156,20 @@ def _speed_table(wanted: Callable[[dict[str, Any]], bool]) -> str:
             "scipy ms",
             "faster than best dense",
             "than best sparse",
+            "of our limit",
         ),
         (_speed_row(case, times) for case, times in sorted(cases.items())),
     )
 
 
-def _speed_row(case: tuple[Any, ...], times: dict[str, float]) -> tuple[str, ...]:
+def _speed_row(case: tuple[Any, ...], records: dict[str, dict[str, Any]]) -> tuple[str, ...]:
     density, rows, columns, batch, threads = case
+    times = {name: record["p30_ms"] for name, record in records.items()}
     ours = times[OURS[0]]
     ratios = (f"{min(times[name] for name in peers if name in times) / ours:.1f}x" for peers in (DENSE, SPARSE))
     shown = (f"{times[name]:.3f}" if name in times else "-" for name in (*OURS, *DENSE, *SPARSE))
-    return (f"{rows} x {columns}", f"{100 * density:.0f} %", str(batch), str(threads), *shown, *ratios)
+    limit = f"{100 * records[OURS[0]]['fraction_of_limit']:.0f} %"
+    return (f"{rows} x {columns}", f"{100 * density:.0f} %", str(batch), str(threads), *shown, *ratios, limit)
 
 
 def _load(name: str) -> dict[str, Any]:
@@ -150,6 +186,8 @@ def _markdown(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "sizes": sizes,
     "seeds": seeds,
+    "sparser_seeds": sparser_seeds,
+    "layers": layers,
     "speeds": speeds,
     "all_speeds": all_speeds,
     "machine": machine,
