@@ -6,6 +6,29 @@ from torch import Tensor
 INT32_MAX = 2**31 - 1
 
 
+class CsrPattern:
+    """What follows from the positions alone, for the formats that hold them."""
+
+    row_offsets: Tensor
+    col_indices: Tensor
+    columns: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, columns) of the dense weight."""
+        return self.row_offsets.numel() - 1, self.columns
+
+    @property
+    def nnz(self) -> int:
+        """Number of stored positions."""
+        return self.col_indices.numel()
+
+    @property
+    def rows(self) -> Tensor:
+        """The row of every stored position, int64 [nnz]."""
+        return rows_of(self.row_offsets)
+
+
 def pattern_of(nonzero: Tensor) -> tuple[Tensor, Tensor]:
     """Row offsets int32 [rows + 1] and column indices int32 [nnz] of the true entries of nonzero, bool [rows, columns].
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tersetorch.formats.csr_pattern import check_dense, check_pattern, check_tensor, pattern_of, rows_of, scatter
+from tersetorch.formats.csr_pattern import CsrPattern, check_dense, check_pattern, check_tensor, pattern_of, scatter
 
 
 @dataclass(frozen=True)
-class CsrWeight:
+class CsrWeight(CsrPattern):
     """Compressed sparse rows: W[r, col_indices[k]] = values[k], row_offsets[r] <= k < row_offsets[r + 1], 0 elsewhere.
 
     Attributes:
@@ -66,21 +66,6 @@ class CsrWeight:
             )
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """(rows, columns) of the dense weight."""
-        return self.row_offsets.numel() - 1, self.columns
-
-    @property
-    def nnz(self) -> int:
-        """Number of stored positions."""
-        return self.col_indices.numel()
-
-    @property
     def nbytes(self) -> int:
         """Bytes of the stored tensors."""
         return self.row_offsets.nbytes + self.col_indices.nbytes + self.values.nbytes
-
-    @property
-    def rows(self) -> Tensor:
-        """The row of every stored position, int64 [nnz]."""
-        return rows_of(self.row_offsets)

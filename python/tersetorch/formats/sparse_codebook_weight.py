@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tersetorch.formats.csr_pattern import check_dense, check_pattern, check_tensor, pattern_of, rows_of, scatter
+from tersetorch.formats.csr_pattern import CsrPattern, check_dense, check_pattern, check_tensor, pattern_of, scatter
 
 MAX_ENTRIES = 256
 # Non-zeros looked at first: a weight that nobody shared is refused without sorting all of it.
@@ -15,7 +15,7 @@ SAMPLE = 65536
 
 
 @dataclass(frozen=True)
-class SparseCodebookWeight:
+class SparseCodebookWeight(CsrPattern):
     """W[r, col_indices[k]] = codebook[0, codes[k]] for row_offsets[r] <= k < row_offsets[r + 1], 0 elsewhere.
 
     Attributes:
@@ -101,24 +101,9 @@ class SparseCodebookWeight:
         return self.codebook[0].index_select(0, self.codes.int())
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """(rows, columns) of the dense weight."""
-        return self.row_offsets.numel() - 1, self.columns
-
-    @property
-    def nnz(self) -> int:
-        """Number of stored positions."""
-        return self.col_indices.numel()
-
-    @property
     def nbytes(self) -> int:
         """Bytes of the stored tensors."""
         return self.row_offsets.nbytes + self.col_indices.nbytes + self.codes.nbytes + self.codebook.nbytes
-
-    @property
-    def rows(self) -> Tensor:
-        """The row of every stored position, int64 [nnz]."""
-        return rows_of(self.row_offsets)
 
 
 def _check_distinct(distinct: Tensor, bound: str) -> None:
