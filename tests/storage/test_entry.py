@@ -15,11 +15,12 @@ SPARSE = {
 RAW = {"s": [2, 3], "d": "f32", "f": "raw", "x": [["raw", 24]]}
 
 
+ALL = {"s": [8, 8], "d": "f32", "f": "sparse", "n": 64, "c": True, "x": [["all", 0], ["raw", 256]]}
 CONSTANT = {"s": [8, 8], "d": "f32", "f": "codebook", "k": 1, "x": [["raw", 4], ["constant", 0]]}
 
 
 @pytest.mark.parametrize(
-    "data", [SPARSE, RAW, CONSTANT, SPARSE | {"t": True, "g": False, "c": True}, SPARSE | {"b": (1 << 32) - 1}]
+    "data", [SPARSE, RAW, CONSTANT, ALL, SPARSE | {"t": True, "g": False, "c": True}, SPARSE | {"b": (1 << 32) - 1}]
 )
 def test_json_round_trips(data):
     assert Entry.from_json(data).to_json() == data
@@ -68,6 +69,8 @@ def test_sizes_of_what_will_be_decoded():
             CONSTANT | {"k": 2, "x": [["raw", 8], ["constant", 0]]},
             "one entry and no bytes for constant codes, got 2, 0",
         ),
+        (ALL | {"n": 63, "x": [["all", 0], ["raw", 252]]}, "every position and no bytes for them, got 63, 0 bytes"),
+        (ALL | {"x": [["all", 1], ["raw", 256]]}, "every position and no bytes for them, got 64, 1 bytes"),
         (CONSTANT | {"x": [["raw", 4], ["constant", 1]]}, "one entry and no bytes for constant codes, got 1, 1 bytes"),
         (SPARSE | {"k": 1, "n": 41, "x": [["gaps", 5, 3], ["raw", 4], ["constant", 0]]}, "hold 41 items in a stream"),
         (SPARSE | {"s": [64], "c": True}, "keep a layer's weight as a sparse float32 or bfloat16 matrix"),

@@ -40,6 +40,14 @@ def test_codebook_layers_round_trip(rows, columns, density, same_state):
     same_state(layer, round_trip(layer)[1])
 
 
+def test_a_layer_without_zeros_spends_no_bytes_on_positions(same_state):
+    layer = SparseLinear(CsrWeight.from_dense(torch.rand(20, 30) + 1))
+    entry, found = round_trip(layer)
+    same_state(layer, found)
+    assert entry.streams[0].coder == "all"
+    assert sum(spec.nbytes for spec in entry.streams) == layer.weight.nbytes
+
+
 def test_the_order_of_a_codebook_and_its_unused_entries_are_kept(same_state):
     weight = SparseCodebookWeight.from_dense(sparse(20, 30, 0.3, 2))
     codebook = torch.tensor([[0.0, 7.0, *weight.codebook[0, 1:].flip(0).tolist(), 7.0, float("nan")]])

@@ -337,7 +337,7 @@ def test_the_golden_file_of_version_1(same_state):
     assert found.provenance == namespace["PROVENANCE"]
     assert {tensor.form for tensor in found.tensors} == {"raw", "codebook", "sparse", "sparse-codebook"}
     coders = {coder for tensor in found.tensors for coder in tensor.coders}
-    assert coders == {"raw", "packed", "huffman", "constant", "gaps", "gaps-huffman", "bitmap"}
+    assert coders == {"raw", "packed", "huffman", "constant", "gaps", "gaps-huffman", "bitmap", "all"}
 
 
 def test_a_live_recurrent_module_saves_after_a_forward_pass(tmp_path):

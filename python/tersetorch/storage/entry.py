@@ -199,6 +199,9 @@ class Entry:
             elif spec.coder == "constant":
                 if spec.nbytes or self.entries != 1:
                     refuse("have one entry and no bytes for constant codes", f"{self.entries}, {spec.nbytes} bytes")
+            elif spec.coder == "all":
+                if spec.nbytes or self.stored != self.numel:
+                    refuse("store every position and no bytes for them", f"{self.stored}, {spec.nbytes} bytes")
             elif self.stored > spec.nbytes * 8:
                 refuse(f"hold {self.stored} items in a stream of {spec.role}", f"{spec.nbytes} bytes")
 

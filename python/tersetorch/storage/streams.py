@@ -2,7 +2,7 @@
 
 Coders: raw (the values' own bytes, little endian), packed (codes at a fixed width), huffman (codes), constant (codes
 that are all 0, in no bytes), gaps and gaps-huffman (positions as relative gaps of `width` bits with fillers), bitmap
-(positions).
+(positions), all (every position, in no bytes).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Array = NDArray[Any]
 MAX_ENTRIES = 65536
 # Codes of at most 15 bits.
 MAX_HUFFMAN_ENTRIES = 32768
-POSITION_CODERS = ("gaps", "gaps-huffman", "bitmap")
+POSITION_CODERS = ("gaps", "gaps-huffman", "bitmap", "all")
 CODE_CODERS = ("packed", "huffman", "constant")
 
 
@@ -99,6 +99,8 @@ def decode_codes(data: bytes, coder: str, entries: int, count: int) -> Array:
 
 def best_position_coding(positions: NDArray[np.int64], size: int) -> Coding:
     """The smallest coder for rising positions in [0, size)."""
+    if positions.size == size:
+        return Coding("all", 0)
     width, huffman, nbytes = _native.best_gaps(positions)
     bitmap = (size + 7) // 8
     return (
@@ -108,7 +110,9 @@ def best_position_coding(positions: NDArray[np.int64], size: int) -> Coding:
 
 def encode_positions(role: str, positions: NDArray[np.int64], size: int, coding: Coding) -> Stream:
     """Rising positions in [0, size) as a stream."""
-    if coding.coder == "bitmap":
+    if coding.coder == "all":
+        data = b""
+    elif coding.coder == "bitmap":
         data = _native.encode_bitmap(positions, size)
     else:
         data = _native.encode_gaps(positions, coding.width, coding.coder == "gaps-huffman")
@@ -117,6 +121,8 @@ def encode_positions(role: str, positions: NDArray[np.int64], size: int, coding:
 
 def decode_positions(data: bytes, coder: str, width: int, count: int, size: int) -> NDArray[np.int64]:
     """`count` rising positions in [0, size)."""
+    if coder == "all":
+        return np.arange(size)
     try:
         if coder == "bitmap":
             return _native.decode_bitmap(data, count, size)

@@ -53,6 +53,7 @@ def model():
         shared,
         SparseCodebookLinear.from_dense(fill(nn.Linear(60, 24), 0.05, levels=4)),
         fill(nn.Linear(24, 30), 0.02),
+        SparseLinear.from_dense(fill(nn.Linear(30, 30), 1.0)),
         shared,
         fill(nn.Linear(30, 30), 0.5),
         fill(nn.Linear(30, 20, bias=False), 0.1),
@@ -66,7 +67,7 @@ def model():
     )
     network[4].weight.requires_grad_(False)
     network.eval()
-    network[11].train()
+    network[12].train()
     return network
 
 
