@@ -3,6 +3,7 @@ PYTHON ?= python3
 # An index that offers CPU builds of torch. It is left out when it is empty or does not answer.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
+SHELL := /bin/bash
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 KERNEL_TESTS := build/kernel-tests
@@ -32,8 +33,10 @@ demo: venv
 test: venv test-kernels
 	python -m pytest -m 'not slow'
 
+# The last line of the log is stored.
 test-full: venv test-kernels
-	python -m pytest
+	set -o pipefail; python -m pytest | tee build/test-full.log
+	tail -n 1 build/test-full.log | tr -d '=' > bench/results/test_full.txt
 
 test-kernels: .venv/tools
 	cmake -S . -B $(KERNEL_TESTS) -G Ninja -DTERSETORCH_TESTS=ON >/dev/null
