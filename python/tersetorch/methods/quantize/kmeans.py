@@ -38,8 +38,9 @@ def kmeans(
     From here on the values train: the codebook, a parameter [1, entries], gets the sum of its members' gradients, and
     the weight itself is frozen. An optimizer built before the call takes the codebook into the weight's group before
     its next step (see tersetorch.methods.quantize.adopt for resumed runs and GradScaler); one built afterwards finds
-    it among model.parameters(). Which weight has which value stays as it is. Sharing again clusters anew; pruning
-    afterwards takes members out. finalize makes plain weights of it.
+    it among model.parameters(). A sum over thousands of members is large: divide the learning rate by 10 to 100 for
+    plain SGD, or use an adaptive optimizer. Which weight has which value stays as it is. Sharing again clusters anew;
+    pruning afterwards takes members out. finalize makes plain weights of it.
 
     Args:
         model: any nn.Module; its weights are float16, bfloat16, float32 or float64, of any shape.
