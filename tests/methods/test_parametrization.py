@@ -408,3 +408,22 @@ def test_a_live_recurrent_module_can_be_copied_after_a_forward_pass():
     copied = finalize(copy.deepcopy(model))
     assert torch.equal(copied(x)[0], expected)
     assert torch.equal(model(x)[0], expected)
+
+
+def test_zeros_of_a_dense_checkpoint_stay_zero_when_it_is_clustered(make_mlp):
+    model, pruned = make_mlp(), make_mlp(seed=1)
+    quantize.kmeans(model, 4)
+    finalize(prune.magnitude(pruned, 0.8))
+    model.load_state_dict(pruned.state_dict())
+    assert torch.equal(model[0].weight == 0, pruned[0].weight == 0)
+
+
+def test_a_checkpoint_that_is_not_finite_is_refused_by_a_shared_weight(make_mlp):
+    model = make_mlp()
+    quantize.kmeans(model, 4)
+    before = model[0].weight.detach().clone()
+    state = make_mlp(seed=1).state_dict()
+    state["0.weight"][0, 0] = float("nan")
+    with pytest.raises(RuntimeError, match=r"0\.weight must be finite to be shared, got NaN or infinity"):
+        model.load_state_dict(state)
+    assert torch.equal(model[0].weight, before)

@@ -253,8 +253,13 @@ def _load_live(self: nn.Module, state_dict: dict[str, Any], prefix: str, *args: 
             state_dict[f"{inside}.original"] = weight
             state_dict[mask] = compressed.mask
             if compressed.codebook is not None:
-                if isinstance(weight, Tensor) and weight.shape == compressed.mask.shape:
+                fits = isinstance(weight, Tensor) and weight.shape == compressed.mask.shape
+                if fits and bool(weight[compressed.mask.to(weight.device)].isfinite().all()):
                     _share_anew(live, weight)
+                elif fits:
+                    errors.append(f"{plain} must be finite to be shared, got NaN or infinity; load it before sharing")
+                    del state_dict[f"{inside}.original"], state_dict[mask]
+                    continue
                 state_dict[codes] = compressed.codes
                 state_dict[codebook] = compressed.codebook.detach()
     before: Any = parametrize.type_before_parametrizations(self)
@@ -290,14 +295,15 @@ def _share_anew(live: LiveWeight, dense: Tensor) -> None:
         return
     from tersetorch.methods.quantize.kmeans_1d import cluster  # its package imports this module
 
-    survivors = dense[compressed.mask].to("cpu", codebook.dtype).numpy()
+    kept = compressed.mask & (dense != 0)  # zeros stay zero, as they do when kmeans is called
+    survivors = dense[kept].to("cpu", codebook.dtype).numpy()
     pruned = survivors.size < dense.numel()
     values = codebook.new_zeros(int(pruned), device="cpu")
     codes = torch.zeros_like(compressed.codes)
     if survivors.size:
         clusters = cluster(survivors, max(1, codebook.shape[1] - pruned), "exact")
         found = torch.from_numpy(clusters.codes(survivors)) + int(pruned)
-        codes[compressed.mask] = found.to(codes.device, codes.dtype)
+        codes[kept] = found.to(codes.device, codes.dtype)
         values = torch.cat([values, torch.from_numpy(clusters.centroids).to(values.dtype)])
     _share(live, codes, values[None].to(codes.device))
 
