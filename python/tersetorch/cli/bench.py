@@ -19,10 +19,12 @@ def bench(
     """Times our kernels beside their peers in one process and shows every row, also where we lose."""
     if suite and suite not in SUITES:
         raise typer.BadParameter(f"SUITE must be one of {', '.join(SUITES)}, got {suite}")
+    if json_file:  # before anything is measured
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.touch()
     records = []
     for name in [suite] if suite else SUITES:
         records += run_suite(name, threads=threads, quick=quick)
     Console().print(table(records))
     if json_file:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps({"machine": machine_facts(), "records": records}, indent=1) + "\n")
