@@ -8,6 +8,7 @@
 #include <limits>
 #include <optional>
 
+#include "kernels/panels/panels.h"
 #include "torch/common.h"
 
 namespace tersetorch {
@@ -23,11 +24,11 @@ void CheckOnCpu(const char* op, const Tensor& t, const char* name) {
                   " must be on the CPU like the other tensors, got another device; move it");
 }
 
-CsrFloat FloatKind(const char* op, const Tensor& t, const char* name) {
+FloatDtype FloatKind(const char* op, const Tensor& t, const char* name) {
   const ScalarType dtype = t.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, op, ": ", name,
                   " must be float32 or bfloat16, got ", torch::headeronly::toString(dtype), "; convert it");
-  return dtype == ScalarType::Float ? CsrFloat::kFloat32 : CsrFloat::kBFloat16;
+  return dtype == ScalarType::Float ? FloatDtype::kFloat32 : FloatDtype::kBFloat16;
 }
 
 void CheckIndices(const char* op, const Tensor& t, const char* name) {
@@ -44,7 +45,7 @@ struct Samples {
     tensor = Contiguous(t);
     count = LeadingSize(t);
     features = t.size(-1);
-    item_bytes = stored_as == CsrFloat::kFloat32 ? 4 : 2;
+    item_bytes = stored_as == FloatDtype::kFloat32 ? 4 : 2;
   }
 
   // Sample n.
@@ -52,7 +53,7 @@ struct Samples {
     return static_cast<const char*>(tensor.const_data_ptr()) + n * features * item_bytes;
   }
 
-  CsrFloat stored_as;
+  FloatDtype stored_as;
   Tensor tensor;
   std::int64_t count = 0, features = 0, item_bytes = 0;
 };
@@ -86,7 +87,7 @@ struct Weight {
     values = Contiguous(t);
     args.values = values.const_data_ptr();
     if (!codes_of.has_value()) {
-      args.stored_as = FloatKind(op, t, "values") == CsrFloat::kFloat32 ? CsrValues::kFloat32 : CsrValues::kBFloat16;
+      args.stored_as = FloatKind(op, t, "values") == FloatDtype::kFloat32 ? CsrValues::kFloat32 : CsrValues::kBFloat16;
       return;
     }
     STD_TORCH_CHECK(t.scalar_type() == ScalarType::Byte, op, ": values must be uint8 codes beside a codebook, got ",
@@ -214,10 +215,10 @@ class Panels {
     ParallelRanges(count, samples_.features, GrainItems(plan_.Width() / 4),
                    [&](std::int64_t i, std::int64_t begin, std::int64_t end) {
                      const std::int64_t panel = first + i;
-                     const CsrPackArgs args{samples_.At(plan_.Begin(panel)), samples_.stored_as,
+                     const PanelPackArgs args{samples_.At(plan_.Begin(panel)), samples_.stored_as,
                                             plan_.SamplesIn(panel),          samples_.features,
                                             data_ + Offset(panel),           plan_.Width(panel)};
-                     CsrPack(args, begin, end);
+                     PackPanel(args, begin, end);
                    });
   }
 
@@ -228,7 +229,7 @@ class Panels {
 
  private:
   // One float32 sample lies as its panel would.
-  bool OwnPanel() const { return plan_.Width() == 1 && samples_.stored_as == CsrFloat::kFloat32; }
+  bool OwnPanel() const { return plan_.Width() == 1 && samples_.stored_as == FloatDtype::kFloat32; }
   std::int64_t Offset(std::int64_t panel) const { return (panel - first_) * plan_.Width() * samples_.features; }
 
   const Samples& samples_;
@@ -254,7 +255,7 @@ Tensor CsrMatmulOnCpu(const Tensor& x, const Tensor& row_offsets, const Tensor& 
     CheckOnCpu(kOp, *bias, "bias");
     STD_TORCH_CHECK(bias->dim() == 1 && bias->numel() == rows, kOp, ": bias must be [", rows, "], got ", bias->dim(),
                     "-D with ", bias->numel(), " elements; pass one for each row");
-    bias_float = FloatKind(kOp, *bias, "bias") == CsrFloat::kFloat32 ? Contiguous(*bias)
+    bias_float = FloatKind(kOp, *bias, "bias") == FloatDtype::kFloat32 ? Contiguous(*bias)
                                                                      : torch::stable::to(*bias, ScalarType::Float);
     bias_data = bias_float.const_data_ptr<float>();
   }

@@ -1,7 +1,4 @@
 // Every variant against sums in double, on awkward shapes and unaligned memory, and against damaged weights.
-//
-// A float32 sum of n products that were rounded once each is off by at most about (n + 1) * 2^-24 * sum |w * x|,
-// whatever the order; storing it as bfloat16 adds half a unit, 2^-9 of the result.
 #include <algorithm>
 #include <bit>
 #include <cmath>
@@ -10,56 +7,26 @@
 #include <random>
 #include <vector>
 
+#include "kernels/arrays.h"
 #include "kernels/check.h"
 #include "kernels/common/cpu_isa.h"
 #include "kernels/csr_matmul/csr_matmul.h"
+#include "kernels/panels/panels.h"
 
 namespace tersetorch {
 extern const CsrKernels kCsrAvx512OnAvx2;
 }
 
 using namespace tersetorch;
-using test::Expect;
+using namespace tersetorch::test;
 
 namespace {
-
-using Index = std::int64_t;
 
 struct Variant {
   const char* name;
   CpuIsa needs;
   const CsrKernels& kernels;
 };
-
-// Numbers that start one byte after an aligned address.
-template <typename T>
-class Unaligned {
- public:
-  explicit Unaligned(const std::vector<T>& values) : bytes_(sizeof(T) * values.size() + 1), size_(values.size()) {
-    if (size_ != 0) std::memcpy(bytes_.data() + 1, values.data(), sizeof(T) * size_);
-  }
-  T* data() { return reinterpret_cast<T*>(bytes_.data() + 1); }
-  std::vector<T> Values() const {
-    std::vector<T> values(size_);
-    if (size_ != 0) std::memcpy(values.data(), bytes_.data() + 1, sizeof(T) * size_);
-    return values;
-  }
-
- private:
-  std::vector<unsigned char> bytes_;
-  std::size_t size_;
-};
-
-std::uint16_t Truncated(float value) { return static_cast<std::uint16_t>(std::bit_cast<std::uint32_t>(value) >> 16); }
-float Widened(std::uint16_t half) { return std::bit_cast<float>(std::uint32_t{half} << 16); }
-
-std::vector<float> Random(Index count, std::mt19937& rng) {
-  std::normal_distribution<float> normal;
-  std::vector<float> values(count);
-  // Representable in bfloat16, so that one reference serves both ways of storing.
-  for (float& value : values) value = Widened(Truncated(normal(rng)));
-  return values;
-}
 
 // The same numbers in each way of storing them; codes go through a codebook of 7 entries.
 struct Weight {
@@ -110,58 +77,13 @@ struct Stored {
   CsrWeight args;
 };
 
-struct Sum {
-  double value = 0, magnitude = 0;
-  Index terms = 0;
-
-  void Add(double term) {
-    value += term;
-    magnitude += std::fabs(term);
-    ++terms;
-  }
-  bool Near(double got, CsrFloat stored_as) const {
-    const double half = stored_as == CsrFloat::kFloat32 ? 0 : std::ldexp(std::fabs(value), -8);
-    return std::fabs(got - value) <= std::ldexp((terms + 1) * magnitude, -24) + half;
-  }
-};
-
-const CsrFloat kFloats[] = {CsrFloat::kFloat32, CsrFloat::kBFloat16};
-
-// An output array that can be read as floats.
-struct Output {
-  Output(Index count, CsrFloat stored_as)
-      : stored_as(stored_as),
-        floats(std::vector<float>(count, NAN)),
-        halves(std::vector<std::uint16_t>(count, 0x7fc0)) {}
-  void* data() { return stored_as == CsrFloat::kFloat32 ? static_cast<void*>(floats.data()) : halves.data(); }
-  std::vector<float> Values() const {
-    if (stored_as == CsrFloat::kFloat32) return floats.Values();
-    std::vector<float> values;
-    for (const std::uint16_t half : halves.Values()) values.push_back(Widened(half));
-    return values;
-  }
-
-  CsrFloat stored_as;
-  Unaligned<float> floats;
-  Unaligned<std::uint16_t> halves;
-};
-
-std::vector<float> Pack(const CsrKernels& kernels, const std::vector<float>& x, CsrFloat stored_as, Index samples,
-                        Index features, Index width) {
-  std::vector<std::uint16_t> halves;
-  for (const float value : x) halves.push_back(Truncated(value));
-  Unaligned<float> floats_in(x);
-  Unaligned<std::uint16_t> halves_in(halves);
-  const void* in = stored_as == CsrFloat::kFloat32 ? static_cast<const void*>(floats_in.data()) : halves_in.data();
+std::vector<float> Pack(const std::vector<float>& x, Index samples, Index features, Index width) {
   std::vector<float> panel(features * width, NAN);
-  const CsrPackArgs args{in, stored_as, samples, features, panel.data(), width};
-  const Index middle = features / 3;
-  kernels.pack(args, middle, features);
-  kernels.pack(args, 0, middle);
+  kPackPanelScalar({x.data(), FloatDtype::kFloat32, samples, features, panel.data(), width}, 0, features);
   return panel;
 }
 
-void TestOne(const Variant& variant, const Weight& w, CsrValues values_as, CsrFloat floats_as, Index samples,
+void TestOne(const Variant& variant, const Weight& w, CsrValues values_as, FloatDtype floats_as, Index samples,
              Index width, std::mt19937& rng) {
   const CsrKernels& kernels = variant.kernels;
   Stored stored(w, values_as);
@@ -171,15 +93,8 @@ void TestOne(const Variant& variant, const Weight& w, CsrValues values_as, CsrFl
            long{w.columns}, long{samples}, long{width}, static_cast<int>(values_as), static_cast<int>(floats_as));
   };
 
-  const auto x_panel = Pack(kernels, x, floats_as, samples, w.columns, width);
-  const auto grad_panel = Pack(kernels, grad, floats_as, samples, w.rows, width);
-  bool packed = true;
-  for (Index c = 0; c < w.columns; ++c) {
-    for (Index n = 0; n < width; ++n) {
-      packed &= x_panel[c * width + n] == (n < samples ? x[n * w.columns + c] : 0.0f);
-    }
-  }
-  complain(packed, "pack");
+  const auto x_panel = Pack(x, samples, w.columns, width);
+  const auto grad_panel = Pack(grad, samples, w.rows, width);
 
   // y, whole and in two parts.
   Unaligned<float> stored_bias(bias);
@@ -235,7 +150,7 @@ void TestOne(const Variant& variant, const Weight& w, CsrValues values_as, CsrFl
       for (Index n = 0; n < samples; ++n) {
         want.Add(double{grad[n * w.rows + r]} * x[n * w.columns + w.col_indices[k]]);
       }
-      right_values &= want.Near(grad_values[k], CsrFloat::kFloat32);
+      right_values &= want.Near(grad_values[k], FloatDtype::kFloat32);
     }
   }
   complain(right_values, "grad_values");
@@ -261,7 +176,7 @@ void TestShapes(const Variant& variant) {
     for (const Index width : {1, 8, 16, 32}) {
       for (const Index samples : {Index{1}, width / 2 + 1, width}) {
         for (const CsrValues values_as : {CsrValues::kFloat32, CsrValues::kBFloat16, CsrValues::kCodes}) {
-          for (const CsrFloat floats_as : kFloats) TestOne(variant, w, values_as, floats_as, samples, width, rng);
+          for (const FloatDtype floats_as : kFloats) TestOne(variant, w, values_as, floats_as, samples, width, rng);
         }
       }
     }
@@ -282,11 +197,11 @@ void TestDamage(const Variant& variant) {
         Expect(got == wanted, "%s: %s in %s, width %ld, got %d", variant.name, what, function, long{width},
                static_cast<int>(got));
       };
-      const CsrMatmulArgs args{stored.args, panel.data(), width, nullptr, y.data(), CsrFloat::kFloat32, width};
+      const CsrMatmulArgs args{stored.args, panel.data(), width, nullptr, y.data(), FloatDtype::kFloat32, width};
       check(variant.kernels.matmul(args, 0, w.rows), want, "matmul");
       if (want == CsrStatus::kBadRowOffsets) check(variant.kernels.matmul(args, 4, w.rows), want, "matmul from row 4");
-      const CsrGradXArgs grad_x_args{stored.args,   grads.data(),       width, sums.data(),
-                                     grad_x.data(), CsrFloat::kFloat32, width};
+      const CsrGradXArgs grad_x_args{stored.args,   grads.data(),         width, sums.data(),
+                                     grad_x.data(), FloatDtype::kFloat32, width};
       check(variant.kernels.grad_x(grad_x_args), want, "grad_x");
       const CsrGradValuesArgs values_args{stored.args, grads.data(), panel.data(), width, false, grad_values.data()};
       check(variant.kernels.grad_values(values_args, 0, w.rows), values_too ? want : CsrStatus::kOk, "grad_values");
@@ -335,7 +250,7 @@ void TestRounding(const Variant& variant) {
     std::vector<float> panel(width, 1.0f);
     std::uint16_t y[kCount * 8];
     const CsrWeight weight{offsets, indices, inputs, CsrValues::kFloat32, nullptr, 0, kCount, 1, kCount};
-    variant.kernels.matmul({weight, panel.data(), width, nullptr, y, CsrFloat::kBFloat16, 1}, 0, kCount);
+    variant.kernels.matmul({weight, panel.data(), width, nullptr, y, FloatDtype::kBFloat16, 1}, 0, kCount);
     for (Index i = 0; i < kCount; ++i) {
       Expect(y[i] == want[i], "%s: %g as bfloat16, got %04x", variant.name, double{inputs[i]}, unsigned{y[i]});
     }
@@ -355,5 +270,5 @@ int main() {
     TestDamage(variant);
     TestRounding(variant);
   }
-  return test::Failures() != 0;
+  return Failures() != 0;
 }

@@ -20,10 +20,6 @@ const CsrKernels& Active() {
 
 }  // namespace
 
-void CsrPack(const CsrPackArgs& args, std::int64_t feature_begin, std::int64_t feature_end) noexcept {
-  Active().pack(args, feature_begin, feature_end);
-}
-
 CsrStatus CsrMatmul(const CsrMatmulArgs& args, std::int64_t row_begin, std::int64_t row_end) noexcept {
   return Active().matmul(args, row_begin, row_end);
 }

@@ -16,13 +16,13 @@
 #include <cstdint>
 
 #include "kernels/common/export.h"
+#include "kernels/common/float_dtype.h"
 
 namespace tersetorch {
 
 inline constexpr std::int64_t kCsrMaxWidth = 32;
 inline constexpr std::int64_t kCsrMaxEntries = 256;
 
-enum class CsrFloat : int { kFloat32, kBFloat16 };
 enum class CsrValues : int { kFloat32, kBFloat16, kCodes };
 enum class CsrStatus : int { kOk, kBadRowOffsets, kBadColumn, kBadCode };
 
@@ -36,21 +36,13 @@ struct CsrWeight {
   std::int64_t rows, columns, nnz;
 };
 
-struct CsrPackArgs {
-  const void* x;  // [samples, features]
-  CsrFloat stored_as;
-  std::int64_t samples, features;  // samples <= width
-  float* panel;                    // [features, width]
-  std::int64_t width;
-};
-
 struct CsrMatmulArgs {
   CsrWeight weight;
   const float* panel;  // of x, [columns, width]
   std::int64_t width;
   const float* bias;  // [rows] or null
   void* y;            // [samples, rows]
-  CsrFloat y_stored_as;
+  FloatDtype y_stored_as;
   std::int64_t samples;  // <= width
 };
 
@@ -60,7 +52,7 @@ struct CsrGradXArgs {
   std::int64_t width;
   float* sums;   // [columns, width], scratch
   void* grad_x;  // [samples, columns]
-  CsrFloat grad_x_stored_as;
+  FloatDtype grad_x_stored_as;
   std::int64_t samples;  // <= width
 };
 
@@ -72,9 +64,6 @@ struct CsrGradValuesArgs {
   bool add;            // to what grad_values holds, instead of replacing it
   float* grad_values;  // [nnz]
 };
-
-// Transposes features [feature_begin, feature_end) of the samples into the panel.
-TERSETORCH_API void CsrPack(const CsrPackArgs& args, std::int64_t feature_begin, std::int64_t feature_end) noexcept;
 
 // Rows [row_begin, row_end) of one panel's y.
 TERSETORCH_API CsrStatus CsrMatmul(const CsrMatmulArgs& args, std::int64_t row_begin, std::int64_t row_end) noexcept;
@@ -89,7 +78,6 @@ TERSETORCH_API CsrStatus CsrMatmulGradValues(const CsrGradValuesArgs& args, std:
 
 // The variants, hidden in the library; the kernel tests link them directly.
 struct CsrKernels {
-  void (*pack)(const CsrPackArgs&, std::int64_t, std::int64_t) noexcept;
   CsrStatus (*matmul)(const CsrMatmulArgs&, std::int64_t, std::int64_t) noexcept;
   CsrStatus (*grad_x)(const CsrGradXArgs&) noexcept;
   CsrStatus (*grad_values)(const CsrGradValuesArgs&, std::int64_t, std::int64_t) noexcept;

@@ -1,41 +1,8 @@
+#include "kernels/common/scalars.h"
 #include "kernels/csr_matmul/csr_matmul.h"
 
 namespace tersetorch {
 namespace {
-
-// Element i of an array that may be unaligned.
-template <typename T>
-T At(const void* array, std::int64_t i) {
-  T value;
-  __builtin_memcpy(&value, static_cast<const char*>(array) + i * static_cast<std::int64_t>(sizeof(T)), sizeof value);
-  return value;
-}
-
-template <typename T>
-void Put(void* array, std::int64_t i, T value) {
-  __builtin_memcpy(static_cast<char*>(array) + i * static_cast<std::int64_t>(sizeof(T)), &value, sizeof value);
-}
-
-float FromBFloat16(std::uint16_t high_half) { return __builtin_bit_cast(float, std::uint32_t{high_half} << 16); }
-
-// Nearest, ties to even; NaN stays NaN.
-std::uint16_t ToBFloat16(float value) {
-  const auto bits = __builtin_bit_cast(std::uint32_t, value);
-  if (value != value) return static_cast<std::uint16_t>(bits >> 16 | 0x40);
-  return static_cast<std::uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
-float Load(const void* array, CsrFloat stored_as, std::int64_t i) {
-  return stored_as == CsrFloat::kFloat32 ? At<float>(array, i) : FromBFloat16(At<std::uint16_t>(array, i));
-}
-
-void Store(void* array, CsrFloat stored_as, std::int64_t i, float value) {
-  if (stored_as == CsrFloat::kFloat32) {
-    Put(array, i, value);
-  } else {
-    Put(array, i, ToBFloat16(value));
-  }
-}
 
 struct Row {
   std::int64_t begin, end;  // its non-zeros
@@ -68,14 +35,6 @@ CsrStatus Check(const CsrWeight& w, Row row, bool with_values) {
     }
   }
   return CsrStatus::kOk;
-}
-
-void Pack(const CsrPackArgs& a, std::int64_t feature_begin, std::int64_t feature_end) noexcept {
-  for (std::int64_t c = feature_begin; c < feature_end; ++c) {
-    for (std::int64_t n = 0; n < a.width; ++n) {
-      a.panel[c * a.width + n] = n < a.samples ? Load(a.x, a.stored_as, n * a.features + c) : 0.0f;
-    }
-  }
 }
 
 CsrStatus Matmul(const CsrMatmulArgs& a, std::int64_t row_begin, std::int64_t row_end) noexcept {
@@ -132,6 +91,6 @@ CsrStatus GradValues(const CsrGradValuesArgs& a, std::int64_t row_begin, std::in
 
 }  // namespace
 
-const CsrKernels kCsrScalar{Pack, Matmul, GradX, GradValues};
+const CsrKernels kCsrScalar{Matmul, GradX, GradValues};
 
 }  // namespace tersetorch

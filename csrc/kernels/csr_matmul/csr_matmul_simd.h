@@ -6,167 +6,11 @@
 
 #include <cstdint>
 
+#include "kernels/common/vectors.h"
 #include "kernels/csr_matmul/csr_matmul.h"
 
 namespace tersetorch {
 namespace {
-
-using Index = std::int64_t;
-
-// kLanes floats that one register holds; a single lane is a plain float.
-template <int kLanes>
-struct VectorOf {
-  typedef float Type __attribute__((vector_size(4 * kLanes)));
-};
-template <>
-struct VectorOf<1> {
-  using Type = float;
-};
-template <int kLanes>
-using Vector = typename VectorOf<kLanes>::Type;
-
-using Float8 = Vector<8>;
-typedef std::int32_t Int8 __attribute__((vector_size(32)));
-typedef std::uint32_t Bits8 __attribute__((vector_size(32)));
-typedef std::uint16_t Halves8 __attribute__((vector_size(16)));
-typedef std::uint8_t Bytes8 __attribute__((vector_size(8)));
-typedef std::uint8_t Bytes32 __attribute__((vector_size(32)));
-
-// Element i and what follows it, of an array that may be unaligned.
-template <typename T>
-T LoadAt(const void* array, Index i, Index element_size) {
-  T value;
-  __builtin_memcpy(&value, static_cast<const char*>(array) + i * element_size, sizeof value);
-  return value;
-}
-
-template <typename T>
-T Load(const float* p) {
-  return LoadAt<T>(p, 0, 0);
-}
-
-template <typename T>
-void Store(void* p, const T& value) {
-  __builtin_memcpy(p, &value, sizeof value);
-}
-
-template <int kLanes>
-Vector<kLanes> Splat(float value) {
-  return value - Vector<kLanes>{};
-}
-
-// ---- bfloat16
-
-Float8 FromBFloat16(Halves8 high) { return (Float8)(__builtin_convertvector(high, Bits8) << 16); }
-
-// Nearest, ties to even; NaN stays NaN.
-Halves8 ToBFloat16(Float8 value) {
-  const Bits8 bits = (Bits8)value;
-  const Bits8 rounded = bits + 0x7fff + (bits >> 16 & 1);
-  return __builtin_convertvector((value != value ? bits | 0x400000 : rounded) >> 16, Halves8);
-}
-
-Float8 LoadFloats(const void* array, CsrFloat stored_as, Index i) {
-  if (stored_as == CsrFloat::kFloat32) return LoadAt<Float8>(array, i, 4);
-  return FromBFloat16(LoadAt<Halves8>(array, i, 2));
-}
-
-float LoadFloat(const void* array, CsrFloat stored_as, Index i) {
-  if (stored_as == CsrFloat::kFloat32) return LoadAt<float>(array, i, 4);
-  return __builtin_bit_cast(float, std::uint32_t{LoadAt<std::uint16_t>(array, i, 2)} << 16);
-}
-
-void StoreFloats(void* array, CsrFloat stored_as, Index i, Float8 value) {
-  if (stored_as == CsrFloat::kFloat32) {
-    Store(static_cast<char*>(array) + 4 * i, value);
-  } else {
-    Store(static_cast<char*>(array) + 2 * i, ToBFloat16(value));
-  }
-}
-
-void StoreFloat(void* array, CsrFloat stored_as, Index i, float value) {
-  if (stored_as == CsrFloat::kFloat32) {
-    Store(static_cast<char*>(array) + 4 * i, value);
-  } else {
-    Store(static_cast<char*>(array) + 2 * i, static_cast<std::uint16_t>(ToBFloat16(Splat<8>(value))[0]));
-  }
-}
-
-// ---- transposes
-
-void Transpose(Float8 (&m)[8]) {
-  Float8 pairs[8], quads[8];
-#pragma GCC unroll 4
-  for (int i = 0; i < 8; i += 2) {
-    pairs[i] = __builtin_shuffle(m[i], m[i + 1], Int8{0, 8, 1, 9, 4, 12, 5, 13});
-    pairs[i + 1] = __builtin_shuffle(m[i], m[i + 1], Int8{2, 10, 3, 11, 6, 14, 7, 15});
-  }
-#pragma GCC unroll 2
-  for (int i = 0; i < 8; i += 4) {
-    quads[i] = __builtin_shuffle(pairs[i], pairs[i + 2], Int8{0, 1, 8, 9, 4, 5, 12, 13});
-    quads[i + 1] = __builtin_shuffle(pairs[i], pairs[i + 2], Int8{2, 3, 10, 11, 6, 7, 14, 15});
-    quads[i + 2] = __builtin_shuffle(pairs[i + 1], pairs[i + 3], Int8{0, 1, 8, 9, 4, 5, 12, 13});
-    quads[i + 3] = __builtin_shuffle(pairs[i + 1], pairs[i + 3], Int8{2, 3, 10, 11, 6, 7, 14, 15});
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    m[i] = __builtin_shuffle(quads[i], quads[i + 4], Int8{0, 1, 2, 3, 8, 9, 10, 11});
-    m[i + 4] = __builtin_shuffle(quads[i], quads[i + 4], Int8{4, 5, 6, 7, 12, 13, 14, 15});
-  }
-}
-
-// out[n][offset + i] = tile[i][n]: `count` rows of a tile [count][kWidth] into a row-major [samples][stride].
-template <int kWidth>
-void StoreTransposed(const float* tile, Index count, Index samples, void* out, CsrFloat stored_as, Index stride,
-                     Index offset) {
-  Index i = 0;
-  if constexpr (kWidth == 1) {
-    for (; i + 8 <= count; i += 8) StoreFloats(out, stored_as, offset + i, Load<Float8>(tile + i));
-  } else {
-    for (; i + 8 <= count; i += 8) {
-      for (Index n = 0; n < samples; n += 8) {
-        Float8 block[8];
-        for (int j = 0; j < 8; ++j) block[j] = Load<Float8>(tile + (i + j) * kWidth + n);
-        Transpose(block);
-        for (Index j = 0; j < 8 && n + j < samples; ++j) {
-          StoreFloats(out, stored_as, (n + j) * stride + offset + i, block[j]);
-        }
-      }
-    }
-  }
-  for (; i < count; ++i) {
-    for (Index n = 0; n < samples; ++n) {
-      StoreFloat(out, stored_as, n * stride + offset + i, Load<float>(tile + i * kWidth + n));
-    }
-  }
-}
-
-template <int kWidth>
-void PackPanel(const CsrPackArgs& a, Index feature_begin, Index feature_end) {
-  constexpr Index kBlock = 64;  // features whose part of the panel stays in the first cache level
-  for (Index begin = feature_begin; begin < feature_end; begin += kBlock) {
-    const Index end = begin + kBlock < feature_end ? begin + kBlock : feature_end;
-    Index full = begin;
-    if constexpr (kWidth >= 8) {
-      full += (end - begin) / 8 * 8;
-      for (Index n = 0; n < kWidth; n += 8) {
-        for (Index c = begin; c < full; c += 8) {
-          Float8 block[8];
-          for (Index j = 0; j < 8; ++j) {
-            block[j] = n + j < a.samples ? LoadFloats(a.x, a.stored_as, (n + j) * a.features + c) : Float8{};
-          }
-          Transpose(block);
-          for (Index j = 0; j < 8; ++j) Store(a.panel + (c + j) * kWidth + n, block[j]);
-        }
-      }
-    }
-    for (Index c = full; c < end; ++c) {
-      for (Index n = 0; n < kWidth; ++n) {
-        a.panel[c * kWidth + n] = n < a.samples ? LoadFloat(a.x, a.stored_as, n * a.features + c) : 0.0f;
-      }
-    }
-  }
-}
 
 // ---- weights
 
@@ -189,7 +33,7 @@ struct Float32Values {
 
 struct BFloat16Values {
   explicit BFloat16Values(const CsrWeight& w) : values(w.values) {}
-  float At(Index k) const { return LoadFloat(values, CsrFloat::kBFloat16, k); }
+  float At(Index k) const { return LoadFloat(values, FloatDtype::kBFloat16, k); }
   bool Inside(Index, Index) const { return true; }
   bool EightInside(Index) const { return true; }
 
@@ -546,19 +390,6 @@ struct Sample {
   }
 };
 
-void PackForWidth(const CsrPackArgs& a, Index feature_begin, Index feature_end) noexcept {
-  switch (a.width) {
-    case 1:
-      return PackPanel<1>(a, feature_begin, feature_end);
-    case 8:
-      return PackPanel<8>(a, feature_begin, feature_end);
-    case 16:
-      return PackPanel<16>(a, feature_begin, feature_end);
-    default:
-      return PackPanel<32>(a, feature_begin, feature_end);
-  }
-}
-
 template <int kMaxLanes>
 CsrStatus MatmulWithLanes(const CsrMatmulArgs& a, Index row_begin, Index row_end) noexcept {
   return ForWidth<kMaxLanes, Multiply>(a, a.weight.stored_as, row_begin, row_end);
@@ -575,7 +406,7 @@ CsrStatus GradValuesWithLanes(const CsrGradValuesArgs& a, Index row_begin, Index
 }
 
 template <int kMaxLanes>
-inline constexpr CsrKernels kKernelsWithLanes{PackForWidth, MatmulWithLanes<kMaxLanes>, GradXWithLanes<kMaxLanes>,
+inline constexpr CsrKernels kKernelsWithLanes{MatmulWithLanes<kMaxLanes>, GradXWithLanes<kMaxLanes>,
                                               GradValuesWithLanes<kMaxLanes>};
 
 }  // namespace
