@@ -30,6 +30,7 @@ using Float8 = Vector<8>;
 typedef std::int32_t Int8 __attribute__((vector_size(32)));
 typedef std::uint32_t Bits8 __attribute__((vector_size(32)));
 typedef std::uint16_t Halves8 __attribute__((vector_size(16)));
+typedef std::uint16_t Halves16 __attribute__((vector_size(32)));
 typedef std::uint8_t Bytes8 __attribute__((vector_size(8)));
 typedef std::uint8_t Bytes32 __attribute__((vector_size(32)));
 

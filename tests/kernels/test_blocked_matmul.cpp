@@ -1,0 +1,314 @@
+// The packing against its description, every variant against sums in double, on awkward shapes and unaligned memory,
+// and against damaged weights.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <initializer_list>
+#include <random>
+#include <vector>
+
+#include "kernels/arrays.h"
+#include "kernels/blocked_matmul/blocked_matmul.h"
+#include "kernels/check.h"
+#include "kernels/common/cpu_isa.h"
+#include "kernels/panels/panels.h"
+
+namespace tersetorch {
+extern const BlockedMatmulFunction kBlockedAvx512OnAvx2;
+}
+
+using namespace tersetorch;
+using namespace tersetorch::test;
+
+namespace {
+
+struct Variant {
+  const char* name;
+  CpuIsa needs;
+  BlockedMatmulFunction matmul;
+};
+
+struct Weight {
+  Weight(Index rows, Index columns, Index column_block, double density, std::mt19937& rng)
+      : rows(rows), columns(columns), column_block(column_block) {
+    for (Index r = 0; r < rows; ++r) {
+      // Rows of very different lengths, some of them empty and some full.
+      std::bernoulli_distribution kept(r % 7 == 3 ? 0 : r % 11 == 5 ? 1 : density);
+      for (Index c = 0; c < columns; ++c) {
+        if (kept(rng)) col_indices.push_back(static_cast<std::int32_t>(c));
+      }
+      std::shuffle(col_indices.begin() + row_offsets.back(), col_indices.end(), rng);
+      row_offsets.push_back(static_cast<std::int32_t>(col_indices.size()));
+    }
+    codebook = Random(7, rng);
+    for (std::size_t k = 0; k < col_indices.size(); ++k) {
+      csr_codes.push_back(static_cast<std::uint8_t>(rng() % codebook.size()));
+      csr_values.push_back(codebook[csr_codes.back()]);
+    }
+    Pack();
+  }
+
+  Index RowBlocks() const { return (rows + kBlockedRows - 1) / kBlockedRows; }
+  Index ColumnBlocks() const { return (columns + column_block - 1) / column_block; }
+
+  void Pack() {
+    const std::size_t nnz = col_indices.size();
+    block_offsets.assign(RowBlocks() * ColumnBlocks() + 1, static_cast<std::int32_t>(nnz));
+    segments.assign(rows * ColumnBlocks(), -1);
+    indices.assign(nnz, 0xffff);
+    std::vector<std::int32_t> sources(nnz, -1);
+    std::vector<std::int32_t> scratch((kBlockedRows + 1) * ColumnBlocks() + column_block + 1);
+    for (Index block = RowBlocks(); block-- > 0;) {
+      BlockedPack({row_offsets.data(), col_indices.data(), rows, columns, column_block, block_offsets.data(),
+                   segments.data(), indices.data(), sources.data(), scratch.data()},
+                  block);
+    }
+    for (const std::int32_t source : sources) {
+      codes.push_back(csr_codes[source]);
+      values.push_back(csr_values[source]);
+      halves.push_back(Truncated(csr_values[source]));
+    }
+  }
+
+  Index rows, columns, column_block;
+  std::vector<std::int32_t> row_offsets{0}, col_indices;
+  std::vector<float> csr_values, codebook;
+  std::vector<std::uint8_t> csr_codes;
+
+  std::vector<std::int32_t> block_offsets, segments;
+  std::vector<std::uint16_t> indices;
+  std::vector<float> values;
+  std::vector<std::uint16_t> halves;
+  std::vector<std::uint8_t> codes;
+};
+
+// A weight's arrays in unaligned memory.
+struct Stored {
+  Stored(const Weight& w, BlockedValues stored_as)
+      : offsets(w.block_offsets),
+        segments(w.segments),
+        indices(w.indices),
+        codebook(w.codebook),
+        values(w.values),
+        halves(w.halves),
+        codes(w.codes) {
+    const void* chosen = stored_as == BlockedValues::kFloat32    ? static_cast<const void*>(values.data())
+                         : stored_as == BlockedValues::kBFloat16 ? static_cast<const void*>(halves.data())
+                                                                 : codes.data();
+    args = {offsets.data(),
+            segments.data(),
+            indices.data(),
+            chosen,
+            stored_as,
+            codebook.data(),
+            static_cast<Index>(w.codebook.size()),
+            w.rows,
+            w.columns,
+            static_cast<Index>(w.indices.size()),
+            w.column_block};
+  }
+
+  Unaligned<std::int32_t> offsets, segments;
+  Unaligned<std::uint16_t> indices;
+  Unaligned<float> codebook, values;
+  Unaligned<std::uint16_t> halves;
+  Unaligned<std::uint8_t> codes;
+  BlockedWeight args;
+};
+
+// Every non-zero once, in its block, rows with more non-zeros first and every row once.
+void TestPacking(const Weight& w) {
+  const auto complain = [&](bool ok, const char* what) {
+    Expect(ok, "packing: %s, %ld x %ld in blocks of %ld", what, long{w.rows}, long{w.columns}, long{w.column_block});
+  };
+  std::vector<float> dense(w.rows * w.columns, 0.0f), packed(w.rows * w.columns, 0.0f);
+  for (Index r = 0; r < w.rows; ++r) {
+    for (Index k = w.row_offsets[r]; k < w.row_offsets[r + 1]; ++k) {
+      dense[r * w.columns + w.col_indices[k]] = w.csr_values[k];
+    }
+  }
+  Index k = 0;
+  bool ordered = true, starts = true, all = true;
+  for (Index b = 0; b < w.RowBlocks() * w.ColumnBlocks(); ++b) {
+    const Index row_begin = b / w.ColumnBlocks() * kBlockedRows, j = b % w.ColumnBlocks();
+    const Index rows = std::min(kBlockedRows, w.rows - row_begin);
+    starts &= w.block_offsets[b] == k;
+    std::vector<bool> seen(rows);
+    Index last = kBlockedMaxColumnBlock;
+    for (Index i = 0; i < rows; ++i) {
+      const std::int32_t segment = w.segments[row_begin * w.ColumnBlocks() + j * rows + i];
+      const Index row = segment >> 16, count = segment & 0xffff;
+      ordered &= count <= last;
+      last = count;
+      seen[row] = true;
+      for (Index stop = k + count; k < stop; ++k) {
+        packed[(row_begin + row) * w.columns + j * w.column_block + w.indices[k]] = w.values[k];
+      }
+    }
+    all &= std::count(seen.begin(), seen.end(), true) == rows;
+  }
+  complain(starts && w.block_offsets.back() == k, "block_offsets");
+  complain(ordered, "order of rows");
+  complain(all, "every row once");
+  complain(packed == dense, "non-zeros");
+}
+
+void TestOne(const Variant& variant, const Weight& w, BlockedValues values_as, FloatDtype floats_as, Index samples,
+             Index width, bool relu, std::mt19937& rng) {
+  Stored stored(w, values_as);
+  const auto x = Random(samples * w.columns, rng), bias = Random(w.rows, rng);
+  std::vector<float> panel(w.columns * width, NAN);
+  kPackPanelScalar({x.data(), FloatDtype::kFloat32, samples, w.columns, panel.data(), width}, 0, w.columns);
+  Unaligned<float> stored_panel(panel), stored_bias(bias), sums(std::vector<float>(kBlockedRows * width, NAN));
+  Output y(samples * w.rows, floats_as);
+  const BlockedMatmulArgs args{stored.args, stored_panel.data(), width,   stored_bias.data(), relu,
+                               y.data(),    floats_as,           samples, sums.data()};
+  bool ok = true;
+  for (Index block = w.RowBlocks(); block-- > 0;) ok &= variant.matmul(args, block) == BlockedStatus::kOk;
+  const auto y_values = y.Values();
+  bool right = true;
+  for (Index n = 0; n < samples; ++n) {
+    for (Index r = 0; r < w.rows; ++r) {
+      Sum want;
+      for (Index k = w.row_offsets[r]; k < w.row_offsets[r + 1]; ++k) {
+        want.Add(double{w.csr_values[k]} * x[n * w.columns + w.col_indices[k]]);
+      }
+      want.Add(bias[r]);
+      const float got = y_values[n * w.rows + r];
+      right &= relu && got == 0 ? want.value <= std::ldexp((want.terms + 1) * want.magnitude, -24)
+                                : want.Near(got, floats_as) && !(relu && got < 0);
+    }
+  }
+  Expect(ok && right, "%s: %ld x %ld in blocks of %ld, %ld of %ld samples, values %d, floats %d, relu %d", variant.name,
+         long{w.rows}, long{w.columns}, long{w.column_block}, long{samples}, long{width}, static_cast<int>(values_as),
+         static_cast<int>(floats_as), static_cast<int>(relu));
+}
+
+void TestShapes(const std::vector<Variant>& variants) {
+  std::mt19937 rng(1234);
+  const struct {
+    Index rows, columns, column_block;
+    double density;
+  } shapes[] = {{1, 1, 1, 1.0},     {7, 9, 4, 0.5},     {64, 8, 8, 0.3},     {65, 100, 32, 0.1}, {255, 37, 16, 0.2},
+                {256, 64, 64, 0.1}, {257, 65, 64, 0.1}, {40, 100, 7, 0.6},   {3, 257, 300, 1.0}, {20, 50, 16, 0.0},
+                {5, 0, 16, 0.0},    {0, 5, 16, 0.0},    {530, 131, 48, 0.07}};
+  for (const auto& shape : shapes) {
+    const Weight w(shape.rows, shape.columns, shape.column_block, shape.density, rng);
+    TestPacking(w);
+    for (const Variant& variant : variants) {
+      for (const Index width : {8, 16, 32, 64}) {
+        for (const Index samples : {Index{1}, width / 2 + 1, width}) {
+          for (const BlockedValues values_as :
+               {BlockedValues::kFloat32, BlockedValues::kBFloat16, BlockedValues::kCodes}) {
+            for (const FloatDtype floats_as : kFloats) {
+              TestOne(variant, w, values_as, floats_as, samples, width, samples == width, rng);
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+// Each damage must be met by its status, wherever in the block it lies.
+void TestDamage(const Variant& variant) {
+  std::mt19937 rng(99);
+  const Weight good(300, 100, 40, 0.4, rng);
+  const auto expect = [&](const Weight& w, Index nnz, BlockedStatus want, const char* what) {
+    for (const Index width : {8, 64}) {
+      Stored stored(w, want == BlockedStatus::kBadCode ? BlockedValues::kCodes : BlockedValues::kFloat32);
+      stored.args.nnz = nnz;
+      std::vector<float> panel(w.columns * width), y(w.rows * width), sums(kBlockedRows * width);
+      const BlockedMatmulArgs args{stored.args, panel.data(),         width, nullptr,    false,
+                                   y.data(),    FloatDtype::kFloat32, width, sums.data()};
+      BlockedStatus got = BlockedStatus::kOk;
+      for (Index block = 0; block < w.RowBlocks() && got == BlockedStatus::kOk; ++block) {
+        got = variant.matmul(args, block);
+      }
+      Expect(got == want, "%s: %s, width %ld, got %d", variant.name, what, long{width}, static_cast<int>(got));
+    }
+  };
+  const auto nnz = static_cast<Index>(good.indices.size());
+  expect(good, nnz, BlockedStatus::kOk, "nothing");
+  expect(good, nnz - 1, BlockedStatus::kBadOffsets, "more than there is");
+  for (const std::size_t k : {std::size_t{0}, std::size_t{777}, good.indices.size() - 1}) {
+    for (const int index : {40, 0x8000, 0xffff}) {
+      Weight bad = good;
+      bad.indices[k] = static_cast<std::uint16_t>(index);
+      expect(bad, nnz, BlockedStatus::kBadIndex, "an index outside");
+    }
+    for (const int code : {7, 255}) {
+      Weight bad = good;
+      bad.codes[k] = static_cast<std::uint8_t>(code);
+      expect(bad, nnz, BlockedStatus::kBadCode, "a code outside");
+    }
+  }
+  Weight edge = good;  // the last column block has 20 columns
+  edge.indices.back() = 20;
+  expect(edge, nnz, BlockedStatus::kBadIndex, "an index past the last column");
+  for (const std::size_t i : {std::size_t{0}, std::size_t{300}, good.segments.size() - 1}) {
+    for (const std::int32_t segment : {good.segments[i] + 1, -1, INT32_MAX, INT32_MIN, 256 << 16}) {
+      Weight bad = good;
+      bad.segments[i] = segment;
+      expect(bad, nnz, BlockedStatus::kBadSegment, "a segment that lies");
+    }
+  }
+  Weight row = good;
+  row.segments.back() = 44 << 16 | (row.segments.back() & 0xffff);  // the last block has 44 rows
+  expect(row, nnz, BlockedStatus::kBadSegment, "a row outside");
+  for (const std::int32_t offset : {-1, INT32_MIN, INT32_MAX}) {
+    Weight bad = good;
+    bad.block_offsets[2] = offset;
+    expect(bad, nnz, BlockedStatus::kBadOffsets, "an offset outside");
+  }
+  Weight falling = good;
+  std::swap(falling.block_offsets[2], falling.block_offsets[4]);
+  expect(falling, nnz, BlockedStatus::kBadSegment, "offsets out of order");
+}
+
+// NaN and infinity reach exactly the rows whose non-zeros meet them, and relu keeps NaN.
+void TestNonFinite(const Variant& variant) {
+  const std::int32_t row_offsets[] = {0, 1, 2, 3, 3}, col_indices[] = {0, 1, 2};
+  std::int32_t block_offsets[2] = {0, 3}, segments[4], sources[3], scratch[kBlockedRows + 1 + 5];
+  std::uint16_t indices[3];
+  BlockedPack({row_offsets, col_indices, 4, 4, 4, block_offsets, segments, indices, sources, scratch}, 0);
+  const float values[] = {2, -1, 1}, x[] = {NAN, INFINITY, 3, NAN};
+  for (const Index width : {8, 16, 32, 64}) {
+    std::vector<float> panel(4 * width), sums(kBlockedRows * width), y(4);
+    kPackPanelScalar({x, FloatDtype::kFloat32, 1, 4, panel.data(), width}, 0, 4);
+    for (const bool relu : {false, true}) {
+      variant.matmul({{block_offsets, segments, indices, values, BlockedValues::kFloat32, nullptr, 0, 4, 4, 3, 4},
+                      panel.data(),
+                      width,
+                      nullptr,
+                      relu,
+                      y.data(),
+                      FloatDtype::kFloat32,
+                      1,
+                      sums.data()},
+                     0);
+      Expect(std::isnan(y[0]) && y[1] == (relu ? 0 : -INFINITY) && y[2] == 3 && y[3] == 0,
+             "%s: non-finite x, relu %d, got %g %g %g %g", variant.name, static_cast<int>(relu), double{y[0]},
+             double{y[1]}, double{y[2]}, double{y[3]});
+    }
+  }
+}
+
+}  // namespace
+
+int main() {
+  const Variant all[] = {{"scalar", CpuIsa::kScalar, kBlockedScalar},
+                         {"avx2", CpuIsa::kAvx2, kBlockedAvx2},
+                         {"avx512", CpuIsa::kAvx512, kBlockedAvx512},
+                         {"avx512 source on avx2", CpuIsa::kAvx2, kBlockedAvx512OnAvx2}};
+  std::vector<Variant> variants;
+  for (const Variant& variant : all) {
+    if (variant.needs <= ProcessCpuIsa().detected) variants.push_back(variant);
+  }
+  TestShapes(variants);
+  for (const Variant& variant : variants) {
+    TestDamage(variant);
+    TestNonFinite(variant);
+  }
+  return Failures() != 0;
+}
