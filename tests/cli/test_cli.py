@@ -97,7 +97,7 @@ def test_convert_measures_and_reads_a_state_dict(tersetorch, tmp_path):
             ["convert", "model.pt", "out.terse", "--plan", "sparse"],
             "a state dict needs --network, one of lenet-300-100",
         ),
-        (["convert", "model.pt", "out.terse", "--network", "VGG"], "one of lenet-300-100, got VGG"),
+        (["convert", "model.pt", "out.terse", "--network", "VGG"], "mobilenet, got VGG"),
         (["convert", "model.onnx", "out.terse", "--network", "lenet-300-100"], "must be a .terse, .pt, .pth or"),
         (["bench", "nothing"], "SUITE must be one of csr_matmul"),
         (["frobnicate"], "No such command"),

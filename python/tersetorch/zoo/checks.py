@@ -1,5 +1,7 @@
 """Checks that the room's functions share."""
 
+from torch import Tensor
+
 
 def check_count(where: str, name: str, value: int, least: int = 1) -> None:
     """Refuses what is no int of at least least."""
@@ -14,3 +16,13 @@ def check_seed(where: str, seed: int) -> None:
     check_count(where, "seed", seed, least=0)
     if seed >= 2**63:
         raise ValueError(f"{where}: seed must be below 2**63, got {seed}; pass a smaller number")
+
+
+def check_images(where: str, images: Tensor, channels: int, size: int | None = None, least: int = 1) -> None:
+    """Refuses what is no batch [N, channels, size, size], or of least pixels a side where any size will do."""
+    if not isinstance(images, Tensor):
+        raise TypeError(f"{where}: images must be a tensor, got {type(images).__name__}; pass a batch of images")
+    wanted = f"[N, {channels}, {size}, {size}]" if size else f"[N, {channels}, height, width] of {least} pixels or more"
+    fits = images.ndim == 4 and images.shape[1] == channels
+    if not fits or not (images.shape[2:] == (size, size) if size else min(images.shape[2:]) >= least):
+        raise ValueError(f"{where}: images must be {wanted}, got shape {tuple(images.shape)}; crop or scale them")

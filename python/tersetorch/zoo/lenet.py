@@ -1,11 +1,12 @@
-"""LeNet-300-100, the fully connected network that the pruning papers begin with."""
+"""The two LeNets that the pruning papers begin with."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch.nn import functional
 
 from tersetorch.storage import register_module
-from tersetorch.zoo.checks import check_count
+from tersetorch.zoo.checks import check_count, check_images
 
 
 class LeNet300100(nn.Module):
@@ -64,8 +65,51 @@ class LeNet300100(nn.Module):
         return logits
 
 
+class LeNet5(nn.Module):
+    """Two 5x5 convolutions and two linear layers, 20-50-500-classes: 431,080 parameters, 2,293,000 MACs an image.
+
+    Takes [N, 1, 28, 28]; gives logits [N, classes]. Each convolution is followed by 2x2 max pooling and by no ReLU;
+    the first linear layer is followed by one. fc1 and fc2 are Caffe's ip1 and ip2.
+
+    Source:
+        Caffe's variant (examples/mnist/lenet.prototxt), which Han et al. (2015) and Guo et al. (2016) prune, of LeCun,
+        Bottou, Bengio, Haffner, Gradient-based learning applied to document recognition (1998), section II.B.
+    """
+
+    def __init__(self, classes: int = 10) -> None:
+        """Draws fresh weights.
+
+        Args:
+            classes: logits to compute, at least 1.
+
+        Raises:
+            TypeError: classes is not an int.
+            ValueError: classes is less than 1.
+        """
+        super().__init__()
+        check_count("LeNet5", "classes", classes)
+        self.classes = classes
+        self.conv1 = nn.Conv2d(1, 20, 5)
+        self.conv2 = nn.Conv2d(20, 50, 5)
+        self.fc1 = nn.Linear(800, 500)
+        self.fc2 = nn.Linear(500, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [N, classes] of images [N, 1, 28, 28].
+
+        Raises:
+            TypeError, ValueError: images is no tensor of that shape.
+        """
+        check_images("LeNet5", images, 1, 28)
+        x = functional.max_pool2d(self.conv1(images), 2)
+        x = functional.max_pool2d(self.conv2(x), 2)
+        logits: Tensor = self.fc2(self.fc1(x.flatten(1)).relu())
+        return logits
+
+
 def _config(model: LeNet300100) -> dict[str, int | float]:
     return {"in_features": model.in_features, "classes": model.classes, "dropout": model.dropout}
 
 
 register_module("zoo.LeNet300100", LeNet300100, _config)
+register_module("zoo.LeNet5", LeNet5, lambda model: {"classes": model.classes})

@@ -1,0 +1,1 @@
+"""Readers of files that others write: exact, or refused with a sentence."""
