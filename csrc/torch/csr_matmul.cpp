@@ -10,53 +10,18 @@
 
 #include "kernels/panels/panels.h"
 #include "torch/common.h"
+#include "torch/samples.h"
 
 namespace tersetorch {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
 // ---- checks
-
-void CheckOnCpu(const char* op, const Tensor& t, const char* name) {
-  STD_TORCH_CHECK(t.is_cpu(), op, ": ", name,
-                  " must be on the CPU like the other tensors, got another device; move it");
-}
-
-FloatDtype FloatKind(const char* op, const Tensor& t, const char* name) {
-  const ScalarType dtype = t.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, op, ": ", name,
-                  " must be float32 or bfloat16, got ", torch::headeronly::toString(dtype), "; convert it");
-  return dtype == ScalarType::Float ? FloatDtype::kFloat32 : FloatDtype::kBFloat16;
-}
 
 void CheckIndices(const char* op, const Tensor& t, const char* name) {
   CheckOnCpu(op, t, name);
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::Int && t.dim() == 1, op, ": ", name, " must be int32 and 1-D, got ",
                   torch::headeronly::toString(t.scalar_type()), " and ", t.dim(), "-D; convert it");
 }
-
-// Samples [..., features] of a floating point dtype.
-struct Samples {
-  Samples(const char* op, const Tensor& t, const char* name) : stored_as(FloatKind(op, t, name)) {
-    CheckOnCpu(op, t, name);
-    STD_TORCH_CHECK(t.dim() >= 1, op, ": ", name, " must be [..., features], got a scalar; reshape it");
-    tensor = Contiguous(t);
-    count = LeadingSize(t);
-    features = t.size(-1);
-    item_bytes = stored_as == FloatDtype::kFloat32 ? 4 : 2;
-  }
-
-  // Sample n.
-  const void* At(std::int64_t n) const {
-    return static_cast<const char*>(tensor.const_data_ptr()) + n * features * item_bytes;
-  }
-
-  FloatDtype stored_as;
-  Tensor tensor;
-  std::int64_t count = 0, features = 0, item_bytes = 0;
-};
 
 // A weight whose tensors live as long as this.
 struct Weight {
@@ -87,7 +52,7 @@ struct Weight {
     values = Contiguous(t);
     args.values = values.const_data_ptr();
     if (!codes_of.has_value()) {
-      args.stored_as = FloatKind(op, t, "values") == FloatDtype::kFloat32 ? CsrValues::kFloat32 : CsrValues::kBFloat16;
+      args.stored_as = DtypeOf(op, t, "values") == FloatDtype::kFloat32 ? CsrValues::kFloat32 : CsrValues::kBFloat16;
       return;
     }
     STD_TORCH_CHECK(t.scalar_type() == ScalarType::Byte, op, ": values must be uint8 codes beside a codebook, got ",
@@ -185,20 +150,6 @@ class PanelPlan {
   std::int64_t samples_, width_;
 };
 
-// Splits `outer` times `inner` items over the threads; run(o, begin, end) gets a range of the inner items of one o.
-template <typename Run>
-void ParallelRanges(std::int64_t outer, std::int64_t inner, std::int64_t grain, const Run& run) {
-  if (inner == 0) return;
-  torch::stable::parallel_for(0, outer * inner, grain, [&](std::int64_t begin, std::int64_t end) {
-    while (begin < end) {
-      const std::int64_t o = begin / inner;
-      const std::int64_t stop = std::min(end, (o + 1) * inner);
-      run(o, begin - o * inner, stop - o * inner);
-      begin = stop;
-    }
-  });
-}
-
 // The panels of some samples, packed one wave at a time, so that a large batch needs little memory beside itself.
 class Panels {
  public:
@@ -216,8 +167,8 @@ class Panels {
                    [&](std::int64_t i, std::int64_t begin, std::int64_t end) {
                      const std::int64_t panel = first + i;
                      const PanelPackArgs args{samples_.At(plan_.Begin(panel)), samples_.stored_as,
-                                            plan_.SamplesIn(panel),          samples_.features,
-                                            data_ + Offset(panel),           plan_.Width(panel)};
+                                              plan_.SamplesIn(panel),          samples_.features,
+                                              data_ + Offset(panel),           plan_.Width(panel)};
                      PackPanel(args, begin, end);
                    });
   }
@@ -249,16 +200,7 @@ Tensor CsrMatmulOnCpu(const Tensor& x, const Tensor& row_offsets, const Tensor& 
   weight.SetValues(kOp, values, codebook);
   const std::int64_t rows = weight.args.rows;
 
-  Tensor bias_float;
-  const float* bias_data = nullptr;
-  if (bias.has_value()) {
-    CheckOnCpu(kOp, *bias, "bias");
-    STD_TORCH_CHECK(bias->dim() == 1 && bias->numel() == rows, kOp, ": bias must be [", rows, "], got ", bias->dim(),
-                    "-D with ", bias->numel(), " elements; pass one for each row");
-    bias_float = FloatKind(kOp, *bias, "bias") == FloatDtype::kFloat32 ? Contiguous(*bias)
-                                                                     : torch::stable::to(*bias, ScalarType::Float);
-    bias_data = bias_float.const_data_ptr<float>();
-  }
+  const Bias bias_of_rows(kOp, bias, rows);
 
   const PanelPlan plan(samples.count, samples.features);
   Panels panels(samples, plan);
@@ -271,7 +213,7 @@ Tensor CsrMatmulOnCpu(const Tensor& x, const Tensor& row_offsets, const Tensor& 
                    [&](std::int64_t i, std::int64_t begin, std::int64_t end) {
                      const std::int64_t panel = first + i;
                      char* y_of_panel = y_data + plan.Begin(panel) * rows * samples.item_bytes;
-                     const CsrMatmulArgs args{weight.args, panels.At(panel),  plan.Width(panel),    bias_data,
+                     const CsrMatmulArgs args{weight.args, panels.At(panel),  plan.Width(panel),    bias_of_rows.data,
                                               y_of_panel,  samples.stored_as, plan.SamplesIn(panel)};
                      status.Report(CsrMatmul(args, begin, end));
                    });

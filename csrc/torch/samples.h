@@ -1,0 +1,83 @@
+// The tensors that every product takes: samples, a bias, and the checks on both; and their split over the threads.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+
+#include "kernels/common/float_dtype.h"
+#include "torch/common.h"
+
+namespace tersetorch {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline void CheckOnCpu(const char* op, const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.is_cpu(), op, ": ", name,
+                  " must be on the CPU like the other tensors, got another device; move it");
+}
+
+inline FloatDtype DtypeOf(const char* op, const Tensor& t, const char* name) {
+  const ScalarType dtype = t.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, op, ": ", name,
+                  " must be float32 or bfloat16, got ", torch::headeronly::toString(dtype), "; convert it");
+  return dtype == ScalarType::Float ? FloatDtype::kFloat32 : FloatDtype::kBFloat16;
+}
+
+// Samples [..., features] of a floating point dtype.
+struct Samples {
+  Samples(const char* op, const Tensor& t, const char* name) : stored_as(DtypeOf(op, t, name)) {
+    CheckOnCpu(op, t, name);
+    STD_TORCH_CHECK(t.dim() >= 1, op, ": ", name, " must be [..., features], got a scalar; reshape it");
+    tensor = Contiguous(t);
+    count = LeadingSize(t);
+    features = t.size(-1);
+    item_bytes = stored_as == FloatDtype::kFloat32 ? 4 : 2;
+  }
+
+  // Sample n.
+  const void* At(std::int64_t n) const {
+    return static_cast<const char*>(tensor.const_data_ptr()) + n * features * item_bytes;
+  }
+
+  FloatDtype stored_as;
+  Tensor tensor;
+  std::int64_t count = 0, features = 0, item_bytes = 0;
+};
+
+// A bias [rows] as float32, or none.
+struct Bias {
+  Bias(const char* op, const std::optional<Tensor>& t, std::int64_t rows) {
+    if (!t.has_value()) return;
+    CheckOnCpu(op, *t, "bias");
+    STD_TORCH_CHECK(t->dim() == 1 && t->numel() == rows, op, ": bias must be [", rows, "], got ", t->dim(), "-D with ",
+                    t->numel(), " elements; pass one for each row");
+    tensor =
+        DtypeOf(op, *t, "bias") == FloatDtype::kFloat32 ? Contiguous(*t) : torch::stable::to(*t, ScalarType::Float);
+    data = tensor.const_data_ptr<float>();
+  }
+
+  Tensor tensor;
+  const float* data = nullptr;
+};
+
+// Splits `outer` times `inner` items over the threads; run(o, begin, end) gets a range of the inner items of one o.
+template <typename Run>
+void ParallelRanges(std::int64_t outer, std::int64_t inner, std::int64_t grain, const Run& run) {
+  if (inner == 0) return;
+  torch::stable::parallel_for(0, outer * inner, grain, [&](std::int64_t begin, std::int64_t end) {
+    while (begin < end) {
+      const std::int64_t o = begin / inner;
+      const std::int64_t stop = std::min(end, (o + 1) * inner);
+      run(o, begin - o * inner, stop - o * inner);
+      begin = stop;
+    }
+  });
+}
+
+}  // namespace tersetorch
