@@ -24,4 +24,17 @@ STABLE_TORCH_LIBRARY(tersetorch, m) {
       "Tensor? codebook=None) -> Tensor");
   // grad_y [..., out], x [..., in] -> float32 [nnz]
   m.def("csr_matmul_grad_values(Tensor grad_y, Tensor x, Tensor row_offsets, Tensor col_indices) -> Tensor");
+
+  // x [..., in] and a weight [out, in] cut into blocks, at least 0 with relu -> [..., out]
+  m.def(
+      "blocked_matmul(Tensor x, Tensor block_offsets, Tensor segments, Tensor indices, Tensor values, Tensor? bias, "
+      "Tensor? codebook, int out_features, int column_block, bool relu=False) -> Tensor");
+  // The same without autograd: for callers that know gradients to be off.
+  m.def(
+      "blocked_matmul_inference(Tensor x, Tensor block_offsets, Tensor segments, Tensor indices, Tensor values, "
+      "Tensor? bias, Tensor? codebook, int out_features, int column_block, bool relu=False) -> Tensor");
+  // A weight in compressed sparse rows -> block_offsets, segments, indices and where each non-zero comes from.
+  m.def(
+      "blocked_pack(Tensor row_offsets, Tensor col_indices, int columns, int column_block) -> (Tensor, Tensor, Tensor, "
+      "Tensor)");
 }
