@@ -199,11 +199,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> BlockedPackOnCpu(const Tensor& row_of
   const std::int32_t* offset = offsets.const_data_ptr<std::int32_t>();
   const std::int32_t* column = from.const_data_ptr<std::int32_t>();
   const std::int64_t rows = offsets.numel() - 1, nnz = from.numel();
-  bool rising = offset[0] == 0 && offset[rows] == nnz, inside = true;
+  bool rising = offset[0] == 0 && offset[rows] == nnz, inside = true, sorted = true;
   for (std::int64_t r = 0; r < rows; ++r) rising &= offset[r] <= offset[r + 1];
-  for (std::int64_t k = 0; k < nnz; ++k) inside &= 0 <= column[k] && column[k] < columns;
   STD_TORCH_CHECK(rising, kOp, ": row_offsets must rise from 0 to ", nnz, "; rebuild the weight");
+  for (std::int64_t k = 0; k < nnz; ++k) inside &= 0 <= column[k] && column[k] < columns;
   STD_TORCH_CHECK(inside, kOp, ": col_indices must lie in [0, ", columns, "), got one outside; rebuild the weight");
+  // A row with more non-zeros in a block than the block has columns would not fit its segment.
+  for (std::int64_t r = 0; r < rows; ++r) {
+    for (std::int64_t k = offset[r] + 1; k < offset[r + 1]; ++k) sorted &= column[k - 1] < column[k];
+  }
+  STD_TORCH_CHECK(sorted, kOp, ": col_indices must rise strictly within a row; rebuild the weight");
 
   const std::int64_t row_blocks = Blocks(rows, kBlockedRows), column_blocks = Blocks(columns, column_block);
   const auto empty = [&](std::int64_t size, ScalarType dtype) {

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from tersetorch.ops._autocast import compute_in_float32
+
 MAX_ENTRIES = 256
 _FLOATS = (torch.float32, torch.bfloat16)
 _INT32 = torch.iinfo(torch.int32)
@@ -261,17 +263,5 @@ torch.library.register_autograd(
 )
 
 
-def _under_autocast(op: Any) -> Any:
-    """The op on a float32 x, its result cast to the autocast dtype; weights, codebook and bias keep theirs."""
-
-    def run(x: Tensor, *weight: Tensor | None) -> Tensor:
-        with torch.autocast("cpu", enabled=False):
-            y: Tensor = op(x.float(), *weight)
-        return y.to(torch.get_autocast_dtype("cpu"))
-
-    return run
-
-
-_autocast = torch.library.Library("tersetorch", "IMPL")
-_autocast.impl("csr_matmul", _under_autocast(_csr_matmul), "AutocastCPU")
-_autocast.impl("csr_matmul_inference", _under_autocast(_csr_matmul_inference), "AutocastCPU")
+compute_in_float32("csr_matmul")
+compute_in_float32("csr_matmul_inference")
