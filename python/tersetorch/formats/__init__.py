@@ -1,6 +1,8 @@
 """Does it say how a weight is stored? Dataclasses over plain tensors."""
 
+from tersetorch.formats.blocked_codebook_weight import BlockedCodebookWeight
+from tersetorch.formats.blocked_weight import BlockedWeight
 from tersetorch.formats.csr_weight import CsrWeight
 from tersetorch.formats.sparse_codebook_weight import SparseCodebookWeight
 
-__all__ = ["CsrWeight", "SparseCodebookWeight"]
+__all__ = ["BlockedCodebookWeight", "BlockedWeight", "CsrWeight", "SparseCodebookWeight"]

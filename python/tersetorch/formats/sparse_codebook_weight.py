@@ -69,31 +69,7 @@ class SparseCodebookWeight(CsrPattern):
         """
         owner = "SparseCodebookWeight"
         check_pattern(owner, self.row_offsets, self.col_indices, self.columns)
-        check_tensor(owner, "codes", self.codes)
-        check_tensor(owner, "codebook", self.codebook)
-        if self.codes.dtype != torch.uint8:
-            raise TypeError(f"{owner}: codes must be uint8, got {self.codes.dtype}; build it with from_dense")
-        if self.codebook.dtype != torch.float32:
-            raise TypeError(f"{owner}: codebook must be float32, got {self.codebook.dtype}; call codebook.float()")
-        if self.codes.shape != self.col_indices.shape:
-            raise ValueError(
-                f"{owner}: codes must be [{self.nnz}] as col_indices is, got shape {tuple(self.codes.shape)}; "
-                "pass one code for each stored position"
-            )
-        if self.codebook.dim() != 2 or self.codebook.shape[0] != 1 or not 1 <= self.codebook.shape[1] <= MAX_ENTRIES:
-            raise ValueError(
-                f"{owner}: codebook must be [1, entries] with 1 <= entries <= {MAX_ENTRIES}, "
-                f"got shape {tuple(self.codebook.shape)}; share the weight with at most 8 bits"
-            )
-        if self.codebook[0, 0] != 0:
-            raise ValueError(
-                f"{owner}: codebook[0, 0] must be 0, got {self.codebook[0, 0].item()}; code 0 is reserved for zero"
-            )
-        if self.nnz and not (int(self.codes.min()) >= 1 and int(self.codes.max()) < self.codebook.shape[1]):
-            raise ValueError(
-                f"{owner}: codes must lie in [1, {self.codebook.shape[1]}), got values from {int(self.codes.min())} "
-                f"to {int(self.codes.max())}; build it with from_dense"
-            )
+        check_codes(owner, self.codes, self.codebook, "col_indices", self.nnz)
 
     @property
     def values(self) -> Tensor:
@@ -104,6 +80,38 @@ class SparseCodebookWeight(CsrPattern):
     def nbytes(self) -> int:
         """Bytes of the stored tensors."""
         return self.row_offsets.nbytes + self.col_indices.nbytes + self.codes.nbytes + self.codebook.nbytes
+
+
+def check_codes(owner: str, codes: Tensor, codebook: Tensor, positions: str, stored: int) -> None:
+    """Checks one code for each of the stored positions, and the codebook they number.
+
+    Raises:
+        TypeError: codes is not uint8 or codebook not float32.
+        ValueError: shapes or codes do not fit each other, or entry 0 is not 0.
+    """
+    check_tensor(owner, "codes", codes)
+    check_tensor(owner, "codebook", codebook)
+    if codes.dtype != torch.uint8:
+        raise TypeError(f"{owner}: codes must be uint8, got {codes.dtype}; build it with from_dense")
+    if codebook.dtype != torch.float32:
+        raise TypeError(f"{owner}: codebook must be float32, got {codebook.dtype}; call codebook.float()")
+    if codes.shape != (stored,):
+        raise ValueError(
+            f"{owner}: codes must be [{stored}] as {positions} is, got shape {tuple(codes.shape)}; "
+            "pass one code for each stored position"
+        )
+    if codebook.dim() != 2 or codebook.shape[0] != 1 or not 1 <= codebook.shape[1] <= MAX_ENTRIES:
+        raise ValueError(
+            f"{owner}: codebook must be [1, entries] with 1 <= entries <= {MAX_ENTRIES}, "
+            f"got shape {tuple(codebook.shape)}; share the weight with at most 8 bits"
+        )
+    if codebook[0, 0] != 0:
+        raise ValueError(f"{owner}: codebook[0, 0] must be 0, got {codebook[0, 0].item()}; code 0 is reserved for zero")
+    if stored and not (int(codes.min()) >= 1 and int(codes.max()) < codebook.shape[1]):
+        raise ValueError(
+            f"{owner}: codes must lie in [1, {codebook.shape[1]}), got values from {int(codes.min())} "
+            f"to {int(codes.max())}; build it with from_dense"
+        )
 
 
 def _check_distinct(distinct: Tensor, bound: str) -> None:
