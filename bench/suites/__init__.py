@@ -1,1 +1,1 @@
-"""One file per suite; each has run(threads, quick), which returns a list of records."""
+"""One file per suite; each has groups(options), what it would measure, and measure(group, ...), which returns records."""

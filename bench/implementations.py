@@ -1,0 +1,86 @@
+"""What a bench table is made of: an implementation packs a weight once, then binds it to samples and runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .cases import Case
+
+Mode = Literal["float32", "bfloat16", "int8"]
+# Largest error of a result, of the largest result, against float64.
+MAX_ERROR: dict[Mode, float] = {"float32": 1e-4, "bfloat16": 2e-2, "int8": 5e-2}
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A weight as an implementation keeps it.
+
+    Attributes:
+        bind: given samples, returns the call that is timed. What bind itself does (a session's start, samples of
+            another dtype where the implementation's neighbours would hand over such) is not timed.
+        nbytes: bytes of the weight that a call reads.
+    """
+
+    bind: Callable[[Tensor], Callable[[], Any]]
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One row of a table.
+
+    Attributes:
+        name: what records call it.
+        family: ours, or what kind of a peer.
+        mode: the arithmetic, which also says how large an error may be.
+        pack: (case, weight, batch, threads) -> the packed weight.
+        needs: modules without which it is not there.
+        follows_batch: whether the packed weight depends on the batch.
+        threads: the largest number of threads it can use; None for any.
+        least_batch: the fewest samples it is meant for.
+        result: what a call returns, as a float tensor of the reference's shape.
+    """
+
+    name: str
+    family: Literal["ours", "dense", "sparse"]
+    mode: Mode
+    pack: Callable[[Case, Tensor, int, int], Packed]
+    needs: tuple[str, ...] = ()
+    follows_batch: bool = False
+    threads: int | None = None
+    least_batch: int = 1
+    result: Callable[[Any], Tensor] = torch.as_tensor
+
+    def missing(self, batch: int, threads: int) -> str | None:
+        """Why it cannot run here, or None."""
+        absent = [name for name in self.needs if find_spec(name) is None]
+        if absent:
+            return f"{', '.join(absent)} not installed (pip install 'tersetorch[bench]')"
+        if self.threads is not None and threads > self.threads:
+            return f"uses {self.threads} thread"
+        if batch < self.least_batch:
+            return f"meant for {self.least_batch} samples or more"
+        return None
+
+
+def max_error(implementation: Implementation, got: Any, want: Tensor) -> float:
+    """Largest error over the largest expected result, infinite for another shape.
+
+    Raises:
+        RuntimeError: it is larger than the mode allows: a wrong result is never timed.
+    """
+    result = implementation.result(got).double()
+    if result.shape == want.shape:
+        error = ((result - want).abs().max() / want.abs().max()).item()
+    else:
+        error = float("inf")
+    allowed = MAX_ERROR[implementation.mode]
+    if not error <= allowed:
+        raise RuntimeError(f"bench: {implementation.name} must be within {allowed} of float64, got {error}")
+    return error
