@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -69,18 +70,28 @@ class Implementation:
         return None
 
 
-def max_error(implementation: Implementation, got: Any, want: Tensor) -> float:
-    """Largest error over the largest expected result, infinite for another shape.
+@dataclass(frozen=True)
+class LeftOut:
+    """What was not timed in a group, and why: its result was wrong, or it cannot run here."""
 
-    Raises:
-        RuntimeError: it is larger than the mode allows: a wrong result is never timed.
-    """
-    result = implementation.result(got).double()
-    if result.shape == want.shape:
-        error = ((result - want).abs().max() / want.abs().max()).item()
-    else:
-        error = float("inf")
-    allowed = MAX_ERROR[implementation.mode]
-    if not error <= allowed:
-        raise RuntimeError(f"bench: {implementation.name} must be within {allowed} of float64, got {error}")
-    return error
+    implementation: str
+    where: str
+    reason: str
+    wrong: bool = False
+
+    def __str__(self) -> str:
+        """One sentence."""
+        return f"{self.implementation} is left out of {self.where}: {self.reason}"
+
+
+def refusal(error: float, mode: Mode) -> str | None:
+    """Why a result with that error is not timed, or None where the mode allows it."""
+    allowed = MAX_ERROR[mode]
+    return None if error <= allowed else f"its result must be within {allowed} of float64, got {error:.3g}"
+
+
+def max_error_of(got: Tensor, want: Tensor) -> float:
+    """Largest error over the largest expected result; infinite for another shape, NaN where one is NaN."""
+    if got.shape != want.shape:
+        return math.inf
+    return ((got.double() - want).abs().max() / want.abs().max()).item()

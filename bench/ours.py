@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from tersetorch.formats import BlockedCodebookWeight, BlockedWeight, CsrWeight, SparseCodebookWeight
@@ -26,14 +28,14 @@ def _csr_codebook(case: Case, weight: Tensor, batch: int, threads: int) -> Packe
 
 def _blocked(case: Case, weight: Tensor, batch: int, threads: int) -> Packed:
     w = BlockedWeight.from_dense(weight, samples=batch)
-    sizes = {"out_features": w.rows, "column_block": w.column_block}
+    sizes: Any = {"out_features": w.rows, "column_block": w.column_block}
     tensors = (w.block_offsets, w.segments, w.indices, w.values)
     return Packed(lambda x: lambda: blocked_matmul_inference(x, *tensors, **sizes), w.nbytes)
 
 
 def _blocked_codebook(case: Case, weight: Tensor, batch: int, threads: int) -> Packed:
     w = BlockedCodebookWeight.from_dense(weight, samples=batch)
-    sizes = {"out_features": w.rows, "column_block": w.column_block}
+    sizes: Any = {"out_features": w.rows, "column_block": w.column_block}
     tensors = (w.block_offsets, w.segments, w.indices, w.codes, None, w.codebook[0])
     return Packed(lambda x: lambda: blocked_matmul_inference(x, *tensors, **sizes), w.nbytes)
 

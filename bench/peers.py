@@ -96,6 +96,7 @@ def _onnxruntime(case: Case, weight: Tensor, batch: int, threads: int) -> Packed
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # its threads would disturb the next call
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
     def bind(x: Tensor) -> Callable[[], Any]:

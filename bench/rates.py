@@ -120,7 +120,7 @@ def table(rates: Rates) -> Table:
 
 
 class Evictor:
-    """Reads a buffer a quarter larger than the last cache (at most 512 MiB), so that what was there is gone after it."""
+    """Reads a buffer a quarter larger than the last cache (at most 512 MiB): nothing else is in the caches after it."""
 
     def __init__(self, threads: int) -> None:
         self.nbytes = min(LARGEST, max(2**24, _last_cache() * 5 // 4))
