@@ -67,9 +67,7 @@ struct Weight {
     STD_TORCH_CHECK(values.scalar_type() == ScalarType::Byte, op,
                     ": values must be uint8 codes beside a codebook, got ",
                     torch::headeronly::toString(values.scalar_type()), "; pass codes, or no codebook");
-    CheckVector(op, *codebook, "codebook", ScalarType::Float);
-    STD_TORCH_CHECK(codebook->numel() <= kBlockedMaxEntries, op, ": codebook must have at most ", kBlockedMaxEntries,
-                    " entries, got ", codebook->numel(), "; pass one group of a codebook");
+    CheckCodebook(op, *codebook, kBlockedMaxEntries);
     tensors.push_back(Contiguous(*codebook));
     args.stored_as = BlockedValues::kCodes;
     args.codebook = tensors[4].const_data_ptr<float>();

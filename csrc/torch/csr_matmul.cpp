@@ -57,11 +57,7 @@ struct Weight {
     }
     STD_TORCH_CHECK(t.scalar_type() == ScalarType::Byte, op, ": values must be uint8 codes beside a codebook, got ",
                     torch::headeronly::toString(t.scalar_type()), "; pass codes, or no codebook");
-    CheckOnCpu(op, *codes_of, "codebook");
-    STD_TORCH_CHECK(
-        codes_of->scalar_type() == ScalarType::Float && codes_of->dim() == 1 && codes_of->numel() <= kCsrMaxEntries, op,
-        ": codebook must be float32 [entries] with at most ", kCsrMaxEntries, " entries, got ",
-        torch::headeronly::toString(codes_of->scalar_type()), " with ", codes_of->numel(), "; convert it");
+    CheckCodebook(op, *codes_of, kCsrMaxEntries);
     codebook = Contiguous(*codes_of);
     args.stored_as = CsrValues::kCodes;
     args.codebook = codebook->const_data_ptr<float>();
