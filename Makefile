@@ -53,7 +53,9 @@ test-newest-torch: venv
 # for each number of threads. TERSETORCH_DATA names the folder with published networks; without it the
 # suite `networks` is empty.
 bench: venv
-	$(PIP) --no-build-isolation --editable '.[bench]'
+	for peer in scipy onnx onnxruntime openvino ai-edge-litert; do \
+	  $(PIP) $$peer || echo "$$peer does not install here: the bench goes without it"; \
+	done
 	$(UNDISTURBED) tersetorch bench --threads 1 --json bench/results/bench_1_thread.json
 	$(UNDISTURBED) tersetorch bench --threads 2 --json bench/results/bench_2_threads.json
 

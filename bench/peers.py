@@ -6,7 +6,9 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
@@ -130,6 +132,75 @@ def _openvino(case: Case, weight: Tensor, batch: int, threads: int) -> Packed:
     return Packed(bind, weight.nbytes)
 
 
+def _litert(case: Case, weight: Tensor, batch: int, threads: int) -> Packed:
+    """One layer of LiteRT, which XNNPACK computes; images are channels last in it."""
+    from ai_edge_litert.interpreter import Interpreter
+
+    stored = weight
+    shape, out_shape = [batch, *case.samples(1).shape[1:]], [batch, len(weight)]
+    if isinstance(case, Conv):
+        if case.stride != 1 or not case.padded:
+            raise RuntimeError("its padding is that of TensorFlow")
+        stored = weight.permute(0, 2, 3, 1).contiguous()
+        shape = [batch, case.size, case.size, case.in_channels]
+        out_shape = [batch, case.out_size, case.out_size, case.out_channels]
+    model = _flatbuffer(stored.numpy(), shape, out_shape)
+    interpreter = Interpreter(model_content=model, num_threads=threads)
+    interpreter.allocate_tensors()
+    first, last = (d()[0]["index"] for d in (interpreter.get_input_details, interpreter.get_output_details))
+
+    def bind(x: Tensor) -> Callable[[], Any]:
+        samples = (x.permute(0, 2, 3, 1).contiguous() if x.dim() == 4 else x).numpy()
+
+        def run() -> Any:
+            interpreter.set_tensor(first, samples)
+            interpreter.invoke()
+            y = interpreter.get_tensor(last)
+            return y.transpose(0, 3, 1, 2) if y.ndim == 4 else y
+
+        return run
+
+    return Packed(bind, weight.nbytes)
+
+
+def _flatbuffer(weight: NDArray[np.float32], shape: list[int], out_shape: list[int]) -> bytes:
+    """A LiteRT model of one fully connected layer, or of one convolution with the output as large as the input."""
+    import flatbuffers
+    from ai_edge_litert import schema_py_generated as schema
+
+    def tensor(name: str, shape: list[int], buffer: int) -> Any:
+        made = schema.TensorT()
+        made.name, made.shape, made.buffer, made.type = name, shape, buffer, schema.TensorType.FLOAT32
+        return made
+
+    def buffer(values: NDArray[np.float32]) -> Any:
+        made = schema.BufferT()
+        made.data = values.reshape(-1).view(np.uint8)
+        return made
+
+    operator, code, graph, model = schema.OperatorT(), schema.OperatorCodeT(), schema.SubGraphT(), schema.ModelT()
+    if weight.ndim == 2:
+        code.builtinCode = schema.BuiltinOperator.FULLY_CONNECTED
+        operator.builtinOptionsType = schema.BuiltinOptions.FullyConnectedOptions
+        operator.builtinOptions = schema.FullyConnectedOptionsT()
+    else:
+        code.builtinCode = schema.BuiltinOperator.CONV_2D
+        operator.builtinOptionsType = schema.BuiltinOptions.Conv2DOptions
+        operator.builtinOptions = options = schema.Conv2DOptionsT()
+        options.strideH = options.strideW = options.dilationHFactor = options.dilationWFactor = 1
+        options.padding = schema.Padding.SAME
+    code.deprecatedBuiltinCode, code.version = code.builtinCode, 1
+    operator.inputs, operator.outputs = [0, 1, 2], [3]
+    graph.tensors = [tensor("x", shape, 0), tensor("w", list(weight.shape), 1)]
+    graph.tensors += [tensor("bias", [len(weight)], 2), tensor("y", out_shape, 0)]
+    graph.inputs, graph.outputs, graph.operators, graph.name = [0], [3], [operator], "main"
+    model.version, model.description, model.operatorCodes, model.subgraphs = 3, "layer", [code], [graph]
+    model.buffers = [schema.BufferT(), buffer(weight), buffer(np.zeros(len(weight), np.float32))]
+    builder = flatbuffers.Builder(weight.nbytes + 4096)
+    builder.Finish(model.Pack(builder), b"TFL3")
+    return bytes(builder.Output())
+
+
 def _torch_conv(dtype: torch.dtype, layout: torch.memory_format) -> Callable[[Case, Tensor, int, int], Packed]:
     def pack(case: Case, weight: Tensor, batch: int, threads: int) -> Packed:
         assert isinstance(case, Conv)
@@ -219,6 +290,7 @@ LINEAR = (
     Implementation("torch dynamic int8 by oneDNN", "dense", "int8", _dynamic_int8("onednn")),
     Implementation("onnxruntime float32", "dense", "float32", _onnxruntime, needs=_ORT, follows_batch=True),
     Implementation("openvino float32", "dense", "float32", _openvino, needs=("openvino",), follows_batch=True),
+    Implementation("LiteRT float32", "dense", "float32", _litert, needs=("ai_edge_litert",), follows_batch=True),
     Implementation("torch sparse CSR", "sparse", "float32", _torch_csr),
     Implementation("scipy CSR", "sparse", "float32", _scipy_csr, needs=("scipy",), threads=1),
 )
@@ -231,5 +303,6 @@ CONV = (
     Implementation("torch static int8 conv", "dense", "int8", _static_int8_conv, result=_dequantized),
     Implementation("onnxruntime float32", "dense", "float32", _onnxruntime, needs=_ORT, follows_batch=True),
     Implementation("openvino float32", "dense", "float32", _openvino, needs=("openvino",), follows_batch=True),
+    Implementation("LiteRT float32", "dense", "float32", _litert, needs=("ai_edge_litert",), follows_batch=True),
 )
 PEERS = {"linear": LINEAR, "conv": CONV}

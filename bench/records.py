@@ -41,7 +41,7 @@ SUITES: dict[str, tuple[Any, type[Any]]] = {
     "networks": (networks.groups, networks.Networks),
 }
 # What peers are versions of.
-PACKAGES = ("tersetorch", "torch", "numpy", "scipy", "onnxruntime", "openvino")
+PACKAGES = ("tersetorch", "torch", "numpy", "scipy", "onnxruntime", "openvino", "ai-edge-litert")
 
 
 class Run:
