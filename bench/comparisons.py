@@ -27,7 +27,7 @@ class Goal:
         ours: a glob of ours that count, the fastest again.
         without: a glob of ours that do not.
         modes: of ours that count.
-        prototype, goal: for one thread and, where it differs, two.
+        prototype, goal: for one thread and, where it differs, two; no prototype where none was measured.
     """
 
     title: str
@@ -55,10 +55,11 @@ class Reached:
         return float(self.peer["p30_ms"] / self.ours["p30_ms"])
 
     @property
-    def target(self) -> tuple[float, float]:
-        """What the prototype reached and what is aimed at, with that many threads."""
-        which = min(self.threads, len(self.goal.goal)) - 1
-        return self.goal.prototype[min(which, len(self.goal.prototype) - 1)], self.goal.goal[which]
+    def target(self) -> tuple[float | None, float]:
+        """What the prototype reached, where it was measured, and what is aimed at, with that many threads."""
+        prototype, goal = self.goal.prototype, self.goal.goal
+        reached = prototype[min(self.threads, len(prototype)) - 1] if prototype else None
+        return reached, goal[min(self.threads, len(goal)) - 1]
 
 
 def _goals() -> Iterator[Goal]:
@@ -71,7 +72,7 @@ def _goals() -> Iterator[Goal]:
     name, square = "linear 4096x9216, batch 1", "linear 4096x4096, batch 64"
 
     def one(title: str, where: dict[str, Any], density: float, *rest: Any, **more: Any) -> Goal:
-        return Goal(f"{title}, {density:.0%}".replace("%", " %"), where | {"density": density}, *rest, **more)
+        return Goal(f"{title}, {100 * density:.0f} %", where | {"density": density}, *rest, **more)
 
     plain: tuple[Mode, ...] = ("float32",)
     yield one(f"{name}, float32 values", fc6, 0.09, packed, plain, (3.3, 3.5), (5, 5), without=codebook)

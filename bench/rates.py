@@ -63,7 +63,11 @@ class Rates:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for a record."""
-        return {"threads": self.threads, "gops": self.arithmetic, "read_gbytes_per_s": self.reads}
+        gops = {
+            level: {name: round(rate, 1) for name, rate in found.items()} for level, found in self.arithmetic.items()
+        }
+        reads = {str(size): round(rate, 1) for size, rate in self.reads}
+        return {"threads": self.threads, "gops": gops, "read_gbytes_per_s": reads}
 
 
 def measure(threads: int = 1, quick: bool = False) -> Rates:

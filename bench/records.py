@@ -20,6 +20,8 @@ from .options import Options
 from .rates import Rates, caches_kib
 from .suites import networks, sparse
 
+Record = dict[str, Any]
+
 
 class Group(Protocol):
     """What is measured at one go."""
@@ -32,7 +34,7 @@ class Group(Protocol):
 class Suite(Protocol):
     """What measures the groups of a suite."""
 
-    def measure(self, group: Any) -> tuple[list[dict[str, Any]], list[LeftOut]]:
+    def measure(self, group: Any) -> tuple[list[Record], list[LeftOut]]:
         """The records of a group, and what was left out."""
 
 
@@ -57,7 +59,7 @@ class Run:
             path: the file to store into, or None.
         """
         self.groups: list[tuple[str, Group]] = [(name, group) for name in names for group in SUITES[name][0](options)]
-        self.records: list[dict[str, Any]] = []
+        self.records: list[Record] = []
         self.left_out: list[LeftOut] = []
         self._suites: dict[str, Suite] = {name: SUITES[name][1](options, rates) for name in names}
         self._machine = machine_facts() | {"rates": rates.to_dict()}
@@ -83,9 +85,10 @@ class Run:
         """Writes the file anew beside the old one and puts it in its place: an interruption leaves one of the two."""
         if self._path is None:
             return
-        content = {"machine": self._machine, "left_out": list(map(str, self.left_out)), "records": self.records}
+        content = {"machine": self._machine, "left_out": list(map(str, self.left_out))}
+        lines = ",\n".join(json.dumps(_rounded(record)) for record in self.records)
         part = self._path.with_name(self._path.name + ".part")
-        part.write_text(json.dumps(content, indent=1) + "\n")
+        part.write_text(f'{json.dumps(content, indent=1)[:-2]},\n "records": [\n{lines}\n ]\n}}\n')
         part.replace(self._path)
 
 
@@ -105,7 +108,7 @@ def machine_facts() -> dict[str, Any]:
     }
 
 
-def table(records: list[dict[str, Any]]) -> Table:
+def table(records: list[Record]) -> Table:
     """One row for each record, the fastest of its case marked."""
     columns = ("suite", "case", "density", "batch", "threads", "cache", "implementation", "p30 ms", "spread ms")
     result = Table(*columns, "of its limit", "")
@@ -121,11 +124,15 @@ def table(records: list[dict[str, Any]]) -> Table:
     return result
 
 
-def case_of(record: dict[str, Any]) -> tuple[Any, ...]:
+def case_of(record: Record) -> tuple[Any, ...]:
     """What records must have in common to be compared."""
     return tuple(
         record[name] for name in ("suite", "case", "pattern", "density", "batch", "active", "cache", "threads")
     )
+
+
+def _rounded(record: Record) -> Record:
+    return {key: float(f"{value:.5g}") if isinstance(value, float) else value for key, value in record.items()}
 
 
 def _version(package: str) -> str | None:

@@ -148,7 +148,9 @@ def goals() -> str:
     for row in reached(_records()):
         if isinstance(row, Reached):
             prototype, goal = row.target
-            verdict = "reached" if row.ratio >= goal else "as the prototype" if row.ratio >= prototype else "missed"
+            verdict = "reached" if row.ratio >= goal else "missed"
+            if prototype and prototype <= row.ratio < goal:
+                verdict = "beyond the prototype"
             names = (f"{part['implementation']} {part['p30_ms']:.3f}" for part in (row.peer, row.ours))
             figures = (row.threads, *names, f"{row.ratio:.2f}", prototype or "-", goal, verdict)
             rows.append((row.goal.title, *figures))
@@ -225,14 +227,10 @@ def machine_rates() -> str:
         if (RESULTS / name).exists():
             rates = _load(name)["machine"]["rates"]
             for level, found in rates["gops"].items():
-                rows += [
-                    (f"multiply-adds {mode}, `{level}`", rates["threads"], f"{r:,.0f} Gop/s")
-                    for mode, r in found.items()
-                ]
-            rows += [
-                (f"read {size >> 10:,} KiB", rates["threads"], f"{r:,.1f} GB/s")
-                for size, r in rates["read_gbytes_per_s"]
-            ]
+                for mode, rate in found.items():
+                    rows.append((f"multiply-adds {mode}, `{level}`", rates["threads"], f"{rate:,.0f} Gop/s"))
+            for size, rate in rates["read_gbytes_per_s"].items():
+                rows.append((f"read {int(size) >> 10:,} KiB", rates["threads"], f"{rate:,.1f} GB/s"))
     return _markdown(("rate", "threads", ""), rows)
 
 
