@@ -9,9 +9,10 @@ PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 KERNEL_TESTS := build/kernel-tests
 # Real-time priority where it is allowed: otherwise any other process costs each barrier of two threads a time slice.
 UNDISTURBED = GOMP_SPINCOUNT=200000 $(shell chrt -f 5 true 2>/dev/null && echo chrt -f 5)
+SANITIZED_TESTS := build/sanitized-tests
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: venv demo test test-full test-kernels test-newest-torch bench reproduce tables lint clean
+.PHONY: venv demo test test-full test-kernels test-sanitized test-newest-torch bench reproduce tables lint clean
 
 venv: .venv/package
 
@@ -44,6 +45,12 @@ test-kernels: .venv/tools
 	cmake -S . -B $(KERNEL_TESTS) -G Ninja -DTERSETORCH_TESTS=ON >/dev/null
 	cmake --build $(KERNEL_TESTS)
 	ctest --test-dir $(KERNEL_TESTS) --output-on-failure
+
+# The same tests with every address and every undefined operation checked.
+test-sanitized: .venv/tools
+	cmake -S . -B $(SANITIZED_TESTS) -G Ninja -DTERSETORCH_TESTS=ON -DTERSETORCH_SANITIZE=ON >/dev/null
+	cmake --build $(SANITIZED_TESTS)
+	ctest --test-dir $(SANITIZED_TESTS) --output-on-failure
 
 # The library built against one torch serves later ones.
 test-newest-torch: venv
