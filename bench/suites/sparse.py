@@ -21,9 +21,10 @@ from ..peers import PEERS
 from ..rates import Evictor, Rates
 from ..timing import interleave
 
-# Seconds for each implementation of a group.
+# Seconds for each implementation of a group; cold samples, most of which is evicting, get twice as many.
 SECONDS, QUICK_SECONDS = 0.15, 0.08
 
+BATCHES = {"linear": (1, 8, 64), "conv": (1,)}
 FULL_BATCHES = {"linear": (1, 8, 16, 64, 128, 512), "conv": (1, 16)}
 
 
@@ -64,10 +65,13 @@ class _Entry:
 
 
 def groups(options: Options) -> list[Group]:
-    """The groups that the options ask for; those of one layer follow each other."""
+    """The groups that the options ask for; those of one layer follow each other.
+
+    Densities or batches that are named are all measured, of every case that matches, instead of the usual selection.
+    """
     chosen: Iterable[Group]
     if options.full or options.batches or options.densities:
-        chosen = _everything(options)
+        chosen = _product(options)
     else:
         chosen = _quick() if options.quick else _selection()
     return [group for group in chosen if options.takes_case(group.case.name)]
@@ -108,14 +112,15 @@ def _quick() -> Iterator[Group]:
     yield Group(CASES["resnet 256 at 14"], 1, (0.1,))
 
 
-def _everything(options: Options) -> Iterator[Group]:
+def _product(options: Options) -> Iterator[Group]:
     densities = options.densities or DENSITIES
     for case in CASES.values():
-        for batch in options.batches or FULL_BATCHES[case.kind]:
+        for batch in options.batches or (FULL_BATCHES if options.full else BATCHES)[case.kind]:
             yield Group(case, batch, densities)
-            yield Group(case, batch, densities, "trained")
-            if batch == 1 and case.kind == "linear":
-                yield Group(case, batch, densities, cache="cold")
+            if options.full:
+                yield Group(case, batch, densities, "trained")
+                if batch == 1 and case.kind == "linear":
+                    yield Group(case, batch, densities, cache="cold")
 
 
 class Sparse:
@@ -163,10 +168,10 @@ class Sparse:
                     packed, pack_ms = self._pack(implementation, weight, density, group)
                     call = packed.bind(x)
                     error = max_error_of(implementation.result(call()), want)
-                except RuntimeError as problem:
+                except Exception as problem:  # whatever a library raises where this CPU lacks something
                     if ours:
                         raise
-                    reason = str(problem).partition("\n")[0]  # a library says so where this CPU lacks something
+                    reason = str(problem).partition("\n")[0]
                     left_out.append(LeftOut(implementation.name, group.label, reason))
                     continue
                 wrong = refusal(error, implementation.mode)
@@ -179,9 +184,11 @@ class Sparse:
         if not calls:
             return [], left_out
         seconds = len(calls) * (QUICK_SECONDS if self._options.quick else SECONDS)
-        if group.cache == "cold" and self._evictor is None:
-            self._evictor = Evictor(threads)
-        times = interleave(calls, seconds, self._evictor if group.cache == "cold" else None)
+        if group.cache == "cold":
+            self._evictor = self._evictor or Evictor(threads)
+            times = interleave(calls, 2 * seconds, self._evictor)
+        else:
+            times = interleave(calls, seconds)
         records = []
         for density in group.densities:
             weight = self._weight(density, group.pattern)

@@ -7,13 +7,13 @@ constexpr int kSums = 12;
 constexpr std::int32_t kOne = 0x3f800000, kOnes16 = 0x00010001, kOnes8 = 0x01010101;
 
 // ymm0 to ymm11 are the sums, ymm12 and ymm13 the operands, ymm14 and ymm15 what lies between.
-#define FOR_EACH_SUM(X) X("0") X("1") X("2") X("3") X("4") X("5") X("6") X("7") X("8") X("9") X("10") X("11")
-#define CLEAR(n) "vpxor %%ymm" n ", %%ymm" n ", %%ymm" n "\n\t"
+#define FOR_EACH_SUM(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11)
+#define CLEAR(n) "vpxor %%ymm" #n ", %%ymm" #n ", %%ymm" #n "\n\t"
 #define REGISTERS                                                                                                     \
   "ymm0", "ymm1", "ymm2", "ymm3", "ymm4", "ymm5", "ymm6", "ymm7", "ymm8", "ymm9", "ymm10", "ymm11", "ymm12", "ymm13", \
       "ymm14", "ymm15", "cc"
 
-#define MULTIPLY_ADD(n) "vfmadd231ps %%ymm13, %%ymm12, %%ymm" n "\n\t"
+#define MULTIPLY_ADD(n) "vfmadd231ps %%ymm13, %%ymm12, %%ymm" #n "\n\t"
 
 void Float32(std::int64_t passes) noexcept {
   if (passes <= 0) return;
@@ -27,7 +27,7 @@ void Float32(std::int64_t passes) noexcept {
 #define DOT(n)                               \
   "vpmaddubsw %%ymm12, %%ymm12, %%ymm14\n\t" \
   "vpmaddwd %%ymm13, %%ymm14, %%ymm15\n\t"   \
-  "vpaddd %%ymm15, %%ymm" n ", %%ymm" n "\n\t"
+  "vpaddd %%ymm15, %%ymm" #n ", %%ymm" #n "\n\t"
 
 void Int8(std::int64_t passes) noexcept {
   if (passes <= 0) return;

@@ -3,7 +3,7 @@
 namespace tersetorch {
 namespace {
 
-#define DOT_BFLOAT16(n) "vdpbf16ps %%zmm17, %%zmm16, %%zmm" n "\n\t"
+#define DOT_BFLOAT16(n) "vdpbf16ps %%zmm17, %%zmm16, %%zmm" #n "\n\t"
 
 void BFloat16(std::int64_t passes) noexcept { ARITHMETIC_LOOP(DOT_BFLOAT16, 0x3f803f80); }
 

@@ -9,10 +9,8 @@ namespace {
 constexpr int kSums = 16;
 
 // zmm0 to zmm15 are the sums, zmm16 and zmm17 the operands.
-#define FOR_EACH_SUM(X)                                                                                               \
-  X("0") X("1") X("2") X("3") X("4") X("5") X("6") X("7") X("8") X("9") X("10") X("11") X("12") X("13") X("14") X("1" \
-                                                                                                                  "5")
-#define CLEAR(n) "vpxord %%zmm" n ", %%zmm" n ", %%zmm" n "\n\t"
+#define FOR_EACH_SUM(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11) X(12) X(13) X(14) X(15)
+#define CLEAR(n) "vpxord %%zmm" #n ", %%zmm" #n ", %%zmm" #n "\n\t"
 
 // A loop of one instruction on every sum, both operands filled with a 32-bit pattern.
 #define ARITHMETIC_LOOP(instruction, pattern) \
@@ -25,8 +23,8 @@ constexpr int kSums = 16;
                : "zmm0", "zmm1", "zmm2", "zmm3", "zmm4", "zmm5", "zmm6", "zmm7", "zmm8", "zmm9", "zmm10", "zmm11",    \
                  "zmm12", "zmm13", "zmm14", "zmm15", "zmm16", "zmm17", "cc")
 
-#define MULTIPLY_ADD(n) "vfmadd231ps %%zmm17, %%zmm16, %%zmm" n "\n\t"
-#define DOT_INT8(n) "vpdpbusd %%zmm17, %%zmm16, %%zmm" n "\n\t"
+#define MULTIPLY_ADD(n) "vfmadd231ps %%zmm17, %%zmm16, %%zmm" #n "\n\t"
+#define DOT_INT8(n) "vpdpbusd %%zmm17, %%zmm16, %%zmm" #n "\n\t"
 
 void Float32(std::int64_t passes) noexcept { ARITHMETIC_LOOP(MULTIPLY_ADD, 0x3f800000); }
 void Int8(std::int64_t passes) noexcept { ARITHMETIC_LOOP(DOT_INT8, 0x01010101); }
