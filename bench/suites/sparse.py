@@ -87,9 +87,9 @@ def _selection() -> Iterator[Group]:
     yield Group(fc7, 1)
     yield Group(fc7, 8)
     yield Group(fc7, 64)
-    yield Group(fc7, 64, (0.09,), "trained")
     yield Group(fc7, 16, (0.09,))
     yield Group(fc7, 512, (0.09,))
+    yield Group(fc7, 64, (0.09,), "trained")
     for name in ("alexnet fc8", "transformer ffn up", "transformer ffn down", "resnet50 1x1 as linear"):
         for batch in (1, 8, 64):
             yield Group(CASES[name], batch)
@@ -124,7 +124,7 @@ def _product(options: Options) -> Iterator[Group]:
 
 
 class Sparse:
-    """Measures groups; what is packed for one layer is kept until the next layer.
+    """Measures groups; what is packed for one layer and pattern is kept until the next.
 
     Every result is compared with float64 before it is timed. limit_ms is the least time that an implementation's own
     arithmetic and its own bytes (weight, samples and result, once each) allow at the rates measured in the same run,
@@ -134,9 +134,9 @@ class Sparse:
     def __init__(self, options: Options, rates: Rates) -> None:
         self._options = options
         self._rates = rates
-        self._case: Case | None = None
-        self._weights: dict[tuple[float, Pattern], Tensor] = {}
-        self._packed: dict[tuple[str, float, Pattern, int], tuple[Packed, float]] = {}
+        self._layer: tuple[Case, Pattern] | None = None
+        self._weights: dict[float, Tensor] = {}
+        self._packed: dict[tuple[str, float, int], tuple[Packed, float]] = {}
         self._evictor: Evictor | None = None
 
     def measure(self, group: Group) -> tuple[list[dict[str, Any]], list[LeftOut]]:
@@ -146,17 +146,17 @@ class Sparse:
 
     def _measure(self, group: Group) -> tuple[list[dict[str, Any]], list[LeftOut]]:
         case, threads = group.case, self._options.threads
-        if case != self._case:
+        if (case, group.pattern) != self._layer:
             self._weights.clear()
             self._packed.clear()
             gc.collect()
-            self._case = case
+            self._layer = case, group.pattern
         x = _samples(group)
         entries: dict[str, _Entry] = {}
         calls: dict[str, Callable[[], Any]] = {}
         left_out = []
         for density in group.densities:
-            weight = self._weight(density, group.pattern)
+            weight = self._weight(density)
             want = case.reference(x, weight)
             for implementation in (*PEERS[case.kind], *OURS[case.kind]):
                 ours, dense = implementation.family == "ours", implementation.family == "dense"
@@ -191,7 +191,7 @@ class Sparse:
             times = interleave(calls, seconds)
         records = []
         for density in group.densities:
-            weight = self._weight(density, group.pattern)
+            weight = self._weight(density)
             shared = _shared(group, density, weight, threads)
             if group.cache == "cold" and self._evictor:
                 shared["evicted_bytes"] = self._evictor.nbytes
@@ -201,21 +201,20 @@ class Sparse:
                     records.append(shared | self._figures(group, entry, times[key], kept, x))
         return records, left_out
 
-    def _weight(self, density: float, pattern: Pattern) -> Tensor:
-        assert self._case is not None
-        key = (density, pattern)
-        if key not in self._weights:
-            self._weights[key] = weight_of(self._case, density, pattern)
-        return self._weights[key]
+    def _weight(self, density: float) -> Tensor:
+        assert self._layer is not None
+        if density not in self._weights:
+            self._weights[density] = weight_of(self._layer[0], density, self._layer[1])
+        return self._weights[density]
 
     def _pack(
         self, implementation: Implementation, weight: Tensor, density: float, group: Group
     ) -> tuple[Packed, float]:
         batch = group.batch if implementation.follows_batch else 0
         if implementation.follows_batch:  # the last batch's copy goes before the next one comes
-            for key in [k for k in self._packed if k[0] == implementation.name and k[3] != batch]:
+            for key in [k for k in self._packed if k[0] == implementation.name and k[2] != batch]:
                 del self._packed[key]
-        key = (implementation.name, density, group.pattern, batch)
+        key = (implementation.name, density, batch)
         if key not in self._packed:
             start = time.perf_counter()
             packed = implementation.pack(group.case, weight, group.batch, self._options.threads)
