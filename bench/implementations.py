@@ -44,7 +44,7 @@ class Implementation:
         needs: modules without which it is not there.
         follows_batch: whether the packed weight depends on the batch.
         threads: the largest number of threads it can use; None for any.
-        least_batch: the fewest samples it is meant for.
+        batches: the fewest and the most samples it is meant for.
         result: what a call returns, as a float tensor of the reference's shape.
     """
 
@@ -55,7 +55,7 @@ class Implementation:
     needs: tuple[str, ...] = ()
     follows_batch: bool = False
     threads: int | None = None
-    least_batch: int = 1
+    batches: tuple[int, float] = (1, math.inf)
     result: Callable[[Any], Tensor] = torch.as_tensor
 
     def missing(self, batch: int, threads: int) -> str | None:
@@ -65,8 +65,8 @@ class Implementation:
             return f"{', '.join(absent)} not installed (pip install 'tersetorch[bench]')"
         if self.threads is not None and threads > self.threads:
             return f"uses {self.threads} thread"
-        if batch < self.least_batch:
-            return f"meant for {self.least_batch} samples or more"
+        if not self.batches[0] <= batch <= self.batches[1]:
+            return f"meant for {self.batches[0]} to {self.batches[1]} samples"
         return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import Tensor
@@ -40,12 +41,14 @@ def _blocked_codebook(case: Case, weight: Tensor, batch: int, threads: int) -> P
     return Packed(lambda x: lambda: blocked_matmul_inference(x, *tensors, **sizes), w.nbytes)
 
 
+MANY = (4, math.inf)
+
 LINEAR = (
     Implementation("tersetorch csr", "ours", "float32", _csr),
     Implementation("tersetorch csr codebook", "ours", "float32", _csr_codebook),
-    Implementation("tersetorch blocked", "ours", "float32", _blocked, follows_batch=True, least_batch=4),
+    Implementation("tersetorch blocked", "ours", "float32", _blocked, follows_batch=True, batches=MANY),
     Implementation(
-        "tersetorch blocked codebook", "ours", "float32", _blocked_codebook, follows_batch=True, least_batch=4
+        "tersetorch blocked codebook", "ours", "float32", _blocked_codebook, follows_batch=True, batches=MANY
     ),
 )
 CONV: tuple[Implementation, ...] = ()

@@ -276,5 +276,5 @@ def _shared(group: Group, density: float, weight: Tensor, threads: int) -> dict[
 def missing(threads: int) -> dict[str, str]:
     """Peers that cannot run here, and why."""
     rows = (*PEERS["linear"], *PEERS["conv"])
-    reasons = {row.name: row.missing(row.least_batch, threads) for row in rows}
+    reasons = {row.name: row.missing(row.batches[0], threads) for row in rows}
     return {name: reason for name, reason in reasons.items() if reason}

@@ -142,10 +142,10 @@ def test_filters_choose_groups_and_rows():
 
 
 def test_what_is_missing_is_said(monkeypatch):
-    row = Implementation("x", "dense", "float32", None, needs=("nothing_of_the_kind",), threads=1, least_batch=4)
+    row = Implementation("x", "dense", "float32", None, needs=("nothing_of_the_kind",), threads=1, batches=(4, 8))
     assert row.missing(4, 1) == "nothing_of_the_kind not installed (pip install 'tersetorch[bench]')"
     assert dataclasses.replace(row, needs=()).missing(4, 2) == "uses 1 thread"
-    assert dataclasses.replace(row, needs=()).missing(3, 1) == "meant for 4 samples or more"
+    assert dataclasses.replace(row, needs=()).missing(3, 1) == "meant for 4 to 8 samples"
     assert dataclasses.replace(row, needs=()).missing(4, 1) is None
     assert "scipy CSR" in sparse.missing(2)
 
