@@ -105,7 +105,7 @@ def test_accepts_unaligned_memory(batch):
 
 
 def test_short_columns_are_unsigned():
-    row_offsets, col_indices, values, dense = random_weight(9, 65536, 0.002)
+    row_offsets, col_indices, values, _ = random_weight(9, 65536, 0.002)
     short = (col_indices - 65536 * (col_indices >= 32768)).short()
     assert bool((short < 0).any())
     for batch in (1, 3, 20):

@@ -34,6 +34,11 @@ class CsrPattern:
         """The column of every stored position, int64 [nnz]."""
         return columns_of(self.col_indices)
 
+    @property
+    def wide_indices(self) -> Tensor:
+        """The column of every stored position, int32 [nnz]."""
+        return self.col_indices if self.col_indices.dtype == torch.int32 else self.cols.int()
+
 
 def pattern_of(nonzero: Tensor) -> tuple[Tensor, Tensor]:
     """Row offsets int32 [rows + 1] and column indices int32 [nnz] of the true entries of nonzero, bool [rows, columns].
