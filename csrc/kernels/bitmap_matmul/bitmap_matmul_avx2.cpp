@@ -40,12 +40,13 @@ void Prefetch(const void* p) {
   _mm_prefetch(reinterpret_cast<const char*>(reinterpret_cast<std::uintptr_t>(p) + kAhead), _MM_HINT_T0);
 }
 
-// Each kernel's Run adds `words` words to the sums and returns how many values they took.
+// Each kernel's Run adds `words` words of a row to its sums, and moves `values` past those it took.
 
 template <int kSamples>
 struct Float32Kernel {
   using Value = float;
   using Sum = float;
+  static constexpr int kRows = 1;
   static constexpr bool kCodes = false;
   static constexpr Index kPanelWordBytes = 64 * kSamples * 4;
   static constexpr int kChains = kSamples == 4 ? 2 : 4;
@@ -54,13 +55,15 @@ struct Float32Kernel {
   };
   explicit Float32Kernel(const BitmapWeight&) {}
 
-  __attribute__((always_inline)) Index Run(const void* bits, Index words, const float* values, const void* panel,
-                                           Accumulators& into) const {
+  template <int kCount>
+  __attribute__((always_inline)) void Run(const void* const (&bits)[kCount], Index words,
+                                          const float* (&values)[kCount], const void* panel,
+                                          Accumulators (&into)[kCount]) const {
     const auto* x = static_cast<const float*>(panel);
-    const float* v = values;
-    Accumulators a = into;
+    const float* v = values[0];
+    Accumulators a = into[0];
     for (Index i = 0; i < words; ++i, x += 64 * kSamples) {
-      std::uint64_t word = LoadAt<std::uint64_t>(bits, i, 8);
+      std::uint64_t word = LoadAt<std::uint64_t>(bits[0], i, 8);
       Prefetch(v);
 #pragma GCC unroll 8
       for (int j = 0; j < 8; ++j, word >>= 8) {
@@ -76,8 +79,8 @@ struct Float32Kernel {
         }
       }
     }
-    into = a;
-    return v - values;
+    into[0] = a;
+    values[0] = v;
   }
 
   static void Finish(const Accumulators& a, float* out) {
@@ -95,6 +98,7 @@ template <int kSamples>
 struct Int8Kernel {
   using Value = std::int8_t;
   using Sum = std::int32_t;
+  static constexpr int kRows = 1;
   static constexpr bool kCodes = false;
   static constexpr Index kPanelWordBytes = 64 * kSamples;
   struct Accumulators {
@@ -102,11 +106,13 @@ struct Int8Kernel {
   };
   explicit Int8Kernel(const BitmapWeight&) {}
 
-  __attribute__((always_inline)) Index Run(const void* bits, Index words, const std::int8_t* values, const void* panel,
-                                           Accumulators& into) const {
+  template <int kCount>
+  __attribute__((always_inline)) void Run(const void* const (&bits)[kCount], Index words,
+                                          const std::int8_t* (&values)[kCount], const void* panel,
+                                          Accumulators (&into)[kCount]) const {
     const auto* x = static_cast<const char*>(panel);
-    const std::int8_t* v = values;
-    Accumulators a = into;
+    const std::int8_t* v = values[0];
+    Accumulators a = into[0];
     // 16 weights from two bytes of the bitmap.
     const auto expand = [&](std::uint64_t low, std::uint64_t high) {
       const __m128i first = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(v));
@@ -119,7 +125,7 @@ struct Int8Kernel {
       return _mm_shuffle_epi8(_mm_unpacklo_epi64(first, second), from);
     };
     for (Index i = 0; i < words; ++i) {
-      std::uint64_t word = LoadAt<std::uint64_t>(bits, i, 8);
+      std::uint64_t word = LoadAt<std::uint64_t>(bits[0], i, 8);
       Prefetch(v);
 #pragma GCC unroll 2
       for (int half = 0; half < 2; ++half, word >>= 32) {
@@ -137,8 +143,8 @@ struct Int8Kernel {
         }
       }
     }
-    into = a;
-    return v - values;
+    into[0] = a;
+    values[0] = v;
   }
 
   static void Finish(const Accumulators& a, std::int32_t* out) {

@@ -172,50 +172,94 @@ BitmapStatus Decode(const BitmapWeight& w, Index k, Index count, float* to) {
   return BitmapStatus::kOk;
 }
 
-// The sums of one row for all samples. A kernel reads up to 64 values past those it uses and believes the bits, so it
-// runs on the stored values only where no bits could lead it out of them; the last rows, and what has to be decoded
-// first, go through a stage on the stack, some words at a time.
-template <typename Kernel>
-__attribute__((always_inline)) inline BitmapStatus SumRow(const Kernel& kernel, const BitmapWeight& w, bool decoded,
-                                                          const void* panel, Index row, typename Kernel::Sum* sums) {
-  using Value = typename Kernel::Value;
-  constexpr Index kStageWords = 16;
+// A row whose offsets are sound.
+struct Row {
+  const void* bits;
+  Index begin, end;  // its values
+};
+
+BitmapStatus FindRow(const BitmapWeight& w, Index r, Row& row) {
   const Index words = BitmapWords(w.columns);
-  const Index begin = LoadAt<std::int32_t>(w.row_offsets, row, 4),
-              end = LoadAt<std::int32_t>(w.row_offsets, row + 1, 4);
-  if (begin < 0 || end < begin || end > w.nnz) return BitmapStatus::kBadRowOffsets;
-  const void* bits = w.bitmap + row * words;
-  if (w.columns % 64 != 0 && LoadAt<std::uint64_t>(bits, words - 1, 8) >> w.columns % 64 != 0) {
+  row = {w.bitmap + r * words, LoadAt<std::int32_t>(w.row_offsets, r, 4),
+         LoadAt<std::int32_t>(w.row_offsets, r + 1, 4)};
+  if (row.begin < 0 || row.end < row.begin || row.end > w.nnz) return BitmapStatus::kBadRowOffsets;
+  if (w.columns % 64 != 0 && LoadAt<std::uint64_t>(row.bits, words - 1, 8) >> w.columns % 64 != 0) {
     return BitmapStatus::kBadBitmap;
   }
-  typename Kernel::Accumulators accumulators{};
-  if (!decoded && begin + (words + 1) * 64 <= w.nnz) {
-    const auto* values = static_cast<const Value*>(w.values);
-    if constexpr (Kernel::kCodes) {
-      if (!CodesInside(values + begin, end - begin, w.entries)) return BitmapStatus::kBadCode;
-    }
-    if (kernel.Run(bits, words, values + begin, panel, accumulators) != end - begin) return BitmapStatus::kBadBitmap;
-  } else {
-    alignas(64) Value stage[(kStageWords + 1) * 64];
-    Index k = begin;
-    for (Index word = 0; word < words; word += kStageWords) {
-      const Index some = words - word < kStageWords ? words - word : kStageWords;
-      const void* some_bits = static_cast<const char*>(bits) + word * 8;
-      Index count = 0;
-      for (Index i = 0; i < some; ++i) count += __builtin_popcountll(LoadAt<std::uint64_t>(some_bits, i, 8));
-      if (count > end - k) return BitmapStatus::kBadBitmap;
-      if constexpr (Kernel::kCodes) {
-        if (!CodesInside(static_cast<const Value*>(w.values) + k, count, w.entries)) return BitmapStatus::kBadCode;
-      }
-      if (const BitmapStatus status = Decode(w, k, count, stage); status != BitmapStatus::kOk) return status;
-      kernel.Run(some_bits, some, stage, static_cast<const char*>(panel) + word * Kernel::kPanelWordBytes,
-                 accumulators);
-      k += count;
-    }
-    if (k != end) return BitmapStatus::kBadBitmap;
-  }
-  Kernel::Finish(accumulators, sums);
   return BitmapStatus::kOk;
+}
+
+// A kernel believes the bits, and reads up to 64 values past those it uses: whether no bits could lead it out of the
+// stored values in this row.
+bool IsFarFromEnd(const BitmapWeight& w, const Row& row) {
+  return row.begin + (BitmapWords(w.columns) + 1) * 64 <= w.nnz;
+}
+
+// The sums of such rows.
+template <int kRows, typename Kernel>
+__attribute__((always_inline)) inline BitmapStatus SumRows(const Kernel& kernel, const BitmapWeight& w,
+                                                           const Row (&rows)[kRows], const void* panel,
+                                                           typename Kernel::Sum (*sums)[kBitmapMaxSamples]) {
+  using Value = typename Kernel::Value;
+  const void* bits[kRows];
+  const Value* values[kRows];
+  for (int i = 0; i < kRows; ++i) {
+    bits[i] = rows[i].bits;
+    values[i] = static_cast<const Value*>(w.values) + rows[i].begin;
+    if constexpr (Kernel::kCodes) {
+      if (!CodesInside(values[i], rows[i].end - rows[i].begin, w.entries)) return BitmapStatus::kBadCode;
+    }
+  }
+  typename Kernel::Accumulators accumulators[kRows] = {};
+  kernel.template Run<kRows>(bits, BitmapWords(w.columns), values, panel, accumulators);
+  for (int i = 0; i < kRows; ++i) {
+    if (values[i] != static_cast<const Value*>(w.values) + rows[i].end) return BitmapStatus::kBadBitmap;
+    Kernel::Finish(accumulators[i], sums[i]);
+  }
+  return BitmapStatus::kOk;
+}
+
+// The sums of a row near the end, or whose values have to be decoded first: through a stage on the stack, some words at
+// a time.
+template <typename Kernel>
+BitmapStatus SumRowFromStage(const Kernel& kernel, const BitmapWeight& w, const Row& row, const void* panel,
+                             typename Kernel::Sum* sums) {
+  using Value = typename Kernel::Value;
+  constexpr Index kStageWords = 16;
+  alignas(64) Value stage[(kStageWords + 1) * 64];
+  typename Kernel::Accumulators accumulators[1] = {};
+  const Index words = BitmapWords(w.columns);
+  Index k = row.begin;
+  for (Index word = 0; word < words; word += kStageWords) {
+    const Index some = words - word < kStageWords ? words - word : kStageWords;
+    const void* bits[1] = {static_cast<const char*>(row.bits) + word * 8};
+    Index count = 0;
+    for (Index i = 0; i < some; ++i) count += __builtin_popcountll(LoadAt<std::uint64_t>(bits[0], i, 8));
+    if (count > row.end - k) return BitmapStatus::kBadBitmap;
+    if constexpr (Kernel::kCodes) {
+      if (!CodesInside(static_cast<const Value*>(w.values) + k, count, w.entries)) return BitmapStatus::kBadCode;
+    }
+    if (const BitmapStatus status = Decode(w, k, count, stage); status != BitmapStatus::kOk) return status;
+    const Value* values[1] = {stage};
+    kernel.template Run<1>(bits, some, values, static_cast<const char*>(panel) + word * Kernel::kPanelWordBytes,
+                           accumulators);
+    k += count;
+  }
+  if (k != row.end) return BitmapStatus::kBadBitmap;
+  Kernel::Finish(accumulators[0], sums);
+  return BitmapStatus::kOk;
+}
+
+template <typename Sum>
+void StoreRow(const BitmapMatmulArgs& a, Index r, const Sum* sums) {
+  const BitmapWeight& w = a.weight;
+  const float scale = w.stored_as == BitmapValues::kInt8 ? LoadAt<float>(w.scales, r, 4) : 1.0f;
+  const float bias = a.bias == nullptr ? 0.0f : LoadAt<float>(a.bias, r, 4);
+  for (Index n = 0; n < a.samples; ++n) {
+    const float factor = a.quantized ? scale * a.x_scales[n] : scale;
+    const float y = __builtin_fmaf(static_cast<float>(sums[n]), factor, bias);
+    StoreFloat(a.y, a.y_stored_as, n * w.rows + r, a.relu && y < 0 ? 0.0f : y);
+  }
 }
 
 // `decoded`: the kernel multiplies float32, and the values are stored in another way.
@@ -223,18 +267,33 @@ template <typename Kernel>
 BitmapStatus MultiplyRows(const BitmapMatmulArgs& a, bool decoded, Index row_begin, Index row_end) {
   const BitmapWeight& w = a.weight;
   const Kernel kernel(w);
-  for (Index r = row_begin; r < row_end; ++r) {
-    typename Kernel::Sum sums[kBitmapMaxSamples] = {};
-    if (const BitmapStatus status = SumRow(kernel, w, decoded, a.panel, r, sums); status != BitmapStatus::kOk) {
+  typename Kernel::Sum sums[Kernel::kRows][kBitmapMaxSamples] = {};
+  for (Index r = row_begin; r < row_end;) {
+    Row rows[Kernel::kRows];
+    if (const BitmapStatus status = FindRow(w, r, rows[0]); status != BitmapStatus::kOk) return status;
+    if (decoded || !IsFarFromEnd(w, rows[0])) {
+      if (const BitmapStatus status = SumRowFromStage(kernel, w, rows[0], a.panel, sums[0]);
+          status != BitmapStatus::kOk) {
+        return status;
+      }
+      StoreRow(a, r++, sums[0]);
+      continue;
+    }
+    if constexpr (Kernel::kRows == 2) {
+      if (r + 1 < row_end && FindRow(w, r + 1, rows[1]) == BitmapStatus::kOk && IsFarFromEnd(w, rows[1])) {
+        if (const BitmapStatus status = SumRows<2>(kernel, w, rows, a.panel, sums); status != BitmapStatus::kOk) {
+          return status;
+        }
+        StoreRow(a, r++, sums[0]);
+        StoreRow(a, r++, sums[1]);
+        continue;
+      }
+    }
+    const Row alone[1] = {rows[0]};
+    if (const BitmapStatus status = SumRows<1>(kernel, w, alone, a.panel, sums); status != BitmapStatus::kOk) {
       return status;
     }
-    const float scale = w.stored_as == BitmapValues::kInt8 ? LoadAt<float>(w.scales, r, 4) : 1.0f;
-    const float bias = a.bias == nullptr ? 0.0f : LoadAt<float>(a.bias, r, 4);
-    for (Index n = 0; n < a.samples; ++n) {
-      const float factor = a.quantized ? scale * a.x_scales[n] : scale;
-      const float y = __builtin_fmaf(static_cast<float>(sums[n]), factor, bias);
-      StoreFloat(a.y, a.y_stored_as, n * w.rows + r, a.relu && y < 0 ? 0.0f : y);
-    }
+    StoreRow(a, r++, sums[0]);
   }
   return BitmapStatus::kOk;
 }
