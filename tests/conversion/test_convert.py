@@ -292,6 +292,16 @@ def test_cache_remembers_layers_but_the_whole_model_is_timed(net, x, timer):
     assert report(fast).plan == {"0": "csr", "2": "csr"}
 
 
+def test_another_share_of_zeros_is_measured_anew(net, x, timer):
+    """Some layouts skip the zeros of their input."""
+    convert(net[:1], x)
+    asked = timer.count("csr")
+    convert(net[:1], x)
+    assert timer.count("csr") == asked
+    convert(net[:1], x.relu())
+    assert timer.count("csr") > asked
+
+
 def test_cache_can_be_left_alone(net, x, timer, tmp_path):
     convert(net, x, cache=False)
     assert not (tmp_path / "cache").exists()

@@ -19,6 +19,7 @@ OPTIONS = {
     "csr16": ({}, {}),
     "bitmap": ({}, {}),
     "bitmap_int8": ({}, {}),
+    "bitmap_columns": ({}, {}),
     "blocked": ({"samples": 8}, {"column_block": 1024}),
 }
 # How far a layout's product may lie from the dense one, as a share of the largest output.
@@ -295,7 +296,8 @@ def test_a_parametrized_layer_still_runs():
 def test_unknown_layouts_are_refused(kind):
     layer = kind.from_dense(dense_layer(3, 4))
     with pytest.raises(
-        ValueError, match=re.escape("layout must be one of ['csr', 'csr16', 'bitmap', 'bitmap_int8', 'blocked'")
+        ValueError,
+        match=re.escape("layout must be one of ['csr', 'csr16', 'bitmap', 'bitmap_int8', 'bitmap_columns', 'blocked'"),
     ):
         layer.pack("diagonal")
     with pytest.raises(TypeError, match="'csr' takes no options, got samples"):

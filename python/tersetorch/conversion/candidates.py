@@ -128,6 +128,15 @@ CANDIDATES: dict[str, Candidate] = {
         _row("bitmap", SparseLinear, 0.96, _always, layout="bitmap", max_samples=8),
         _row("bitmap_codebook", SparseCodebookLinear, 1.0, _has_few_values, layout="bitmap", max_samples=8),
         _row("bitmap_int8", SparseLinear, 1.0, _always, layout="bitmap_int8", exact=False, max_samples=8),
+        _row("bitmap_columns", SparseLinear, 0.96, _always, layout="bitmap_columns", max_samples=2),
+        _row(
+            "bitmap_columns_codebook",
+            SparseCodebookLinear,
+            1.0,
+            _has_few_values,
+            layout="bitmap_columns",
+            max_samples=2,
+        ),
         _row("blocked", SparseLinear, 0.66, _always, layout="blocked", options=_for_samples, min_samples=4),
         _row(
             "blocked_codebook",

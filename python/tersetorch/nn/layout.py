@@ -11,6 +11,7 @@ from torch import Tensor
 from tersetorch import ops
 from tersetorch.formats import (
     BitmapCodebookWeight,
+    BitmapColumnsWeight,
     BitmapInt8Weight,
     BitmapWeight,
     BlockedCodebookWeight,
@@ -74,6 +75,19 @@ def _multiply_bitmap_int8(layer: Any, x: Tensor) -> Tensor:
     )
 
 
+def _multiply_columns(layer: Any, x: Tensor) -> Tensor:
+    buffers, parameters = layer._buffers, layer._parameters
+    return ops.bitmap_columns_matmul_inference(
+        x,
+        buffers["packed_bitmap"],
+        buffers["packed_column_offsets"],
+        buffers["packed_values"],
+        parameters["bias"],
+        parameters.get("codebook"),
+        out_features=layer.out_features,
+    )
+
+
 def _multiply_blocks(layer: Any, x: Tensor) -> Tensor:
     buffers, parameters = layer._buffers, layer._parameters
     codes = buffers.get("packed_codes")
@@ -100,6 +114,10 @@ LAYOUTS: dict[str, Layout] = {
     ),
     "bitmap_int8": Layout(
         {CsrWeight: BitmapInt8Weight.from_csr, SparseCodebookWeight: BitmapInt8Weight.from_csr}, _multiply_bitmap_int8
+    ),
+    "bitmap_columns": Layout(
+        {CsrWeight: BitmapColumnsWeight.from_csr, SparseCodebookWeight: BitmapColumnsWeight.from_csr},
+        _multiply_columns,
     ),
     "blocked": Layout(
         {CsrWeight: BlockedWeight.from_csr, SparseCodebookWeight: BlockedCodebookWeight.from_csr},

@@ -126,7 +126,8 @@ class SparseLinearBase(nn.Module, Generic[Format]):
             layout: "csr16", for weights of at most 65,536 columns; "bitmap", for few samples and a fifth or more
                 non-zeros; "blocked", for many samples; "bitmap_int8", for few samples, which rounds the weight's rows
                 and each sample to 8 bits (see BitmapInt8Weight and ops.bitmap_matmul for the error), while .weight
-                stays exact; "csr" undoes an earlier pack().
+                stays exact; "bitmap_columns", for one sample with many zeros, as ReLU leaves them; "csr" undoes an
+                earlier pack().
             options: samples (about how many will be multiplied at once) or column_block, both for "blocked".
 
         Raises:
