@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 KERNEL_TESTS := build/kernel-tests
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: venv demo test test-full test-kernels test-newest-torch bench reproduce tables lint clean
+.PHONY: venv demo test test-full test-kernels test-cuda test-newest-torch bench reproduce tables lint clean
 
 venv: .venv/package
 
@@ -30,18 +30,22 @@ venv: .venv/package
 demo: venv
 	tersetorch demo
 
-test: venv test-kernels
+test: venv test-kernels test-cuda
 	python -m pytest -m 'not slow'
 
 # The last line of the log is stored.
-test-full: venv test-kernels
+test-full: venv test-kernels test-cuda
 	set -o pipefail; python -m pytest | tee build/test-full.log
 	tail -n 1 build/test-full.log | tr -d '=' > bench/results/test_full.txt
 
 test-kernels: .venv/tools
-	cmake -S . -B $(KERNEL_TESTS) -G Ninja -DTERSETORCH_TESTS=ON >/dev/null
+	cmake -S . -B $(KERNEL_TESTS) -G Ninja -DTERSETORCH_TESTS=ON -DTERSETORCH_CUDA=0 >/dev/null
 	cmake --build $(KERNEL_TESTS)
 	ctest --test-dir $(KERNEL_TESTS) --output-on-failure
+
+# Where nvcc is: that every CUDA kernel compiles for every architecture, and what it takes there.
+test-cuda: venv
+	.ci/check_cuda_kernels
 
 # The library built against one torch serves later ones.
 test-newest-torch: venv
