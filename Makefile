@@ -7,9 +7,10 @@ SHELL := /bin/bash
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 KERNEL_TESTS := build/kernel-tests
+SANITIZED_TESTS := build/sanitized-tests
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: venv demo test test-full test-kernels test-cuda test-newest-torch bench reproduce tables lint clean
+.PHONY: venv demo test test-full test-kernels test-sanitized test-cuda test-newest-torch bench reproduce tables lint clean
 
 venv: .venv/package
 
@@ -46,6 +47,12 @@ test-kernels: .venv/tools
 # Where nvcc is: that every CUDA kernel compiles for every architecture, and what it takes there.
 test-cuda: venv
 	.ci/check_cuda_kernels
+
+# The same tests with every address and every undefined operation checked.
+test-sanitized: .venv/tools
+	cmake -S . -B $(SANITIZED_TESTS) -G Ninja -DTERSETORCH_TESTS=ON -DTERSETORCH_SANITIZE=ON -DTERSETORCH_CUDA=0 >/dev/null
+	cmake --build $(SANITIZED_TESTS)
+	ctest --test-dir $(SANITIZED_TESTS) --output-on-failure
 
 # The library built against one torch serves later ones.
 test-newest-torch: venv

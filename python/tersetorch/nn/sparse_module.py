@@ -34,19 +34,19 @@ class SparseLinearBase(nn.Module, Generic[Format]):
     # The field whose numbers a packed layout repeats in another order.
     packed_field: ClassVar[str]
 
-    # What pack() was asked for, and the options that make the next packing the same.
-    _layout: str | None = None
-    _options: dict[str, Any] | None = None
-    # The tensor that the buffers packed_* come from (None in a copy, until it is called), and its version then (None
-    # where it counts none). Without such buffers, None.
-    _packed_from: tuple[Tensor | None, int | None] | None = None
-
     row_offsets: Tensor
     col_indices: Tensor
     bias: nn.Parameter | None
 
     def __init__(self, weight: Format, bias: Tensor | None = None) -> None:
         super().__init__()
+        # What pack() was asked for, the options that make the next packing the same, and the packed weight's sizes.
+        self._layout: str | None = None
+        self._options: dict[str, Any] = {}
+        self._sizes: dict[str, Any] = {}
+        # The tensor that the buffers packed_* come from (None in a copy, until it is called), and its version then
+        # (None where it counts none). Without such buffers, None.
+        self._packed_from: tuple[Tensor | None, int | None] | None = None
         if not isinstance(weight, self.format):
             raise TypeError(
                 f"{type(self).__name__}: weight must be a {self.format.__name__}, got {type(weight).__name__}; "
@@ -113,7 +113,7 @@ class SparseLinearBase(nn.Module, Generic[Format]):
     @property
     def layout_options(self) -> dict[str, Any]:
         """The keyword arguments that pack() takes to lay another layer out alike."""
-        return dict(self._options or {})
+        return dict(self._options)
 
     def pack(self, layout: str, **options: Any) -> Self:
         """Computes without gradients from another layout of the weight from now on; returns the layer.
@@ -135,7 +135,7 @@ class SparseLinearBase(nn.Module, Generic[Format]):
                     f"{type(self).__name__}: layout 'csr' takes no options, got {', '.join(options)}; leave them out"
                 )
             self._drop_packed()
-            self._layout = self._options = None
+            self._layout, self._options, self._sizes = None, {}, {}
             return self
         if layout not in LAYOUTS:
             raise ValueError(
@@ -184,7 +184,7 @@ class SparseLinearBase(nn.Module, Generic[Format]):
 
     def _repack(self) -> None:
         if self._layout is not None:
-            self._hold(self._packed_of(self._layout, self._options or {}))
+            self._hold(self._packed_of(self._layout, self._options))
 
     def train(self, mode: bool = True) -> Self:
         """As nn.Module.train: training mode drops the packed layout, eval mode builds it anew."""
