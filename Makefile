@@ -40,19 +40,27 @@ test-full: venv test-kernels test-cuda
 	tail -n 1 build/test-full.log | tr -d '=' > bench/results/test_full.txt
 
 test-kernels: .venv/tools
-	cmake -S . -B $(KERNEL_TESTS) -G Ninja -DTERSETORCH_TESTS=ON -DTERSETORCH_CUDA=0 >/dev/null
+	cmake -S . -B $(KERNEL_TESTS) -G Ninja -DTERSETORCH_TESTS=ON -DTERSETORCH_CUDA=0 -DTERSETORCH_TORCH_DIR= >/dev/null
 	cmake --build $(KERNEL_TESTS)
 	ctest --test-dir $(KERNEL_TESTS) --output-on-failure
-
-# Where nvcc is: that every CUDA kernel compiles for every architecture, and what it takes there.
-test-cuda: venv
-	.ci/check_cuda_kernels
 
 # The same tests with every address and every undefined operation checked.
 test-sanitized: .venv/tools
 	cmake -S . -B $(SANITIZED_TESTS) -G Ninja -DTERSETORCH_TESTS=ON -DTERSETORCH_SANITIZE=ON -DTERSETORCH_CUDA=0 >/dev/null
 	cmake --build $(SANITIZED_TESTS)
 	ctest --test-dir $(SANITIZED_TESTS) --output-on-failure
+
+# The CUDA ops on a pretend device, their kernels under the emulator. Where nvcc is, also that every kernel compiles for
+# every architecture, what it takes there, and the kernel tests on a GPU if there is one.
+test-cuda: venv
+	cmake -S . -B $(KERNEL_TESTS) -G Ninja -DTERSETORCH_TESTS=ON -DTERSETORCH_CUDA=AUTO -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
+	  -DTERSETORCH_TORCH_DIR=$$(python -c 'import os, torch; print(os.path.dirname(torch.__file__))') \
+	  -Dpybind11_DIR=$$(python -m pybind11 --cmakedir) >/dev/null
+	cmake --build $(KERNEL_TESTS) --target cuda_tests
+	PYTHONPATH=tests TERSETORCH_PRETEND_CUDA=$(KERNEL_TESTS)/tests/cuda_emulator \
+	  python -m pytest -p cuda_emulator.pretend_device tests/ops/test_*_cuda.py
+	ctest --test-dir $(KERNEL_TESTS) --output-on-failure -R _cuda$$
+	.ci/check_cuda_kernels
 
 # The library built against one torch serves later ones.
 test-newest-torch: venv

@@ -30,6 +30,7 @@ constexpr std::size_t kSharedBytes = 48 * 1024, kOptInSharedBytes = 64 * 1024;
 Schedule schedule;
 Report report;
 std::mutex one_launch;
+int forced_error = 0;
 std::uint64_t launch_count = 0;
 void* last_stream = nullptr;
 std::map<const void*, std::size_t> opted_in;
@@ -258,6 +259,7 @@ void RunBlocks() {
 // ---- what tests call
 
 void SetSchedule(const Schedule& next) { schedule = next; }
+void FailLaunches(int error) { forced_error = error; }
 const Report& LastReport() { return report; }
 void ClearReport() { report = {}; }
 std::uint64_t LaunchCount() { return launch_count; }
@@ -454,6 +456,7 @@ cudaError_t AllowDynamicSharedMemory(const void* address, int bytes) {
 
 cudaError_t Launch(const cudaLaunchConfig_t& launch_config, const Kernel& launch_kernel) {
   const std::lock_guard<std::mutex> lock(one_launch);
+  if (forced_error != 0) return static_cast<cudaError_t>(forced_error);
   config = &launch_config;
   kernel = &launch_kernel;
   failed = false;

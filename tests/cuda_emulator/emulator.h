@@ -30,6 +30,9 @@ struct Report {
 const Report& LastReport();
 void ClearReport();
 
+// From now on launches do nothing and return this error; 0: they run again.
+void FailLaunches(int error);
+
 // How many launches there were, and on which stream the last one.
 std::uint64_t LaunchCount();
 void* LastStream();

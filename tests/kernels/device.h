@@ -27,7 +27,7 @@ int RunOnDevice(const Test& test) {
   int devices = 0;
   if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
     std::printf("skipped: no CUDA device\n");
-    return kSkipped;
+    return Failures() != 0 ? 1 : kSkipped;
   }
   test();
 #endif

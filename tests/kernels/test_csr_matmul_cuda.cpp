@@ -237,6 +237,16 @@ void TestDamage() {
   }
 }
 
+// Without a driver a launch returns an error and the program goes on.
+void TestWithoutDriver() {
+  int devices = 0;
+  if (cudaGetDeviceCount(&devices) == cudaSuccess && devices != 0) return;
+  CsrMatmulCudaArgs args{};
+  args.weight.rows = args.samples = 1;
+  const int error = CsrMatmulCuda(args, nullptr);
+  Expect(error == 35 || error == 100, "no driver, or no device, got %d", error);
+}
+
 // More rows and samples than the grid's y axis has blocks.
 void TestLargeGrids() {
   std::mt19937 rng(7);
@@ -247,6 +257,7 @@ void TestLargeGrids() {
 }  // namespace
 
 int main() {
+  TestWithoutDriver();
   bool first = true;
   return RunOnDevice([&] {
     TestShapes();
