@@ -156,26 +156,31 @@ class SparseLinearBase(nn.Module, Generic[Format]):
         kind = LAYOUTS[self._layout].formats[self.format]
         fields = {}
         for field in dataclasses.fields(kind):
-            buffer = self._buffers.get(PREFIX + field.name)
-            own = buffer if buffer is not None else self._parameters.get(field.name)
-            fields[field.name] = own if own is not None else self._sizes[field.name]
+            packed = self._buffers.get(PREFIX + field.name)
+            own = self._own(field.name) if packed is None else packed
+            fields[field.name] = self._sizes[field.name] if own is None else own
         return kind(**fields)
 
     def _packed_of(self, layout: str, options: dict[str, Any]) -> Any:
         return LAYOUTS[layout].formats[self.format].from_csr(self.sparse_weight, **options)
 
     def _hold(self, packed: Any) -> None:
-        """Takes the tensors of a packed weight as buffers, but for those that are the layer's own parameters."""
+        """Takes the tensors of a packed weight as buffers, but for those that are the layer's own."""
         self._sizes = {}
         for field in dataclasses.fields(packed):
             value = getattr(packed, field.name)
             if not isinstance(value, Tensor):
                 self._sizes[field.name] = value
-            elif value is not self._parameters.get(field.name):
+            elif value is not self._own(field.name):
                 self.register_buffer(PREFIX + field.name, value, persistent=False)
         source = getattr(self, self.packed_field)
         # In a tuple, or nn.Module would take it for another parameter.
         self._packed_from = (source, None if source.is_inference() else source._version)
+
+    def _own(self, name: str) -> Tensor | None:
+        """The layer's tensor of this name, also where functional_call has lent it another one."""
+        parameter = self._parameters.get(name)
+        return self._buffers.get(name) if parameter is None else parameter
 
     def _drop_packed(self) -> None:
         for name in [name for name in self._buffers if name.startswith(PREFIX)]:
@@ -242,7 +247,7 @@ class SparseLinearBase(nn.Module, Generic[Format]):
             return packed is not None
         source, version = packed
         if source is not None:
-            if self._parameters.get(self.packed_field, self._buffers.get(self.packed_field)) is not source:
+            if self._own(self.packed_field) is not source:
                 return False  # functional_call lent another one
             if version is None or source._version == version:
                 return True
@@ -258,7 +263,7 @@ class SparseLinearBase(nn.Module, Generic[Format]):
             raise TypeError(
                 f"{type(self).__name__}: input must be a tensor, got {type(x).__name__}; pass a torch.Tensor"
             )
-        if x.dtype not in FLOATS and not torch.is_autocast_enabled("cpu"):
+        if x.dtype not in FLOATS and not torch.is_autocast_enabled(x.device.type):
             raise TypeError(f"{type(self).__name__}: input must be float32 or bfloat16, got {x.dtype}; convert it")
         if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise ValueError(
