@@ -32,14 +32,19 @@ struct Weight {
   Weight(const char* op, const Tensor& offsets, const Tensor& indices, std::int64_t columns, Place place)
       : place(place) {
     CheckIndices(op, offsets, "row_offsets", place);
-    CheckIndices(op, indices, "col_indices", place);
+    CheckOn(place, op, indices, "col_indices");
+    const bool narrow = indices.scalar_type() == ScalarType::Short;
+    STD_TORCH_CHECK((narrow || indices.scalar_type() == ScalarType::Int) && indices.dim() == 1, op,
+                    ": col_indices must be int32 or int16 and 1-D, got ",
+                    torch::headeronly::toString(indices.scalar_type()), " and ", indices.dim(), "-D; convert it");
     STD_TORCH_CHECK(offsets.numel() >= 1, op, ": row_offsets must have one entry more than rows, got none; pass [0]");
     STD_TORCH_CHECK(0 <= columns && columns <= std::numeric_limits<std::int32_t>::max(), op,
                     ": the number of columns must fit int32, got ", columns, "; split the layer");
     row_offsets = Usable(place, offsets);
     col_indices = Usable(place, indices);
     args.row_offsets = row_offsets.const_data_ptr<std::int32_t>();
-    args.col_indices = col_indices.const_data_ptr<std::int32_t>();
+    args.col_indices = col_indices.const_data_ptr();
+    args.indexed_by = narrow ? CsrIndices::kUInt16 : CsrIndices::kInt32;
     args.rows = offsets.numel() - 1;
     args.columns = columns;
     args.nnz = indices.numel();

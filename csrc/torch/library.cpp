@@ -40,4 +40,20 @@ STABLE_TORCH_LIBRARY(tersetorch, m) {
   m.def(
       "blocked_pack(Tensor row_offsets, Tensor col_indices, int columns, int column_block) -> (Tensor, Tensor, Tensor, "
       "Tensor)");
+
+  // x [..., in] and a weight [out, in] with one bit for each weight; values float32, bfloat16, uint8 codes beside a
+  // codebook, or int8 beside scales [out]; mode "exact" or, with int8 values, "int8" -> [..., out]
+  m.def(
+      "bitmap_matmul(Tensor x, Tensor bitmap, Tensor row_offsets, Tensor values, Tensor? bias=None, Tensor? "
+      "codebook=None, Tensor? scales=None, str mode='exact', bool relu=False) -> Tensor");
+  // The same without autograd: for callers that know gradients to be off.
+  m.def(
+      "bitmap_matmul_inference(Tensor x, Tensor bitmap, Tensor row_offsets, Tensor values, Tensor? bias=None, Tensor? "
+      "codebook=None, Tensor? scales=None, str mode='exact', bool relu=False) -> Tensor");
+  // A dense weight [out, in] -> bitmap int64 [out, words], row_offsets int32 [out + 1], values [nnz].
+  m.def("bitmap_pack(Tensor weight) -> (Tensor, Tensor, Tensor)");
+  // Compressed sparse rows -> bitmap; their values are in its order.
+  m.def("bitmap_from_rows(Tensor row_offsets, Tensor col_indices, int columns) -> Tensor");
+  // bitmap and row_offsets -> col_indices int32 [nnz]
+  m.def("bitmap_to_rows(Tensor bitmap, Tensor row_offsets, int columns, int nnz) -> Tensor");
 }

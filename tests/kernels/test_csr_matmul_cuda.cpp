@@ -42,15 +42,18 @@ struct Weight {
 };
 
 struct OnDevice {
-  OnDevice(const Weight& w, CsrValues stored_as)
+  OnDevice(const Weight& w, CsrValues stored_as, CsrIndices indexed_by)
       : offsets("row_offsets", w.row_offsets),
         indices("col_indices", w.col_indices),
+        narrow_indices("col_indices", std::vector<std::uint16_t>(w.col_indices.begin(), w.col_indices.end())),
         codebook("codebook", w.codebook),
         values("values", w.values),
         halves("values", w.halves),
         codes("codes", w.codes) {
     args.row_offsets = offsets.data();
-    args.col_indices = indices.data();
+    args.indexed_by = indexed_by;
+    args.col_indices =
+        indexed_by == CsrIndices::kInt32 ? static_cast<const void*>(indices.data()) : narrow_indices.data();
     args.stored_as = stored_as;
     args.values = stored_as == CsrValues::kFloat32    ? static_cast<const void*>(values.data())
                   : stored_as == CsrValues::kBFloat16 ? static_cast<const void*>(halves.data())
@@ -63,6 +66,7 @@ struct OnDevice {
   }
 
   DeviceArray<std::int32_t> offsets, indices;
+  DeviceArray<std::uint16_t> narrow_indices;
   DeviceArray<float> codebook, values;
   DeviceArray<std::uint16_t> halves;
   DeviceArray<std::uint8_t> codes;
@@ -101,8 +105,8 @@ struct Results {
 
 Results Run(const Weight& w, CsrValues values_as, FloatDtype floats_as, Index samples,
             const std::vector<float>& x_numbers, const std::vector<float>& grad_numbers,
-            const std::vector<float>* bias_numbers) {
-  OnDevice weight(w, values_as);
+            const std::vector<float>* bias_numbers, CsrIndices indexed_by = CsrIndices::kInt32) {
+  OnDevice weight(w, values_as, indexed_by);
   Floats x("x", floats_as, x_numbers), grad("grad_y", floats_as, grad_numbers);
   DeviceArray<float> bias("bias", bias_numbers == nullptr ? std::vector<float>() : *bias_numbers);
   Floats y("y", floats_as, samples * w.rows), grad_x("grad_x", floats_as, samples * w.columns);
@@ -121,9 +125,9 @@ Results Run(const Weight& w, CsrValues values_as, FloatDtype floats_as, Index sa
 }
 
 void TestOne(const Weight& w, CsrValues values_as, FloatDtype floats_as, Index samples, bool with_bias,
-             std::mt19937& rng) {
+             std::mt19937& rng, CsrIndices indexed_by = CsrIndices::kInt32) {
   const auto x = Random(samples * w.columns, rng), grad = Random(samples * w.rows, rng), bias = Random(w.rows, rng);
-  const Results got = Run(w, values_as, floats_as, samples, x, grad, with_bias ? &bias : nullptr);
+  const Results got = Run(w, values_as, floats_as, samples, x, grad, with_bias ? &bias : nullptr, indexed_by);
   std::vector<Sum> y(samples * w.rows), grad_x(samples * w.columns), grad_values(w.nnz());
   for (Index r = 0; r < w.rows; ++r) {
     for (Index n = 0; n < samples; ++n) {
@@ -247,10 +251,11 @@ void TestWithoutDriver() {
   Expect(error == 35 || error == 100, "no driver, or no device, got %d", error);
 }
 
-// More rows and samples than the grid's y axis has blocks.
+// More rows and samples than the grid's y axis has blocks; as many columns as 16 bits name.
 void TestLargeGrids() {
   std::mt19937 rng(7);
   TestOne(Weight(65536 + 3, 5, {0, 1}, rng), CsrValues::kFloat32, FloatDtype::kFloat32, 1, true, rng);
+  TestOne(Weight(2, 65536, {70}, rng), CsrValues::kFloat32, FloatDtype::kFloat32, 1, true, rng, CsrIndices::kUInt16);
   TestOne(Weight(1, 1, {1}, rng), CsrValues::kFloat32, FloatDtype::kBFloat16, 65535 * 8 + 9, false, rng);
 }
 

@@ -89,11 +89,12 @@ def test_layers_move_to_the_device(device):
         assert_close(layer(x.to(device)), want)
 
 
-def test_accepts_strides_and_int64_indices(device):
+def test_accepts_strides_and_other_indices(device):
     tensors = problem()
     want = csr_matmul(**tensors)
     moved = on(device, tensors)
     moved["x"] = moved["x"].t().contiguous().t()
+    assert_close(csr_matmul(**moved | {"col_indices": moved["col_indices"].to(torch.int16)}), want)
     moved |= {name: moved[name].long() for name in ("row_offsets", "col_indices")}
     assert_close(csr_matmul(**moved), want)
 

@@ -20,6 +20,12 @@ __device__ Row RowAt(const CsrWeight& w, std::int64_t r) {
   return {begin, end, false};
 }
 
+// The branch is the same for all threads; a type for it would double the number of kernels.
+__device__ std::int32_t ColumnAt(const CsrWeight& w, std::int32_t k) {
+  return w.indexed_by == CsrIndices::kInt32 ? static_cast<const std::int32_t*>(w.col_indices)[k]
+                                            : static_cast<const std::uint16_t*>(w.col_indices)[k];
+}
+
 // How the stored numbers are read; a code without an entry is damaged.
 struct Float32Values {
   __device__ static bool Damaged(const CsrWeight&, std::int32_t) { return false; }
@@ -88,7 +94,7 @@ __global__ void __launch_bounds__(Tile::kThreads) CsrMatmulKernel(CsrMatmulCudaA
     const int count = static_cast<int>(min(std::int64_t{Tile::kSamples}, a.samples - first));
     float sums[Tile::kSamples] = {};
     for (std::int32_t k = row.begin + lane; k < row.end; k += kWarpSize) {
-      const std::int32_t column = w.col_indices[k];
+      const std::int32_t column = ColumnAt(w, k);
       const bool damaged = Outside(w, column) || Values::Damaged(w, k);
       const float value = damaged ? DamagedWeight() : Values::At(w, k);
       const Float* x_of_column = x + first * w.columns + (damaged ? 0 : column);
@@ -125,7 +131,7 @@ __global__ void __launch_bounds__(Tile::kThreads) CsrMatmulGradXKernel(CsrGradXC
     }
     bool damaged = row.damaged;
     for (std::int32_t k = row.begin + lane; k < row.end; k += kWarpSize) {
-      const std::int32_t column = w.col_indices[k];
+      const std::int32_t column = ColumnAt(w, k);
       if (Outside(w, column) || Values::Damaged(w, k)) {
         damaged = true;
         continue;
@@ -167,7 +173,7 @@ __global__ void __launch_bounds__(Tile::kThreads) CsrMatmulGradValuesKernel(CsrG
   const CsrWeight& w = a.weight;
   const std::int64_t k = Tile::Index();
   if (k >= w.nnz) return;
-  const std::int32_t column = w.col_indices[k];
+  const std::int32_t column = ColumnAt(w, static_cast<std::int32_t>(k));
   if (Outside(w, column) || w.rows == 0 || w.row_offsets[0] != 0 || w.row_offsets[w.rows] != w.nnz) {
     a.grad_values[k] = DamagedWeight();
     return;

@@ -155,7 +155,7 @@ def cut(weight: CsrPattern, samples: int, column_block: int | None) -> tuple[dic
     if column_block is None:
         column_block = column_block_for(samples, weight.nnz / max(1, rows * columns))
     block_offsets, segments, indices, sources = ops.blocked_pack(
-        weight.row_offsets, weight.col_indices, columns=columns, column_block=column_block
+        weight.row_offsets, weight.wide_indices, columns=columns, column_block=column_block
     )
     fields: dict[str, Tensor | int] = {"block_offsets": block_offsets, "segments": segments, "indices": indices}
     return fields | {"rows": rows, "columns": columns, "column_block": column_block}, sources

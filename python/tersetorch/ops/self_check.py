@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tersetorch.ops.bitmap_matmul import bitmap_from_rows, bitmap_matmul
 from tersetorch.ops.blocked_matmul import blocked_matmul, blocked_pack
 from tersetorch.ops.csr_matmul import csr_matmul
 
@@ -23,7 +24,7 @@ def check_ops() -> list[dict[str, Any]]:
     An error is |y - reference| as a multiple of sum |w x|, the size that rounding errors grow with; largest over all
     elements and batches.
     """
-    products = {"csr_matmul": csr_matmul, "blocked_matmul": _blocked}
+    products = {"csr_matmul": csr_matmul, "blocked_matmul": _blocked, "bitmap_matmul": _bitmap}
     cases = (("float32", torch.float32, False), ("bfloat16", torch.bfloat16, False), ("codebook", torch.float32, True))
     checked = [_check(op, product, *case) for op, product in products.items() for case in cases]
     return [*checked, *_check_gradients()]
@@ -47,6 +48,16 @@ def _blocked(
         out_features=ROWS,
         column_block=COLUMN_BLOCK,
     )
+
+
+def _bitmap(
+    x: Tensor, row_offsets: Tensor, col_indices: Tensor, values: Tensor, bias: Tensor | None, codebook: Tensor | None
+) -> Tensor:
+    """bitmap_matmul of a weight in rows; its code 0 is the weight 0."""
+    bitmap = bitmap_from_rows(row_offsets, col_indices, columns=COLUMNS)
+    if codebook is not None:
+        values, codebook = values + 1, torch.cat([codebook.new_zeros(1), codebook])
+    return bitmap_matmul(x, bitmap, row_offsets, values, bias, codebook)
 
 
 def _problem(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
