@@ -27,16 +27,17 @@ void CheckTensor(const char* op, const Tensor& t, const char* name, ScalarType d
 // A weight whose tensors live as long as this.
 struct Weight {
   Weight(const char* op, const Tensor& bits, const Tensor& offsets, const Tensor& stored,
-         const std::optional<Tensor>& codes_of, const std::optional<Tensor>& scales_of, std::int64_t columns) {
+         const std::optional<Tensor>& codes_of, const std::optional<Tensor>& scales_of, std::int64_t columns,
+         const char* offsets_name = "row_offsets", const char* of_columns = " features") {
     CheckTensor(op, bits, "bitmap", ScalarType::Long, 2);
-    CheckTensor(op, offsets, "row_offsets", ScalarType::Int, 1);
+    CheckTensor(op, offsets, offsets_name, ScalarType::Int, 1);
     CheckOnCpu(op, stored, "values");
     const std::int64_t rows = bits.size(0);
-    STD_TORCH_CHECK(bits.size(1) == BitmapWords(columns), op, ": bitmap must be [out, ", BitmapWords(columns),
-                    "] for x's ", columns, " features, got ", bits.size(1),
-                    " words a row; pass the weight that x's features fit");
-    STD_TORCH_CHECK(offsets.numel() == rows + 1, op, ": row_offsets must be [", rows + 1, "], got ", offsets.numel(),
-                    "; pack the weight again");
+    STD_TORCH_CHECK(bits.size(1) == BitmapWords(columns), op, ": bitmap must be [", rows, ", ", BitmapWords(columns),
+                    "] for ", columns, of_columns, ", got ", bits.size(1),
+                    " words in a row; pass the weight that fits");
+    STD_TORCH_CHECK(offsets.numel() == rows + 1, op, ": ", offsets_name, " must be [", rows + 1, "], got ",
+                    offsets.numel(), "; pack the weight again");
     STD_TORCH_CHECK(stored.dim() == 1, op, ": values must be [nnz], got ", stored.dim(), "-D; flatten it");
     bitmap = Contiguous(bits);
     row_offsets = Contiguous(offsets);
@@ -88,12 +89,12 @@ class SharedStatus {
     if (status != BitmapStatus::kOk) status_.store(status, std::memory_order_relaxed);
   }
 
-  void Raise(const char* op, std::int64_t nnz, std::int64_t entries) const {
+  void Raise(const char* op, std::int64_t nnz, std::int64_t entries, const char* offsets_name = "row_offsets") const {
     switch (status_.load(std::memory_order_relaxed)) {
       case BitmapStatus::kOk:
         return;
       case BitmapStatus::kBadRowOffsets:
-        STD_TORCH_CHECK(false, op, ": row_offsets must never fall and stay in [0, ", nnz,
+        STD_TORCH_CHECK(false, op, ": ", offsets_name, " must never fall and stay in [0, ", nnz,
                         "], got a row that breaks this; pack the weight again");
       case BitmapStatus::kBadBitmap:
         STD_TORCH_CHECK(false, op,
@@ -163,6 +164,54 @@ Tensor BitmapMatmulOnCpu(const Tensor& x, const Tensor& bitmap, const Tensor& ro
         0, rows, grain, [&](std::int64_t begin, std::int64_t end) { status.Report(BitmapMatmul(args, begin, end)); });
   }
   status.Raise(kOp, weight.args.nnz, weight.args.entries);
+  return y;
+}
+
+Tensor BitmapColumnsMatmulOnCpu(const Tensor& x, const Tensor& bitmap, const Tensor& column_offsets,
+                                const Tensor& values, const std::optional<Tensor>& bias,
+                                const std::optional<Tensor>& codebook, std::int64_t out_features, bool relu) {
+  constexpr const char* kOp = "bitmap_columns_matmul";
+  const Samples samples(kOp, x, "x");
+  STD_TORCH_CHECK(out_features >= 0, kOp, ": out_features must be at least 0, got ", out_features,
+                  "; pass the rows of W");
+  STD_TORCH_CHECK(codebook.has_value() || values.scalar_type() != ScalarType::Char, kOp,
+                  ": values must be float32, bfloat16 or uint8 codes beside a codebook, got Char; use bitmap_matmul");
+  const Weight weight(kOp, bitmap, column_offsets, values, codebook, std::nullopt, out_features, "column_offsets",
+                      " outputs");
+  const std::int64_t features = samples.features, words = BitmapWords(out_features);
+  STD_TORCH_CHECK(weight.args.rows == features, kOp, ": bitmap must be [", features, ", ", words,
+                  "] for x's features, got ", weight.args.rows, " columns; pass the weight that x's features fit");
+  const Bias bias_of_rows(kOp, bias, out_features);
+  const Tensor y = torch::stable::new_empty(x, WithLastDim(x, out_features));
+  char* y_data = static_cast<char*>(y.mutable_data_ptr());
+
+  const std::int64_t lists = (features * 8 + 63) / 64 * 64;
+  PanelMemory memory(lists + words * 64 * 4);
+  char* data = static_cast<char*>(memory.Data());
+  auto* active = reinterpret_cast<std::int32_t*>(data);
+  auto* active_values = reinterpret_cast<float*>(data + features * 4);
+  auto* sums = reinterpret_cast<float*>(data + lists);
+  SharedStatus status;
+  for (std::int64_t n = 0; n < samples.count; ++n) {
+    bool finite = true;
+    const std::int64_t count =
+        BitmapFindActive(samples.At(n), samples.stored_as, features, active, active_values, &finite);
+    const BitmapColumnsArgs args{weight.args,
+                                 active,
+                                 active_values,
+                                 count,
+                                 !finite,
+                                 sums,
+                                 bias_of_rows.data,
+                                 relu,
+                                 y_data + n * out_features * samples.item_bytes,
+                                 samples.stored_as};
+    // Each range of words counts the bits before it in every column, so ranges are long.
+    torch::stable::parallel_for(
+        0, words, std::max<std::int64_t>(8, GrainItems(count * 8)),
+        [&](std::int64_t begin, std::int64_t end) { status.Report(BitmapColumns(args, begin, end)); });
+  }
+  status.Raise(kOp, weight.args.nnz, weight.args.entries, "column_offsets");
   return y;
 }
 
@@ -265,6 +314,8 @@ Tensor BitmapToRowsOnCpu(const Tensor& bitmap, const Tensor& row_offsets, std::i
 STABLE_TORCH_LIBRARY_IMPL(tersetorch, CPU, m) {
   m.impl("bitmap_matmul", TORCH_BOX(&BitmapMatmulOnCpu));
   m.impl("bitmap_matmul_inference", TORCH_BOX(&BitmapMatmulOnCpu));
+  m.impl("bitmap_columns_matmul", TORCH_BOX(&BitmapColumnsMatmulOnCpu));
+  m.impl("bitmap_columns_matmul_inference", TORCH_BOX(&BitmapColumnsMatmulOnCpu));
   m.impl("bitmap_pack", TORCH_BOX(&BitmapPackOnCpu));
   m.impl("bitmap_from_rows", TORCH_BOX(&BitmapFromRowsOnCpu));
   m.impl("bitmap_to_rows", TORCH_BOX(&BitmapToRowsOnCpu));

@@ -50,6 +50,14 @@ STABLE_TORCH_LIBRARY(tersetorch, m) {
   m.def(
       "bitmap_matmul_inference(Tensor x, Tensor bitmap, Tensor row_offsets, Tensor values, Tensor? bias=None, Tensor? "
       "codebook=None, Tensor? scales=None, str mode='exact', bool relu=False) -> Tensor");
+  // The same for x with many zeros, which are skipped, and a weight kept by columns: bitmap [in, words] and
+  // column_offsets [in + 1] are those of the transposed weight -> [..., out_features]
+  m.def(
+      "bitmap_columns_matmul(Tensor x, Tensor bitmap, Tensor column_offsets, Tensor values, Tensor? bias, Tensor? "
+      "codebook, int out_features, bool relu=False) -> Tensor");
+  m.def(
+      "bitmap_columns_matmul_inference(Tensor x, Tensor bitmap, Tensor column_offsets, Tensor values, Tensor? bias, "
+      "Tensor? codebook, int out_features, bool relu=False) -> Tensor");
   // A dense weight [out, in] -> bitmap int64 [out, words], row_offsets int32 [out + 1], values [nnz].
   m.def("bitmap_pack(Tensor weight) -> (Tensor, Tensor, Tensor)");
   // Compressed sparse rows -> bitmap; their values are in its order.

@@ -5,6 +5,7 @@ import torch
 
 from tersetorch.formats import (
     BitmapCodebookWeight,
+    BitmapColumnsWeight,
     BitmapInt8Weight,
     BitmapWeight,
     CsrWeight,
@@ -160,3 +161,26 @@ def test_validate_refuses(kind, change, error, match):
     bad = dataclasses.replace(good, **{name: value(good) if callable(value) else value})
     with pytest.raises(error, match=f"{kind.__name__}: {match}"):
         bad.validate()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_columns_come_back_exactly(shape):
+    for dense, rows in (
+        (random(*shape), CsrWeight.from_dense(random(*shape))),
+        (random(*shape, dtype=torch.bfloat16), CsrWeight.from_dense(random(*shape, dtype=torch.bfloat16)).narrowed()),
+    ):
+        weight, same = BitmapColumnsWeight.from_dense(dense), BitmapColumnsWeight.from_csr(rows)
+        for one in (weight, same):
+            one.validate()
+            assert torch.equal(one.to_dense(), dense) and one.shape == shape and one.nnz == rows.nnz
+        assert torch.equal(weight.values, same.values) and torch.equal(weight.bitmap, same.bitmap)
+        bits = 8 * shape[1] * words(shape[0]) + 4 * (shape[1] + 1)
+        assert weight.nbytes == bits + dense.dtype.itemsize * weight.nnz
+    dense = shared(*shape)
+    rows = SparseCodebookWeight.from_dense(dense)
+    weight = BitmapColumnsWeight.from_csr(rows)
+    weight.validate()
+    assert torch.equal(weight.to_dense(), dense) and weight.codebook is rows.codebook
+    if weight.nnz:
+        with pytest.raises(ValueError, match="BitmapColumnsWeight: transposed BitmapCodebookWeight: codes must"):
+            dataclasses.replace(weight, values=weight.values * 0).validate()

@@ -186,6 +186,112 @@ void TestShapes(const Variant& variant) {
   }
 }
 
+// A sample with zeros times a weight kept by columns: here the rows of w.
+BitmapStatus AddColumns(const BitmapKernels& kernels, const Weight& w, const std::vector<float>& x, Output& y,
+                        bool relu, const float* bias, Index word) {
+  Stored stored(w);
+  std::vector<std::int32_t> active(w.rows);
+  std::vector<float> values(w.rows), sums(BitmapWords(w.columns) * 64);
+  Unaligned<float> x_floats(x);
+  bool finite;
+  const Index count =
+      BitmapFindActive(x_floats.data(), FloatDtype::kFloat32, w.rows, active.data(), values.data(), &finite);
+  const BitmapColumnsArgs args{stored.args, active.data(), values.data(), count,    !finite,
+                               sums.data(), bias,          relu,          y.data(), y.stored_as};
+  const BitmapStatus status = kernels.columns(args, word, BitmapWords(w.columns));
+  return status == BitmapStatus::kOk && word != 0 ? kernels.columns(args, 0, word) : status;
+}
+
+void TestColumns(const Variant& variant) {
+  std::mt19937 rng(4321);
+  const struct {
+    Index rows, columns;
+    double density;
+  } shapes[] = {{1, 1, 1.0},     {5, 63, 0.3},   {9, 64, 1.0},    {40, 65, 0.5},   {33, 127, 0.1},
+                {64, 128, 0.35}, {10, 0, 0.0},   {0, 70, 0.0},    {7, 200, 0.0},   {60, 320, 0.2},
+                {8, 2048, 0.9},  {130, 16, 0.5}, {30, 1025, 0.5}, {90, 1100, 0.03}};
+  for (const auto& shape : shapes) {
+    for (const Way& way : kWays) {
+      if (way.stored_as == BitmapValues::kInt8) continue;
+      const Weight w(shape.rows, shape.columns, shape.density, way, rng);
+      const auto bias = Random(w.columns, rng);
+      Unaligned<float> stored_bias(bias);
+      for (const double zeros : {0.0, 0.6, 1.0}) {
+        auto x = Random(w.rows, rng);
+        std::bernoulli_distribution zero(zeros);
+        for (float& value : x) value = zero(rng) ? (value < 0 ? -0.0f : 0.0f) : value;
+        for (const FloatDtype floats_as : kFloats) {
+          const auto complain = [&](bool ok, const char* what) {
+            Expect(ok, "%s: columns: %s, %ld x %ld, values %d of %ld, floats %d", variant.name, what, long{w.rows},
+                   long{w.columns}, static_cast<int>(way.stored_as), long{way.entries}, static_cast<int>(floats_as));
+          };
+          Output y(w.columns, floats_as), parts(w.columns, floats_as), relu(w.columns, floats_as);
+          complain(AddColumns(variant.kernels, w, x, y, false, stored_bias.data(), 0) == BitmapStatus::kOk, "status");
+          AddColumns(variant.kernels, w, x, parts, false, stored_bias.data(), BitmapWords(w.columns) / 2);
+          AddColumns(variant.kernels, w, x, relu, true, stored_bias.data(), 0);
+          const auto values = y.Values(), in_parts = parts.Values(), cut = relu.Values();
+          complain(values == in_parts, "parts");
+          std::vector<Sum> want(w.columns);
+          for (Index r = 0; r < w.rows; ++r) {
+            for (Index k = w.row_offsets[r]; k < w.row_offsets[r + 1]; ++k) {
+              want[w.col_indices[k]].Add(double{w.values[k]} * x[r]);
+            }
+          }
+          bool right = true;
+          for (Index c = 0; c < w.columns; ++c) {
+            want[c].Add(bias[c]);
+            right &= want[c].Near(values[c], floats_as) && cut[c] == (values[c] < 0 ? 0 : values[c]);
+          }
+          complain(right, "values");
+        }
+      }
+    }
+  }
+}
+
+void TestColumnsDamage(const Variant& variant) {
+  std::mt19937 rng(98);
+  for (const Way& way : kWays) {
+    if (way.stored_as == BitmapValues::kInt8) continue;
+    for (const Index rows : {Index{10}, Index{90}}) {
+      const Weight good(rows, 100, 0.5, way, rng);
+      auto x = Random(rows, rng);
+      const auto expect = [&](const Weight& w, BitmapStatus want, const char* what) {
+        Output y(w.columns, FloatDtype::kFloat32);
+        const BitmapStatus got = AddColumns(variant.kernels, w, x, y, false, nullptr, 0);
+        Expect(got == want, "%s: columns: %s, values %d of %ld, got %d", variant.name, what,
+               static_cast<int>(way.stored_as), long{way.entries}, static_cast<int>(got));
+      };
+      for (const Index row : {Index{0}, Index{4}, Index{5}, rows - 1}) {
+        Weight bad = good;
+        bad.bitmap[row * 2 + 1] |= std::uint64_t{1} << 36;
+        expect(bad, BitmapStatus::kBadBitmap, "a bit past the columns");
+        bad = good;
+        bad.bitmap[row * 2] = ~bad.bitmap[row * 2];
+        if (__builtin_popcountll(bad.bitmap[row * 2]) == 32) bad.bitmap[row * 2] ^= 1;
+        expect(bad, BitmapStatus::kBadBitmap, "other bits");
+        bad = good;
+        bad.row_offsets[row] = -1;
+        expect(bad, BitmapStatus::kBadRowOffsets, "an offset outside");
+      }
+      if (way.stored_as == BitmapValues::kCodes && way.entries != kBitmapMaxEntries) {
+        Weight bad = good;
+        bad.codes[bad.codes.size() / 2] = static_cast<std::uint8_t>(way.entries);
+        expect(bad, BitmapStatus::kBadCode, "a code outside");
+      }
+      // An infinite x reaches what uses it.
+      x[rows - 2] = INFINITY;
+      Output y(100, FloatDtype::kFloat32);
+      AddColumns(variant.kernels, good, x, y, false, nullptr, 0);
+      const auto values = y.Values();
+      for (Index c = 0; c < 100; ++c) {
+        const bool uses = good.bitmap[(rows - 2) * 2 + c / 64] >> c % 64 & 1;
+        Expect(std::isfinite(values[c]) == !uses, "%s: columns: an infinite x, output %ld", variant.name, long{c});
+      }
+    }
+  }
+}
+
 // An infinite or NaN x reaches the rows that use it and no other; quantized, the whole sample.
 void TestNotFinite(const Variant& variant) {
   std::mt19937 rng(7);
@@ -315,6 +421,8 @@ int main() {
     TestShapes(variant);
     TestNotFinite(variant);
     TestDamage(variant);
+    TestColumns(variant);
+    TestColumnsDamage(variant);
   }
   TestPacking();
   return Failures() != 0;

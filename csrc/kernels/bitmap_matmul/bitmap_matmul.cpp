@@ -60,6 +60,26 @@ BitmapStatus BitmapMatmul(const BitmapMatmulArgs& args, std::int64_t row_begin, 
   return Active().matmul(args, row_begin, row_end);
 }
 
+std::int64_t BitmapFindActive(const void* x, FloatDtype x_stored_as, std::int64_t features, std::int32_t* active,
+                              float* values, bool* finite) noexcept {
+  std::int64_t count = 0;
+  std::uint32_t largest = 0;
+  for (std::int64_t c = 0; c < features; ++c) {
+    const float value = Load(x, x_stored_as, c);
+    active[count] = static_cast<std::int32_t>(c);
+    values[count] = value;
+    count += value != 0;
+    const auto bits = __builtin_bit_cast(std::uint32_t, value) & 0x7fffffff;
+    largest = bits > largest ? bits : largest;
+  }
+  *finite = largest < 0x7f800000;
+  return count;
+}
+
+BitmapStatus BitmapColumns(const BitmapColumnsArgs& args, std::int64_t word_begin, std::int64_t word_end) noexcept {
+  return Active().columns(args, word_begin, word_end);
+}
+
 void BitmapPackBits(const BitmapPackArgs& args, std::int64_t row_begin, std::int64_t row_end) noexcept {
   if (args.stored_as == FloatDtype::kFloat32) return PackBits<std::uint32_t>(args, row_begin, row_end);
   PackBits<std::uint16_t>(args, row_begin, row_end);

@@ -75,6 +75,22 @@ struct BitmapMatmulArgs {
   FloatDtype y_stored_as;
 };
 
+// One sample by a weight kept by columns, whose zeros are skipped with all that they would have met: the bitmap is that
+// of W^T, so that `rows` and `columns` here are those of W^T, its columns and rows. Values in float32, bfloat16 or
+// codes.
+struct BitmapColumnsArgs {
+  BitmapWeight weight;
+  const std::int32_t* active;  // [count], the non-zeros of x, in order
+  const float* x;              // [count], their values
+  std::int64_t count;
+  bool plain;         // x is not all finite, or should be multiplied by the scalar level
+  float* sums;        // [words * 64], scratch
+  const float* bias;  // [weight.columns] or null
+  bool relu;
+  void* y;  // [weight.columns]
+  FloatDtype y_stored_as;
+};
+
 struct BitmapPackArgs {
   const void* weight;  // [rows, columns]
   FloatDtype stored_as;
@@ -118,6 +134,15 @@ TERSETORCH_API bool BitmapPackSamples(const BitmapSamplesArgs& args) noexcept;
 TERSETORCH_API BitmapStatus BitmapMatmul(const BitmapMatmulArgs& args, std::int64_t row_begin,
                                          std::int64_t row_end) noexcept;
 
+// Lists the non-zeros of x [features] in active and values, both [features]; returns how many there are, and in
+// `finite` whether all of them are.
+TERSETORCH_API std::int64_t BitmapFindActive(const void* x, FloatDtype x_stored_as, std::int64_t features,
+                                             std::int32_t* active, float* values, bool* finite) noexcept;
+
+// The outputs of words [word_begin, word_end). A call meets only damage in its words, but for that of the offsets.
+TERSETORCH_API BitmapStatus BitmapColumns(const BitmapColumnsArgs& args, std::int64_t word_begin,
+                                          std::int64_t word_end) noexcept;
+
 // Packing a dense weight, by ranges of rows: its bits and how many of them are set; then, once row_offsets are summed
 // up, its values. 0 and -0 are left out, NaN is kept.
 TERSETORCH_API void BitmapPackBits(const BitmapPackArgs& args, std::int64_t row_begin, std::int64_t row_end) noexcept;
@@ -137,6 +162,7 @@ TERSETORCH_API BitmapStatus BitmapToColumns(const std::uint64_t* bitmap, const s
 struct BitmapKernels {
   bool (*pack_samples)(const BitmapSamplesArgs&) noexcept;
   BitmapStatus (*matmul)(const BitmapMatmulArgs&, std::int64_t, std::int64_t) noexcept;
+  BitmapStatus (*columns)(const BitmapColumnsArgs&, std::int64_t, std::int64_t) noexcept;
 };
 extern const BitmapKernels kBitmapScalar;
 extern const BitmapKernels kBitmapAvx2;

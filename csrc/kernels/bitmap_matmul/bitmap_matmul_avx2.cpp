@@ -40,6 +40,13 @@ void Prefetch(const void* p) {
   _mm_prefetch(reinterpret_cast<const char*>(reinterpret_cast<std::uintptr_t>(p) + kAhead), _MM_HINT_T0);
 }
 
+// Eight weights, those that a byte of the bitmap has.
+__m256 Expand(std::uint64_t byte, const float* values) {
+  const __m256i from = _mm256_load_si256(reinterpret_cast<const __m256i*>(kTables.floats[byte]));
+  const __m256 permuted = _mm256_permutevar8x32_ps(_mm256_loadu_ps(values), from);
+  return _mm256_and_ps(permuted, _mm256_castsi256_ps(_mm256_srai_epi32(from, 31)));
+}
+
 // Each kernel's Run adds `words` words of a row to its sums, and moves `values` past those it took.
 
 template <int kSamples>
@@ -68,9 +75,7 @@ struct Float32Kernel {
 #pragma GCC unroll 8
       for (int j = 0; j < 8; ++j, word >>= 8) {
         const std::uint64_t byte = word & 0xff;
-        const __m256i from = _mm256_load_si256(reinterpret_cast<const __m256i*>(kTables.floats[byte]));
-        const __m256 permuted = _mm256_permutevar8x32_ps(_mm256_loadu_ps(v), from);
-        const __m256 weights = _mm256_and_ps(permuted, _mm256_castsi256_ps(_mm256_srai_epi32(from, 31)));
+        const __m256 weights = Expand(byte, v);
         v += __builtin_popcountll(byte);
 #pragma GCC unroll 4
         for (int n = 0; n < kSamples; ++n) {
@@ -155,6 +160,29 @@ struct Int8Kernel {
   }
 };
 
+struct Float32Columns : Float32Kernel<1> {
+  using Float32Kernel<1>::Float32Kernel;
+  using Largest = Index;
+  static constexpr Order kOrder = Order::kNatural;
+
+  template <int kCount>
+  __attribute__((always_inline)) void Add(const void* const (&bits)[kCount], Index words,
+                                          const float* (&values)[kCount], const float (&x)[kCount],
+                                          const Ahead (&ahead)[kCount], float* sums, Largest&) const {
+    for (Index i = 0; i < 8 * words; ++i, sums += 8) {
+      if (i % 8 == 0) PrefetchWord(ahead, i / 8);
+      __m256 sum = _mm256_loadu_ps(sums);
+#pragma GCC unroll 2
+      for (int r = 0; r < kCount; ++r) {
+        const auto byte = LoadAt<std::uint8_t>(bits[r], i, 1);
+        sum = _mm256_fmadd_ps(Expand(byte, values[r]), _mm256_set1_ps(x[r]), sum);
+        values[r] += __builtin_popcount(byte);
+      }
+      _mm256_storeu_ps(sums, sum);
+    }
+  }
+};
+
 bool PackSamples(const BitmapSamplesArgs& a) noexcept {
   return a.quantized ? PackQuantized(a, 0) : PackFloats(a, Order::kNatural);
 }
@@ -165,8 +193,13 @@ BitmapStatus Matmul(const BitmapMatmulArgs& a, Index row_begin, Index row_end) n
   return ForSamples<Float32Kernel>(a, a.weight.stored_as != BitmapValues::kFloat32, row_begin, row_end);
 }
 
+BitmapStatus Columns(const BitmapColumnsArgs& a, Index word_begin, Index word_end) noexcept {
+  if (a.plain) return kBitmapScalar.columns(a, word_begin, word_end);
+  return AddColumns<Float32Columns>(a, a.weight.stored_as != BitmapValues::kFloat32, word_begin, word_end);
+}
+
 }  // namespace
 
-const BitmapKernels kBitmapAvx2{PackSamples, Matmul};
+const BitmapKernels kBitmapAvx2{PackSamples, Matmul, Columns};
 
 }  // namespace tersetorch

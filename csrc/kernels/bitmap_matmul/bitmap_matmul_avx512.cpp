@@ -28,13 +28,15 @@ __m512 ExpandFloats(std::uint16_t bits, __m512 values) {
   return expanded;
 }
 
-// Hints; the address may lie outside the array. The hardware prefetcher stops at the end of a page.
+constexpr Index kBitsAhead = 1024;    // bytes
+constexpr Index kValuesAhead = 1024;  // values
+
+// Hints to read on: the hardware prefetcher stops at the end of a page. The addresses may lie outside the arrays.
 template <typename T, int kCount>
-void PrefetchAll(T* const (&arrays)[kCount], Index offset) {
-  constexpr std::uintptr_t kAhead = 1024;
+void PrefetchAll(T* const (&arrays)[kCount], Index bytes) {
 #pragma GCC unroll 2
   for (int i = 0; i < kCount; ++i) {
-    const auto address = reinterpret_cast<std::uintptr_t>(arrays[i]) + static_cast<std::uintptr_t>(offset) + kAhead;
+    const auto address = reinterpret_cast<std::uintptr_t>(arrays[i]) + static_cast<std::uintptr_t>(bytes);
     _mm_prefetch(reinterpret_cast<const char*>(address), _MM_HINT_T0);
   }
 }
@@ -44,6 +46,7 @@ template <int kSamples>
 struct FloatSums {
   static constexpr int kChains = 4 / kSamples;
   __m512 sums[kSamples][kChains];
+  __m512i largest;  // code that was met, of each byte's
 };
 
 // Kernels of float32 products: some rows at once, which share the reading of x.
@@ -87,6 +90,7 @@ template <int kSamples>
 struct Float32Kernel : FloatKernelBase<kSamples> {
   using Value = float;
   using Base = FloatKernelBase<kSamples>;
+  static constexpr Order kOrder = Order::kNatural;
   explicit Float32Kernel(const BitmapWeight&) {}
 
   template <int kCount>
@@ -97,10 +101,10 @@ struct Float32Kernel : FloatKernelBase<kSamples> {
     for (Index i = 0; i < words; ++i, x += 64 * kSamples) {
       std::uint64_t word[kCount];
       for (int r = 0; r < kCount; ++r) word[r] = LoadAt<std::uint64_t>(bits[r], i, 8);
-      if (i % 8 == 0) PrefetchAll(bits, i * 8);
+      if (i % 8 == 0) PrefetchAll(bits, i * 8 + kBitsAhead);
 #pragma GCC unroll 4
       for (int p = 0; p < 4; ++p) {
-        if (p % 2 == 0) PrefetchAll(values, 0);
+        if (p % 2 == 0) PrefetchAll(values, kValuesAhead * sizeof(Value));
         __m512 weights[kCount];
 #pragma GCC unroll 2
         for (int r = 0; r < kCount; ++r) {
@@ -118,6 +122,7 @@ template <int kSamples>
 struct BFloat16Kernel : FloatKernelBase<kSamples> {
   using Value = std::uint16_t;
   using Base = FloatKernelBase<kSamples>;
+  static constexpr Order kOrder = Order::kHalves;
   explicit BFloat16Kernel(const BitmapWeight&) {}
 
   template <int kCount>
@@ -126,8 +131,8 @@ struct BFloat16Kernel : FloatKernelBase<kSamples> {
                                           FloatSums<kSamples> (&sums)[kCount]) const {
     const auto* x = static_cast<const float*>(panel);
     for (Index i = 0; i < words; ++i, x += 64 * kSamples) {
-      if (i % 8 == 0) PrefetchAll(bits, i * 8);
-      PrefetchAll(values, 0);
+      if (i % 8 == 0) PrefetchAll(bits, i * 8 + kBitsAhead);
+      PrefetchAll(values, kValuesAhead * sizeof(Value));
 #pragma GCC unroll 2
       for (int half = 0; half < 2; ++half) {
         __m512 even[kCount], odd[kCount];
@@ -153,6 +158,7 @@ struct CodeKernel : FloatKernelBase<kSamples> {
   using Base = FloatKernelBase<kSamples>;
   static constexpr bool kCodes = true;
   static constexpr Index kMaxEntries = 32;
+  static constexpr Order kOrder = Order::kBytes;
   explicit CodeKernel(const BitmapWeight& w)
       : low(_mm512_maskz_loadu_ps(First(w.entries), w.codebook)),
         high(_mm512_maskz_loadu_ps(First(w.entries - 16), w.codebook + 16)) {}
@@ -165,14 +171,15 @@ struct CodeKernel : FloatKernelBase<kSamples> {
                                           FloatSums<kSamples> (&sums)[kCount]) const {
     const auto* x = static_cast<const float*>(panel);
     for (Index i = 0; i < words; ++i, x += 64 * kSamples) {
-      if (i % 8 == 0) PrefetchAll(bits, i * 8);
-      PrefetchAll(values, 0);
+      if (i % 8 == 0) PrefetchAll(bits, i * 8 + kBitsAhead);
+      PrefetchAll(values, kValuesAhead * sizeof(Value));
       __m512i codes[kCount];
 #pragma GCC unroll 2
       for (int r = 0; r < kCount; ++r) {
         const auto word = LoadAt<std::uint64_t>(bits[r], i, 8);
         codes[r] = ExpandBytes(word, _mm512_loadu_si512(values[r]));
         values[r] += __builtin_popcountll(word);
+        sums[r].largest = _mm512_max_epu8(sums[r].largest, codes[r]);
       }
 #pragma GCC unroll 4
       for (int p = 0; p < 4; ++p) {
@@ -185,6 +192,10 @@ struct CodeKernel : FloatKernelBase<kSamples> {
         Base::Add(weights, x, p, sums);
       }
     }
+  }
+
+  static bool AreInside(__m512i largest, Index entries) {
+    return _mm512_cmpge_epu8_mask(largest, _mm512_set1_epi8(static_cast<char>(entries))) == 0;
   }
 
   __m512 low, high;
@@ -209,8 +220,8 @@ struct Int8Kernel {
                                           Accumulators (&sums)[kCount]) const {
     const auto* x = static_cast<const char*>(panel);
     for (Index i = 0; i < words; ++i, x += 64 * kSamples) {
-      if (i % 8 == 0) PrefetchAll(bits, i * 8);
-      if (i % 2 == 0) PrefetchAll(values, 0);
+      if (i % 8 == 0) PrefetchAll(bits, i * 8 + kBitsAhead);
+      if (i % 2 == 0) PrefetchAll(values, kValuesAhead * sizeof(Value));
       __m512i weights[kCount];
 #pragma GCC unroll 2
       for (int r = 0; r < kCount; ++r) {
@@ -237,6 +248,106 @@ struct Int8Kernel {
   }
 };
 
+// ---- columns: the same expansions, times one x for all of a column
+
+// Adds kCount columns' vector p of a word to sums.
+template <int kCount>
+void AddTimes(const __m512 (&weights)[kCount], const __m512 (&x)[kCount], float* sums) {
+  __m512 sum = _mm512_loadu_ps(sums);
+#pragma GCC unroll 2
+  for (int r = 0; r < kCount; ++r) sum = _mm512_fmadd_ps(weights[r], x[r], sum);
+  _mm512_storeu_ps(sums, sum);
+}
+
+template <int kCount>
+void Broadcast(const float (&x)[kCount], __m512 (&to)[kCount]) {
+  for (int r = 0; r < kCount; ++r) to[r] = _mm512_set1_ps(x[r]);
+}
+
+struct Float32Columns : Float32Kernel<1> {
+  using Float32Kernel<1>::Float32Kernel;
+  using Largest = __m512i;
+
+  template <int kCount>
+  __attribute__((always_inline)) void Add(const void* const (&bits)[kCount], Index words,
+                                          const float* (&values)[kCount], const float (&x)[kCount],
+                                          const Ahead (&ahead)[kCount], float* sums, Largest&) const {
+    __m512 factors[kCount];
+    Broadcast(x, factors);
+    for (Index i = 0; i < 4 * words; ++i, sums += 16) {
+      if (i % 4 == 0) PrefetchWord(ahead, i / 4);
+      __m512 weights[kCount];
+#pragma GCC unroll 2
+      for (int r = 0; r < kCount; ++r) {
+        const auto part = LoadAt<std::uint16_t>(bits[r], i, 2);
+        weights[r] = ExpandFloats(part, _mm512_loadu_ps(values[r]));
+        values[r] += __builtin_popcount(part);
+      }
+      AddTimes(weights, factors, sums);
+    }
+  }
+};
+
+struct BFloat16Columns : BFloat16Kernel<1> {
+  using BFloat16Kernel<1>::BFloat16Kernel;
+  using Largest = __m512i;
+
+  template <int kCount>
+  __attribute__((always_inline)) void Add(const void* const (&bits)[kCount], Index words,
+                                          const std::uint16_t* (&values)[kCount], const float (&x)[kCount],
+                                          const Ahead (&ahead)[kCount], float* sums, Largest&) const {
+    __m512 factors[kCount];
+    Broadcast(x, factors);
+    for (Index i = 0; i < 2 * words; ++i, sums += 32) {
+      if (i % 2 == 0) PrefetchWord(ahead, i / 2);
+      __m512 even[kCount], odd[kCount];
+#pragma GCC unroll 2
+      for (int r = 0; r < kCount; ++r) {
+        const auto part = LoadAt<std::uint32_t>(bits[r], i, 4);
+        const __m512i pairs = ExpandHalves(part, _mm512_loadu_si512(values[r]));
+        even[r] = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+        odd[r] = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(-65536)));
+        values[r] += __builtin_popcount(part);
+      }
+      AddTimes(even, factors, sums);
+      AddTimes(odd, factors, sums + 16);
+    }
+  }
+};
+
+struct CodeColumns : CodeKernel<1> {
+  using CodeKernel<1>::CodeKernel;
+  using Largest = __m512i;
+
+  template <int kCount>
+  __attribute__((always_inline)) void Add(const void* const (&bits)[kCount], Index words,
+                                          const std::uint8_t* (&values)[kCount], const float (&x)[kCount],
+                                          const Ahead (&ahead)[kCount], float* sums, Largest& largest) const {
+    __m512 factors[kCount];
+    Broadcast(x, factors);
+    for (Index i = 0; i < words; ++i, sums += 64) {
+      PrefetchWord(ahead, i);
+      __m512i codes[kCount];
+#pragma GCC unroll 2
+      for (int r = 0; r < kCount; ++r) {
+        const auto word = LoadAt<std::uint64_t>(bits[r], i, 8);
+        codes[r] = ExpandBytes(word, _mm512_loadu_si512(values[r]));
+        values[r] += __builtin_popcountll(word);
+        largest = _mm512_max_epu8(largest, codes[r]);
+      }
+#pragma GCC unroll 4
+      for (int p = 0; p < 4; ++p) {
+        __m512 weights[kCount];
+#pragma GCC unroll 2
+        for (int r = 0; r < kCount; ++r) {
+          weights[r] = _mm512_permutex2var_ps(low, p == 0 ? codes[r] : _mm512_srli_epi32(codes[r], 8 * p), high);
+        }
+        AddTimes(weights, factors, sums + 16 * p);
+      }
+    }
+  }
+};
+
 bool InRegisters(BitmapValues stored_as, Index entries) {
   return stored_as == BitmapValues::kCodes && entries <= CodeKernel<1>::kMaxEntries;
 }
@@ -256,8 +367,16 @@ BitmapStatus Matmul(const BitmapMatmulArgs& a, Index row_begin, Index row_end) n
   return ForSamples<Float32Kernel>(a, w.stored_as != BitmapValues::kFloat32, row_begin, row_end);
 }
 
+BitmapStatus Columns(const BitmapColumnsArgs& a, Index word_begin, Index word_end) noexcept {
+  const BitmapWeight& w = a.weight;
+  if (a.plain) return kBitmapScalar.columns(a, word_begin, word_end);
+  if (w.stored_as == BitmapValues::kBFloat16) return AddColumns<BFloat16Columns>(a, false, word_begin, word_end);
+  if (InRegisters(w.stored_as, w.entries)) return AddColumns<CodeColumns>(a, false, word_begin, word_end);
+  return AddColumns<Float32Columns>(a, w.stored_as != BitmapValues::kFloat32, word_begin, word_end);
+}
+
 }  // namespace
 
-const BitmapKernels kBitmapAvx512{PackSamples, Matmul};
+const BitmapKernels kBitmapAvx512{PackSamples, Matmul, Columns};
 
 }  // namespace tersetorch

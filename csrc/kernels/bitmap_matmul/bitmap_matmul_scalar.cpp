@@ -90,8 +90,29 @@ BitmapStatus Matmul(const BitmapMatmulArgs& a, std::int64_t row_begin, std::int6
   return BitmapStatus::kOk;
 }
 
+BitmapStatus Columns(const BitmapColumnsArgs& a, std::int64_t word_begin, std::int64_t word_end) noexcept {
+  const BitmapWeight& w = a.weight;
+  const std::int64_t words = BitmapWords(w.columns), begin = word_begin * 64;
+  const std::int64_t end = word_end * 64 < w.columns ? word_end * 64 : w.columns;
+  for (std::int64_t c = begin; c < end; ++c) a.sums[c] = 0.0f;
+  for (std::int64_t t = 0; t < a.count; ++t) {
+    if (const BitmapStatus status = Check(w, a.active[t]); status != BitmapStatus::kOk) return status;
+    std::int64_t k = At<std::int32_t>(w.row_offsets, a.active[t]);
+    for (std::int64_t i = 0; i < word_end; ++i) {
+      for (auto bits = At<std::uint64_t>(w.bitmap, a.active[t] * words + i); bits != 0; bits &= bits - 1, ++k) {
+        if (i >= word_begin) a.sums[i * 64 + __builtin_ctzll(bits)] += Value(w, k) * a.x[t];
+      }
+    }
+  }
+  for (std::int64_t c = begin; c < end; ++c) {
+    const float y = a.sums[c] + (a.bias == nullptr ? 0.0f : At<float>(a.bias, c));
+    Store(a.y, a.y_stored_as, c, a.relu && y < 0 ? 0.0f : y);
+  }
+  return BitmapStatus::kOk;
+}
+
 }  // namespace
 
-const BitmapKernels kBitmapScalar{PackSamples, Matmul};
+const BitmapKernels kBitmapScalar{PackSamples, Matmul, Columns};
 
 }  // namespace tersetorch

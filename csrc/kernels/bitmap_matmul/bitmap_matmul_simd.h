@@ -206,14 +206,16 @@ __attribute__((always_inline)) inline BitmapStatus SumRows(const Kernel& kernel,
   for (int i = 0; i < kRows; ++i) {
     bits[i] = rows[i].bits;
     values[i] = static_cast<const Value*>(w.values) + rows[i].begin;
-    if constexpr (Kernel::kCodes) {
-      if (!CodesInside(values[i], rows[i].end - rows[i].begin, w.entries)) return BitmapStatus::kBadCode;
-    }
   }
   typename Kernel::Accumulators accumulators[kRows] = {};
   kernel.template Run<kRows>(bits, BitmapWords(w.columns), values, panel, accumulators);
   for (int i = 0; i < kRows; ++i) {
     if (values[i] != static_cast<const Value*>(w.values) + rows[i].end) return BitmapStatus::kBadBitmap;
+    if constexpr (Kernel::kCodes) {
+      if (rows[i].begin != rows[i].end && !Kernel::AreInside(accumulators[i].largest, w.entries)) {
+        return BitmapStatus::kBadCode;
+      }
+    }
     Kernel::Finish(accumulators[i], sums[i]);
   }
   return BitmapStatus::kOk;
@@ -236,9 +238,6 @@ BitmapStatus SumRowFromStage(const Kernel& kernel, const BitmapWeight& w, const 
     Index count = 0;
     for (Index i = 0; i < some; ++i) count += __builtin_popcountll(LoadAt<std::uint64_t>(bits[0], i, 8));
     if (count > row.end - k) return BitmapStatus::kBadBitmap;
-    if constexpr (Kernel::kCodes) {
-      if (!CodesInside(static_cast<const Value*>(w.values) + k, count, w.entries)) return BitmapStatus::kBadCode;
-    }
     if (const BitmapStatus status = Decode(w, k, count, stage); status != BitmapStatus::kOk) return status;
     const Value* values[1] = {stage};
     kernel.template Run<1>(bits, some, values, static_cast<const char*>(panel) + word * Kernel::kPanelWordBytes,
@@ -246,6 +245,9 @@ BitmapStatus SumRowFromStage(const Kernel& kernel, const BitmapWeight& w, const 
     k += count;
   }
   if (k != row.end) return BitmapStatus::kBadBitmap;
+  if constexpr (Kernel::kCodes) {
+    if (row.begin != row.end && !Kernel::AreInside(accumulators[0].largest, w.entries)) return BitmapStatus::kBadCode;
+  }
   Kernel::Finish(accumulators[0], sums);
   return BitmapStatus::kOk;
 }
@@ -304,6 +306,108 @@ BitmapStatus ForSamples(const BitmapMatmulArgs& a, bool decoded, Index row_begin
   if (a.samples == 1) return MultiplyRows<Kernel<1>>(a, decoded, row_begin, row_end);
   if (a.samples == 2) return MultiplyRows<Kernel<2>>(a, decoded, row_begin, row_end);
   return MultiplyRows<Kernel<4>>(a, decoded, row_begin, row_end);
+}
+
+// ---- columns
+
+// What will be read next. The columns between are skipped, which the hardware prefetcher does not foresee.
+struct Ahead {
+  std::uintptr_t bits, values, value_bytes;  // addresses, and bytes of values in a word on average
+};
+
+Ahead AheadOf(const BitmapColumnsArgs& a, Index t, Index value_bytes) {
+  const Index words = BitmapWords(a.weight.columns), column = a.active[t < a.count ? t : a.count - 1];
+  const Index begin = LoadAt<std::int32_t>(a.weight.row_offsets, column, 4);
+  const Index end = LoadAt<std::int32_t>(a.weight.row_offsets, column + 1, 4);
+  return {reinterpret_cast<std::uintptr_t>(a.weight.bitmap + column * words),
+          reinterpret_cast<std::uintptr_t>(a.weight.values) + static_cast<std::uintptr_t>(begin * value_bytes),
+          static_cast<std::uintptr_t>((end - begin) * value_bytes / words)};
+}
+
+template <int kCount>
+void PrefetchWord(const Ahead (&ahead)[kCount], Index word) {
+  const auto i = static_cast<std::uintptr_t>(word);
+#pragma GCC unroll 2
+  for (int r = 0; r < kCount; ++r) {
+    if (i % 8 == 0) _mm_prefetch(reinterpret_cast<const char*>(ahead[r].bits + i * 8), _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(ahead[r].values + i * ahead[r].value_bytes), _MM_HINT_T0);
+    if (ahead[r].value_bytes > 64) {
+      _mm_prefetch(reinterpret_cast<const char*>(ahead[r].values + i * ahead[r].value_bytes + 64), _MM_HINT_T0);
+    }
+  }
+}
+
+// Adds words [word_begin, word_end) of the active columns to their sums, which lie in the kernel's order. A kernel's
+// Add takes words of kCount columns as Run does, the first of them into `sums`, and the largest code it met.
+template <typename Kernel>
+BitmapStatus AddColumns(const BitmapColumnsArgs& a, bool decoded, Index word_begin, Index word_end) {
+  using Value = typename Kernel::Value;
+  constexpr Index kStageWords = 16;
+  const BitmapWeight& w = a.weight;
+  const Index words = BitmapWords(w.columns);
+  const Kernel kernel(w);
+  typename Kernel::Largest largest{};
+  bool any = false;
+  for (Index i = word_begin * 64; i < word_end * 64; ++i) a.sums[i] = 0.0f;
+  Row rows[2];
+  Index starts[2];
+  // Where the values of a column's words from word_begin on start.
+  const auto find = [&](Index t, int i) {
+    if (const BitmapStatus status = FindRow(w, a.active[t], rows[i]); status != BitmapStatus::kOk) return status;
+    starts[i] = rows[i].begin;
+    for (Index word = 0; word < word_begin; ++word) {
+      starts[i] += __builtin_popcountll(LoadAt<std::uint64_t>(rows[i].bits, word, 8));
+    }
+    any |= rows[i].begin != rows[i].end;
+    return starts[i] <= rows[i].end ? BitmapStatus::kOk : BitmapStatus::kBadBitmap;
+  };
+  const auto sound = [&](int i, Index k) { return word_end == words ? k == rows[i].end : k <= rows[i].end; };
+  for (Index t = 0; t < a.count;) {
+    if (const BitmapStatus status = find(t, 0); status != BitmapStatus::kOk) return status;
+    const bool pair = !decoded && t + 1 < a.count && IsFarFromEnd(w, rows[0]);
+    if (pair) {
+      if (const BitmapStatus status = find(t + 1, 1); status != BitmapStatus::kOk) return status;
+    }
+    if (pair && IsFarFromEnd(w, rows[1])) {
+      const auto* all = static_cast<const Value*>(w.values);
+      const Value* values[2] = {all + starts[0], all + starts[1]};
+      const void* bits[2] = {static_cast<const char*>(rows[0].bits) + word_begin * 8,
+                             static_cast<const char*>(rows[1].bits) + word_begin * 8};
+      const float x[2] = {a.x[t], a.x[t + 1]};
+      const Ahead ahead[2] = {AheadOf(a, t + 2, sizeof(Value)), AheadOf(a, t + 3, sizeof(Value))};
+      kernel.template Add<2>(bits, word_end - word_begin, values, x, ahead, a.sums + word_begin * 64, largest);
+      if (!sound(0, values[0] - all) || !sound(1, values[1] - all)) return BitmapStatus::kBadBitmap;
+      t += 2;
+      continue;
+    }
+    alignas(64) Value stage[(kStageWords + 1) * 64];
+    Index k = starts[0];
+    for (Index word = word_begin; word < word_end; word += kStageWords) {
+      const Index some = word_end - word < kStageWords ? word_end - word : kStageWords;
+      const void* bits[1] = {static_cast<const char*>(rows[0].bits) + word * 8};
+      Index count = 0;
+      for (Index i = 0; i < some; ++i) count += __builtin_popcountll(LoadAt<std::uint64_t>(bits[0], i, 8));
+      if (count > rows[0].end - k) return BitmapStatus::kBadBitmap;
+      if (const BitmapStatus status = Decode(w, k, count, stage); status != BitmapStatus::kOk) return status;
+      const Value* values[1] = {stage};
+      const float x[1] = {a.x[t]};
+      const Ahead ahead[1] = {AheadOf(a, t + 1, 0)};
+      kernel.template Add<1>(bits, some, values, x, ahead, a.sums + word * 64, largest);
+      k += count;
+    }
+    if (!sound(0, k)) return BitmapStatus::kBadBitmap;
+    ++t;
+  }
+  if constexpr (Kernel::kCodes) {
+    if (any && !Kernel::AreInside(largest, w.entries)) return BitmapStatus::kBadCode;
+  }
+  for (Index i = word_begin * 64; i < word_end * 64; ++i) {
+    const Index c = i / 64 * 64 + ColumnOf(Kernel::kOrder, static_cast<int>(i % 64));
+    if (c >= w.columns) continue;
+    const float y = a.sums[i] + (a.bias == nullptr ? 0.0f : LoadAt<float>(a.bias, c, 4));
+    StoreFloat(a.y, a.y_stored_as, c, a.relu && y < 0 ? 0.0f : y);
+  }
+  return BitmapStatus::kOk;
 }
 
 }  // namespace

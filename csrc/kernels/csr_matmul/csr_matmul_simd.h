@@ -343,7 +343,7 @@ CsrStatus GatherRow(const CsrWeight& w, const Values& values, Row row, const flo
   using Value = typename Values::Stored;
   constexpr Index kLanes = Gather::kLanes;
   // The hardware prefetcher stops at the end of a page.
-  constexpr std::uintptr_t kAhead = 256;
+  constexpr std::uintptr_t kAhead = 512;
   const auto* columns = static_cast<const Stored*>(w.col_indices);
   const auto* stored = static_cast<const Value*>(w.values);
   const Gather::Mask all = Gather::First(kLanes);

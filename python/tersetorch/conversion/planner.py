@@ -110,7 +110,7 @@ class Planner:
             why_not = row.applies(modules[0])
             if why_not is None and share > row.max_density:
                 why_not = f"larger than the dense weight at density {share:.2f}"
-            why_not = why_not or row.fits(samples)
+            why_not = why_not or row.fits(samples, self.max_error)
             if why_not is not None:
                 trials[name] = Trial(name, f"not tried: {why_not}")
                 continue

@@ -1,6 +1,7 @@
 """Does it say how a weight is stored? Dataclasses over plain tensors."""
 
 from tersetorch.formats.bitmap_codebook_weight import BitmapCodebookWeight
+from tersetorch.formats.bitmap_columns_weight import BitmapColumnsWeight
 from tersetorch.formats.bitmap_int8_weight import BitmapInt8Weight
 from tersetorch.formats.bitmap_weight import BitmapWeight
 from tersetorch.formats.blocked_codebook_weight import BlockedCodebookWeight
@@ -10,6 +11,7 @@ from tersetorch.formats.sparse_codebook_weight import SparseCodebookWeight
 
 __all__ = [
     "BitmapCodebookWeight",
+    "BitmapColumnsWeight",
     "BitmapInt8Weight",
     "BitmapWeight",
     "BlockedCodebookWeight",

@@ -6,6 +6,10 @@ load_native_module()
 load_native_ops()
 
 # The files below register on what was just loaded.
+from tersetorch.ops.bitmap_columns_matmul import (  # noqa: E402
+    bitmap_columns_matmul,
+    bitmap_columns_matmul_inference,
+)
 from tersetorch.ops.bitmap_matmul import (  # noqa: E402
     bitmap_from_rows,
     bitmap_matmul,
@@ -17,6 +21,8 @@ from tersetorch.ops.blocked_matmul import blocked_matmul, blocked_matmul_inferen
 from tersetorch.ops.csr_matmul import csr_matmul, csr_matmul_inference, csr_pack  # noqa: E402
 
 __all__ = [
+    "bitmap_columns_matmul",
+    "bitmap_columns_matmul_inference",
     "bitmap_from_rows",
     "bitmap_matmul",
     "bitmap_matmul_inference",

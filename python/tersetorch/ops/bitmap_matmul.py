@@ -113,7 +113,7 @@ def bitmap_pack(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         ValueError: weight is not 2-D.
         RuntimeError: weight holds 2**31 or more non-zeros.
     """
-    _check_tensor("bitmap_pack", "weight", weight, _FLOATS, "convert it")
+    check_tensor("bitmap_pack", "weight", weight, _FLOATS, "convert it")
     if weight.dim() != 2:
         raise ValueError(f"bitmap_pack: weight must be [out, in], got shape {tuple(weight.shape)}; reshape it")
     bitmap, row_offsets, values = _bitmap_pack(weight.detach())
@@ -133,7 +133,7 @@ def bitmap_from_rows(row_offsets: Tensor, col_indices: Tensor, *, columns: int) 
         RuntimeError: the positions are not those of a weight of that width.
     """
     for name, tensor in (("row_offsets", row_offsets), ("col_indices", col_indices)):
-        _check_tensor("bitmap_from_rows", name, tensor, (torch.int32,), "convert it")
+        check_tensor("bitmap_from_rows", name, tensor, (torch.int32,), "convert it")
     return cast(Tensor, _bitmap_from_rows(row_offsets, col_indices, columns))
 
 
@@ -144,18 +144,24 @@ def bitmap_to_rows(bitmap: Tensor, row_offsets: Tensor, *, columns: int, nnz: in
         TypeError: an argument has another dtype than bitmap_matmul names.
         RuntimeError: a row's bits do not count its values, or one lies past the last column.
     """
-    _check_tensor("bitmap_to_rows", "bitmap", bitmap, (torch.int64,), "take it from bitmap_pack")
-    _check_tensor("bitmap_to_rows", "row_offsets", row_offsets, (torch.int32,), "take it from bitmap_pack")
+    check_tensor("bitmap_to_rows", "bitmap", bitmap, (torch.int64,), "take it from bitmap_pack")
+    check_tensor("bitmap_to_rows", "row_offsets", row_offsets, (torch.int32,), "take it from bitmap_pack")
     return cast(Tensor, _bitmap_to_rows(bitmap, row_offsets, columns, nnz))
 
 
-def _check_tensor(op: str, name: str, tensor: object, dtypes: tuple[torch.dtype, ...], hint: str) -> None:
+def check_tensor(op: str, name: str, tensor: object, dtypes: tuple[torch.dtype, ...], hint: str) -> None:
+    """Raises TypeError when tensor is none, or has none of dtypes."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}; pass a torch.Tensor")
     if tensor.dtype not in dtypes:
         *others, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
         allowed = f"{', '.join(others)} or {last}" if others else last
         raise TypeError(f"{op}: {name} must be {allowed}, got {tensor.dtype}; {hint}")
+
+
+def is_codebook(codebook: Tensor) -> bool:
+    """Whether codebook is [entries] or [1, entries] with at most 256 entries."""
+    return (codebook.dim() == 1 or (codebook.dim() == 2 and codebook.shape[0] == 1)) and codebook.numel() <= MAX_ENTRIES
 
 
 def _check(
@@ -190,7 +196,7 @@ def _check(
     ):
         if tensor is None and name in ("bias", "codebook", "scales"):
             continue
-        _check_tensor(op, name, tensor, dtypes, how)
+        check_tensor(op, name, tensor, dtypes, how)
         if cast(Tensor, tensor).device != x.device:
             raise ValueError(
                 f"{op}: {name} must be on the device of x, {x.device}, got {cast(Tensor, tensor).device}; "
@@ -216,11 +222,7 @@ def _check(
                 f"{op}: {name} must be [{'nnz' if size is None else size}], got shape {tuple(tensor.shape)}; "
                 "pass those of one weight"
             )
-    if codebook is not None and (
-        codebook.dim() not in (1, 2)
-        or (codebook.dim() == 2 and codebook.shape[0] != 1)
-        or codebook.numel() > MAX_ENTRIES
-    ):
+    if codebook is not None and not is_codebook(codebook):
         raise ValueError(
             f"{op}: codebook must be [entries] with at most {MAX_ENTRIES} entries, got shape "
             f"{tuple(codebook.shape)}; pass one group of a codebook"
