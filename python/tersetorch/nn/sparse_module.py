@@ -295,7 +295,7 @@ class SparseLinearBase(nn.Module, Generic[Format]):
             raise TypeError(
                 f"{type(self).__name__}: input must be a tensor, got {type(x).__name__}; pass a torch.Tensor"
             )
-        if x.dtype not in FLOATS and not torch.is_autocast_enabled("cpu"):
+        if x.dtype not in FLOATS and not torch.is_autocast_enabled(x.device.type):
             raise TypeError(f"{type(self).__name__}: input must be float32 or bfloat16, got {x.dtype}; convert it")
         if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise ValueError(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from tersetorch.ops._autocast import compute_in_float32
+from tersetorch.ops._autocast import compute_in_float32, enabled_for
 
 MAX_ENTRIES = 256
 _FLOATS = (torch.float32, torch.bfloat16)
@@ -44,13 +44,16 @@ def csr_matmul(
         codebook: float32 [entries], at most 256, or None.
 
     Returns:
-        [..., out] of x's dtype. Gradients reach x, values or codebook, and bias, to any order.
+        [..., out] of x's dtype. Gradients reach x, values or codebook, and bias, to any order; on a CUDA device that of
+        x is summed by atomic additions, so that its last bits may differ from run to run.
 
     Raises:
         TypeError: an argument is not a tensor or has another dtype than named here.
         ValueError: shapes or devices do not fit each other.
         RuntimeError: an offset, a column or a code lies outside its range (found while multiplying; nothing outside
-            the tensors is read), or forward-mode differentiation is asked for.
+            the tensors is read), or forward-mode differentiation is asked for. On a CUDA device, where finding it
+            would make every call wait, a row that holds such damage is NaN in y instead, and NaN in what gradients it
+            reaches; formats are validated when they are made and loaded.
 
     Source:
         Han et al., Deep Compression (2016), section 2 (rows, where the paper stores columns); Elsen et al., Fast
@@ -102,7 +105,7 @@ def csr_pack(dense: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         raise TypeError(f"csr_pack: dense must be float32 or bfloat16, got {dense.dtype}; convert it")
     if dense.dim() != 2:
         raise ValueError(f"csr_pack: dense must be [out, in], got shape {tuple(dense.shape)}; reshape it")
-    row_offsets, col_indices, values = _csr_pack(dense)
+    row_offsets, col_indices, values = (t.to(dense.device) for t in _csr_pack(dense.cpu()))  # once, so on the CPU
     return row_offsets, col_indices, values
 
 
@@ -115,7 +118,7 @@ def _check(
     codebook: Tensor | None,
 ) -> None:
     index_dtypes = (torch.int32, torch.int64)
-    x_dtypes = (*_FLOATS, torch.float16) if torch.is_autocast_enabled("cpu") else _FLOATS
+    x_dtypes = (*_FLOATS, torch.float16) if enabled_for(x) else _FLOATS
     for name, tensor, dtypes, hint in (
         ("x", x, x_dtypes, "convert it"),
         ("row_offsets", row_offsets, index_dtypes, "convert it"),
