@@ -52,5 +52,6 @@ void TestVariant(const char* name, PackPanelFunction pack) {
 int main() {
   TestVariant("scalar", kPackPanelScalar);
   if (ProcessCpuIsa().detected >= CpuIsa::kAvx2) TestVariant("avx2", kPackPanelAvx2);
+  if (ProcessCpuIsa().detected >= CpuIsa::kAvx512) TestVariant("avx512", kPackPanelAvx512);
   return Failures() != 0;
 }

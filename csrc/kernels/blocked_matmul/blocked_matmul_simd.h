@@ -17,6 +17,7 @@ namespace {
 struct Float32Values {
   explicit Float32Values(const BlockedWeight& w) : values(w.values) {}
   float At(Index k) const { return LoadAt<float>(values, k, 4); }
+  void Prefetch(Index k) const { __builtin_prefetch(static_cast<const char*>(values) + 4 * k); }
 
   const void* values;
 };
@@ -24,6 +25,7 @@ struct Float32Values {
 struct BFloat16Values {
   explicit BFloat16Values(const BlockedWeight& w) : values(w.values) {}
   float At(Index k) const { return LoadFloat(values, FloatDtype::kBFloat16, k); }
+  void Prefetch(Index k) const { __builtin_prefetch(static_cast<const char*>(values) + 2 * k); }
 
   const void* values;
 };
@@ -32,30 +34,37 @@ struct CodeValues {
   explicit CodeValues(const BlockedWeight& w)
       : codes(static_cast<const std::uint8_t*>(w.values)), codebook(w.codebook) {}
   float At(Index k) const { return LoadAt<float>(codebook, codes[k], 4); }
+  void Prefetch(Index k) const { __builtin_prefetch(codes + k); }
 
   const std::uint8_t* codes;
   const float* codebook;
 };
 
-// The largest of array[begin, end), 0 for none; V is a vector of unsigned numbers.
-template <typename V>
-std::uint32_t LargestOf(const void* array, Index begin, Index end) {
-  constexpr Index kSize = sizeof(V{}[0]), kCount = sizeof(V) / kSize;
-  V largest{};
+// The largest of codes[begin, end), which are not none.
+std::uint32_t LargestByte(const void* codes, Index begin, Index end) {
+  Bytes32 largest{};
   Index k = begin;
-  for (; k + kCount <= end; k += kCount) {
-    const V values = LoadAt<V>(array, k, kSize);
-    largest = values > largest ? values : largest;
-  }
-  if (k < end) {
-    V values{};
-    __builtin_memcpy(&values, static_cast<const char*>(array) + k * kSize, static_cast<std::size_t>((end - k) * kSize));
+  for (; k + 32 <= end; k += 32) {
+    const Bytes32 values = LoadAt<Bytes32>(codes, k, 1);
     largest = values > largest ? values : largest;
   }
   std::uint32_t result = 0;
-  for (Index i = 0; i < kCount; ++i) result = largest[i] > result ? largest[i] : result;
+  for (; k < end; ++k) {
+    const std::uint32_t code = LoadAt<std::uint8_t>(codes, k, 1);
+    result = code > result ? code : result;
+  }
+  for (int i = 0; i < 32; ++i) result = largest[i] > result ? largest[i] : result;
   return result;
 }
+
+// Four indices below a bound of at most 2^15 stay below 2^15 when what is missing from the bound to 2^15 is added.
+struct Bound {
+  explicit Bound(Index columns) : missing(static_cast<std::uint64_t>(0x8000 - columns) * 0x0001'0001'0001'0001) {}
+  std::uint64_t Excess(std::uint64_t indices) const { return indices | (indices + missing); }
+  static bool Broken(std::uint64_t excess) { return (excess & 0x8000'8000'8000'8000) != 0; }
+
+  std::uint64_t missing;
+};
 
 struct Block {
   Index begin, end;              // its non-zeros
@@ -84,56 +93,103 @@ BlockedStatus Check(const BlockedWeight& w, const Block& b) {
     last = segment > last ? segment : last;
   }
   if (count != b.end - b.begin || last >> 16 >= b.rows) return BlockedStatus::kBadSegment;
-  if (count == 0) return BlockedStatus::kOk;
-  if (LargestOf<Halves16>(w.indices, b.begin, b.end) >= b.columns) return BlockedStatus::kBadIndex;
-  if (w.stored_as == BlockedValues::kCodes && LargestOf<Bytes32>(w.values, b.begin, b.end) >= w.entries) {
-    return BlockedStatus::kBadCode;
-  }
-  return BlockedStatus::kOk;
+  const bool codes_in_doubt = w.stored_as == BlockedValues::kCodes && w.entries < kBlockedMaxEntries && count != 0;
+  return codes_in_doubt && LargestByte(w.values, b.begin, b.end) >= w.entries ? BlockedStatus::kBadCode
+                                                                              : BlockedStatus::kOk;
 }
 
 // ---- sums
 
-// Adds kCount non-zeros from k on; columns holds their indices, the first in the lowest 16 bits.
-template <int kLanes, int kVectors, int kChains, int kCount, typename Values>
-void Add(const Values& values, const float* panel, std::uint64_t columns, Index k, Vector<kLanes> (*sums)[kVectors]) {
-#pragma GCC unroll 4
-  for (int i = 0; i < kCount; ++i) {
-    const float* x = panel + (columns >> 16 * i & 0xffff) * (kLanes * kVectors);
-    const Vector<kLanes> value = Splat<kLanes>(values.At(k + i));
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) sums[i % kChains][v] += value * Load<Vector<kLanes>>(x + v * kLanes);
-  }
-}
+// Lines of the next column block's part of the panel, fetched into the second cache level a few at a time: the stream
+// of weights has driven it out of there since the last row block.
+struct Ahead {
+  const char* line;
+  Index lines_per_step;
 
-// Adds a row's non-zeros [k, end) to its sums.
-template <int kLanes, int kWidth, typename Values>
-void AddRow(const BlockedWeight& w, const Values& values, const float* panel, Index k, Index end, float* row_sums) {
-  constexpr int kVectors = kWidth / kLanes;
-  constexpr int kChains = kVectors >= 8 ? 1 : kVectors == 4 ? 2 : 4;  // against the latency of a fused multiply-add
-  Vector<kLanes> sums[kChains][kVectors] = {};
-#pragma GCC unroll 8
-  for (int v = 0; v < kVectors; ++v) sums[0][v] = Load<Vector<kLanes>>(row_sums + v * kLanes);
-  for (; k + 4 <= end; k += 4) {
-    Add<kLanes, kVectors, kChains, 4>(values, panel, LoadAt<std::uint64_t>(w.indices, k, 2), k, sums);
+  void Step() {
+    for (Index i = 0; i < lines_per_step; ++i, line += 64) __builtin_prefetch(line, 0, 2);
   }
-  for (; k < end; ++k)
-    Add<kLanes, kVectors, kChains, 1>(values, panel, LoadAt<std::uint16_t>(w.indices, k, 2), k, sums);
-#pragma GCC unroll 2
-  for (int half = kChains / 2; half > 0; half /= 2) {
-#pragma GCC unroll 2
-    for (int chain = 0; chain < half; ++chain) {
+};
+
+// Adds the non-zeros of kRows rows of a block, those with the most of them first, to the rows' sums. All rows advance
+// together, because one row's additions wait for each other; a row's own order is that of its non-zeros, whatever its
+// neighbours are. k is the first row's first non-zero; returns where the next row's begin, or -1 for a bad index.
+template <int kLanes, int kWidth, int kRows, typename Values>
+Index AddRows(const BlockedWeight& w, const Values& values, const Bound& bound, const float* panel,
+              const std::int32_t* segments, Index k, float* sums) {
+  constexpr int kVectors = kWidth / kLanes;
+  // A core of 2023 fetches a cache line from its last level every 7 cycles at best, as long as it asks early enough.
+  constexpr Index kAhead = 1024;  // non-zeros
+  Vector<kLanes> acc[kRows][kVectors];
+  Index begin[kRows], end[kRows];
+  float* row_sums[kRows];
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) {
+    const auto segment = LoadAt<std::uint32_t>(segments, r, 4);
+    begin[r] = k;
+    end[r] = k += segment & 0xffff;
+    row_sums[r] = sums + (segment >> 16) * kWidth;
 #pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) sums[chain][v] += sums[chain + half][v];
+    for (int v = 0; v < kVectors; ++v) acc[r][v] = Load<Vector<kLanes>>(row_sums[r] + v * kLanes);
+  }
+  const auto add = [&](int r, Index at, Index column) __attribute__((always_inline)) {
+    const float* x = panel + column * kWidth;
+    const Vector<kLanes> value = Splat<kLanes>(values.At(at));
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) acc[r][v] += value * Load<Vector<kLanes>>(x + v * kLanes);
+  };
+  const Index shortest = end[kRows - 1] - begin[kRows - 1];
+  Index fetched = begin[0] + kAhead;
+  Index i = 0;
+  for (; i + 4 <= shortest; i += 4) {
+    values.Prefetch(fetched);
+    __builtin_prefetch(reinterpret_cast<const char*>(w.indices) + 2 * fetched);
+    fetched += 4 * kRows;
+    std::uint64_t columns[kRows], excess = 0;
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      columns[r] = LoadAt<std::uint64_t>(w.indices, begin[r] + i, 2);
+      excess |= bound.Excess(columns[r]);
+    }
+    if (Bound::Broken(excess)) return -1;
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) add(r, begin[r] + i + j, columns[r] >> 16 * j & 0xffff);
     }
   }
+  for (; i < shortest; ++i) {
+    std::uint64_t columns[kRows], excess = 0;
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      columns[r] = LoadAt<std::uint16_t>(w.indices, begin[r] + i, 2);
+      excess |= bound.Excess(columns[r]) & 0xffff;
+    }
+    if (Bound::Broken(excess)) return -1;
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) add(r, begin[r] + i, columns[r]);
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) {
+    if (r + 1 < kRows) {
+      for (Index at = begin[r] + shortest; at < end[r]; ++at) {
+        const Index column = LoadAt<std::uint16_t>(w.indices, at, 2);
+        if (Bound::Broken(bound.Excess(column) & 0xffff)) return -1;
+        add(r, at, column);
+      }
+    }
 #pragma GCC unroll 8
-  for (int v = 0; v < kVectors; ++v) Store(row_sums + v * kLanes, sums[0][v]);
+    for (int v = 0; v < kVectors; ++v) Store(row_sums[r] + v * kLanes, acc[r][v]);
+  }
+  return k;
 }
 
 template <int kMaxLanes, int kWidth, typename Values>
 BlockedStatus Multiply(const BlockedMatmulArgs& a, Index row_block) {
   constexpr int kLanes = kWidth < kMaxLanes ? kWidth : kMaxLanes;
+  constexpr int kVectors = kWidth / kLanes;
+  // Sums of 8 vectors hide the latency of an addition; few rows end at once, so that more of them help no further.
+  constexpr int kRows = kVectors >= 8 ? 1 : kVectors >= 4 || (kVectors == 2 && kLanes == 16) ? 2 : 4;
   const BlockedWeight& w = a.weight;
   const Values values(w);
   const Index column_blocks = (w.columns + w.column_block - 1) / w.column_block;
@@ -150,12 +206,20 @@ BlockedStatus Multiply(const BlockedMatmulArgs& a, Index row_block) {
                   w.columns - first < w.column_block ? w.columns - first : w.column_block};
     if (const BlockedStatus status = Check(w, b); status != BlockedStatus::kOk) return status;
     const float* panel = a.panel + first * kWidth;
-    Index k = b.begin;
-    for (Index i = 0; i < rows && k < b.end; ++i) {
-      const auto segment = LoadAt<std::uint32_t>(b.segments, i, 4);
-      const Index end = k + (segment & 0xffff);
-      AddRow<kLanes, kWidth>(w, values, panel, k, end, a.sums + (segment >> 16) * kWidth);
-      k = end;
+    const Bound bound(b.columns);
+    const Index next = j + 1 < column_blocks ? first + w.column_block : 0;
+    const Index steps = b.end - b.begin < 16 * rows ? kBlockedRows * 64 : rows / kRows + 1;
+    Ahead ahead{reinterpret_cast<const char*>(a.panel + next * kWidth),
+                (w.columns - next < w.column_block ? w.columns - next : w.column_block) * kWidth / 16 / steps};
+    Index k = b.begin, i = 0;
+    for (; i + kRows <= rows && k < b.end; i += kRows) {
+      ahead.Step();
+      k = AddRows<kLanes, kWidth, kRows>(w, values, bound, panel, b.segments + i, k, a.sums);
+      if (k < 0) return BlockedStatus::kBadIndex;
+    }
+    for (; i < rows && k < b.end; ++i) {
+      k = AddRows<kLanes, kWidth, 1>(w, values, bound, panel, b.segments + i, k, a.sums);
+      if (k < 0) return BlockedStatus::kBadIndex;
     }
   }
   if (a.relu) {

@@ -4,10 +4,25 @@
 
 namespace tersetorch {
 
-// Copying waits for memory at any vector width: the levels above AVX2 use its variant.
+namespace {
+
+PackPanelFunction Active() {
+  switch (ProcessCpuIsa().active) {
+    case CpuIsa::kAvx512Bf16:
+    case CpuIsa::kAvx512:
+      return kPackPanelAvx512;
+    case CpuIsa::kAvx2:
+      return kPackPanelAvx2;
+    case CpuIsa::kScalar:
+      break;
+  }
+  return kPackPanelScalar;
+}
+
+}  // namespace
+
 void PackPanel(const PanelPackArgs& args, std::int64_t feature_begin, std::int64_t feature_end) noexcept {
-  const bool scalar = ProcessCpuIsa().active == CpuIsa::kScalar;
-  (scalar ? kPackPanelScalar : kPackPanelAvx2)(args, feature_begin, feature_end);
+  Active()(args, feature_begin, feature_end);
 }
 
 }  // namespace tersetorch

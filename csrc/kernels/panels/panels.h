@@ -30,5 +30,6 @@ TERSETORCH_API void PackPanel(const PanelPackArgs& args, std::int64_t feature_be
 using PackPanelFunction = void (*)(const PanelPackArgs&, std::int64_t, std::int64_t) noexcept;
 extern const PackPanelFunction kPackPanelScalar;
 extern const PackPanelFunction kPackPanelAvx2;
+extern const PackPanelFunction kPackPanelAvx512;
 
 }  // namespace tersetorch

@@ -1,0 +1,8 @@
+#include "kernels/panels/panels.h"
+#include "kernels/panels/panels_simd.h"
+
+namespace tersetorch {
+
+const PackPanelFunction kPackPanelAvx512 = PackForWidth;
+
+}  // namespace tersetorch
