@@ -173,12 +173,12 @@ Tensor BlockedMatmulOnCpu(const Tensor& x, const Tensor& block_offsets, const Te
       const std::unique_ptr<float[]> sums(new float[kBlockedRows * panels[0].width + kLine]);
       float* aligned = sums.get() + (kLine - reinterpret_cast<std::uintptr_t>(sums.get()) / sizeof(float) % kLine);
       for (std::int64_t task = begin; task < end; ++task) {
-        const std::int64_t i = task % count;
+        const std::int64_t i = task / row_blocks;
         const Panel& panel = panels[first + i];
         status.Report(BlockedMatmul(
             {weight.args, panel_data + i * stride, panel.width, bias_of_rows.data, relu,
              y_data + panel.begin * out_features * samples.item_bytes, samples.stored_as, panel.samples, aligned},
-            task / count));
+            task % row_blocks));
       }
     });
   }
