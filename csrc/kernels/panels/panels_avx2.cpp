@@ -4,5 +4,6 @@
 namespace tersetorch {
 
 const PackPanelFunction kPackPanelAvx2 = PackForWidth;
+const WordPanelFunctions kWordPanelsAvx2 = {PackWords<Pairs>, PackWords<Quads>, Scales};
 
 }  // namespace tersetorch

@@ -4,5 +4,6 @@
 namespace tersetorch {
 
 const PackPanelFunction kPackPanelAvx512 = PackForWidth;
+const WordPanelFunctions kWordPanelsAvx512 = {PackWords<Pairs>, PackWords<Quads>, Scales};
 
 }  // namespace tersetorch
