@@ -91,9 +91,7 @@ struct Weight {
     STD_TORCH_CHECK(values.scalar_type() == ScalarType::Byte, op,
                     ": values must be uint8 codes beside a codebook, got ",
                     torch::headeronly::toString(values.scalar_type()), "; pass codes, or no codebook");
-    CheckVector(op, *codebook, "codebook", ScalarType::Float);
-    STD_TORCH_CHECK(codebook->numel() <= kBlockedMaxEntries, op, ": codebook must have at most ", kBlockedMaxEntries,
-                    " entries, got ", codebook->numel(), "; pass one group of a codebook");
+    CheckCodebook(op, *codebook, kBlockedMaxEntries);
     tensors.push_back(Contiguous(*codebook));
     args.stored_as = BlockedValues::kCodes;
     args.codebook = tensors[4].const_data_ptr<float>();
@@ -306,11 +304,16 @@ struct Rows {
     const Tensor stored_offsets = Contiguous(row_offsets), stored_indices = Contiguous(col_indices);
     std::memcpy(offsets.data(), stored_offsets.const_data_ptr(), sizeof(std::int32_t) * (rows + 1));
     if (nnz != 0) std::memcpy(indices.data(), stored_indices.const_data_ptr(), sizeof(std::int32_t) * nnz);
-    bool rising = offsets[0] == 0 && offsets[rows] == nnz, inside = true;
+    bool rising = offsets[0] == 0 && offsets[rows] == nnz, inside = true, sorted = true;
     for (std::int64_t r = 0; r < rows; ++r) rising &= offsets[r] <= offsets[r + 1];
-    for (const std::int32_t column : indices) inside &= 0 <= column && column < columns;
     STD_TORCH_CHECK(rising, op, ": row_offsets must rise from 0 to ", nnz, "; rebuild the weight");
+    for (const std::int32_t column : indices) inside &= 0 <= column && column < columns;
     STD_TORCH_CHECK(inside, op, ": col_indices must lie in [0, ", columns, "), got one outside; rebuild the weight");
+    // A row with more non-zeros in a block than the block has columns would not fit its segment.
+    for (std::int64_t r = 0; r < rows; ++r) {
+      for (std::int64_t k = offsets[r] + 1; k < offsets[r + 1]; ++k) sorted &= indices[k - 1] < indices[k];
+    }
+    STD_TORCH_CHECK(sorted, op, ": col_indices must rise strictly within a row; rebuild the weight");
   }
 
   std::int64_t Count() const { return static_cast<std::int64_t>(offsets.size()) - 1; }
@@ -373,14 +376,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> PackGroups(const char* op, const Tens
   const auto* stored = static_cast<const char*>(contiguous.const_data_ptr());
   std::vector<Word> words;
   std::int64_t groups = 0;
-  bool sorted = true;
   for (std::int64_t r = 0, k = 0; r < rows.Count(); ++r) {
     std::int32_t last = -1;
     const std::int64_t end = rows.offsets[r + 1];
     rows.offsets[r] = static_cast<std::int32_t>(groups);
     for (; k < end; ++k) {
       const std::int32_t column = rows.indices[k], of = column / static_cast<std::int32_t>(kGroup);
-      sorted &= column > last;
       if (last < 0 || of != last / static_cast<std::int32_t>(kGroup)) {
         rows.indices[groups++] = of;  // never ahead of k
         words.emplace_back();
@@ -389,7 +390,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> PackGroups(const char* op, const Tens
       std::memcpy(&words.back().of_column[column % kGroup], stored + k * sizeof(T), sizeof(T));
     }
   }
-  STD_TORCH_CHECK(sorted, op, ": col_indices must rise strictly within a row, got one that does not; sort the weight");
   rows.offsets.back() = static_cast<std::int32_t>(groups);
   rows.indices.resize(groups);
   rows.columns = Blocks(columns, kGroup);

@@ -25,6 +25,9 @@ STABLE_TORCH_LIBRARY(tersetorch, m) {
   // grad_y [..., out], x [..., in] -> float32 [nnz]
   m.def("csr_matmul_grad_values(Tensor grad_y, Tensor x, Tensor row_offsets, Tensor col_indices) -> Tensor");
 
+  // A dense weight [out, in] -> row_offsets, col_indices and values of its non-zeros
+  m.def("csr_pack(Tensor dense) -> (Tensor, Tensor, Tensor)");
+
   // x [..., in] and a weight [out, in] cut into blocks, at least 0 with relu -> [..., out]
   m.def(
       "blocked_matmul(Tensor x, Tensor block_offsets, Tensor segments, Tensor indices, Tensor values, Tensor? bias, "
@@ -60,4 +63,20 @@ STABLE_TORCH_LIBRARY(tersetorch, m) {
   m.def(
       "blocked_int8_pack(Tensor row_offsets, Tensor col_indices, Tensor values, int columns, int column_block) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor)");
+
+  // x [..., in] and a weight [out, in] with one bit for each weight; values float32, bfloat16, uint8 codes beside a
+  // codebook, or int8 beside scales [out]; mode "exact" or, with int8 values, "int8" -> [..., out]
+  m.def(
+      "bitmap_matmul(Tensor x, Tensor bitmap, Tensor row_offsets, Tensor values, Tensor? bias=None, Tensor? "
+      "codebook=None, Tensor? scales=None, str mode='exact', bool relu=False) -> Tensor");
+  // The same without autograd: for callers that know gradients to be off.
+  m.def(
+      "bitmap_matmul_inference(Tensor x, Tensor bitmap, Tensor row_offsets, Tensor values, Tensor? bias=None, Tensor? "
+      "codebook=None, Tensor? scales=None, str mode='exact', bool relu=False) -> Tensor");
+  // A dense weight [out, in] -> bitmap int64 [out, words], row_offsets int32 [out + 1], values [nnz].
+  m.def("bitmap_pack(Tensor weight) -> (Tensor, Tensor, Tensor)");
+  // Compressed sparse rows -> bitmap; their values are in its order.
+  m.def("bitmap_from_rows(Tensor row_offsets, Tensor col_indices, int columns) -> Tensor");
+  // bitmap and row_offsets -> col_indices int32 [nnz]
+  m.def("bitmap_to_rows(Tensor bitmap, Tensor row_offsets, int columns, int nnz) -> Tensor");
 }

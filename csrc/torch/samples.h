@@ -66,6 +66,15 @@ struct Bias {
   const float* data = nullptr;
 };
 
+// A codebook [entries], or one group [1, entries].
+inline void CheckCodebook(const char* op, const Tensor& t, std::int64_t max_entries) {
+  CheckOnCpu(op, t, "codebook");
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && (t.dim() == 1 || (t.dim() == 2 && t.size(0) == 1)) &&
+                      t.numel() <= max_entries,
+                  op, ": codebook must be float32 [entries] with at most ", max_entries, " entries, got ",
+                  torch::headeronly::toString(t.scalar_type()), " with ", t.numel(), "; convert it");
+}
+
 // Splits `outer` times `inner` items over the threads; run(o, begin, end) gets a range of the inner items of one o.
 template <typename Run>
 void ParallelRanges(std::int64_t outer, std::int64_t inner, std::int64_t grain, const Run& run) {

@@ -42,7 +42,7 @@ BlockedStatus Matmul(const BlockedMatmulArgs& a, std::int64_t row_block) noexcep
   const std::int64_t rows = w.rows - row_begin < kBlockedRows ? w.rows - row_begin : kBlockedRows;
   const auto bias = [&](std::int64_t r) { return a.bias == nullptr ? 0.0f : At<float>(a.bias, row_begin + r); };
   for (std::int64_t r = 0; r < rows; ++r) {
-    for (std::int64_t n = 0; n < a.samples; ++n) a.sums[r * a.width + n] = quads ? 0.0f : bias(r);
+    for (std::int64_t n = 0; n < a.samples; ++n) Put(a.sums, r * a.width + n, quads ? 0.0f : bias(r));
   }
   for (std::int64_t j = 0; j < column_blocks; ++j) {
     const std::int64_t first = j * w.column_block;
@@ -62,8 +62,8 @@ BlockedStatus Matmul(const BlockedMatmulArgs& a, std::int64_t row_block) noexcep
           return BlockedStatus::kBadCode;
         }
         for (std::int64_t n = 0; n < a.samples; ++n) {
-          float& sum = a.sums[r * a.width + n];
-          sum = Add(w, k, a.panel, (first + c) * a.width + n, sum);
+          const std::int64_t i = r * a.width + n;
+          Put(a.sums, i, Add(w, k, a.panel, (first + c) * a.width + n, At<float>(a.sums, i)));
         }
       }
     }
@@ -71,7 +71,7 @@ BlockedStatus Matmul(const BlockedMatmulArgs& a, std::int64_t row_block) noexcep
   }
   for (std::int64_t n = 0; n < a.samples; ++n) {
     for (std::int64_t r = 0; r < rows; ++r) {
-      float sum = a.sums[r * a.width + n];
+      auto sum = At<float>(a.sums, r * a.width + n);
       if (quads) {
         const auto integer = static_cast<float>(__builtin_bit_cast(std::int32_t, sum));
         sum = __builtin_fmaf(integer * At<float>(a.row_scales, row_begin + r), At<float>(a.sample_scales, n), bias(r));

@@ -1,6 +1,19 @@
 """Does it say how a weight is stored? Dataclasses over plain tensors."""
 
+from tersetorch.formats.bitmap_codebook_weight import BitmapCodebookWeight
+from tersetorch.formats.bitmap_int8_weight import BitmapInt8Weight
+from tersetorch.formats.bitmap_weight import BitmapWeight
+from tersetorch.formats.blocked_codebook_weight import BlockedCodebookWeight
+from tersetorch.formats.blocked_weight import BlockedWeight
 from tersetorch.formats.csr_weight import CsrWeight
 from tersetorch.formats.sparse_codebook_weight import SparseCodebookWeight
 
-__all__ = ["CsrWeight", "SparseCodebookWeight"]
+__all__ = [
+    "BitmapCodebookWeight",
+    "BitmapInt8Weight",
+    "BitmapWeight",
+    "BlockedCodebookWeight",
+    "BlockedWeight",
+    "CsrWeight",
+    "SparseCodebookWeight",
+]

@@ -3,7 +3,9 @@
 import torch
 from torch import Tensor
 
-INT32_MAX = 2**31 - 1
+from tersetorch import ops
+
+NARROW_MASK = 2**16 - 1
 
 
 class CsrPattern:
@@ -28,23 +30,25 @@ class CsrPattern:
         """The row of every stored position, int64 [nnz]."""
         return rows_of(self.row_offsets)
 
+    @property
+    def cols(self) -> Tensor:
+        """The column of every stored position, int64 [nnz]."""
+        return columns_of(self.col_indices)
 
-def pattern_of(nonzero: Tensor) -> tuple[Tensor, Tensor]:
-    """Row offsets int32 [rows + 1] and column indices int32 [nnz] of the true entries of nonzero, bool [rows, columns].
+    @property
+    def wide_indices(self) -> Tensor:
+        """The column of every stored position, int32 [nnz]."""
+        return self.col_indices if self.col_indices.dtype == torch.int32 else self.cols.int()
+
+
+def non_zeros(dense: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Row offsets int32 [rows + 1], column indices int32 [nnz] and values [nnz] of dense, found on the CPU.
 
     Raises:
-        ValueError: more positions or columns than int32 can number.
+        RuntimeError: more non-zeros or columns than int32 can number.
     """
-    counts = nonzero.sum(1)
-    stored = int(counts.sum())
-    if max(stored, nonzero.shape[1]) > INT32_MAX:
-        raise ValueError(
-            f"csr: a weight must have fewer than 2**31 non-zeros and columns, got {stored} and {nonzero.shape[1]}; "
-            "split it by rows"
-        )
-    row_offsets = torch.zeros(nonzero.shape[0] + 1, dtype=torch.int32, device=nonzero.device)
-    row_offsets[1:] = counts.cumsum(0)
-    return row_offsets, nonzero.nonzero()[:, 1].int()
+    row_offsets, col_indices, values = ops.csr_pack(dense.detach().cpu())
+    return row_offsets.to(dense.device), col_indices.to(dense.device), values.to(dense.device)
 
 
 def rows_of(row_offsets: Tensor) -> Tensor:
@@ -52,25 +56,43 @@ def rows_of(row_offsets: Tensor) -> Tensor:
     return torch.repeat_interleave(row_offsets.diff())
 
 
+def columns_of(col_indices: Tensor) -> Tensor:
+    """The columns that col_indices number, int64: int16 holds 16 unsigned bits."""
+    return col_indices.long() & NARROW_MASK if col_indices.dtype == torch.int16 else col_indices.long()
+
+
+def narrow(owner: str, col_indices: Tensor, columns: int) -> Tensor:
+    """The same columns as 16 unsigned bits in int16.
+
+    Raises:
+        ValueError: there are more than 65,536 columns.
+    """
+    if columns > NARROW_MASK + 1:
+        raise ValueError(
+            f"{owner}: columns must be at most {NARROW_MASK + 1} for 16-bit indices, got {columns}; keep 32 bits"
+        )
+    return (col_indices & NARROW_MASK).short()
+
+
 def scatter(row_offsets: Tensor, col_indices: Tensor, values: Tensor, columns: int) -> Tensor:
     """The dense weight [rows, columns] with values [nnz] at the stored positions and 0 elsewhere."""
     dense = values.new_zeros(row_offsets.numel() - 1, columns)
-    dense[rows_of(row_offsets), col_indices.long()] = values
+    dense[rows_of(row_offsets), columns_of(col_indices)] = values
     return dense
 
 
 def check_pattern(owner: str, row_offsets: Tensor, col_indices: Tensor, columns: int) -> None:
-    """Checks that the pattern is one that pattern_of could have made.
+    """Checks that the pattern is one that non_zeros could have found.
 
     Raises:
-        TypeError: an index tensor is not int32.
+        TypeError: an index tensor is not int32 (col_indices may be int16, 16 unsigned bits).
         ValueError: shapes, offsets or columns do not describe rows of strictly increasing columns.
     """
     if isinstance(columns, bool) or not isinstance(columns, int):
         raise TypeError(f"{owner}: columns must be an int, got {columns!r}; pass the width of the dense weight")
     for name, indices in (("row_offsets", row_offsets), ("col_indices", col_indices)):
         check_tensor(owner, name, indices)
-        if indices.dtype != torch.int32:
+        if indices.dtype != torch.int32 and not (name == "col_indices" and indices.dtype == torch.int16):
             raise TypeError(f"{owner}: {name} must be int32, got {indices.dtype}; call {name}.int()")
         if indices.dim() != 1:
             raise ValueError(f"{owner}: {name} must be 1-D, got shape {tuple(indices.shape)}; flatten it")
@@ -89,6 +111,7 @@ def check_pattern(owner: str, row_offsets: Tensor, col_indices: Tensor, columns:
         )
     if stored == 0:
         return
+    col_indices = columns_of(col_indices)
     low, high = int(col_indices.min()), int(col_indices.max())
     if low < 0 or high >= columns:
         raise ValueError(

@@ -1,15 +1,16 @@
-"""What every linear layer over a sparse format shares: its dense form, its checks and its state."""
+"""What every linear layer over a sparse format shares: its dense form, its checks, its state and how it runs."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, ClassVar, Generic, Self, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from tersetorch import ops
 from tersetorch.formats import CsrWeight, SparseCodebookWeight
+from tersetorch.nn.layout import LAYOUTS, PREFIX
 
 FLOATS = (torch.float32, torch.bfloat16)
 
@@ -20,11 +21,18 @@ class SparseLinearBase(nn.Module, Generic[Format]):
     """y = x @ W.T + bias with W kept in a sparse format; the layer's tensors have the names of the format's fields.
 
     What trains (values or a codebook, and the bias) are parameters, the rest are buffers.
+
+    Without gradients the layer may compute from a second layout of its weight, which pack() derives: buffers
+    packed_*, which are in no state_dict. They cost memory beside the weight itself. Training mode drops them, eval()
+    and load_state_dict() build them anew, and so does a call that finds values or codes changed in place, unless it
+    is compiled: compile after the last change.
     """
 
     format: ClassVar[type[CsrWeight] | type[SparseCodebookWeight]]
     buffer_fields: ClassVar[tuple[str, ...]]
     parameter_field: ClassVar[str]
+    # The field whose numbers a packed layout repeats in another order.
+    packed_field: ClassVar[str]
 
     row_offsets: Tensor
     col_indices: Tensor
@@ -32,6 +40,13 @@ class SparseLinearBase(nn.Module, Generic[Format]):
 
     def __init__(self, weight: Format, bias: Tensor | None = None) -> None:
         super().__init__()
+        # What pack() was asked for, the options that make the next packing the same, and the packed weight's sizes.
+        self._layout: str | None = None
+        self._options: dict[str, Any] = {}
+        self._sizes: dict[str, Any] = {}
+        # The tensor that the buffers packed_* come from (None in a copy, until it is called), and its version then
+        # (None where it counts none). Without such buffers, None.
+        self._packed_from: tuple[Tensor | None, int | None] | None = None
         if not isinstance(weight, self.format):
             raise TypeError(
                 f"{type(self).__name__}: weight must be a {self.format.__name__}, got {type(weight).__name__}; "
@@ -88,7 +103,162 @@ class SparseLinearBase(nn.Module, Generic[Format]):
         """The dense weight [out_features, in_features], built anew at every read; writing to it changes nothing."""
         return self.sparse_weight.to_dense().detach()
 
-    def _multiply(self, x: Tensor, values: Tensor, codebook: Tensor | None = None) -> Tensor:
+    # ---- layouts
+
+    @property
+    def layout(self) -> str:
+        """What the layer computes from without gradients: "csr", or the layout that pack() was given."""
+        return self._layout or "csr"
+
+    @property
+    def layout_options(self) -> dict[str, Any]:
+        """The keyword arguments that pack() takes to lay another layer out alike."""
+        return dict(self._options)
+
+    def pack(self, layout: str, **options: Any) -> Self:
+        """Computes without gradients from another layout of the weight from now on; returns the layer.
+
+        In training mode the layout is remembered, and built by eval().
+
+        Args:
+            layout: "blocked", for many samples; "csr" undoes an earlier pack().
+            options: what the packed format's from_csr takes: samples (about how many will be multiplied at once) or
+                column_block for "blocked".
+
+        Raises:
+            ValueError: no such layout.
+            TypeError, ValueError: options that its from_csr refuses; nothing has changed then.
+        """
+        if layout == "csr":
+            if options:
+                raise TypeError(
+                    f"{type(self).__name__}: layout 'csr' takes no options, got {', '.join(options)}; leave them out"
+                )
+            self._drop_packed()
+            self._layout, self._options, self._sizes = None, {}, {}
+            return self
+        if layout not in LAYOUTS:
+            raise ValueError(
+                f"{type(self).__name__}: layout must be one of {['csr', *LAYOUTS]}, got {layout!r}; choose one of them"
+            )
+        packed = self._packed_of(layout, options)
+        self._layout, self._options = layout, {name: getattr(packed, name) for name in LAYOUTS[layout].options}
+        self._hold(packed)
+        if self.training:
+            self._drop_packed()
+        return self
+
+    @property
+    def packed_weight(self) -> Any:
+        """The weight in the format of the layout in use; it shares memory with the layer. None for "csr"."""
+        if self._layout is None or self._packed_from is None:
+            return None
+        kind = LAYOUTS[self._layout].formats[self.format]
+        fields = {}
+        for field in dataclasses.fields(kind):
+            packed = self._buffers.get(PREFIX + field.name)
+            own = self._own(field.name) if packed is None else packed
+            fields[field.name] = self._sizes[field.name] if own is None else own
+        return kind(**fields)
+
+    def _packed_of(self, layout: str, options: dict[str, Any]) -> Any:
+        return LAYOUTS[layout].formats[self.format].from_csr(self.sparse_weight, **options)
+
+    def _hold(self, packed: Any) -> None:
+        """Takes the tensors of a packed weight as buffers, but for those that are the layer's own."""
+        self._sizes = {}
+        for field in dataclasses.fields(packed):
+            value = getattr(packed, field.name)
+            if not isinstance(value, Tensor):
+                self._sizes[field.name] = value
+            elif value is not self._own(field.name):
+                self.register_buffer(PREFIX + field.name, value, persistent=False)
+        source = getattr(self, self.packed_field)
+        # In a tuple, or nn.Module would take it for another parameter.
+        self._packed_from = (source, None if source.is_inference() else source._version)
+
+    def _own(self, name: str) -> Tensor | None:
+        """The layer's tensor of this name, also where functional_call has lent it another one."""
+        parameter = self._parameters.get(name)
+        return self._buffers.get(name) if parameter is None else parameter
+
+    def _drop_packed(self) -> None:
+        for name in [name for name in self._buffers if name.startswith(PREFIX)]:
+            delattr(self, name)
+        self._packed_from = None
+
+    def _repack(self) -> None:
+        if self._layout is not None:
+            self._hold(self._packed_of(self._layout, self._options))
+
+    def train(self, mode: bool = True) -> Self:
+        """As nn.Module.train: training mode drops the packed layout, eval mode builds it anew."""
+        super().train(mode)
+        if mode:
+            self._drop_packed()
+        elif not self._is_packed():
+            self._repack()
+        return self
+
+    def _is_packed(self) -> bool:
+        """Whether the buffers packed_* hold what the weight holds now."""
+        source, version = self._packed_from or (None, None)
+        if source is None or source is not getattr(self, self.packed_field):
+            return False
+        return version is None or source._version == version
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy's tensors count their versions from 0.
+        return {**self.__dict__, "_packed_from": None if self._packed_from is None else (None, None)}
+
+    # ---- running
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Applies the layer to input, float [..., in_features]."""
+        # The twin drops forward-mode tangents, which no_grad does not switch off; the recorded op refuses them.
+        if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+            self._check_input(input)
+            return self._recorded(input)
+        try:
+            if input.size(-1) == self.in_features:
+                return self._unrecorded(input)
+        except KeyError:  # a parametrization took a tensor out of the dictionaries
+            return self._recorded(input)
+        except Exception:
+            self._check_input(input)  # its sentence comes before the op's
+            raise
+        self._check_input(input)
+        raise AssertionError("unreachable")
+
+    def _recorded(self, x: Tensor) -> Tensor:
+        """The product with gradients."""
+        raise NotImplementedError
+
+    def _unrecorded(self, x: Tensor) -> Tensor:
+        """The product without gradients, from the packed layout where there is one."""
+        if self._layout is None or not self._use_packed():
+            return self._from_rows(x)
+        return LAYOUTS[self._layout].multiply(self, x)
+
+    def _use_packed(self) -> bool:
+        """Whether the buffers packed_* stand for the weight; packs anew where its numbers have changed."""
+        packed = self._packed_from
+        if torch.compiler.is_compiling() or packed is None:
+            return packed is not None
+        source, version = packed
+        if source is not None:
+            if self._own(self.packed_field) is not source:
+                return False  # functional_call lent another one
+            if version is None or source._version == version:
+                return True
+        self._repack()
+        return True
+
+    def _from_rows(self, x: Tensor) -> Tensor:
+        """The product without gradients, from the format itself."""
+        raise NotImplementedError
+
+    def _check_input(self, x: object) -> None:
         if not isinstance(x, Tensor):
             raise TypeError(
                 f"{type(self).__name__}: input must be a tensor, got {type(x).__name__}; pass a torch.Tensor"
@@ -100,16 +270,12 @@ class SparseLinearBase(nn.Module, Generic[Format]):
                 f"{type(self).__name__}: input must be [..., {self.in_features}], got shape {tuple(x.shape)}; "
                 "reshape it"
             )
-        # The twin drops forward-mode tangents, which no_grad does not switch off; csr_matmul refuses them.
-        recorded = torch.is_grad_enabled() or forward_ad._current_level >= 0
-        multiply = ops.csr_matmul if recorded else ops.csr_matmul_inference
-        return multiply(x, self.row_offsets, self.col_indices, values, self.bias, codebook)
 
     def extra_repr(self) -> str:
         """What print(module) shows between the parentheses."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"nnz={self.col_indices.numel()}"
+            f"nnz={self.col_indices.numel()}" + ("" if self._layout is None else f", layout={self._layout}")
         )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -131,6 +297,8 @@ class SparseLinearBase(nn.Module, Generic[Format]):
                         # A parameter stays the same object, so that an optimizer that holds it goes on with it.
                         current.data = current.new_empty(tensor.shape)
         super()._load_from_state_dict(state_dict, prefix, *args)
+        if not self.training and not errors:
+            self._repack()
 
 
 def _as_parameter(tensor: Tensor) -> nn.Parameter:

@@ -6,6 +6,26 @@ load_native_module()
 load_native_ops()
 
 # The files below register on what was just loaded.
-from tersetorch.ops.csr_matmul import csr_matmul, csr_matmul_inference  # noqa: E402
+from tersetorch.ops.bitmap_matmul import (  # noqa: E402
+    bitmap_from_rows,
+    bitmap_matmul,
+    bitmap_matmul_inference,
+    bitmap_pack,
+    bitmap_to_rows,
+)
+from tersetorch.ops.blocked_matmul import blocked_matmul, blocked_matmul_inference, blocked_pack  # noqa: E402
+from tersetorch.ops.csr_matmul import csr_matmul, csr_matmul_inference, csr_pack  # noqa: E402
 
-__all__ = ["csr_matmul", "csr_matmul_inference"]
+__all__ = [
+    "bitmap_from_rows",
+    "bitmap_matmul",
+    "bitmap_matmul_inference",
+    "bitmap_pack",
+    "bitmap_to_rows",
+    "blocked_matmul",
+    "blocked_matmul_inference",
+    "blocked_pack",
+    "csr_matmul",
+    "csr_matmul_inference",
+    "csr_pack",
+]

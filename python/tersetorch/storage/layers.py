@@ -39,7 +39,7 @@ def encode_layer(name: str, layer: Layer) -> tuple[Entry, list[Stream]]:
         raise ValueError(f"save: {name} must hold a valid sparse weight, got one refused as '{error}'") from error
     rows, columns = weight.shape
     row_of = weight.rows.cpu().numpy()
-    column_of = weight.col_indices.cpu().numpy().astype(np.int64)
+    column_of = weight.cols.cpu().numpy()
     by_columns = column_of * rows + row_of
     down = np.argsort(by_columns, kind="stable")
     positions, coding, down_columns = min(
@@ -62,6 +62,24 @@ def encode_layer(name: str, layer: Layer) -> tuple[Entry, list[Stream]]:
     )
     encoded = [streams.encode_positions("positions", positions, rows * columns, coding), *encoded]
     return entry.with_streams(encoded), encoded
+
+
+def laid_out(layer: Layer, node: dict[str, Any], training: bool) -> Layer:
+    """The layer, computing from the layout that its node names.
+
+    Raises:
+        TerseFileError: the node names no layout of that layer.
+    """
+    layer.train(training)
+    options = dict(node.get("c", {}))
+    layout = options.pop("layout", "csr")
+    if not isinstance(layout, str) or any(type(value) is not int for value in options.values()):
+        refuse("name a layout and whole numbers for its options", str(node["c"])[:60])
+    try:
+        layer.pack(layout, **options)
+    except (TypeError, ValueError) as error:
+        refuse("name a layout of its layer", error)
+    return layer
 
 
 def _encode_values(weight: CsrWeight | SparseCodebookWeight, order: Array | slice) -> tuple[int, list[Stream]]:

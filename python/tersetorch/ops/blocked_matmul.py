@@ -1,0 +1,304 @@
+"""Product of many dense samples with a sparse weight that is cut into blocks."""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from tersetorch.ops._autocast import compute_in_float32
+
+BLOCK_ROWS = 256
+MAX_COLUMN_BLOCK = 32768
+MAX_ENTRIES = 256
+_FLOATS = (torch.float32, torch.bfloat16)
+
+_blocked_matmul = torch.ops.tersetorch.blocked_matmul.default
+_blocked_matmul_inference = torch.ops.tersetorch.blocked_matmul_inference.default
+_blocked_pack = torch.ops.tersetorch.blocked_pack.default
+_csr_grad_x = torch.ops.tersetorch.csr_matmul_grad_x.default
+_csr_grad_values = torch.ops.tersetorch.csr_matmul_grad_values.default
+
+
+def blocked_matmul(
+    x: Tensor,
+    block_offsets: Tensor,
+    segments: Tensor,
+    indices: Tensor,
+    values: Tensor,
+    bias: Tensor | None = None,
+    codebook: Tensor | None = None,
+    *,
+    out_features: int,
+    column_block: int,
+    relu: bool = False,
+) -> Tensor:
+    """Returns x @ W.T + bias, at least 0 with relu, for a W that blocked_pack has cut into blocks.
+
+    A block has 256 rows and column_block columns; blocks follow each other by rows, then by columns, the last ones of
+    both being smaller. Accumulated in float32, block after block and within a row in the order of the columns. Weights
+    that are not stored count as absent, not as zero.
+
+    Args:
+        x: float32 or bfloat16 [..., in], any strides. Under autocast as csr_matmul takes it.
+        block_offsets: int32 [blocks + 1], where the non-zeros of each block begin.
+        segments: int32 [out * column blocks], for each row of a block: its number in the block << 16 | its non-zeros;
+            rows with more non-zeros first.
+        indices: int16 [nnz], to be read as uint16: columns counted from the block's first.
+        values: float32 or bfloat16 [nnz]; with a codebook, uint8 codes [nnz], each below entries.
+        bias: float32 or bfloat16 [out], or None.
+        codebook: float32 [entries], at most 256, or None.
+        out_features: rows of W.
+        column_block: columns of a block, 1 to 32768.
+        relu: whether negative results become 0; NaN stays NaN.
+
+    Returns:
+        [..., out] of x's dtype. Gradients reach x, values or codebook, and bias, to any order; they take another
+        layout, which is built anew at each call: to train, use csr_matmul.
+
+    Raises:
+        TypeError: an argument is not a tensor or has another dtype than named here.
+        ValueError: shapes or devices do not fit each other.
+        RuntimeError: an offset, a segment, an index or a code lies outside its range (found while multiplying; nothing
+            outside the tensors is read), or forward-mode differentiation is asked for.
+
+    Source:
+        Elsen et al., Fast Sparse ConvNets (2019), section 3, for the panels of x; Gale et al., Sparse GPU Kernels for
+        Deep Learning (2020), section 5.1.2, for the order of a block's rows.
+    """
+    _check(x, block_offsets, segments, indices, values, bias, codebook, out_features, column_block)
+    if forward_ad._current_level >= 0:
+        for name, tensor in (("x", x), ("values", values), ("bias", bias), ("codebook", codebook)):
+            if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+                raise RuntimeError(
+                    f"blocked_matmul: {name} must not carry a forward-mode tangent, got one; use reverse mode "
+                    "(backward)"
+                )
+    return cast(
+        Tensor,
+        _blocked_matmul(x, block_offsets, segments, indices, values, bias, codebook, out_features, column_block, relu),
+    )
+
+
+def blocked_matmul_inference(
+    x: Tensor,
+    block_offsets: Tensor,
+    segments: Tensor,
+    indices: Tensor,
+    values: Tensor,
+    bias: Tensor | None = None,
+    codebook: Tensor | None = None,
+    *,
+    out_features: int,
+    column_block: int,
+    relu: bool = False,
+) -> Tensor:
+    """Returns blocked_matmul of the same arguments, without gradients and without the checks in Python.
+
+    Raises:
+        RuntimeError: an argument does not fit (the native checks remain, those of every index included).
+    """
+    return cast(
+        Tensor,
+        _blocked_matmul_inference(
+            x, block_offsets, segments, indices, values, bias, codebook, out_features, column_block, relu
+        ),
+    )
+
+
+def blocked_pack(
+    row_offsets: Tensor, col_indices: Tensor, *, columns: int, column_block: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Cuts the positions of a weight in compressed sparse rows into the blocks that blocked_matmul takes.
+
+    Args:
+        row_offsets: int32 [out + 1], from 0 to nnz, never falling.
+        col_indices: int32 [nnz], strictly rising within a row, each in [0, columns).
+        columns: width of the dense weight.
+        column_block: columns of a block, 1 to 32768.
+
+    Returns:
+        block_offsets, segments and indices, as blocked_matmul describes them, and sources, int32 [nnz]: which non-zero
+        of the rows each one of the blocks is, so that values[sources] are the values in their new order.
+
+    Raises:
+        TypeError: an argument has another dtype than named here.
+        ValueError: column_block is out of range.
+        RuntimeError: the positions are not those of a weight of that width.
+    """
+    for name, tensor in (("row_offsets", row_offsets), ("col_indices", col_indices)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"blocked_pack: {name} must be a tensor, got {type(tensor).__name__}; pass a torch.Tensor")
+        if tensor.dtype != torch.int32:
+            raise TypeError(f"blocked_pack: {name} must be int32, got {tensor.dtype}; call {name}.int()")
+    _check_column_block("blocked_pack", column_block)
+    block_offsets, segments, indices, sources = _blocked_pack(row_offsets, col_indices, columns, column_block)
+    return block_offsets, segments, indices, sources
+
+
+def _check_column_block(op: str, column_block: int) -> None:
+    if not 1 <= column_block <= MAX_COLUMN_BLOCK:
+        raise ValueError(
+            f"{op}: column_block must be 1 to {MAX_COLUMN_BLOCK}, got {column_block}; pass for example 128"
+        )
+
+
+def _check(
+    x: Tensor,
+    block_offsets: Tensor,
+    segments: Tensor,
+    indices: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    codebook: Tensor | None,
+    out_features: int,
+    column_block: int,
+) -> None:
+    x_dtypes = (*_FLOATS, torch.float16) if torch.is_autocast_enabled("cpu") else _FLOATS
+    for name, tensor, dtypes, hint in (
+        ("x", x, x_dtypes, "convert it"),
+        ("block_offsets", block_offsets, (torch.int32,), "take it from blocked_pack"),
+        ("segments", segments, (torch.int32,), "take it from blocked_pack"),
+        ("indices", indices, (torch.int16,), "take it from blocked_pack"),
+        (
+            "values",
+            values,
+            _FLOATS if codebook is None else (torch.uint8,),
+            "pass the codebook beside codes" if codebook is None else "pass codes, or no codebook",
+        ),
+        ("bias", bias, _FLOATS, "convert it"),
+        ("codebook", codebook, (torch.float32,), "convert it"),
+    ):
+        if tensor is None and name in ("bias", "codebook"):
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(
+                f"blocked_matmul: {name} must be a tensor, got {type(tensor).__name__}; pass a torch.Tensor"
+            )
+        if tensor.dtype not in dtypes:
+            allowed = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            raise TypeError(f"blocked_matmul: {name} must be {allowed}, got {tensor.dtype}; {hint}")
+        if tensor.device != x.device:
+            raise ValueError(
+                f"blocked_matmul: {name} must be on the device of x, {x.device}, got {tensor.device}; move one of them"
+            )
+    if x.dim() == 0:
+        raise ValueError("blocked_matmul: x must be [..., in], got a scalar; reshape it")
+    _check_column_block("blocked_matmul", column_block)
+    column_blocks = -(-x.shape[-1] // column_block)
+    blocks = -(-out_features // BLOCK_ROWS) * column_blocks
+    if out_features < 0:
+        raise ValueError(f"blocked_matmul: out_features must be at least 0, got {out_features}; pass the rows of W")
+    for name, tensor, size in (
+        ("block_offsets", block_offsets, blocks + 1),
+        ("segments", segments, out_features * column_blocks),
+        ("values", values, indices.numel()),
+        ("bias", bias, out_features),
+    ):
+        if tensor is not None and (tensor.dim() != 1 or tensor.shape[0] != size):
+            raise ValueError(
+                f"blocked_matmul: {name} must be [{size}], got shape {tuple(tensor.shape)}; pass a weight "
+                f"[{out_features}, {x.shape[-1]}] cut with column_block={column_block}"
+            )
+    if indices.dim() != 1:
+        raise ValueError(f"blocked_matmul: indices must be [nnz], got shape {tuple(indices.shape)}; flatten it")
+    if codebook is not None and (codebook.dim() != 1 or codebook.shape[0] > MAX_ENTRIES):
+        raise ValueError(
+            f"blocked_matmul: codebook must be [entries] with at most {MAX_ENTRIES} entries, got shape "
+            f"{tuple(codebook.shape)}; pass one group of a codebook"
+        )
+
+
+def blocked_positions(
+    block_offsets: Tensor, segments: Tensor, indices: Tensor, out_features: int, columns: int, column_block: int
+) -> tuple[Tensor, Tensor]:
+    """Row and column, int64 [nnz] each, of every non-zero of a weight that blocked_pack has cut."""
+    column_blocks = -(-columns // column_block)
+    device = segments.device
+    counts = segments & 0xFFFF
+    # The block that each segment belongs to, counted along a row of blocks: rows of one block are neighbours.
+    row = torch.arange(out_features, device=device)
+    block = row // BLOCK_ROWS
+    rows_in_block = torch.minimum((block + 1) * BLOCK_ROWS, row.new_tensor(out_features)) - block * BLOCK_ROWS
+    place = torch.arange(segments.numel(), device=device)
+    row_block = place // max(1, BLOCK_ROWS * column_blocks)
+    begin = row_block * BLOCK_ROWS
+    column_of = (place - begin * column_blocks) // rows_in_block[begin] if segments.numel() else place
+    size = indices.numel()
+    of_segment = torch.repeat_interleave(counts.long(), output_size=size)
+    rows = (begin + (segments >> 16))[of_segment]
+    return rows, (column_of * column_block)[of_segment] + (indices.long() & 0xFFFF)
+
+
+@torch.library.register_fake("tersetorch::blocked_matmul")
+@torch.library.register_fake("tersetorch::blocked_matmul_inference")
+def _fake(
+    x: Tensor,
+    block_offsets: Tensor,
+    segments: Tensor,
+    indices: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    codebook: Tensor | None,
+    out_features: int,
+    column_block: int,
+    relu: bool = False,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+@torch.library.register_fake("tersetorch::blocked_pack")
+def _fake_pack(
+    row_offsets: Tensor, col_indices: Tensor, columns: int, column_block: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, column_blocks = row_offsets.shape[0] - 1, -(-columns // column_block)
+    blocks = -(-rows // BLOCK_ROWS) * column_blocks
+    return (
+        row_offsets.new_empty((blocks + 1,)),
+        row_offsets.new_empty((rows * column_blocks,)),
+        col_indices.new_empty(col_indices.shape, dtype=torch.int16),
+        torch.empty_like(col_indices),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, block_offsets, segments, indices, values, bias, codebook, out_features, column_block, *relu = inputs
+    ctx.sizes = out_features, column_block
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    kept = output if relu and relu[0] else None
+    ctx.save_for_backward(x, block_offsets, segments, indices, values, codebook, kept)
+
+
+def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients of csr_matmul, with the non-zeros in the order of rows."""
+    x, block_offsets, segments, indices, values, codebook, y = ctx.saved_tensors
+    out_features, column_block = ctx.sizes
+    if y is not None:
+        grad_y = torch.where(y <= 0, 0, grad_y)
+    rows, columns = blocked_positions(block_offsets, segments, indices, out_features, x.shape[-1], column_block)
+    order = rows.argsort(stable=True)
+    counts = torch.zeros(out_features + 1, dtype=torch.int64, device=x.device)
+    counts = counts.index_add(0, rows + 1, torch.ones_like(rows))
+    row_offsets, col_indices = counts.cumsum(0).int(), columns[order].int()
+    needs = (*ctx.needs_input_grad, *[False] * 7)
+    grad_x = grad_values = grad_bias = grad_codebook = None
+    if needs[0]:
+        grad_x = _csr_grad_x(grad_y, row_offsets, col_indices, values[order], x.shape[-1], codebook)
+    if needs[4] or needs[6]:
+        by_rows = _csr_grad_values(grad_y, x, row_offsets, col_indices)
+        in_blocks = torch.zeros_like(by_rows).index_copy(0, order, by_rows)
+        if codebook is None:
+            grad_values = in_blocks.to(values.dtype)
+        else:
+            grad_codebook = torch.zeros_like(codebook).index_add(0, values.int(), in_blocks)
+    if needs[5]:
+        leading = tuple(range(grad_y.dim()))
+        grad_bias = grad_y.unsqueeze(0).sum(leading, dtype=torch.float32).to(ctx.bias_dtype)
+    return grad_x, None, None, None, grad_values, grad_bias, grad_codebook, None, None, None
+
+
+torch.library.register_autograd("tersetorch::blocked_matmul", _backward, setup_context=_setup_context)
+
+
+compute_in_float32("blocked_matmul")
+compute_in_float32("blocked_matmul_inference")

@@ -1,0 +1,265 @@
+"""What a sparse layer computes from, beside the format that it trains and is stored in."""
+
+import copy
+import io
+import pickle
+import re
+
+import pytest
+import torch
+
+from tersetorch.formats import BlockedCodebookWeight, BlockedWeight
+from tersetorch.nn import SparseCodebookLinear, SparseLinear
+from tersetorch.nn.layout import LAYOUTS
+
+PACKED = {SparseLinear: BlockedWeight, SparseCodebookLinear: BlockedCodebookWeight}
+# One row for each layout: its options, and the option that the layer keeps.
+OPTIONS = {"blocked": ({"samples": 8}, {"column_block": 1024})}
+
+
+def dense_layer(out_features, in_features, bias=True, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    dense = torch.nn.Linear(in_features, out_features, bias=bias)
+    kept = torch.rand(out_features, in_features, generator=g) < 0.2
+    shared = torch.randn(15, generator=g)[torch.randint(15, kept.shape, generator=g)]
+    with torch.no_grad():
+        dense.weight.copy_(torch.where(kept, shared, 0.0))
+        if bias:
+            dense.bias.copy_(torch.randn(out_features, generator=g))
+    return dense.eval()
+
+
+def inputs(*shape, seed=1):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(params=[SparseLinear, SparseCodebookLinear])
+def kind(request):
+    return request.param
+
+
+@pytest.fixture(params=list(LAYOUTS))
+def layout(request):
+    return request.param
+
+
+def count_calls(monkeypatch, layout):
+    """How often a layer computed from the layout."""
+    calls = []
+    row = LAYOUTS[layout]
+
+    def multiply(layer, x):
+        calls.append(x.shape)
+        return row.multiply(layer, x)
+
+    monkeypatch.setitem(LAYOUTS, layout, type(row)(row.formats, row.options, multiply))
+    return calls
+
+
+def test_every_layout_has_its_test():
+    assert OPTIONS.keys() == LAYOUTS.keys()
+
+
+@pytest.mark.parametrize("shape", [(100,), (1, 100), (17, 100), (2, 3, 100), (0, 100), (2, 0, 100)])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_computes_what_the_dense_layer_computes(kind, layout, shape, bias, mode, monkeypatch):
+    dense = dense_layer(300, 100, bias)
+    layer = kind.from_dense(dense).pack(layout)
+    calls = count_calls(monkeypatch, layout)
+    with mode():
+        torch.testing.assert_close(layer(inputs(*shape)), dense(inputs(*shape)), rtol=1e-5, atol=1e-5)
+    assert len(calls) == 1
+
+
+def test_options_say_how_to_pack_another_layer_alike(kind, layout):
+    given, kept = OPTIONS[layout]
+    layer = kind.from_dense(dense_layer(300, 100)).pack(layout, **given)
+    assert (layer.layout, layer.layout_options) == (layout, kept)
+    assert f"layout={layout}" in repr(layer)
+    again = kind.from_dense(dense_layer(300, 100)).pack(layer.layout, **layer.layout_options)
+    x = inputs(9, 100)
+    with torch.no_grad():
+        assert torch.equal(again(x), layer(x))
+
+
+def test_the_packed_weight_is_the_weight(kind):
+    layer = kind.from_dense(dense_layer(300, 100)).pack("blocked", column_block=64)
+    packed = layer.packed_weight
+    assert isinstance(packed, PACKED[kind]) and packed.column_block == 64
+    packed.validate()
+    assert torch.equal(packed.to_dense(), layer.weight)
+    assert layer.pack("csr").packed_weight is None
+    assert layer.layout == "csr"
+
+
+def test_is_in_no_state_and_changes_no_parameter(kind, layout):
+    plain = kind.from_dense(dense_layer(300, 100))
+    packed = copy.deepcopy(plain).pack(layout)
+    assert packed.state_dict().keys() == plain.state_dict().keys()
+    assert dict(packed.named_parameters()).keys() == dict(plain.named_parameters()).keys()
+    assert len(list(packed.buffers())) > len(list(plain.buffers()))
+    packed.pack("csr")
+    assert len(list(packed.buffers())) == len(list(plain.buffers()))
+
+
+def test_gradients_come_from_the_rows(kind, layout, monkeypatch):
+    layer = kind.from_dense(dense_layer(300, 100)).pack(layout)
+    calls = count_calls(monkeypatch, layout)
+    x = inputs(5, 100).requires_grad_()
+    layer(x).sum().backward()
+    assert not calls
+    torch.testing.assert_close(x.grad, layer.weight.sum(0).expand(5, 100), rtol=1e-4, atol=1e-4)
+
+
+def test_training_drops_it_and_evaluation_builds_it_anew(kind, layout):
+    layer = kind.from_dense(dense_layer(300, 100)).pack(layout)
+    layer.train()
+    assert layer.packed_weight is None and layer.layout == layout
+    x = inputs(5, 100)
+    with torch.no_grad():
+        getattr(layer, layer.parameter_field).mul_(2)
+        expected = layer(x)
+        layer.eval()
+        assert layer.packed_weight is not None
+        torch.testing.assert_close(layer(x), expected)
+
+
+def test_packing_in_training_mode_waits_for_evaluation(kind, layout):
+    layer = kind.from_dense(dense_layer(300, 100)).train().pack(layout)
+    assert layer.packed_weight is None and layer.layout == layout
+    assert layer.eval().packed_weight is not None
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_change_in_place_is_noticed(kind, layout, mode):
+    layer, x = kind.from_dense(dense_layer(300, 100)).pack(layout), inputs(5, 100)
+    field = layer.packed_field
+    with mode():
+        before = layer(x)
+    with torch.no_grad():
+        changed = getattr(layer, field)
+        changed.copy_(changed.flip(0))
+        expected = torch.nn.functional.linear(x, layer.weight, layer.bias)
+    with mode():
+        assert not torch.allclose(layer(x), before)
+        torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_codebook_trains_without_packing_anew():
+    layer, x = SparseCodebookLinear.from_dense(dense_layer(300, 100)).pack("blocked"), inputs(5, 100)
+    codes = layer.packed_codes
+    with torch.no_grad():
+        layer.codebook.mul_(2)
+        expected = torch.nn.functional.linear(x, layer.weight, layer.bias)
+        torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
+    assert layer.packed_codes is codes
+
+
+def test_loading_a_state_packs_it(kind, layout):
+    layer = kind.from_dense(dense_layer(300, 100)).pack(layout)
+    other, x = kind.from_dense(dense_layer(300, 100, seed=5)), inputs(5, 100)
+    for assign in (False, True):
+        layer.load_state_dict(other.state_dict(), assign=assign)
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x), other(x), rtol=1e-5, atol=1e-5)
+        assert torch.equal(layer.packed_weight.to_dense(), other.weight)
+
+
+def test_a_lent_weight_is_used(kind, layout):
+    layer, x = kind.from_dense(dense_layer(300, 100)).pack(layout), inputs(5, 100)
+    field = layer.parameter_field
+    lent = {field: getattr(layer, field).detach() * 2}
+    with torch.no_grad():
+        got = torch.func.functional_call(layer, lent, (x,))
+        expected = torch.nn.functional.linear(x, 2 * layer.weight, layer.bias)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_copies_compute_the_same_bits(kind, layout, monkeypatch):
+    layer, x = kind.from_dense(dense_layer(300, 100)).pack(layout), inputs(5, 100)
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    copies = copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), torch.load(file, weights_only=False)
+    with torch.no_grad():
+        expected = layer(x)
+        calls = count_calls(monkeypatch, layout)
+        for other in copies:
+            assert torch.equal(other(x), expected)
+            assert getattr(other, "packed_segments", None) is not layer._buffers.get("packed_segments", 0)
+    assert len(calls) == len(copies)
+
+
+def test_a_copy_does_not_take_its_own_changes_for_the_originals():
+    layer = SparseLinear.from_dense(dense_layer(300, 100)).pack("blocked")
+    with torch.no_grad():
+        layer.values.mul_(1.0)
+        layer(inputs(5, 100))
+        other = copy.deepcopy(layer)
+        for _ in range(layer.values._version):
+            other.values.mul_(2)
+        expected = torch.nn.functional.linear(inputs(5, 100), other.weight, other.bias)
+        torch.testing.assert_close(other(inputs(5, 100)), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_bfloat16_and_back(kind, layout):
+    layer, x = kind.from_dense(dense_layer(300, 100)).pack(layout), inputs(5, 100)
+    with torch.no_grad():
+        expected = layer(x)
+        y = layer.bfloat16()(x.bfloat16())
+        assert y.dtype == torch.bfloat16
+        torch.testing.assert_close(y.float(), expected, rtol=0.05, atol=0.2)
+        torch.testing.assert_close(layer.float()(x), torch.nn.functional.linear(x, layer.weight, layer.bias))
+
+
+def test_compiles_and_exports(kind, layout, monkeypatch):
+    layer = kind.from_dense(dense_layer(300, 100)).pack(layout)
+    batch = {"input": {0: torch.export.Dim("batch")}}
+    with torch.no_grad():
+        compiled = torch.compile(layer, fullgraph=True, dynamic=True)
+        for rows in (3, 5):
+            assert torch.equal(compiled(inputs(rows, 100)), layer(inputs(rows, 100)))
+        exported = torch.export.export(layer, (inputs(3, 100),), dynamic_shapes=batch)
+        assert layout in str(exported.graph)
+        assert torch.equal(exported.module()(inputs(11, 100)), layer(inputs(11, 100)))
+
+
+def test_parameters_born_in_inference_mode_can_be_packed(layout):
+    with torch.inference_mode():
+        layer = SparseLinear.from_dense(torch.nn.Linear(20, 30)).eval().pack(layout)
+        x = inputs(3, 20)
+        torch.testing.assert_close(layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias))
+
+
+def test_a_parametrized_layer_still_runs():
+    layer, x = SparseLinear.from_dense(dense_layer(300, 100)), inputs(5, 100)
+
+    class Double(torch.nn.Module):
+        def forward(self, bias):
+            return 2 * bias
+
+    expected = torch.nn.functional.linear(x, layer.weight, 2 * layer.bias)
+    torch.nn.utils.parametrize.register_parametrization(layer, "bias", Double())
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_unknown_layouts_are_refused(kind):
+    layer = kind.from_dense(dense_layer(3, 4))
+    with pytest.raises(ValueError, match=re.escape("layout must be one of ['csr', 'blocked'")):
+        layer.pack("diagonal")
+    with pytest.raises(TypeError, match="'csr' takes no options, got samples"):
+        layer.pack("csr", samples=8)
+
+
+def test_refused_options_change_nothing(kind):
+    layer = kind.from_dense(dense_layer(300, 100)).pack("blocked", column_block=64)
+    for options, error, match in (
+        ({"column_block": 0}, ValueError, "column_block must be at least 1, got 0"),
+        ({"samples": "many"}, TypeError, "samples must be an int, got str"),
+        ({"width": 3}, TypeError, "unexpected keyword argument 'width'"),
+    ):
+        with pytest.raises(error, match=match):
+            layer.pack("blocked", **options)
+    assert layer.layout_options == {"column_block": 64} and layer.packed_weight.column_block == 64
