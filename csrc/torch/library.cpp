@@ -40,6 +40,29 @@ STABLE_TORCH_LIBRARY(tersetorch, m) {
   m.def(
       "blocked_pack(Tensor row_offsets, Tensor col_indices, int columns, int column_block) -> (Tensor, Tensor, Tensor, "
       "Tensor)");
+  // Its bfloat16 mode: values bfloat16 [n, 2], of two consecutive columns; x is rounded to bfloat16.
+  m.def(
+      "blocked_bfloat16_matmul(Tensor x, Tensor block_offsets, Tensor segments, Tensor indices, Tensor values, Tensor? "
+      "bias, int out_features, int column_block, bool relu=False) -> Tensor");
+  m.def(
+      "blocked_bfloat16_matmul_inference(Tensor x, Tensor block_offsets, Tensor segments, Tensor indices, Tensor "
+      "values, Tensor? bias, int out_features, int column_block, bool relu=False) -> Tensor");
+  // Rows with rising columns and bfloat16 values -> block_offsets, segments, indices, values.
+  m.def(
+      "blocked_bfloat16_pack(Tensor row_offsets, Tensor col_indices, Tensor values, int columns, int column_block) -> "
+      "(Tensor, Tensor, Tensor, Tensor)");
+  // Its int8 mode: values int8 [n, 4], of four consecutive columns; x is rounded to int8 with a scale for each sample.
+  m.def(
+      "blocked_int8_matmul(Tensor x, Tensor block_offsets, Tensor segments, Tensor indices, Tensor values, Tensor "
+      "row_scales, Tensor row_sums, Tensor? bias, int out_features, int column_block, bool relu=False) -> Tensor");
+  m.def(
+      "blocked_int8_matmul_inference(Tensor x, Tensor block_offsets, Tensor segments, Tensor indices, Tensor values, "
+      "Tensor row_scales, Tensor row_sums, Tensor? bias, int out_features, int column_block, bool relu=False) -> "
+      "Tensor");
+  // Rows with rising columns and int8 values -> block_offsets, segments, indices, values and the sum of each row.
+  m.def(
+      "blocked_int8_pack(Tensor row_offsets, Tensor col_indices, Tensor values, int columns, int column_block) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor)");
 
   // x [..., in] and a weight [out, in] with one bit for each weight; values float32, bfloat16, uint8 codes beside a
   // codebook, or int8 beside scales [out]; mode "exact" or, with int8 values, "int8" -> [..., out]
