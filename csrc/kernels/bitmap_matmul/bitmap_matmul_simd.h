@@ -124,15 +124,13 @@ bool CodesInside(const std::uint8_t* codes, Index count, Index entries) {
   largest = _mm512_max_epu8(largest, _mm512_maskz_loadu_epi8(rest, codes + k));
   return _mm512_cmpge_epu8_mask(largest, _mm512_set1_epi8(static_cast<char>(entries))) == 0;
 #else
-  std::uint8_t last[32] = {};
   __m256i largest = _mm256_setzero_si256();
-  for (Index k = 0; k < count; k += 32) {
-    const Index some = count - k < 32 ? count - k : 32;
-    if (some < 32) __builtin_memcpy(last, codes + k, some);
-    largest = _mm256_max_epu8(largest, LoadAt<__m256i>(some < 32 ? last : codes + k, 0, 1));
-  }
+  Index k = 0;
+  for (; k + 32 <= count; k += 32) largest = _mm256_max_epu8(largest, LoadAt<__m256i>(codes, k, 1));
   const __m256i above = _mm256_max_epu8(largest, _mm256_set1_epi8(static_cast<char>(entries)));
-  return _mm256_movemask_epi8(_mm256_cmpeq_epi8(above, largest)) == 0;
+  bool inside = k == 0 || _mm256_movemask_epi8(_mm256_cmpeq_epi8(above, largest)) == 0;
+  for (; k < count; ++k) inside &= codes[k] < entries;
+  return inside;
 #endif
 }
 
