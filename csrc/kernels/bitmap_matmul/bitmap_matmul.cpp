@@ -19,19 +19,31 @@ const BitmapKernels& Active() {
   return kBitmapScalar;
 }
 
-// Word is the unsigned integer that a value's bits fill; shifted left by one, those of 0 and -0 vanish.
+// Which of `count` <= 64 values from element `begin` on are not 0. Word is the unsigned integer that a value's bits
+// fill; shifted left by one, those of 0 and -0 vanish. First as bytes, which the compiler does several at a time.
+template <typename Word>
+std::uint64_t BitsOf(const void* array, std::int64_t begin, std::int64_t count) {
+  Word words[64] = {};
+  __builtin_memcpy(words, static_cast<const char*>(array) + begin * static_cast<std::int64_t>(sizeof(Word)),
+                   count * sizeof(Word));
+  std::uint8_t set[64];
+  for (int j = 0; j < 64; ++j) set[j] = static_cast<Word>(words[j] << 1) != 0;
+  std::uint64_t bits = 0;
+  for (int j = 0; j < 64; j += 8) {
+    // Byte i of eight, times 2^(56 - 7 i), has its lowest bit at 56 + i, and no two products meet.
+    bits |= At<std::uint64_t>(set, j / 8) * 0x0102040810204080 >> 56 << j;
+  }
+  return bits;
+}
+
 template <typename Word>
 void PackBits(const BitmapPackArgs& a, std::int64_t row_begin, std::int64_t row_end) {
   const std::int64_t words = BitmapWords(a.columns);
   for (std::int64_t r = row_begin; r < row_end; ++r) {
     std::int32_t count = 0;
     for (std::int64_t w = 0; w < words; ++w) {
-      const std::int64_t begin = r * a.columns + w * 64;
       const std::int64_t left = a.columns - w * 64 < 64 ? a.columns - w * 64 : 64;
-      std::uint64_t bits = 0;
-      for (std::int64_t j = 0; j < left; ++j) {
-        bits |= std::uint64_t{static_cast<Word>(At<Word>(a.weight, begin + j) << 1) != 0} << j;
-      }
+      const std::uint64_t bits = BitsOf<Word>(a.weight, r * a.columns + w * 64, left);
       a.bitmap[r * words + w] = bits;
       count += __builtin_popcountll(bits);
     }

@@ -47,20 +47,23 @@ __m256 Expand(std::uint64_t byte, const float* values) {
   return _mm256_and_ps(permuted, _mm256_castsi256_ps(_mm256_srai_epi32(from, 31)));
 }
 
-// Each kernel's Run adds `words` words of a row to its sums, and moves `values` past those it took.
+// Each kernel's Run adds `words` words of a row to its sums, and moves `values` past those it took; Revisit may have
+// the row's values once more.
 
 template <int kSamples>
 struct Float32Kernel {
   using Value = float;
   using Sum = float;
   static constexpr int kRows = 1;
-  static constexpr bool kCodes = false;
   static constexpr Index kPanelWordBytes = 64 * kSamples * 4;
   static constexpr int kChains = kSamples == 4 ? 2 : 4;
   struct Accumulators {
     __m256 sums[kSamples][kChains];
   };
   explicit Float32Kernel(const BitmapWeight&) {}
+
+  static bool AreInside(const void*, Index) { return true; }
+  static bool Revisit(const void*, Index, Accumulators&) { return true; }
 
   template <int kCount>
   __attribute__((always_inline)) void Run(const void* const (&bits)[kCount], Index words,
@@ -104,12 +107,13 @@ struct Int8Kernel {
   using Value = std::int8_t;
   using Sum = std::int32_t;
   static constexpr int kRows = 1;
-  static constexpr bool kCodes = false;
   static constexpr Index kPanelWordBytes = 64 * kSamples;
   struct Accumulators {
     __m256i sums[kSamples][2];
   };
   explicit Int8Kernel(const BitmapWeight&) {}
+
+  static bool Revisit(const void*, Index, Accumulators&) { return true; }
 
   template <int kCount>
   __attribute__((always_inline)) void Run(const void* const (&bits)[kCount], Index words,
@@ -162,13 +166,12 @@ struct Int8Kernel {
 
 struct Float32Columns : Float32Kernel<1> {
   using Float32Kernel<1>::Float32Kernel;
-  using Largest = Index;
   static constexpr Order kOrder = Order::kNatural;
 
   template <int kCount>
   __attribute__((always_inline)) void Add(const void* const (&bits)[kCount], Index words,
                                           const float* (&values)[kCount], const float (&x)[kCount],
-                                          const Ahead (&ahead)[kCount], float* sums, Largest&) const {
+                                          const Ahead (&ahead)[kCount], float* sums) const {
     for (Index i = 0; i < 8 * words; ++i, sums += 8) {
       if (i % 8 == 0) PrefetchWord(ahead, i / 8);
       __m256 sum = _mm256_loadu_ps(sums);

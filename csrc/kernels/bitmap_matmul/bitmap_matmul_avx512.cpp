@@ -46,7 +46,6 @@ template <int kSamples>
 struct FloatSums {
   static constexpr int kChains = 4 / kSamples;
   __m512 sums[kSamples][kChains];
-  __m512i largest;  // code that was met, of each byte's
 };
 
 // Kernels of float32 products: some rows at once, which share the reading of x.
@@ -55,7 +54,6 @@ struct FloatKernelBase {
   using Sum = float;
   using Accumulators = FloatSums<kSamples>;
   static constexpr int kRows = kSamples == 1 ? 1 : 2;
-  static constexpr bool kCodes = false;
   static constexpr Index kPanelWordBytes = 64 * kSamples * 4;
 
   // Adds vector p of a word times x.
@@ -73,6 +71,9 @@ struct FloatKernelBase {
     }
   }
 
+  static bool AreInside(const void*, Index) { return true; }
+  static bool Revisit(const void*, Index, Accumulators&) { return true; }
+
   static void Finish(const Accumulators& a, float* out) {
 #pragma GCC unroll 4
     for (int n = 0; n < kSamples; ++n) {
@@ -84,7 +85,8 @@ struct FloatKernelBase {
   }
 };
 
-// Each kernel's Run adds `words` words of kCount rows to their sums, and moves `values` past those it took.
+// Each kernel's Run adds `words` words of kCount rows to their sums, and moves `values` past those it took. Revisit
+// then has a row's values once more, while the first cache level still does; it returns whether they are sound.
 
 template <int kSamples>
 struct Float32Kernel : FloatKernelBase<kSamples> {
@@ -156,11 +158,11 @@ template <int kSamples>
 struct CodeKernel : FloatKernelBase<kSamples> {
   using Value = std::uint8_t;
   using Base = FloatKernelBase<kSamples>;
-  static constexpr bool kCodes = true;
   static constexpr Index kMaxEntries = 32;
   static constexpr Order kOrder = Order::kBytes;
   explicit CodeKernel(const BitmapWeight& w)
-      : low(_mm512_maskz_loadu_ps(First(w.entries), w.codebook)),
+      : entries(w.entries),
+        low(_mm512_maskz_loadu_ps(First(w.entries), w.codebook)),
         high(_mm512_maskz_loadu_ps(First(w.entries - 16), w.codebook + 16)) {}
 
   static __mmask16 First(Index count) { return count >= 16 ? 0xffff : count <= 0 ? 0 : (1u << count) - 1; }
@@ -179,7 +181,6 @@ struct CodeKernel : FloatKernelBase<kSamples> {
         const auto word = LoadAt<std::uint64_t>(bits[r], i, 8);
         codes[r] = ExpandBytes(word, _mm512_loadu_si512(values[r]));
         values[r] += __builtin_popcountll(word);
-        sums[r].largest = _mm512_max_epu8(sums[r].largest, codes[r]);
       }
 #pragma GCC unroll 4
       for (int p = 0; p < 4; ++p) {
@@ -194,10 +195,10 @@ struct CodeKernel : FloatKernelBase<kSamples> {
     }
   }
 
-  static bool AreInside(__m512i largest, Index entries) {
-    return _mm512_cmpge_epu8_mask(largest, _mm512_set1_epi8(static_cast<char>(entries))) == 0;
-  }
+  bool AreInside(const std::uint8_t* codes, Index count) const { return CodesInside(codes, count, entries); }
+  bool Revisit(const std::uint8_t* codes, Index count, FloatSums<kSamples>&) const { return AreInside(codes, count); }
 
+  Index entries;
   __m512 low, high;
 };
 
@@ -206,7 +207,6 @@ struct Int8Kernel {
   using Value = std::int8_t;
   using Sum = std::int32_t;
   static constexpr int kRows = 2;  // a product takes 5 cycles, and each row's wait for the last
-  static constexpr bool kCodes = false;
   static constexpr Index kPanelWordBytes = 64 * kSamples;
   struct Accumulators {
     __m512i products[kSamples], weights;
@@ -241,6 +241,8 @@ struct Int8Kernel {
     }
   }
 
+  static bool Revisit(const void*, Index, Accumulators&) { return true; }
+
   static void Finish(const Accumulators& sums, std::int32_t* out) {
     const __m512i offset = _mm512_slli_epi32(sums.weights, 7);
 #pragma GCC unroll 4
@@ -266,12 +268,11 @@ void Broadcast(const float (&x)[kCount], __m512 (&to)[kCount]) {
 
 struct Float32Columns : Float32Kernel<1> {
   using Float32Kernel<1>::Float32Kernel;
-  using Largest = __m512i;
 
   template <int kCount>
   __attribute__((always_inline)) void Add(const void* const (&bits)[kCount], Index words,
                                           const float* (&values)[kCount], const float (&x)[kCount],
-                                          const Ahead (&ahead)[kCount], float* sums, Largest&) const {
+                                          const Ahead (&ahead)[kCount], float* sums) const {
     __m512 factors[kCount];
     Broadcast(x, factors);
     for (Index i = 0; i < 4 * words; ++i, sums += 16) {
@@ -290,12 +291,11 @@ struct Float32Columns : Float32Kernel<1> {
 
 struct BFloat16Columns : BFloat16Kernel<1> {
   using BFloat16Kernel<1>::BFloat16Kernel;
-  using Largest = __m512i;
 
   template <int kCount>
   __attribute__((always_inline)) void Add(const void* const (&bits)[kCount], Index words,
                                           const std::uint16_t* (&values)[kCount], const float (&x)[kCount],
-                                          const Ahead (&ahead)[kCount], float* sums, Largest&) const {
+                                          const Ahead (&ahead)[kCount], float* sums) const {
     __m512 factors[kCount];
     Broadcast(x, factors);
     for (Index i = 0; i < 2 * words; ++i, sums += 32) {
@@ -317,12 +317,11 @@ struct BFloat16Columns : BFloat16Kernel<1> {
 
 struct CodeColumns : CodeKernel<1> {
   using CodeKernel<1>::CodeKernel;
-  using Largest = __m512i;
 
   template <int kCount>
   __attribute__((always_inline)) void Add(const void* const (&bits)[kCount], Index words,
                                           const std::uint8_t* (&values)[kCount], const float (&x)[kCount],
-                                          const Ahead (&ahead)[kCount], float* sums, Largest& largest) const {
+                                          const Ahead (&ahead)[kCount], float* sums) const {
     __m512 factors[kCount];
     Broadcast(x, factors);
     for (Index i = 0; i < words; ++i, sums += 64) {
@@ -333,7 +332,6 @@ struct CodeColumns : CodeKernel<1> {
         const auto word = LoadAt<std::uint64_t>(bits[r], i, 8);
         codes[r] = ExpandBytes(word, _mm512_loadu_si512(values[r]));
         values[r] += __builtin_popcountll(word);
-        largest = _mm512_max_epu8(largest, codes[r]);
       }
 #pragma GCC unroll 4
       for (int p = 0; p < 4; ++p) {

@@ -124,15 +124,13 @@ bool CodesInside(const std::uint8_t* codes, Index count, Index entries) {
   largest = _mm512_max_epu8(largest, _mm512_maskz_loadu_epi8(rest, codes + k));
   return _mm512_cmpge_epu8_mask(largest, _mm512_set1_epi8(static_cast<char>(entries))) == 0;
 #else
-  std::uint8_t last[32] = {};
   __m256i largest = _mm256_setzero_si256();
-  for (Index k = 0; k < count; k += 32) {
-    const Index some = count - k < 32 ? count - k : 32;
-    if (some < 32) __builtin_memcpy(last, codes + k, some);
-    largest = _mm256_max_epu8(largest, LoadAt<__m256i>(some < 32 ? last : codes + k, 0, 1));
-  }
+  Index k = 0;
+  for (; k + 32 <= count; k += 32) largest = _mm256_max_epu8(largest, LoadAt<__m256i>(codes, k, 1));
   const __m256i above = _mm256_max_epu8(largest, _mm256_set1_epi8(static_cast<char>(entries)));
-  return _mm256_movemask_epi8(_mm256_cmpeq_epi8(above, largest)) == 0;
+  bool inside = k == 0 || _mm256_movemask_epi8(_mm256_cmpeq_epi8(above, largest)) == 0;
+  for (; k < count; ++k) inside &= codes[k] < entries;
+  return inside;
 #endif
 }
 
@@ -211,11 +209,8 @@ __attribute__((always_inline)) inline BitmapStatus SumRows(const Kernel& kernel,
   kernel.template Run<kRows>(bits, BitmapWords(w.columns), values, panel, accumulators);
   for (int i = 0; i < kRows; ++i) {
     if (values[i] != static_cast<const Value*>(w.values) + rows[i].end) return BitmapStatus::kBadBitmap;
-    if constexpr (Kernel::kCodes) {
-      if (rows[i].begin != rows[i].end && !Kernel::AreInside(accumulators[i].largest, w.entries)) {
-        return BitmapStatus::kBadCode;
-      }
-    }
+    const Index count = rows[i].end - rows[i].begin;
+    if (!kernel.Revisit(values[i] - count, count, accumulators[i])) return BitmapStatus::kBadCode;
     Kernel::Finish(accumulators[i], sums[i]);
   }
   return BitmapStatus::kOk;
@@ -242,12 +237,10 @@ BitmapStatus SumRowFromStage(const Kernel& kernel, const BitmapWeight& w, const 
     const Value* values[1] = {stage};
     kernel.template Run<1>(bits, some, values, static_cast<const char*>(panel) + word * Kernel::kPanelWordBytes,
                            accumulators);
+    if (!kernel.Revisit(stage, count, accumulators[0])) return BitmapStatus::kBadCode;
     k += count;
   }
   if (k != row.end) return BitmapStatus::kBadBitmap;
-  if constexpr (Kernel::kCodes) {
-    if (row.begin != row.end && !Kernel::AreInside(accumulators[0].largest, w.entries)) return BitmapStatus::kBadCode;
-  }
   Kernel::Finish(accumulators[0], sums);
   return BitmapStatus::kOk;
 }
@@ -346,8 +339,6 @@ BitmapStatus AddColumns(const BitmapColumnsArgs& a, bool decoded, Index word_beg
   const BitmapWeight& w = a.weight;
   const Index words = BitmapWords(w.columns);
   const Kernel kernel(w);
-  typename Kernel::Largest largest{};
-  bool any = false;
   for (Index i = word_begin * 64; i < word_end * 64; ++i) a.sums[i] = 0.0f;
   Row rows[2];
   Index starts[2];
@@ -358,7 +349,6 @@ BitmapStatus AddColumns(const BitmapColumnsArgs& a, bool decoded, Index word_beg
     for (Index word = 0; word < word_begin; ++word) {
       starts[i] += __builtin_popcountll(LoadAt<std::uint64_t>(rows[i].bits, word, 8));
     }
-    any |= rows[i].begin != rows[i].end;
     return starts[i] <= rows[i].end ? BitmapStatus::kOk : BitmapStatus::kBadBitmap;
   };
   const auto sound = [&](int i, Index k) { return word_end == words ? k == rows[i].end : k <= rows[i].end; };
@@ -375,8 +365,11 @@ BitmapStatus AddColumns(const BitmapColumnsArgs& a, bool decoded, Index word_beg
                              static_cast<const char*>(rows[1].bits) + word_begin * 8};
       const float x[2] = {a.x[t], a.x[t + 1]};
       const Ahead ahead[2] = {AheadOf(a, t + 2, sizeof(Value)), AheadOf(a, t + 3, sizeof(Value))};
-      kernel.template Add<2>(bits, word_end - word_begin, values, x, ahead, a.sums + word_begin * 64, largest);
-      if (!sound(0, values[0] - all) || !sound(1, values[1] - all)) return BitmapStatus::kBadBitmap;
+      kernel.template Add<2>(bits, word_end - word_begin, values, x, ahead, a.sums + word_begin * 64);
+      for (int i = 0; i < 2; ++i) {
+        if (!sound(i, values[i] - all)) return BitmapStatus::kBadBitmap;
+        if (!kernel.AreInside(all + starts[i], values[i] - all - starts[i])) return BitmapStatus::kBadCode;
+      }
       t += 2;
       continue;
     }
@@ -392,14 +385,12 @@ BitmapStatus AddColumns(const BitmapColumnsArgs& a, bool decoded, Index word_beg
       const Value* values[1] = {stage};
       const float x[1] = {a.x[t]};
       const Ahead ahead[1] = {AheadOf(a, t + 1, 0)};
-      kernel.template Add<1>(bits, some, values, x, ahead, a.sums + word * 64, largest);
+      kernel.template Add<1>(bits, some, values, x, ahead, a.sums + word * 64);
+      if (!kernel.AreInside(stage, count)) return BitmapStatus::kBadCode;
       k += count;
     }
     if (!sound(0, k)) return BitmapStatus::kBadBitmap;
     ++t;
-  }
-  if constexpr (Kernel::kCodes) {
-    if (any && !Kernel::AreInside(largest, w.entries)) return BitmapStatus::kBadCode;
   }
   for (Index i = word_begin * 64; i < word_end * 64; ++i) {
     const Index c = i / 64 * 64 + ColumnOf(Kernel::kOrder, static_cast<int>(i % 64));

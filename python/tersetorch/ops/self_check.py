@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tersetorch.ops.bitmap_columns_matmul import bitmap_columns_matmul
 from tersetorch.ops.bitmap_matmul import bitmap_from_rows, bitmap_matmul
 from tersetorch.ops.blocked_matmul import blocked_matmul, blocked_pack
 from tersetorch.ops.csr_matmul import csr_matmul
@@ -24,10 +25,15 @@ def check_ops() -> list[dict[str, Any]]:
     An error is |y - reference| as a multiple of sum |w x|, the size that rounding errors grow with; largest over all
     elements and batches.
     """
-    products = {"csr_matmul": csr_matmul, "blocked_matmul": _blocked, "bitmap_matmul": _bitmap}
+    products = {
+        "csr_matmul": csr_matmul,
+        "blocked_matmul": _blocked,
+        "bitmap_matmul": _bitmap,
+        "bitmap_columns_matmul": _bitmap_columns,
+    }
     cases = (("float32", torch.float32, False), ("bfloat16", torch.bfloat16, False), ("codebook", torch.float32, True))
     checked = [_check(op, product, *case) for op, product in products.items() for case in cases]
-    return [*checked, *_check_gradients()]
+    return [*checked, _check_int8(), *_check_gradients()]
 
 
 def _blocked(
@@ -58,6 +64,19 @@ def _bitmap(
     if codebook is not None:
         values, codebook = values + 1, torch.cat([codebook.new_zeros(1), codebook])
     return bitmap_matmul(x, bitmap, row_offsets, values, bias, codebook)
+
+
+def _bitmap_columns(
+    x: Tensor, row_offsets: Tensor, col_indices: Tensor, values: Tensor, bias: Tensor | None, codebook: Tensor | None
+) -> Tensor:
+    """bitmap_columns_matmul of a weight in rows; its code 0 is the weight 0."""
+    if codebook is not None:
+        values, codebook = values + 1, torch.cat([codebook.new_zeros(1), codebook])
+    order = col_indices.argsort(stable=True)
+    counts = torch.zeros(COLUMNS + 1, dtype=torch.int64).index_add(0, col_indices + 1, torch.ones_like(order))
+    column_offsets, rows = counts.cumsum(0).int(), torch.repeat_interleave(row_offsets.diff())[order].int()
+    bitmap = bitmap_from_rows(column_offsets, rows, columns=ROWS)
+    return bitmap_columns_matmul(x, bitmap, column_offsets, values[order], bias, codebook, out_features=ROWS)
 
 
 def _problem(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -91,6 +110,24 @@ def _check(op: str, product: Callable[..., Tensor], case: str, dtype: torch.dtyp
         size = x.double().abs() @ dense.double().abs().T + bias.double().abs()
         worst = max(worst, _largest(y, reference, size))
     return _result(op, case, worst, bound)
+
+
+def _check_int8() -> dict[str, Any]:
+    """bitmap_matmul in mode int8 against the same rounding of x, where only the last steps round."""
+    _, row_offsets, col_indices, kept = _problem(torch.float32)
+    generator = torch.Generator().manual_seed(3)
+    whole = torch.randint(-127, 128, (int(kept.sum()),), generator=generator)
+    scales, bias = torch.rand(ROWS, generator=generator), torch.randn(ROWS, generator=generator)
+    dense = torch.zeros(ROWS, COLUMNS, dtype=torch.float64).masked_scatter(kept, whole.double())
+    bitmap = bitmap_from_rows(row_offsets, col_indices, columns=COLUMNS)
+    worst = 0.0
+    for batch in BATCHES:
+        x = torch.randn(batch, COLUMNS, generator=generator)
+        y = bitmap_matmul(x, bitmap, row_offsets, whole.to(torch.int8), bias, None, scales, "int8")
+        largest = x.abs().amax(1, keepdim=True)
+        q, factor = (x * (127 / largest)).round().double(), largest.double() / 127 * scales.double()
+        worst = max(worst, _largest(y, (q @ dense.T) * factor + bias, (q @ dense.T).abs() * factor + bias.abs()))
+    return _result("bitmap_matmul", "int8", worst, 4 * EPSILON)
 
 
 def _check_gradients() -> list[dict[str, Any]]:
