@@ -3,6 +3,7 @@
 #include "kernels/blocked_matmul/blocked_matmul.h"
 
 #include <torch/csrc/stable/library.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
@@ -110,9 +111,9 @@ struct Panel {
 std::vector<Panel> PanelsOf(std::int64_t samples, std::int64_t column_block) {
   // Measured on 32 and 48 KiB of first-level data cache: beyond this a narrower panel is faster, although it decodes a
   // weight more often.
-  constexpr std::int64_t kTileBytes = 48 * 1024;
+  static const std::int64_t tile_bytes = std::max<std::int64_t>(40 * 1024, sysconf(_SC_LEVEL1_DCACHE_SIZE));
   std::int64_t widest = kBlockedMaxWidth;
-  while (widest > 8 && widest * column_block * std::int64_t{sizeof(float)} > kTileBytes) widest /= 2;
+  while (widest > 8 && widest * column_block * std::int64_t{sizeof(float)} > tile_bytes) widest /= 2;
   std::vector<Panel> panels;
   for (std::int64_t begin = 0; begin < samples;) {
     const std::int64_t left = samples - begin;

@@ -4,7 +4,9 @@ from tersetorch.formats.bitmap_codebook_weight import BitmapCodebookWeight
 from tersetorch.formats.bitmap_columns_weight import BitmapColumnsWeight
 from tersetorch.formats.bitmap_int8_weight import BitmapInt8Weight
 from tersetorch.formats.bitmap_weight import BitmapWeight
+from tersetorch.formats.blocked_bfloat16_weight import BlockedBFloat16Weight
 from tersetorch.formats.blocked_codebook_weight import BlockedCodebookWeight
+from tersetorch.formats.blocked_int8_weight import BlockedInt8Weight
 from tersetorch.formats.blocked_weight import BlockedWeight
 from tersetorch.formats.csr_weight import CsrWeight
 from tersetorch.formats.sparse_codebook_weight import SparseCodebookWeight
@@ -14,7 +16,9 @@ __all__ = [
     "BitmapColumnsWeight",
     "BitmapInt8Weight",
     "BitmapWeight",
+    "BlockedBFloat16Weight",
     "BlockedCodebookWeight",
+    "BlockedInt8Weight",
     "BlockedWeight",
     "CsrWeight",
     "SparseCodebookWeight",

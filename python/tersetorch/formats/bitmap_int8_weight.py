@@ -45,7 +45,12 @@ class BitmapInt8Weight(BitmapPattern):
         """
         check_dense("BitmapInt8Weight", weight)
         packed = BitmapWeight.from_dense(weight)
-        return cls(packed.bitmap, packed.row_offsets, *_round(packed.row_offsets, packed.values), packed.columns)
+        return cls(
+            packed.bitmap,
+            packed.row_offsets,
+            *round_rows("BitmapInt8Weight", packed.row_offsets, packed.values),
+            packed.columns,
+        )
 
     @classmethod
     def from_csr(cls, weight: CsrWeight) -> BitmapInt8Weight:
@@ -56,7 +61,12 @@ class BitmapInt8Weight(BitmapPattern):
             RuntimeError: weight is not valid.
         """
         bitmap = bits_of(weight)
-        return cls(bitmap, weight.row_offsets, *_round(weight.row_offsets, weight.values.detach()), weight.columns)
+        return cls(
+            bitmap,
+            weight.row_offsets,
+            *round_rows("BitmapInt8Weight", weight.row_offsets, weight.values.detach()),
+            weight.columns,
+        )
 
     def to_dense(self) -> Tensor:
         """The weight the kernel uses: float32 [rows, columns]; the kernel multiplies by a row's scale last."""
@@ -89,12 +99,12 @@ class BitmapInt8Weight(BitmapPattern):
         return self.pattern_nbytes + self.values.nbytes + self.scales.nbytes
 
 
-def _round(row_offsets: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+def round_rows(owner: str, row_offsets: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """Values as int8, and the scale of each row."""
     values, rows = values.float(), rows_of(row_offsets)
     largest = values.new_zeros(row_offsets.numel() - 1).scatter_reduce(0, rows, values.abs(), "amax")
     if not bool(largest.isfinite().all()):
-        raise ValueError("BitmapInt8Weight: weight must be finite to be rounded, got infinity or NaN; keep its floats")
+        raise ValueError(f"{owner}: weight must be finite to be rounded, got infinity or NaN; keep its floats")
     scales = largest / LARGEST
     # A row so small that its scale is 0 is rounded to 0.
     steps = torch.where(scales == 0, torch.inf, scales)

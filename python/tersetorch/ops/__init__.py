@@ -17,6 +17,16 @@ from tersetorch.ops.bitmap_matmul import (  # noqa: E402
     bitmap_pack,
     bitmap_to_rows,
 )
+from tersetorch.ops.blocked_bfloat16_matmul import (  # noqa: E402
+    blocked_bfloat16_matmul,
+    blocked_bfloat16_matmul_inference,
+    blocked_bfloat16_pack,
+)
+from tersetorch.ops.blocked_int8_matmul import (  # noqa: E402
+    blocked_int8_matmul,
+    blocked_int8_matmul_inference,
+    blocked_int8_pack,
+)
 from tersetorch.ops.blocked_matmul import blocked_matmul, blocked_matmul_inference, blocked_pack  # noqa: E402
 from tersetorch.ops.csr_matmul import csr_matmul, csr_matmul_inference, csr_pack  # noqa: E402
 
@@ -28,6 +38,12 @@ __all__ = [
     "bitmap_matmul_inference",
     "bitmap_pack",
     "bitmap_to_rows",
+    "blocked_bfloat16_matmul",
+    "blocked_bfloat16_matmul_inference",
+    "blocked_bfloat16_pack",
+    "blocked_int8_matmul",
+    "blocked_int8_matmul_inference",
+    "blocked_int8_pack",
     "blocked_matmul",
     "blocked_matmul_inference",
     "blocked_pack",
