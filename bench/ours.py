@@ -47,6 +47,8 @@ LINEAR = (
     _linear("bitmap_int8", mode="int8", batches=FEW),
     _linear("blocked", batches=MANY),
     _linear("blocked", codebook=True, batches=MANY),
+    _linear("blocked_int8", mode="int8", batches=MANY),
+    _linear("blocked_bfloat16", mode="bfloat16", batches=MANY),
 )
 CONV: tuple[Implementation, ...] = ()
 OURS = {"linear": LINEAR, "conv": CONV}

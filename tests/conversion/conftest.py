@@ -21,7 +21,7 @@ class FakeTimer:
             "sparse_codebook": 9e-4,
             **dict.fromkeys(["csr16", "csr16_codebook", "bitmap", "bitmap_codebook", "bitmap_int8"], 2e-3),
             **dict.fromkeys(["bitmap_columns", "bitmap_columns_codebook"], 2e-3),
-            **dict.fromkeys(["blocked", "blocked_codebook"], 2e-3),
+            **dict.fromkeys(["blocked", "blocked_codebook", "blocked_int8", "blocked_bfloat16"], 2e-3),
             "the model: dense model": 1e-2,
             "the model: dense again": 1e-2,
             "the model: converted model": 5e-3,

@@ -147,5 +147,25 @@ CANDIDATES: dict[str, Candidate] = {
             options=_for_samples,
             min_samples=4,
         ),
+        _row(
+            "blocked_int8",
+            SparseLinear,
+            1.0,
+            _always,
+            layout="blocked_int8",
+            options=_for_samples,
+            exact=False,
+            min_samples=4,
+        ),
+        _row(
+            "blocked_bfloat16",
+            SparseLinear,
+            1.0,
+            _always,
+            layout="blocked_bfloat16",
+            options=_for_samples,
+            exact=False,
+            min_samples=4,
+        ),
     )
 }

@@ -14,7 +14,9 @@ from tersetorch.formats import (
     BitmapColumnsWeight,
     BitmapInt8Weight,
     BitmapWeight,
+    BlockedBFloat16Weight,
     BlockedCodebookWeight,
+    BlockedInt8Weight,
     BlockedWeight,
     CsrWeight,
     SparseCodebookWeight,
@@ -105,6 +107,36 @@ def _multiply_blocks(layer: Any, x: Tensor) -> Tensor:
     )
 
 
+def _multiply_blocks_int8(layer: Any, x: Tensor) -> Tensor:
+    buffers = layer._buffers
+    return ops.blocked_int8_matmul_inference(
+        x,
+        buffers["packed_block_offsets"],
+        buffers["packed_segments"],
+        buffers["packed_indices"],
+        buffers["packed_values"],
+        buffers["packed_scales"],
+        buffers["packed_row_sums"],
+        layer._parameters["bias"],
+        out_features=layer.out_features,
+        column_block=layer._options["column_block"],
+    )
+
+
+def _multiply_blocks_bfloat16(layer: Any, x: Tensor) -> Tensor:
+    buffers = layer._buffers
+    return ops.blocked_bfloat16_matmul_inference(
+        x,
+        buffers["packed_block_offsets"],
+        buffers["packed_segments"],
+        buffers["packed_indices"],
+        buffers["packed_values"],
+        layer._parameters["bias"],
+        out_features=layer.out_features,
+        column_block=layer._options["column_block"],
+    )
+
+
 LAYOUTS: dict[str, Layout] = {
     "csr16": Layout(
         {CsrWeight: CsrWeight.narrowed, SparseCodebookWeight: SparseCodebookWeight.narrowed}, _multiply_narrow
@@ -122,6 +154,16 @@ LAYOUTS: dict[str, Layout] = {
     "blocked": Layout(
         {CsrWeight: BlockedWeight.from_csr, SparseCodebookWeight: BlockedCodebookWeight.from_csr},
         _multiply_blocks,
+        ("column_block",),
+    ),
+    "blocked_int8": Layout(
+        {CsrWeight: BlockedInt8Weight.from_csr, SparseCodebookWeight: BlockedInt8Weight.from_csr},
+        _multiply_blocks_int8,
+        ("column_block",),
+    ),
+    "blocked_bfloat16": Layout(
+        {CsrWeight: BlockedBFloat16Weight.from_csr, SparseCodebookWeight: BlockedBFloat16Weight.from_csr},
+        _multiply_blocks_bfloat16,
         ("column_block",),
     ),
 }

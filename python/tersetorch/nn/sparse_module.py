@@ -123,12 +123,16 @@ class SparseLinearBase(nn.Module, Generic[Format]):
         In training mode the layout is remembered, and built by eval().
 
         Args:
-            layout: "csr16", for weights of at most 65,536 columns; "bitmap", for few samples and a fifth or more
-                non-zeros; "blocked", for many samples; "bitmap_int8", for few samples, which rounds the weight's rows
-                and each sample to 8 bits (see BitmapInt8Weight and ops.bitmap_matmul for the error), while .weight
-                stays exact; "bitmap_columns", for one sample with many zeros, as ReLU leaves them; "csr" undoes an
-                earlier pack().
-            options: samples (about how many will be multiplied at once) or column_block, both for "blocked".
+            layout: one of
+                "csr16": columns in 16 bits, for weights of at most 65,536 of them;
+                "bitmap": for few samples and a fifth or more non-zeros;
+                "bitmap_columns": for one sample with many zeros, as ReLU leaves them;
+                "blocked": for many samples;
+                "bitmap_int8", "blocked_int8": the same with each row of the weight and each sample rounded to 8 bits,
+                "blocked_bfloat16": with both rounded to bfloat16; the ops say how far y may then lie off, and .weight
+                stays exact;
+                "csr": undoes an earlier pack().
+            options: for the blocked ones samples (about how many will be multiplied at once) or column_block.
 
         Raises:
             ValueError: no such layout.
