@@ -30,7 +30,7 @@ void CutDown(ConvPlan& plan, std::int64_t units) {
 }  // namespace
 
 std::int64_t ConvChannelBlock(const ConvShape& s) noexcept {
-  constexpr std::int64_t kBufferBytes = 30 * 1024;
+  constexpr std::int64_t kBufferBytes = 24 * 1024;
   const std::int64_t vectors = s.kernel_w * ConvSlots(s).Count();
   const std::int64_t most = kConvMaxIndex / vectors, taps = (kConvMaxIndex - 1) / (s.kernel_h * s.kernel_w);
   const std::int64_t wanted = kBufferBytes / (vectors * kConvMaxLanes * std::int64_t{sizeof(float)});
@@ -63,7 +63,7 @@ ConvPlan ConvPlanFor(const ConvShape& s, std::int64_t out_height, std::int64_t o
 
 ConvScratchSizes ConvScratch(const ConvWeight& w, const ConvPlan& plan) noexcept {
   const ConvShape& s = w.shape;
-  const std::int64_t pitch = plan.columns + (s.kernel_w - 1) * s.dilation_w / s.stride_w + 1;
+  const std::int64_t pitch = plan.columns + (s.kernel_w - 1) * s.dilation_w / s.stride_w + 1 + kConvLineSlack;
   return {w.channel_block * s.kernel_w * ConvSlots(s).Count() * plan.lanes,
           w.channel_block * s.stride_w * pitch + kConvMaxLanes, kConvRows * plan.tile_rows * plan.lanes};
 }

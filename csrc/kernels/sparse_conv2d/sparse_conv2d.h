@@ -34,11 +34,12 @@
 
 namespace tersetorch {
 
-inline constexpr std::int64_t kConvRows = 32;        // filters of a block
+inline constexpr std::int64_t kConvRows = 64;        // filters of a block
 inline constexpr std::int64_t kConvTileRows = 8;     // vectors of a tile at most
 inline constexpr std::int64_t kConvMaxIndex = 65536;  // vectors of a buffer at most, and non-zeros of a segment
 inline constexpr std::int64_t kConvMaxLanes = 16;
 inline constexpr std::int64_t kConvMaxEntries = 256;
+inline constexpr std::int64_t kConvLineSlack = 8;  // what a line has room for beyond its columns, to be written 8 at a time
 
 enum class ConvValues : int { kFloat32, kBFloat16, kCodes };
 enum class ConvStatus : int { kOk, kBadBlock, kBadSegment, kBadIndex, kBadCode };

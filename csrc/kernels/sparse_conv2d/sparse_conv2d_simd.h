@@ -156,98 +156,154 @@ Masked<kWidth> MaskFor(Index begin, Index end) {
   return Masked<kWidth>(Smaller(Larger(begin, 0), kWidth), Smaller(Larger(end, 0), kWidth));
 }
 
+// The rows that the slots of one class and one part of the lanes hold, those outside the image apart.
+struct SlotRows {
+  SlotRows(Index row, Index step, Index height, Index count) {
+    const Index first = row < 0 ? (-row + step - 1) / step : 0, last = (height - row + step - 1) / step;
+    before = Smaller(first, count);
+    inside = Larger(Smaller(last, count) - before, 0);
+    after = count - before - inside;
+    from = row + before * step;
+  }
+
+  Index before, inside, after;
+  Index from;  // the first row inside
+};
+
+template <int kLanes, int kColumns, typename Read>
+void PackSlots(float* to, const float* from, Index pitch, const SlotRows& rows, const Read& read) {
+  for (Index i = rows.before; i > 0; --i, to += kLanes) Store(to, Vector<kColumns>{});
+  Index i = rows.inside;
+  for (; i >= 4; i -= 4, from += 4 * pitch, to += 4 * kLanes) {
+    const Vector<kColumns> v[4] = {read(from), read(from + pitch), read(from + 2 * pitch), read(from + 3 * pitch)};
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) Store(to + j * kLanes, v[j]);
+  }
+  for (; i > 0; --i, from += pitch, to += kLanes) Store(to, read(from));
+  for (i = rows.after; i > 0; --i, to += kLanes) Store(to, Vector<kColumns>{});
+}
+
 // Channels [first, first + channels) of a float32 image by channels, columns not strided: straight from the image.
 template <int kLanes, int kColumns>
 void PackRows(const ConvArgs& a, const Tile& tile, Index first, Index channels) {
-  const ConvShape& s = a.weight.shape;
-  const ConvPlan& p = a.plan;
-  const ConvSlots slots(s);
-  const Index pitch = slots.Count() * kLanes;
-  for (Index c = 0; c < channels; ++c) {
-    const float* plane = static_cast<const float*>(a.x) + (first + c) * a.height * a.width;
+  // Copies, since the compiler cannot know that no store changes the arguments.
+  const ConvShape s = a.weight.shape;
+  const ConvPlan p = a.plan;
+  const Index width = a.width, plane = a.height * width, vector_pitch = ConvSlots(s).Count() * kLanes;
+  const float* const x = static_cast<const float*>(a.x) + first * plane;
+  const auto whole = [](const float* from) { return Load<Vector<kColumns>>(from); };
+  if (p.line) {
     for (Index kw = 0; kw < s.kernel_w; ++kw) {
-      float* to = a.buffer + (c * s.kernel_w + kw) * pitch;
-      Index column = tile.column + kw * s.dilation_w - a.pad_w;
-      if (p.line) {
-        const bool inside = column >= 0 && column + p.tile_rows * kLanes <= a.width;
-        for (Index v = 0; v < p.tile_rows; ++v, column += kLanes, to += kLanes) {
-          Store(to, inside ? Load<Vector<kLanes>>(plane + column)
-                           : MaskFor<kLanes>(-column, a.width - column).Load(plane + column));
+      const Index column = tile.column + kw * s.dilation_w - a.pad_w;
+      float* to = a.buffer + kw * vector_pitch;
+      if (0 <= column && column + p.tile_rows * kLanes <= width) {
+        const SlotRows rows(0, 1, p.tile_rows, p.tile_rows);
+        for (Index c = 0; c < channels; ++c, to += s.kernel_w * vector_pitch) {
+          PackSlots<kLanes, kLanes>(to, x + c * plane + column, kLanes, rows,
+                                    [](const float* from) { return Load<Vector<kLanes>>(from); });
         }
         continue;
       }
-      const auto mask = MaskFor<kColumns>(-column, a.width - column);
-      for (Index of_class = 0; of_class < slots.period; ++of_class) {
-        for (Index part = 0; part < p.parts; ++part) {
-          Index row = (tile.row + part * p.tile_rows) * s.stride_h + of_class * s.dilation_h - a.pad_h;
-          float* vector = to + part * kColumns;
-          for (Index i = slots.Rows(of_class, p.tile_rows); i > 0; --i, row += s.stride_h, vector += kLanes) {
-            const bool there = 0 <= row && row < a.height;
-            Store(vector, there ? mask.Load(plane + row * a.width + column) : Vector<kColumns>{});
-          }
+      for (Index v = 0; v < p.tile_rows; ++v) {
+        const Index from = column + v * kLanes;
+        const auto mask = MaskFor<kLanes>(-from, width - from);
+        for (Index c = 0; c < channels; ++c) {
+          Store(to + v * kLanes + c * s.kernel_w * vector_pitch, mask.Load(x + c * plane + from));
         }
-        to += slots.Rows(of_class, kConvTileRows) * kLanes;
       }
     }
+    return;
+  }
+  const ConvSlots slots(s);
+  for (Index of_class = 0, base = 0; of_class < slots.period; ++of_class) {
+    for (Index part = 0; part < p.parts; ++part) {
+      const Index row = (tile.row + part * p.tile_rows) * s.stride_h + of_class * s.dilation_h - a.pad_h;
+      const SlotRows rows(row, s.stride_h, a.height, slots.Rows(of_class, p.tile_rows));
+      for (Index kw = 0; kw < s.kernel_w; ++kw) {
+        const Index column = tile.column + kw * s.dilation_w - a.pad_w;
+        float* to = a.buffer + kw * vector_pitch + base + part * kColumns;
+        const float* from = x + rows.from * width + column;
+        const auto mask = MaskFor<kColumns>(-column, width - column);
+        const bool inside = 0 <= column && column + kColumns <= width;
+        for (Index c = 0; c < channels; ++c, to += s.kernel_w * vector_pitch, from += plane) {
+          if (inside) {
+            PackSlots<kLanes, kColumns>(to, from, s.stride_h * width, rows, whole);
+          } else {
+            PackSlots<kLanes, kColumns>(to, from, s.stride_h * width, rows,
+                                        [&](const float* at) { return mask.Load(at); });
+          }
+        }
+      }
+    }
+    base += slots.Rows(of_class, kConvTileRows) * kLanes;
   }
 }
 
-// lines[c][(q % stride)][q / stride] = input column `column` + q of a row, 0 outside the image, for `span` columns.
+// lines[c][q % stride][q / stride] = input column `column` + q of a row, 0 outside the image, for q in [0, span).
 void FillLines(const ConvArgs& a, Index first, Index channels, Index row, Index column, Index span, Index pitch) {
-  const ConvShape& s = a.weight.shape;
-  const Index stride = s.stride_w, per_channel = stride * pitch;
-  const Index begin = Larger(0, -column), end = Smaller(span, a.width - column);
+  const ConvShape s = a.weight.shape;
+  const Index stride = s.stride_w, per_channel = stride * pitch, width = a.width, plane = a.height * width;
+  const Index begin = Larger(0, -column), end = Smaller(span, width - column);
+  const FloatDtype stored_as = a.stored_as;
+  const void* const x = a.x;
+  float* const lines = a.lines;
   if (begin > 0 || end < span) {
-    for (Index i = 0; i < channels * per_channel; i += 8) Store(a.lines + i, Float8{});
+    for (Index i = 0; i < channels * per_channel; i += 8) Store(lines + i, Float8{});
   }
-  const auto put = [&](float* line, Index q, float value) { line[q % stride * pitch + q / stride] = value; };
   if (a.channels_last) {
-    const Index pixel = (row * a.width + column) * s.in_channels + first;
-    Index q = begin;
-    for (; q + 8 <= end; q += 8) {
-      Index c = 0;
-      for (; c + 8 <= channels; c += 8) {
-        Float8 m[8];
-        for (int j = 0; j < 8; ++j) m[j] = LoadFloats(a.x, a.stored_as, pixel + (q + j) * s.in_channels + c);
-        Transpose(m);
-        for (int j = 0; j < 8; ++j) {
-          float* line = a.lines + (c + j) * per_channel;
-          if (stride == 1) {
-            Store(line + q, m[j]);
+    const Index pixel = (row * width + column) * s.in_channels + first;
+    for (Index q = begin; q < end; q += 8) {
+      const Index there = Smaller(8, end - q);
+      Index places[8];
+      for (Index j = 0; j < 8; ++j) places[j] = stride == 1 ? q + j : (q + j) % stride * pitch + (q + j) / stride;
+      for (Index c = 0; c < channels; c += 8) {
+        const Index here = Smaller(8, channels - c);
+        Float8 m[8] = {};
+        for (Index j = 0; j < there; ++j) {
+          const Index at = pixel + (q + j) * s.in_channels + c;
+          if (here == 8) {
+            m[j] = LoadFloats(x, stored_as, at);
           } else {
-            for (int i = 0; i < 8; ++i) put(line, q + i, m[j][i]);
+            for (Index i = 0; i < here; ++i) m[j][i] = LoadFloat(x, stored_as, at + i);
           }
         }
-      }
-      for (; c < channels; ++c) {
-        for (int j = 0; j < 8; ++j) {
-          put(a.lines + c * per_channel, q + j, LoadFloat(a.x, a.stored_as, pixel + (q + j) * s.in_channels + c));
+        Transpose(m);
+        for (Index i = 0; i < here; ++i) {
+          float* line = lines + (c + i) * per_channel;
+          if (stride == 1) {
+            Store(line + q, m[i]);
+          } else {
+            for (Index j = 0; j < there; ++j) line[places[j]] = m[i][j];
+          }
         }
-      }
-    }
-    for (; q < end; ++q) {
-      for (Index c = 0; c < channels; ++c) {
-        put(a.lines + c * per_channel, q, LoadFloat(a.x, a.stored_as, pixel + q * s.in_channels + c));
       }
     }
     return;
   }
   for (Index c = 0; c < channels; ++c) {
-    const Index pixel = ((first + c) * a.height + row) * a.width + column;
-    float* line = a.lines + c * per_channel;
-    Index q = begin;
+    const Index pixel = (first + c) * plane + row * width + column;
+    float* line = lines + c * per_channel;
     if (stride == 1) {
-      for (; q + 8 <= end; q += 8) Store(line + q, LoadFloats(a.x, a.stored_as, pixel + q));
-    } else if (stride == 2) {
-      q += q % 2;
-      if (q > begin && begin < end) put(line, begin, LoadFloat(a.x, a.stored_as, pixel + begin));
-      for (; q + 16 <= end; q += 16) {
-        const Float8 left = LoadFloats(a.x, a.stored_as, pixel + q), right = LoadFloats(a.x, a.stored_as, pixel + q + 8);
+      Index q = begin;
+      for (; q + 8 <= end; q += 8) Store(line + q, LoadFloats(x, stored_as, pixel + q));
+      for (; q < end; ++q) line[q] = LoadFloat(x, stored_as, pixel + q);
+      continue;
+    }
+    Index q = begin;
+    if (stride == 2) {
+      for (q += q % 2; q + 16 <= end; q += 16) {
+        const Float8 left = LoadFloats(x, stored_as, pixel + q), right = LoadFloats(x, stored_as, pixel + q + 8);
         Store(line + q / 2, __builtin_shuffle(left, right, Int8{0, 2, 4, 6, 8, 10, 12, 14}));
         Store(line + pitch + q / 2, __builtin_shuffle(left, right, Int8{1, 3, 5, 7, 9, 11, 13, 15}));
       }
+      if (begin % 2 != 0 && begin < end) line[pitch + begin / 2] = LoadFloat(x, stored_as, pixel + begin);
     }
-    for (; q < end; ++q) put(line, q, LoadFloat(a.x, a.stored_as, pixel + q));
+    for (Index phase = 0; phase < stride; ++phase) {
+      Index i = (q - phase + stride - 1) / stride;
+      for (Index at = phase + i * stride; at < end; at += stride, ++i) {
+        line[phase * pitch + i] = LoadFloat(x, stored_as, pixel + at);
+      }
+    }
   }
 }
 
@@ -258,7 +314,7 @@ void PackLines(const ConvArgs& a, const Tile& tile, Index first, Index channels)
   const ConvPlan& p = a.plan;
   const ConvSlots slots(s);
   const Index reach = (s.kernel_w - 1) * s.dilation_w;
-  const Index span = (kColumns - 1) * s.stride_w + reach + 1, pitch = kColumns + reach / s.stride_w + 1;
+  const Index span = (kColumns - 1) * s.stride_w + reach + 1, pitch = kColumns + reach / s.stride_w + 1 + kConvLineSlack;
   // The vector `to` of every channel and kw, from a row's columns from `column` on.
   const auto pack = [&](float* to, Index row, Index column) {
     const bool there = 0 <= row && row < a.height;
@@ -296,6 +352,7 @@ void Add(const Values& values, const float* buffer, std::uint64_t places, Index 
 #pragma GCC unroll 4
   for (int i = 0; i < kCount; ++i) {
     const float* x = buffer + (places >> 16 * i & 0xffff) * kLanes;
+    __asm__("" : "+r"(x));  // one addition here, or a base and an index in every multiply-add: two operations each
     const Vector<kLanes> value = Splat<kLanes>(values.At(k + i));
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) sums[i % kChains][v] += value * Load<Vector<kLanes>>(x + v * kLanes);
@@ -304,7 +361,7 @@ void Add(const Values& values, const float* buffer, std::uint64_t places, Index 
 
 // Adds a segment's non-zeros [k, end) to its sums.
 template <int kLanes, int kVectors, typename Values>
-void AddRow(const ConvWeight& w, const Values& values, const float* buffer, Index k, Index end, float* row_sums) {
+[[gnu::always_inline]] inline void AddRow(const ConvWeight& w, const Values& values, const float* buffer, Index k, Index end, float* row_sums) {
   constexpr int kChains = kVectors >= 6 ? 1 : kVectors >= 3 ? 2 : 4;  // against the latency of a fused multiply-add
   Vector<kLanes> sums[kChains][kVectors] = {};
 #pragma GCC unroll 8
@@ -368,49 +425,71 @@ void ForRows(const ConvArgs& a, Index blocks, Index row_begin, Index row_end) {
 
 // ---- outputs
 
+// What sums are at least.
+float Floor(bool relu) { return relu ? 0.0f : -__builtin_inff(); }
+
 template <typename V>
-V AtLeastZero(V sums, bool relu) {
-  if (!relu) return sums;
-  return sums < 0 ? V{} : sums;  // keeps NaN
+V AtLeast(V floor, V sums) {
+  return sums < floor ? floor : sums;  // keeps NaN
+}
+
+// Rows of kColumns sums, kLanes apart, to rows of y, of which `columns` are there.
+template <int kLanes, int kColumns>
+void StoreRows(void* y, FloatDtype stored_as, Index to, Index pitch, const float* from, Index rows, Index columns,
+               float floor) {
+  if (stored_as == FloatDtype::kFloat32) {
+    const Vector<kColumns> floors = Splat<kColumns>(floor);
+    float* out = static_cast<float*>(y) + to;
+    if (columns == kColumns) {
+      for (; rows > 0; --rows, out += pitch, from += kLanes) Store(out, AtLeast(floors, Load<Vector<kColumns>>(from)));
+      return;
+    }
+    const auto mask = MaskFor<kColumns>(0, columns);
+    for (; rows > 0; --rows, out += pitch, from += kLanes) {
+      mask.Store(out, AtLeast(floors, Load<Vector<kColumns>>(from)));
+    }
+    return;
+  }
+  for (; rows > 0; --rows, to += pitch, from += kLanes) {
+    Index j = 0;
+    for (; j + 8 <= columns; j += 8) {
+      StoreFloats(y, stored_as, to + j, AtLeast(Splat<8>(floor), Load<Float8>(from + j)));
+    }
+    for (; j < columns; ++j) StoreFloat(y, stored_as, to + j, AtLeast(floor, from[j]));
+  }
 }
 
 template <int kLanes, int kColumns>
 void StoreByChannels(const ConvArgs& a, const Tile& tile, Index filter, Index filters) {
-  const ConvPlan& p = a.plan;
+  const ConvPlan p = a.plan;
+  const Index width = a.out_width, plane = a.out_height * width;
+  const FloatDtype stored_as = a.stored_as;
+  const float floor = Floor(a.relu);
+  void* const y = a.y;
+  const Index columns = Smaller(kColumns, width - tile.column);
   for (Index r = 0; r < filters; ++r) {
-    const Index plane = (filter + r) * a.out_height * a.out_width;
-    for (Index v = 0; v < p.tile_rows; ++v) {
-      for (Index part = 0; part < p.parts; ++part) {
-        const Index row = p.line ? 0 : tile.row + part * p.tile_rows + v;
-        const Index column = p.line ? tile.column + v * kLanes : tile.column;
-        const Index count = Smaller(kColumns, a.out_width - column);
-        if (row >= a.out_height || count <= 0) continue;
-        const float* from = a.sums + (r * p.tile_rows + v) * kLanes + part * kColumns;
-        const Index to = plane + row * a.out_width + column;
-        if (a.stored_as == FloatDtype::kFloat32) {
-          const auto sums = AtLeastZero(Load<Vector<kColumns>>(from), a.relu);
-          float* y = static_cast<float*>(a.y) + to;
-          if (count == kColumns) {
-            Store(y, sums);
-          } else {
-            MaskFor<kColumns>(0, count).Store(y, sums);
-          }
-          continue;
-        }
-        Index j = 0;
-        for (; j + 8 <= count; j += 8) {
-          StoreFloats(a.y, a.stored_as, to + j, AtLeastZero(Load<Float8>(from + j), a.relu));
-        }
-        for (; j < count; ++j) StoreFloat(a.y, a.stored_as, to + j, a.relu && from[j] < 0 ? 0.0f : from[j]);
-      }
+    const float* from = a.sums + r * p.tile_rows * kLanes;
+    const Index to = (filter + r) * plane + tile.row * width + tile.column;
+    if (p.line) {
+      const Index count = Smaller(width - tile.column, p.tile_rows * kLanes), whole = count / kLanes * kLanes;
+      StoreRows<kLanes, kLanes>(y, stored_as, to, kLanes, from, whole / kLanes, kLanes, floor);
+      StoreRows<kLanes, kLanes>(y, stored_as, to + whole, kLanes, from + whole, whole < count, count - whole, floor);
+      continue;
+    }
+    for (Index part = 0; part < p.parts; ++part) {
+      const Index row = part * p.tile_rows, rows = Smaller(p.tile_rows, a.out_height - tile.row - row);
+      StoreRows<kLanes, kColumns>(y, stored_as, to + row * width, width, from + part * kColumns, rows, columns, floor);
     }
   }
 }
 
 template <int kLanes, int kColumns>
 void StoreChannelsLast(const ConvArgs& a, const Tile& tile, Index filter, Index filters) {
-  const ConvPlan& p = a.plan;
+  const ConvPlan p = a.plan;
   const Index row_sums = p.tile_rows * kLanes;
+  const FloatDtype stored_as = a.stored_as;
+  const float floor = Floor(a.relu);
+  void* const y = a.y;
   for (Index v = 0; v < p.tile_rows; ++v) {
     for (Index lane = 0; lane < kLanes; lane += 8) {
       Index places[8];  // in y, of the filter's output at each lane; -1 for none
@@ -428,13 +507,12 @@ void StoreChannelsLast(const ConvArgs& a, const Tile& tile, Index filter, Index 
         for (int j = 0; j < 8; ++j) m[j] = Load<Float8>(from + (r + j) * row_sums);
         Transpose(m);
         for (int j = 0; j < 8; ++j) {
-          if (places[j] >= 0) StoreFloats(a.y, a.stored_as, places[j] + r, AtLeastZero(m[j], a.relu));
+          if (places[j] >= 0) StoreFloats(y, stored_as, places[j] + r, AtLeast(Splat<8>(floor), m[j]));
         }
       }
       for (; r < filters; ++r) {
         for (int j = 0; j < 8; ++j) {
-          const float sum = from[r * row_sums + j];
-          if (places[j] >= 0) StoreFloat(a.y, a.stored_as, places[j] + r, a.relu && sum < 0 ? 0.0f : sum);
+          if (places[j] >= 0) StoreFloat(y, stored_as, places[j] + r, AtLeast(floor, from[r * row_sums + j]));
         }
       }
     }
