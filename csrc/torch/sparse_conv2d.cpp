@@ -195,22 +195,42 @@ Tensor Convolve(const char* op, const Tensor& x, const Weight& weight, const std
   const ConvScratchSizes sizes = ConvScratch(weight.args, args.plan);
   const char* x_data = static_cast<const char*>(input.const_data_ptr());
   char* y_data = static_cast<char*>(y.mutable_data_ptr());
+  const std::int64_t pixels = height * width, plane_floats = s.in_channels * pixels;
+
+  // Images that the kernel cannot read as they are, are converted shortly before, so many at a time that every thread
+  // has one and few enough to come back from the last cache level.
+  const bool as_planes = stored_as == FloatDtype::kFloat32 && !channels_last;
+  const auto threads = static_cast<std::int64_t>(torch::stable::get_num_threads());
+  const std::int64_t wave = as_planes ? images : std::min(images, threads);
+  const Aligned planes(as_planes ? 0 : wave * plane_floats);
   const std::int64_t work = weight.args.nnz / chunks * args.plan.tile_rows;
-  torch::stable::parallel_for(0, images * tiles * chunks, GrainItems(work), [&](std::int64_t begin, std::int64_t end) {
-    const Aligned memory(RoundUp(sizes.buffer) + RoundUp(sizes.lines) + sizes.sums * rows_of_chunk);
-    ConvArgs own = args;
-    own.buffer = memory.data();
-    own.lines = own.buffer + RoundUp(sizes.buffer);
-    own.sums = own.lines + RoundUp(sizes.lines);
-    for (std::int64_t task = begin; task < end; ++task) {
-      const std::int64_t image = task / chunks / tiles, row_begin = task % chunks * rows_of_chunk;
-      const std::int64_t row_end = std::min(row_begin + rows_of_chunk, row_blocks);
-      if (row_begin >= row_end) continue;
-      own.x = x_data + image * s.in_channels * height * width * bytes;
-      own.y = y_data + image * s.out_channels * out_height * out_width * bytes;
-      Conv(own, task / chunks % tiles, row_begin, row_end);
+  for (std::int64_t first = 0; first < images; first += wave) {
+    const std::int64_t count = std::min(wave, images - first);
+    if (!as_planes) {
+      ParallelRanges(count, pixels, GrainItems(s.in_channels / 4),
+                     [&](std::int64_t i, std::int64_t begin, std::int64_t end) {
+                       ConvPlanes({x_data + (first + i) * plane_floats * bytes, stored_as, channels_last,
+                                   s.in_channels, pixels, planes.data() + i * plane_floats},
+                                  begin, end);
+                     });
     }
-  });
+    torch::stable::parallel_for(0, count * tiles * chunks, GrainItems(work), [&](std::int64_t begin, std::int64_t end) {
+      const Aligned memory(RoundUp(sizes.buffer) + RoundUp(sizes.line) + sizes.sums * rows_of_chunk);
+      ConvArgs own = args;
+      own.buffer = memory.data();
+      own.line = own.buffer + RoundUp(sizes.buffer);
+      own.sums = own.line + RoundUp(sizes.line);
+      for (std::int64_t task = begin; task < end; ++task) {
+        const std::int64_t image = task / chunks / tiles, row_begin = task % chunks * rows_of_chunk;
+        const std::int64_t row_end = std::min(row_begin + rows_of_chunk, row_blocks);
+        if (row_begin >= row_end) continue;
+        own.planes = as_planes ? reinterpret_cast<const float*>(x_data) + (first + image) * plane_floats
+                               : planes.data() + image * plane_floats;
+        own.y = y_data + (first + image) * s.out_channels * out_height * out_width * bytes;
+        Conv(own, task / chunks % tiles, row_begin, row_end);
+      }
+    });
+  }
   return y;
 }
 

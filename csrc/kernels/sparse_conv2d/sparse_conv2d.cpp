@@ -63,12 +63,16 @@ ConvPlan ConvPlanFor(const ConvShape& s, std::int64_t out_height, std::int64_t o
 
 ConvScratchSizes ConvScratch(const ConvWeight& w, const ConvPlan& plan) noexcept {
   const ConvShape& s = w.shape;
-  const std::int64_t pitch = plan.columns + (s.kernel_w - 1) * s.dilation_w / s.stride_w + 1 + kConvLineSlack;
+  const std::int64_t pitch = plan.columns + (s.kernel_w - 1) * s.dilation_w / s.stride_w + 1;
   return {w.channel_block * s.kernel_w * ConvSlots(s).Count() * plan.lanes,
-          w.channel_block * s.stride_w * pitch + kConvMaxLanes, kConvRows * plan.tile_rows * plan.lanes};
+          s.stride_w * pitch, kConvRows * plan.tile_rows * plan.lanes};
 }
 
 ConvStatus ConvCheck(const ConvWeight& weight) noexcept { return Active().check(weight); }
+
+void ConvPlanes(const ConvPlanesArgs& args, std::int64_t begin, std::int64_t end) noexcept {
+  Active().planes(args, begin, end);
+}
 
 void Conv(const ConvArgs& args, std::int64_t tile, std::int64_t row_begin, std::int64_t row_end) noexcept {
   Active().conv(args, tile, row_begin, row_end);

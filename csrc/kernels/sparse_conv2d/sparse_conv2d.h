@@ -39,7 +39,6 @@ inline constexpr std::int64_t kConvTileRows = 8;     // vectors of a tile at mos
 inline constexpr std::int64_t kConvMaxIndex = 65536;  // vectors of a buffer at most, and non-zeros of a segment
 inline constexpr std::int64_t kConvMaxLanes = 16;
 inline constexpr std::int64_t kConvMaxEntries = 256;
-inline constexpr std::int64_t kConvLineSlack = 8;  // what a line has room for beyond its columns, to be written 8 at a time
 
 enum class ConvValues : int { kFloat32, kBFloat16, kCodes };
 enum class ConvStatus : int { kOk, kBadBlock, kBadSegment, kBadIndex, kBadCode };
@@ -109,21 +108,21 @@ struct ConvPlan {
 struct ConvArgs {
   ConvWeight weight;
   std::int64_t height, width, out_height, out_width, pad_h, pad_w;
-  bool channels_last;  // x and y are [height, width, channels] instead of [channels, height, width]
+  const float* planes;  // of one image, [in_channels, height, width]
+  void* y;              // its outputs, [out_channels, out_height, out_width], or with the channels last
   FloatDtype stored_as;
-  const void* x;      // one image
-  void* y;            // its outputs
+  bool channels_last;
   const float* bias;  // [out_channels] or null
   bool relu;
   ConvPlan plan;
   // Scratch, aligned to 64 bytes, of as many floats as ConvScratch says.
   float* buffer;
-  float* lines;
+  float* line;
   float* sums;
 };
 
 struct ConvScratchSizes {
-  std::int64_t buffer, lines;
+  std::int64_t buffer, line;
   std::int64_t sums;  // for one block of filters
 };
 
@@ -139,6 +138,17 @@ TERSETORCH_API ConvStatus ConvCheck(const ConvWeight& weight) noexcept;
 // The outputs of one tile for the filters of blocks [row_begin, row_end).
 TERSETORCH_API void Conv(const ConvArgs& args, std::int64_t tile, std::int64_t row_begin,
                          std::int64_t row_end) noexcept;
+
+struct ConvPlanesArgs {
+  const void* x;  // [channels, pixels], or [pixels, channels] with the channels last
+  FloatDtype stored_as;
+  bool channels_last;
+  std::int64_t channels, pixels;
+  float* planes;  // [channels, pixels]
+};
+
+// The planes of pixels [begin, end) of an image that is not stored as Conv reads it.
+TERSETORCH_API void ConvPlanes(const ConvPlanesArgs& args, std::int64_t begin, std::int64_t end) noexcept;
 
 struct ConvPackArgs {
   ConvShape shape;
@@ -159,6 +169,7 @@ TERSETORCH_API void ConvPack(const ConvPackArgs& args) noexcept;
 struct ConvKernels {
   std::int64_t lanes;
   ConvStatus (*check)(const ConvWeight&) noexcept;
+  void (*planes)(const ConvPlanesArgs&, std::int64_t, std::int64_t) noexcept;
   void (*conv)(const ConvArgs&, std::int64_t, std::int64_t, std::int64_t) noexcept;
 };
 extern const ConvKernels kConvScalar;

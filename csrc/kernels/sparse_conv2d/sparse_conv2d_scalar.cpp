@@ -58,11 +58,17 @@ ConvStatus Check(const ConvWeight& w) noexcept {
   return ConvStatus::kOk;
 }
 
+void Planes(const ConvPlanesArgs& a, Index begin, Index end) noexcept {
+  for (Index c = 0; c < a.channels; ++c) {
+    for (Index i = begin; i < end; ++i) {
+      a.planes[c * a.pixels + i] = Load(a.x, a.stored_as, a.channels_last ? i * a.channels + c : c * a.pixels + i);
+    }
+  }
+}
+
 float X(const ConvArgs& a, Index c, Index row, Index column) {
   if (row < 0 || row >= a.height || column < 0 || column >= a.width) return 0;
-  const Index place = row * a.width + column;
-  return Load(a.x, a.stored_as,
-              a.channels_last ? place * a.weight.shape.in_channels + c : c * a.height * a.width + place);
+  return At<float>(a.planes, (c * a.height + row) * a.width + column);
 }
 
 void Convolve(const ConvArgs& a, Index tile, Index row_begin, Index row_end) noexcept {
@@ -123,6 +129,6 @@ void Convolve(const ConvArgs& a, Index tile, Index row_begin, Index row_end) noe
 
 }  // namespace
 
-const ConvKernels kConvScalar{8, Check, Convolve};
+const ConvKernels kConvScalar{8, Check, Planes, Convolve};
 
 }  // namespace tersetorch

@@ -103,6 +103,38 @@ ConvStatus Check(const ConvWeight& w) noexcept {
   return ConvStatus::kOk;
 }
 
+// ---- images
+
+void Planes(const ConvPlanesArgs& args, Index begin, Index end) noexcept {
+  const ConvPlanesArgs a = args;
+  if (!a.channels_last) {
+    for (Index c = 0; c < a.channels; ++c) {
+      const Index from = c * a.pixels;
+      Index i = begin;
+      for (; i + 8 <= end; i += 8) Store(a.planes + from + i, LoadFloats(a.x, a.stored_as, from + i));
+      for (; i < end; ++i) a.planes[from + i] = LoadFloat(a.x, a.stored_as, from + i);
+    }
+    return;
+  }
+  const Index whole_channels = a.channels / 8 * 8;
+  Index i = begin;
+  for (; i + 16 <= end; i += 16) {  // a cache line of each plane
+    for (Index c = 0; c < whole_channels; c += 8) {
+      for (Index half = 0; half < 16; half += 8) {
+        Float8 m[8];
+        for (int j = 0; j < 8; ++j) m[j] = LoadFloats(a.x, a.stored_as, (i + half + j) * a.channels + c);
+        Transpose(m);
+        for (int j = 0; j < 8; ++j) Store(a.planes + (c + j) * a.pixels + i + half, m[j]);
+      }
+    }
+  }
+  for (Index c = 0; c < a.channels; ++c) {
+    for (Index j = c < whole_channels ? i : begin; j < end; ++j) {
+      a.planes[c * a.pixels + j] = LoadFloat(a.x, a.stored_as, j * a.channels + c);
+    }
+  }
+}
+
 // ---- tiles
 
 // The first outputs of a tile.
@@ -156,6 +188,14 @@ Masked<kWidth> MaskFor(Index begin, Index end) {
   return Masked<kWidth>(Smaller(Larger(begin, 0), kWidth), Smaller(Larger(end, 0), kWidth));
 }
 
+// Numbers 0, 2, 4, ... of what two vectors hold.
+template <int kWidth>
+Vector<kWidth> Even(Vector<kWidth> low, Vector<kWidth> high) {
+  decltype(low < high) places;
+  for (int i = 0; i < kWidth; ++i) places[i] = 2 * i;
+  return __builtin_shuffle(low, high, places);
+}
+
 // The rows that the slots of one class and one part of the lanes hold, those outside the image apart.
 struct SlotRows {
   SlotRows(Index row, Index step, Index height, Index count) {
@@ -183,14 +223,14 @@ void PackSlots(float* to, const float* from, Index pitch, const SlotRows& rows, 
   for (i = rows.after; i > 0; --i, to += kLanes) Store(to, Vector<kColumns>{});
 }
 
-// Channels [first, first + channels) of a float32 image by channels, columns not strided: straight from the image.
+// Channels [first, first + channels), straight from the planes; columns of a grid at most two apart, of a line one.
 template <int kLanes, int kColumns>
 void PackRows(const ConvArgs& a, const Tile& tile, Index first, Index channels) {
   // Copies, since the compiler cannot know that no store changes the arguments.
   const ConvShape s = a.weight.shape;
   const ConvPlan p = a.plan;
   const Index width = a.width, plane = a.height * width, vector_pitch = ConvSlots(s).Count() * kLanes;
-  const float* const x = static_cast<const float*>(a.x) + first * plane;
+  const float* const x = a.planes + first * plane;
   const auto whole = [](const float* from) { return Load<Vector<kColumns>>(from); };
   if (p.line) {
     for (Index kw = 0; kw < s.kernel_w; ++kw) {
@@ -220,13 +260,18 @@ void PackRows(const ConvArgs& a, const Tile& tile, Index first, Index channels) 
       const Index row = (tile.row + part * p.tile_rows) * s.stride_h + of_class * s.dilation_h - a.pad_h;
       const SlotRows rows(row, s.stride_h, a.height, slots.Rows(of_class, p.tile_rows));
       for (Index kw = 0; kw < s.kernel_w; ++kw) {
-        const Index column = tile.column + kw * s.dilation_w - a.pad_w;
+        const Index column = tile.column * s.stride_w + kw * s.dilation_w - a.pad_w;
         float* to = a.buffer + kw * vector_pitch + base + part * kColumns;
         const float* from = x + rows.from * width + column;
         const auto mask = MaskFor<kColumns>(-column, width - column);
+        const auto next = MaskFor<kColumns>(-column - kColumns, width - column - kColumns);
         const bool inside = 0 <= column && column + kColumns <= width;
         for (Index c = 0; c < channels; ++c, to += s.kernel_w * vector_pitch, from += plane) {
-          if (inside) {
+          if (s.stride_w == 2) {
+            PackSlots<kLanes, kColumns>(to, from, s.stride_h * width, rows, [&](const float* at) {
+              return Even<kColumns>(mask.Load(at), next.Load(at + kColumns));
+            });
+          } else if (inside) {
             PackSlots<kLanes, kColumns>(to, from, s.stride_h * width, rows, whole);
           } else {
             PackSlots<kLanes, kColumns>(to, from, s.stride_h * width, rows,
@@ -239,108 +284,50 @@ void PackRows(const ConvArgs& a, const Tile& tile, Index first, Index channels) 
   }
 }
 
-// lines[c][q % stride][q / stride] = input column `column` + q of a row, 0 outside the image, for q in [0, span).
-void FillLines(const ConvArgs& a, Index first, Index channels, Index row, Index column, Index span, Index pitch) {
-  const ConvShape s = a.weight.shape;
-  const Index stride = s.stride_w, per_channel = stride * pitch, width = a.width, plane = a.height * width;
-  const Index begin = Larger(0, -column), end = Smaller(span, width - column);
-  const FloatDtype stored_as = a.stored_as;
-  const void* const x = a.x;
-  float* const lines = a.lines;
-  if (begin > 0 || end < span) {
-    for (Index i = 0; i < channels * per_channel; i += 8) Store(lines + i, Float8{});
-  }
-  if (a.channels_last) {
-    const Index pixel = (row * width + column) * s.in_channels + first;
-    for (Index q = begin; q < end; q += 8) {
-      const Index there = Smaller(8, end - q);
-      Index places[8];
-      for (Index j = 0; j < 8; ++j) places[j] = stride == 1 ? q + j : (q + j) % stride * pitch + (q + j) / stride;
-      for (Index c = 0; c < channels; c += 8) {
-        const Index here = Smaller(8, channels - c);
-        Float8 m[8] = {};
-        for (Index j = 0; j < there; ++j) {
-          const Index at = pixel + (q + j) * s.in_channels + c;
-          if (here == 8) {
-            m[j] = LoadFloats(x, stored_as, at);
-          } else {
-            for (Index i = 0; i < here; ++i) m[j][i] = LoadFloat(x, stored_as, at + i);
-          }
-        }
-        Transpose(m);
-        for (Index i = 0; i < here; ++i) {
-          float* line = lines + (c + i) * per_channel;
-          if (stride == 1) {
-            Store(line + q, m[i]);
-          } else {
-            for (Index j = 0; j < there; ++j) line[places[j]] = m[i][j];
-          }
-        }
-      }
-    }
-    return;
-  }
-  for (Index c = 0; c < channels; ++c) {
-    const Index pixel = (first + c) * plane + row * width + column;
-    float* line = lines + c * per_channel;
-    if (stride == 1) {
-      Index q = begin;
-      for (; q + 8 <= end; q += 8) Store(line + q, LoadFloats(x, stored_as, pixel + q));
-      for (; q < end; ++q) line[q] = LoadFloat(x, stored_as, pixel + q);
-      continue;
-    }
-    Index q = begin;
-    if (stride == 2) {
-      for (q += q % 2; q + 16 <= end; q += 16) {
-        const Float8 left = LoadFloats(x, stored_as, pixel + q), right = LoadFloats(x, stored_as, pixel + q + 8);
-        Store(line + q / 2, __builtin_shuffle(left, right, Int8{0, 2, 4, 6, 8, 10, 12, 14}));
-        Store(line + pitch + q / 2, __builtin_shuffle(left, right, Int8{1, 3, 5, 7, 9, 11, 13, 15}));
-      }
-      if (begin % 2 != 0 && begin < end) line[pitch + begin / 2] = LoadFloat(x, stored_as, pixel + begin);
-    }
-    for (Index phase = 0; phase < stride; ++phase) {
-      Index i = (q - phase + stride - 1) / stride;
-      for (Index at = phase + i * stride; at < end; at += stride, ++i) {
-        line[phase * pitch + i] = LoadFloat(x, stored_as, pixel + at);
-      }
+// line[q % stride][q / stride] = input column `column` + q of a row, 0 outside the image, for q in [0, span).
+void FillLine(const float* row, Index width, Index column, Index span, Index stride, Index pitch, float* line) {
+  for (Index phase = 0; phase < stride; ++phase, line += pitch) {
+    for (Index q = phase, i = 0; q < span; q += stride, ++i) {
+      line[i] = 0 <= column + q && column + q < width ? Load<float>(row + column + q) : 0.0f;
     }
   }
 }
 
-// Any image: through one line of every channel at a time, widened and with its columns sorted by their stride.
+// Any stride: through one line at a time, its columns sorted by their remainder.
 template <int kLanes, int kColumns>
 void PackLines(const ConvArgs& a, const Tile& tile, Index first, Index channels) {
-  const ConvShape& s = a.weight.shape;
-  const ConvPlan& p = a.plan;
+  const ConvShape s = a.weight.shape;
+  const ConvPlan p = a.plan;
   const ConvSlots slots(s);
-  const Index reach = (s.kernel_w - 1) * s.dilation_w;
-  const Index span = (kColumns - 1) * s.stride_w + reach + 1, pitch = kColumns + reach / s.stride_w + 1 + kConvLineSlack;
-  // The vector `to` of every channel and kw, from a row's columns from `column` on.
-  const auto pack = [&](float* to, Index row, Index column) {
-    const bool there = 0 <= row && row < a.height;
-    if (there) FillLines(a, first, channels, row, column, span, pitch);
-    for (Index c = 0; c < channels; ++c) {
-      const float* line = a.lines + c * s.stride_w * pitch;
-      for (Index kw = 0; kw < s.kernel_w; ++kw, to += slots.Count() * kLanes) {
-        const Index q = kw * s.dilation_w;
-        Store(to, there ? Load<Vector<kColumns>>(line + q % s.stride_w * pitch + q / s.stride_w) : Vector<kColumns>{});
-      }
+  const Index reach = (s.kernel_w - 1) * s.dilation_w, height = a.height, width = a.width;
+  const Index span = (kColumns - 1) * s.stride_w + reach + 1, pitch = kColumns + reach / s.stride_w + 1;
+  float* const line = a.line;
+  // The vector `to` of every kw, from a row's columns from `column` on.
+  const auto pack = [&](float* to, const float* plane, Index row, Index column) {
+    const bool there = 0 <= row && row < height;
+    if (there) FillLine(plane + row * width, width, column, span, s.stride_w, pitch, line);
+    for (Index kw = 0; kw < s.kernel_w; ++kw, to += slots.Count() * kLanes) {
+      const Index q = kw * s.dilation_w;
+      Store(to, there ? Load<Vector<kColumns>>(line + q % s.stride_w * pitch + q / s.stride_w) : Vector<kColumns>{});
     }
   };
   const Index column = tile.column * s.stride_w - a.pad_w;
-  if (p.line) {
-    for (Index v = 0; v < p.tile_rows; ++v) pack(a.buffer + v * kLanes, 0, column + v * kLanes * s.stride_w);
-    return;
-  }
-  float* to = a.buffer;
-  for (Index of_class = 0; of_class < slots.period; ++of_class) {
-    for (Index i = 0; i < slots.Rows(of_class, p.tile_rows); ++i) {
-      for (Index part = 0; part < p.parts; ++part) {
-        const Index row = (tile.row + part * p.tile_rows + i) * s.stride_h + of_class * s.dilation_h - a.pad_h;
-        pack(to + i * kLanes + part * kColumns, row, column);
-      }
+  for (Index c = 0; c < channels; ++c) {
+    const float* plane = a.planes + (first + c) * height * width;
+    float* to = a.buffer + c * s.kernel_w * slots.Count() * kLanes;
+    if (p.line) {
+      for (Index v = 0; v < p.tile_rows; ++v) pack(to + v * kLanes, plane, 0, column + v * kLanes * s.stride_w);
+      continue;
     }
-    to += slots.Rows(of_class, kConvTileRows) * kLanes;
+    for (Index of_class = 0; of_class < slots.period; ++of_class) {
+      for (Index i = 0; i < slots.Rows(of_class, p.tile_rows); ++i) {
+        for (Index part = 0; part < p.parts; ++part) {
+          const Index row = (tile.row + part * p.tile_rows + i) * s.stride_h + of_class * s.dilation_h - a.pad_h;
+          pack(to + i * kLanes + part * kColumns, plane, row, column);
+        }
+      }
+      to += slots.Rows(of_class, kConvTileRows) * kLanes;
+    }
   }
 }
 
@@ -530,7 +517,7 @@ void ForColumns(const ConvArgs& a, Index tile_index, Index row_begin, Index row_
     const Vector<kLanes> start = Splat<kLanes>(a.bias == nullptr ? 0.0f : LoadAt<float>(a.bias, filter + r, 4));
     for (Index i = 0; i < size; i += kLanes) Store(a.sums + r * size + i, start);
   }
-  const bool rows = a.stored_as == FloatDtype::kFloat32 && !a.channels_last && s.stride_w == 1;
+  const bool rows = s.stride_w == 1 || (s.stride_w == 2 && !a.plan.line);
   for (Index first = 0, blocks = 0; first < s.in_channels; first += w.channel_block, blocks += row_blocks) {
     if (Block(w, blocks + row_begin).begin == Block(w, blocks + row_end - 1).end) continue;
     const Index channels = Smaller(w.channel_block, s.in_channels - first);
