@@ -1,29 +1,95 @@
-"""What a bench stores: the suites there are, the machine they ran on, and the table of their records."""
+"""What a bench stores: the suites there are, the machine they ran on, and their records, group after group."""
 
+from __future__ import annotations
+
+import json
 import os
 import platform
-from collections.abc import Callable
-from importlib.metadata import version
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from rich.table import Table
 
 from tersetorch import _native
-from tersetorch.bench.suites import csr_matmul
 
-SUITES: dict[str, Callable[[int, bool], list[dict[str, Any]]]] = {"csr_matmul": csr_matmul.run}
+from .implementations import LeftOut
+from .options import Options
+from .rates import Rates, caches_kib
+from .suites import networks, sparse
+
+Record = dict[str, Any]
 
 
-def run_suite(name: str, threads: int, quick: bool) -> list[dict[str, Any]]:
-    """The records of a suite, with that many threads for ours and every peer; today's count is put back after it."""
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
-        return SUITES[name](threads, quick)
-    finally:
-        torch.set_num_threads(before)
+class Group(Protocol):
+    """What is measured at one go."""
+
+    @property
+    def label(self) -> str:
+        """One line for a person."""
+
+
+class Suite(Protocol):
+    """What measures the groups of a suite."""
+
+    def measure(self, group: Any) -> tuple[list[Record], list[LeftOut]]:
+        """The records of a group, and what was left out."""
+
+
+SUITES: dict[str, tuple[Any, type[Any]]] = {
+    "sparse": (sparse.groups, sparse.Sparse),
+    "networks": (networks.groups, networks.Networks),
+}
+# What peers are versions of.
+PACKAGES = ("tersetorch", "torch", "numpy", "scipy", "onnxruntime", "openvino", "ai-edge-litert")
+
+
+class Run:
+    """Measures the groups of some suites and stores what it has after each."""
+
+    def __init__(self, names: list[str], options: Options, rates: Rates, path: Path | None = None) -> None:
+        """Chooses the groups; nothing is measured yet.
+
+        Args:
+            names: of suites.
+            options: what is asked of them.
+            rates: of this machine, measured just now.
+            path: the file to store into, or None.
+        """
+        self.groups: list[tuple[str, Group]] = [(name, group) for name in names for group in SUITES[name][0](options)]
+        self.records: list[Record] = []
+        self.left_out: list[LeftOut] = []
+        self._suites: dict[str, Suite] = {name: SUITES[name][1](options, rates) for name in names}
+        self._machine = machine_facts() | {"rates": rates.to_dict()}
+        self._threads = options.threads
+        self._path = path
+        self._store()
+
+    def steps(self) -> Iterator[None]:
+        """Measures one group at each step, with the threads asked for; the count of before is put back at the end."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(self._threads)
+        try:
+            for name, group in self.groups:
+                records, left_out = self._suites[name].measure(group)
+                self.records += records
+                self.left_out += left_out
+                self._store()
+                yield
+        finally:
+            torch.set_num_threads(before)
+
+    def _store(self) -> None:
+        """Writes the file anew beside the old one and puts it in its place: an interruption leaves one of the two."""
+        if self._path is None:
+            return
+        content = {"machine": self._machine, "left_out": list(map(str, self.left_out))}
+        lines = ",\n".join(json.dumps(_rounded(record)) for record in self.records)
+        part = self._path.with_name(self._path.name + ".part")
+        part.write_text(f'{json.dumps(content, indent=1)[:-2]},\n "records": [\n{lines}\n ]\n}}\n')
+        part.replace(self._path)
 
 
 def machine_facts() -> dict[str, Any]:
@@ -31,35 +97,49 @@ def machine_facts() -> dict[str, Any]:
     return {
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
-        "caches_kib": _caches(),
+        "caches_kib": caches_kib(),
         "load_average": list(os.getloadavg()),
         "isa": _native.cpu_active(),
         "isa_detected": _native.cpu_detected(),
         "system": platform.platform(),
         "python": platform.python_version(),
-        "torch": torch.__version__,
-        "tersetorch": version("tersetorch"),
         "compiler": _native.build_facts()["compiler"],
+        **{name: found for name in PACKAGES if (found := _version(name))},
     }
 
 
-def table(records: list[dict[str, Any]]) -> Table:
+def table(records: list[Record]) -> Table:
     """One row for each record, the fastest of its case marked."""
-    result = Table("suite", "case", "shape", "density", "batch", "threads", "implementation", "p30 ms", "spread ms", "")
+    columns = ("suite", "case", "density", "batch", "threads", "cache", "implementation", "p30 ms", "spread ms")
+    result = Table(*columns, "of its limit", "")
     fastest: dict[tuple[Any, ...], float] = {}
     for record in records:
-        case = _case(record)
+        case = case_of(record)
         fastest[case] = min(fastest.get(case, float("inf")), record["p30_ms"])
     for record in records:
-        row = [record["suite"], record["case"], "x".join(map(str, record["shape"])), f"{record['density']:.2f}"]
-        row += [str(record["batch"]), str(record["threads"]), record["implementation"]]
-        row += [f"{record['p30_ms']:.3f}", f"{record['spread_ms']:.3f}"]
-        result.add_row(*row, "fastest" if record["p30_ms"] == fastest[_case(record)] else "")
+        row = [record["suite"], record["case"], f"{record['density']:.2f}", str(record["batch"])]
+        row += [str(record["threads"]), record["cache"], record["implementation"]]
+        row += [f"{record['p30_ms']:.3f}", f"{record['spread_ms']:.3f}", f"{record['fraction_of_limit']:.0%}"]
+        result.add_row(*row, "fastest" if record["p30_ms"] == fastest[case_of(record)] else "")
     return result
 
 
-def _case(record: dict[str, Any]) -> tuple[Any, ...]:
-    return (record["suite"], record["case"], *record["shape"], record["density"], record["batch"], record["threads"])
+def case_of(record: Record) -> tuple[Any, ...]:
+    """What records must have in common to be compared."""
+    return tuple(
+        record[name] for name in ("suite", "case", "pattern", "density", "batch", "active", "cache", "threads")
+    )
+
+
+def _rounded(record: Record) -> Record:
+    return {key: float(f"{value:.5g}") if isinstance(value, float) else value for key, value in record.items()}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _cpu_model() -> str:
@@ -68,11 +148,3 @@ def _cpu_model() -> str:
     except OSError:
         return platform.processor()
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-
-
-def _caches() -> dict[str, int]:
-    caches = {}
-    for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
-        level, kind = ((index / name).read_text().strip() for name in ("level", "type"))
-        caches[f"L{level} {kind.lower()}"] = int((index / "size").read_text().strip().removesuffix("K"))
-    return caches

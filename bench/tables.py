@@ -11,17 +11,27 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from .comparisons import MODES, Reached, Record, break_even, by_case, fastest, reached
+from .implementations import Mode
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
-PAGES = ("README.md", "docs/results.md")
+PAGES = ("README.md", "docs/results.md", "docs/break_even.md")
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
-OURS = ("tersetorch csr", "tersetorch csr codebook")
-DENSE = ("torch F.linear fp32", "torch mkldnn packed fp32")
-SPARSE = ("torch sparse csr", "scipy csr")
-HEADLINE_DENSITY = 0.1
-HEADLINE_BATCHES = (1, 64)
-HEADLINE_SHAPES = ([1024, 1024], [4096, 4096])
+# What `make bench` writes; one that is not there adds no rows.
+BENCHES = ("bench_1_thread.json", "bench_2_threads.json")
+# (case, density, batch) of the README's rows.
+HEADLINES = (
+    ("alexnet fc6", 0.09, 1),
+    ("alexnet fc7", 0.09, 8),
+    ("alexnet fc7", 0.09, 64),
+    ("alexnet fc7", 0.35, 64),
+    ("transformer ffn up", 0.09, 64),
+    ("resnet 256 at 14", 0.1, 1),
+    ("resnet 256 at 14", 0.35, 1),
+    ("SqueezeNet of Deep Compression", None, 1),
+)
 
 
 def render(text: str) -> str:
@@ -110,66 +120,161 @@ def layers() -> str:
 
 
 def speeds() -> str:
-    """Times of the sparse layer beside its strongest peers, at the headline density and shapes."""
-    return _speed_table(
-        lambda record: (
-            record["density"] == HEADLINE_DENSITY
-            and record["batch"] in HEADLINE_BATCHES
-            and record["shape"] in HEADLINE_SHAPES
+    """A few cases, float32, beside the strongest peers."""
+
+    def wanted(record: Record) -> bool:
+        ordinary = record["suite"] == "networks" or record["pattern"] == "random"
+        return (
+            ordinary
+            and record["cache"] == "warm"
+            and record["active"] == 1
+            and any(
+                record["case"] == case and record["batch"] == batch and density in (None, record["density"])
+                for case, density, batch in HEADLINES
+            )
         )
-    )
+
+    return _speed_table([record for record in _records() if wanted(record)], ("float32",))
 
 
 def all_speeds() -> str:
     """Every case that was measured, also where we lose."""
-    return _speed_table(lambda record: True)
+    return _speed_table(_records(), MODES)
+
+
+def goals() -> str:
+    """The numbers to reach: every row, also those that we miss or that nothing measures yet."""
+    rows = []
+    for row in reached(_records()):
+        if isinstance(row, Reached):
+            prototype, goal = row.target
+            verdict = "reached" if row.ratio >= goal else "missed"
+            if prototype and prototype <= row.ratio < goal:
+                verdict = "beyond the prototype"
+            names = (f"{part['implementation']} {part['p30_ms']:.3f}" for part in (row.peer, row.ours))
+            figures = (row.threads, *names, f"{row.ratio:.2f}", prototype or "-", goal, verdict)
+            rows.append((row.goal.title, *figures))
+        else:
+            rows.append(
+                (
+                    row.title,
+                    "-",
+                    ", ".join(row.peers),
+                    "-",
+                    "-",
+                    *(f"{t[0] if t else '-'}" for t in (row.prototype, row.goal)),
+                    "not measured",
+                )
+            )
+    head = ("case", "threads", "peer, ms", "ours, ms", "peer / ours", "prototype", "goal", "")
+    return _markdown(head, rows)
+
+
+def break_evens() -> str:
+    """Up to which density ours is faster than each kind of dense layer."""
+    rows = []
+    for records in by_case(r for r in _records() if r["suite"] == "sparse").values():
+        first = records[0]
+        if len({record["density"] for record in records}) < 2:
+            continue
+        cells = [break_even(records, mode) for mode in MODES]
+        if any(cells):
+            rows.append((*_layer(first), first["batch"], first["threads"], *(cell or "-" for cell in cells)))
+    rivals = (f"than dense {mode}" for mode in MODES)
+    return _markdown(("layer", "weight", "batch", "threads", *rivals), rows)
+
+
+def ratios() -> str:
+    """Time of the fastest dense float32 layer over ours, density by batch by layer."""
+    rows = []
+    densities = sorted({r["density"] for r in _records() if r["suite"] == "sparse"})
+    for records in by_case(r for r in _records() if r["suite"] == "sparse").values():
+        first = records[0]
+        cells = []
+        for density in densities:
+            same = [r for r in records if r["density"] == density and r["mode"] == "float32"]
+            dense, ours = ([r for r in same if r["family"] == family] for family in ("dense", "ours"))
+            cells.append(f"{fastest(dense)['p30_ms'] / fastest(ours)['p30_ms']:.2f}" if dense and ours else "-")
+        if set(cells) != {"-"}:
+            rows.append((*_layer(first), first["batch"], first["threads"], *cells))
+    return _markdown(("layer", "weight", "batch", "threads", *(f"{100 * d:.0f} %" for d in densities)), rows)
+
+
+def packing() -> str:
+    """Milliseconds to pack a weight, once."""
+    rows = []
+    wanted = {"case": "alexnet fc6", "batch": 1, "cache": "warm", "pattern": "random", "active": 1.0, "threads": 1}
+    for record in _records():
+        if all(record[field] == value for field, value in wanted.items()) and record["density"] in (0.09, 0.35):
+            figures = (f"{record['pack_ms']:.0f}", f"{record['weight_bytes'] / 2**20:.1f}")
+            rows.append((record["implementation"], f"{100 * record['density']:.0f} %", *figures))
+    return _markdown(("implementation", "non-zero", "packed in ms", "MiB"), rows)
 
 
 def machine() -> str:
     """The machine that the stored times were taken on."""
-    facts = _load("csr_matmul_1_thread.json")["machine"]
-    return f"{facts['cpu']}, {facts['cores']} cores, level `{facts['isa']}`, torch {facts['torch']}.\n"
+    for name in BENCHES:
+        if (RESULTS / name).exists():
+            facts = _load(name)["machine"]
+            return f"{facts['cpu']}, {facts['cores']} cores, level `{facts['isa']}`, torch {facts['torch']}.\n"
+    return "nothing yet.\n"
 
 
-def _speed_table(wanted: Callable[[dict[str, Any]], bool]) -> str:
-    records = [
-        record
-        for name in ("csr_matmul_1_thread.json", "csr_matmul_2_threads.json")
-        for record in _load(name)["records"]
-        if wanted(record)
+def machine_rates() -> str:
+    """What that machine can do at most."""
+    rows = []
+    for name in BENCHES:
+        if (RESULTS / name).exists():
+            rates = _load(name)["machine"]["rates"]
+            for level, found in rates["gops"].items():
+                for mode, rate in found.items():
+                    rows.append((f"multiply-adds {mode}, `{level}`", rates["threads"], f"{rate:,.0f} Gop/s"))
+            for size, rate in rates["read_gbytes_per_s"].items():
+                rows.append((f"read {int(size) >> 10:,} KiB", rates["threads"], f"{rate:,.1f} GB/s"))
+    return _markdown(("rate", "threads", ""), rows)
+
+
+def _speed_table(records: list[Record], modes: tuple[Mode, ...]) -> str:
+    rows = []
+    for same in by_case(records).values():
+        for density in sorted({record["density"] for record in same}):
+            here = [record for record in same if record["density"] == density]
+            for mode in modes:
+                rows += _speed_row([record for record in here if record["mode"] == mode], mode)
+    head = ("layer", "weight", "non-zero", "batch", "threads", "mode", "ours, ms", "best dense, ms", "best sparse, ms")
+    return _markdown((*head, "faster than dense", "than sparse", "of our limit"), rows)
+
+
+def _speed_row(records: list[Record], mode: Mode) -> list[tuple[Any, ...]]:
+    best = {
+        family: fastest(found)
+        for family in ("ours", "dense", "sparse")
+        if (found := [record for record in records if record["family"] == family])
+    }
+    if not records or "ours" not in best or len(best) < 2:
+        return []
+    ours = best["ours"]
+    shown = [
+        f"{best[f]['implementation']} {best[f]['p30_ms']:.3f}" if f in best else "-"
+        for f in ("ours", "dense", "sparse")
     ]
-    cases: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
-    for record in records:
-        case = (record["density"], *record["shape"], record["batch"], record["threads"])
-        cases.setdefault(case, {})[record["implementation"]] = record
-    return _markdown(
-        (
-            "layer (out x in)",
-            "non-zero",
-            "batch",
-            "threads",
-            "tersetorch ms",
-            "with codebook ms",
-            "F.linear ms",
-            "oneDNN packed ms",
-            "torch CSR ms",
-            "scipy ms",
-            "faster than best dense",
-            "than best sparse",
-            "of our limit",
-        ),
-        (_speed_row(case, times) for case, times in sorted(cases.items())),
-    )
+    ratios = [f"{best[f]['p30_ms'] / ours['p30_ms']:.2f}x" if f in best else "-" for f in ("dense", "sparse")]
+    limit = f"{100 * ours['fraction_of_limit']:.0f} % ({ours['limit']})"
+    return [
+        (*_layer(ours), f"{100 * ours['density']:.0f} %", ours["batch"], ours["threads"], mode, *shown, *ratios, limit)
+    ]
 
 
-def _speed_row(case: tuple[Any, ...], records: dict[str, dict[str, Any]]) -> tuple[str, ...]:
-    density, rows, columns, batch, threads = case
-    times = {name: record["p30_ms"] for name, record in records.items()}
-    ours = times[OURS[0]]
-    ratios = (f"{min(times[name] for name in peers if name in times) / ours:.1f}x" for peers in (DENSE, SPARSE))
-    shown = (f"{times[name]:.3f}" if name in times else "-" for name in (*OURS, *DENSE, *SPARSE))
-    limit = f"{100 * records[OURS[0]]['fraction_of_limit']:.0f} %"
-    return (f"{rows} x {columns}", f"{100 * density:.0f} %", str(batch), str(threads), *shown, *ratios, limit)
+def _layer(record: Record) -> tuple[str, str]:
+    words = [record["case"]]
+    words += ["row lengths as trained"] * (record["suite"] == "sparse" and record["pattern"] == "trained")
+    words += ["cold"] * (record["cache"] == "cold")
+    words += [f"{100 * record['active']:.0f} % active"] * (record["active"] < 1)
+    return ", ".join(words), "x".join(map(str, record["shape"]))
+
+
+def _records() -> list[Record]:
+    return [r for name in BENCHES if (RESULTS / name).exists() for r in _load(name)["records"]]
 
 
 def _load(name: str) -> dict[str, Any]:
@@ -191,6 +296,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "speeds": speeds,
     "all_speeds": all_speeds,
     "machine": machine,
+    "machine_rates": machine_rates,
+    "goals": goals,
+    "break_evens": break_evens,
+    "ratios": ratios,
+    "packing": packing,
 }
 
 

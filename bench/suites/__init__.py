@@ -1,1 +1,1 @@
-"""One file per suite; each has run(threads, quick), which returns a list of records."""
+"""One file per suite: groups(options) says what it would measure, and a class of its name measures one at a time."""

@@ -7,6 +7,8 @@
 #include <cstring>
 #include <limits>
 #include <optional>
+#include <tuple>
+#include <vector>
 
 #include "kernels/panels/panels.h"
 #include "torch/common.h"
@@ -286,6 +288,39 @@ Tensor CsrMatmulGradValuesOnCpu(const Tensor& grad_y, const Tensor& x, const Ten
   return grad_values;
 }
 
+std::tuple<Tensor, Tensor, Tensor> CsrPackOnCpu(const Tensor& dense) {
+  constexpr const char* kOp = "csr_pack";
+  CheckOnCpu(kOp, dense, "dense");
+  STD_TORCH_CHECK(dense.dim() == 2, kOp, ": dense must be [rows, columns], got ", dense.dim(), "-D; reshape it");
+  const Tensor source = Contiguous(dense);
+  const std::int64_t rows = dense.size(0), columns = dense.size(1);
+  constexpr std::int64_t kMax = std::numeric_limits<std::int32_t>::max();
+  Tensor row_offsets = torch::stable::new_empty(dense, {rows + 1}, ScalarType::Int);
+  CsrPackArgs args{source.const_data_ptr(), DtypeOf(kOp, dense, "dense"), columns, nullptr, nullptr, nullptr};
+  std::vector<std::int64_t> counts(rows);
+  ParallelRanges(1, rows, GrainItems(columns / 8), [&](std::int64_t, std::int64_t begin, std::int64_t end) {
+    for (std::int64_t r = begin; r < end; ++r) counts[r] = CsrCount(args, r);
+  });
+  std::int32_t* offsets = row_offsets.mutable_data_ptr<std::int32_t>();
+  std::int64_t nnz = 0;
+  for (std::int64_t r = 0; r < rows; nnz += counts[r++]) {
+    STD_TORCH_CHECK(std::max(nnz, columns) <= kMax, kOp,
+                    ": dense must have fewer than 2**31 non-zeros and columns, got more; split it by rows");
+    offsets[r] = static_cast<std::int32_t>(nnz);
+  }
+  STD_TORCH_CHECK(nnz <= kMax, kOp, ": dense must have fewer than 2**31 non-zeros, got ", nnz, "; split it by rows");
+  offsets[rows] = static_cast<std::int32_t>(nnz);
+  Tensor col_indices = torch::stable::new_empty(dense, {nnz}, ScalarType::Int);
+  Tensor values = torch::stable::new_empty(dense, {nnz}, dense.scalar_type());
+  args.row_offsets = offsets;
+  args.col_indices = col_indices.mutable_data_ptr<std::int32_t>();
+  args.values = values.mutable_data_ptr();
+  ParallelRanges(1, rows, GrainItems(columns / 2), [&](std::int64_t, std::int64_t begin, std::int64_t end) {
+    for (std::int64_t r = begin; r < end; ++r) CsrPack(args, r);
+  });
+  return {row_offsets, col_indices, values};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(tersetorch, CPU, m) {
@@ -293,6 +328,7 @@ STABLE_TORCH_LIBRARY_IMPL(tersetorch, CPU, m) {
   m.impl("csr_matmul_inference", TORCH_BOX(&CsrMatmulOnCpu));
   m.impl("csr_matmul_grad_x", TORCH_BOX(&CsrMatmulGradXOnCpu));
   m.impl("csr_matmul_grad_values", TORCH_BOX(&CsrMatmulGradValuesOnCpu));
+  m.impl("csr_pack", TORCH_BOX(&CsrPackOnCpu));
 }
 
 }  // namespace tersetorch

@@ -25,6 +25,9 @@ STABLE_TORCH_LIBRARY(tersetorch, m) {
   // grad_y [..., out], x [..., in] -> float32 [nnz]
   m.def("csr_matmul_grad_values(Tensor grad_y, Tensor x, Tensor row_offsets, Tensor col_indices) -> Tensor");
 
+  // A dense weight [out, in] -> row_offsets, col_indices and values of its non-zeros
+  m.def("csr_pack(Tensor dense) -> (Tensor, Tensor, Tensor)");
+
   // x [..., in] and a weight [out, in] cut into blocks, at least 0 with relu -> [..., out]
   m.def(
       "blocked_matmul(Tensor x, Tensor block_offsets, Tensor segments, Tensor indices, Tensor values, Tensor? bias, "

@@ -99,7 +99,8 @@ def test_convert_measures_and_reads_a_state_dict(tersetorch, tmp_path):
         ),
         (["convert", "model.pt", "out.terse", "--network", "VGG"], "mobilenet, got VGG"),
         (["convert", "model.onnx", "out.terse", "--network", "lenet-300-100"], "must be a .terse, .pt, .pth or"),
-        (["bench", "nothing"], "SUITE must be one of csr_matmul"),
+        (["bench", "nothing"], "SUITE must be one of sparse, networks, rates"),
+        (["bench", "sparse", "--density", "2"], "should be less than or equal to 1"),
         (["frobnicate"], "No such command"),
     ],
 )
@@ -167,3 +168,24 @@ def test_shapes():
             parse_shape(bad)
     with pytest.raises(typer.BadParameter, match="at most 1073741824 numbers"):
         parse_shape("1x99999999999999")
+
+
+def test_bench_shows_and_stores(tersetorch, tmp_path, monkeypatch):
+    from tersetorch.bench import rates
+    from tersetorch.bench.suites import sparse
+
+    monkeypatch.setattr(rates, "LARGEST", 2**16)
+    monkeypatch.setattr(rates, "QUICK_SECONDS", 1e-4)
+    monkeypatch.setattr(sparse, "QUICK_SECONDS", 1e-3)
+    path = tmp_path / "new folder" / "records.json"
+    arguments = ("bench", "sparse", "--quick", "--case", "ffn up", "--peers", "F.linear,onednn packed float32")
+    done = tersetorch(*arguments, "--implementation", "float32", "--implementation", "csr", "--json", path)
+    assert done.returncode == 0, done.stderr
+    stored = json.loads(path.read_text())
+    names = {record["implementation"] for record in stored["records"]}
+    assert {"torch F.linear float32", "oneDNN packed float32", "tersetorch csr"} <= names
+    assert not any("CSR" in name for name in names)
+    assert {record["case"] for record in stored["records"]} == {"transformer ffn up"}
+    assert "tersetorch csr" in done.stdout and "transformer ffn up" in done.stdout
+    limits = tersetorch("bench", "rates", "--quick")
+    assert limits.returncode == 0 and "multiply-adds float32" in limits.stdout and "16 KiB" in limits.stdout

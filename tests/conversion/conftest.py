@@ -19,6 +19,8 @@ class FakeTimer:
             "dense packed": 1e-3,
             "csr": 5e-4,
             "sparse_codebook": 9e-4,
+            "blocked": 4e-4,
+            "blocked_codebook": 8e-4,
             "the model: dense model": 1e-2,
             "the model: dense again": 1e-2,
             "the model: converted model": 5e-3,

@@ -1,7 +1,10 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from tersetorch.conversion.candidates import CANDIDATES, density, distinct_values
+from tersetorch.conversion.swap import build
 
 
 def test_names_and_aliases_are_unique():
@@ -15,9 +18,21 @@ def test_what_is_built_has_the_same_weight(name, sparse_linear):
     layer = sparse_linear(distinct=9)
     row = CANDIDATES[name]
     assert row.applies(layer) is None
-    built = row.build(layer)
-    assert type(built) is row.layer
-    assert torch.equal(built.weight, layer.weight)
+    for samples in (None, 0, 1, 64):
+        (built,) = build(row, [layer.eval()], samples)
+        assert type(built) is row.layer
+        assert torch.equal(built.weight, layer.weight)
+        assert built.layout == row.layout
+        assert row.layout == "csr" or torch.equal(built.packed_weight.to_dense(), layer.weight)
+
+
+def test_blocks_are_for_many_samples(sparse_linear):
+    row = CANDIDATES["blocked"]
+    assert row.fits(7) == "made for 8 samples or more, and there are 7"
+    assert row.fits(8) is None
+    assert replace(row, max_samples=8).fits(9) == "made for 8 samples or fewer, and there are 9"
+    few, many = (build(row, [sparse_linear().eval()], samples)[0] for samples in (8, 64))
+    assert few.layout_options["column_block"] > many.layout_options["column_block"]
 
 
 def test_codebook_wants_few_values(sparse_linear):

@@ -318,6 +318,30 @@ def test_plan_reproduces_the_choice_without_measuring(net, x, timer):
     assert torch.equal(again.eval()(x), fast.eval()(x))
 
 
+def test_many_samples_may_be_multiplied_in_blocks(net, generator, timer):
+    x = torch.randn(16, 40, generator=generator)
+    fast = convert(net.eval(), x)
+    assert report(fast).plan == {"0": "blocked", "2": "blocked"}
+    assert [fast[i].layout_options for i in (0, 2)] == [{"column_block": 512}, {"column_block": 512}]
+    assert fast[0].packed_weight is not None
+    torch.testing.assert_close(fast(x), net(x))
+    plan = report(fast).plan
+    assert convert(net, x, plan=plan)[0].layout_options == {"column_block": 512}
+    assert convert(net, plan=plan)[0].layout_options == {"column_block": 128}
+    # Too few samples: not even tried.
+    few = {trial.format: trial.reason for trial in report(convert(net, x[:7])).layers[0].trials}
+    assert few["blocked"] == "not tried: made for 8 samples or more, and there are 7"
+
+
+def test_a_model_converted_in_training_mode_is_laid_out_for_evaluation(net, generator, timer):
+    x = torch.randn(16, 40, generator=generator)
+    fast = convert(net.train(), x)
+    assert fast.training and fast[0].packed_weight is None
+    assert fast.eval()[0].packed_weight is not None
+    again = convert(fast, x)
+    assert report(again).plan == {"0": "blocked", "2": "blocked"}
+
+
 def test_plan_with_example_inputs_reports_the_difference(net, x):
     assert report(convert(net, plan="sparse")).max_difference is None
     assert report(convert(net, x, plan="sparse")).max_difference < 1e-5

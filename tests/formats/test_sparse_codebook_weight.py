@@ -77,3 +77,14 @@ def test_validate_rejects(bad, error, match):
     SparseCodebookWeight(**GOOD).validate()
     with pytest.raises(error, match=f"SparseCodebookWeight: .*{match}"):
         SparseCodebookWeight(**GOOD | bad).validate()
+
+
+def test_values_are_told_apart_by_their_bits():
+    """More numbers than are looked at first, rare ones late, both signs, infinities and NaN."""
+    levels = torch.tensor([-torch.inf, -2.0, -1e-40, 1e-40, 3.0, torch.inf, torch.nan])
+    dense = levels[torch.arange(70_000) % 3].reshape(70, 1000)
+    dense[-1, -4:] = levels[3:]
+    weight = SparseCodebookWeight.from_dense(dense)
+    weight.validate()
+    assert weight.codebook.shape == (1, 8) and torch.equal(weight.codebook[0, 1:7], levels[:6])
+    assert torch.equal(weight.to_dense().view(torch.int32), dense.view(torch.int32))

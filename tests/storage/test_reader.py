@@ -163,6 +163,32 @@ def test_tied_sparse_layers_share_their_tensors(round_trip):
     assert loaded[0].bias is not loaded[1].bias
 
 
+@pytest.mark.parametrize("layer", [SparseLinear, SparseCodebookLinear])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("model", [False, True])
+def test_a_layout_comes_back(round_trip, layer, training, model):
+    """Another layout would sum in another order and give other bits."""
+    dense = prune_(nn.Linear(70, 300), 0.4, levels=2)
+    first = layer.from_dense(dense).pack("blocked", column_block=16)
+    second = layer(first.sparse_weight, torch.ones(300)).pack("blocked", column_block=8)
+    network = nn.ModuleList([first, second]).train(training)
+    instance = nn.ModuleList([copy.deepcopy(dense), copy.deepcopy(dense)]) if model else None
+    loaded = round_trip(network, model=instance)
+    for ours, theirs, columns in ((first, loaded[0], 16), (second, loaded[1], 8)):
+        assert (theirs.layout, theirs.layout_options) == ("blocked", {"column_block": columns})
+        assert (theirs.packed_weight is None) is training
+        with torch.no_grad():
+            assert torch.equal(theirs.eval()(x(9, 70)), ours.eval()(x(9, 70)))
+
+
+def test_a_layout_out_of_date_is_stored_as_it_will_run(round_trip):
+    layer = SparseLinear.from_dense(prune_(nn.Linear(70, 300), 0.4)).eval().pack("blocked")
+    with torch.no_grad():
+        layer.values.mul_(2)
+    round_trip(layer, x(9, 70))
+    round_trip(copy.deepcopy(layer), x(9, 70))
+
+
 def test_shared_modules_stay_shared(round_trip):
     layer, norm = nn.Linear(8, 8), nn.LayerNorm(8)
     loaded = round_trip(nn.Sequential(layer, norm, nn.Sequential(layer), norm), x(2, 8))
@@ -569,6 +595,11 @@ def _parts(tmp_path_factory):
         (lambda h: h["t"].append(h["t"][1] | {"s": [0], "x": [["raw", 0]]}), "exactly the streams of its header"),
         (lambda h: h["m"]["m"]["5"]["t"].update(weight=0), "use sparse weights in sparse layers, and only there"),
         (lambda h: h["m"]["m"]["0"]["t"].update(bias=3), r"have a bias of 8 numbers in a tersetorch\.SparseLinear"),
+        (lambda h: h["m"]["m"]["0"].update(c={"layout": "round"}), "name a layout of its layer, got .*'round'"),
+        (lambda h: h["m"]["m"]["0"].update(c={"layout": 3}), "name a layout and whole numbers for its options"),
+        (lambda h: h["m"]["m"]["0"].update(c={"layout": "blocked", "column_block": 0}), "at least 1, got 0"),
+        (lambda h: h["m"]["m"]["0"].update(c={"layout": "blocked", "column_block": True}), "whole numbers"),
+        (lambda h: h["m"]["m"]["0"].update(c={"layout": "blocked", "depth": 3}), "unexpected keyword argument"),
         (lambda h: h["m"]["m"]["5"]["c"].update(out_features=21), r"shape \[20, 40\] for weight at 5"),
     ],
 )

@@ -23,7 +23,7 @@ BlockedStatus Matmul(const BlockedMatmulArgs& a, std::int64_t row_block) noexcep
   const std::int64_t rows = w.rows - row_begin < kBlockedRows ? w.rows - row_begin : kBlockedRows;
   for (std::int64_t r = 0; r < rows; ++r) {
     for (std::int64_t n = 0; n < a.samples; ++n) {
-      a.sums[r * a.width + n] = a.bias == nullptr ? 0.0f : At<float>(a.bias, row_begin + r);
+      Put(a.sums, r * a.width + n, a.bias == nullptr ? 0.0f : At<float>(a.bias, row_begin + r));
     }
   }
   for (std::int64_t j = 0; j < column_blocks; ++j) {
@@ -44,7 +44,8 @@ BlockedStatus Matmul(const BlockedMatmulArgs& a, std::int64_t row_block) noexcep
           return BlockedStatus::kBadCode;
         }
         for (std::int64_t n = 0; n < a.samples; ++n) {
-          a.sums[r * a.width + n] += Value(w, k) * At<float>(a.panel, (first + c) * a.width + n);
+          const float product = Value(w, k) * At<float>(a.panel, (first + c) * a.width + n);
+          Put(a.sums, r * a.width + n, At<float>(a.sums, r * a.width + n) + product);
         }
       }
     }
@@ -52,7 +53,7 @@ BlockedStatus Matmul(const BlockedMatmulArgs& a, std::int64_t row_block) noexcep
   }
   for (std::int64_t n = 0; n < a.samples; ++n) {
     for (std::int64_t r = 0; r < rows; ++r) {
-      const float sum = a.sums[r * a.width + n];
+      const auto sum = At<float>(a.sums, r * a.width + n);
       Store(a.y, a.y_stored_as, n * w.rows + row_begin + r, a.relu && sum < 0 ? 0.0f : sum);
     }
   }

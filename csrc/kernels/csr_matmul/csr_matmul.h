@@ -76,6 +76,21 @@ TERSETORCH_API CsrStatus CsrMatmulGradX(const CsrGradXArgs& args) noexcept;
 TERSETORCH_API CsrStatus CsrMatmulGradValues(const CsrGradValuesArgs& args, std::int64_t row_begin,
                                              std::int64_t row_end) noexcept;
 
+struct CsrPackArgs {
+  const void* dense;  // [rows, columns]
+  FloatDtype stored_as;
+  std::int64_t columns;
+  const std::int32_t* row_offsets;  // [rows + 1]
+  std::int32_t* col_indices;        // [nnz]
+  void* values;                     // [nnz], stored as dense is
+};
+
+// Non-zeros of a row; NaN is one, -0.0 is none.
+TERSETORCH_API std::int64_t CsrCount(const CsrPackArgs& args, std::int64_t row) noexcept;
+
+// The non-zeros of a row, at the offset that row_offsets gives it.
+TERSETORCH_API void CsrPack(const CsrPackArgs& args, std::int64_t row) noexcept;
+
 // The variants, hidden in the library; the kernel tests link them directly.
 struct CsrKernels {
   CsrStatus (*matmul)(const CsrMatmulArgs&, std::int64_t, std::int64_t) noexcept;

@@ -25,7 +25,7 @@ void Pack(const PanelPackArgs& a, Index feature_begin, Index feature_end) {
     }
     for (Index c = full; c < end; ++c) {
       for (Index n = 0; n < kWidth; ++n) {
-        a.panel[c * kWidth + n] = n < a.samples ? LoadFloat(a.x, a.stored_as, n * a.features + c) : 0.0f;
+        Store(a.panel + c * kWidth + n, n < a.samples ? LoadFloat(a.x, a.stored_as, n * a.features + c) : 0.0f);
       }
     }
   }

@@ -1,30 +1,84 @@
 """tersetorch bench [SUITE]."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from tersetorch.bench.records import SUITES, machine_facts, run_suite, table
+from tersetorch.bench import rates
+from tersetorch.bench.options import Options
+from tersetorch.bench.records import SUITES, Run, table
+from tersetorch.bench.suites.sparse import missing
+
+NAMES = (*SUITES, "rates")
 
 
 def bench(
-    suite: Annotated[str, typer.Argument(help=f"One of {', '.join(SUITES)}; all when left out.")] = "",
-    json_file: Annotated[Path | None, typer.Option("--json", help="Store machine facts and records here.")] = None,
-    threads: Annotated[int, typer.Option(min=1, help="Threads of ours and of every peer.")] = 1,
-    quick: Annotated[bool, typer.Option(help="Fewer shapes and rounds.")] = False,
+    suite: Annotated[
+        str, typer.Argument(help=f"One of {', '.join(NAMES)} (the machine's limits alone); all when left out.")
+    ] = "",
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Store machine facts and records here, after every group.")
+    ] = None,
+    threads: Annotated[int, typer.Option(min=1, max=256, help="Threads of ours and of every peer.")] = 1,
+    quick: Annotated[bool, typer.Option(help="Few cases and samples, in a minute.")] = False,
+    full: Annotated[bool, typer.Option(help="Every case with every density and batch, in hours.")] = False,
+    case: Annotated[
+        list[str] | None, typer.Option(help="Cases whose name holds this (globs too); again for more.")
+    ] = None,
+    density: Annotated[list[float] | None, typer.Option(min=0, max=1, help="A density; again for more.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="A number of samples; again for more.")] = None,
+    implementation: Annotated[
+        list[str] | None, typer.Option(help="Implementations, ours and peers, by name or glob; again for more.")
+    ] = None,
+    peers: Annotated[
+        str, typer.Option(help="Peers by name or glob, joined by commas, or none; all when left out.")
+    ] = "",
 ) -> None:
     """Times our kernels beside their peers in one process and shows every row, also where we lose."""
-    if suite and suite not in SUITES:
-        raise typer.BadParameter(f"SUITE must be one of {', '.join(SUITES)}, got {suite}")
+    if suite and suite not in NAMES:
+        raise typer.BadParameter(f"SUITE must be one of {', '.join(NAMES)}, got {suite}")
     if json_file:  # before anything is measured
         json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.touch()
-    records = []
-    for name in [suite] if suite else SUITES:
-        records += run_suite(name, threads=threads, quick=quick)
-    Console().print(table(records))
-    if json_file:
-        json_file.write_text(json.dumps({"machine": machine_facts(), "records": records}, indent=1) + "\n")
+    options = Options(
+        threads=threads,
+        quick=quick,
+        full=full,
+        cases=tuple(case or ()),
+        densities=tuple(density or ()),
+        batches=tuple(batch or ()),
+        implementations=tuple(implementation or ()),
+        peers=tuple(name.strip() for name in peers.split(",") if name.strip()),
+    )
+    notes = Console(stderr=True)
+    with notes.status("measuring the machine"):
+        measured = rates.measure(threads, quick)
+    names = [name for name in ([suite] if suite else SUITES) if name != "rates"]
+    run = Run(names, options, measured, json_file)
+    if not names:
+        Console().print(rates.table(measured))
+        return
+    for name, reason in missing(threads).items():
+        notes.print(f"{name} is left out: {reason}", highlight=False)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=notes) as progress:
+        task = progress.add_task("", total=len(run.groups))
+        try:
+            steps = run.steps()
+            for _, group in run.groups:
+                progress.update(task, description=group.label)
+                next(steps)
+                progress.advance(task)
+            next(steps, None)
+        except KeyboardInterrupt:
+            notes.print("interrupted; what was measured so far follows")
+    shown = Console()
+    Console(width=max(160, shown.width)).print(table(run.records))
+    for left_out in run.left_out:
+        notes.print(str(left_out), highlight=False)
+    wrong = [str(left_out) for left_out in run.left_out if left_out.wrong]
+    if wrong:
+        raise RuntimeError(f"bench: wrong results: {'; '.join(wrong)}")

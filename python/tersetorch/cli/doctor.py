@@ -37,7 +37,10 @@ LEVEL_FLAGS = {
 EXTRAS = {
     "matplotlib": "pictures (pip install 'tersetorch[report]')",
     "scikit-learn": "the demo's data without a download (pip install 'tersetorch[demo]')",
-    "scipy": "a peer of the benches (pip install 'tersetorch[bench]')",
+    **{
+        peer: "a peer of the benches (pip install 'tersetorch[bench]')"
+        for peer in ("scipy", "onnxruntime", "openvino", "ai-edge-litert")
+    },
 }
 CHECK_PROGRAM = "import json, sys; from tersetorch.ops.self_check import check_ops; json.dump(check_ops(), sys.stdout)"
 

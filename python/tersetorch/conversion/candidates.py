@@ -26,6 +26,10 @@ class Candidate:
         max_density: above this share of non-zeros the format is larger than the dense weight, and is not measured.
         applies: why the format cannot hold a layer's weight, or None when it can.
         build: the new layer, computing what the given one computes.
+        layout: what the new layer computes from, as its pack() takes it.
+        options: of pack(), for a number of samples multiplied at once, or for None, a number nobody told.
+        min_samples, max_samples: with fewer or more at once another candidate is always faster, and this one is not
+            measured.
     """
 
     name: str
@@ -35,6 +39,18 @@ class Candidate:
     max_density: float
     applies: Callable[[nn.Module], str | None]
     build: Callable[[Any], nn.Module]
+    layout: str = "csr"
+    options: Callable[[int | None], dict[str, Any]] = lambda samples: {}
+    min_samples: int = 0
+    max_samples: int | None = None
+
+    def fits(self, samples: int) -> str | None:
+        """Why it is not measured with so many samples, or None when it is."""
+        if samples < self.min_samples:
+            return f"made for {self.min_samples} samples or more, and there are {samples}"
+        if self.max_samples is not None and samples > self.max_samples:
+            return f"made for {self.max_samples} samples or fewer, and there are {samples}"
+        return None
 
 
 def weight_of(module: nn.Module) -> Tensor:
@@ -68,7 +84,12 @@ def _has_few_values(module: nn.Module) -> str | None:
     return None
 
 
-# An int32 column and a float32 value against one float32, an int32 column and an 8-bit code against one float32.
+def _for_samples(samples: int | None) -> dict[str, Any]:
+    return {} if samples is None else {"samples": max(1, samples)}
+
+
+# Below these densities a format is smaller than the dense weight: an int32 column and a float32 value against one
+# float32, an int32 column and an 8-bit code, and the same with 16-bit columns.
 CANDIDATES: dict[str, Candidate] = {
     candidate.name: candidate
     for candidate in (
@@ -81,6 +102,30 @@ CANDIDATES: dict[str, Candidate] = {
             0.8,
             _has_few_values,
             SparseCodebookLinear.from_dense,
+        ),
+        Candidate(
+            "blocked",
+            "blocked",
+            nn.Linear,
+            SparseLinear,
+            0.66,
+            _always,
+            SparseLinear.from_dense,
+            layout="blocked",
+            options=_for_samples,
+            min_samples=8,
+        ),
+        Candidate(
+            "blocked_codebook",
+            "blocked_codebook",
+            nn.Linear,
+            SparseCodebookLinear,
+            1.0,
+            _has_few_values,
+            SparseCodebookLinear.from_dense,
+            layout="blocked",
+            options=_for_samples,
+            min_samples=8,
         ),
     )
 }

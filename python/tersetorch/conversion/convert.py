@@ -21,7 +21,7 @@ from tersetorch.conversion.candidates import CANDIDATES, density, distinct_value
 from tersetorch.conversion.capture import Inputs, capture, seeded_run, uncalled, untouched_generators
 from tersetorch.conversion.machine import load, machine_facts
 from tersetorch.conversion.plan import follow
-from tersetorch.conversion.planner import Decision, Planner
+from tersetorch.conversion.planner import Decision, Planner, samples_of
 from tersetorch.conversion.report import ConversionReport, LayerReport, attach
 from tersetorch.conversion.swap import deep_copy, dense_again
 from tersetorch.conversion.verify import output_difference
@@ -126,11 +126,10 @@ def _stays_sparse(layer: nn.Module) -> bool:
 def _told(source: nn.Module, inputs: Inputs | None, plan: str | Mapping[str, str]) -> nn.Module:
     sites = find_sites(source, CANDIDATES)
     groups = groups_of(sites)
-    decisions = follow(plan, sites, groups, CANDIDATES)
+    decisions = follow(plan, sites, groups, CANDIDATES, _samples(source, groups, inputs))
     converted = assemble(source, groups, decisions)
     difference = None
     if inputs is not None:
-        _run(deep_copy(source).eval(), inputs)
         bypassed = _bypassed(source, converted, groups, decisions, inputs)
         if bypassed:
             reason = "undone: the model does not call the layer, but uses it in some other way"
@@ -143,6 +142,22 @@ def _told(source: nn.Module, inputs: Inputs | None, plan: str | Mapping[str, str
     )
     attach(converted, conversion)
     return converted
+
+
+def _samples(source: nn.Module, groups: list[list[Site]], inputs: Inputs | None) -> list[int | None]:
+    """How many samples the layers of each group multiply at once, where inputs reach them."""
+    if inputs is None:
+        return [None] * len(groups)
+    probe = deep_copy(source).eval()
+    _run(probe, inputs)
+    twins = [[probe.get_submodule(site.name) for site in group] for group in groups]
+    calls = capture(probe, [module for group in twins for module in group], inputs)
+    found: list[int | None] = []
+    for group in twins:
+        seen = [calls[module] for module in group]
+        tensors = [(0, x) for xs in seen if not isinstance(xs, str) for x in xs]
+        found.append(samples_of(tensors) if tensors else None)
+    return found
 
 
 def _bypassed(

@@ -13,8 +13,10 @@ Table = Mapping[str, Candidate]
 SHOWN_NAMES = 8
 
 
-def follow(plan: object, sites: list[Site], groups: list[list[Site]], table: Table) -> list[Decision]:
-    """What plan makes of each group of sites.
+def follow(
+    plan: object, sites: list[Site], groups: list[list[Site]], table: Table, samples: list[int | None]
+) -> list[Decision]:
+    """What plan makes of each group of sites, laid out for so many samples (None: nobody knows).
 
     Raises:
         TypeError: plan is neither a string nor a mapping of strings to strings.
@@ -29,7 +31,9 @@ def follow(plan: object, sites: list[Site], groups: list[list[Site]], table: Tab
             "convert: plan must be a string or a dict of layer names to format names, "
             f"got {type(plan).__name__}; use report(fast).plan as an example"
         )
-    return [_decision(choice, group, table) for choice, group in zip(choices, groups, strict=True)]
+    return [
+        _decision(choice, group, table, count) for choice, group, count in zip(choices, groups, samples, strict=True)
+    ]
 
 
 def _for_all(plan: str, groups: list[list[Site]], table: Table) -> list[tuple[str, str]]:
@@ -98,7 +102,7 @@ def _why_not(row: Candidate, group: list[Site]) -> str | None:
     return row.applies(group[0].module)
 
 
-def _decision(choice: tuple[str, str], group: list[Site], table: Table) -> Decision:
+def _decision(choice: tuple[str, str], group: list[Site], table: Table, samples: int | None) -> Decision:
     chosen, reason = choice
-    layers = [] if chosen == "dense" else build(table[chosen], [site.module for site in group])
+    layers = [] if chosen == "dense" else build(table[chosen], [site.module for site in group], samples)
     return Decision(chosen, reason, layers)

@@ -103,17 +103,19 @@ class Planner:
         ready: dict[str, list[nn.Module]] = {}
         trials: dict[str, Trial] = {}
         share = density(weight_of(modules[0]))
+        samples = samples_of(calls)
         for name, row in self.table.items():
             if any(type(module) is not row.source for module in modules):
                 continue
             why_not = row.applies(modules[0])
             if why_not is None and share > row.max_density:
                 why_not = f"larger than the dense weight at density {share:.2f}"
+            why_not = why_not or row.fits(samples)
             if why_not is not None:
                 trials[name] = Trial(name, f"not tried: {why_not}")
                 continue
             try:
-                layers = build(row, modules)
+                layers = build(row, modules, samples)
                 largest, refusal = self._verify(modules, layers, calls)
             except (RuntimeError, TypeError, ValueError) as error:
                 trials[name] = Trial(name, f"refused: {type(error).__name__}: {error}")
@@ -194,6 +196,11 @@ class Planner:
         except (KeyError, TypeError, ValueError) as error:
             self.cache.refuse(key, f"{type(error).__name__}: {error}")
             return None
+
+
+def samples_of(calls: list[Call]) -> int:
+    """The most samples that one of the calls multiplies at once."""
+    return max(x.numel() // max(1, x.shape[-1]) for _, x in calls)
 
 
 def _with_score(trial: Trial, result: Contest) -> Trial:

@@ -11,14 +11,21 @@ from tersetorch.conversion.candidates import Candidate
 from tersetorch.nn.sparse_module import SparseLinearBase
 
 
-def build(candidate: Candidate, modules: list[nn.Module]) -> list[nn.Module]:
-    """One replacement for each of modules, which use one weight: the replacements share what comes from it."""
+def build(candidate: Candidate, modules: list[nn.Module], samples: int | None = None) -> list[nn.Module]:
+    """One replacement for each of modules, which use one weight: the replacements share what comes from it.
+
+    They are laid out for so many samples at once, or, with None, for a number that the layout chooses.
+    """
     layers = [candidate.build(module) for module in modules]
     first = layers[0]
     for layer in layers[1:]:
         for name, tensor in (*first.named_parameters(), *first.named_buffers()):
             if name != "bias":
                 setattr(layer, name, tensor)
+    if candidate.layout != "csr":
+        for layer in layers:
+            assert isinstance(layer, SparseLinearBase)
+            layer.pack(candidate.layout, **candidate.options(samples))
     return layers
 
 
@@ -112,7 +119,7 @@ def _take_over(module: nn.Module, replacement: nn.Module, memo: dict[int, Any]) 
             parameter.requires_grad_(weight.requires_grad)
     if bias is not None:
         replacement.bias = copy.deepcopy(bias, memo)
-    replacement.training = module.training
+    replacement.train(module.training)
 
 
 def _switch_off_fast_paths(model: nn.Module, replacements: set[nn.Module]) -> None:

@@ -90,7 +90,9 @@ def own_parameter(module: nn.Module, name: str) -> nn.Parameter | None:
 
 def current_format(module: nn.Module, table: Mapping[str, Candidate]) -> str:
     """What module runs as today: a format's name for a layer that convert built, otherwise "dense"."""
-    return next((name for name, row in table.items() if type(module) is row.layer), "dense")
+    layout = getattr(module, "layout", "csr")
+    formats = (name for name, row in table.items() if type(module) is row.layer and layout == row.layout)
+    return next(formats, "dense")
 
 
 def label(name: str) -> str:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-INT32_MAX = 2**31 - 1
+from tersetorch import ops
 
 
 class CsrPattern:
@@ -29,22 +29,14 @@ class CsrPattern:
         return rows_of(self.row_offsets)
 
 
-def pattern_of(nonzero: Tensor) -> tuple[Tensor, Tensor]:
-    """Row offsets int32 [rows + 1] and column indices int32 [nnz] of the true entries of nonzero, bool [rows, columns].
+def non_zeros(dense: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Row offsets int32 [rows + 1], column indices int32 [nnz] and values [nnz] of dense, found on the CPU.
 
     Raises:
-        ValueError: more positions or columns than int32 can number.
+        RuntimeError: more non-zeros or columns than int32 can number.
     """
-    counts = nonzero.sum(1)
-    stored = int(counts.sum())
-    if max(stored, nonzero.shape[1]) > INT32_MAX:
-        raise ValueError(
-            f"csr: a weight must have fewer than 2**31 non-zeros and columns, got {stored} and {nonzero.shape[1]}; "
-            "split it by rows"
-        )
-    row_offsets = torch.zeros(nonzero.shape[0] + 1, dtype=torch.int32, device=nonzero.device)
-    row_offsets[1:] = counts.cumsum(0)
-    return row_offsets, nonzero.nonzero()[:, 1].int()
+    row_offsets, col_indices, values = ops.csr_pack(dense.detach().cpu())
+    return row_offsets.to(dense.device), col_indices.to(dense.device), values.to(dense.device)
 
 
 def rows_of(row_offsets: Tensor) -> Tensor:
@@ -60,7 +52,7 @@ def scatter(row_offsets: Tensor, col_indices: Tensor, values: Tensor, columns: i
 
 
 def check_pattern(owner: str, row_offsets: Tensor, col_indices: Tensor, columns: int) -> None:
-    """Checks that the pattern is one that pattern_of could have made.
+    """Checks that the pattern is one that non_zeros could have found.
 
     Raises:
         TypeError: an index tensor is not int32.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tersetorch.formats.csr_pattern import CsrPattern, check_dense, check_pattern, check_tensor, pattern_of, scatter
+from tersetorch.formats.csr_pattern import CsrPattern, check_dense, check_pattern, check_tensor, non_zeros, scatter
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,12 @@ class CsrWeight(CsrPattern):
 
         Raises:
             TypeError: weight is not a float32 or bfloat16 tensor.
-            ValueError: weight is not 2-D, or holds 2**31 or more non-zeros.
+            ValueError: weight is not 2-D.
+            RuntimeError: weight holds 2**31 or more non-zeros.
         """
         check_dense("CsrWeight", weight)
-        dense = weight.detach()
-        nonzero = dense != 0
-        row_offsets, col_indices = pattern_of(nonzero)
-        return cls(row_offsets, col_indices, dense[nonzero], dense.shape[1])
+        row_offsets, col_indices, values = non_zeros(weight)
+        return cls(row_offsets, col_indices, values, weight.shape[1])
 
     def to_dense(self) -> Tensor:
         """The exact weight the kernel uses: [rows, columns], of the dtype of values."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tersetorch.formats.csr_pattern import CsrPattern, check_dense, check_pattern, check_tensor, pattern_of, scatter
+from tersetorch.formats.csr_pattern import CsrPattern, check_dense, check_pattern, check_tensor, non_zeros, scatter
 
 MAX_ENTRIES = 256
 # Non-zeros looked at first: a weight that nobody shared is refused without sorting all of it.
@@ -42,19 +42,13 @@ class SparseCodebookWeight(CsrPattern):
 
         Raises:
             TypeError: weight is not a float32 or bfloat16 tensor.
-            ValueError: weight is not 2-D, has more than 255 distinct non-zero values, or 2**31 or more non-zeros.
+            ValueError: weight is not 2-D, or has more than 255 distinct non-zero values.
+            RuntimeError: weight holds 2**31 or more non-zeros.
         """
         check_dense("SparseCodebookWeight", weight)
-        dense = weight.detach()
-        nonzero = dense != 0
-        stored = dense[nonzero].float()
-        if stored.numel() > SAMPLE:
-            _check_distinct(torch.unique(stored[:SAMPLE]), "at least ")
-        distinct, codes = torch.unique(stored, return_inverse=True)
-        _check_distinct(distinct, "")
-        row_offsets, col_indices = pattern_of(nonzero)
-        codebook = torch.cat([distinct.new_zeros(1), distinct])[None]
-        return cls(row_offsets, col_indices, (codes + 1).to(torch.uint8), codebook, dense.shape[1])
+        row_offsets, col_indices, values = non_zeros(weight)
+        codes, codebook = _share(values.float())
+        return cls(row_offsets, col_indices, codes, codebook, weight.shape[1])
 
     def to_dense(self) -> Tensor:
         """The exact weight the kernel uses: float32 [rows, columns]."""
@@ -114,9 +108,29 @@ def check_codes(owner: str, codes: Tensor, codebook: Tensor, positions: str, sto
         )
 
 
-def _check_distinct(distinct: Tensor, bound: str) -> None:
-    if distinct.numel() >= MAX_ENTRIES:
-        raise ValueError(
-            f"SparseCodebookWeight: weight must have at most {MAX_ENTRIES - 1} distinct non-zero values, "
-            f"got {bound}{distinct.numel()}; share it first, for example with tt.quantize.kmeans(model, bits=8)"
-        )
+def _share(stored: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes uint8 [nnz] and the codebook float32 [1, entries], sorted, of numbers that are not 0.
+
+    Numbers are told apart by their bits. Looking them up in the few values that there may be is several times faster
+    than sorting them all.
+    """
+    bits = stored.view(torch.int32)
+    table = bits.new_empty(0)
+    missing = bits
+    while missing.numel():
+        table = torch.cat([table, missing[:SAMPLE]]).unique()
+        if table.numel() >= MAX_ENTRIES:
+            bound = "at least " if missing.numel() > SAMPLE else ""
+            raise ValueError(
+                f"SparseCodebookWeight: weight must have at most {MAX_ENTRIES - 1} distinct non-zero values, "
+                f"got {bound}{table.numel()}; share it first, for example with tt.quantize.kmeans(model, bits=8)"
+            )
+        place = torch.searchsorted(table, bits, out_int32=True).clamp_max_(table.numel() - 1)
+        missing = bits[table[place] != bits]
+    distinct, order = table.view(torch.float32).sort()
+    codebook = torch.cat([distinct.new_zeros(1), distinct])[None]
+    if not table.numel():
+        return bits.to(torch.uint8), codebook
+    code_of = torch.empty_like(order, dtype=torch.uint8)
+    code_of[order] = torch.arange(1, table.numel() + 1, dtype=torch.uint8, device=order.device)
+    return code_of[place], codebook

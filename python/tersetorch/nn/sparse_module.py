@@ -34,19 +34,19 @@ class SparseLinearBase(nn.Module, Generic[Format]):
     # The field whose numbers a packed layout repeats in another order.
     packed_field: ClassVar[str]
 
-    # What pack() was asked for, and the options that make the next packing the same.
-    _layout: str | None = None
-    _options: dict[str, Any] | None = None
-    # The tensor that the buffers packed_* come from (None in a copy, until it is called), and its version then (None
-    # where it counts none). Without such buffers, None.
-    _packed_from: tuple[Tensor | None, int | None] | None = None
-
     row_offsets: Tensor
     col_indices: Tensor
     bias: nn.Parameter | None
 
     def __init__(self, weight: Format, bias: Tensor | None = None) -> None:
         super().__init__()
+        # What pack() was asked for, the options that make the next packing the same, and the packed weight's sizes.
+        self._layout: str | None = None
+        self._options: dict[str, Any] = {}
+        self._sizes: dict[str, Any] = {}
+        # The tensor that the buffers packed_* come from (None in a copy, until it is called), and its version then
+        # (None where it counts none). Without such buffers, None.
+        self._packed_from: tuple[Tensor | None, int | None] | None = None
         if not isinstance(weight, self.format):
             raise TypeError(
                 f"{type(self).__name__}: weight must be a {self.format.__name__}, got {type(weight).__name__}; "
@@ -113,7 +113,7 @@ class SparseLinearBase(nn.Module, Generic[Format]):
     @property
     def layout_options(self) -> dict[str, Any]:
         """The keyword arguments that pack() takes to lay another layer out alike."""
-        return dict(self._options or {})
+        return dict(self._options)
 
     def pack(self, layout: str, **options: Any) -> Self:
         """Computes without gradients from another layout of the weight from now on; returns the layer.
@@ -135,7 +135,7 @@ class SparseLinearBase(nn.Module, Generic[Format]):
                     f"{type(self).__name__}: layout 'csr' takes no options, got {', '.join(options)}; leave them out"
                 )
             self._drop_packed()
-            self._layout = self._options = None
+            self._layout, self._options, self._sizes = None, {}, {}
             return self
         if layout not in LAYOUTS:
             raise ValueError(
@@ -156,26 +156,31 @@ class SparseLinearBase(nn.Module, Generic[Format]):
         kind = LAYOUTS[self._layout].formats[self.format]
         fields = {}
         for field in dataclasses.fields(kind):
-            buffer = self._buffers.get(PREFIX + field.name)
-            own = buffer if buffer is not None else self._parameters.get(field.name)
-            fields[field.name] = own if own is not None else self._sizes[field.name]
+            packed = self._buffers.get(PREFIX + field.name)
+            own = self._own(field.name) if packed is None else packed
+            fields[field.name] = self._sizes[field.name] if own is None else own
         return kind(**fields)
 
     def _packed_of(self, layout: str, options: dict[str, Any]) -> Any:
         return LAYOUTS[layout].formats[self.format].from_csr(self.sparse_weight, **options)
 
     def _hold(self, packed: Any) -> None:
-        """Takes the tensors of a packed weight as buffers, but for those that are the layer's own parameters."""
+        """Takes the tensors of a packed weight as buffers, but for those that are the layer's own."""
         self._sizes = {}
         for field in dataclasses.fields(packed):
             value = getattr(packed, field.name)
             if not isinstance(value, Tensor):
                 self._sizes[field.name] = value
-            elif value is not self._parameters.get(field.name):
+            elif value is not self._own(field.name):
                 self.register_buffer(PREFIX + field.name, value, persistent=False)
         source = getattr(self, self.packed_field)
         # In a tuple, or nn.Module would take it for another parameter.
         self._packed_from = (source, None if source.is_inference() else source._version)
+
+    def _own(self, name: str) -> Tensor | None:
+        """The layer's tensor of this name, also where functional_call has lent it another one."""
+        parameter = self._parameters.get(name)
+        return self._buffers.get(name) if parameter is None else parameter
 
     def _drop_packed(self) -> None:
         for name in [name for name in self._buffers if name.startswith(PREFIX)]:
@@ -184,7 +189,7 @@ class SparseLinearBase(nn.Module, Generic[Format]):
 
     def _repack(self) -> None:
         if self._layout is not None:
-            self._hold(self._packed_of(self._layout, self._options or {}))
+            self._hold(self._packed_of(self._layout, self._options))
 
     def train(self, mode: bool = True) -> Self:
         """As nn.Module.train: training mode drops the packed layout, eval mode builds it anew."""
@@ -242,7 +247,7 @@ class SparseLinearBase(nn.Module, Generic[Format]):
             return packed is not None
         source, version = packed
         if source is not None:
-            if self._parameters.get(self.packed_field, self._buffers.get(self.packed_field)) is not source:
+            if self._own(self.packed_field) is not source:
                 return False  # functional_call lent another one
             if version is None or source._version == version:
                 return True

@@ -7,6 +7,13 @@ load_native_ops()
 
 # The files below register on what was just loaded.
 from tersetorch.ops.blocked_matmul import blocked_matmul, blocked_matmul_inference, blocked_pack  # noqa: E402
-from tersetorch.ops.csr_matmul import csr_matmul, csr_matmul_inference  # noqa: E402
+from tersetorch.ops.csr_matmul import csr_matmul, csr_matmul_inference, csr_pack  # noqa: E402
 
-__all__ = ["blocked_matmul", "blocked_matmul_inference", "blocked_pack", "csr_matmul", "csr_matmul_inference"]
+__all__ = [
+    "blocked_matmul",
+    "blocked_matmul_inference",
+    "blocked_pack",
+    "csr_matmul",
+    "csr_matmul_inference",
+    "csr_pack",
+]

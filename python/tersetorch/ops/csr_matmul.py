@@ -14,6 +14,7 @@ _INT32 = torch.iinfo(torch.int32)
 
 _csr_matmul = torch.ops.tersetorch.csr_matmul.default
 _csr_matmul_inference = torch.ops.tersetorch.csr_matmul_inference.default
+_csr_pack = torch.ops.tersetorch.csr_pack.default
 _grad_x = torch.ops.tersetorch.csr_matmul_grad_x.default
 _grad_values = torch.ops.tersetorch.csr_matmul_grad_values.default
 
@@ -78,6 +79,30 @@ def csr_matmul_inference(
         RuntimeError: an argument does not fit (the native checks remain, those of every index included).
     """
     return cast(Tensor, _csr_matmul_inference(x, row_offsets, col_indices, values, bias, codebook))
+
+
+def csr_pack(dense: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The non-zeros of a dense weight, row after row; 0.0 and -0.0 are left out, NaN is kept.
+
+    Args:
+        dense: float32 or bfloat16 [out, in].
+
+    Returns:
+        row_offsets int32 [out + 1], col_indices int32 [nnz], rising in each row, and values [nnz] of dense's dtype.
+
+    Raises:
+        TypeError: dense is not a float32 or bfloat16 tensor.
+        ValueError: dense is not 2-D.
+        RuntimeError: 2**31 or more non-zeros or columns.
+    """
+    if not isinstance(dense, Tensor):
+        raise TypeError(f"csr_pack: dense must be a tensor, got {type(dense).__name__}; pass a torch.Tensor")
+    if dense.dtype not in _FLOATS:
+        raise TypeError(f"csr_pack: dense must be float32 or bfloat16, got {dense.dtype}; convert it")
+    if dense.dim() != 2:
+        raise ValueError(f"csr_pack: dense must be [out, in], got shape {tuple(dense.shape)}; reshape it")
+    row_offsets, col_indices, values = _csr_pack(dense)
+    return row_offsets, col_indices, values
 
 
 def _check(
@@ -165,6 +190,13 @@ def _fake(
     codebook: Tensor | None = None,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], row_offsets.shape[0] - 1))
+
+
+@torch.library.register_fake("tersetorch::csr_pack")
+def _fake_pack(dense: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    nnz = torch.library.get_ctx().new_dynamic_size()
+    row_offsets = dense.new_empty((dense.shape[0] + 1,), dtype=torch.int32)
+    return row_offsets, dense.new_empty((nnz,), dtype=torch.int32), dense.new_empty((nnz,))
 
 
 @torch.library.register_fake("tersetorch::csr_matmul_grad_x")

@@ -1,13 +1,16 @@
 """Runs every op on small awkward shapes against a float64 reference; what tersetorch doctor shows."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tersetorch.ops.blocked_matmul import blocked_matmul, blocked_pack
 from tersetorch.ops.csr_matmul import csr_matmul
 
 ROWS, COLUMNS, ENTRIES = 37, 53, 16
+COLUMN_BLOCK = 16
 # One, around each width of the batched kernels, and a prime.
 BATCHES = [1, 2, 7, 9, 31, 65]
 EPSILON = torch.finfo(torch.float32).eps
@@ -20,12 +23,30 @@ def check_ops() -> list[dict[str, Any]]:
     An error is |y - reference| as a multiple of sum |w x|, the size that rounding errors grow with; largest over all
     elements and batches.
     """
-    return [
-        _check("float32", torch.float32, codebook=False),
-        _check("bfloat16", torch.bfloat16, codebook=False),
-        _check("codebook", torch.float32, codebook=True),
-        *_check_gradients(),
-    ]
+    products = {"csr_matmul": csr_matmul, "blocked_matmul": _blocked}
+    cases = (("float32", torch.float32, False), ("bfloat16", torch.bfloat16, False), ("codebook", torch.float32, True))
+    checked = [_check(op, product, *case) for op, product in products.items() for case in cases]
+    return [*checked, *_check_gradients()]
+
+
+def _blocked(
+    x: Tensor, row_offsets: Tensor, col_indices: Tensor, values: Tensor, bias: Tensor | None, codebook: Tensor | None
+) -> Tensor:
+    """blocked_matmul of a weight in rows."""
+    block_offsets, segments, indices, sources = blocked_pack(
+        row_offsets, col_indices, columns=COLUMNS, column_block=COLUMN_BLOCK
+    )
+    return blocked_matmul(
+        x,
+        block_offsets,
+        segments,
+        indices,
+        values[sources],
+        bias,
+        codebook,
+        out_features=ROWS,
+        column_block=COLUMN_BLOCK,
+    )
 
 
 def _problem(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -40,7 +61,7 @@ def _problem(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return dense, row_offsets, kept.nonzero()[:, 1].int(), kept
 
 
-def _check(case: str, dtype: torch.dtype, codebook: bool) -> dict[str, Any]:
+def _check(op: str, product: Callable[..., Tensor], case: str, dtype: torch.dtype, codebook: bool) -> dict[str, Any]:
     dense, row_offsets, col_indices, kept = _problem(dtype)
     generator = torch.Generator().manual_seed(1)
     bias = torch.randn(ROWS, generator=generator)
@@ -54,11 +75,11 @@ def _check(case: str, dtype: torch.dtype, codebook: bool) -> dict[str, Any]:
     worst = 0.0
     for batch in BATCHES:
         x = torch.randn(batch, COLUMNS, generator=generator).to(dtype)
-        y = csr_matmul(x, row_offsets, col_indices, values, bias, table)
+        y = product(x, row_offsets, col_indices, values, bias, table)
         reference = x.double() @ dense.double().T + bias.double()
         size = x.double().abs() @ dense.double().abs().T + bias.double().abs()
         worst = max(worst, _largest(y, reference, size))
-    return _result("csr_matmul", case, worst, bound)
+    return _result(op, case, worst, bound)
 
 
 def _check_gradients() -> list[dict[str, Any]]:

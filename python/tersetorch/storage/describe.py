@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tersetorch.storage import registry
 from tersetorch.storage.compare import difference, needs_values
 from tersetorch.storage.entry import Entry
-from tersetorch.storage.layers import KINDS, Layer, encode_layer
+from tersetorch.storage.layers import KINDS, Layer, encode_layer, laid_out
 from tersetorch.storage.streams import Stream
 from tersetorch.storage.tensors import encode_tensor
 
@@ -122,8 +122,11 @@ class Describer:
             node["t"]["bias"] = self._number(layer.bias, _join(path, "bias"))
         if layer._modules:
             raise ValueError(f"save: {_label(path)} must have no children, got {sorted(layer._modules)}; remove them")
-        built = type(layer)(layer.sparse_weight, layer.bias)  # type: ignore[arg-type]
-        reason, _ = difference(layer, built)
+        if layer.layout != "csr":
+            node["c"] = {"layout": layer.layout, **layer.layout_options}
+        built = laid_out(type(layer)(layer.sparse_weight, layer.bias), node, layer.training)  # type: ignore[arg-type]
+        layer.train(layer.training)  # brings its layout up to date
+        reason, _ = difference(layer, built, ignored=("_packed_from",))
         return node if reason is None else {**node, "o": [_class_name(layer), reason]}
 
     def _own_tensors(self, module: nn.Module, path: str) -> dict[str, int]:

@@ -64,6 +64,24 @@ def encode_layer(name: str, layer: Layer) -> tuple[Entry, list[Stream]]:
     return entry.with_streams(encoded), encoded
 
 
+def laid_out(layer: Layer, node: dict[str, Any], training: bool) -> Layer:
+    """The layer, computing from the layout that its node names.
+
+    Raises:
+        TerseFileError: the node names no layout of that layer.
+    """
+    layer.train(training)
+    options = dict(node.get("c", {}))
+    layout = options.pop("layout", "csr")
+    if not isinstance(layout, str) or any(type(value) is not int for value in options.values()):
+        refuse("name a layout and whole numbers for its options", str(node["c"])[:60])
+    try:
+        layer.pack(layout, **options)
+    except (TypeError, ValueError) as error:
+        refuse("name a layout of its layer", error)
+    return layer
+
+
 def _encode_values(weight: CsrWeight | SparseCodebookWeight, order: Array | slice) -> tuple[int, list[Stream]]:
     """Entries of the codebook (0 for none), and the streams of the values in this order."""
     if isinstance(weight, SparseCodebookWeight):

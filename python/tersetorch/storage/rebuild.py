@@ -12,7 +12,7 @@ from tersetorch.storage.arguments import copy_of
 from tersetorch.storage.compare import needs_values
 from tersetorch.storage.entry import Entry
 from tersetorch.storage.errors import TerseFileError, refuse
-from tersetorch.storage.layers import LAYERS, Layer, decode_layer
+from tersetorch.storage.layers import LAYERS, Layer, decode_layer, laid_out
 from tersetorch.storage.tensors import decode_tensor
 
 _NODE_KEYS = set("kcatmeo")
@@ -52,8 +52,11 @@ class Tensors:
             self._parameters[number] = nn.Parameter(tensor, requires_grad=trains)
         return self._parameters[number]
 
-    def layer(self, kind: str, node: dict[str, Any]) -> Layer:
+    def layer(self, kind: str, node: dict[str, Any], training: bool) -> Layer:
         """One of our layers; layers with the same weight share its tensors."""
+        return laid_out(self._layer(kind, node), node, training)
+
+    def _layer(self, kind: str, node: dict[str, Any]) -> Layer:
         names = fields.check_keys(node.get("t"), f"the tensors of a {kind}", {"weight", "bias"})
         number: Any = names.get("weight")
         entry = self.entry(number, compressed=True)
@@ -107,7 +110,7 @@ class Builder:
         training = node.get("e", training)
         kind = node.get("k")
         if kind in LAYERS:
-            module: nn.Module = self._tensors.layer(kind, node)
+            module: nn.Module = self._tensors.layer(kind, node, training)
             self._modules.append(module)
         else:
             module = self._made(made, path) if kind is None else self._constructed(node)
@@ -174,7 +177,7 @@ def adopt(root: Any, model: nn.Module, tensors: Tensors) -> nn.Module:
     memo: dict[int, Any] = {}
     for node, module, path in pairs:
         if node.get("k") in LAYERS:
-            layer = tensors.layer(node["k"], node)
+            layer = tensors.layer(node["k"], node, training=False)
             weight = getattr(module, "weight", None)
             where = path or "its root"
             if not isinstance(weight, Tensor) or tuple(weight.shape) != (layer.out_features, layer.in_features):
@@ -193,7 +196,9 @@ def adopt(root: Any, model: nn.Module, tensors: Tensors) -> nn.Module:
             _assign(twin, node.get("t", {}), tensors, path, mismatch)
             if "a" in node:
                 _override(twin, registry.named(node["k"]), node)
-        twin.training = training
+            twin.training = training
+        else:
+            twin.train(training)
     return copied
 
 
@@ -242,7 +247,7 @@ def check_node(node: Any) -> None:
     if "k" in node:
         kind = fields.text(node["k"], "a kind")
         if kind in LAYERS:
-            fields.check_keys(node, f"a {kind}", set("kteo"))
+            fields.check_keys(node, f"a {kind}", set("ktceo"))
     else:
         fields.check_keys(node, "a module without a kind", set("tmeo"))
     for key in "catm":

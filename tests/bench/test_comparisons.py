@@ -1,0 +1,84 @@
+import pytest
+
+from tersetorch.bench import tables
+from tersetorch.bench.cases import CASES
+from tersetorch.bench.comparisons import GOALS, Goal, Reached, break_even, by_case, reached
+from tersetorch.bench.ours import OURS
+from tersetorch.bench.peers import PEERS
+
+
+def record(implementation, family, p30_ms, mode="float32", **more):
+    base = {"suite": "sparse", "case": "alexnet fc6", "kind": "linear", "shape": [4096, 9216], "density": 0.09}
+    base |= {"pattern": "random", "batch": 1, "active": 1.0, "cache": "warm", "threads": 1, "limit": "bytes"}
+    base |= {"fraction_of_limit": 0.5, "pack_ms": 3.0, "weight_bytes": 2**20}
+    return base | {"implementation": implementation, "family": family, "mode": mode, "p30_ms": p30_ms} | more
+
+
+def test_goals_show_wins_losses_and_what_is_not_measured():
+    records = [
+        record("oneDNN packed float32", "dense", 10.0),
+        record("torch F.linear float32", "dense", 12.0),
+        record("tersetorch csr", "ours", 4.0),
+        record("tersetorch csr codebook", "ours", 1.0),
+        record("tersetorch csr", "ours", 2.0, threads=2),
+        record("oneDNN packed float32", "dense", 8.0, threads=2),
+        record("tersetorch bitmap", "ours", 0.1, mode="int8"),
+    ]
+    rows = list(reached(records))
+    found = [row for row in rows if isinstance(row, Reached)]
+    assert [(row.goal.title, row.threads, row.ratio) for row in found] == [
+        ("linear 4096x9216, batch 1, float32 values, 9 %", 1, 2.5),
+        ("linear 4096x9216, batch 1, float32 values, 9 %", 2, 4.0),
+        ("linear 4096x9216, batch 1, codebook, 9 %", 1, 10.0),
+        ("linear 4096x9216, batch 1, codebook, 9 %", 1, 12.0),
+    ]
+    assert [row.target for row in found] == [(3.3, 5), (3.5, 5), (5.5, 7), (5.8, 7)]
+    assert len(found) - 1 + sum(isinstance(row, Goal) for row in rows) == len(GOALS)
+
+
+def test_goals_name_cases_and_peers_that_exist():
+    peers = [row.name for rows in PEERS.values() for row in rows] + ["torch dense"]
+    for goal in GOALS:
+        assert goal.where["case"] in CASES or goal.where["case"] == "SqueezeNet of Deep Compression"
+        for pattern in goal.peers:
+            assert any(name.startswith(pattern.rstrip("*")) for name in peers)
+        assert len(goal.goal) in (1, 2) and all(mode in ("float32", "bfloat16", "int8") for mode in goal.modes)
+    assert all(row.family == "ours" for rows in OURS.values() for row in rows)
+
+
+@pytest.mark.parametrize(
+    "times,words",
+    [
+        ([1.0, 2.0, 3.0], "beyond 40 % (fast)"),
+        ([1.0, 2.0, 6.0], "to 30 % (fast)"),
+        ([5.0, 6.0, 7.0], "below 10 % (fast)"),
+    ],
+)
+def test_break_even_lies_between_measured_densities(times, words):
+    records = []
+    for density, ours in zip((0.1, 0.2, 0.4), times, strict=True):
+        records += [record("fast", "dense", 4.0, density=density), record("slow", "dense", 9.0, density=density)]
+        records += [record("tersetorch csr", "ours", ours, density=density)]
+        records += [record("tersetorch int8", "ours", 0.1, mode="int8", density=density)]
+    assert break_even(records, "float32") == words
+    assert break_even(records, "int8") is None
+    assert len(by_case(records)) == 1
+
+
+def test_tables_keep_rows_where_we_lose(monkeypatch):
+    records = [record("oneDNN packed float32", "dense", 1.0, density=density) for density in (0.03, 0.09)]
+    records += [record("tersetorch csr", "ours", 2.0, density=density) for density in (0.03, 0.09)]
+    monkeypatch.setattr(tables, "_records", lambda: records)
+    assert "| 0.50x |" in tables.all_speeds() and tables.all_speeds().count("\n") == 4
+    assert "| 0.50x |" in tables.speeds() and tables.speeds().count("\n") == 3
+    assert "below 3 % (oneDNN packed float32)" in tables.break_evens()
+    assert "| 0.50 | 0.50 |" in tables.ratios()
+    assert "missed" in tables.goals() and tables.goals().count("\n") == 2 + len(GOALS)
+    assert tables.packing().count("\n") == 4
+
+
+def test_tables_without_results_are_empty(monkeypatch, tmp_path):
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert tables.machine() == "nothing yet.\n"
+    for make in (tables.speeds, tables.all_speeds, tables.break_evens, tables.ratios, tables.machine_rates):
+        assert make().count("\n") == 2
