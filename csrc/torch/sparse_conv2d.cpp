@@ -62,8 +62,7 @@ struct Weight {
     CheckVector(op, segments, "segments", ScalarType::Int);
     CheckVector(op, indices, "indices", ScalarType::Short);
     CheckOnCpu(op, values, "values");
-    const std::int64_t count =
-        Blocks(shape.in_channels, channel_block) * Blocks(shape.out_channels, kConvRows) + 1;
+    const std::int64_t count = Blocks(shape.in_channels, channel_block) * Blocks(shape.out_channels, kConvRows) + 1;
     STD_TORCH_CHECK(blocks.size(0) == count && blocks.size(1) == 2, op, ": blocks must be [", count, ", 2], got [",
                     blocks.size(0), ", ", blocks.size(1), "]; pass the weight that x's channels fit");
     STD_TORCH_CHECK(values.dim() == 1 && values.numel() == indices.numel(), op, ": values must be [", indices.numel(),
@@ -110,8 +109,9 @@ void Raise(const char* op, ConvStatus status, const ConvWeight& w) {
                       ": segments must name filters of their block and count all its non-zeros, got a block that "
                       "breaks this; pack the weight again");
     case ConvStatus::kBadIndex:
-      STD_TORCH_CHECK(false, op, ": indices must lie inside their block of channels, got one outside; pack the weight "
-                                 "again");
+      STD_TORCH_CHECK(false, op,
+                      ": indices must lie inside their block of channels, got one outside; pack the weight "
+                      "again");
     case ConvStatus::kBadCode:
       STD_TORCH_CHECK(false, op, ": codes must lie in [0, ", w.entries,
                       "), got one outside; pass the codebook that the codes were made with");
@@ -209,8 +209,8 @@ Tensor Convolve(const char* op, const Tensor& x, const Weight& weight, const std
     if (!as_planes) {
       ParallelRanges(count, pixels, GrainItems(s.in_channels / 4),
                      [&](std::int64_t i, std::int64_t begin, std::int64_t end) {
-                       ConvPlanes({x_data + (first + i) * plane_floats * bytes, stored_as, channels_last,
-                                   s.in_channels, pixels, planes.data() + i * plane_floats},
+                       ConvPlanes({x_data + (first + i) * plane_floats * bytes, stored_as, channels_last, s.in_channels,
+                                   pixels, planes.data() + i * plane_floats},
                                   begin, end);
                      });
     }
@@ -287,8 +287,7 @@ void CheckPositions(const char* op, const Tensor& row_offsets, const Tensor& col
 // ---- ops
 
 std::int64_t ChannelBlock(std::int64_t in_channels, Ints kernel_size, Ints stride, Ints dilation) {
-  return ConvChannelBlock(
-      ShapeOf("sparse_conv2d_channel_block", in_channels, 0, kernel_size, stride, dilation, 1));
+  return ConvChannelBlock(ShapeOf("sparse_conv2d_channel_block", in_channels, 0, kernel_size, stride, dilation, 1));
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> PackOnCpu(const Tensor& row_offsets, const Tensor& col_indices,
@@ -297,8 +296,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> PackOnCpu(const Tensor& row_offsets, 
                                                      std::int64_t groups) {
   constexpr const char* kOp = "sparse_conv2d_pack";
   CheckPositions(kOp, row_offsets, col_indices);
-  const ConvShape shape =
-      ShapeOf(kOp, in_channels, row_offsets.numel() - 1, kernel_size, stride, dilation, groups);
+  const ConvShape shape = ShapeOf(kOp, in_channels, row_offsets.numel() - 1, kernel_size, stride, dilation, groups);
   return Pack(kOp, row_offsets, col_indices, shape, channel_block);
 }
 
@@ -316,7 +314,9 @@ Tensor PackedOnCpu(const Tensor& x, const Tensor& blocks, const Tensor& segments
 // array[sources], item by item.
 Tensor Gathered(const Tensor& array, const Tensor& sources) {
   const Tensor from = Contiguous(array), to = torch::stable::new_empty(array, {sources.numel()});
-  const std::size_t size = array.scalar_type() == ScalarType::Byte ? 1 : array.scalar_type() == ScalarType::Float ? 4 : 2;
+  const std::size_t size = array.scalar_type() == ScalarType::Byte    ? 1
+                           : array.scalar_type() == ScalarType::Float ? 4
+                                                                      : 2;
   const auto* source = sources.const_data_ptr<std::int32_t>();
   const char* read = static_cast<const char*>(from.const_data_ptr());
   char* write = static_cast<char*>(to.mutable_data_ptr());
@@ -330,8 +330,7 @@ Tensor ConvOnCpu(const Tensor& x, const Tensor& row_offsets, const Tensor& col_i
   constexpr const char* kOp = "sparse_conv2d";
   CheckImages(kOp, x);
   CheckPositions(kOp, row_offsets, col_indices);
-  const ConvShape shape =
-      ShapeOf(kOp, x.size(1), row_offsets.numel() - 1, kernel_size, stride, dilation, groups);
+  const ConvShape shape = ShapeOf(kOp, x.size(1), row_offsets.numel() - 1, kernel_size, stride, dilation, groups);
   CheckOnCpu(kOp, values, "values");
   if (!codebook.has_value()) DtypeOf(kOp, values, "values");
   STD_TORCH_CHECK(values.dim() == 1 && values.numel() == col_indices.numel() &&
@@ -341,9 +340,9 @@ Tensor ConvOnCpu(const Tensor& x, const Tensor& row_offsets, const Tensor& col_i
                   " elements; pass one for each column index");
   const std::int64_t channel_block = ConvChannelBlock(shape);
   const auto [blocks, segments, indices, sources] = Pack(kOp, row_offsets, col_indices, shape, channel_block);
-  return Convolve(
-      kOp, x, Weight(kOp, blocks, segments, indices, Gathered(values, sources), codebook, shape, channel_block), bias,
-      padding, relu);
+  return Convolve(kOp, x,
+                  Weight(kOp, blocks, segments, indices, Gathered(values, sources), codebook, shape, channel_block),
+                  bias, padding, relu);
 }
 
 }  // namespace

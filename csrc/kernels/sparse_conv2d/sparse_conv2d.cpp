@@ -64,8 +64,8 @@ ConvPlan ConvPlanFor(const ConvShape& s, std::int64_t out_height, std::int64_t o
 ConvScratchSizes ConvScratch(const ConvWeight& w, const ConvPlan& plan) noexcept {
   const ConvShape& s = w.shape;
   const std::int64_t pitch = plan.columns + (s.kernel_w - 1) * s.dilation_w / s.stride_w + 1;
-  return {w.channel_block * s.kernel_w * ConvSlots(s).Count() * plan.lanes,
-          s.stride_w * pitch, kConvRows * plan.tile_rows * plan.lanes};
+  return {w.channel_block * s.kernel_w * ConvSlots(s).Count() * plan.lanes, s.stride_w * pitch,
+          kConvRows * plan.tile_rows * plan.lanes};
 }
 
 ConvStatus ConvCheck(const ConvWeight& weight) noexcept { return Active().check(weight); }

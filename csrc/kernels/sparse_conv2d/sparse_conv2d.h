@@ -34,8 +34,8 @@
 
 namespace tersetorch {
 
-inline constexpr std::int64_t kConvRows = 64;        // filters of a block
-inline constexpr std::int64_t kConvTileRows = 8;     // vectors of a tile at most
+inline constexpr std::int64_t kConvRows = 64;         // filters of a block
+inline constexpr std::int64_t kConvTileRows = 8;      // vectors of a tile at most
 inline constexpr std::int64_t kConvMaxIndex = 65536;  // vectors of a buffer at most, and non-zeros of a segment
 inline constexpr std::int64_t kConvMaxLanes = 16;
 inline constexpr std::int64_t kConvMaxEntries = 256;
@@ -84,10 +84,10 @@ struct ConvSlots {
 }  // namespace
 
 struct ConvWeight {
-  const std::int32_t* blocks;     // [channel blocks * row blocks + 1, 2]: first segment, first non-zero
-  const std::int32_t* segments;   // [segment_count]
-  const std::uint16_t* indices;   // [nnz]
-  const void* values;             // [nnz], as stored_as says; codes are uint8
+  const std::int32_t* blocks;    // [channel blocks * row blocks + 1, 2]: first segment, first non-zero
+  const std::int32_t* segments;  // [segment_count]
+  const std::uint16_t* indices;  // [nnz]
+  const void* values;            // [nnz], as stored_as says; codes are uint8
   ConvValues stored_as;
   const float* codebook;  // [entries], for codes only
   std::int64_t entries;

@@ -119,8 +119,7 @@ void Convolve(const ConvArgs& a, Index tile, Index row_begin, Index row_end) noe
       for (Index j = 0; j < width; ++j) {
         const float sum = a.sums[r * size + i * width + j];
         const Index place = (i_begin + i) * a.out_width + j_begin + j;
-        Store(a.y, a.stored_as,
-              a.channels_last ? place * s.out_channels + o : o * a.out_height * a.out_width + place,
+        Store(a.y, a.stored_as, a.channels_last ? place * s.out_channels + o : o * a.out_height * a.out_width + place,
               a.relu && sum < 0 ? 0.0f : sum);
       }
     }

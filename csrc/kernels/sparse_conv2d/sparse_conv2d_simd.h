@@ -32,8 +32,7 @@ struct BFloat16Values {
 };
 
 struct CodeValues {
-  explicit CodeValues(const ConvWeight& w)
-      : codes(static_cast<const std::uint8_t*>(w.values)), codebook(w.codebook) {}
+  explicit CodeValues(const ConvWeight& w) : codes(static_cast<const std::uint8_t*>(w.values)), codebook(w.codebook) {}
   float At(Index k) const { return LoadAt<float>(codebook, codes[k], 4); }
 
   const std::uint8_t* codes;
@@ -174,8 +173,7 @@ struct Masked {
 #ifdef __AVX512F__
 template <>
 struct Masked<16> {
-  Masked(Index begin, Index end)
-      : mask(static_cast<__mmask16>(begin < end ? (1u << end) - (1u << begin) : 0)) {}
+  Masked(Index begin, Index end) : mask(static_cast<__mmask16>(begin < end ? (1u << end) - (1u << begin) : 0)) {}
   Vector<16> Load(const float* p) const { return (Vector<16>)_mm512_maskz_loadu_ps(mask, p); }
   void Store(float* p, Vector<16> v) const { _mm512_mask_storeu_ps(p, mask, (__m512)v); }
 
@@ -348,7 +346,8 @@ void Add(const Values& values, const float* buffer, std::uint64_t places, Index 
 
 // Adds a segment's non-zeros [k, end) to its sums.
 template <int kLanes, int kVectors, typename Values>
-[[gnu::always_inline]] inline void AddRow(const ConvWeight& w, const Values& values, const float* buffer, Index k, Index end, float* row_sums) {
+[[gnu::always_inline]] inline void AddRow(const ConvWeight& w, const Values& values, const float* buffer, Index k,
+                                          Index end, float* row_sums) {
   constexpr int kChains = kVectors >= 6 ? 1 : kVectors >= 3 ? 2 : 4;  // against the latency of a fused multiply-add
   Vector<kLanes> sums[kChains][kVectors] = {};
 #pragma GCC unroll 8

@@ -207,7 +207,7 @@ def sparse_conv2d_pack(
 
 
 def _pair(name: str, value: Pair, least: int) -> list[int]:
-    pair = [value, value] if isinstance(value, int) else list(value)
+    pair = list(value) if isinstance(value, Sequence) else [value, value]
     if len(pair) != 2 or any(isinstance(n, bool) or not isinstance(n, int | torch.SymInt) for n in pair):
         raise TypeError(f"sparse_conv2d: {name} must be an int or two ints, got {value!r}; pass (height, width)")
     if min(pair) < least:
