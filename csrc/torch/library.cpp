@@ -87,4 +87,26 @@ STABLE_TORCH_LIBRARY(tersetorch, m) {
   m.def("bitmap_from_rows(Tensor row_offsets, Tensor col_indices, int columns) -> Tensor");
   // bitmap and row_offsets -> col_indices int32 [nnz]
   m.def("bitmap_to_rows(Tensor bitmap, Tensor row_offsets, int columns, int nnz) -> Tensor");
+
+  // x [N, C, H, W] and a weight [O, C / groups * kh * kw] in compressed sparse rows, at least 0 with relu -> [N, O, H',
+  // W']
+  m.def(
+      "sparse_conv2d(Tensor x, Tensor row_offsets, Tensor col_indices, Tensor values, Tensor? bias, Tensor? codebook, "
+      "int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups, bool relu=False) -> Tensor");
+  // The same without autograd: for callers that know gradients to be off.
+  m.def(
+      "sparse_conv2d_inference(Tensor x, Tensor row_offsets, Tensor col_indices, Tensor values, Tensor? bias, Tensor? "
+      "codebook, int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups, bool relu=False) -> "
+      "Tensor");
+  // The same with a weight that sparse_conv2d_pack has laid out, and without autograd.
+  m.def(
+      "sparse_conv2d_packed(Tensor x, Tensor blocks, Tensor segments, Tensor indices, Tensor values, Tensor? bias, "
+      "Tensor? codebook, int out_channels, int channel_block, int[] kernel_size, int[] stride, int[] padding, int[] "
+      "dilation, int groups, bool relu=False) -> Tensor");
+  // A weight in compressed sparse rows -> blocks, segments, indices and where each non-zero comes from.
+  m.def(
+      "sparse_conv2d_pack(Tensor row_offsets, Tensor col_indices, int in_channels, int channel_block, int[] "
+      "kernel_size, int[] stride, int[] dilation, int groups) -> (Tensor, Tensor, Tensor, Tensor)");
+  // The channel_block to pack with.
+  m.def("sparse_conv2d_channel_block(int in_channels, int[] kernel_size, int[] stride, int[] dilation) -> int");
 }

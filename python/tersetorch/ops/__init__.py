@@ -29,6 +29,13 @@ from tersetorch.ops.blocked_int8_matmul import (  # noqa: E402
 )
 from tersetorch.ops.blocked_matmul import blocked_matmul, blocked_matmul_inference, blocked_pack  # noqa: E402
 from tersetorch.ops.csr_matmul import csr_matmul, csr_matmul_inference, csr_pack  # noqa: E402
+from tersetorch.ops.sparse_conv2d import (  # noqa: E402
+    sparse_conv2d,
+    sparse_conv2d_channel_block,
+    sparse_conv2d_inference,
+    sparse_conv2d_pack,
+    sparse_conv2d_packed,
+)
 
 __all__ = [
     "bitmap_columns_matmul",
@@ -50,4 +57,9 @@ __all__ = [
     "csr_matmul",
     "csr_matmul_inference",
     "csr_pack",
+    "sparse_conv2d",
+    "sparse_conv2d_channel_block",
+    "sparse_conv2d_inference",
+    "sparse_conv2d_pack",
+    "sparse_conv2d_packed",
 ]

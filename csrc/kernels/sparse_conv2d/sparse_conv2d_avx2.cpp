@@ -1,0 +1,8 @@
+#include "kernels/sparse_conv2d/sparse_conv2d.h"
+#include "kernels/sparse_conv2d/sparse_conv2d_simd.h"
+
+namespace tersetorch {
+
+const ConvKernels kConvAvx2{8, Check, Planes, Convolve<8>};
+
+}  // namespace tersetorch

@@ -1,0 +1,8 @@
+#include "kernels/sparse_conv2d/sparse_conv2d.h"
+#include "kernels/sparse_conv2d/sparse_conv2d_simd.h"
+
+namespace tersetorch {
+
+const ConvKernels kConvAvx512{16, Check, Planes, Convolve<16>};
+
+}  // namespace tersetorch

@@ -1,0 +1,417 @@
+"""Convolution of images with a weight in compressed sparse rows."""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from tersetorch.ops._autocast import compute_in_float32
+
+MAX_ENTRIES = 256
+_FLOATS = (torch.float32, torch.bfloat16)
+_INT32 = torch.iinfo(torch.int32)
+_OPS = torch.ops.tersetorch
+
+Pair = int | Sequence[int]
+
+
+def sparse_conv2d(
+    x: Tensor,
+    row_offsets: Tensor,
+    col_indices: Tensor,
+    values: Tensor,
+    bias: Tensor | None = None,
+    codebook: Tensor | None = None,
+    *,
+    kernel_size: Pair,
+    stride: Pair = 1,
+    padding: Pair = 0,
+    dilation: Pair = 1,
+    groups: int = 1,
+    relu: bool = False,
+) -> Tensor:
+    """Returns conv2d(x, W) + bias, at least 0 with relu, where row o of the weight is W[o] flattened.
+
+    Non-zero k of row o, row_offsets[o] <= k < row_offsets[o + 1], is W[o, c, i, j] with
+    col_indices[k] = (c * kernel_size[0] + i) * kernel_size[1] + j; its value is values[k], or codebook[values[k]] where
+    a codebook is given. x is 0 outside its borders. Accumulated in float32, channel after channel. Weights that are
+    not stored count as absent, not as zero.
+
+    The weight is laid out anew at each call, which costs some nanoseconds a non-zero; layers do it once and call
+    sparse_conv2d_packed. Gradients are those of torch's dense convolution with the same weight, read where it is
+    stored: they cost what a dense layer's cost.
+
+    Args:
+        x: float32 or bfloat16 [N, C, H, W] or [C, H, W], contiguous or channels_last, which y then is too; other
+            strides are made contiguous. Under autocast float16 too; it is then taken as float32 and y is cast to the
+            autocast dtype, while the weight, codebook and bias keep theirs.
+        row_offsets: int32 or int64 [O + 1], from 0 to nnz, never falling.
+        col_indices: int32 or int64 [nnz], strictly rising within a row, each in [0, C / groups * height * width of the
+            kernel).
+        values: float32 or bfloat16 [nnz]; with a codebook, uint8 codes [nnz], each below entries.
+        bias: float32 or bfloat16 [O], or None.
+        codebook: float32 [entries], at most 256, or None.
+        kernel_size: a number, or one for the height and one for the width; so are the next three.
+        stride: steps between outputs.
+        padding: zeros on both sides.
+        dilation: steps between taps.
+        groups: divides C and O; filters of one group see its channels only.
+        relu: whether negative results become 0; NaN stays NaN.
+
+    Returns:
+        [N, O, H', W'] or [O, H', W'] of x's dtype, sized as torch.nn.Conv2d describes. Gradients reach x, values or
+        codebook, and bias, to any order.
+
+    Raises:
+        TypeError: an argument is not a tensor or has another dtype than named here.
+        ValueError: shapes, sizes or devices do not fit each other.
+        RuntimeError: an offset, a column or a code lies outside its range, or forward-mode differentiation is asked
+            for.
+
+    Source:
+        Park et al., Faster CNNs with Direct Sparse Convolutions and Guided Pruning (2017), section 2.
+    """
+    _check(x, row_offsets, col_indices, values, bias, codebook)
+    sizes = _sizes(x, row_offsets.shape[0] - 1, kernel_size, stride, padding, dilation, groups)
+    if forward_ad._current_level >= 0:
+        for name, tensor in (("x", x), ("values", values), ("bias", bias), ("codebook", codebook)):
+            if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+                raise RuntimeError(
+                    f"sparse_conv2d: {name} must not carry a forward-mode tangent, got one; use reverse mode (backward)"
+                )
+    row_offsets, col_indices = _as_int32(row_offsets), _as_int32(col_indices)
+    images = x if x.dim() == 4 else x.unsqueeze(0)
+    y: Tensor = _OPS.sparse_conv2d(images, row_offsets, col_indices, values, bias, codebook, *sizes, relu)
+    return y if x.dim() == 4 else y.squeeze(0)
+
+
+def sparse_conv2d_inference(
+    x: Tensor,
+    row_offsets: Tensor,
+    col_indices: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    codebook: Tensor | None,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    relu: bool = False,
+) -> Tensor:
+    """Returns sparse_conv2d of the same arguments, without gradients and without the checks in Python.
+
+    x must be [N, C, H, W], the indices int32, the sizes two numbers each.
+
+    Raises:
+        RuntimeError: an argument does not fit (the native checks remain, those of every index included).
+    """
+    return cast(
+        Tensor,
+        _OPS.sparse_conv2d_inference(
+            x, row_offsets, col_indices, values, bias, codebook, kernel_size, stride, padding, dilation, groups, relu
+        ),
+    )
+
+
+def sparse_conv2d_packed(
+    x: Tensor,
+    blocks: Tensor,
+    segments: Tensor,
+    indices: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    codebook: Tensor | None,
+    out_channels: int,
+    channel_block: int,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    relu: bool = False,
+) -> Tensor:
+    """Returns sparse_conv2d_inference of a weight that sparse_conv2d_pack has laid out.
+
+    blocks, segments and indices are what sparse_conv2d_pack returned for the same sizes, values are float32 or bfloat16
+    values[sources], or with a codebook uint8 codes[sources], and channel_block is the one it was packed with; the
+    other arguments are those of sparse_conv2d_inference.
+
+    Raises:
+        RuntimeError: an argument does not fit (every offset, segment, index and code is checked).
+    """
+    return cast(
+        Tensor,
+        _OPS.sparse_conv2d_packed(
+            x,
+            blocks,
+            segments,
+            indices,
+            values,
+            bias,
+            codebook,
+            out_channels,
+            channel_block,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            relu,
+        ),
+    )
+
+
+def sparse_conv2d_channel_block(
+    in_channels: int, kernel_size: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
+) -> int:
+    """The channel_block to pack a weight with, so that what a block reads stays in the first cache level.
+
+    Raises:
+        RuntimeError: the kernel is too large for the layout.
+    """
+    return cast(int, _OPS.sparse_conv2d_channel_block(in_channels, kernel_size, stride, dilation))
+
+
+def sparse_conv2d_pack(
+    row_offsets: Tensor,
+    col_indices: Tensor,
+    in_channels: int,
+    channel_block: int,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Lays a weight in compressed sparse rows out for sparse_conv2d_packed; csrc/kernels/sparse_conv2d describes it.
+
+    row_offsets and col_indices are int32, as sparse_conv2d describes them, in_channels those of x, of all groups,
+    channel_block what sparse_conv2d_channel_block returns, or fewer, and the sizes two numbers each.
+
+    Returns:
+        blocks int32 [blocks + 1, 2], segments int32, indices int16 [nnz] to be read as uint16, and sources int32 [nnz]:
+        which non-zero of the rows each one of the layout is.
+
+    Raises:
+        RuntimeError: an argument does not fit, or the positions are not those of such a weight.
+    """
+    blocks, segments, indices, sources = _OPS.sparse_conv2d_pack(
+        row_offsets, col_indices, in_channels, channel_block, kernel_size, stride, dilation, groups
+    )
+    return blocks, segments, indices, sources
+
+
+# ---- checks
+
+
+def _pair(name: str, value: Pair, least: int) -> list[int]:
+    pair = list(value) if isinstance(value, Sequence) else [value, value]
+    if len(pair) != 2 or any(isinstance(n, bool) or not isinstance(n, int | torch.SymInt) for n in pair):
+        raise TypeError(f"sparse_conv2d: {name} must be an int or two ints, got {value!r}; pass (height, width)")
+    if min(pair) < least:
+        raise ValueError(f"sparse_conv2d: {name} must be at least {least}, got {value!r}; pass that of the layer")
+    return pair
+
+
+def _sizes(
+    x: Tensor, out_channels: int, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair, groups: int
+) -> tuple[list[int], list[int], list[int], list[int], int]:
+    kernel, steps = _pair("kernel_size", kernel_size, 1), _pair("stride", stride, 1)
+    pads, gaps = _pair("padding", padding, 0), _pair("dilation", dilation, 1)
+    channels = x.shape[-3]
+    if groups < 1 or channels % groups or out_channels % groups:
+        raise ValueError(
+            f"sparse_conv2d: groups must divide the channels, got {groups} groups of {channels} channels in and "
+            f"{out_channels} out; pass the groups of the weight"
+        )
+    for i, axis in enumerate(("high", "wide")):
+        size, reach = x.shape[i - 2], gaps[i] * (kernel[i] - 1) + 1
+        if size + 2 * pads[i] < reach:
+            raise ValueError(
+                f"sparse_conv2d: x must be at least {reach - 2 * pads[i]} {axis} for this kernel and padding, got "
+                f"{size}; pass larger images or more padding"
+            )
+    return kernel, steps, pads, gaps, groups
+
+
+def _check(
+    x: Tensor,
+    row_offsets: Tensor,
+    col_indices: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    codebook: Tensor | None,
+) -> None:
+    index_dtypes = (torch.int32, torch.int64)
+    x_dtypes = (*_FLOATS, torch.float16) if torch.is_autocast_enabled("cpu") else _FLOATS
+    for name, tensor, dtypes, hint in (
+        ("x", x, x_dtypes, "convert it"),
+        ("row_offsets", row_offsets, index_dtypes, "convert it"),
+        ("col_indices", col_indices, index_dtypes, "convert it"),
+        (
+            "values",
+            values,
+            _FLOATS if codebook is None else (torch.uint8,),
+            "pass the codebook beside codes" if codebook is None else "pass codes, or no codebook",
+        ),
+        ("bias", bias, _FLOATS, "convert it"),
+        ("codebook", codebook, (torch.float32,), "convert it"),
+    ):
+        if tensor is None and name in ("bias", "codebook"):
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"sparse_conv2d: {name} must be a tensor, got {type(tensor).__name__}; pass a torch.Tensor")
+        if tensor.dtype not in dtypes:
+            allowed = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            raise TypeError(f"sparse_conv2d: {name} must be {allowed}, got {tensor.dtype}; {hint}")
+        if tensor.device != x.device:
+            raise ValueError(
+                f"sparse_conv2d: {name} must be on the device of x, {x.device}, got {tensor.device}; move one of them"
+            )
+    if x.dim() not in (3, 4):
+        raise ValueError(f"sparse_conv2d: x must be [N, C, H, W] or [C, H, W], got shape {tuple(x.shape)}; reshape it")
+    if row_offsets.dim() != 1 or row_offsets.shape[0] == 0:
+        raise ValueError(
+            f"sparse_conv2d: row_offsets must be [O + 1], got shape {tuple(row_offsets.shape)}; "
+            "pass where each filter begins"
+        )
+    if col_indices.dim() != 1:
+        raise ValueError(f"sparse_conv2d: col_indices must be [nnz], got shape {tuple(col_indices.shape)}; flatten it")
+    if values.shape != col_indices.shape:
+        raise ValueError(
+            f"sparse_conv2d: values must be [{col_indices.shape[0]}] like col_indices, got shape "
+            f"{tuple(values.shape)}; pass one for each column index"
+        )
+    filters = row_offsets.shape[0] - 1
+    if bias is not None and (bias.dim() != 1 or bias.shape[0] != filters):
+        raise ValueError(
+            f"sparse_conv2d: bias must be [{filters}], got shape {tuple(bias.shape)}; pass one for each filter"
+        )
+    if codebook is not None and (codebook.dim() != 1 or codebook.shape[0] > MAX_ENTRIES):
+        raise ValueError(
+            f"sparse_conv2d: codebook must be [entries] with at most {MAX_ENTRIES} entries, got shape "
+            f"{tuple(codebook.shape)}; pass one group of a codebook"
+        )
+
+
+def _as_int32(indices: Tensor) -> Tensor:
+    """Indices that no int32 holds become its ends, which the native range check refuses."""
+    if indices.dtype == torch.int32:
+        return indices
+    return indices.clamp(_INT32.min, _INT32.max).to(torch.int32)
+
+
+# ---- shapes
+
+
+def _empty_y(
+    x: Tensor,
+    out_channels: int,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    size = [
+        (x.shape[i + 2] + 2 * padding[i] - dilation[i] * (kernel_size[i] - 1) - 1) // stride[i] + 1 for i in range(2)
+    ]
+    last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    memory_format = torch.channels_last if last else torch.contiguous_format
+    return torch.empty((x.shape[0], out_channels, *size), dtype=x.dtype, device=x.device, memory_format=memory_format)
+
+
+@torch.library.register_fake("tersetorch::sparse_conv2d")
+@torch.library.register_fake("tersetorch::sparse_conv2d_inference")
+def _fake(
+    x: Tensor,
+    row_offsets: Tensor,
+    col_indices: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    codebook: Tensor | None,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    relu: bool = False,
+) -> Tensor:
+    return _empty_y(x, row_offsets.shape[0] - 1, kernel_size, stride, padding, dilation)
+
+
+@torch.library.register_fake("tersetorch::sparse_conv2d_packed")
+def _fake_packed(
+    x: Tensor,
+    blocks: Tensor,
+    segments: Tensor,
+    indices: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    codebook: Tensor | None,
+    out_channels: int,
+    channel_block: int,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    relu: bool = False,
+) -> Tensor:
+    return _empty_y(x, out_channels, kernel_size, stride, padding, dilation)
+
+
+# ---- gradients
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, row_offsets, col_indices, values, bias, codebook, *sizes = inputs
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.kernel_size, ctx.stride, ctx.padding, ctx.dilation, ctx.groups, *relu = sizes
+    positive = output if relu and relu[0] else None
+    ctx.save_for_backward(x, row_offsets, col_indices, values, codebook, positive)
+
+
+def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+    x, row_offsets, col_indices, values, codebook, y = ctx.saved_tensors
+    wants_x, _, _, wants_values, wants_bias, wants_codebook = ctx.needs_input_grad[:6]
+    if y is not None:
+        grad_y = torch.ops.aten.threshold_backward(grad_y, y, 0)
+    grad_x = grad_values = grad_bias = grad_codebook = None
+    if wants_x or wants_values or wants_codebook:
+        filters, channels = row_offsets.shape[0] - 1, x.shape[1] // ctx.groups
+        rows = torch.repeat_interleave(row_offsets.diff(), output_size=col_indices.shape[0])
+        position = (rows, col_indices.long())
+        stored = values.float() if codebook is None else codebook.index_select(0, values.int())
+        taps = ctx.kernel_size[0] * ctx.kernel_size[1]
+        weight = stored.new_zeros(filters, channels * taps).index_put(position, stored)
+        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+            grad_y.float(),
+            x.float(),
+            weight.view(filters, channels, *ctx.kernel_size),
+            None,
+            ctx.stride,
+            ctx.padding,
+            ctx.dilation,
+            False,
+            [0, 0],
+            ctx.groups,
+            [wants_x, wants_values or wants_codebook, False],
+        )
+        grad_x = grad_x.to(x.dtype) if wants_x else None
+        if wants_values or wants_codebook:
+            at_stored = grad_weight.reshape(filters, channels * taps)[position]
+            if codebook is None:
+                grad_values = at_stored.to(values.dtype)
+            else:  # Deep Compression, equation 3: an entry sums the gradients of its members
+                grad_codebook = torch.zeros_like(codebook).index_add(0, values.int(), at_stored)
+    if wants_bias:
+        grad_bias = grad_y.sum((0, 2, 3), dtype=torch.float32).to(ctx.bias_dtype)
+    return grad_x, None, None, grad_values, grad_bias, grad_codebook, None, None, None, None, None, None
+
+
+torch.library.register_autograd("tersetorch::sparse_conv2d", _backward, setup_context=_setup_context)
+
+for _name in ("sparse_conv2d", "sparse_conv2d_inference", "sparse_conv2d_packed"):
+    compute_in_float32(_name)
