@@ -23,6 +23,11 @@ class FakeTimer:
             **dict.fromkeys(["bitmap_columns", "bitmap_columns_codebook"], 2e-3),
             **dict.fromkeys(["blocked", "blocked_codebook", "blocked_int8", "blocked_bfloat16"], 2e-3),
             "the model: dense model": 1e-2,
+            "the model: dense model channels_last": 1e-2,
+            "dense channels_last": 1e-3,
+            **dict.fromkeys(
+                ["sparse_conv2d", "sparse_codebook_conv2d", "sparse_conv1d", "sparse_codebook_conv1d"], 4e-4
+            ),
             "the model: dense again": 1e-2,
             "the model: converted model": 5e-3,
         }

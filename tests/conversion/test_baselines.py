@@ -34,3 +34,15 @@ def test_bfloat16_has_a_packed_form_only_where_this_cpu_has_one(generator):
     layer = nn.Linear(50, 20).bfloat16()
     forms = dense_forms([layer], [(0, torch.randn(3, 50, generator=generator).bfloat16())])
     assert "dense" in forms
+
+
+def test_convolutions_have_a_form_in_channels_last(generator):
+    layer = nn.Conv2d(3, 4, 3)
+    x = torch.randn(2, 3, 8, 8, generator=generator)
+    before = layer.weight.stride()
+    forms = dense_forms([layer], [(0, x), (0, x[0])])
+    assert list(forms) == ["dense", "dense channels_last"]
+    assert layer.weight.stride() == before and x.is_contiguous()
+    with torch.no_grad():
+        forms["dense channels_last"]()
+    assert list(dense_forms([nn.Conv1d(3, 4, 3)], [(0, x[0])])) == ["dense"]

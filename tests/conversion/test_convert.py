@@ -345,6 +345,36 @@ def test_many_samples_may_be_multiplied_in_blocks(net, generator, timer):
     assert few["blocked"] == "not tried: made for 4 samples or more, and there are 3"
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_convolutions_are_swapped_and_run(generator, timer, memory_format):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 1, groups=2)).eval()
+    line = nn.Sequential(nn.Conv1d(3, 5, 3)).eval()
+    for layer in (model[0], model[2], line[0]):
+        layer.weight.data *= torch.rand(layer.weight.shape, generator=generator) < 0.3
+    x = torch.randn(2, 3, 9, 10, generator=generator).contiguous(memory_format=memory_format)
+    fast = convert(model, x)
+    assert report(fast).plan == {"0": "sparse_conv2d", "2": "sparse_conv2d"}
+    assert {layer.dense_form for layer in report(fast).layers} == {"dense"}
+    torch.testing.assert_close(fast(x), model(x))
+    again = convert(fast, plan="codebook")
+    assert report(again).plan == {"0": "sparse_codebook_conv2d", "2": "sparse_codebook_conv2d"}
+    torch.testing.assert_close(again(x), model(x))
+    assert report(convert(line, x[:, :, 0])).plan == {"0": "sparse_conv1d"}
+
+
+def test_a_dense_model_in_channels_last_counts(generator, timer):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3)).eval()
+    model[0].weight.data *= torch.rand(model[0].weight.shape, generator=generator) < 0.3
+    timer.seconds["dense channels_last"] = 4e-4
+    x = torch.randn(2, 3, 9, 9, generator=generator)
+    fast = convert(model, x)
+    assert report(fast).plan == {"0": "dense"} and "(dense channels_last)" in report(fast).layers[0].reason
+    timer.seconds |= {"dense channels_last": 1e-3, "the model: dense model channels_last": 5e-3}
+    fast = convert(model, x, cache=False)
+    assert report(fast).plan == {"0": "dense"} and "All swaps were undone" in report(fast).reason
+
+
 def test_rounding_is_for_those_who_allow_an_error(net, x, timer):
     timer.seconds["bitmap_int8"] = 1e-4
     exact = convert(net.eval(), x)

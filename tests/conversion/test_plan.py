@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from tersetorch.conversion import convert, report
-from tersetorch.nn import SparseCodebookLinear, SparseLinear
+from tersetorch.nn import SparseCodebookConv2d, SparseCodebookLinear, SparseConv2d, SparseLinear
 
 
 @pytest.fixture
@@ -13,6 +13,7 @@ def model(sparse_linear):
             "shared": sparse_linear(20, 20, distinct=7),
             "plain": sparse_linear(20, 20, density=0.9),
             "conv": nn.Conv2d(1, 1, 3),
+            "other": nn.ConvTranspose2d(1, 1, 3),
         }
     )
 
@@ -23,21 +24,31 @@ def kinds(model):
 
 def test_sparse_takes_every_layer_that_can(model):
     fast = convert(model, plan="sparse")
-    assert kinds(fast) == {"shared": SparseLinear, "plain": SparseLinear, "conv": nn.Conv2d}
-    assert report(fast).plan == {"shared": "csr", "plain": "csr", "conv": "dense"}
+    assert kinds(fast) == {
+        "shared": SparseLinear,
+        "plain": SparseLinear,
+        "conv": SparseConv2d,
+        "other": nn.ConvTranspose2d,
+    }
+    assert report(fast).plan == {"shared": "csr", "plain": "csr", "conv": "sparse_conv2d", "other": "dense"}
 
 
 def test_codebook_says_what_it_cannot_take(model):
     fast = convert(model, plan="codebook")
-    assert kinds(fast) == {"shared": SparseCodebookLinear, "plain": nn.Linear, "conv": nn.Conv2d}
+    assert kinds(fast) == {
+        "shared": SparseCodebookLinear,
+        "plain": nn.Linear,
+        "conv": SparseCodebookConv2d,
+        "other": nn.ConvTranspose2d,
+    }
     reasons = {layer.name: layer.reason for layer in report(fast).layers}
     assert reasons["plain"] == "sparse_codebook: more than 255 distinct non-zero values"
-    assert reasons["conv"] == "no format runs a Conv2d"
+    assert reasons["other"] == "no format runs a ConvTranspose2d"
 
 
 def test_by_name_and_the_others_stay(model):
     fast = convert(model, plan={"shared": "sparse_codebook", "conv": "dense"})
-    assert kinds(fast) == {"shared": SparseCodebookLinear, "plain": nn.Linear, "conv": nn.Conv2d}
+    assert kinds(fast) == kinds(model) | {"shared": SparseCodebookLinear}
 
 
 def test_the_reports_plan_makes_the_same_choices(model):
@@ -54,15 +65,17 @@ def test_the_reports_plan_makes_the_same_choices(model):
         ("fast", "plan must be one of 'sparse', 'codebook', 'csr16', .* or a dict of layer names, got 'fast'"),
         ({"nowhere": "csr"}, "plan must name layers that own a weight, got 'nowhere'; this model's are 'shared'"),
         ({"shared": "coo"}, r"plan must give 'shared' one of \['dense', 'csr', .*\], got 'coo'"),
-        ({"conv": "csr"}, "plan must leave 'conv' dense, got 'csr': no format runs a Conv2d"),
+        ({"other": "csr"}, "plan must leave 'other' dense, got 'csr': no format runs a ConvTranspose2d"),
+        ({"conv": "csr"}, "plan must give 'conv' a format that can hold it, got 'csr': it runs a Linear, not a Conv2d"),
         ({"plain": "sparse_codebook"}, "plan must give 'plain' a format that can hold it.*more than 255 distinct"),
         ({"shared": "csr", "plain": ["csr"]}, "plan must give 'plain' one of"),
     ],
 )
 def test_what_does_not_fit_is_refused(model, plan, message):
+    before = kinds(model)
     with pytest.raises(ValueError, match=message):
         convert(model, plan=plan)
-    assert kinds(model) == {"shared": nn.Linear, "plain": nn.Linear, "conv": nn.Conv2d}
+    assert kinds(model) == before
 
 
 @pytest.mark.parametrize("plan", [3, ["shared"], True])

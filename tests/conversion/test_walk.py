@@ -44,7 +44,7 @@ def test_plain_linear_may_be_swapped():
     ("make", "reason"),
     [
         (lambda: OwnLinear(3, 2), "OwnLinear is a subclass of Linear, which may compute something else"),
-        (lambda: nn.Conv2d(3, 2, 1), "no format runs a Conv2d"),
+        (lambda: nn.Conv3d(3, 2, 1), "no format runs a Conv3d"),
         (lambda: nn.Embedding(3, 2), "no format runs a Embedding"),
         (lambda: nn.Linear(3, 2).double(), "its weight is torch.float64"),
         (lambda: nn.Linear(3, 2).half(), "its weight is torch.float16"),

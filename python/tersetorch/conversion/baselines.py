@@ -1,5 +1,8 @@
 """The dense forms a candidate has to beat: the strongest of them decides."""
 
+import copy
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -19,15 +22,32 @@ def run_of(layers: list[nn.Module], calls: list[Call]) -> Run:
 
 
 def dense_forms(modules: list[nn.Module], calls: list[Call]) -> dict[str, Run]:
-    """The layer as it is and, where this CPU's oneDNN takes it, with its weight reordered once.
+    """The layer as it is, and the stronger forms that a user could give it.
 
-    The second is what torch.compile with freezing uses for a linear layer.
+    For linear layers, where this CPU's oneDNN takes it, the weight reordered once, which torch.compile with freezing
+    uses; for two-dimensional convolutions weight and input in channels_last.
     """
     forms = {"dense": run_of(modules, calls)}
+    if all(isinstance(module, nn.Conv2d) for module in modules):
+        forms["dense channels_last"] = run_of(
+            [in_channels_last(module) for module in modules], [(index, last_channels(x)) for index, x in calls]
+        )
     packed = _packed(modules, calls)
     if packed is not None:
         forms["dense packed"] = packed
     return forms
+
+
+def in_channels_last(module: nn.Module) -> nn.Module:
+    """A copy of a module with its four-dimensional weights in channels_last."""
+    copied: Any = copy.deepcopy(module)
+    moved: nn.Module = copied.to(memory_format=torch.channels_last)
+    return moved
+
+
+def last_channels(x: Tensor) -> Tensor:
+    """A tensor in channels_last, where it has the four dimensions for it."""
+    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
 
 
 def _packed(modules: list[nn.Module], calls: list[Call]) -> Run | None:

@@ -7,7 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tersetorch.nn import SparseCodebookLinear, SparseLinear
+from tersetorch.nn import (
+    SparseCodebookConv1d,
+    SparseCodebookConv2d,
+    SparseCodebookLinear,
+    SparseConv1d,
+    SparseConv2d,
+    SparseLinear,
+)
 
 MAX_DISTINCT = 255
 MAX_NARROW = 2**16
@@ -21,7 +28,7 @@ class Candidate:
 
     Attributes:
         name: the format's name in plans and reports.
-        alias: what plan= calls it for a whole model.
+        alias: what plan= calls it for a whole model; one for each kind of layer may have the same.
         source: the layer it replaces; exactly this class, since a subclass may compute something else.
         layer: the class it builds.
         max_density: above this share of non-zeros the format is larger than the dense weight, and is not measured.
@@ -91,7 +98,7 @@ def _has_few_values(module: nn.Module) -> str | None:
 
 
 def _is_narrow(module: nn.Module) -> str | None:
-    columns = weight_of(module).shape[1]
+    columns = weight_of(module)[:1].numel()
     return f"more than {MAX_NARROW} columns" if columns > MAX_NARROW else None
 
 
@@ -104,9 +111,16 @@ def _for_samples(samples: int | None) -> dict[str, Any]:
 
 
 def _row(
-    name: str, layer: type[Any], max_density: float, applies: Callable[[nn.Module], str | None], **more: Any
+    name: str,
+    layer: type[Any],
+    max_density: float,
+    applies: Callable[[nn.Module], str | None],
+    *,
+    alias: str | None = None,
+    source: type[nn.Module] = nn.Linear,
+    **more: Any,
 ) -> Candidate:
-    return Candidate(name, more.pop("alias", name), nn.Linear, layer, max_density, applies, layer.from_dense, **more)
+    return Candidate(name, alias or name, source, layer, max_density, applies, layer.from_dense, **more)
 
 
 # Below max_density a format is smaller than the dense weight, 32 bits each: with b bits a value, csr takes 32 + b of
@@ -167,5 +181,9 @@ CANDIDATES: dict[str, Candidate] = {
             exact=False,
             min_samples=4,
         ),
+        _row("sparse_conv2d", SparseConv2d, 0.5, _always, alias="sparse", source=nn.Conv2d),
+        _row("sparse_codebook_conv2d", SparseCodebookConv2d, 0.8, _has_few_values, alias="codebook", source=nn.Conv2d),
+        _row("sparse_conv1d", SparseConv1d, 0.5, _always, alias="sparse", source=nn.Conv1d),
+        _row("sparse_codebook_conv1d", SparseCodebookConv1d, 0.8, _has_few_values, alias="codebook", source=nn.Conv1d),
     )
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,7 +44,11 @@ class Inputs:
 
     def copy(self) -> Inputs:
         """The same with tensors of its own, since a model may write into its inputs."""
-        args, kwargs = pytree.tree_map_only(Tensor, _copy, (self.args, self.kwargs))
+        return self.map(_copy)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Inputs:
+        """The same with change(tensor) for every tensor."""
+        args, kwargs = pytree.tree_map_only(Tensor, change, (self.args, self.kwargs))
         return Inputs(args, kwargs)
 
     def run(self, model: nn.Module) -> object:

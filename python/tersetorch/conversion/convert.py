@@ -37,7 +37,9 @@ from tersetorch.conversion.walk import (
 from tersetorch.conversion.whole_model import assemble, settle
 from tersetorch.methods import finalize
 from tersetorch.methods.parametrization import is_live, release_graphs
-from tersetorch.nn import SparseCodebookLinear
+from tersetorch.nn import SparseCodebookConv1d, SparseCodebookConv2d, SparseCodebookLinear
+
+CODEBOOK_LAYERS = (SparseCodebookLinear, SparseCodebookConv2d, SparseCodebookConv1d)
 
 
 def convert(
@@ -115,7 +117,7 @@ def _stays_sparse(layer: nn.Module) -> bool:
     A codebook is float32 whatever the model's dtype is; only the bias tells it.
     """
     bias = own_parameter(layer, "bias")
-    if carries_hooks(layer) or not isinstance(layer, SparseCodebookLinear):
+    if carries_hooks(layer) or not isinstance(layer, CODEBOOK_LAYERS):
         return carries_hooks(layer)
     dense = layer.to_dense().weight
     if bias is None:

@@ -37,14 +37,15 @@ def follow(
 
 
 def _for_all(plan: str, groups: list[list[Site]], table: Table) -> list[tuple[str, str]]:
-    row = next((row for row in table.values() if row.alias == plan), None)
-    if row is None:
-        aliases = ", ".join(repr(row.alias) for row in table.values())
+    rows = [row for row in table.values() if row.alias == plan]
+    if not rows:
+        aliases = ", ".join(map(repr, dict.fromkeys(row.alias for row in table.values())))
         raise ValueError(
             f"convert: plan must be one of {aliases} or a dict of layer names, got {plan!r}; choose one of them"
         )
     choices = []
     for group in groups:
+        row = next((row for row in rows if type(group[0].module) is row.source), rows[0])
         why_not = _why_not(row, group)
         choices.append(("dense", f"{row.name}: {why_not}") if why_not else (row.name, "asked for by plan"))
     return choices

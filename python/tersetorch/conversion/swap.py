@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tersetorch.conversion.candidates import Candidate
+from tersetorch.nn.sparse_conv_module import SparseConvBase
 from tersetorch.nn.sparse_module import SparseLinearBase
 
 
@@ -61,7 +62,7 @@ def dense_again(model: nn.Module, kept: Callable[[nn.Module], bool]) -> nn.Modul
     memo: dict[int, Any] = {}
     weights: dict[int, Tensor] = {}
     for layer in model.modules():
-        if not isinstance(layer, SparseLinearBase) or kept(layer):
+        if not isinstance(layer, SparseLinearBase | SparseConvBase) or kept(layer):
             continue
         dense, source = layer.to_dense(), getattr(layer, layer.parameter_field)
         dense.weight.requires_grad_(source.requires_grad)

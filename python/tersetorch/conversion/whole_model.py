@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from tersetorch.conversion import timing
+from tersetorch.conversion.baselines import in_channels_last, last_channels
 from tersetorch.conversion.capture import Inputs, seeded_run, uncalled
 from tersetorch.conversion.planner import Decision, Planner
 from tersetorch.conversion.report import ConversionReport
@@ -54,7 +55,10 @@ def settle(
     decisions = list(decisions)
     if not any(decision.layers for decision in decisions):
         return decisions, _stays_dense("No layer is faster in another format: the model stays as it is.")
-    dense = _runner(probe, inputs.copy())
+    dense = {"dense model": _runner(probe, inputs.copy())}
+    if any(isinstance(module, nn.Conv2d) for module in reached):
+        # What a user who knows torch would run on a CPU.
+        dense["dense model channels_last"] = _runner(in_channels_last(probe), inputs.map(last_channels))
     verdict, dense_ms = "not timed", None
     while swapped := [index for index, decision in enumerate(decisions) if decision.layers]:
         converted = assemble(probe, groups, decisions)
@@ -73,7 +77,7 @@ def settle(
             _undo(decisions, missing, "undone: the model does not call the layer, but uses it in some other way")
             continue
         result = timing.contest(
-            {"dense model": dense},
+            dense,
             {"converted model": _runner(converted, inputs.copy())},
             seed=planner.seed,
             timer=planner.timer,
