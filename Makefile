@@ -12,7 +12,7 @@ UNDISTURBED = GOMP_SPINCOUNT=200000 $(shell chrt -f 5 true 2>/dev/null && echo c
 SANITIZED_TESTS := build/sanitized-tests
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: venv demo test test-full test-kernels test-sanitized test-newest-torch bench reproduce tables lint clean
+.PHONY: venv demo test test-full test-kernels test-sanitized test-cuda test-newest-torch bench reproduce tables lint clean
 
 venv: .venv/package
 
@@ -33,24 +33,36 @@ venv: .venv/package
 demo: venv
 	tersetorch demo
 
-test: venv test-kernels
+test: venv test-kernels test-cuda
 	python -m pytest -m 'not slow'
 
 # The last line of the log is stored.
-test-full: venv test-kernels
+test-full: venv test-kernels test-cuda
 	set -o pipefail; python -m pytest | tee build/test-full.log
 	tail -n 1 build/test-full.log | tr -d '=' > bench/results/test_full.txt
 
 test-kernels: .venv/tools
-	cmake -S . -B $(KERNEL_TESTS) -G Ninja -DTERSETORCH_TESTS=ON >/dev/null
+	cmake -S . -B $(KERNEL_TESTS) -G Ninja -DTERSETORCH_TESTS=ON -DTERSETORCH_CUDA=0 -DTERSETORCH_TORCH_DIR= >/dev/null
 	cmake --build $(KERNEL_TESTS)
 	ctest --test-dir $(KERNEL_TESTS) --output-on-failure
 
 # The same tests with every address and every undefined operation checked.
 test-sanitized: .venv/tools
-	cmake -S . -B $(SANITIZED_TESTS) -G Ninja -DTERSETORCH_TESTS=ON -DTERSETORCH_SANITIZE=ON >/dev/null
+	cmake -S . -B $(SANITIZED_TESTS) -G Ninja -DTERSETORCH_TESTS=ON -DTERSETORCH_SANITIZE=ON -DTERSETORCH_CUDA=0 >/dev/null
 	cmake --build $(SANITIZED_TESTS)
 	ctest --test-dir $(SANITIZED_TESTS) --output-on-failure
+
+# The CUDA ops on a pretend device, their kernels under the emulator. Where nvcc is, also that every kernel compiles for
+# every architecture, what it takes there, and the kernel tests on a GPU if there is one.
+test-cuda: venv
+	cmake -S . -B $(KERNEL_TESTS) -G Ninja -DTERSETORCH_TESTS=ON -DTERSETORCH_CUDA=AUTO -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
+	  -DTERSETORCH_TORCH_DIR=$$(python -c 'import os, torch; print(os.path.dirname(torch.__file__))') \
+	  -Dpybind11_DIR=$$(python -m pybind11 --cmakedir) >/dev/null
+	cmake --build $(KERNEL_TESTS) --target cuda_tests
+	PYTHONPATH=tests$${PYTHONPATH:+:$$PYTHONPATH} TERSETORCH_PRETEND_CUDA=$(KERNEL_TESTS)/tests/cuda_emulator \
+	  python -m pytest -p cuda_emulator.pretend_device tests/ops/test_*_cuda.py
+	ctest --test-dir $(KERNEL_TESTS) --output-on-failure -R _cuda$$
+	.ci/check_cuda_kernels
 
 # The library built against one torch serves later ones.
 test-newest-torch: venv

@@ -41,8 +41,19 @@ def require_compiler() -> None:
         )
 
 
+def cuda_option() -> str:
+    """Whether CMake builds the CUDA kernels; AUTO does where it finds a working nvcc."""
+    requested = os.environ.get("TERSETORCH_CUDA", "AUTO")
+    if requested not in ("AUTO", "0", "1"):
+        raise SystemExit(
+            f"tersetorch: TERSETORCH_CUDA must be 0, 1 or AUTO, got {requested!r}; unset it to build the CUDA kernels "
+            "where nvcc is found"
+        )
+    return requested
+
+
 class CMakeBuild(build_ext):
-    """Puts the three native pieces into the package."""
+    """Puts the three native pieces into the package. TERSETORCH_CUDA=1 or 0 builds or leaves out the CUDA kernels."""
 
     def run(self) -> None:
         """Configures and builds; the build folder is kept, so that the next build compiles only what changed."""
@@ -67,6 +78,7 @@ class CMakeBuild(build_ext):
             "pybind11_DIR": pybind11.get_cmake_dir(),
             "TERSETORCH_TORCH_DIR": torch_dir,
             "TERSETORCH_TORCH_VERSION": torch_version(),
+            "TERSETORCH_CUDA": cuda_option(),
         }
         defines = [f"-D{name}={value}" for name, value in options.items()]
         for command in (["-S", ROOT, "-B", build, "-G", "Ninja", *defines], ["--build", build]):

@@ -1,55 +1,52 @@
-"""Our products, each a row of the benches' tables: one op with one format in one mode."""
+"""Our layers, each a row of the benches' tables: what it trains, and what it computes from."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
-from tersetorch.formats import BlockedCodebookWeight, BlockedWeight, CsrWeight, SparseCodebookWeight
-from tersetorch.ops import blocked_matmul_inference, csr_matmul_inference
+from tersetorch.nn import SparseCodebookLinear, SparseLinear
 
 from .cases import Case
-from .implementations import Implementation, Packed
+from .implementations import Implementation, Mode, Packed
 
 
-def _csr(case: Case, weight: Tensor, batch: int, threads: int) -> Packed:
-    w = CsrWeight.from_dense(weight)
-    return Packed(lambda x: lambda: csr_matmul_inference(x, w.row_offsets, w.col_indices, w.values), w.nbytes)
+def _linear(
+    layout: str, *, codebook: bool = False, mode: Mode = "float32", batches: tuple[int, float] = (1, math.inf)
+) -> Implementation:
+    name = f"tersetorch {layout.replace('_', ' ')}" + " codebook" * codebook
+    blocked = layout.startswith("blocked")
+    pack = _packer(SparseCodebookLinear if codebook else SparseLinear, layout, blocked)
+    return Implementation(name, "ours", mode, pack, follows_batch=blocked, batches=batches)
 
 
-def _csr_codebook(case: Case, weight: Tensor, batch: int, threads: int) -> Packed:
-    w = SparseCodebookWeight.from_dense(weight)
-    codebook = w.codebook[0]
-    return Packed(
-        lambda x: lambda: csr_matmul_inference(x, w.row_offsets, w.col_indices, w.codes, None, codebook), w.nbytes
-    )
+def _packer(kind: Any, layout: str, follows_batch: bool) -> Callable[[Case, Tensor, int, int], Packed]:
+    def pack(case: Case, weight: Tensor, batch: int, threads: int) -> Packed:
+        layer = kind(kind.format.from_dense(weight)).eval()
+        layer.pack(layout, **({"samples": batch} if follows_batch else {}))
+        used = layer.sparse_weight if layout == "csr" else layer.packed_weight
+        return Packed(lambda x: lambda: layer(x), used.nbytes)
+
+    return pack
 
 
-def _blocked(case: Case, weight: Tensor, batch: int, threads: int) -> Packed:
-    w = BlockedWeight.from_dense(weight, samples=batch)
-    sizes: Any = {"out_features": w.rows, "column_block": w.column_block}
-    tensors = (w.block_offsets, w.segments, w.indices, w.values)
-    return Packed(lambda x: lambda: blocked_matmul_inference(x, *tensors, **sizes), w.nbytes)
-
-
-def _blocked_codebook(case: Case, weight: Tensor, batch: int, threads: int) -> Packed:
-    w = BlockedCodebookWeight.from_dense(weight, samples=batch)
-    sizes: Any = {"out_features": w.rows, "column_block": w.column_block}
-    tensors = (w.block_offsets, w.segments, w.indices, w.codes, None, w.codebook[0])
-    return Packed(lambda x: lambda: blocked_matmul_inference(x, *tensors, **sizes), w.nbytes)
-
-
-MANY = (4, math.inf)
+# Beyond these batches another of ours is always faster; convert measures within the same bounds.
+FEW, ALONE, MANY = (1, 8), (1, 2), (4, math.inf)
 
 LINEAR = (
-    Implementation("tersetorch csr", "ours", "float32", _csr),
-    Implementation("tersetorch csr codebook", "ours", "float32", _csr_codebook),
-    Implementation("tersetorch blocked", "ours", "float32", _blocked, follows_batch=True, batches=MANY),
-    Implementation(
-        "tersetorch blocked codebook", "ours", "float32", _blocked_codebook, follows_batch=True, batches=MANY
-    ),
+    _linear("csr"),
+    _linear("csr", codebook=True),
+    _linear("csr16", batches=(1, 16)),
+    _linear("csr16", codebook=True, batches=(1, 16)),
+    _linear("bitmap", batches=FEW),
+    _linear("bitmap", codebook=True, batches=FEW),
+    _linear("bitmap_columns", codebook=True, batches=ALONE),
+    _linear("bitmap_int8", mode="int8", batches=FEW),
+    _linear("blocked", batches=MANY),
+    _linear("blocked", codebook=True, batches=MANY),
 )
 CONV: tuple[Implementation, ...] = ()
 OURS = {"linear": LINEAR, "conv": CONV}

@@ -22,6 +22,8 @@ py::dict BuildFacts() {
   py::dict facts;
   facts["compiler"] = __VERSION__;
   facts["torch"] = TERSETORCH_BUILD_TORCH;
+  // Empty where the CUDA kernels were not built.
+  facts["cuda_architectures"] = py::str(TERSETORCH_BUILD_CUDA_ARCHITECTURES).attr("split")();
   return facts;
 }
 

@@ -10,8 +10,10 @@
 #include <tuple>
 #include <vector>
 
+#include "kernels/csr_matmul/csr_matmul_cuda.h"
 #include "kernels/panels/panels.h"
 #include "torch/common.h"
+#include "torch/cuda.h"
 #include "torch/samples.h"
 
 namespace tersetorch {
@@ -19,27 +21,34 @@ namespace {
 
 // ---- checks
 
-void CheckIndices(const char* op, const Tensor& t, const char* name) {
-  CheckOnCpu(op, t, name);
+void CheckIndices(const char* op, const Tensor& t, const char* name, Place place) {
+  CheckOn(place, op, t, name);
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::Int && t.dim() == 1, op, ": ", name, " must be int32 and 1-D, got ",
                   torch::headeronly::toString(t.scalar_type()), " and ", t.dim(), "-D; convert it");
 }
 
 // A weight whose tensors live as long as this.
 struct Weight {
-  Weight(const char* op, const Tensor& offsets, const Tensor& indices, std::int64_t columns) {
-    CheckIndices(op, offsets, "row_offsets");
-    CheckIndices(op, indices, "col_indices");
+  Weight(const char* op, const Tensor& offsets, const Tensor& indices, std::int64_t columns, Place place)
+      : place(place) {
+    CheckIndices(op, offsets, "row_offsets", place);
+    CheckOn(place, op, indices, "col_indices");
+    const bool narrow = indices.scalar_type() == ScalarType::Short;
+    STD_TORCH_CHECK((narrow || indices.scalar_type() == ScalarType::Int) && indices.dim() == 1, op,
+                    ": col_indices must be int32 or int16 and 1-D, got ",
+                    torch::headeronly::toString(indices.scalar_type()), " and ", indices.dim(), "-D; convert it");
     STD_TORCH_CHECK(offsets.numel() >= 1, op, ": row_offsets must have one entry more than rows, got none; pass [0]");
     STD_TORCH_CHECK(0 <= columns && columns <= std::numeric_limits<std::int32_t>::max(), op,
                     ": the number of columns must fit int32, got ", columns, "; split the layer");
-    row_offsets = Contiguous(offsets);
-    col_indices = Contiguous(indices);
+    row_offsets = Usable(place, offsets);
+    col_indices = Usable(place, indices);
     args.row_offsets = row_offsets.const_data_ptr<std::int32_t>();
-    args.col_indices = col_indices.const_data_ptr<std::int32_t>();
+    args.col_indices = col_indices.const_data_ptr();
+    args.indexed_by = narrow ? CsrIndices::kUInt16 : CsrIndices::kInt32;
     args.rows = offsets.numel() - 1;
     args.columns = columns;
     args.nnz = indices.numel();
+    if (place != kCpu) return;  // the kernels look themselves: reading a GPU's memory would wait for it
     std::int32_t first, last;
     std::memcpy(&first, args.row_offsets, sizeof first);
     std::memcpy(&last, args.row_offsets + args.rows, sizeof last);
@@ -48,10 +57,10 @@ struct Weight {
   }
 
   void SetValues(const char* op, const Tensor& t, const std::optional<Tensor>& codes_of) {
-    CheckOnCpu(op, t, "values");
+    CheckOn(place, op, t, "values");
     STD_TORCH_CHECK(t.dim() == 1 && t.numel() == args.nnz, op, ": values must be [", args.nnz, "], got ", t.dim(),
                     "-D with ", t.numel(), " elements; pass one for each column index");
-    values = Contiguous(t);
+    values = Usable(place, t);
     args.values = values.const_data_ptr();
     if (!codes_of.has_value()) {
       args.stored_as = DtypeOf(op, t, "values") == FloatDtype::kFloat32 ? CsrValues::kFloat32 : CsrValues::kBFloat16;
@@ -59,8 +68,8 @@ struct Weight {
     }
     STD_TORCH_CHECK(t.scalar_type() == ScalarType::Byte, op, ": values must be uint8 codes beside a codebook, got ",
                     torch::headeronly::toString(t.scalar_type()), "; pass codes, or no codebook");
-    CheckCodebook(op, *codes_of, kCsrMaxEntries);
-    codebook = Contiguous(*codes_of);
+    CheckCodebook(op, *codes_of, kCsrMaxEntries, place);
+    codebook = Usable(place, *codes_of);
     args.stored_as = CsrValues::kCodes;
     args.codebook = codebook->const_data_ptr<float>();
     args.entries = codebook->numel();
@@ -71,9 +80,53 @@ struct Weight {
     return args.nnz / std::max<std::int64_t>(1, args.rows) * std::max<std::int64_t>(1, width / 8);
   }
 
+  Place place;
   Tensor row_offsets, col_indices, values;
   std::optional<Tensor> codebook;
   CsrWeight args{};
+};
+
+// The arguments of each op, checked.
+struct MatmulInputs {
+  MatmulInputs(const char* op, Place place, const Tensor& x, const Tensor& row_offsets, const Tensor& col_indices,
+               const Tensor& values, const std::optional<Tensor>& bias, const std::optional<Tensor>& codebook)
+      : samples(op, x, "x", place),
+        weight(op, row_offsets, col_indices, samples.features, place),
+        bias(op, bias, weight.args.rows, place) {
+    weight.SetValues(op, values, codebook);
+  }
+
+  Samples samples;
+  Weight weight;
+  Bias bias;
+};
+
+struct GradXInputs {
+  GradXInputs(const char* op, Place place, const Tensor& grad_y, const Tensor& row_offsets, const Tensor& col_indices,
+              const Tensor& values, std::int64_t in_features, const std::optional<Tensor>& codebook)
+      : samples(op, grad_y, "grad_y", place), weight(op, row_offsets, col_indices, in_features, place) {
+    weight.SetValues(op, values, codebook);
+    STD_TORCH_CHECK(samples.features == weight.args.rows, op, ": grad_y must be [..., ", weight.args.rows, "], got ",
+                    samples.features, " features; pass the gradient of y");
+  }
+
+  Samples samples;
+  Weight weight;
+};
+
+struct GradValuesInputs {
+  GradValuesInputs(const char* op, Place place, const Tensor& grad_y, const Tensor& x, const Tensor& row_offsets,
+                   const Tensor& col_indices)
+      : grads(op, grad_y, "grad_y", place),
+        samples(op, x, "x", place),
+        weight(op, row_offsets, col_indices, samples.features, place) {
+    STD_TORCH_CHECK(grads.features == weight.args.rows && grads.count == samples.count, op, ": grad_y must be [",
+                    samples.count, ", ", weight.args.rows, "] like x and row_offsets say, got [", grads.count, ", ",
+                    grads.features, "]; pass the gradient of y");
+  }
+
+  Samples grads, samples;
+  Weight weight;
 };
 
 // A problem that some thread met.
@@ -193,12 +246,10 @@ class Panels {
 Tensor CsrMatmulOnCpu(const Tensor& x, const Tensor& row_offsets, const Tensor& col_indices, const Tensor& values,
                       const std::optional<Tensor>& bias, const std::optional<Tensor>& codebook) {
   constexpr const char* kOp = "csr_matmul";
-  const Samples samples(kOp, x, "x");
-  Weight weight(kOp, row_offsets, col_indices, samples.features);
-  weight.SetValues(kOp, values, codebook);
+  const MatmulInputs inputs(kOp, kCpu, x, row_offsets, col_indices, values, bias, codebook);
+  const Samples& samples = inputs.samples;
+  const Weight& weight = inputs.weight;
   const std::int64_t rows = weight.args.rows;
-
-  const Bias bias_of_rows(kOp, bias, rows);
 
   const PanelPlan plan(samples.count, samples.features);
   Panels panels(samples, plan);
@@ -211,7 +262,7 @@ Tensor CsrMatmulOnCpu(const Tensor& x, const Tensor& row_offsets, const Tensor& 
                    [&](std::int64_t i, std::int64_t begin, std::int64_t end) {
                      const std::int64_t panel = first + i;
                      char* y_of_panel = y_data + plan.Begin(panel) * rows * samples.item_bytes;
-                     const CsrMatmulArgs args{weight.args, panels.At(panel),  plan.Width(panel),    bias_of_rows.data,
+                     const CsrMatmulArgs args{weight.args, panels.At(panel),  plan.Width(panel),    inputs.bias.data,
                                               y_of_panel,  samples.stored_as, plan.SamplesIn(panel)};
                      status.Report(CsrMatmul(args, begin, end));
                    });
@@ -223,11 +274,9 @@ Tensor CsrMatmulOnCpu(const Tensor& x, const Tensor& row_offsets, const Tensor& 
 Tensor CsrMatmulGradXOnCpu(const Tensor& grad_y, const Tensor& row_offsets, const Tensor& col_indices,
                            const Tensor& values, std::int64_t in_features, const std::optional<Tensor>& codebook) {
   constexpr const char* kOp = "csr_matmul_grad_x";
-  const Samples samples(kOp, grad_y, "grad_y");
-  Weight weight(kOp, row_offsets, col_indices, in_features);
-  weight.SetValues(kOp, values, codebook);
-  STD_TORCH_CHECK(samples.features == weight.args.rows, kOp, ": grad_y must be [..., ", weight.args.rows, "], got ",
-                  samples.features, " features; pass the gradient of y");
+  const GradXInputs inputs(kOp, kCpu, grad_y, row_offsets, col_indices, values, in_features, codebook);
+  const Samples& samples = inputs.samples;
+  const Weight& weight = inputs.weight;
 
   const Tensor grad_x = torch::stable::new_empty(grad_y, WithLastDim(grad_y, in_features));
   // The threads share out the panels; a sample's sum does not depend on the panel that holds it.
@@ -258,12 +307,9 @@ Tensor CsrMatmulGradXOnCpu(const Tensor& grad_y, const Tensor& row_offsets, cons
 Tensor CsrMatmulGradValuesOnCpu(const Tensor& grad_y, const Tensor& x, const Tensor& row_offsets,
                                 const Tensor& col_indices) {
   constexpr const char* kOp = "csr_matmul_grad_values";
-  const Samples grads(kOp, grad_y, "grad_y");
-  const Samples samples(kOp, x, "x");
-  const Weight weight(kOp, row_offsets, col_indices, samples.features);
-  STD_TORCH_CHECK(grads.features == weight.args.rows && grads.count == samples.count, kOp, ": grad_y must be [",
-                  samples.count, ", ", weight.args.rows, "] like x and row_offsets say, got [", grads.count, ", ",
-                  grads.features, "]; pass the gradient of y");
+  const GradValuesInputs inputs(kOp, kCpu, grad_y, x, row_offsets, col_indices);
+  const Samples &grads = inputs.grads, &samples = inputs.samples;
+  const Weight& weight = inputs.weight;
 
   if (samples.count == 0) return torch::stable::new_zeros(x, {weight.args.nnz}, ScalarType::Float);
   const Tensor grad_values = torch::stable::new_empty(x, {weight.args.nnz}, ScalarType::Float);
@@ -321,6 +367,52 @@ std::tuple<Tensor, Tensor, Tensor> CsrPackOnCpu(const Tensor& dense) {
   return {row_offsets, col_indices, values};
 }
 
+#ifdef TERSETORCH_CUDA
+
+Tensor CsrMatmulOnCuda(const Tensor& x, const Tensor& row_offsets, const Tensor& col_indices, const Tensor& values,
+                       const std::optional<Tensor>& bias, const std::optional<Tensor>& codebook) {
+  constexpr const char* kOp = "csr_matmul";
+  const CudaCall call(kOp, x, "x");
+  const MatmulInputs inputs(kOp, call.place(), x, row_offsets, col_indices, values, bias, codebook);
+  const Samples& samples = inputs.samples;
+  const Tensor y = torch::stable::new_empty(x, WithLastDim(x, inputs.weight.args.rows));
+  call.Check(CsrMatmulCuda(
+      {inputs.weight.args, samples.At(0), samples.stored_as, inputs.bias.data, y.mutable_data_ptr(), samples.count},
+      call.Stream()));
+  return y;
+}
+
+Tensor CsrMatmulGradXOnCuda(const Tensor& grad_y, const Tensor& row_offsets, const Tensor& col_indices,
+                            const Tensor& values, std::int64_t in_features, const std::optional<Tensor>& codebook) {
+  constexpr const char* kOp = "csr_matmul_grad_x";
+  const CudaCall call(kOp, grad_y, "grad_y");
+  const GradXInputs inputs(kOp, call.place(), grad_y, row_offsets, col_indices, values, in_features, codebook);
+  const Samples& samples = inputs.samples;
+  const Tensor grad_x = torch::stable::new_empty(grad_y, WithLastDim(grad_y, in_features));
+  const Tensor sums = samples.stored_as == FloatDtype::kFloat32
+                          ? grad_x
+                          : torch::stable::new_empty(grad_y, {samples.count * in_features}, ScalarType::Float);
+  call.Check(CsrMatmulGradXCuda({inputs.weight.args, samples.At(0), samples.stored_as, sums.mutable_data_ptr<float>(),
+                                 grad_x.mutable_data_ptr(), samples.count},
+                                call.Stream()));
+  return grad_x;
+}
+
+Tensor CsrMatmulGradValuesOnCuda(const Tensor& grad_y, const Tensor& x, const Tensor& row_offsets,
+                                 const Tensor& col_indices) {
+  constexpr const char* kOp = "csr_matmul_grad_values";
+  const CudaCall call(kOp, grad_y, "grad_y");
+  const GradValuesInputs inputs(kOp, call.place(), grad_y, x, row_offsets, col_indices);
+  const Tensor grad_values = torch::stable::new_empty(x, {inputs.weight.args.nnz}, ScalarType::Float);
+  call.Check(
+      CsrMatmulGradValuesCuda({inputs.weight.args, inputs.grads.At(0), inputs.grads.stored_as, inputs.samples.At(0),
+                               inputs.samples.stored_as, grad_values.mutable_data_ptr<float>(), inputs.samples.count},
+                              call.Stream()));
+  return grad_values;
+}
+
+#endif
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(tersetorch, CPU, m) {
@@ -329,6 +421,19 @@ STABLE_TORCH_LIBRARY_IMPL(tersetorch, CPU, m) {
   m.impl("csr_matmul_grad_x", TORCH_BOX(&CsrMatmulGradXOnCpu));
   m.impl("csr_matmul_grad_values", TORCH_BOX(&CsrMatmulGradValuesOnCpu));
   m.impl("csr_pack", TORCH_BOX(&CsrPackOnCpu));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(tersetorch, CUDA, m) {
+#ifdef TERSETORCH_CUDA
+  m.impl("csr_matmul", TORCH_BOX(&CsrMatmulOnCuda));
+  m.impl("csr_matmul_inference", TORCH_BOX(&CsrMatmulOnCuda));
+  m.impl("csr_matmul_grad_x", TORCH_BOX(&CsrMatmulGradXOnCuda));
+  m.impl("csr_matmul_grad_values", TORCH_BOX(&CsrMatmulGradValuesOnCuda));
+#else
+  for (const char* op : {"csr_matmul", "csr_matmul_inference", "csr_matmul_grad_x", "csr_matmul_grad_values"}) {
+    m.impl(op, &NotBuiltForCuda);
+  }
+#endif
 }
 
 }  // namespace tersetorch

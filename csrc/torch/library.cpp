@@ -40,6 +40,53 @@ STABLE_TORCH_LIBRARY(tersetorch, m) {
   m.def(
       "blocked_pack(Tensor row_offsets, Tensor col_indices, int columns, int column_block) -> (Tensor, Tensor, Tensor, "
       "Tensor)");
+  // Its bfloat16 mode: values bfloat16 [n, 2], of two consecutive columns; x is rounded to bfloat16.
+  m.def(
+      "blocked_bfloat16_matmul(Tensor x, Tensor block_offsets, Tensor segments, Tensor indices, Tensor values, Tensor? "
+      "bias, int out_features, int column_block, bool relu=False) -> Tensor");
+  m.def(
+      "blocked_bfloat16_matmul_inference(Tensor x, Tensor block_offsets, Tensor segments, Tensor indices, Tensor "
+      "values, Tensor? bias, int out_features, int column_block, bool relu=False) -> Tensor");
+  // Rows with rising columns and bfloat16 values -> block_offsets, segments, indices, values.
+  m.def(
+      "blocked_bfloat16_pack(Tensor row_offsets, Tensor col_indices, Tensor values, int columns, int column_block) -> "
+      "(Tensor, Tensor, Tensor, Tensor)");
+  // Its int8 mode: values int8 [n, 4], of four consecutive columns; x is rounded to int8 with a scale for each sample.
+  m.def(
+      "blocked_int8_matmul(Tensor x, Tensor block_offsets, Tensor segments, Tensor indices, Tensor values, Tensor "
+      "row_scales, Tensor row_sums, Tensor? bias, int out_features, int column_block, bool relu=False) -> Tensor");
+  m.def(
+      "blocked_int8_matmul_inference(Tensor x, Tensor block_offsets, Tensor segments, Tensor indices, Tensor values, "
+      "Tensor row_scales, Tensor row_sums, Tensor? bias, int out_features, int column_block, bool relu=False) -> "
+      "Tensor");
+  // Rows with rising columns and int8 values -> block_offsets, segments, indices, values and the sum of each row.
+  m.def(
+      "blocked_int8_pack(Tensor row_offsets, Tensor col_indices, Tensor values, int columns, int column_block) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor)");
+
+  // x [..., in] and a weight [out, in] with one bit for each weight; values float32, bfloat16, uint8 codes beside a
+  // codebook, or int8 beside scales [out]; mode "exact" or, with int8 values, "int8" -> [..., out]
+  m.def(
+      "bitmap_matmul(Tensor x, Tensor bitmap, Tensor row_offsets, Tensor values, Tensor? bias=None, Tensor? "
+      "codebook=None, Tensor? scales=None, str mode='exact', bool relu=False) -> Tensor");
+  // The same without autograd: for callers that know gradients to be off.
+  m.def(
+      "bitmap_matmul_inference(Tensor x, Tensor bitmap, Tensor row_offsets, Tensor values, Tensor? bias=None, Tensor? "
+      "codebook=None, Tensor? scales=None, str mode='exact', bool relu=False) -> Tensor");
+  // The same for x with many zeros, which are skipped, and a weight kept by columns: bitmap [in, words] and
+  // column_offsets [in + 1] are those of the transposed weight -> [..., out_features]
+  m.def(
+      "bitmap_columns_matmul(Tensor x, Tensor bitmap, Tensor column_offsets, Tensor values, Tensor? bias, Tensor? "
+      "codebook, int out_features, bool relu=False) -> Tensor");
+  m.def(
+      "bitmap_columns_matmul_inference(Tensor x, Tensor bitmap, Tensor column_offsets, Tensor values, Tensor? bias, "
+      "Tensor? codebook, int out_features, bool relu=False) -> Tensor");
+  // A dense weight [out, in] -> bitmap int64 [out, words], row_offsets int32 [out + 1], values [nnz].
+  m.def("bitmap_pack(Tensor weight) -> (Tensor, Tensor, Tensor)");
+  // Compressed sparse rows -> bitmap; their values are in its order.
+  m.def("bitmap_from_rows(Tensor row_offsets, Tensor col_indices, int columns) -> Tensor");
+  // bitmap and row_offsets -> col_indices int32 [nnz]
+  m.def("bitmap_to_rows(Tensor bitmap, Tensor row_offsets, int columns, int nnz) -> Tensor");
 
   // x [N, C, H, W] and a weight [O, C / groups * kh * kw] in compressed sparse rows, at least 0 with relu -> [N, O, H', W']
   m.def(

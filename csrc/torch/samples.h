@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <optional>
+#include <string>
 
 #include "kernels/common/float_dtype.h"
 #include "torch/common.h"
@@ -22,6 +23,25 @@ inline void CheckOnCpu(const char* op, const Tensor& t, const char* name) {
                   " must be on the CPU like the other tensors, got another device; move it");
 }
 
+// Where all tensors of a call lie: the CPU, or the CUDA device of this index.
+using Place = std::int32_t;
+inline constexpr Place kCpu = -1;
+
+inline void CheckOn(Place place, const char* op, const Tensor& t, const char* name) {
+  if (place == kCpu) return CheckOnCpu(op, t, name);
+  STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == place, op, ": ", name, " must be on cuda:", place,
+                  " like the other tensors, got ",
+                  t.is_cuda() ? "cuda:" + std::to_string(t.get_device_index()) : "the CPU", "; move it");
+}
+
+// Memory that a kernel takes: contiguous, and on a GPU, which loads whole elements only, aligned to them.
+inline Tensor Usable(Place place, const Tensor& t) {
+  const Tensor contiguous = Contiguous(t);
+  const bool taken =
+      place == kCpu || reinterpret_cast<std::uintptr_t>(contiguous.const_data_ptr()) % contiguous.element_size() == 0;
+  return taken ? contiguous : torch::stable::clone(contiguous);
+}
+
 inline FloatDtype DtypeOf(const char* op, const Tensor& t, const char* name) {
   const ScalarType dtype = t.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, op, ": ", name,
@@ -31,10 +51,10 @@ inline FloatDtype DtypeOf(const char* op, const Tensor& t, const char* name) {
 
 // Samples [..., features] of a floating point dtype.
 struct Samples {
-  Samples(const char* op, const Tensor& t, const char* name) : stored_as(DtypeOf(op, t, name)) {
-    CheckOnCpu(op, t, name);
+  Samples(const char* op, const Tensor& t, const char* name, Place place = kCpu) : stored_as(DtypeOf(op, t, name)) {
+    CheckOn(place, op, t, name);
     STD_TORCH_CHECK(t.dim() >= 1, op, ": ", name, " must be [..., features], got a scalar; reshape it");
-    tensor = Contiguous(t);
+    tensor = Usable(place, t);
     count = LeadingSize(t);
     features = t.size(-1);
     item_bytes = stored_as == FloatDtype::kFloat32 ? 4 : 2;
@@ -52,13 +72,13 @@ struct Samples {
 
 // A bias [rows] as float32, or none.
 struct Bias {
-  Bias(const char* op, const std::optional<Tensor>& t, std::int64_t rows) {
+  Bias(const char* op, const std::optional<Tensor>& t, std::int64_t rows, Place place = kCpu) {
     if (!t.has_value()) return;
-    CheckOnCpu(op, *t, "bias");
+    CheckOn(place, op, *t, "bias");
     STD_TORCH_CHECK(t->dim() == 1 && t->numel() == rows, op, ": bias must be [", rows, "], got ", t->dim(), "-D with ",
                     t->numel(), " elements; pass one for each row");
     tensor =
-        DtypeOf(op, *t, "bias") == FloatDtype::kFloat32 ? Contiguous(*t) : torch::stable::to(*t, ScalarType::Float);
+        DtypeOf(op, *t, "bias") == FloatDtype::kFloat32 ? Usable(place, *t) : torch::stable::to(*t, ScalarType::Float);
     data = tensor.const_data_ptr<float>();
   }
 
@@ -67,8 +87,8 @@ struct Bias {
 };
 
 // A codebook [entries], or one group [1, entries].
-inline void CheckCodebook(const char* op, const Tensor& t, std::int64_t max_entries) {
-  CheckOnCpu(op, t, "codebook");
+inline void CheckCodebook(const char* op, const Tensor& t, std::int64_t max_entries, Place place = kCpu) {
+  CheckOn(place, op, t, "codebook");
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && (t.dim() == 1 || (t.dim() == 2 && t.size(0) == 1)) &&
                       t.numel() <= max_entries,
                   op, ": codebook must be float32 [entries] with at most ", max_entries, " entries, got ",

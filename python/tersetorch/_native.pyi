@@ -6,6 +6,7 @@ from numpy.typing import NDArray
 class BuildFacts(TypedDict):
     compiler: str
     torch: str
+    cuda_architectures: list[str]
 
 def cpu_detected() -> str: ...
 def cpu_active() -> str: ...

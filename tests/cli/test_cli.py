@@ -8,6 +8,7 @@ import torch
 import typer
 
 import tersetorch as tt
+from tersetorch import _native
 from tersetorch.cli import main
 from tersetorch.cli.shape import parse_shape
 
@@ -146,6 +147,8 @@ def test_doctor_checks_every_level(tersetorch):
     assert done.returncode == 0, done.stderr
     assert set(facts["checks"]) == set(facts["levels"])
     assert facts["levels"] + list(facts["missing_for_level"]) == ["scalar", "avx2", "avx512", "avx512bf16"]
+    assert facts["cuda_architectures"] == _native.build_facts()["cuda_architectures"]
+    assert (facts["missing_for_cuda"] is None) == bool(facts["cuda_architectures"] and torch.cuda.is_available())
     for checks in facts["checks"].values():
         assert {check["case"] for check in checks} >= {"float32", "bfloat16", "codebook", "gradient of x"}
         assert all(check["ok"] and check["max_error"] <= check["bound"] for check in checks)

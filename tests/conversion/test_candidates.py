@@ -1,5 +1,3 @@
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -23,16 +21,28 @@ def test_what_is_built_has_the_same_weight(name, sparse_linear):
         assert type(built) is row.layer
         assert torch.equal(built.weight, layer.weight)
         assert built.layout == row.layout
-        assert row.layout == "csr" or torch.equal(built.packed_weight.to_dense(), layer.weight)
+        if row.layout != "csr":
+            error = 0 if row.exact else 1e-2 * float(layer.weight.abs().max())
+            torch.testing.assert_close(built.packed_weight.to_dense(), layer.weight, atol=error, rtol=0)
 
 
-def test_blocks_are_for_many_samples(sparse_linear):
+def test_samples_and_errors_decide_what_is_measured(sparse_linear):
     row = CANDIDATES["blocked"]
-    assert row.fits(7) == "made for 8 samples or more, and there are 7"
-    assert row.fits(8) is None
-    assert replace(row, max_samples=8).fits(9) == "made for 8 samples or fewer, and there are 9"
+    assert row.fits(3, None) == "made for 4 samples or more, and there are 3"
+    assert row.fits(4, None) is None
+    assert CANDIDATES["bitmap"].fits(9, None) == "made for 8 samples or fewer, and there are 9"
+    assert CANDIDATES["bitmap"].fits(8, None) is None
+    assert CANDIDATES["bitmap_int8"].fits(1, None) == "it rounds, and max_error= allows no error"
+    assert CANDIDATES["bitmap_int8"].fits(1, 0.01) is None
     few, many = (build(row, [sparse_linear().eval()], samples)[0] for samples in (8, 64))
     assert few.layout_options["column_block"] > many.layout_options["column_block"]
+
+
+def test_narrow_columns_number_so_many(sparse_linear):
+    applies = CANDIDATES["csr16"].applies
+    assert applies(sparse_linear(65_537, 1)) == "more than 65536 columns"
+    assert applies(sparse_linear(65_536, 1)) is None
+    assert CANDIDATES["csr16_codebook"].applies(sparse_linear(80, 60, density=1)).startswith("more than 255 distinct")
 
 
 def test_codebook_wants_few_values(sparse_linear):

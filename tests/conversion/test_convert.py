@@ -292,6 +292,16 @@ def test_cache_remembers_layers_but_the_whole_model_is_timed(net, x, timer):
     assert report(fast).plan == {"0": "csr", "2": "csr"}
 
 
+def test_another_share_of_zeros_is_measured_anew(net, x, timer):
+    """Some layouts skip the zeros of their input."""
+    convert(net[:1], x)
+    asked = timer.count("csr")
+    convert(net[:1], x)
+    assert timer.count("csr") == asked
+    convert(net[:1], x.relu())
+    assert timer.count("csr") > asked
+
+
 def test_cache_can_be_left_alone(net, x, timer, tmp_path):
     convert(net, x, cache=False)
     assert not (tmp_path / "cache").exists()
@@ -320,6 +330,7 @@ def test_plan_reproduces_the_choice_without_measuring(net, x, timer):
 
 def test_many_samples_may_be_multiplied_in_blocks(net, generator, timer):
     x = torch.randn(16, 40, generator=generator)
+    timer.seconds["blocked"] = 4e-4
     fast = convert(net.eval(), x)
     assert report(fast).plan == {"0": "blocked", "2": "blocked"}
     assert [fast[i].layout_options for i in (0, 2)] == [{"column_block": 512}, {"column_block": 512}]
@@ -329,12 +340,29 @@ def test_many_samples_may_be_multiplied_in_blocks(net, generator, timer):
     assert convert(net, x, plan=plan)[0].layout_options == {"column_block": 512}
     assert convert(net, plan=plan)[0].layout_options == {"column_block": 128}
     # Too few samples: not even tried.
-    few = {trial.format: trial.reason for trial in report(convert(net, x[:7])).layers[0].trials}
-    assert few["blocked"] == "not tried: made for 8 samples or more, and there are 7"
+    few = {trial.format: trial.reason for trial in report(convert(net, x[:3])).layers[0].trials}
+    assert few["blocked"] == "not tried: made for 4 samples or more, and there are 3"
+
+
+def test_rounding_is_for_those_who_allow_an_error(net, x, timer):
+    timer.seconds["bitmap_int8"] = 1e-4
+    exact = convert(net.eval(), x)
+    assert report(exact).plan == {"0": "csr", "2": "csr"}
+    tried = {trial.format: trial.reason for trial in report(exact).layers[0].trials}
+    assert tried["bitmap_int8"] == "not tried: it rounds, and max_error= allows no error"
+    rounded = convert(net, x, max_error=0.02)
+    assert report(rounded).plan == {"0": "bitmap_int8", "2": "bitmap_int8"}
+    assert 1e-5 < report(rounded).max_difference < 0.02 * float(net(x).abs().max())
+    assert torch.equal(rounded[0].weight, net[0].weight)
+    strict = convert(net, x, max_error=1e-6)
+    assert report(strict).plan == {"0": "csr", "2": "csr"}
+    refused = {trial.format: trial.reason for trial in report(strict).layers[0].trials}["bitmap_int8"]
+    assert refused.startswith("refused: differs by")
 
 
 def test_a_model_converted_in_training_mode_is_laid_out_for_evaluation(net, generator, timer):
     x = torch.randn(16, 40, generator=generator)
+    timer.seconds["blocked"] = 4e-4
     fast = convert(net.train(), x)
     assert fast.training and fast[0].packed_weight is None
     assert fast.eval()[0].packed_weight is not None

@@ -51,7 +51,7 @@ def test_the_reports_plan_makes_the_same_choices(model):
 @pytest.mark.parametrize(
     ("plan", "message"),
     [
-        ("fast", "plan must be one of 'sparse', 'codebook', 'blocked'.* or a dict of layer names, got 'fast'"),
+        ("fast", "plan must be one of 'sparse', 'codebook', 'csr16', .* or a dict of layer names, got 'fast'"),
         ({"nowhere": "csr"}, "plan must name layers that own a weight, got 'nowhere'; this model's are 'shared'"),
         ({"shared": "coo"}, r"plan must give 'shared' one of \['dense', 'csr', .*\], got 'coo'"),
         ({"conv": "csr"}, "plan must leave 'conv' dense, got 'csr': no format runs a Conv2d"),

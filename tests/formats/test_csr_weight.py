@@ -99,3 +99,16 @@ def test_a_valid_weight_with_an_empty_row_passes():
 def test_validate_rejects(bad, error, match):
     with pytest.raises(error, match=f"CsrWeight: .*{match}"):
         CsrWeight(**GOOD | bad).validate()
+
+
+def test_narrow_indices_number_the_same_columns():
+    dense = torch.where(torch.rand(7, 40000, generator=torch.Generator().manual_seed(0)) < 0.01, 2.0, 0.0)
+    weight = CsrWeight.from_dense(dense)
+    narrow = weight.narrowed()
+    narrow.validate()
+    assert narrow.col_indices.dtype == torch.int16 and int(narrow.col_indices.min()) < 0
+    assert torch.equal(narrow.to_dense(), dense) and torch.equal(narrow.cols, weight.cols)
+    assert narrow.nbytes == weight.nbytes - 2 * weight.nnz
+    assert torch.equal(narrow.narrowed().col_indices, narrow.col_indices)
+    with pytest.raises(ValueError, match="CsrWeight: columns must be at most 65536 for 16-bit indices, got 65537"):
+        CsrWeight.from_dense(torch.zeros(1, 65537)).narrowed()

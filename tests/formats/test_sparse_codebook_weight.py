@@ -88,3 +88,18 @@ def test_values_are_told_apart_by_their_bits():
     weight.validate()
     assert weight.codebook.shape == (1, 8) and torch.equal(weight.codebook[0, 1:7], levels[:6])
     assert torch.equal(weight.to_dense().view(torch.int32), dense.view(torch.int32))
+
+
+def test_narrow_indices_number_the_same_columns():
+    dense = torch.where(torch.rand(7, 40000, generator=torch.Generator().manual_seed(0)) < 0.01, 2.0, 0.0)
+    weight = SparseCodebookWeight.from_dense(dense)
+    narrow = weight.narrowed()
+    narrow.validate()
+    assert narrow.col_indices.dtype == torch.int16 and int(narrow.col_indices.min()) < 0
+    assert torch.equal(narrow.to_dense(), dense) and torch.equal(narrow.cols, weight.cols)
+    assert narrow.nbytes == weight.nbytes - 2 * weight.nnz
+    assert torch.equal(narrow.narrowed().col_indices, narrow.col_indices)
+    with pytest.raises(
+        ValueError, match="SparseCodebookWeight: columns must be at most 65536 for 16-bit indices, got 65537"
+    ):
+        SparseCodebookWeight.from_dense(torch.zeros(1, 65537)).narrowed()

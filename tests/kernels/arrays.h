@@ -57,9 +57,10 @@ struct Sum {
     magnitude += std::fabs(term);
     ++terms;
   }
-  bool Near(double got, FloatDtype stored_as) const {
+  // rounds: how often more than that a product or sum is rounded.
+  bool Near(double got, FloatDtype stored_as, int rounds = 1) const {
     const double half = stored_as == FloatDtype::kFloat32 ? 0 : std::ldexp(std::fabs(value), -8);
-    return std::fabs(got - value) <= std::ldexp((terms + 1) * magnitude, -24) + half;
+    return std::fabs(got - value) <= rounds * std::ldexp((terms + 1) * magnitude, -24) + half;
   }
 };
 

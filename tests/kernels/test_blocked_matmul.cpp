@@ -1,7 +1,12 @@
 // The packing against its description, every variant against sums in double, on awkward shapes and unaligned memory,
 // and against damaged weights.
+#include <setjmp.h>
+#include <signal.h>
+
 #include <algorithm>
+#include <array>
 #include <cmath>
+#include <cstdio>
 #include <cstring>
 #include <initializer_list>
 #include <random>
@@ -11,6 +16,7 @@
 #include "kernels/blocked_matmul/blocked_matmul.h"
 #include "kernels/check.h"
 #include "kernels/common/cpu_isa.h"
+#include "kernels/common/scalars.h"
 #include "kernels/panels/panels.h"
 
 namespace tersetorch {
@@ -26,6 +32,31 @@ struct Variant {
   const char* name;
   CpuIsa needs;
   BlockedMatmulFunction matmul;
+  bool unsigned_quads;
+};
+
+// Lays out rows whose columns are col_indices; returns where each non-zero comes from.
+struct Layout {
+  Layout(const std::vector<std::int32_t>& row_offsets, const std::vector<std::int32_t>& col_indices, Index columns,
+         Index column_block)
+      : segments((row_offsets.size() - 1) * ((columns + column_block - 1) / column_block), -1),
+        indices(col_indices.size(), 0xffff),
+        sources(col_indices.size(), -1) {
+    const Index rows = static_cast<Index>(row_offsets.size()) - 1;
+    const Index row_blocks = (rows + kBlockedRows - 1) / kBlockedRows;
+    const Index column_blocks = (columns + column_block - 1) / column_block;
+    block_offsets.assign(row_blocks * column_blocks + 1, static_cast<std::int32_t>(col_indices.size()));
+    std::vector<std::int32_t> scratch((kBlockedRows + 1) * column_blocks + column_block + 1);
+    for (Index block = row_blocks; block-- > 0;) {
+      BlockedPack({row_offsets.data(), col_indices.data(), rows, columns, column_block, block_offsets.data(),
+                   segments.data(), indices.data(), sources.data(), scratch.data()},
+                  block);
+    }
+  }
+
+  std::vector<std::int32_t> block_offsets, segments;
+  std::vector<std::uint16_t> indices;
+  std::vector<std::int32_t> sources;
 };
 
 struct Weight {
@@ -52,18 +83,11 @@ struct Weight {
   Index ColumnBlocks() const { return (columns + column_block - 1) / column_block; }
 
   void Pack() {
-    const std::size_t nnz = col_indices.size();
-    block_offsets.assign(RowBlocks() * ColumnBlocks() + 1, static_cast<std::int32_t>(nnz));
-    segments.assign(rows * ColumnBlocks(), -1);
-    indices.assign(nnz, 0xffff);
-    std::vector<std::int32_t> sources(nnz, -1);
-    std::vector<std::int32_t> scratch((kBlockedRows + 1) * ColumnBlocks() + column_block + 1);
-    for (Index block = RowBlocks(); block-- > 0;) {
-      BlockedPack({row_offsets.data(), col_indices.data(), rows, columns, column_block, block_offsets.data(),
-                   segments.data(), indices.data(), sources.data(), scratch.data()},
-                  block);
-    }
-    for (const std::int32_t source : sources) {
+    const Layout layout(row_offsets, col_indices, columns, column_block);
+    block_offsets = layout.block_offsets;
+    segments = layout.segments;
+    indices = layout.indices;
+    for (const std::int32_t source : layout.sources) {
       codes.push_back(csr_codes[source]);
       values.push_back(csr_values[source]);
       halves.push_back(Truncated(csr_values[source]));
@@ -210,6 +234,157 @@ void TestShapes(const std::vector<Variant>& variants) {
   }
 }
 
+// A weight whose values are words of T: those of consecutive columns, zeros among them.
+template <typename T>
+struct Words {
+  static constexpr Index kGroup = 4 / sizeof(T);
+
+  Words(Index rows, Index features, Index column_block, double density, std::mt19937& rng)
+      : rows(rows), columns((features + kGroup - 1) / kGroup), column_block(column_block), dense(rows * features) {
+    std::vector<std::int32_t> row_offsets{0}, col_indices;
+    std::vector<std::array<T, kGroup>> in_rows;
+    for (Index r = 0; r < rows; ++r) {
+      std::bernoulli_distribution kept(r % 7 == 3 ? 0 : r % 11 == 5 ? 1 : density);
+      for (Index c = 0; c < columns; ++c) {
+        std::array<T, kGroup> word{};
+        bool any = false;
+        for (Index j = 0; j < kGroup && kGroup * c + j < features; ++j) {
+          if (!kept(rng)) continue;
+          any = true;
+          if constexpr (sizeof(T) == 1) {
+            word[j] = static_cast<T>(rng() % 16 == 0 ? -128 : static_cast<int>(rng() % 256) - 128);
+            dense[r * features + kGroup * c + j] = word[j];
+          } else {
+            word[j] = Truncated(std::normal_distribution<float>()(rng));
+            dense[r * features + kGroup * c + j] = Widened(word[j]);
+          }
+        }
+        if (!any) continue;
+        col_indices.push_back(static_cast<std::int32_t>(c));
+        in_rows.push_back(word);
+      }
+      row_offsets.push_back(static_cast<std::int32_t>(col_indices.size()));
+    }
+    const Layout layout(row_offsets, col_indices, columns, column_block);
+    for (const std::int32_t source : layout.sources) values.push_back(in_rows[source]);
+    block_offsets = layout.block_offsets;
+    segments = layout.segments;
+    indices = layout.indices;
+  }
+
+  Index rows, columns, column_block;
+  std::vector<float> dense;  // [rows, features]
+  std::vector<std::int32_t> block_offsets, segments;
+  std::vector<std::uint16_t> indices;
+  std::vector<std::array<T, kGroup>> values;
+};
+
+// Quads give the same bits as the formula at every level, pairs a sum within its rounding.
+template <typename T>
+void TestWords(const Variant& variant, Index rows, Index features, Index column_block, double density, Index width,
+               FloatDtype floats_as, std::mt19937& rng) {
+  constexpr bool kQuads = sizeof(T) == 1;
+  const Words<T> w(rows, features, column_block, density, rng);
+  const Index samples = std::max<Index>(1, width - static_cast<Index>(rng() % 5));
+  const bool relu = rng() % 2 == 0;
+  const auto x = Random(samples * features, rng), bias = Random(rows, rng), row_scales = Random(rows, rng);
+  std::vector<float> scales(width, 0.0f), inverses(width, 0.0f);
+  const auto panel_memory = std::vector<std::uint32_t>(w.columns * width, 0xdeadbeef);
+  Unaligned<std::uint32_t> panel(panel_memory);
+  WordPanelArgs pack{x.data(),        FloatDtype::kFloat32,
+                     samples,         features,
+                     panel.data(),    width,
+                     inverses.data(), variant.unsigned_quads ? 128 : 0};
+  if (kQuads) {
+    kWordPanelsScalar.scales({x.data(), FloatDtype::kFloat32, features, scales.data(), inverses.data()}, 0, samples);
+    kWordPanelsScalar.quads(pack, 0, w.columns);
+  } else {
+    kWordPanelsScalar.pairs(pack, 0, w.columns);
+  }
+  std::vector<std::int32_t> row_sums(rows);
+  for (Index r = 0; r < rows; ++r) {
+    for (Index c = 0; kQuads && c < features; ++c) row_sums[r] += static_cast<int>(w.dense[r * features + c]);
+  }
+  Unaligned<std::array<T, Words<T>::kGroup>> values(w.values);
+  Unaligned<std::int32_t> segments(w.segments), offsets(w.block_offsets);
+  Unaligned<std::uint16_t> indices(w.indices);
+  Unaligned<float> sums(std::vector<float>(kBlockedRows * width, NAN));
+  Output y(samples * rows, floats_as);
+  BlockedMatmulArgs args{};
+  args.weight = {offsets.data(),
+                 segments.data(),
+                 indices.data(),
+                 values.data(),
+                 kQuads ? BlockedValues::kInt8Quads : BlockedValues::kBFloat16Pairs,
+                 nullptr,
+                 0,
+                 rows,
+                 w.columns,
+                 static_cast<Index>(w.indices.size()),
+                 column_block};
+  args.panel = panel.data();
+  args.width = width;
+  args.bias = bias.data();
+  args.relu = relu;
+  args.y = y.data();
+  args.y_stored_as = floats_as;
+  args.samples = samples;
+  args.sums = sums.data();
+  args.sample_scales = scales.data();
+  args.row_scales = row_scales.data();
+  args.row_sums = row_sums.data();
+  bool right = true;
+  for (Index block = 0; block < (rows + kBlockedRows - 1) / kBlockedRows; ++block) {
+    right &= variant.matmul(args, block) == BlockedStatus::kOk;
+  }
+  const auto got = y.Values();
+  for (Index n = 0; n < samples; ++n) {
+    for (Index r = 0; r < rows; ++r) {
+      Sum want;
+      std::int32_t integer = 0;
+      for (Index c = 0; c < features; ++c) {
+        const float value = w.dense[r * features + c], of_x = x[n * features + c];
+        if (value == 0) continue;
+        want.Add(double{value} * of_x);
+        integer += static_cast<int>(value) * static_cast<int>(std::rint(of_x * inverses[n]));
+      }
+      want.Add(bias[r]);
+      const float y_value = got[n * rows + r];
+      if (kQuads) {
+        const float exact = std::fma(static_cast<float>(integer) * row_scales[r], scales[n], bias[r]);
+        const float stored = floats_as == FloatDtype::kFloat32 ? exact : FromBFloat16(ToBFloat16(exact));
+        right &= y_value == (relu && exact < 0 ? 0 : stored);
+      } else {
+        right &= relu && y_value == 0 ? want.value <= std::ldexp((want.terms + 1) * want.magnitude, -22)
+                                      : want.Near(y_value, floats_as, 4) && !(relu && y_value < 0);
+      }
+    }
+  }
+  Expect(right, "%s: words of %ld, %ld x %ld in blocks of %ld, %ld of %ld samples, floats %d, relu %d", variant.name,
+         long{Words<T>::kGroup}, long{rows}, long{features}, long{column_block}, long{samples}, long{width},
+         static_cast<int>(floats_as), static_cast<int>(relu));
+}
+
+void TestWordShapes(const Variant& variant) {
+  std::mt19937 rng(4321);
+  const struct {
+    Index rows, features, column_block;
+    double density;
+  } shapes[] = {{1, 1, 1, 1.0},     {7, 9, 1, 0.5},     {64, 32, 8, 0.3},   {65, 131, 8, 0.1}, {255, 150, 16, 0.2},
+                {256, 64, 16, 0.1}, {257, 67, 16, 0.1}, {40, 103, 7, 0.6},  {3, 259, 99, 1.0}, {20, 50, 16, 0.0},
+                {5, 0, 16, 0.0},    {0, 5, 16, 0.0},    {530, 129, 9, 0.07}};
+  for (const auto& shape : shapes) {
+    for (const Index width : {8, 16, 32, 64}) {
+      for (const FloatDtype floats_as : kFloats) {
+        TestWords<std::int8_t>(variant, shape.rows, shape.features, shape.column_block, shape.density, width, floats_as,
+                               rng);
+        TestWords<std::uint16_t>(variant, shape.rows, shape.features, shape.column_block, shape.density, width,
+                                 floats_as, rng);
+      }
+    }
+  }
+}
+
 // Each damage must be met by its status, wherever in the block it lies.
 void TestDamage(const Variant& variant) {
   std::mt19937 rng(99);
@@ -294,21 +469,44 @@ void TestNonFinite(const Variant& variant) {
   }
 }
 
+sigjmp_buf after_illegal_instruction;
+
+// Whether this machine executes bfloat16 instructions, whatever it says of itself.
+bool Executes(BlockedMatmulFunction matmul) {
+  struct sigaction before, during{};
+  during.sa_handler = [](int) { siglongjmp(after_illegal_instruction, 1); };
+  sigaction(SIGILL, &during, &before);
+  bool executed = false;
+  if (sigsetjmp(after_illegal_instruction, 1) == 0) {
+    std::mt19937 rng(1);
+    TestWords<std::uint16_t>({"probe", CpuIsa::kAvx512Bf16, matmul, true}, 1, 2, 1, 1.0, 8, FloatDtype::kFloat32, rng);
+    executed = true;
+  }
+  sigaction(SIGILL, &before, nullptr);
+  return executed;
+}
+
 }  // namespace
 
 int main() {
-  const Variant all[] = {{"scalar", CpuIsa::kScalar, kBlockedScalar},
-                         {"avx2", CpuIsa::kAvx2, kBlockedAvx2},
-                         {"avx512", CpuIsa::kAvx512, kBlockedAvx512},
-                         {"avx512 source on avx2", CpuIsa::kAvx2, kBlockedAvx512OnAvx2}};
+  const Variant all[] = {{"scalar", CpuIsa::kScalar, kBlockedScalar, false},
+                         {"avx2", CpuIsa::kAvx2, kBlockedAvx2, false},
+                         {"avx512", CpuIsa::kAvx512, kBlockedAvx512, true},
+                         {"avx512 source on avx2", CpuIsa::kAvx2, kBlockedAvx512OnAvx2, false}};
+  const CpuIsa detected = ProcessCpuIsa().detected;
   std::vector<Variant> variants;
   for (const Variant& variant : all) {
-    if (variant.needs <= ProcessCpuIsa().detected) variants.push_back(variant);
+    if (variant.needs <= detected) variants.push_back(variant);
+  }
+  if (detected >= CpuIsa::kAvx512 && Executes(kBlockedAvx512Bf16)) {
+    variants.push_back({"avx512bf16", CpuIsa::kAvx512Bf16, kBlockedAvx512Bf16, true});
   }
   TestShapes(variants);
   for (const Variant& variant : variants) {
+    TestWordShapes(variant);
     TestDamage(variant);
     TestNonFinite(variant);
+    std::printf("tested %s\n", variant.name);
   }
   return Failures() != 0;
 }

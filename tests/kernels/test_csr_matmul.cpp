@@ -15,7 +15,9 @@
 
 namespace tersetorch {
 extern const CsrKernels kCsrAvx512OnAvx2;
-}
+extern const CsrKernels kCsrAvx2PlainLoads;
+extern const CsrKernels kCsrAvx512PlainLoads;
+}  // namespace tersetorch
 
 using namespace tersetorch;
 using namespace tersetorch::test;
@@ -28,9 +30,10 @@ struct Variant {
   const CsrKernels& kernels;
 };
 
-// The same numbers in each way of storing them; codes go through a codebook of 7 entries.
+// The same numbers in each way of storing them; codes go through a codebook.
 struct Weight {
-  Weight(Index rows, Index columns, double density, std::mt19937& rng) : rows(rows), columns(columns) {
+  Weight(Index rows, Index columns, double density, std::mt19937& rng, Index entries = 7)
+      : rows(rows), columns(columns) {
     std::bernoulli_distribution kept(density);
     for (Index r = 0; r < rows; ++r) {
       for (Index c = 0; c < columns; ++c) {
@@ -38,7 +41,7 @@ struct Weight {
       }
       row_offsets.push_back(static_cast<std::int32_t>(col_indices.size()));
     }
-    codebook = Random(7, rng);
+    codebook = Random(entries, rng);
     for (std::size_t k = 0; k < col_indices.size(); ++k) {
       codes.push_back(static_cast<std::uint8_t>(rng() % codebook.size()));
       values.push_back(codebook[codes.back()]);
@@ -55,9 +58,10 @@ struct Weight {
 
 // A weight's tensors in unaligned memory.
 struct Stored {
-  Stored(const Weight& w, CsrValues stored_as)
+  Stored(const Weight& w, CsrValues stored_as, CsrIndices indexed_by)
       : offsets(w.row_offsets),
         indices(w.col_indices),
+        short_indices(std::vector<std::uint16_t>(w.col_indices.begin(), w.col_indices.end())),
         codebook(w.codebook),
         values(w.values),
         halves(w.halves),
@@ -65,12 +69,22 @@ struct Stored {
     const void* chosen = stored_as == CsrValues::kFloat32    ? static_cast<const void*>(values.data())
                          : stored_as == CsrValues::kBFloat16 ? static_cast<const void*>(halves.data())
                                                              : codes.data();
-    args = {offsets.data(), indices.data(),  chosen,
-            stored_as,      codebook.data(), static_cast<Index>(w.codebook.size()),
-            w.rows,         w.columns,       static_cast<Index>(w.col_indices.size())};
+    const void* columns =
+        indexed_by == CsrIndices::kInt32 ? static_cast<const void*>(indices.data()) : short_indices.data();
+    args = {offsets.data(),
+            columns,
+            indexed_by,
+            chosen,
+            stored_as,
+            codebook.data(),
+            static_cast<Index>(w.codebook.size()),
+            w.rows,
+            w.columns,
+            static_cast<Index>(w.col_indices.size())};
   }
 
   Unaligned<std::int32_t> offsets, indices;
+  Unaligned<std::uint16_t> short_indices;
   Unaligned<float> codebook, values;
   Unaligned<std::uint16_t> halves;
   Unaligned<std::uint8_t> codes;
@@ -83,10 +97,10 @@ std::vector<float> Pack(const std::vector<float>& x, Index samples, Index featur
   return panel;
 }
 
-void TestOne(const Variant& variant, const Weight& w, CsrValues values_as, FloatDtype floats_as, Index samples,
-             Index width, std::mt19937& rng) {
+void TestOne(const Variant& variant, const Weight& w, CsrValues values_as, CsrIndices indexed_by, FloatDtype floats_as,
+             Index samples, Index width, std::mt19937& rng) {
   const CsrKernels& kernels = variant.kernels;
-  Stored stored(w, values_as);
+  Stored stored(w, values_as, indexed_by);
   const auto x = Random(samples * w.columns, rng), bias = Random(w.rows, rng), grad = Random(samples * w.rows, rng);
   const auto complain = [&](bool ok, const char* what) {
     Expect(ok, "%s: %s, %ld x %ld, %ld of %ld samples, values %d, floats %d", variant.name, what, long{w.rows},
@@ -172,11 +186,15 @@ void TestShapes(const Variant& variant) {
   } shapes[] = {{1, 1, 1.0},    {7, 9, 0.5},   {64, 8, 0.3},  {65, 100, 0.1}, {131, 37, 0.2}, {10, 300, 0.08},
                 {40, 100, 0.6}, {3, 257, 1.0}, {20, 50, 0.0}, {5, 0, 0.0},    {0, 5, 0.0}};
   for (const auto& shape : shapes) {
-    const Weight w(shape.rows, shape.columns, shape.density, rng);
+    const Weight w(shape.rows, shape.columns, shape.density, rng, shape.rows % 2 == 0 ? 7 : 100);
     for (const Index width : {1, 8, 16, 32}) {
       for (const Index samples : {Index{1}, width / 2 + 1, width}) {
         for (const CsrValues values_as : {CsrValues::kFloat32, CsrValues::kBFloat16, CsrValues::kCodes}) {
-          for (const FloatDtype floats_as : kFloats) TestOne(variant, w, values_as, floats_as, samples, width, rng);
+          for (const CsrIndices indexed_by : {CsrIndices::kInt32, CsrIndices::kUInt16}) {
+            for (const FloatDtype floats_as : kFloats) {
+              TestOne(variant, w, values_as, indexed_by, floats_as, samples, width, rng);
+            }
+          }
         }
       }
     }
@@ -188,23 +206,28 @@ void TestDamage(const Variant& variant) {
   std::mt19937 rng(99);
   const Weight good(40, 50, 0.9, rng);  // more non-zeros than a kernel checks at once
   const auto expect = [&](const Weight& w, CsrStatus want, bool values_too, const char* what) {
-    for (const Index width : {1, 8, 16, 32}) {
-      const CsrValues stored_as = want == CsrStatus::kBadCode ? CsrValues::kCodes : CsrValues::kFloat32;
-      Stored stored(w, stored_as);
-      std::vector<float> panel(w.columns * width), grads(w.rows * width), y(w.rows * width);
-      std::vector<float> sums(w.columns * width), grad_x(w.columns * width), grad_values(w.col_indices.size());
-      const auto check = [&](CsrStatus got, CsrStatus wanted, const char* function) {
-        Expect(got == wanted, "%s: %s in %s, width %ld, got %d", variant.name, what, function, long{width},
-               static_cast<int>(got));
-      };
-      const CsrMatmulArgs args{stored.args, panel.data(), width, nullptr, y.data(), FloatDtype::kFloat32, width};
-      check(variant.kernels.matmul(args, 0, w.rows), want, "matmul");
-      if (want == CsrStatus::kBadRowOffsets) check(variant.kernels.matmul(args, 4, w.rows), want, "matmul from row 4");
-      const CsrGradXArgs grad_x_args{stored.args,   grads.data(),         width, sums.data(),
-                                     grad_x.data(), FloatDtype::kFloat32, width};
-      check(variant.kernels.grad_x(grad_x_args), want, "grad_x");
-      const CsrGradValuesArgs values_args{stored.args, grads.data(), panel.data(), width, false, grad_values.data()};
-      check(variant.kernels.grad_values(values_args, 0, w.rows), values_too ? want : CsrStatus::kOk, "grad_values");
+    for (const CsrIndices indexed_by : {CsrIndices::kInt32, CsrIndices::kUInt16}) {
+      const auto [low, high] = std::minmax_element(w.col_indices.begin(), w.col_indices.end());
+      if (indexed_by == CsrIndices::kUInt16 && (*low < 0 || *high > 0xffff)) continue;
+      for (const Index width : {1, 8, 16, 32}) {
+        const CsrValues stored_as = want == CsrStatus::kBadCode ? CsrValues::kCodes : CsrValues::kFloat32;
+        Stored stored(w, stored_as, indexed_by);
+        std::vector<float> panel(w.columns * width), grads(w.rows * width), y(w.rows * width);
+        std::vector<float> sums(w.columns * width), grad_x(w.columns * width), grad_values(w.col_indices.size());
+        const auto check = [&](CsrStatus got, CsrStatus wanted, const char* function) {
+          Expect(got == wanted, "%s: %s in %s, width %ld, got %d", variant.name, what, function, long{width},
+                 static_cast<int>(got));
+        };
+        const CsrMatmulArgs args{stored.args, panel.data(), width, nullptr, y.data(), FloatDtype::kFloat32, width};
+        check(variant.kernels.matmul(args, 0, w.rows), want, "matmul");
+        if (want == CsrStatus::kBadRowOffsets)
+          check(variant.kernels.matmul(args, 4, w.rows), want, "matmul from row 4");
+        const CsrGradXArgs grad_x_args{stored.args,   grads.data(),         width, sums.data(),
+                                       grad_x.data(), FloatDtype::kFloat32, width};
+        check(variant.kernels.grad_x(grad_x_args), want, "grad_x");
+        const CsrGradValuesArgs values_args{stored.args, grads.data(), panel.data(), width, false, grad_values.data()};
+        check(variant.kernels.grad_values(values_args, 0, w.rows), values_too ? want : CsrStatus::kOk, "grad_values");
+      }
     }
   };
   const std::size_t last = good.col_indices.size() - 1;
@@ -249,10 +272,28 @@ void TestRounding(const Variant& variant) {
   for (const Index width : {1, 8}) {
     std::vector<float> panel(width, 1.0f);
     std::uint16_t y[kCount * 8];
-    const CsrWeight weight{offsets, indices, inputs, CsrValues::kFloat32, nullptr, 0, kCount, 1, kCount};
+    const CsrWeight weight{offsets, indices, CsrIndices::kInt32, inputs, CsrValues::kFloat32, nullptr, 0, kCount,
+                           1,       kCount};
     variant.kernels.matmul({weight, panel.data(), width, nullptr, y, FloatDtype::kBFloat16, 1}, 0, kCount);
     for (Index i = 0; i < kCount; ++i) {
       Expect(y[i] == want[i], "%s: %g as bfloat16, got %04x", variant.name, double{inputs[i]}, unsigned{y[i]});
+    }
+  }
+}
+
+// Which of the two ways to read one sample is faster must not show in the result.
+void TestSameBits(const CsrKernels& gathers, const CsrKernels& loads) {
+  std::mt19937 rng(5);
+  for (const Index entries : {7, 32, 33, 256}) {
+    const Weight w(50, 300, 0.4, rng, entries);
+    const auto x = Random(w.columns, rng);
+    for (const CsrValues stored_as : {CsrValues::kFloat32, CsrValues::kBFloat16, CsrValues::kCodes}) {
+      Stored stored(w, stored_as, CsrIndices::kUInt16);
+      std::vector<float> y(w.rows), same(w.rows);
+      gathers.matmul({stored.args, x.data(), 1, nullptr, y.data(), FloatDtype::kFloat32, 1}, 0, w.rows);
+      loads.matmul({stored.args, x.data(), 1, nullptr, same.data(), FloatDtype::kFloat32, 1}, 0, w.rows);
+      Expect(std::memcmp(y.data(), same.data(), sizeof(float) * w.rows) == 0, "gathers and loads differ, values %d",
+             static_cast<int>(stored_as));
     }
   }
 }
@@ -263,6 +304,8 @@ int main() {
   const Variant variants[] = {{"scalar", CpuIsa::kScalar, kCsrScalar},
                               {"avx2", CpuIsa::kAvx2, kCsrAvx2},
                               {"avx512", CpuIsa::kAvx512, kCsrAvx512},
+                              {"avx2 without gathers", CpuIsa::kAvx2, kCsrAvx2PlainLoads},
+                              {"avx512 without gathers", CpuIsa::kAvx512, kCsrAvx512PlainLoads},
                               {"avx512 source on avx2", CpuIsa::kAvx2, kCsrAvx512OnAvx2}};
   for (const Variant& variant : variants) {
     if (variant.needs > ProcessCpuIsa().detected) continue;
@@ -270,5 +313,7 @@ int main() {
     TestDamage(variant);
     TestRounding(variant);
   }
+  if (CpuIsa::kAvx2 <= ProcessCpuIsa().detected) TestSameBits(kCsrAvx2, kCsrAvx2PlainLoads);
+  if (CpuIsa::kAvx512 <= ProcessCpuIsa().detected) TestSameBits(kCsrAvx512, kCsrAvx512PlainLoads);
   return Failures() != 0;
 }

@@ -156,7 +156,7 @@ def test_autocast_computes_in_float32_and_casts_the_output(kind):
         assert torch.equal(y, layer(x).bfloat16())
 
 
-def test_compiles_without_a_graph_break(kind):
+def test_compiles_without_a_graph_break(kind, fresh_compiler):
     layer = kind.from_dense(dense_layer(37, 100))
     compiled = torch.compile(layer, fullgraph=True, dynamic=True)
     for batch in (3, 5):

@@ -104,6 +104,22 @@ def test_accepts_unaligned_memory(batch):
     assert torch.equal(csr_matmul(x, row_offsets, col_indices, unaligned(codes), bias, unaligned(codebook)), y)
 
 
+def test_short_columns_are_unsigned():
+    row_offsets, col_indices, values, _ = random_weight(9, 65536, 0.002)
+    short = (col_indices - 65536 * (col_indices >= 32768)).short()
+    assert bool((short < 0).any())
+    for batch in (1, 3, 20):
+        x, values = random(batch, 65536).requires_grad_(), values.detach().requires_grad_()
+        bias, grad_y = random(9, seed=2), random(batch, 9, seed=4)
+        y, same = (csr_matmul(x, row_offsets, columns, values, bias) for columns in (short, col_indices))
+        assert torch.equal(y, same)
+        for a, b in zip(*(torch.autograd.grad(y, (x, values), grad_y) for y in (y, same)), strict=True):
+            assert torch.equal(a, b)
+    narrow = torch.zeros(1, 40000)
+    with pytest.raises(RuntimeError, match=r"col_indices must lie in \[0, 40000\)"):
+        csr_matmul(narrow, row_offsets, short, values)
+
+
 def test_columns_may_be_unsorted_and_repeated():
     row_offsets = torch.tensor([0, 3, 3, 5], dtype=torch.int32)
     col_indices = torch.tensor([2, 0, 2, 1, 1], dtype=torch.int32)
@@ -395,7 +411,11 @@ CODES = {"values": torch.zeros(3, dtype=torch.uint8), "codebook": torch.ones(2)}
         ({"row_offsets": torch.zeros(4)}, TypeError, r"row_offsets must be int32 or int64, got torch\.float32"),
         ({"row_offsets": torch.zeros(0).int()}, ValueError, r"row_offsets must be \[out \+ 1\], got shape \(0,\)"),
         ({"row_offsets": torch.zeros(2, 2).int()}, ValueError, r"row_offsets must be .*, got shape \(2, 2\)"),
-        ({"col_indices": torch.zeros(3).short()}, TypeError, r"col_indices must be int32 or int64, got torch\.int16"),
+        (
+            {"col_indices": torch.zeros(3).byte()},
+            TypeError,
+            r"col_indices must be int32, int64 or int16, got torch\.uint8",
+        ),
         ({"col_indices": torch.zeros(3, 1).int()}, ValueError, r"col_indices must be \[nnz\], got shape \(3, 1\)"),
         ({"values": torch.ones(4)}, ValueError, r"values must be \[3\] like col_indices, got shape \(4,\)"),
         (

@@ -166,16 +166,20 @@ def test_tied_sparse_layers_share_their_tensors(round_trip):
 @pytest.mark.parametrize("layer", [SparseLinear, SparseCodebookLinear])
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("model", [False, True])
-def test_a_layout_comes_back(round_trip, layer, training, model):
+@pytest.mark.parametrize(
+    "layout,options",
+    [("csr16", {}), ("bitmap", {}), ("bitmap_int8", {}), ("blocked", {"column_block": 16})],
+)
+def test_a_layout_comes_back(round_trip, layer, training, model, layout, options):
     """Another layout would sum in another order and give other bits."""
     dense = prune_(nn.Linear(70, 300), 0.4, levels=2)
-    first = layer.from_dense(dense).pack("blocked", column_block=16)
+    first = layer.from_dense(dense).pack(layout, **options)
     second = layer(first.sparse_weight, torch.ones(300)).pack("blocked", column_block=8)
     network = nn.ModuleList([first, second]).train(training)
     instance = nn.ModuleList([copy.deepcopy(dense), copy.deepcopy(dense)]) if model else None
     loaded = round_trip(network, model=instance)
-    for ours, theirs, columns in ((first, loaded[0], 16), (second, loaded[1], 8)):
-        assert (theirs.layout, theirs.layout_options) == ("blocked", {"column_block": columns})
+    for ours, theirs in zip(network, loaded, strict=True):
+        assert (theirs.layout, theirs.layout_options) == (ours.layout, ours.layout_options)
         assert (theirs.packed_weight is None) is training
         with torch.no_grad():
             assert torch.equal(theirs.eval()(x(9, 70)), ours.eval()(x(9, 70)))

@@ -8,6 +8,7 @@ namespace {
 BlockedMatmulFunction Active() {
   switch (ProcessCpuIsa().active) {
     case CpuIsa::kAvx512Bf16:
+      return kBlockedAvx512Bf16;
     case CpuIsa::kAvx512:
       return kBlockedAvx512;
     case CpuIsa::kAvx2:
@@ -19,6 +20,10 @@ BlockedMatmulFunction Active() {
 }
 
 }  // namespace
+
+std::int32_t BlockedQuadOffset() noexcept {
+  return ProcessCpuIsa().active >= CpuIsa::kAvx512 ? kBlockedUnsignedOffset : 0;
+}
 
 BlockedStatus BlockedMatmul(const BlockedMatmulArgs& args, std::int64_t row_block) noexcept {
   return Active()(args, row_block);

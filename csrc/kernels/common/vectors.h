@@ -117,6 +117,52 @@ inline void Transpose(Float8 (&m)[8]) {
   }
 }
 
+#ifdef __AVX512F__
+inline void Transpose(Vector<16> (&m)[16]) {
+  const auto ps = [](Vector<16> v) { return (__m512)v; };
+  const auto pd = [](Vector<16> v) { return (__m512d)v; };
+  Vector<16> pairs[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    pairs[i] = (Vector<16>)_mm512_unpacklo_ps(ps(m[i]), ps(m[i + 1]));
+    pairs[i + 1] = (Vector<16>)_mm512_unpackhi_ps(ps(m[i]), ps(m[i + 1]));
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    m[i] = (Vector<16>)_mm512_unpacklo_pd(pd(pairs[i]), pd(pairs[i + 2]));
+    m[i + 1] = (Vector<16>)_mm512_unpackhi_pd(pd(pairs[i]), pd(pairs[i + 2]));
+    m[i + 2] = (Vector<16>)_mm512_unpacklo_pd(pd(pairs[i + 1]), pd(pairs[i + 3]));
+    m[i + 3] = (Vector<16>)_mm512_unpackhi_pd(pd(pairs[i + 1]), pd(pairs[i + 3]));
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    pairs[i] = (Vector<16>)_mm512_shuffle_f32x4(ps(m[i]), ps(m[i + 4]), 0x88);
+    pairs[i + 4] = (Vector<16>)_mm512_shuffle_f32x4(ps(m[i]), ps(m[i + 4]), 0xdd);
+    pairs[i + 8] = (Vector<16>)_mm512_shuffle_f32x4(ps(m[i + 8]), ps(m[i + 12]), 0x88);
+    pairs[i + 12] = (Vector<16>)_mm512_shuffle_f32x4(ps(m[i + 8]), ps(m[i + 12]), 0xdd);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    m[i] = (Vector<16>)_mm512_shuffle_f32x4(ps(pairs[i]), ps(pairs[i + 8]), 0x88);
+    m[i + 8] = (Vector<16>)_mm512_shuffle_f32x4(ps(pairs[i]), ps(pairs[i + 8]), 0xdd);
+    m[i + 4] = (Vector<16>)_mm512_shuffle_f32x4(ps(pairs[i + 4]), ps(pairs[i + 12]), 0x88);
+    m[i + 12] = (Vector<16>)_mm512_shuffle_f32x4(ps(pairs[i + 4]), ps(pairs[i + 12]), 0xdd);
+  }
+}
+#endif
+
+// Rows [i, i + 8) and samples [n, n + 8) of what StoreTransposed stores.
+template <int kWidth>
+void StoreBlock(const float* tile, Index i, Index n, Index samples, void* out, FloatDtype stored_as, Index stride,
+                Index offset) {
+  Float8 block[8];
+  for (int j = 0; j < 8; ++j) block[j] = Load<Float8>(tile + (i + j) * kWidth + n);
+  Transpose(block);
+  for (Index j = 0; j < 8 && n + j < samples; ++j) {
+    StoreFloats(out, stored_as, (n + j) * stride + offset + i, block[j]);
+  }
+}
+
 // out[n][offset + i] = tile[i][n]: `count` rows of a tile [count][kWidth] into a row-major [samples][stride].
 template <int kWidth>
 void StoreTransposed(const float* tile, Index count, Index samples, void* out, FloatDtype stored_as, Index stride,
@@ -125,16 +171,27 @@ void StoreTransposed(const float* tile, Index count, Index samples, void* out, F
   if constexpr (kWidth == 1) {
     for (; i + 8 <= count; i += 8) StoreFloats(out, stored_as, offset + i, Load<Float8>(tile + i));
   } else {
-    for (; i + 8 <= count; i += 8) {
-      for (Index n = 0; n < samples; n += 8) {
-        Float8 block[8];
-        for (int j = 0; j < 8; ++j) block[j] = Load<Float8>(tile + (i + j) * kWidth + n);
+    // Sample after sample: their rows of the output lie a power of two apart, and a cache set cannot hold many of them.
+    const Index full = count / 8 * 8;
+    Index n = 0;
+#ifdef __AVX512F__
+    for (; kWidth >= 16 && stored_as == FloatDtype::kFloat32 && n + 16 <= samples; n += 16) {
+      for (i = 0; i + 16 <= full; i += 16) {
+        Vector<16> block[16];
+        for (int j = 0; j < 16; ++j) block[j] = Load<Vector<16>>(tile + (i + j) * kWidth + n);
         Transpose(block);
-        for (Index j = 0; j < 8 && n + j < samples; ++j) {
-          StoreFloats(out, stored_as, (n + j) * stride + offset + i, block[j]);
-        }
+        for (Index j = 0; j < 16; ++j) Store(static_cast<float*>(out) + (n + j) * stride + offset + i, block[j]);
+      }
+      for (; i < full; i += 8) StoreBlock<kWidth>(tile, i, n, samples, out, stored_as, stride, offset);
+      for (i = full / 16 * 16; i < full; i += 8) {
+        StoreBlock<kWidth>(tile, i, n + 8, samples, out, stored_as, stride, offset);
       }
     }
+#endif
+    for (; n < samples; n += 8) {
+      for (i = 0; i < full; i += 8) StoreBlock<kWidth>(tile, i, n, samples, out, stored_as, stride, offset);
+    }
+    i = full;
   }
   for (; i < count; ++i) {
     for (Index n = 0; n < samples; ++n) {

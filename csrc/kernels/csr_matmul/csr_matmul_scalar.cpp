@@ -12,7 +12,10 @@ Row RowAt(const CsrWeight& w, std::int64_t r) {
   return {At<std::int32_t>(w.row_offsets, r), At<std::int32_t>(w.row_offsets, r + 1)};
 }
 
-std::int64_t Column(const CsrWeight& w, std::int64_t k) { return At<std::int32_t>(w.col_indices, k); }
+std::int64_t Column(const CsrWeight& w, std::int64_t k) {
+  if (w.indexed_by == CsrIndices::kInt32) return At<std::int32_t>(w.col_indices, k);
+  return At<std::uint16_t>(w.col_indices, k);
+}
 
 float Value(const CsrWeight& w, std::int64_t k) {
   switch (w.stored_as) {

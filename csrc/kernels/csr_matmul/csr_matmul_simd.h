@@ -23,6 +23,9 @@ std::uint32_t Largest(V v) {
 }
 
 struct Float32Values {
+  using Stored = float;
+  static constexpr bool kChecked = false;
+
   explicit Float32Values(const CsrWeight& w) : values(w.values) {}
   float At(Index k) const { return LoadAt<float>(values, k, 4); }
   bool Inside(Index, Index) const { return true; }
@@ -32,6 +35,9 @@ struct Float32Values {
 };
 
 struct BFloat16Values {
+  using Stored = std::uint16_t;
+  static constexpr bool kChecked = false;
+
   explicit BFloat16Values(const CsrWeight& w) : values(w.values) {}
   float At(Index k) const { return LoadFloat(values, FloatDtype::kBFloat16, k); }
   bool Inside(Index, Index) const { return true; }
@@ -41,8 +47,19 @@ struct BFloat16Values {
 };
 
 struct CodeValues {
+  using Stored = std::uint8_t;
+  static constexpr bool kChecked = true;
+
   explicit CodeValues(const CsrWeight& w)
-      : codes(static_cast<const std::uint8_t*>(w.values)), codebook(w.codebook), entries(w.entries) {}
+      : codes(static_cast<const std::uint8_t*>(w.values)), codebook(w.codebook), entries(w.entries) {
+#ifdef __AVX512F__
+    low = _mm512_maskz_loadu_ps(entries >= 16 ? 0xffff : (1u << entries) - 1, codebook);
+    high = _mm512_maskz_loadu_ps(entries >= 32   ? 0xffff
+                                 : entries <= 16 ? 0
+                                                 : (1u << (entries - 16)) - 1,
+                                 codebook + 16);
+#endif
+  }
   float At(Index k) const { return LoadAt<float>(codebook, codes[k], 4); }
   bool Inside(Index begin, Index end) const {
     if (entries == kCsrMaxEntries) return true;
@@ -65,6 +82,9 @@ struct CodeValues {
   const std::uint8_t* codes;
   const float* codebook;
   Index entries;
+#ifdef __AVX512F__
+  __m512 low, high;  // the first 32 entries
+#endif
 };
 
 // Where only the positions count.
@@ -81,26 +101,40 @@ Row RowAt(const CsrWeight& w, Index r) {
   return {LoadAt<std::int32_t>(w.row_offsets, r, 4), LoadAt<std::int32_t>(w.row_offsets, r + 1, 4)};
 }
 
-// A checked column.
-std::uint64_t ColumnAt(const CsrWeight& w, Index k) { return LoadAt<std::uint32_t>(w.col_indices, k, 4); }
+// A column; as an unsigned number, so that a negative one is too large.
+template <typename Stored>
+std::uint64_t ColumnAt(const CsrWeight& w, Index k) {
+  return LoadAt<Stored>(w.col_indices, k, sizeof(Stored));
+}
 
+// Eight columns from k on.
+template <typename Stored>
+Bits8 ColumnsAt(const CsrWeight& w, Index k) {
+  if constexpr (sizeof(Stored) == 4) {
+    return LoadAt<Bits8>(w.col_indices, k, 4);
+  } else {
+    return __builtin_convertvector(LoadAt<Halves8>(w.col_indices, k, 2), Bits8);
+  }
+}
+
+template <typename Stored>
 bool ColumnsInside(const CsrWeight& w, Index begin, Index end) {
-  Bits8 parts[2]{};  // of the largest column; as unsigned numbers, negative columns are too large
+  Bits8 parts[2]{};  // of the largest column
   Index k = begin;
   for (; k + 16 <= end; k += 16) {
     for (int i = 0; i < 2; ++i) {
-      const Bits8 column = LoadAt<Bits8>(w.col_indices, k + 8 * i, 4);
+      const Bits8 column = ColumnsAt<Stored>(w, k + 8 * i);
       parts[i] = column > parts[i] ? column : parts[i];
     }
   }
   std::uint64_t largest = Largest(parts[0] > parts[1] ? parts[0] : parts[1]);
-  for (; k < end; ++k) largest = ColumnAt(w, k) > largest ? ColumnAt(w, k) : largest;
+  for (; k < end; ++k) largest = ColumnAt<Stored>(w, k) > largest ? ColumnAt<Stored>(w, k) : largest;
   return begin == end || largest < static_cast<std::uint64_t>(w.columns);
 }
 
 // Checks rows ahead of their use, several at once: a loop over one row is short, and its end surprises the processor.
 // For the gradients, whose loops take single non-zeros.
-template <typename Values>
+template <typename Stored, typename Values>
 class RowChecker {
  public:
   RowChecker(const CsrWeight& w, const Values& values, Index row_begin, Index row_end)
@@ -118,7 +152,7 @@ class RowChecker {
       end = next.end;
       ++checked_;
     } while (checked_ < row_end_ && end - begin < kAhead);
-    if (!ColumnsInside(w_, begin, end)) return CsrStatus::kBadColumn;
+    if (!ColumnsInside<Stored>(w_, begin, end)) return CsrStatus::kBadColumn;
     return values_.Inside(begin, end) ? CsrStatus::kOk : CsrStatus::kBadCode;
   }
 
@@ -133,12 +167,12 @@ class RowChecker {
 // ---- y
 
 // Adds kCount non-zeros from k on, each to a chain of its own, so that none waits for another's sum.
-template <int kLanes, int kVectors, int kCount, typename Values>
+template <int kLanes, int kVectors, int kCount, typename Stored, typename Values>
 void AddNonZeros(const CsrWeight& w, const Values& values, const float* panel, Index k,
                  Vector<kLanes> (*sums)[kVectors]) {
 #pragma GCC unroll 8
   for (int chain = 0; chain < kCount; ++chain) {
-    const float* x = panel + ColumnAt(w, k + chain) * (kLanes * kVectors);
+    const float* x = panel + ColumnAt<Stored>(w, k + chain) * (kLanes * kVectors);
     const Vector<kLanes> value = Splat<kLanes>(values.At(k + chain));
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) sums[chain][v] += value * Load<Vector<kLanes>>(x + v * kLanes);
@@ -147,52 +181,51 @@ void AddNonZeros(const CsrWeight& w, const Values& values, const float* panel, I
 
 // Whether non-zeros [k, k + 8) may be used. Checked right before they are, because the panel's lines drive the columns
 // that a pass ahead has read out of the first cache level again, and its bursts of reads wait for the memory.
-template <typename Values>
+template <typename Stored, typename Values>
 CsrStatus CheckEight(const CsrWeight& w, const Values& values, Index k) {
-  const Bits8 outside = (Bits8)(LoadAt<Bits8>(w.col_indices, k, 4) >= static_cast<std::uint32_t>(w.columns));
+  const Bits8 outside = (Bits8)(ColumnsAt<Stored>(w, k) >= static_cast<std::uint32_t>(w.columns));
   if (_mm256_movemask_ps((__m256)outside) != 0) return CsrStatus::kBadColumn;
   return values.EightInside(k) ? CsrStatus::kOk : CsrStatus::kBadCode;
 }
 
 // The same for [k, end), fewer than eight.
-template <typename Values>
+template <typename Stored, typename Values>
 CsrStatus CheckTail(const CsrWeight& w, const Values& values, Index k, Index end) {
-  const auto left = static_cast<std::int32_t>(end - k);
-  const Int8 taken = Int8{0, 1, 2, 3, 4, 5, 6, 7} < left;
-  const auto columns = (Bits8)_mm256_maskload_epi32(w.col_indices + k, (__m256i)taken);
-  const Bits8 outside = (Bits8)(columns >= static_cast<std::uint32_t>(w.columns)) & (Bits8)taken;
-  if (_mm256_movemask_ps((__m256)outside) != 0) return CsrStatus::kBadColumn;
+  bool inside = true;
+  for (Index i = k; i < end; ++i) inside &= ColumnAt<Stored>(w, i) < static_cast<std::uint64_t>(w.columns);
+  if (!inside) return CsrStatus::kBadColumn;
   return values.Inside(k, end) ? CsrStatus::kOk : CsrStatus::kBadCode;
 }
 
 // One row of a tile: w[row] * panel + bias.
-template <int kLanes, int kVectors, typename Values>
+template <int kLanes, int kVectors, typename Stored, typename Values>
 CsrStatus MultiplyRow(const CsrWeight& w, const Values& values, Row row, const float* panel, float bias, float* out) {
   constexpr int kChains = 8 / kVectors;  // eight sums hide the latency of a fused multiply-add
   Vector<kLanes> sums[kChains][kVectors] = {};
   Index k = row.begin;
   for (; k + 8 <= row.end; k += 8) {
-    if (const CsrStatus status = CheckEight(w, values, k); status != CsrStatus::kOk) return status;
+    if (const CsrStatus status = CheckEight<Stored>(w, values, k); status != CsrStatus::kOk) return status;
 #pragma GCC unroll 4
-    for (int i = 0; i < 8; i += kChains) AddNonZeros<kLanes, kVectors, kChains>(w, values, panel, k + i, sums);
+    for (int i = 0; i < 8; i += kChains) AddNonZeros<kLanes, kVectors, kChains, Stored>(w, values, panel, k + i, sums);
   }
-  if (const CsrStatus status = CheckTail(w, values, k, row.end); status != CsrStatus::kOk) return status;
+  if (const CsrStatus status = CheckTail<Stored>(w, values, k, row.end); status != CsrStatus::kOk) return status;
   if constexpr (kChains < 8) {
-    for (; k + kChains <= row.end; k += kChains) AddNonZeros<kLanes, kVectors, kChains>(w, values, panel, k, sums);
+    for (; k + kChains <= row.end; k += kChains)
+      AddNonZeros<kLanes, kVectors, kChains, Stored>(w, values, panel, k, sums);
   }
   if constexpr (kChains > 4) {
     if (k + 4 <= row.end) {
-      AddNonZeros<kLanes, kVectors, 4>(w, values, panel, k, sums);
+      AddNonZeros<kLanes, kVectors, 4, Stored>(w, values, panel, k, sums);
       k += 4;
     }
   }
   if constexpr (kChains > 2) {
     if (k + 2 <= row.end) {
-      AddNonZeros<kLanes, kVectors, 2>(w, values, panel, k, sums);
+      AddNonZeros<kLanes, kVectors, 2, Stored>(w, values, panel, k, sums);
       k += 2;
     }
   }
-  if (k < row.end) AddNonZeros<kLanes, kVectors, 1>(w, values, panel, k, sums);
+  if (k < row.end) AddNonZeros<kLanes, kVectors, 1, Stored>(w, values, panel, k, sums);
 #pragma GCC unroll 3
   for (int half = kChains / 2; half > 0; half /= 2) {
 #pragma GCC unroll 4
@@ -206,38 +239,210 @@ CsrStatus MultiplyRow(const CsrWeight& w, const Values& values, Row row, const f
   return CsrStatus::kOk;
 }
 
-// The same for one sample. Intrinsics, because the compiler would gather the eight chains into a vector piece by piece.
-template <typename Values>
-CsrStatus MultiplyRow(const CsrWeight& w, const Values& values, Row row, const float* x, float bias, float* out) {
-  constexpr int kChains = 8;
-  const auto add = [&](Index k, __m128 sum) {
-    return _mm_fmadd_ss(_mm_set_ss(values.At(k)), _mm_set_ss(Load<float>(x + ColumnAt(w, k))), sum);
-  };
-  __m128 sums[kChains] = {};
+// ---- y of one sample: a vector's lanes take the non-zeros in turn, lane i the (i + n * kLanes)-th of its row
+
+#ifdef __AVX512F__
+struct Gather {
+  static constexpr Index kLanes = 16;
+  using Floats = __m512;
+  using Words = __m512i;
+  using Mask = __mmask16;
+
+  static Mask First(Index count) { return count >= kLanes ? 0xffff : (1u << count) - 1; }
+  static Mask And(Mask a, Mask b) { return _kand_mask16(a, b); }
+  static Mask Below(Mask of, Words words, std::uint32_t bound) {
+    return _mm512_mask_cmplt_epu32_mask(of, words, _mm512_set1_epi32(static_cast<int>(bound)));
+  }
+  static bool Holds(Mask needed, Mask got) { return needed == got; }
+  static Words Widen(const std::uint32_t* p) { return _mm512_loadu_si512(p); }
+  static Words Widen(const std::uint16_t* p) {
+    return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static Words Widen(const std::uint8_t* p) {
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static Floats HighHalves(Words words) { return _mm512_castsi512_ps(_mm512_slli_epi32(words, 16)); }
+  static Floats At(const float* from, Mask of, Words words) {
+    return _mm512_mask_i32gather_ps(_mm512_setzero_ps(), of, words, from, 4);
+  }
+  static Floats AddProducts(Mask of, Floats a, Floats b, Floats sums) { return _mm512_mask3_fmadd_ps(a, b, sums, of); }
+  static float Sum(Floats sums) { return _mm512_reduce_add_ps(sums); }
+};
+#else
+struct Gather {
+  static constexpr Index kLanes = 8;
+  using Floats = __m256;
+  using Words = __m256i;
+  using Mask = __m256i;
+
+  static Mask First(Index count) {
+    return (Mask)(Int8{0, 1, 2, 3, 4, 5, 6, 7} < static_cast<std::int32_t>(count < kLanes ? count : kLanes));
+  }
+  static Mask And(Mask a, Mask b) { return _mm256_and_si256(a, b); }
+  static Mask Below(Mask of, Words words, std::uint32_t bound) { return And(of, (Mask)((Bits8)words < bound)); }
+  static bool Holds(Mask needed, Mask got) { return _mm256_testc_si256(got, needed) != 0; }
+  static Words Widen(const std::uint32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  static Words Widen(const std::uint16_t* p) {
+    return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static Words Widen(const std::uint8_t* p) {
+    return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  }
+  static Floats HighHalves(Words words) { return _mm256_castsi256_ps(_mm256_slli_epi32(words, 16)); }
+  static Floats At(const float* from, Mask of, Words words) {
+    return _mm256_mask_i32gather_ps(_mm256_setzero_ps(), from, words, _mm256_castsi256_ps(of), 4);
+  }
+  static Floats AddProducts(Mask of, Floats a, Floats b, Floats sums) {
+    return _mm256_fmadd_ps(_mm256_and_ps(a, _mm256_castsi256_ps(of)), b, sums);
+  }
+  static float Sum(Floats sums) {
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+  }
+};
+#endif
+
+// kLanes stored values as floats; codes below their bound are noted in `inside`.
+inline Gather::Floats Widen(const Float32Values&, const float* p, Gather::Mask, Gather::Mask&) {
+  return __builtin_bit_cast(Gather::Floats, Gather::Widen(reinterpret_cast<const std::uint32_t*>(p)));
+}
+
+inline Gather::Floats Widen(const BFloat16Values&, const std::uint16_t* p, Gather::Mask, Gather::Mask&) {
+  return Gather::HighHalves(Gather::Widen(p));
+}
+
+inline Gather::Floats Widen(const CodeValues& values, const std::uint8_t* p, Gather::Mask of, Gather::Mask& inside) {
+  const Gather::Words codes = Gather::Widen(p);
+  const Gather::Mask known = Gather::Below(of, codes, static_cast<std::uint32_t>(values.entries));
+  inside = Gather::And(inside, known);
+#ifdef __AVX512F__
+  if (values.entries <= 32) return _mm512_permutex2var_ps(values.low, codes, values.high);
+#endif
+  return Gather::At(values.codebook, known, codes);
+}
+
+// kLanes non-zeros of a row, of which those in `of` count.
+template <typename Stored, typename Values>
+Gather::Floats AddGathered(const CsrWeight& w, const Values& values, const Stored* columns,
+                           const typename Values::Stored* p, const float* x, Gather::Mask of, Gather::Floats sums,
+                           Gather::Mask& columns_inside, Gather::Mask& codes_inside) {
+  const Gather::Words words = Gather::Widen(columns);
+  const Gather::Mask known = Gather::Below(of, words, static_cast<std::uint32_t>(w.columns));
+  columns_inside = Gather::And(columns_inside, known);
+  return Gather::AddProducts(of, Widen(values, p, of, codes_inside), Gather::At(x, known, words), sums);
+}
+
+// A hint; the address may lie outside the array.
+inline void Prefetch(const void* p, std::uintptr_t ahead) {
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(p) + ahead));
+}
+
+template <typename Stored, typename Values>
+CsrStatus GatherRow(const CsrWeight& w, const Values& values, Row row, const float* x, float bias, float* out) {
+  using Value = typename Values::Stored;
+  constexpr Index kLanes = Gather::kLanes;
+  // The hardware prefetcher stops at the end of a page.
+  constexpr std::uintptr_t kAhead = 512;
+  const auto* columns = static_cast<const Stored*>(w.col_indices);
+  const auto* stored = static_cast<const Value*>(w.values);
+  const Gather::Mask all = Gather::First(kLanes);
+  Gather::Mask columns_inside = all, codes_inside = all;
+  Gather::Floats sums{};
   Index k = row.begin;
-  for (; k + kChains <= row.end; k += kChains) {
-    if (const CsrStatus status = CheckEight(w, values, k); status != CsrStatus::kOk) return status;
-#pragma GCC unroll 8
-    for (int chain = 0; chain < kChains; ++chain) sums[chain] = add(k + chain, sums[chain]);
+  for (; k + kLanes <= row.end; k += kLanes) {
+    Prefetch(columns + k, kAhead * sizeof(Stored));
+    Prefetch(stored + k, kAhead * sizeof(Value));
+    sums = AddGathered(w, values, columns + k, stored + k, x, all, sums, columns_inside, codes_inside);
   }
-  if (const CsrStatus status = CheckTail(w, values, k, row.end); status != CsrStatus::kOk) return status;
-  for (; k + 2 <= row.end; k += 2) {
-    sums[0] = add(k, sums[0]);
-    sums[1] = add(k + 1, sums[1]);
+  if (!Gather::Holds(all, columns_inside)) return CsrStatus::kBadColumn;
+  if (!Gather::Holds(all, codes_inside)) return CsrStatus::kBadCode;
+  if (k < row.end) {
+    const Gather::Mask rest = Gather::First(row.end - k);
+    if (k + kLanes <= w.nnz) {  // what follows belongs to other rows
+      sums = AddGathered(w, values, columns + k, stored + k, x, rest, sums, columns_inside, codes_inside);
+    } else {
+      Stored last_columns[kLanes] = {};
+      Value last_values[kLanes] = {};
+      __builtin_memcpy(last_columns, columns + k, (row.end - k) * sizeof(Stored));
+      __builtin_memcpy(last_values, stored + k, (row.end - k) * sizeof(Value));
+      sums = AddGathered(w, values, last_columns, last_values, x, rest, sums, columns_inside, codes_inside);
+    }
+    if (!Gather::Holds(rest, columns_inside)) return CsrStatus::kBadColumn;
+    if (Values::kChecked && !Gather::Holds(rest, codes_inside)) return CsrStatus::kBadCode;
   }
-  if (k < row.end) sums[2] = add(k, sums[2]);
-  const __m128 total = _mm_add_ss(_mm_add_ss(_mm_add_ss(sums[0], sums[1]), _mm_add_ss(sums[2], sums[3])),
-                                  _mm_add_ss(_mm_add_ss(sums[4], sums[5]), _mm_add_ss(sums[6], sums[7])));
-  *out = _mm_cvtss_f32(total) + bias;
+  *out = Gather::Sum(sums) + bias;
   return CsrStatus::kOk;
 }
 
-template <int kLanes, int kWidth, typename Values>
+// The same sums by plain loads, for processors whose gathers are slow (a mitigation made them so on several).
+template <typename Stored, typename Values>
+CsrStatus LoadRow(const CsrWeight& w, const Values& values, Row row, const float* x, float bias, float* out) {
+  constexpr Index kLanes = Gather::kLanes;
+  const auto add = [&](Index k, __m128 sum) {
+    return _mm_fmadd_ss(_mm_set_ss(values.At(k)), _mm_set_ss(Load<float>(x + ColumnAt<Stored>(w, k))), sum);
+  };
+  __m128 sums[kLanes] = {};
+  Index k = row.begin;
+  for (; k + kLanes <= row.end; k += kLanes) {
+#pragma GCC unroll 2
+    for (int i = 0; i < kLanes; i += 8) {
+      if (const CsrStatus status = CheckEight<Stored>(w, values, k + i); status != CsrStatus::kOk) return status;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) sums[i] = add(k + i, sums[i]);
+  }
+  if (!ColumnsInside<Stored>(w, k, row.end)) return CsrStatus::kBadColumn;
+  if (!values.Inside(k, row.end)) return CsrStatus::kBadCode;
+  float lanes[kLanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    lanes[i] = _mm_cvtss_f32(k + i < row.end ? add(k + i, sums[i]) : sums[i]);
+  }
+  *out = Gather::Sum(__builtin_bit_cast(Gather::Floats, lanes)) + bias;
+  return CsrStatus::kOk;
+}
+
+// Whether gathering from the first cache level takes hardly more time than plain loads: asked once, of the clock.
+__attribute__((noinline)) bool GathersAreFast() {
+#ifdef TERSETORCH_CSR_WITHOUT_GATHERS
+  return false;
+#else
+  static const bool fast = [] {
+    constexpr Index kLanes = Gather::kLanes, kCount = 16 * kLanes;
+    float x[kCount], sink[1];
+    std::uint32_t columns[kCount];
+    for (Index i = 0; i < kCount; ++i) {
+      x[i] = 1.0f;
+      columns[i] = static_cast<std::uint32_t>(i * 37 % kCount);
+    }
+    const CsrWeight w{nullptr, columns, CsrIndices::kInt32, x, CsrValues::kFloat32, nullptr, 0, 1, kCount, kCount};
+    const Float32Values values(w);
+    std::uint64_t gathers = ~std::uint64_t{0}, loads = gathers;
+    for (int round = 0; round < 8; ++round) {  // the fastest: an interrupt slows some
+      const std::uint64_t start = __rdtsc();
+      GatherRow<std::uint32_t>(w, values, {0, kCount}, x, 0.0f, sink);
+      asm volatile("" : : "r"(sink) : "memory");  // or the compiler drops what nobody reads
+      const std::uint64_t middle = __rdtsc();
+      LoadRow<std::uint32_t>(w, values, {0, kCount}, x, 0.0f, sink);
+      asm volatile("" : : "r"(sink) : "memory");
+      const std::uint64_t end = __rdtsc();
+      gathers = middle - start < gathers ? middle - start : gathers;
+      loads = end - middle < loads ? end - middle : loads;
+    }
+    return 4 * gathers < 5 * loads;  // outside the first cache level the gathers gain more
+  }();
+  return fast;
+#endif
+}
+
+template <int kLanes, int kWidth, typename Stored, typename Values>
 CsrStatus MultiplyPanel(const CsrMatmulArgs& a, Index row_begin, Index row_end) {
   constexpr Index kTileRows = 64;
   alignas(64) float tile[kTileRows * kWidth];
   const CsrWeight& w = a.weight;
   const Values values(w);
+  [[maybe_unused]] const bool gathers = kWidth == 1 && GathersAreFast();
   for (Index begin = row_begin; begin < row_end; begin += kTileRows) {
     const Index count = row_end - begin < kTileRows ? row_end - begin : kTileRows;
     for (Index i = 0; i < count; ++i) {
@@ -246,9 +451,10 @@ CsrStatus MultiplyPanel(const CsrMatmulArgs& a, Index row_begin, Index row_end) 
       const float bias = a.bias == nullptr ? 0.0f : LoadAt<float>(a.bias, begin + i, 4);
       CsrStatus status;
       if constexpr (kWidth == 1) {
-        status = MultiplyRow(w, values, row, a.panel, bias, tile + i);
+        status = gathers ? GatherRow<Stored>(w, values, row, a.panel, bias, tile + i)
+                         : LoadRow<Stored>(w, values, row, a.panel, bias, tile + i);
       } else {
-        status = MultiplyRow<kLanes, kWidth / kLanes>(w, values, row, a.panel, bias, tile + i * kWidth);
+        status = MultiplyRow<kLanes, kWidth / kLanes, Stored>(w, values, row, a.panel, bias, tile + i * kWidth);
       }
       if (status != CsrStatus::kOk) return status;
     }
@@ -259,12 +465,12 @@ CsrStatus MultiplyPanel(const CsrMatmulArgs& a, Index row_begin, Index row_end) 
 
 // ---- gradients
 
-template <int kLanes, int kWidth, typename Values>
+template <int kLanes, int kWidth, typename Stored, typename Values>
 CsrStatus ScatterPanel(const CsrGradXArgs& a, Index, Index) {
   constexpr int kVectors = kWidth / kLanes;
   const CsrWeight& w = a.weight;
   const Values values(w);
-  RowChecker<Values> checker(w, values, 0, w.rows);
+  RowChecker<Stored, Values> checker(w, values, 0, w.rows);
   for (Index i = 0; i < w.columns * kWidth; ++i) a.sums[i] = 0;
   for (Index r = 0; r < w.rows; ++r) {
     if (const CsrStatus status = checker.Check(r); status != CsrStatus::kOk) return status;
@@ -273,7 +479,7 @@ CsrStatus ScatterPanel(const CsrGradXArgs& a, Index, Index) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) grad[v] = Load<Vector<kLanes>>(a.grad_panel + r * kWidth + v * kLanes);
     for (Index k = row.begin; k < row.end; ++k) {
-      float* sum = a.sums + ColumnAt(w, k) * kWidth;
+      float* sum = a.sums + ColumnAt<Stored>(w, k) * kWidth;
       const Vector<kLanes> value = Splat<kLanes>(values.At(k));
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v, sum += kLanes) Store(sum, Load<Vector<kLanes>>(sum) + value * grad[v]);
@@ -296,19 +502,19 @@ Float8 FoldToEight(const Vector<kLanes>& v) {
   return kLanes == 8 ? parts[0] : parts[0] + parts[kLanes / 8 - 1];
 }
 
-template <int kLanes, int kWidth, typename Values>
+template <int kLanes, int kWidth, typename Stored, typename Values>
 CsrStatus SamplePanel(const CsrGradValuesArgs& a, Index row_begin, Index row_end) {
   constexpr int kVectors = kWidth / kLanes;
   const CsrWeight& w = a.weight;
   const Values values(w);
-  RowChecker<Values> checker(w, values, row_begin, row_end);
+  RowChecker<Stored, Values> checker(w, values, row_begin, row_end);
   for (Index r = row_begin; r < row_end; ++r) {
     if (const CsrStatus status = checker.Check(r); status != CsrStatus::kOk) return status;
     const Row row = RowAt(w, r);
     const float* grad = a.grad_panel + r * kWidth;
     if constexpr (kLanes == 1) {
       for (Index k = row.begin; k < row.end; ++k) {
-        const float product = Load<float>(grad) * Load<float>(a.x_panel + ColumnAt(w, k));
+        const float product = Load<float>(grad) * Load<float>(a.x_panel + ColumnAt<Stored>(w, k));
         a.grad_values[k] = a.add ? a.grad_values[k] + product : product;
       }
     } else {
@@ -316,7 +522,7 @@ CsrStatus SamplePanel(const CsrGradValuesArgs& a, Index row_begin, Index row_end
         const Index count = row.end - k < 8 ? row.end - k : 8;
         Float8 products[8] = {};
         for (Index i = 0; i < count; ++i) {
-          const float* x = a.x_panel + ColumnAt(w, k + i) * kWidth;
+          const float* x = a.x_panel + ColumnAt<Stored>(w, k + i) * kWidth;
           Vector<kLanes> sum{};
 #pragma GCC unroll 4
           for (int v = 0; v < kVectors; ++v) {
@@ -372,21 +578,27 @@ CsrStatus ForWidth(const Args& a, CsrValues stored_as, Index begin, Index end) {
 template <int kLanes, int kWidth, typename Values>
 struct Multiply {
   static CsrStatus Run(const CsrMatmulArgs& a, Index begin, Index end) {
-    return MultiplyPanel<kLanes, kWidth, Values>(a, begin, end);
+    if (a.weight.indexed_by == CsrIndices::kInt32)
+      return MultiplyPanel<kLanes, kWidth, std::uint32_t, Values>(a, begin, end);
+    return MultiplyPanel<kLanes, kWidth, std::uint16_t, Values>(a, begin, end);
   }
 };
 
 template <int kLanes, int kWidth, typename Values>
 struct Scatter {
   static CsrStatus Run(const CsrGradXArgs& a, Index begin, Index end) {
-    return ScatterPanel<kLanes, kWidth, Values>(a, begin, end);
+    if (a.weight.indexed_by == CsrIndices::kInt32)
+      return ScatterPanel<kLanes, kWidth, std::uint32_t, Values>(a, begin, end);
+    return ScatterPanel<kLanes, kWidth, std::uint16_t, Values>(a, begin, end);
   }
 };
 
 template <int kLanes, int kWidth, typename>
 struct Sample {
   static CsrStatus Run(const CsrGradValuesArgs& a, Index begin, Index end) {
-    return SamplePanel<kLanes, kWidth, NoValues>(a, begin, end);
+    if (a.weight.indexed_by == CsrIndices::kInt32)
+      return SamplePanel<kLanes, kWidth, std::uint32_t, NoValues>(a, begin, end);
+    return SamplePanel<kLanes, kWidth, std::uint16_t, NoValues>(a, begin, end);
   }
 };
 

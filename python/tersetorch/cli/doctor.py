@@ -76,6 +76,8 @@ def examine() -> dict[str, Any]:
             for level, needed in LEVEL_FLAGS.items()
             if level not in present
         },
+        "cuda_architectures": _native.build_facts()["cuda_architectures"],
+        "missing_for_cuda": _missing_for_cuda(),
         "missing_extras": {name: use for name, use in EXTRAS.items() if not _installed(name)},
         "checks": {level: _check(level) for level in present},
     }
@@ -94,6 +96,17 @@ def _check(level: str) -> list[dict[str, Any]]:
         return [{"op": "all", "case": f"process ended: {reason}", "max_error": None, "bound": None, "ok": False}]
     checks: list[dict[str, Any]] = json.loads(done.stdout)
     return checks
+
+
+def _missing_for_cuda() -> str | None:
+    """Why no op runs on a CUDA device here; None where they do."""
+    if not _native.build_facts()["cuda_architectures"]:
+        return "the kernels were not built; install nvcc and build again with TERSETORCH_CUDA=1"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA; install one with it"
+    if not torch.cuda.is_available():
+        return "torch finds no device; it needs a GPU and NVIDIA's driver"
+    return None
 
 
 def _cpu_flags() -> set[str]:
@@ -130,5 +143,7 @@ def _print(facts: dict[str, Any]) -> None:
     for level, missing in facts["missing_for_level"].items():
         reason = f"this CPU lacks {', '.join(missing)}" if missing else "the level before it is missing"
         console.print(f"{level}: not run, {reason}")
+    built = ", ".join(f"sm_{architecture}" for architecture in facts["cuda_architectures"])
+    console.print(f"cuda: kernels for {built or 'no device'}; {facts['missing_for_cuda'] or 'a device is there'}")
     for name, use in facts["missing_extras"].items():
         console.print(f"{name}: not installed; needed for {use}")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tersetorch.nn import SparseCodebookLinear, SparseLinear
 
 MAX_DISTINCT = 255
+MAX_NARROW = 2**16
 # Non-zeros looked at first: a weight that nobody shared is recognised without sorting all of it.
 SAMPLE = 65536
 
@@ -28,6 +29,8 @@ class Candidate:
         build: the new layer, computing what the given one computes.
         layout: what the new layer computes from, as its pack() takes it.
         options: of pack(), for a number of samples multiplied at once, or for None, a number nobody told.
+        exact: whether only the order of sums differs from the dense layer's; the others are measured only where the
+            caller allows an error, or told by plan.
         min_samples, max_samples: with fewer or more at once another candidate is always faster, and this one is not
             measured.
     """
@@ -41,11 +44,14 @@ class Candidate:
     build: Callable[[Any], nn.Module]
     layout: str = "csr"
     options: Callable[[int | None], dict[str, Any]] = lambda samples: {}
+    exact: bool = True
     min_samples: int = 0
     max_samples: int | None = None
 
-    def fits(self, samples: int) -> str | None:
-        """Why it is not measured with so many samples, or None when it is."""
+    def fits(self, samples: int, max_error: float | None) -> str | None:
+        """Why it is not measured with so many samples and this error allowed, or None when it is."""
+        if not self.exact and max_error is None:
+            return "it rounds, and max_error= allows no error"
         if samples < self.min_samples:
             return f"made for {self.min_samples} samples or more, and there are {samples}"
         if self.max_samples is not None and samples > self.max_samples:
@@ -84,48 +90,62 @@ def _has_few_values(module: nn.Module) -> str | None:
     return None
 
 
+def _is_narrow(module: nn.Module) -> str | None:
+    columns = weight_of(module).shape[1]
+    return f"more than {MAX_NARROW} columns" if columns > MAX_NARROW else None
+
+
+def _is_narrow_with_few_values(module: nn.Module) -> str | None:
+    return _is_narrow(module) or _has_few_values(module)
+
+
 def _for_samples(samples: int | None) -> dict[str, Any]:
     return {} if samples is None else {"samples": max(1, samples)}
 
 
-# Below these densities a format is smaller than the dense weight: an int32 column and a float32 value against one
-# float32, an int32 column and an 8-bit code, and the same with 16-bit columns.
+def _row(
+    name: str, layer: type[Any], max_density: float, applies: Callable[[nn.Module], str | None], **more: Any
+) -> Candidate:
+    return Candidate(name, more.pop("alias", name), nn.Linear, layer, max_density, applies, layer.from_dense, **more)
+
+
+# Below max_density a format is smaller than the dense weight, 32 bits each: with b bits a value, csr takes 32 + b of
+# them a non-zero, csr16 and blocked 16 + b, a bitmap b and 1 for each weight. Bounds on samples are measured.
 CANDIDATES: dict[str, Candidate] = {
-    candidate.name: candidate
-    for candidate in (
-        Candidate("csr", "sparse", nn.Linear, SparseLinear, 0.5, _always, SparseLinear.from_dense),
-        Candidate(
-            "sparse_codebook",
-            "codebook",
-            nn.Linear,
+    row.name: row
+    for row in (
+        _row("csr", SparseLinear, 0.5, _always, alias="sparse"),
+        _row("sparse_codebook", SparseCodebookLinear, 0.8, _has_few_values, alias="codebook"),
+        _row("csr16", SparseLinear, 0.66, _is_narrow, layout="csr16", max_samples=16),
+        _row(
+            "csr16_codebook",
             SparseCodebookLinear,
-            0.8,
-            _has_few_values,
-            SparseCodebookLinear.from_dense,
+            1.0,
+            _is_narrow_with_few_values,
+            layout="csr16",
+            max_samples=16,
         ),
-        Candidate(
-            "blocked",
-            "blocked",
-            nn.Linear,
-            SparseLinear,
-            0.66,
-            _always,
-            SparseLinear.from_dense,
-            layout="blocked",
-            options=_for_samples,
-            min_samples=8,
-        ),
-        Candidate(
-            "blocked_codebook",
-            "blocked_codebook",
-            nn.Linear,
+        _row("bitmap", SparseLinear, 0.96, _always, layout="bitmap", max_samples=8),
+        _row("bitmap_codebook", SparseCodebookLinear, 1.0, _has_few_values, layout="bitmap", max_samples=8),
+        _row("bitmap_int8", SparseLinear, 1.0, _always, layout="bitmap_int8", exact=False, max_samples=8),
+        _row("bitmap_columns", SparseLinear, 0.96, _always, layout="bitmap_columns", max_samples=2),
+        _row(
+            "bitmap_columns_codebook",
             SparseCodebookLinear,
             1.0,
             _has_few_values,
-            SparseCodebookLinear.from_dense,
+            layout="bitmap_columns",
+            max_samples=2,
+        ),
+        _row("blocked", SparseLinear, 0.66, _always, layout="blocked", options=_for_samples, min_samples=4),
+        _row(
+            "blocked_codebook",
+            SparseCodebookLinear,
+            1.0,
+            _has_few_values,
             layout="blocked",
             options=_for_samples,
-            min_samples=8,
+            min_samples=4,
         ),
     )
 }

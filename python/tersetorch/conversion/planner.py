@@ -110,7 +110,7 @@ class Planner:
             why_not = row.applies(modules[0])
             if why_not is None and share > row.max_density:
                 why_not = f"larger than the dense weight at density {share:.2f}"
-            why_not = why_not or row.fits(samples)
+            why_not = why_not or row.fits(samples, self.max_error)
             if why_not is not None:
                 trials[name] = Trial(name, f"not tried: {why_not}")
                 continue
@@ -177,7 +177,10 @@ class Planner:
             "weight": [list(weight.shape), list(weight.stride()), str(weight.dtype)],
             # In steps of a quarter: 1, 0.79, 0.63, 0.5, ...
             "density": round(-10 * math.log10(share)) if share else None,
-            "calls": [[index, list(x.shape), list(x.stride()), str(x.dtype)] for index, x in calls],
+            # Some layouts skip the zeros of x: their share, in tenths.
+            "calls": [
+                [index, list(x.shape), list(x.stride()), str(x.dtype), round(10 * density(x))] for index, x in calls
+            ],
             "autocast": str(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else None,
             "max_error": self.max_error,
             "candidates": ready,

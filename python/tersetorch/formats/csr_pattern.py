@@ -5,6 +5,8 @@ from torch import Tensor
 
 from tersetorch import ops
 
+NARROW_MASK = 2**16 - 1
+
 
 class CsrPattern:
     """What follows from the positions alone, for the formats that hold them."""
@@ -28,6 +30,16 @@ class CsrPattern:
         """The row of every stored position, int64 [nnz]."""
         return rows_of(self.row_offsets)
 
+    @property
+    def cols(self) -> Tensor:
+        """The column of every stored position, int64 [nnz]."""
+        return columns_of(self.col_indices)
+
+    @property
+    def wide_indices(self) -> Tensor:
+        """The column of every stored position, int32 [nnz]."""
+        return self.col_indices if self.col_indices.dtype == torch.int32 else self.cols.int()
+
 
 def non_zeros(dense: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Row offsets int32 [rows + 1], column indices int32 [nnz] and values [nnz] of dense, found on the CPU.
@@ -44,10 +56,28 @@ def rows_of(row_offsets: Tensor) -> Tensor:
     return torch.repeat_interleave(row_offsets.diff())
 
 
+def columns_of(col_indices: Tensor) -> Tensor:
+    """The columns that col_indices number, int64: int16 holds 16 unsigned bits."""
+    return col_indices.long() & NARROW_MASK if col_indices.dtype == torch.int16 else col_indices.long()
+
+
+def narrow(owner: str, col_indices: Tensor, columns: int) -> Tensor:
+    """The same columns as 16 unsigned bits in int16.
+
+    Raises:
+        ValueError: there are more than 65,536 columns.
+    """
+    if columns > NARROW_MASK + 1:
+        raise ValueError(
+            f"{owner}: columns must be at most {NARROW_MASK + 1} for 16-bit indices, got {columns}; keep 32 bits"
+        )
+    return (col_indices & NARROW_MASK).short()
+
+
 def scatter(row_offsets: Tensor, col_indices: Tensor, values: Tensor, columns: int) -> Tensor:
     """The dense weight [rows, columns] with values [nnz] at the stored positions and 0 elsewhere."""
     dense = values.new_zeros(row_offsets.numel() - 1, columns)
-    dense[rows_of(row_offsets), col_indices.long()] = values
+    dense[rows_of(row_offsets), columns_of(col_indices)] = values
     return dense
 
 
@@ -55,14 +85,14 @@ def check_pattern(owner: str, row_offsets: Tensor, col_indices: Tensor, columns:
     """Checks that the pattern is one that non_zeros could have found.
 
     Raises:
-        TypeError: an index tensor is not int32.
+        TypeError: an index tensor is not int32 (col_indices may be int16, 16 unsigned bits).
         ValueError: shapes, offsets or columns do not describe rows of strictly increasing columns.
     """
     if isinstance(columns, bool) or not isinstance(columns, int):
         raise TypeError(f"{owner}: columns must be an int, got {columns!r}; pass the width of the dense weight")
     for name, indices in (("row_offsets", row_offsets), ("col_indices", col_indices)):
         check_tensor(owner, name, indices)
-        if indices.dtype != torch.int32:
+        if indices.dtype != torch.int32 and not (name == "col_indices" and indices.dtype == torch.int16):
             raise TypeError(f"{owner}: {name} must be int32, got {indices.dtype}; call {name}.int()")
         if indices.dim() != 1:
             raise ValueError(f"{owner}: {name} must be 1-D, got shape {tuple(indices.shape)}; flatten it")
@@ -81,6 +111,7 @@ def check_pattern(owner: str, row_offsets: Tensor, col_indices: Tensor, columns:
         )
     if stored == 0:
         return
+    col_indices = columns_of(col_indices)
     low, high = int(col_indices.min()), int(col_indices.max())
     if low < 0 or high >= columns:
         raise ValueError(

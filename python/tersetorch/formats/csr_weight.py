@@ -7,7 +7,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tersetorch.formats.csr_pattern import CsrPattern, check_dense, check_pattern, check_tensor, non_zeros, scatter
+from tersetorch.formats.csr_pattern import (
+    CsrPattern,
+    check_dense,
+    check_pattern,
+    check_tensor,
+    narrow,
+    non_zeros,
+    scatter,
+)
 
 
 @dataclass(frozen=True)
@@ -16,7 +24,7 @@ class CsrWeight(CsrPattern):
 
     Attributes:
         row_offsets: int32 [rows + 1], from 0 to nnz, never falling.
-        col_indices: int32 [nnz], strictly rising within a row, each in [0, columns).
+        col_indices: int32 [nnz], strictly rising within a row, each in [0, columns); or int16, 16 unsigned bits.
         values: float32 or bfloat16 [nnz].
         columns: width of the dense weight.
 
@@ -42,6 +50,15 @@ class CsrWeight(CsrPattern):
         check_dense("CsrWeight", weight)
         row_offsets, col_indices, values = non_zeros(weight)
         return cls(row_offsets, col_indices, values, weight.shape[1])
+
+    def narrowed(self) -> CsrWeight:
+        """The same weight with 16-bit column indices: fewer bytes to read, for a product with one sample above all.
+
+        Raises:
+            ValueError: there are more than 65,536 columns.
+        """
+        col_indices = narrow("CsrWeight", self.col_indices, self.columns)
+        return CsrWeight(self.row_offsets, col_indices, self.values, self.columns)
 
     def to_dense(self) -> Tensor:
         """The exact weight the kernel uses: [rows, columns], of the dtype of values."""

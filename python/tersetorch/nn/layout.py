@@ -9,7 +9,16 @@ from typing import Any
 from torch import Tensor
 
 from tersetorch import ops
-from tersetorch.formats import BlockedCodebookWeight, BlockedWeight, CsrWeight, SparseCodebookWeight
+from tersetorch.formats import (
+    BitmapCodebookWeight,
+    BitmapColumnsWeight,
+    BitmapInt8Weight,
+    BitmapWeight,
+    BlockedCodebookWeight,
+    BlockedWeight,
+    CsrWeight,
+    SparseCodebookWeight,
+)
 
 PREFIX = "packed_"
 
@@ -19,18 +28,67 @@ class Layout:
     """One way to lay a weight out for its product.
 
     Attributes:
-        formats: the packed format of each format that a layer trains.
-        options: what of a packed weight must be known to pack another one alike, besides the format: field names.
-        multiply: (layer, x) -> y, from the buffers packed_*, without gradients and without checks in Python.
+        pack: for each format that a layer trains, what makes the packed weight of it: (weight, **options).
+        multiply: (layer, x) -> y, from the layer's tensors and its buffers packed_*, without gradients and without
+            checks in Python.
+        options: what of a packed weight must be known to pack another one alike: names of its fields.
     """
 
-    formats: Mapping[type[Any], type[Any]]
-    options: tuple[str, ...]
+    pack: Mapping[type[Any], Callable[..., Any]]
     multiply: Callable[[Any, Tensor], Tensor]
+    options: tuple[str, ...] = ()
+
+
+# Tensors come straight from the dictionaries: nn.Module looks an attribute up for a third of a microsecond. What a
+# packed weight has in common with the rows is the layer's own: values stand in its parameters, codes in its buffers.
+
+
+def _multiply_narrow(layer: Any, x: Tensor) -> Tensor:
+    buffers, parameters = layer._buffers, layer._parameters
+    codes = buffers.get("codes")
+    values, codebook = (parameters["values"], None) if codes is None else (codes, parameters["codebook"])
+    return ops.csr_matmul_inference(
+        x, buffers["row_offsets"], buffers["packed_col_indices"], values, parameters["bias"], codebook
+    )
+
+
+def _multiply_bitmap(layer: Any, x: Tensor) -> Tensor:
+    buffers, parameters = layer._buffers, layer._parameters
+    codes = buffers.get("codes")
+    values, codebook = (parameters["values"], None) if codes is None else (codes, parameters["codebook"])
+    return ops.bitmap_matmul_inference(
+        x, buffers["packed_bitmap"], buffers["row_offsets"], values, parameters["bias"], codebook
+    )
+
+
+def _multiply_bitmap_int8(layer: Any, x: Tensor) -> Tensor:
+    buffers = layer._buffers
+    return ops.bitmap_matmul_inference(
+        x,
+        buffers["packed_bitmap"],
+        buffers["row_offsets"],
+        buffers["packed_values"],
+        layer._parameters["bias"],
+        None,
+        buffers["packed_scales"],
+        "int8",
+    )
+
+
+def _multiply_columns(layer: Any, x: Tensor) -> Tensor:
+    buffers, parameters = layer._buffers, layer._parameters
+    return ops.bitmap_columns_matmul_inference(
+        x,
+        buffers["packed_bitmap"],
+        buffers["packed_column_offsets"],
+        buffers["packed_values"],
+        parameters["bias"],
+        parameters.get("codebook"),
+        out_features=layer.out_features,
+    )
 
 
 def _multiply_blocks(layer: Any, x: Tensor) -> Tensor:
-    # Straight from the dictionaries: nn.Module looks an attribute up for a third of a microsecond.
     buffers, parameters = layer._buffers, layer._parameters
     codes = buffers.get("packed_codes")
     values, codebook = (buffers["packed_values"], None) if codes is None else (codes, parameters["codebook"])
@@ -48,7 +106,22 @@ def _multiply_blocks(layer: Any, x: Tensor) -> Tensor:
 
 
 LAYOUTS: dict[str, Layout] = {
+    "csr16": Layout(
+        {CsrWeight: CsrWeight.narrowed, SparseCodebookWeight: SparseCodebookWeight.narrowed}, _multiply_narrow
+    ),
+    "bitmap": Layout(
+        {CsrWeight: BitmapWeight.from_csr, SparseCodebookWeight: BitmapCodebookWeight.from_csr}, _multiply_bitmap
+    ),
+    "bitmap_int8": Layout(
+        {CsrWeight: BitmapInt8Weight.from_csr, SparseCodebookWeight: BitmapInt8Weight.from_csr}, _multiply_bitmap_int8
+    ),
+    "bitmap_columns": Layout(
+        {CsrWeight: BitmapColumnsWeight.from_csr, SparseCodebookWeight: BitmapColumnsWeight.from_csr},
+        _multiply_columns,
+    ),
     "blocked": Layout(
-        {CsrWeight: BlockedWeight, SparseCodebookWeight: BlockedCodebookWeight}, ("column_block",), _multiply_blocks
+        {CsrWeight: BlockedWeight.from_csr, SparseCodebookWeight: BlockedCodebookWeight.from_csr},
+        _multiply_blocks,
+        ("column_block",),
     ),
 }

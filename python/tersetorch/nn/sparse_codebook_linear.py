@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -55,12 +55,11 @@ class SparseCodebookLinear(SparseLinearBase[SparseCodebookWeight]):
             parameters["codebook"],
         )
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+    def _convert(self, fn: Callable[[Tensor], Tensor], recurse: bool) -> None:
         before = self.codebook.data
         grad = None if self.codebook.grad is None else self.codebook.grad.data
-        super()._apply(fn, recurse)
+        super()._convert(fn, recurse)
         if self.codebook.dtype != before.dtype:
             self.codebook.grad = None
             self.codebook.data = before.to(self.codebook.device)
             self.codebook.grad = None if grad is None else grad.to(self.codebook.device)
-        return self

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, ClassVar, Generic, Self, TypeVar, cast
 
 import torch
@@ -44,9 +45,10 @@ class SparseLinearBase(nn.Module, Generic[Format]):
         self._layout: str | None = None
         self._options: dict[str, Any] = {}
         self._sizes: dict[str, Any] = {}
-        # The tensor that the buffers packed_* come from (None in a copy, until it is called), and its version then
-        # (None where it counts none). Without such buffers, None.
-        self._packed_from: tuple[Tensor | None, int | None] | None = None
+        self._packed_kind: type[Any] | None = None
+        # What the buffers packed_* repeat: name and tensor (None in a copy, until it is called), and the tensor's
+        # version then (None where it counts none). Without such buffers, None.
+        self._packed_from: tuple[tuple[str, Tensor | None, int | None], ...] | None = None
         if not isinstance(weight, self.format):
             raise TypeError(
                 f"{type(self).__name__}: weight must be a {self.format.__name__}, got {type(weight).__name__}; "
@@ -121,13 +123,17 @@ class SparseLinearBase(nn.Module, Generic[Format]):
         In training mode the layout is remembered, and built by eval().
 
         Args:
-            layout: "blocked", for many samples; "csr" undoes an earlier pack().
-            options: what the packed format's from_csr takes: samples (about how many will be multiplied at once) or
-                column_block for "blocked".
+            layout: "csr16", for weights of at most 65,536 columns; "bitmap", for few samples and a fifth or more
+                non-zeros; "blocked", for many samples; "bitmap_int8", for few samples, which rounds the weight's rows
+                and each sample to 8 bits (see BitmapInt8Weight and ops.bitmap_matmul for the error), while .weight
+                stays exact; "bitmap_columns", for one sample with many zeros, as ReLU leaves them; "csr" undoes an
+                earlier pack().
+            options: samples (about how many will be multiplied at once) or column_block, both for "blocked".
 
         Raises:
             ValueError: no such layout.
-            TypeError, ValueError: options that its from_csr refuses; nothing has changed then.
+            TypeError, ValueError: options that the layout does not take, or a weight that it cannot hold; nothing has
+                changed then.
         """
         if layout == "csr":
             if options:
@@ -135,7 +141,7 @@ class SparseLinearBase(nn.Module, Generic[Format]):
                     f"{type(self).__name__}: layout 'csr' takes no options, got {', '.join(options)}; leave them out"
                 )
             self._drop_packed()
-            self._layout, self._options, self._sizes = None, {}, {}
+            self._layout, self._options, self._sizes, self._packed_kind = None, {}, {}, None
             return self
         if layout not in LAYOUTS:
             raise ValueError(
@@ -151,31 +157,39 @@ class SparseLinearBase(nn.Module, Generic[Format]):
     @property
     def packed_weight(self) -> Any:
         """The weight in the format of the layout in use; it shares memory with the layer. None for "csr"."""
-        if self._layout is None or self._packed_from is None:
+        if self._packed_kind is None or self._packed_from is None:
             return None
-        kind = LAYOUTS[self._layout].formats[self.format]
         fields = {}
-        for field in dataclasses.fields(kind):
+        for field in dataclasses.fields(self._packed_kind):
             packed = self._buffers.get(PREFIX + field.name)
             own = self._own(field.name) if packed is None else packed
             fields[field.name] = self._sizes[field.name] if own is None else own
-        return kind(**fields)
+        return self._packed_kind(**fields)
 
     def _packed_of(self, layout: str, options: dict[str, Any]) -> Any:
-        return LAYOUTS[layout].formats[self.format].from_csr(self.sparse_weight, **options)
+        return LAYOUTS[layout].pack[self.format](self.sparse_weight, **options)
 
     def _hold(self, packed: Any) -> None:
         """Takes the tensors of a packed weight as buffers, but for those that are the layer's own."""
-        self._sizes = {}
+        self._sizes, self._packed_kind = {}, type(packed)
+        shared = set()
         for field in dataclasses.fields(packed):
             value = getattr(packed, field.name)
             if not isinstance(value, Tensor):
                 self._sizes[field.name] = value
-            elif value is not self._own(field.name):
+            elif value is self._own(field.name):
+                shared.add(field.name)
+            else:
                 self.register_buffer(PREFIX + field.name, value, persistent=False)
-        source = getattr(self, self.packed_field)
-        # In a tuple, or nn.Module would take it for another parameter.
-        self._packed_from = (source, None if source.is_inference() else source._version)
+        # Positions do not change in place; numbers do, where the packed weight has others than the layer's own.
+        repeated = {self.packed_field: getattr(self, self.packed_field)}
+        if self.parameter_field not in {field.name for field in dataclasses.fields(packed)}:
+            repeated[self.parameter_field] = getattr(self, self.parameter_field)
+        self._packed_from = tuple(
+            (name, source, None if source.is_inference() else source._version)
+            for name, source in repeated.items()
+            if name not in shared
+        )
 
     def _own(self, name: str) -> Tensor | None:
         """The layer's tensor of this name, also where functional_call has lent it another one."""
@@ -188,7 +202,8 @@ class SparseLinearBase(nn.Module, Generic[Format]):
         self._packed_from = None
 
     def _repack(self) -> None:
-        if self._layout is not None:
+        # Layouts are packed and multiplied on the CPU; elsewhere the layer computes from its rows.
+        if self._layout is not None and self.row_offsets.device.type == "cpu":
             self._hold(self._packed_of(self._layout, self._options))
 
     def train(self, mode: bool = True) -> Self:
@@ -202,14 +217,30 @@ class SparseLinearBase(nn.Module, Generic[Format]):
 
     def _is_packed(self) -> bool:
         """Whether the buffers packed_* hold what the weight holds now."""
-        source, version = self._packed_from or (None, None)
-        if source is None or source is not getattr(self, self.packed_field):
+        if self._packed_from is None:
             return False
-        return version is None or source._version == version
+        return all(
+            source is not None and source is self._own(name) and (version is None or source._version == version)
+            for name, source, version in self._packed_from
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """As nn.Module._apply; a packed layout is built anew, since some of its numbers keep their dtype."""
+        packed = self._packed_from is not None
+        self._drop_packed()
+        self._convert(fn, recurse)
+        if packed:
+            self._repack()
+        return self
+
+    def _convert(self, fn: Callable[[Tensor], Tensor], recurse: bool) -> None:
+        super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy's tensors count their versions from 0.
-        return {**self.__dict__, "_packed_from": None if self._packed_from is None else (None, None)}
+        packed = self._packed_from
+        unknown = None if packed is None else tuple((name, None, None) for name, _, _ in packed)
+        return {**self.__dict__, "_packed_from": unknown}
 
     # ---- running
 
@@ -245,13 +276,14 @@ class SparseLinearBase(nn.Module, Generic[Format]):
         packed = self._packed_from
         if torch.compiler.is_compiling() or packed is None:
             return packed is not None
-        source, version = packed
-        if source is not None:
-            if self._own(self.packed_field) is not source:
-                return False  # functional_call lent another one
-            if version is None or source._version == version:
-                return True
-        self._repack()
+        for name, source, version in packed:
+            if source is not None:
+                if self._own(name) is not source:
+                    return False  # functional_call lent another one
+                if version is None or source._version == version:
+                    continue
+            self._repack()
+            break
         return True
 
     def _from_rows(self, x: Tensor) -> Tensor:
@@ -263,7 +295,7 @@ class SparseLinearBase(nn.Module, Generic[Format]):
             raise TypeError(
                 f"{type(self).__name__}: input must be a tensor, got {type(x).__name__}; pass a torch.Tensor"
             )
-        if x.dtype not in FLOATS and not torch.is_autocast_enabled("cpu"):
+        if x.dtype not in FLOATS and not torch.is_autocast_enabled(x.device.type):
             raise TypeError(f"{type(self).__name__}: input must be float32 or bfloat16, got {x.dtype}; convert it")
         if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise ValueError(

@@ -6,6 +6,27 @@ load_native_module()
 load_native_ops()
 
 # The files below register on what was just loaded.
+from tersetorch.ops.bitmap_columns_matmul import (  # noqa: E402
+    bitmap_columns_matmul,
+    bitmap_columns_matmul_inference,
+)
+from tersetorch.ops.bitmap_matmul import (  # noqa: E402
+    bitmap_from_rows,
+    bitmap_matmul,
+    bitmap_matmul_inference,
+    bitmap_pack,
+    bitmap_to_rows,
+)
+from tersetorch.ops.blocked_bfloat16_matmul import (  # noqa: E402
+    blocked_bfloat16_matmul,
+    blocked_bfloat16_matmul_inference,
+    blocked_bfloat16_pack,
+)
+from tersetorch.ops.blocked_int8_matmul import (  # noqa: E402
+    blocked_int8_matmul,
+    blocked_int8_matmul_inference,
+    blocked_int8_pack,
+)
 from tersetorch.ops.blocked_matmul import blocked_matmul, blocked_matmul_inference, blocked_pack  # noqa: E402
 from tersetorch.ops.csr_matmul import csr_matmul, csr_matmul_inference, csr_pack  # noqa: E402
 from tersetorch.ops.sparse_conv2d import (  # noqa: E402
@@ -17,6 +38,19 @@ from tersetorch.ops.sparse_conv2d import (  # noqa: E402
 )
 
 __all__ = [
+    "bitmap_columns_matmul",
+    "bitmap_columns_matmul_inference",
+    "bitmap_from_rows",
+    "bitmap_matmul",
+    "bitmap_matmul_inference",
+    "bitmap_pack",
+    "bitmap_to_rows",
+    "blocked_bfloat16_matmul",
+    "blocked_bfloat16_matmul_inference",
+    "blocked_bfloat16_pack",
+    "blocked_int8_matmul",
+    "blocked_int8_matmul_inference",
+    "blocked_int8_pack",
     "blocked_matmul",
     "blocked_matmul_inference",
     "blocked_pack",

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from tersetorch.ops._autocast import compute_in_float32
+from tersetorch.ops._autocast import compute_in_float32, enabled_for
 
 BLOCK_ROWS = 256
 MAX_COLUMN_BLOCK = 32768
@@ -154,7 +154,7 @@ def _check(
     out_features: int,
     column_block: int,
 ) -> None:
-    x_dtypes = (*_FLOATS, torch.float16) if torch.is_autocast_enabled("cpu") else _FLOATS
+    x_dtypes = (*_FLOATS, torch.float16) if enabled_for(x) else _FLOATS
     for name, tensor, dtypes, hint in (
         ("x", x, x_dtypes, "convert it"),
         ("block_offsets", block_offsets, (torch.int32,), "take it from blocked_pack"),

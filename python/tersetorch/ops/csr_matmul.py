@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from tersetorch.ops._autocast import compute_in_float32
+from tersetorch.ops._autocast import compute_in_float32, enabled_for
 
 MAX_ENTRIES = 256
 _FLOATS = (torch.float32, torch.bfloat16)
@@ -37,19 +37,23 @@ def csr_matmul(
         x: float32 or bfloat16 [..., in], any strides. Under autocast float16 too; it is then taken as float32 and y
             is cast to the autocast dtype, while the weight, codebook and bias keep theirs.
         row_offsets: int32 or int64 [out + 1], from 0 to nnz, never falling.
-        col_indices: int32 or int64 [nnz], each in [0, in); several in one row and column add up.
+        col_indices: int32, int64 or int16 [nnz], each in [0, in); several in one row and column add up. int16 holds
+            16 unsigned bits, for weights of at most 65,536 columns: a third less to read than int32.
         values: float32 or bfloat16 [nnz]; with a codebook, uint8 codes [nnz], each below entries.
         bias: float32 or bfloat16 [out], or None.
         codebook: float32 [entries], at most 256, or None.
 
     Returns:
-        [..., out] of x's dtype. Gradients reach x, values or codebook, and bias, to any order.
+        [..., out] of x's dtype. Gradients reach x, values or codebook, and bias, to any order; on a CUDA device that of
+        x is summed by atomic additions, so that its last bits may differ from run to run.
 
     Raises:
         TypeError: an argument is not a tensor or has another dtype than named here.
         ValueError: shapes or devices do not fit each other.
         RuntimeError: an offset, a column or a code lies outside its range (found while multiplying; nothing outside
-            the tensors is read), or forward-mode differentiation is asked for.
+            the tensors is read), or forward-mode differentiation is asked for. On a CUDA device, where finding it
+            would make every call wait, a row that holds such damage is NaN in y instead, and NaN in what gradients it
+            reaches; formats are validated when they are made and loaded.
 
     Source:
         Han et al., Deep Compression (2016), section 2 (rows, where the paper stores columns); Elsen et al., Fast
@@ -73,7 +77,7 @@ def csr_matmul_inference(
     """Returns csr_matmul of the same arguments, without gradients and without the checks in Python.
 
     For layers that checked their tensors when they were built and run while gradients are disabled: it saves some
-    microseconds a call. The indices must be int32.
+    microseconds a call. The indices must be int32, col_indices may be int16.
 
     Raises:
         RuntimeError: an argument does not fit (the native checks remain, those of every index included).
@@ -101,7 +105,7 @@ def csr_pack(dense: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         raise TypeError(f"csr_pack: dense must be float32 or bfloat16, got {dense.dtype}; convert it")
     if dense.dim() != 2:
         raise ValueError(f"csr_pack: dense must be [out, in], got shape {tuple(dense.shape)}; reshape it")
-    row_offsets, col_indices, values = _csr_pack(dense)
+    row_offsets, col_indices, values = (t.to(dense.device) for t in _csr_pack(dense.cpu()))  # once, so on the CPU
     return row_offsets, col_indices, values
 
 
@@ -114,11 +118,11 @@ def _check(
     codebook: Tensor | None,
 ) -> None:
     index_dtypes = (torch.int32, torch.int64)
-    x_dtypes = (*_FLOATS, torch.float16) if torch.is_autocast_enabled("cpu") else _FLOATS
+    x_dtypes = (*_FLOATS, torch.float16) if enabled_for(x) else _FLOATS
     for name, tensor, dtypes, hint in (
         ("x", x, x_dtypes, "convert it"),
         ("row_offsets", row_offsets, index_dtypes, "convert it"),
-        ("col_indices", col_indices, index_dtypes, "convert it"),
+        ("col_indices", col_indices, (*index_dtypes, torch.int16), "convert it"),
         (
             "values",
             values,
@@ -133,7 +137,8 @@ def _check(
         if not isinstance(tensor, Tensor):
             raise TypeError(f"csr_matmul: {name} must be a tensor, got {type(tensor).__name__}; pass a torch.Tensor")
         if tensor.dtype not in dtypes:
-            allowed = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            *others, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
+            allowed = f"{', '.join(others)} or {last}" if others else last
             raise TypeError(f"csr_matmul: {name} must be {allowed}, got {tensor.dtype}; {hint}")
         if tensor.device != x.device:
             raise ValueError(
@@ -174,7 +179,7 @@ def _refuse_tangents(**tensors: Tensor | None) -> None:
 
 def _as_int32(indices: Tensor) -> Tensor:
     """Indices that no int32 holds become its ends, which the native range check refuses."""
-    if indices.dtype == torch.int32:
+    if indices.dtype != torch.int64:
         return indices
     return indices.clamp(_INT32.min, _INT32.max).to(torch.int32)
 

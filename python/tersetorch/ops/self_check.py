@@ -5,14 +5,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import conv2d
 
+from tersetorch.ops.bitmap_columns_matmul import bitmap_columns_matmul
+from tersetorch.ops.bitmap_matmul import bitmap_from_rows, bitmap_matmul
 from tersetorch.ops.blocked_matmul import blocked_matmul, blocked_pack
 from tersetorch.ops.csr_matmul import csr_matmul
+from tersetorch.ops.sparse_conv2d import sparse_conv2d
 
 ROWS, COLUMNS, ENTRIES = 37, 53, 16
 COLUMN_BLOCK = 16
 # One, around each width of the batched kernels, and a prime.
 BATCHES = [1, 2, 7, 9, 31, 65]
+# Height, width, stride: around the widths and heights of a convolution's tiles.
+IMAGES = [(1, 1, 1), (7, 7, 1), (14, 29, 1), (16, 8, 1), (13, 33, 2), (12, 31, 3)]
+CHANNELS, KERNEL = 19, 3
 EPSILON = torch.finfo(torch.float32).eps
 BFLOAT16_ROUNDING = torch.finfo(torch.bfloat16).eps / 2
 
@@ -23,10 +30,15 @@ def check_ops() -> list[dict[str, Any]]:
     An error is |y - reference| as a multiple of sum |w x|, the size that rounding errors grow with; largest over all
     elements and batches.
     """
-    products = {"csr_matmul": csr_matmul, "blocked_matmul": _blocked}
+    products = {
+        "csr_matmul": csr_matmul,
+        "blocked_matmul": _blocked,
+        "bitmap_matmul": _bitmap,
+        "bitmap_columns_matmul": _bitmap_columns,
+    }
     cases = (("float32", torch.float32, False), ("bfloat16", torch.bfloat16, False), ("codebook", torch.float32, True))
     checked = [_check(op, product, *case) for op, product in products.items() for case in cases]
-    return [*checked, *_check_gradients()]
+    return [*checked, *(_check_conv(*case) for case in cases), _check_int8(), *_check_gradients()]
 
 
 def _blocked(
@@ -47,6 +59,29 @@ def _blocked(
         out_features=ROWS,
         column_block=COLUMN_BLOCK,
     )
+
+
+def _bitmap(
+    x: Tensor, row_offsets: Tensor, col_indices: Tensor, values: Tensor, bias: Tensor | None, codebook: Tensor | None
+) -> Tensor:
+    """bitmap_matmul of a weight in rows; its code 0 is the weight 0."""
+    bitmap = bitmap_from_rows(row_offsets, col_indices, columns=COLUMNS)
+    if codebook is not None:
+        values, codebook = values + 1, torch.cat([codebook.new_zeros(1), codebook])
+    return bitmap_matmul(x, bitmap, row_offsets, values, bias, codebook)
+
+
+def _bitmap_columns(
+    x: Tensor, row_offsets: Tensor, col_indices: Tensor, values: Tensor, bias: Tensor | None, codebook: Tensor | None
+) -> Tensor:
+    """bitmap_columns_matmul of a weight in rows; its code 0 is the weight 0."""
+    if codebook is not None:
+        values, codebook = values + 1, torch.cat([codebook.new_zeros(1), codebook])
+    order = col_indices.argsort(stable=True)
+    counts = torch.zeros(COLUMNS + 1, dtype=torch.int64).index_add(0, col_indices + 1, torch.ones_like(order))
+    column_offsets, rows = counts.cumsum(0).int(), torch.repeat_interleave(row_offsets.diff())[order].int()
+    bitmap = bitmap_from_rows(column_offsets, rows, columns=ROWS)
+    return bitmap_columns_matmul(x, bitmap, column_offsets, values[order], bias, codebook, out_features=ROWS)
 
 
 def _problem(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -80,6 +115,54 @@ def _check(op: str, product: Callable[..., Tensor], case: str, dtype: torch.dtyp
         size = x.double().abs() @ dense.double().abs().T + bias.double().abs()
         worst = max(worst, _largest(y, reference, size))
     return _result(op, case, worst, bound)
+
+
+def _check_conv(case: str, dtype: torch.dtype, codebook: bool) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(4)
+    terms = CHANNELS * KERNEL**2
+    kept = torch.rand(ROWS, terms, generator=generator) < 0.3
+    kept[5] = False
+    bias, table = torch.randn(ROWS, generator=generator), None
+    values = torch.randn(int(kept.sum()), generator=generator).to(dtype)
+    stored = values
+    if codebook:
+        table = torch.randn(ENTRIES, generator=generator)
+        values = torch.randint(ENTRIES, values.shape, generator=generator).to(torch.uint8)
+        stored = table[values.int()]
+    dense = torch.zeros(ROWS, terms, dtype=torch.float64).masked_scatter(kept, stored.double())
+    weight = dense.view(ROWS, CHANNELS, KERNEL, KERNEL)
+    row_offsets = torch.zeros(ROWS + 1, dtype=torch.int32)
+    row_offsets[1:] = kept.sum(1).cumsum(0)
+    worst = 0.0
+    for height, width, stride in IMAGES:
+        for memory_format in (torch.contiguous_format, torch.channels_last):
+            x = torch.randn(2, CHANNELS, height, width, generator=generator).to(dtype)
+            x = x.contiguous(memory_format=memory_format)
+            positions = (row_offsets, kept.nonzero()[:, 1].int())
+            y = sparse_conv2d(x, *positions, values, bias, table, kernel_size=KERNEL, stride=stride, padding=1)
+            reference = conv2d(x.double(), weight, bias.double(), stride, 1)
+            size = conv2d(x.double().abs(), weight.abs(), bias.double().abs(), stride, 1)
+            worst = max(worst, _largest(y, reference, size))
+    bound = (terms + 2) * EPSILON + (0.0 if dtype == torch.float32 else BFLOAT16_ROUNDING)
+    return _result("sparse_conv2d", case, worst, bound)
+
+
+def _check_int8() -> dict[str, Any]:
+    """bitmap_matmul in mode int8 against the same rounding of x, where only the last steps round."""
+    _, row_offsets, col_indices, kept = _problem(torch.float32)
+    generator = torch.Generator().manual_seed(3)
+    whole = torch.randint(-127, 128, (int(kept.sum()),), generator=generator)
+    scales, bias = torch.rand(ROWS, generator=generator), torch.randn(ROWS, generator=generator)
+    dense = torch.zeros(ROWS, COLUMNS, dtype=torch.float64).masked_scatter(kept, whole.double())
+    bitmap = bitmap_from_rows(row_offsets, col_indices, columns=COLUMNS)
+    worst = 0.0
+    for batch in BATCHES:
+        x = torch.randn(batch, COLUMNS, generator=generator)
+        y = bitmap_matmul(x, bitmap, row_offsets, whole.to(torch.int8), bias, None, scales, "int8")
+        largest = x.abs().amax(1, keepdim=True)
+        q, factor = (x * (127 / largest)).round().double(), largest.double() / 127 * scales.double()
+        worst = max(worst, _largest(y, (q @ dense.T) * factor + bias, (q @ dense.T).abs() * factor + bias.abs()))
+    return _result("bitmap_matmul", "int8", worst, 4 * EPSILON)
 
 
 def _check_gradients() -> list[dict[str, Any]]:

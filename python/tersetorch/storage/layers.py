@@ -39,7 +39,7 @@ def encode_layer(name: str, layer: Layer) -> tuple[Entry, list[Stream]]:
         raise ValueError(f"save: {name} must hold a valid sparse weight, got one refused as '{error}'") from error
     rows, columns = weight.shape
     row_of = weight.rows.cpu().numpy()
-    column_of = weight.col_indices.cpu().numpy().astype(np.int64)
+    column_of = weight.cols.cpu().numpy()
     by_columns = column_of * rows + row_of
     down = np.argsort(by_columns, kind="stable")
     positions, coding, down_columns = min(

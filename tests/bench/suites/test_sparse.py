@@ -64,7 +64,8 @@ def test_cold_trained_and_inactive_groups(fast, tiny, measured):
     group = Group(LINEAR, 1, (0.3,), "trained", "cold", 0.4)
     assert group.label == "small, batch 1, 30%, trained, cold, 40% active"
     records, _ = Sparse(Options(implementations=("tersetorch csr*",)), measured).measure(group)
-    assert {record["implementation"] for record in records} == {"tersetorch csr", "tersetorch csr codebook"}
+    names = {record["implementation"] for record in records}
+    assert names == {f"tersetorch {layout}{values}" for layout in ("csr", "csr16") for values in ("", " codebook")}
     assert all(r["cache"] == "cold" and r["evicted_bytes"] > 0 and r["active"] == 0.4 for r in records)
     x = sparse._samples(dataclasses.replace(group, batch=64))
     assert (x != 0).float().mean().item() == pytest.approx(0.4, abs=0.03) and bool((x >= 0).all())

@@ -1,0 +1,250 @@
+#include <algorithm>
+
+#include "kernels/common/cuda.cuh"
+#include "kernels/csr_matmul/csr_matmul_cuda.h"
+
+namespace tersetorch {
+namespace {
+
+// ---- the weight
+
+struct Row {
+  std::int32_t begin, end;  // its non-zeros
+  bool damaged;             // then it has none
+};
+
+__device__ Row RowAt(const CsrWeight& w, std::int64_t r) {
+  const std::int32_t begin = w.row_offsets[r], end = w.row_offsets[r + 1];
+  const bool outer = (r == 0 && begin != 0) || (r == w.rows - 1 && end != w.nnz);
+  if (outer || begin < 0 || end < begin || end > w.nnz) return {0, 0, true};
+  return {begin, end, false};
+}
+
+// The branch is the same for all threads; a type for it would double the number of kernels.
+__device__ std::int32_t ColumnAt(const CsrWeight& w, std::int32_t k) {
+  return w.indexed_by == CsrIndices::kInt32 ? static_cast<const std::int32_t*>(w.col_indices)[k]
+                                            : static_cast<const std::uint16_t*>(w.col_indices)[k];
+}
+
+// How the stored numbers are read; a code without an entry is damaged.
+struct Float32Values {
+  __device__ static bool Damaged(const CsrWeight&, std::int32_t) { return false; }
+  __device__ static float At(const CsrWeight& w, std::int32_t k) { return static_cast<const float*>(w.values)[k]; }
+};
+struct BFloat16Values {
+  __device__ static bool Damaged(const CsrWeight&, std::int32_t) { return false; }
+  __device__ static float At(const CsrWeight& w, std::int32_t k) {
+    return ToFloat(static_cast<const BFloat16*>(w.values)[k]);
+  }
+};
+struct CodeValues {
+  __device__ static int Code(const CsrWeight& w, std::int32_t k) {
+    return static_cast<const std::uint8_t*>(w.values)[k];
+  }
+  __device__ static bool Damaged(const CsrWeight& w, std::int32_t k) { return Code(w, k) >= w.entries; }
+  __device__ static float At(const CsrWeight& w, std::int32_t k) { return w.codebook[Code(w, k)]; }
+};
+
+__device__ bool Outside(const CsrWeight& w, std::int32_t column) { return column < 0 || column >= w.columns; }
+
+// ---- tiles
+
+// A warp multiplies one row of the weight with some samples: a lane decodes a non-zero once for all of them.
+struct RowTile {
+  static constexpr int kWarps = 4;
+  static constexpr int kSamples = 8;
+  static constexpr int kThreads = kWarps * kWarpSize;
+  static_assert(kSamples <= kWarpSize, "lane s stores sample s");
+
+  __device__ static std::int64_t RowOfWarp() { return std::int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarpSize; }
+};
+
+// A thread computes one number.
+struct ElementTile {
+  static constexpr int kThreads = 256;
+
+  __device__ static std::int64_t Index() { return std::int64_t{blockIdx.x} * kThreads + threadIdx.x; }
+};
+
+// The y axis walks the samples, several times where they outgrow it.
+dim3 RowGrid(std::int64_t rows, std::int64_t samples) {
+  constexpr std::int64_t kMaxBlocksOnY = 65535;
+  return {static_cast<unsigned>(CeilDiv(rows, RowTile::kWarps)),
+          static_cast<unsigned>(std::min(CeilDiv(samples, RowTile::kSamples), kMaxBlocksOnY)), 1};
+}
+
+dim3 ElementGrid(std::int64_t elements) {
+  return {static_cast<unsigned>(CeilDiv(elements, ElementTile::kThreads)), 1, 1};
+}
+
+// ---- kernels
+
+template <typename Tile, typename Values, typename Float>
+__global__ void __launch_bounds__(Tile::kThreads) CsrMatmulKernel(CsrMatmulCudaArgs a) {
+  const CsrWeight& w = a.weight;
+  const std::int64_t r = Tile::RowOfWarp();
+  if (r >= w.rows) return;
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  const Row row = RowAt(w, r);
+  const float bias = a.bias == nullptr ? 0.0f : a.bias[r];
+  const Float* x = static_cast<const Float*>(a.x);
+  Float* y = static_cast<Float*>(a.y);
+  const std::int64_t step = std::int64_t{gridDim.y} * Tile::kSamples;
+  for (std::int64_t first = std::int64_t{blockIdx.y} * Tile::kSamples; first < a.samples; first += step) {
+    const int count = static_cast<int>(min(std::int64_t{Tile::kSamples}, a.samples - first));
+    float sums[Tile::kSamples] = {};
+    for (std::int32_t k = row.begin + lane; k < row.end; k += kWarpSize) {
+      const std::int32_t column = ColumnAt(w, k);
+      const bool damaged = Outside(w, column) || Values::Damaged(w, k);
+      const float value = damaged ? DamagedWeight() : Values::At(w, k);
+      const Float* x_of_column = x + first * w.columns + (damaged ? 0 : column);
+#pragma unroll
+      for (int s = 0; s < Tile::kSamples; ++s) {
+        if (s < count) sums[s] += damaged ? value : value * ToFloat(x_of_column[s * w.columns]);
+      }
+    }
+#pragma unroll
+    for (int s = 0; s < Tile::kSamples; ++s) {
+      if (s >= count) break;
+      const float sum = row.damaged ? DamagedWeight() : WarpSum(sums[s]);
+      if (s == lane) y[(first + s) * w.rows + r] = FromFloat<Float>(a.bias == nullptr ? sum : sum + bias);
+    }
+  }
+}
+
+template <typename Tile, typename Values, typename Float>
+__global__ void __launch_bounds__(Tile::kThreads) CsrMatmulGradXKernel(CsrGradXCudaArgs a) {
+  const CsrWeight& w = a.weight;
+  const std::int64_t r = Tile::RowOfWarp();
+  if (r >= w.rows) return;
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  const Row row = RowAt(w, r);
+  const Float* grad_y = static_cast<const Float*>(a.grad_y);
+  const std::int64_t step = std::int64_t{gridDim.y} * Tile::kSamples;
+  for (std::int64_t first = std::int64_t{blockIdx.y} * Tile::kSamples; first < a.samples; first += step) {
+    const int count = static_cast<int>(min(std::int64_t{Tile::kSamples}, a.samples - first));
+    float* sums = a.sums + first * w.columns;
+    float grads[Tile::kSamples];
+#pragma unroll
+    for (int s = 0; s < Tile::kSamples; ++s) {
+      grads[s] = s < count ? ToFloat(grad_y[(first + s) * w.rows + r]) : 0.0f;
+    }
+    bool damaged = row.damaged;
+    for (std::int32_t k = row.begin + lane; k < row.end; k += kWarpSize) {
+      const std::int32_t column = ColumnAt(w, k);
+      if (Outside(w, column) || Values::Damaged(w, k)) {
+        damaged = true;
+        continue;
+      }
+      const float value = Values::At(w, k);
+#pragma unroll
+      for (int s = 0; s < Tile::kSamples; ++s) {
+        if (s < count) atomicAdd(sums + s * w.columns + column, value * grads[s]);
+      }
+    }
+    if (__any_sync(kWholeWarp, damaged) == 0) continue;
+    for (std::int64_t i = lane; i < count * w.columns; i += kWarpSize) atomicAdd(sums + i, DamagedWeight());
+  }
+}
+
+template <typename Tile>
+__global__ void __launch_bounds__(Tile::kThreads) RoundKernel(const float* from, BFloat16* to, std::int64_t count) {
+  const std::int64_t i = Tile::Index();
+  if (i < count) to[i] = FromFloat<BFloat16>(from[i]);
+}
+
+// The row that holds non-zero k: row_offsets[r] <= k < row_offsets[r + 1]. Requires that the offsets run from 0 to nnz;
+// where they fall in between, the row is still one that satisfies this.
+__device__ std::int64_t RowOf(const CsrWeight& w, std::int64_t k) {
+  std::int64_t low = 0, high = w.rows;
+  while (high - low > 1) {
+    const std::int64_t middle = (low + high) / 2;
+    if (w.row_offsets[middle] <= k) {
+      low = middle;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
+template <typename Tile, typename GradFloat, typename Float>
+__global__ void __launch_bounds__(Tile::kThreads) CsrMatmulGradValuesKernel(CsrGradValuesCudaArgs a) {
+  const CsrWeight& w = a.weight;
+  const std::int64_t k = Tile::Index();
+  if (k >= w.nnz) return;
+  const std::int32_t column = ColumnAt(w, static_cast<std::int32_t>(k));
+  if (Outside(w, column) || w.rows == 0 || w.row_offsets[0] != 0 || w.row_offsets[w.rows] != w.nnz) {
+    a.grad_values[k] = DamagedWeight();
+    return;
+  }
+  const GradFloat* grad = static_cast<const GradFloat*>(a.grad_y) + RowOf(w, k);
+  const Float* x = static_cast<const Float*>(a.x) + column;
+  float sum = 0;
+  for (std::int64_t n = 0; n < a.samples; ++n) sum += ToFloat(grad[n * w.rows]) * ToFloat(x[n * w.columns]);
+  a.grad_values[k] = sum;
+}
+
+// ---- launchers
+
+// Calls run with the types that read the values and the floats.
+template <typename Run>
+int WithValues(CsrValues stored_as, const Run& run) {
+  switch (stored_as) {
+    case CsrValues::kFloat32:
+      return run(Float32Values{});
+    case CsrValues::kBFloat16:
+      return run(BFloat16Values{});
+    case CsrValues::kCodes:
+      break;
+  }
+  return run(CodeValues{});
+}
+
+template <typename Run>
+int WithFloat(FloatDtype stored_as, const Run& run) {
+  return stored_as == FloatDtype::kFloat32 ? run(float{}) : run(BFloat16{});
+}
+
+}  // namespace
+
+int CsrMatmulCuda(const CsrMatmulCudaArgs& a, void* stream) noexcept {
+  if (a.weight.rows == 0 || a.samples == 0) return cudaSuccess;
+  return WithValues(a.weight.stored_as, [&](auto values) {
+    return WithFloat(a.stored_as, [&](auto number) {
+      return Launch(CsrMatmulKernel<RowTile, decltype(values), decltype(number)>, RowGrid(a.weight.rows, a.samples),
+                    RowTile::kThreads, stream, a);
+    });
+  });
+}
+
+int CsrMatmulGradXCuda(const CsrGradXCudaArgs& a, void* stream) noexcept {
+  const std::int64_t count = a.samples * a.weight.columns;
+  if (count == 0) return cudaSuccess;
+  const int cleared = cudaMemsetAsync(a.sums, 0, count * sizeof(float), static_cast<cudaStream_t>(stream));
+  if (cleared != cudaSuccess) return cleared;
+  if (a.weight.rows != 0) {
+    const int launched = WithValues(a.weight.stored_as, [&](auto values) {
+      return WithFloat(a.stored_as, [&](auto number) {
+        return Launch(CsrMatmulGradXKernel<RowTile, decltype(values), decltype(number)>,
+                      RowGrid(a.weight.rows, a.samples), RowTile::kThreads, stream, a);
+      });
+    });
+    if (launched != cudaSuccess) return launched;
+  }
+  if (a.stored_as == FloatDtype::kFloat32) return cudaSuccess;
+  return Launch(RoundKernel<ElementTile>, ElementGrid(count), ElementTile::kThreads, stream, a.sums,
+                static_cast<BFloat16*>(a.grad_x), count);
+}
+
+int CsrMatmulGradValuesCuda(const CsrGradValuesCudaArgs& a, void* stream) noexcept {
+  if (a.weight.nnz == 0) return cudaSuccess;
+  return WithFloat(a.grad_y_stored_as, [&](auto grad) {
+    return WithFloat(a.x_stored_as, [&](auto number) {
+      return Launch(CsrMatmulGradValuesKernel<ElementTile, decltype(grad), decltype(number)>, ElementGrid(a.weight.nnz),
+                    ElementTile::kThreads, stream, a);
+    });
+  });
+}
+
+}  // namespace tersetorch

@@ -1,0 +1,324 @@
+// tersetorch::bitmap_matmul and the packing of its weight: checks, allocates, splits the work, calls the kernels.
+#include "kernels/bitmap_matmul/bitmap_matmul.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <atomic>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include "torch/common.h"
+#include "torch/samples.h"
+
+namespace tersetorch {
+namespace {
+
+void CheckTensor(const char* op, const Tensor& t, const char* name, ScalarType dtype, std::int64_t dim) {
+  CheckOnCpu(op, t, name);
+  STD_TORCH_CHECK(t.scalar_type() == dtype && t.dim() == dim, op, ": ", name, " must be ",
+                  torch::headeronly::toString(dtype), " and ", dim, "-D, got ",
+                  torch::headeronly::toString(t.scalar_type()), " and ", t.dim(), "-D; convert it");
+}
+
+// A weight whose tensors live as long as this.
+struct Weight {
+  Weight(const char* op, const Tensor& bits, const Tensor& offsets, const Tensor& stored,
+         const std::optional<Tensor>& codes_of, const std::optional<Tensor>& scales_of, std::int64_t columns,
+         const char* offsets_name = "row_offsets", const char* of_columns = " features") {
+    CheckTensor(op, bits, "bitmap", ScalarType::Long, 2);
+    CheckTensor(op, offsets, offsets_name, ScalarType::Int, 1);
+    CheckOnCpu(op, stored, "values");
+    const std::int64_t rows = bits.size(0);
+    STD_TORCH_CHECK(bits.size(1) == BitmapWords(columns), op, ": bitmap must be [", rows, ", ", BitmapWords(columns),
+                    "] for ", columns, of_columns, ", got ", bits.size(1),
+                    " words in a row; pass the weight that fits");
+    STD_TORCH_CHECK(offsets.numel() == rows + 1, op, ": ", offsets_name, " must be [", rows + 1, "], got ",
+                    offsets.numel(), "; pack the weight again");
+    STD_TORCH_CHECK(stored.dim() == 1, op, ": values must be [nnz], got ", stored.dim(), "-D; flatten it");
+    bitmap = Contiguous(bits);
+    row_offsets = Contiguous(offsets);
+    values = Contiguous(stored);
+    args.bitmap = static_cast<const std::uint64_t*>(bitmap.const_data_ptr());
+    args.row_offsets = row_offsets.const_data_ptr<std::int32_t>();
+    args.values = values.const_data_ptr();
+    args.rows = rows;
+    args.columns = columns;
+    args.nnz = stored.numel();
+    const ScalarType dtype = stored.scalar_type();
+    if (codes_of.has_value()) {
+      STD_TORCH_CHECK(dtype == ScalarType::Byte, op, ": values must be uint8 codes beside a codebook, got ",
+                      torch::headeronly::toString(dtype), "; pass codes, or no codebook");
+      CheckCodebook(op, *codes_of, kBitmapMaxEntries);
+      codebook = Contiguous(*codes_of);
+      args.stored_as = BitmapValues::kCodes;
+      args.codebook = codebook->const_data_ptr<float>();
+      args.entries = codebook->numel();
+      float zero = 0;
+      if (args.entries != 0) std::memcpy(&zero, args.codebook, sizeof zero);
+      STD_TORCH_CHECK(zero == 0, op, ": codebook must begin with 0, the value of absent weights, got ", zero,
+                      "; number the codes from 1");
+    } else if (dtype == ScalarType::Char) {
+      STD_TORCH_CHECK(scales_of.has_value(), op, ": scales must be given beside int8 values, got none; pass [", rows,
+                      "]");
+      CheckTensor(op, *scales_of, "scales", ScalarType::Float, 1);
+      STD_TORCH_CHECK(scales_of->numel() == rows, op, ": scales must be [", rows, "], got ", scales_of->numel(),
+                      "; pass one for each row");
+      scales = Contiguous(*scales_of);
+      args.stored_as = BitmapValues::kInt8;
+      args.scales = scales->const_data_ptr<float>();
+    } else {
+      STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, op,
+                      ": values must be float32, bfloat16, int8 beside scales, or uint8 codes beside a codebook, got ",
+                      torch::headeronly::toString(dtype), "; convert it");
+      args.stored_as = dtype == ScalarType::Float ? BitmapValues::kFloat32 : BitmapValues::kBFloat16;
+    }
+  }
+
+  Tensor bitmap, row_offsets, values;
+  std::optional<Tensor> codebook, scales;
+  BitmapWeight args{};
+};
+
+class SharedStatus {
+ public:
+  void Report(BitmapStatus status) {
+    if (status != BitmapStatus::kOk) status_.store(status, std::memory_order_relaxed);
+  }
+
+  void Raise(const char* op, std::int64_t nnz, std::int64_t entries, const char* offsets_name = "row_offsets") const {
+    switch (status_.load(std::memory_order_relaxed)) {
+      case BitmapStatus::kOk:
+        return;
+      case BitmapStatus::kBadRowOffsets:
+        STD_TORCH_CHECK(false, op, ": ", offsets_name, " must never fall and stay in [0, ", nnz,
+                        "], got a row that breaks this; pack the weight again");
+      case BitmapStatus::kBadBitmap:
+        STD_TORCH_CHECK(false, op,
+                        ": bitmap must have a bit for each value of its row and none past the last column, got a row "
+                        "that breaks this; pack the weight again");
+      case BitmapStatus::kBadCode:
+        STD_TORCH_CHECK(false, op, ": codes must lie in [0, ", entries,
+                        "), got one outside; pass the codebook that the codes were made with");
+    }
+  }
+
+ private:
+  std::atomic<BitmapStatus> status_{BitmapStatus::kOk};
+};
+
+// Memory for the panel: of few samples of a small layer on the stack, because asking for some costs as much as packing.
+class PanelMemory {
+ public:
+  explicit PanelMemory(std::int64_t bytes) {
+    if (bytes > static_cast<std::int64_t>(sizeof small_)) large_.reset(new char[bytes + kLine]);
+  }
+  void* Data() {
+    char* p = large_ ? large_.get() : small_;
+    return p + (kLine - reinterpret_cast<std::uintptr_t>(p) % kLine) % kLine;
+  }
+
+ private:
+  static constexpr std::int64_t kLine = 64;
+  alignas(kLine) char small_[16 * 1024];
+  std::unique_ptr<char[]> large_;
+};
+
+Tensor BitmapMatmulOnCpu(const Tensor& x, const Tensor& bitmap, const Tensor& row_offsets, const Tensor& values,
+                         const std::optional<Tensor>& bias, const std::optional<Tensor>& codebook,
+                         const std::optional<Tensor>& scales, std::string mode, bool relu) {
+  constexpr const char* kOp = "bitmap_matmul";
+  const Samples samples(kOp, x, "x");
+  const Weight weight(kOp, bitmap, row_offsets, values, codebook, scales, samples.features);
+  const bool quantized = mode == "int8";
+  STD_TORCH_CHECK(quantized || mode == "exact", kOp, ": mode must be \"exact\" or \"int8\", got \"", mode,
+                  "\"; choose one of them");
+  STD_TORCH_CHECK(!quantized || weight.args.stored_as == BitmapValues::kInt8, kOp,
+                  ": mode \"int8\" must come with int8 values and scales, got others; round the weight first");
+  STD_TORCH_CHECK(!quantized || samples.features <= kBitmapMaxQuantizedColumns, kOp, ": x must have at most ",
+                  kBitmapMaxQuantizedColumns, " features in mode \"int8\", got ", samples.features,
+                  "; split the layer or use mode \"exact\"");
+  const std::int64_t rows = weight.args.rows;
+  const Bias bias_of_rows(kOp, bias, rows);
+  const Tensor y = torch::stable::new_empty(x, WithLastDim(x, rows));
+  char* y_data = static_cast<char*>(y.mutable_data_ptr());
+
+  const std::int64_t at_once = std::min(samples.count, kBitmapMaxSamples);
+  PanelMemory panel(BitmapPanelBytes(samples.features, at_once));
+  const std::int64_t grain = GrainItems(BitmapWords(samples.features) * 8 * at_once);
+  SharedStatus status;
+  for (std::int64_t first = 0; first < samples.count; first += kBitmapMaxSamples) {
+    const std::int64_t count = std::min(kBitmapMaxSamples, samples.count - first);
+    float x_scales[kBitmapMaxSamples];
+    const bool plain =
+        BitmapPackSamples({samples.At(first), samples.stored_as, count, samples.features, weight.args.stored_as,
+                           weight.args.entries, quantized, panel.Data(), x_scales});
+    const BitmapMatmulArgs args{weight.args,       panel.Data(), count,
+                                quantized,         plain,        x_scales,
+                                bias_of_rows.data, relu,         y_data + first * rows * samples.item_bytes,
+                                samples.stored_as};
+    torch::stable::parallel_for(
+        0, rows, grain, [&](std::int64_t begin, std::int64_t end) { status.Report(BitmapMatmul(args, begin, end)); });
+  }
+  status.Raise(kOp, weight.args.nnz, weight.args.entries);
+  return y;
+}
+
+Tensor BitmapColumnsMatmulOnCpu(const Tensor& x, const Tensor& bitmap, const Tensor& column_offsets,
+                                const Tensor& values, const std::optional<Tensor>& bias,
+                                const std::optional<Tensor>& codebook, std::int64_t out_features, bool relu) {
+  constexpr const char* kOp = "bitmap_columns_matmul";
+  const Samples samples(kOp, x, "x");
+  STD_TORCH_CHECK(out_features >= 0, kOp, ": out_features must be at least 0, got ", out_features,
+                  "; pass the rows of W");
+  STD_TORCH_CHECK(codebook.has_value() || values.scalar_type() != ScalarType::Char, kOp,
+                  ": values must be float32, bfloat16 or uint8 codes beside a codebook, got Char; use bitmap_matmul");
+  const Weight weight(kOp, bitmap, column_offsets, values, codebook, std::nullopt, out_features, "column_offsets",
+                      " outputs");
+  const std::int64_t features = samples.features, words = BitmapWords(out_features);
+  STD_TORCH_CHECK(weight.args.rows == features, kOp, ": bitmap must be [", features, ", ", words,
+                  "] for x's features, got ", weight.args.rows, " columns; pass the weight that x's features fit");
+  const Bias bias_of_rows(kOp, bias, out_features);
+  const Tensor y = torch::stable::new_empty(x, WithLastDim(x, out_features));
+  char* y_data = static_cast<char*>(y.mutable_data_ptr());
+
+  const std::int64_t lists = (features * 8 + 63) / 64 * 64;
+  PanelMemory memory(lists + words * 64 * 4);
+  char* data = static_cast<char*>(memory.Data());
+  auto* active = reinterpret_cast<std::int32_t*>(data);
+  auto* active_values = reinterpret_cast<float*>(data + features * 4);
+  auto* sums = reinterpret_cast<float*>(data + lists);
+  SharedStatus status;
+  for (std::int64_t n = 0; n < samples.count; ++n) {
+    bool finite = true;
+    const std::int64_t count =
+        BitmapFindActive(samples.At(n), samples.stored_as, features, active, active_values, &finite);
+    const BitmapColumnsArgs args{weight.args,
+                                 active,
+                                 active_values,
+                                 count,
+                                 !finite,
+                                 sums,
+                                 bias_of_rows.data,
+                                 relu,
+                                 y_data + n * out_features * samples.item_bytes,
+                                 samples.stored_as};
+    // Each range of words counts the bits before it in every column, so ranges are long.
+    torch::stable::parallel_for(
+        0, words, std::max<std::int64_t>(8, GrainItems(count * 8)),
+        [&](std::int64_t begin, std::int64_t end) { status.Report(BitmapColumns(args, begin, end)); });
+  }
+  status.Raise(kOp, weight.args.nnz, weight.args.entries, "column_offsets");
+  return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor> BitmapPackOnCpu(const Tensor& weight) {
+  constexpr const char* kOp = "bitmap_pack";
+  const FloatDtype stored_as = DtypeOf(kOp, weight, "weight");
+  CheckOnCpu(kOp, weight, "weight");
+  STD_TORCH_CHECK(weight.dim() == 2, kOp, ": weight must be [out, in], got ", weight.dim(), "-D; reshape it");
+  const Tensor dense = Contiguous(weight);
+  const std::int64_t rows = dense.size(0), columns = dense.size(1);
+  Tensor bitmap = torch::stable::new_empty(dense, {rows, BitmapWords(columns)}, ScalarType::Long);
+  Tensor row_offsets = torch::stable::new_empty(dense, {rows + 1}, ScalarType::Int);
+  auto* offsets = row_offsets.mutable_data_ptr<std::int32_t>();
+  BitmapPackArgs args{dense.const_data_ptr(),
+                      stored_as,
+                      rows,
+                      columns,
+                      static_cast<std::uint64_t*>(bitmap.mutable_data_ptr()),
+                      offsets,
+                      nullptr};
+  const std::int64_t grain = GrainItems(columns);
+  torch::stable::parallel_for(0, rows, grain,
+                              [&](std::int64_t begin, std::int64_t end) { BitmapPackBits(args, begin, end); });
+  std::int64_t nnz = 0;
+  offsets[0] = 0;
+  for (std::int64_t r = 1; r <= rows; ++r) {
+    nnz += offsets[r];
+    offsets[r] = static_cast<std::int32_t>(nnz);
+  }
+  STD_TORCH_CHECK(nnz <= std::numeric_limits<std::int32_t>::max(), kOp,
+                  ": weight must have fewer than 2**31 non-zeros, got ", nnz, "; split it by rows");
+  Tensor values = torch::stable::new_empty(dense, {nnz});
+  args.values = values.mutable_data_ptr();
+  torch::stable::parallel_for(0, rows, grain,
+                              [&](std::int64_t begin, std::int64_t end) { BitmapPackValues(args, begin, end); });
+  return {bitmap, row_offsets, values};
+}
+
+Tensor BitmapFromRowsOnCpu(const Tensor& row_offsets, const Tensor& col_indices, std::int64_t columns) {
+  constexpr const char* kOp = "bitmap_from_rows";
+  CheckTensor(kOp, row_offsets, "row_offsets", ScalarType::Int, 1);
+  CheckTensor(kOp, col_indices, "col_indices", ScalarType::Int, 1);
+  STD_TORCH_CHECK(row_offsets.numel() >= 1 && columns >= 0, kOp,
+                  ": row_offsets must have one entry more than rows, got ", row_offsets.numel(), "; pass [0]");
+  // In memory of their own, which the kernel may read as int32.
+  const Tensor offsets = torch::stable::clone(row_offsets), from = torch::stable::clone(col_indices);
+  const std::int32_t* offset = offsets.const_data_ptr<std::int32_t>();
+  const std::int32_t* column = from.const_data_ptr<std::int32_t>();
+  const std::int64_t rows = offsets.numel() - 1, nnz = from.numel();
+  bool rising = offset[0] == 0 && offset[rows] == nnz, sorted = true;
+  for (std::int64_t r = 0; r < rows; ++r) rising &= offset[r] <= offset[r + 1];
+  STD_TORCH_CHECK(rising, kOp, ": row_offsets must rise from 0 to ", nnz, "; rebuild the weight");
+  for (std::int64_t r = 0; r < rows; ++r) {
+    std::int64_t before = -1;
+    for (std::int64_t k = offset[r]; k < offset[r + 1]; ++k) {
+      sorted &= before < column[k] && column[k] < columns;
+      before = column[k];
+    }
+  }
+  STD_TORCH_CHECK(sorted, kOp, ": col_indices must rise within a row and lie in [0, ", columns,
+                  "), got a row that breaks this; rebuild the weight");
+  Tensor bitmap = torch::stable::new_empty(offsets, {rows, BitmapWords(columns)}, ScalarType::Long);
+  auto* bits = static_cast<std::uint64_t*>(bitmap.mutable_data_ptr());
+  torch::stable::parallel_for(
+      0, rows, GrainItems(BitmapWords(columns) + nnz / std::max<std::int64_t>(1, rows)),
+      [&](std::int64_t begin, std::int64_t end) { BitmapFromColumns(offset, column, columns, bits, begin, end); });
+  return bitmap;
+}
+
+Tensor BitmapToRowsOnCpu(const Tensor& bitmap, const Tensor& row_offsets, std::int64_t columns, std::int64_t nnz) {
+  constexpr const char* kOp = "bitmap_to_rows";
+  CheckTensor(kOp, bitmap, "bitmap", ScalarType::Long, 2);
+  CheckTensor(kOp, row_offsets, "row_offsets", ScalarType::Int, 1);
+  const std::int64_t rows = bitmap.size(0);
+  STD_TORCH_CHECK(columns >= 0 && bitmap.size(1) == BitmapWords(columns), kOp, ": bitmap must be [out, ",
+                  BitmapWords(columns), "] for ", columns, " columns, got ", bitmap.size(1),
+                  " words a row; pass the weight's columns");
+  STD_TORCH_CHECK(row_offsets.numel() == rows + 1 && nnz >= 0, kOp, ": row_offsets must be [", rows + 1, "], got ",
+                  row_offsets.numel(), "; pack the weight again");
+  const Tensor bits = Contiguous(bitmap), offsets = Contiguous(row_offsets);
+  Tensor col_indices = torch::stable::new_empty(row_offsets, {nnz});
+  auto* columns_of = col_indices.mutable_data_ptr<std::int32_t>();
+  const auto* words = static_cast<const std::uint64_t*>(bits.const_data_ptr());
+  const auto* offset = offsets.const_data_ptr<std::int32_t>();
+  std::int32_t first = 0, last = 0;
+  std::memcpy(&first, offset, sizeof first);
+  std::memcpy(&last, offset + rows, sizeof last);
+  SharedStatus status;
+  if (first != 0 || last != nnz) status.Report(BitmapStatus::kBadRowOffsets);
+  torch::stable::parallel_for(0, rows, GrainItems(bitmap.size(1) + nnz / std::max<std::int64_t>(1, rows)),
+                              [&](std::int64_t begin, std::int64_t end) {
+                                status.Report(BitmapToColumns(words, offset, columns, nnz, columns_of, begin, end));
+                              });
+  status.Raise(kOp, nnz, 0);
+  return col_indices;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(tersetorch, CPU, m) {
+  m.impl("bitmap_matmul", TORCH_BOX(&BitmapMatmulOnCpu));
+  m.impl("bitmap_matmul_inference", TORCH_BOX(&BitmapMatmulOnCpu));
+  m.impl("bitmap_columns_matmul", TORCH_BOX(&BitmapColumnsMatmulOnCpu));
+  m.impl("bitmap_columns_matmul_inference", TORCH_BOX(&BitmapColumnsMatmulOnCpu));
+  m.impl("bitmap_pack", TORCH_BOX(&BitmapPackOnCpu));
+  m.impl("bitmap_from_rows", TORCH_BOX(&BitmapFromRowsOnCpu));
+  m.impl("bitmap_to_rows", TORCH_BOX(&BitmapToRowsOnCpu));
+}
+
+}  // namespace tersetorch

@@ -1,0 +1,196 @@
+"""Product of many dense samples with a sparse weight, both rounded to 8 bits."""
+
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from tersetorch.ops._autocast import compute_in_float32
+from tersetorch.ops._blocked_words import check_pack, check_product, fake_pack, refuse_gradients
+
+GROUP = 4
+MAX_FEATURES = 128 * 1024
+_FLOATS = (torch.float32, torch.bfloat16)
+
+_matmul = torch.ops.tersetorch.blocked_int8_matmul.default
+_matmul_inference = torch.ops.tersetorch.blocked_int8_matmul_inference.default
+_pack = torch.ops.tersetorch.blocked_int8_pack.default
+
+
+def blocked_int8_matmul(
+    x: Tensor,
+    block_offsets: Tensor,
+    segments: Tensor,
+    indices: Tensor,
+    values: Tensor,
+    row_scales: Tensor,
+    row_sums: Tensor,
+    bias: Tensor | None = None,
+    *,
+    out_features: int,
+    column_block: int,
+    relu: bool = False,
+) -> Tensor:
+    """Returns x @ W.T + bias, at least 0 with relu, where x too is rounded to 8 bits and all sums are of integers.
+
+    y[n, r] = fma(sum over c of V[r, c] * q[n, c] * row_scales[r], s[n], bias[r]) with s[n] = max |x[n]| / 127 and
+    q[n, c] = round(x[n, c] * (127 / max |x[n]|)), ties to even. The sum is exact, so that y has the same bits at every
+    level of the CPU. Against the product with x itself and the same weight, y is off by at most
+    sum over c of |V[r, c] * row_scales[r]| * s[n] / 2, and by the few roundings of the formula. A sample whose largest
+    |x| is below 2**-100 counts as 0; one that holds infinity or NaN gives NaN everywhere.
+
+    Args:
+        x: float32 or bfloat16 [..., in], any strides, in at most 131072. Under autocast as csr_matmul takes it.
+        block_offsets: int32 [blocks + 1], as in blocked_matmul, of words of 4 consecutive columns instead of columns.
+        segments: int32 [out * column blocks], likewise.
+        indices: int16 [words], likewise.
+        values: int8 [words, 4], the four V of each word.
+        row_scales: float32 [out].
+        row_sums: int32 [out], the sum of each row of V.
+        bias: float32 or bfloat16 [out], or None.
+        out_features: rows of W.
+        column_block: columns of a block, a multiple of 4 up to 32768.
+        relu: whether negative results become 0; NaN stays NaN.
+
+    Returns:
+        [..., out] of x's dtype. It cannot be differentiated.
+
+    Raises:
+        TypeError: an argument is not a tensor or has another dtype than named here.
+        ValueError: shapes or devices do not fit each other.
+        RuntimeError: an offset, a segment or an index lies outside its range (nothing outside the tensors is read).
+
+    Source:
+        Jacob et al., Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference
+        (2018), section 2.2, symmetric; Han et al., Deep Compression (2016), for the weight.
+    """
+    check_product(
+        "blocked_int8_matmul",
+        x,
+        {"block_offsets": block_offsets, "segments": segments, "indices": indices, "values": values},
+        torch.int8,
+        GROUP,
+        {"row_scales": (row_scales, (torch.float32,)), "row_sums": (row_sums, (torch.int32,)), "bias": (bias, _FLOATS)},
+        out_features,
+        column_block,
+    )
+    if x.shape[-1] > MAX_FEATURES:
+        raise ValueError(
+            f"blocked_int8_matmul: x must have at most {MAX_FEATURES} features, got {x.shape[-1]}; "
+            "split the layer by columns"
+        )
+    return cast(
+        Tensor,
+        _matmul(
+            x,
+            block_offsets,
+            segments,
+            indices,
+            values,
+            row_scales,
+            row_sums,
+            bias,
+            out_features,
+            column_block,
+            relu,
+        ),
+    )
+
+
+def blocked_int8_matmul_inference(
+    x: Tensor,
+    block_offsets: Tensor,
+    segments: Tensor,
+    indices: Tensor,
+    values: Tensor,
+    row_scales: Tensor,
+    row_sums: Tensor,
+    bias: Tensor | None = None,
+    *,
+    out_features: int,
+    column_block: int,
+    relu: bool = False,
+) -> Tensor:
+    """Returns blocked_int8_matmul of the same arguments, without the checks in Python.
+
+    Raises:
+        RuntimeError: an argument does not fit (the native checks remain, those of every index included).
+    """
+    return cast(
+        Tensor,
+        _matmul_inference(
+            x,
+            block_offsets,
+            segments,
+            indices,
+            values,
+            row_scales,
+            row_sums,
+            bias,
+            out_features,
+            column_block,
+            relu,
+        ),
+    )
+
+
+def blocked_int8_pack(
+    row_offsets: Tensor, col_indices: Tensor, values: Tensor, *, columns: int, column_block: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Cuts a weight in compressed sparse rows into the blocks that blocked_int8_matmul takes.
+
+    Args:
+        row_offsets: int32 [out + 1], from 0 to nnz, never falling.
+        col_indices: int32 [nnz], strictly rising within a row, each in [0, columns).
+        values: int8 [nnz].
+        columns: width of the dense weight.
+        column_block: columns of a block, a multiple of 4 up to 32768.
+
+    Returns:
+        block_offsets, segments, indices, values and row_sums, as blocked_int8_matmul describes them.
+
+    Raises:
+        TypeError: an argument has another dtype than named here.
+        ValueError: column_block is out of range, or values are not one for each column index.
+        RuntimeError: the positions are not those of a weight of that width.
+    """
+    tensors = {
+        "row_offsets": (row_offsets, torch.int32),
+        "col_indices": (col_indices, torch.int32),
+        "values": (values, torch.int8),
+    }
+    check_pack("blocked_int8_pack", tensors, column_block, GROUP)
+    return cast(
+        tuple[Tensor, Tensor, Tensor, Tensor, Tensor], _pack(row_offsets, col_indices, values, columns, column_block)
+    )
+
+
+@torch.library.register_fake("tersetorch::blocked_int8_matmul")
+@torch.library.register_fake("tersetorch::blocked_int8_matmul_inference")
+def _fake(
+    x: Tensor,
+    block_offsets: Tensor,
+    segments: Tensor,
+    indices: Tensor,
+    values: Tensor,
+    row_scales: Tensor,
+    row_sums: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    column_block: int,
+    relu: bool = False,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+@torch.library.register_fake("tersetorch::blocked_int8_pack")
+def _fake_pack(
+    row_offsets: Tensor, col_indices: Tensor, values: Tensor, columns: int, column_block: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    layout = fake_pack(row_offsets, col_indices, values, columns, column_block, GROUP)
+    return *layout, row_offsets.new_empty((row_offsets.shape[0] - 1,))
+
+
+refuse_gradients("blocked_int8_matmul")
+compute_in_float32("blocked_int8_matmul")
+compute_in_float32("blocked_int8_matmul_inference")

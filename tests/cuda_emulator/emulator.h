@@ -1,0 +1,47 @@
+// How a test drives the emulator: the order in which threads run, and what it has to report.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+namespace cuda_emulator {
+
+enum class Order : int { kForward, kReversed, kRandom };
+
+struct Schedule {
+  Order order = Order::kForward;
+  std::uint64_t seed = 1;   // of kRandom and of preemption
+  int resident_blocks = 1;  // so many blocks take turns
+  int preempt_one_in = 0;   // another thread goes on at one in so many memory accesses; 0: only where threads wait
+};
+
+// What the tests of a kernel run under.
+inline constexpr Schedule kSchedules[] = {
+    {}, {Order::kReversed, 1, 2, 0}, {Order::kRandom, 1, 3, 0}, {Order::kRandom, 2, 4, 23}, {Order::kRandom, 3, 1, 7}};
+
+void SetSchedule(const Schedule& schedule);
+
+// The first problem of the last launch that had one: `kind` is barrier, mask, deadlock, race, bounds, uninitialised,
+// misaligned, read-only, arithmetic or launch. A launch that has a problem ends there and returns an error.
+struct Report {
+  std::string kind, message;
+};
+const Report& LastReport();
+void ClearReport();
+
+// From now on launches do nothing and return this error; 0: they run again.
+void FailLaunches(int error);
+
+// How many launches there were, and on which stream the last one.
+std::uint64_t LaunchCount();
+void* LastStream();
+
+// Names memory of cudaMalloc in reports.
+void Name(const void* memory, const char* name);
+// From now on kernels only read it.
+void MakeReadOnly(const void* memory);
+// How many of its bytes nobody has written.
+std::size_t UnwrittenBytes(const void* memory);
+
+}  // namespace cuda_emulator

@@ -1,0 +1,97 @@
+// What the scheduler and the memory checker share.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "cuda_runtime.h"
+#include "emulator.h"
+#include "fiber.h"
+
+namespace cuda_emulator {
+
+struct Block;
+
+enum class State : int { kReady, kAtBarrier, kInWarpOperation, kDone };
+
+struct Thread {
+  Fiber fiber;
+  Block* block = nullptr;
+  unsigned number = 0;  // in its block
+  uint3 index{};
+  State state = State::kDone;
+  Site site;                      // where it waits
+  int predicate = 0, result = 0;  // of a barrier
+  std::uint64_t warp_result = 0;
+
+  unsigned lane() const { return number % warpSize; }
+  unsigned warp() const { return number / warpSize; }
+};
+
+// A warp operation that some lanes have reached.
+struct WarpOperation {
+  enum class Kind : int { kBarrier, kShuffle, kBallot };
+  struct Operand {
+    std::uint64_t value;
+    int source;  // lane, of a shuffle
+  };
+  Kind kind{};
+  unsigned mask = 0, arrived = 0;
+  Site site;
+  Operand operands[warpSize];
+  std::uint64_t results[warpSize];
+};
+
+struct Warp {
+  unsigned alive = 0;  // lanes that have not exited
+  std::vector<WarpOperation> waiting;
+  // What a lane did before seen[other][lane] happened before what `other` does now.
+  std::uint64_t seen[warpSize][warpSize] = {};
+};
+
+struct SharedVariable {
+  const void* key;
+  void* memory;
+  std::size_t bytes;
+};
+
+struct Block {
+  std::uint64_t number = 0;
+  uint3 index{};
+  std::vector<Thread> threads;
+  std::vector<Warp> warps;
+  unsigned finished = 0;
+  std::vector<Thread*> at_barrier;
+  Barrier barrier_kind{};
+  std::uint64_t barrier_time = 0;  // of the last barrier that all threads passed
+  std::vector<SharedVariable> shared;
+};
+
+extern Thread* running;     // null outside kernels
+extern std::uint64_t time;  // grows at every switch and every synchronisation
+
+// Ends the launch with a report; does not return.
+[[noreturn, gnu::format(printf, 2, 3)]] void Fail(const char* kind, const char* format, ...);
+// Lets another thread run.
+void Yield();
+// Yields at one in Schedule::preempt_one_in calls.
+void MaybeYield();
+std::string Describe(const Site& site);
+
+// ---- memory_checker.cpp
+
+// Memory between guards of kGuardBytes; kernels may touch nothing else but their own stacks and constants.
+inline constexpr std::size_t kGuardBytes = std::size_t{1} << 20;
+void* AddMemory(std::size_t bytes, const char* name, const Block* owner);
+void RemoveMemory(void* memory);
+// The parameters of a kernel, which lie on the host's stack.
+void AddParameters(const void* parameters, std::size_t bytes);
+void RemoveParameters(const void* parameters);
+void MarkWritten(const void* memory, std::size_t bytes);
+void CheckerBeginLaunch();
+// An access by the running thread: reports what is wrong with it and remembers it.
+void CheckAccess(const void* p, std::size_t bytes, bool write, bool atomic, const void* code);
+
+}  // namespace cuda_emulator

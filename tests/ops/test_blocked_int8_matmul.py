@@ -1,0 +1,279 @@
+import pytest
+import torch
+
+from tersetorch import _native
+from tersetorch.ops import blocked_int8_matmul, blocked_int8_matmul_inference, blocked_int8_pack
+
+OPS = torch.ops.tersetorch
+
+
+def random(*shape, seed=1, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def random_weight(rows, columns, density, column_block, seed=0):
+    """A random int8 weight dense, in compressed sparse rows and in blocks, as keyword arguments of the op."""
+    generator = torch.Generator().manual_seed(seed)
+    kept = torch.rand(rows, columns, generator=generator) < density
+    dense = torch.where(kept, torch.randint(-128, 128, (rows, columns), generator=generator), 0)
+    row_offsets = torch.cat([torch.zeros(1, dtype=torch.int64), kept.sum(1).cumsum(0)]).int()
+    csr = (row_offsets, kept.nonzero()[:, 1].int(), dense[kept].to(torch.int8))
+    packed = blocked_int8_pack(*csr, columns=columns, column_block=column_block)
+    weight = dict(zip(("block_offsets", "segments", "indices", "values", "row_sums"), packed, strict=True))
+    weight |= {"row_scales": random(rows, seed=3).abs() / 100, "out_features": rows, "column_block": column_block}
+    return dense, csr, weight
+
+
+def quantised(x):
+    """q and the scale of each sample, by the formula."""
+    largest = x.float().abs().amax(-1, keepdim=True) if x.shape[-1] else x.new_zeros(*x.shape[:-1], 1).float()
+    # Tensors on both sides: a number over a tensor is a reciprocal first and rounded twice.
+    inverse = torch.where(largest == 0, 0, torch.full_like(largest, 127) / largest)
+    return (x.float() * inverse).round(), largest / torch.full_like(largest, 127)
+
+
+def reference(x, dense, weight, bias=None):
+    q, scale = quantised(x)
+    sums = (q.double() @ dense.double().T).float()
+    # float64 holds the product of two float32 exactly, so that only the sum is rounded before float32.
+    y = (sums * weight["row_scales"]).double() * scale.double()
+    return (y if bias is None else y + bias.double()).float()
+
+
+SHAPES = [(1, 1), (10, 17), (300, 784), (256, 128), (257, 129), (513, 101), (5, 4096), (127, 1009), (64, 0), (0, 5)]
+
+
+@pytest.mark.parametrize("rows,columns", SHAPES)
+@pytest.mark.parametrize("batch", [0, 1, 17, 64, 200])
+def test_equals_the_formula(rows, columns, batch):
+    for column_block in (4 if columns < 200 else 96, 128, 4096):
+        dense, _, weight = random_weight(rows, columns, 0.3, column_block)
+        x, bias = random(batch, columns), random(rows, seed=2)
+        y = blocked_int8_matmul(x, bias=bias, **weight)
+        assert y.dtype == torch.float32
+        torch.testing.assert_close(y, reference(x, dense, weight, bias), rtol=2**-22, atol=1e-6)
+        assert torch.equal(blocked_int8_matmul_inference(x, bias=bias, **weight), y)
+        assert torch.equal(blocked_int8_matmul(x, bias=bias, relu=True, **weight), y.relu())
+        half = blocked_int8_matmul(x.bfloat16(), **weight)
+        assert half.dtype == torch.bfloat16
+        torch.testing.assert_close(half.float(), reference(x.bfloat16(), dense, weight), rtol=2**-8, atol=1e-6)
+
+
+def test_error_keeps_to_what_is_stated():
+    dense, _, weight = random_weight(300, 500, 0.2, 128)
+    x = random(70, 500)
+    used = (dense * weight["row_scales"][:, None]).double()
+    exact = x.double() @ used.T
+    allowed = used.abs().sum(1) * quantised(x)[1].double() / 2 + exact.abs() * 2**-22
+    assert ((blocked_int8_matmul(x, **weight).double() - exact).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize("density", [0.0, 1.0])
+def test_empty_and_full_weights(density):
+    dense, _, weight = random_weight(300, 70, density, 32)
+    x = random(40, 70)
+    torch.testing.assert_close(blocked_int8_matmul(x, **weight), reference(x, dense, weight), rtol=2**-22, atol=1e-6)
+
+
+def test_the_largest_sums_do_not_overflow():
+    columns = 128 * 1024
+    row_offsets = torch.tensor([0, columns], dtype=torch.int32)
+    values = torch.full((columns,), -128, dtype=torch.int8)
+    *layout, words, row_sums = blocked_int8_pack(
+        row_offsets, torch.arange(columns).int(), values, columns=columns, column_block=32768
+    )
+    y = blocked_int8_matmul(
+        torch.full((9, columns), 2.0), *layout, words, torch.ones(1), row_sums, out_features=1, column_block=32768
+    )
+    assert torch.equal(y, torch.full((9, 1), torch.tensor(-128.0 * 127 * columns) * (2 / torch.tensor(127.0))))
+
+
+def test_samples_that_are_zero_tiny_or_not_finite():
+    _, _, weight = random_weight(30, 20, 0.5, 8)
+    x = random(9, 20)
+    x[1] = 0
+    x[2] *= 2.0**-130
+    x[3, 4] = torch.nan
+    x[4, 5] = -torch.inf
+    bias = random(30, seed=2)
+    y = blocked_int8_matmul(x, bias=bias, **weight)
+    assert torch.equal(y[1], bias) and torch.equal(y[2], bias)
+    assert y[3:5].isnan().all()
+    assert y[[0, 5, 6, 7, 8]].isfinite().all()
+
+
+def test_leading_dimensions_strides_and_unaligned_memory():
+    _, _, weight = random_weight(300, 70, 0.3, 32)
+    x = random(3, 70, 5, 2).transpose(1, 3)
+    y = blocked_int8_matmul(x, **weight)
+    assert y.shape == (3, 2, 5, 300)
+    assert torch.equal(y.reshape(-1, 300), blocked_int8_matmul(x.reshape(-1, 70), **weight))
+    one = blocked_int8_matmul(x[0, 0, 0], **weight)
+    assert torch.equal(one, y[0, 0, 0])
+    moved = torch.zeros(weight["values"].numel() + 1, dtype=torch.int8)[1:].view_as(weight["values"])
+    moved.copy_(weight["values"])
+    assert torch.equal(blocked_int8_matmul(x, **weight | {"values": moved}), y)
+
+
+def test_threads_do_not_change_a_bit():
+    _, _, weight = random_weight(600, 500, 0.2, 128)
+    x = random(150, 500)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        y = blocked_int8_matmul(x, **weight)
+        torch.set_num_threads(2)
+        assert torch.equal(blocked_int8_matmul(x, **weight), y)
+    finally:
+        torch.set_num_threads(threads)
+
+
+LEVELS = """
+import hashlib, torch
+from tersetorch.ops import blocked_int8_matmul, blocked_int8_pack
+torch.manual_seed(0)
+kept = torch.rand(300, 170) < 0.2
+values = torch.randint(-128, 128, (int(kept.sum()),)).to(torch.int8)
+offsets = torch.cat([torch.zeros(1), kept.sum(1).cumsum(0)]).int()
+*layout, words, sums = blocked_int8_pack(offsets, kept.nonzero()[:, 1].int(), values, columns=170, column_block=64)
+scales, bias = torch.rand(300), torch.randn(300)
+digest = hashlib.sha256()
+for batch in (1, 12, 31, 64, 100):
+    x = torch.randn(batch, 170)
+    y = blocked_int8_matmul(x, *layout, words, scales, sums, bias, out_features=300, column_block=64, relu=True)
+    digest.update(y.numpy().tobytes())
+print(torch.ops.tersetorch.cpu_isa(), digest.hexdigest())
+"""
+
+
+def test_every_level_gives_the_same_bits(run_python):
+    digests = set()
+    for level in _native.cpu_levels():
+        done = run_python(LEVELS, TERSETORCH_CPU_ISA=level)
+        assert done.stdout.split()[:1] == [level], done.stderr
+        digests.add(done.stdout.split()[1])
+    assert len(digests) == 1
+
+
+def test_backward_is_refused():
+    _, _, weight = random_weight(8, 12, 0.4, 8)
+    y = blocked_int8_matmul(random(5, 12).requires_grad_(), **weight)
+    with pytest.raises(RuntimeError, match="blocked_int8_matmul: must not be differentiated"):
+        y.sum().backward()
+
+
+# ---- PyTorch
+
+
+def test_registration_is_sound():
+    _, csr, weight = random_weight(300, 12, 0.4, 8)
+    names = ("block_offsets", "segments", "indices", "values", "row_scales", "row_sums")
+    args = (random(5, 12), *(weight[name] for name in names), random(300, seed=2), 300, 8, True)
+    torch.library.opcheck(OPS.blocked_int8_matmul_inference.default, args)
+    torch.library.opcheck(OPS.blocked_int8_matmul.default, args)
+    torch.library.opcheck(OPS.blocked_int8_pack.default, (*csr, 12, 8))
+
+
+def test_compiles_without_a_graph_break_for_any_batch():
+    _, _, weight = random_weight(300, 12, 0.4, 8)
+
+    def run(x):
+        return blocked_int8_matmul(x, **weight).relu()
+
+    compiled = torch.compile(run, fullgraph=True, dynamic=True)
+    for batch in (5, 3, 17):
+        assert torch.equal(compiled(random(batch, 12)), run(random(batch, 12)))
+
+
+def test_exports_with_a_dynamic_batch():
+    _, _, weight = random_weight(300, 12, 0.4, 8)
+
+    class Layer(torch.nn.Module):
+        def forward(self, x):
+            return blocked_int8_matmul(x, **weight)
+
+    exported = torch.export.export(Layer(), (random(5, 12),), dynamic_shapes={"x": {0: torch.export.Dim("batch")}})
+    x = random(11, 12)
+    assert torch.equal(exported.module()(x), blocked_int8_matmul(x, **weight))
+
+
+@pytest.mark.parametrize("op", [blocked_int8_matmul, blocked_int8_matmul_inference])
+def test_autocast_computes_in_float32_and_casts_the_result(op):
+    _, _, weight = random_weight(300, 12, 0.4, 8)
+    x = random(5, 12)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = op(x, **weight)
+    assert torch.equal(y, op(x, **weight).bfloat16())
+
+
+# ---- bad input
+
+_, CSR, GOOD = random_weight(300, 12, 0.4, 8)
+GOOD = {"x": torch.zeros(2, 12), "bias": torch.zeros(300)} | GOOD
+
+
+@pytest.mark.parametrize(
+    "bad,error,match",
+    [
+        ({"x": [1.0]}, TypeError, "x must be a tensor, got list"),
+        ({"x": torch.zeros(2, 12).double()}, TypeError, r"x must be float32 or bfloat16, got torch\.float64"),
+        ({"x": torch.tensor(1.0)}, ValueError, r"x must be \[\.\.\., in\], got a scalar"),
+        ({"indices": GOOD["indices"].int()}, TypeError, r"indices must be int16, got torch\.int32"),
+        ({"values": GOOD["values"].int()}, TypeError, r"values must be int8, got torch\.int32"),
+        ({"values": GOOD["values"][1:]}, ValueError, r"values must be \["),
+        ({"row_sums": GOOD["row_sums"].long()}, TypeError, r"row_sums must be int32, got torch\.int64"),
+        ({"row_scales": GOOD["row_scales"][1:]}, ValueError, r"row_scales must be \[300\], got shape \(299,\)"),
+        ({"segments": GOOD["segments"][1:]}, ValueError, r"segments must be \[600\], got shape \(599,\)"),
+        ({"x": torch.zeros(2, 20)}, ValueError, r"block_offsets must be \[7\], got shape \(5,\)"),
+        ({"bias": torch.zeros(2)}, ValueError, r"bias must be \[300\], got shape \(2,\)"),
+        ({"column_block": 6}, ValueError, "column_block must be a multiple of 4 up to 32768, got 6"),
+        ({"out_features": -1}, ValueError, "out_features must be at least 0, got -1"),
+    ],
+)
+def test_rejects(bad, error, match):
+    with pytest.raises(error, match=f"blocked_int8_matmul: {match}"):
+        blocked_int8_matmul(**GOOD | bad)
+
+
+def changed(name, place, value):
+    tensor = GOOD[name].clone()
+    tensor[place] = value
+    return {name: tensor}
+
+
+@pytest.mark.parametrize(
+    "bad,match",
+    [
+        (changed("block_offsets", 1, 10**6), "block_offsets must never fall"),
+        (changed("segments", 3, -1), "segments must name rows"),
+        (changed("segments", 0, 0), "segments must name rows"),
+        (changed("indices", 0, 2), r"indices must lie in \[0, 2\)"),
+        (changed("indices", 0, -1), r"indices must lie in \[0, 2\)"),
+        (changed("indices", -1, 1), r"indices must lie in \[0, 2\) and inside x's features"),
+        ({"row_sums": GOOD["row_sums"][1:]}, "row_scales and row_sums must be"),
+        ({"values": GOOD["values"].view(torch.uint8)}, "values must be Char"),
+    ],
+)
+@pytest.mark.parametrize("batch", [1, 20, 70])
+def test_damaged_weights_are_refused(bad, match, batch):
+    with pytest.raises(RuntimeError, match=f"blocked_int8_matmul: {match}"):
+        blocked_int8_matmul_inference(**GOOD | {"x": torch.zeros(batch, 12)} | bad)
+
+
+@pytest.mark.parametrize(
+    "bad,error,match",
+    [
+        ({"row_offsets": CSR[0].long()}, TypeError, r"row_offsets must be int32, got torch\.int64"),
+        ({"col_indices": 3}, TypeError, "col_indices must be a tensor, got int"),
+        ({"values": CSR[2].int()}, TypeError, r"values must be int8, got torch\.int32"),
+        ({"values": CSR[2][1:]}, ValueError, r"values must be \["),
+        ({"column_block": 2}, ValueError, "column_block must be a multiple of 4 up to 32768, got 2"),
+        ({"columns": 3}, RuntimeError, r"col_indices must lie in \[0, 3\)"),
+        ({"row_offsets": CSR[0].flip(0)}, RuntimeError, "row_offsets must rise from 0 to"),
+        ({"col_indices": torch.zeros_like(CSR[1])}, RuntimeError, "col_indices must rise strictly"),
+    ],
+)
+def test_packing_refuses(bad, error, match):
+    good = {"row_offsets": CSR[0], "col_indices": CSR[1], "values": CSR[2], "columns": 12, "column_block": 8}
+    with pytest.raises(error, match=f"blocked_int8_pack: {match}"):
+        blocked_int8_pack(**good | bad)
