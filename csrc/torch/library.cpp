@@ -88,8 +88,8 @@ STABLE_TORCH_LIBRARY(tersetorch, m) {
   // bitmap and row_offsets -> col_indices int32 [nnz]
   m.def("bitmap_to_rows(Tensor bitmap, Tensor row_offsets, int columns, int nnz) -> Tensor");
 
-  // x [N, C, H, W] and a weight [O, C / groups * kh * kw] in compressed sparse rows, at least 0 with relu -> [N, O, H',
-  // W']
+  // x [N, C, H, W] and a weight [O, C / groups * kh * kw] in compressed sparse rows, at least 0 with relu
+  // -> [N, O, H', W']
   m.def(
       "sparse_conv2d(Tensor x, Tensor row_offsets, Tensor col_indices, Tensor values, Tensor? bias, Tensor? codebook, "
       "int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups, bool relu=False) -> Tensor");

@@ -40,19 +40,26 @@ std::int64_t ConvChannelBlock(const ConvShape& s) noexcept {
 
 std::int64_t ConvLanes() noexcept { return Active().lanes; }
 
-ConvPlan ConvPlanFor(const ConvShape& s, std::int64_t out_height, std::int64_t out_width, std::int64_t lanes) noexcept {
+ConvPlan ConvPlanFor(const ConvShape& s, std::int64_t nnz, std::int64_t out_height, std::int64_t out_width,
+                     std::int64_t lanes) noexcept {
   if (out_height == 1 && s.kernel_h == 1) {
     ConvPlan plan{true, lanes, lanes, 1, 1, 1, 0};
     CutDown(plan, Parts(out_width, lanes));
     return plan;
   }
+  const ConvSlots slots(s);
   ConvPlan best{};
   std::int64_t least = INT64_MAX;
   for (std::int64_t columns = lanes; columns >= 4; columns /= 2) {
     ConvPlan plan{false, lanes, columns, lanes / columns, 1, Parts(out_width, columns), 0};
     CutDown(plan, Parts(out_height, plan.parts));
-    // In quarters of a load: what a non-zero costs is its vectors, its value and its share of an index.
-    const std::int64_t cost = plan.tiles_across * plan.tiles_down * (4 * plan.tile_rows + 5);
+    // In quarters of a load: what a non-zero costs is its vectors, its value and its share of an index. A part of a
+    // vector that is packed costs as much as 8 loads.
+    std::int64_t slot_rows = 0;
+    for (std::int64_t i = 0; i < slots.period; ++i) slot_rows += slots.Rows(i, plan.tile_rows);
+    const std::int64_t of_tile =
+        nnz * (4 * plan.tile_rows + 5) + 32 * s.in_channels * s.kernel_w * slot_rows * plan.parts;
+    const std::int64_t cost = plan.tiles_across * plan.tiles_down * of_tile;
     if (cost < least) {
       least = cost;
       best = plan;

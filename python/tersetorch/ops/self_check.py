@@ -5,16 +5,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import conv2d
 
 from tersetorch.ops.bitmap_columns_matmul import bitmap_columns_matmul
 from tersetorch.ops.bitmap_matmul import bitmap_from_rows, bitmap_matmul
 from tersetorch.ops.blocked_matmul import blocked_matmul, blocked_pack
 from tersetorch.ops.csr_matmul import csr_matmul
+from tersetorch.ops.sparse_conv2d import sparse_conv2d
 
 ROWS, COLUMNS, ENTRIES = 37, 53, 16
 COLUMN_BLOCK = 16
 # One, around each width of the batched kernels, and a prime.
 BATCHES = [1, 2, 7, 9, 31, 65]
+# Height, width, stride: around the widths and heights of a convolution's tiles.
+IMAGES = [(1, 1, 1), (7, 7, 1), (14, 29, 1), (16, 8, 1), (13, 33, 2), (12, 31, 3)]
+CHANNELS, KERNEL = 19, 3
 EPSILON = torch.finfo(torch.float32).eps
 BFLOAT16_ROUNDING = torch.finfo(torch.bfloat16).eps / 2
 
@@ -33,7 +38,7 @@ def check_ops() -> list[dict[str, Any]]:
     }
     cases = (("float32", torch.float32, False), ("bfloat16", torch.bfloat16, False), ("codebook", torch.float32, True))
     checked = [_check(op, product, *case) for op, product in products.items() for case in cases]
-    return [*checked, _check_int8(), *_check_gradients()]
+    return [*checked, *(_check_conv(*case) for case in cases), _check_int8(), *_check_gradients()]
 
 
 def _blocked(
@@ -110,6 +115,36 @@ def _check(op: str, product: Callable[..., Tensor], case: str, dtype: torch.dtyp
         size = x.double().abs() @ dense.double().abs().T + bias.double().abs()
         worst = max(worst, _largest(y, reference, size))
     return _result(op, case, worst, bound)
+
+
+def _check_conv(case: str, dtype: torch.dtype, codebook: bool) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(4)
+    terms = CHANNELS * KERNEL**2
+    kept = torch.rand(ROWS, terms, generator=generator) < 0.3
+    kept[5] = False
+    bias, table = torch.randn(ROWS, generator=generator), None
+    values = torch.randn(int(kept.sum()), generator=generator).to(dtype)
+    stored = values
+    if codebook:
+        table = torch.randn(ENTRIES, generator=generator)
+        values = torch.randint(ENTRIES, values.shape, generator=generator).to(torch.uint8)
+        stored = table[values.int()]
+    dense = torch.zeros(ROWS, terms, dtype=torch.float64).masked_scatter(kept, stored.double())
+    weight = dense.view(ROWS, CHANNELS, KERNEL, KERNEL)
+    row_offsets = torch.zeros(ROWS + 1, dtype=torch.int32)
+    row_offsets[1:] = kept.sum(1).cumsum(0)
+    worst = 0.0
+    for height, width, stride in IMAGES:
+        for memory_format in (torch.contiguous_format, torch.channels_last):
+            x = torch.randn(2, CHANNELS, height, width, generator=generator).to(dtype)
+            x = x.contiguous(memory_format=memory_format)
+            positions = (row_offsets, kept.nonzero()[:, 1].int())
+            y = sparse_conv2d(x, *positions, values, bias, table, kernel_size=KERNEL, stride=stride, padding=1)
+            reference = conv2d(x.double(), weight, bias.double(), stride, 1)
+            size = conv2d(x.double().abs(), weight.abs(), bias.double().abs(), stride, 1)
+            worst = max(worst, _largest(y, reference, size))
+    bound = (terms + 2) * EPSILON + (0.0 if dtype == torch.float32 else BFLOAT16_ROUNDING)
+    return _result("sparse_conv2d", case, worst, bound)
 
 
 def _check_int8() -> dict[str, Any]:
