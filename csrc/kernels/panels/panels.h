@@ -58,12 +58,16 @@ struct SampleScalesArgs {
 TERSETORCH_API void SampleScales(const SampleScalesArgs& args, std::int64_t sample_begin,
                                  std::int64_t sample_end) noexcept;
 
+struct SampleScale {
+  float scale, inverse;
+};
+
 // Of a sample whose largest |x| has these bits.
-static inline void ScaleOf(std::uint32_t largest_bits, float* scale, float* inverse) {
-  const bool finite = largest_bits < 0x7f800000, nothing = largest_bits < (127u - 100u) << 23;
+static inline SampleScale ScaleOf(std::uint32_t largest_bits) {
+  if (largest_bits >= 0x7f800000) return {__builtin_nanf(""), 0.0f};
+  if (largest_bits < (127u - 100u) << 23) return {0.0f, 0.0f};
   const float largest = __builtin_bit_cast(float, largest_bits);
-  *scale = !finite ? __builtin_nanf("") : nothing ? 0.0f : largest / 127.0f;
-  *inverse = !finite || nothing ? 0.0f : 127.0f / largest;
+  return {largest / 127.0f, 127.0f / largest};
 }
 
 // The variants, hidden in the library; the kernel tests link them directly.

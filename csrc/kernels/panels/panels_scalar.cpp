@@ -43,7 +43,9 @@ void Scales(const SampleScalesArgs& a, std::int64_t sample_begin, std::int64_t s
       const auto bits = __builtin_bit_cast(std::uint32_t, Load(a.x, a.stored_as, n * a.features + c)) & 0x7fffffff;
       largest = bits > largest ? bits : largest;
     }
-    ScaleOf(largest, a.scales + n, a.inverses + n);
+    const SampleScale of_sample = ScaleOf(largest);
+    Put(a.scales, n, of_sample.scale);
+    Put(a.inverses, n, of_sample.inverse);
   }
 }
 

@@ -171,10 +171,9 @@ void Scales(const SampleScalesArgs& a, Index sample_begin, Index sample_end) noe
     for (const Bits8& lanes : largest) {
       for (int j = 0; j < 8; ++j) result = lanes[j] > result ? lanes[j] : result;
     }
-    float scale, inverse;
-    ScaleOf(result, &scale, &inverse);
-    Store(a.scales + n, scale);
-    Store(a.inverses + n, inverse);
+    const SampleScale of_sample = ScaleOf(result);
+    Store(a.scales + n, of_sample.scale);
+    Store(a.inverses + n, of_sample.inverse);
   }
 }
 
