@@ -6,14 +6,16 @@ from tersetorch.formats import CsrWeight, SparseCodebookWeight
 from tersetorch.nn import SparseCodebookLinear, SparseLinear
 from tersetorch.storage.entry import Entry
 from tersetorch.storage.errors import TerseFileError
-from tersetorch.storage.layers import KINDS, decode_layer, encode_layer
+from tersetorch.storage.layers import KINDS, config_of, decode_layer, encode_layer
 
 
 def round_trip(layer):
     entry, streams = encode_layer("layer", layer)
     read = Entry.from_json(entry.to_json())
     assert read == entry
-    return entry, decode_layer(KINDS[type(layer)], read, [stream.data for stream in streams], layer.bias)
+    return entry, decode_layer(
+        KINDS[type(layer)], read, [stream.data for stream in streams], layer.bias, config_of(layer), layer.training
+    )
 
 
 def sparse(rows, columns, density, levels=None, dtype=torch.float32):
@@ -89,7 +91,7 @@ def test_a_layer_whose_tensors_were_broken_is_not_written():
 def test_another_layers_entry_is_refused():
     entry, streams = encode_layer("layer", SparseLinear(CsrWeight.from_dense(sparse(8, 8, 0.5))))
     with pytest.raises(TerseFileError, match=r"float32 codebook and codes for a tersetorch\.SparseCodebookLinear"):
-        decode_layer("tersetorch.SparseCodebookLinear", entry, [stream.data for stream in streams], None)
+        decode_layer("tersetorch.SparseCodebookLinear", entry, [stream.data for stream in streams], None, {}, False)
 
 
 def test_code_zero_is_refused():
@@ -98,4 +100,4 @@ def test_code_zero_is_refused():
     entry = Entry.from_json(entry.to_json() | {"k": entry.entries, "x": [*entry.to_json()["x"][:2], ["packed", 20]]})
     data = [streams[0].data, streams[1].data, bytes(20)]
     with pytest.raises(TerseFileError, match="must hold"):
-        decode_layer("tersetorch.SparseCodebookLinear", entry, data, None)
+        decode_layer("tersetorch.SparseCodebookLinear", entry, data, None, {}, False)

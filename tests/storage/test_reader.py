@@ -18,7 +18,14 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import prune as torch_prune
 
-from tersetorch.nn import SparseCodebookLinear, SparseLinear
+from tersetorch.nn import (
+    SparseCodebookConv1d,
+    SparseCodebookConv2d,
+    SparseCodebookLinear,
+    SparseConv1d,
+    SparseConv2d,
+    SparseLinear,
+)
 from tersetorch.storage import TerseFileError, container, inspect, load, register_module, save
 
 
@@ -183,6 +190,38 @@ def test_a_layout_comes_back(round_trip, layer, training, model, layout, options
         assert (theirs.packed_weight is None) is training
         with torch.no_grad():
             assert torch.equal(theirs.eval()(x(9, 70)), ours.eval()(x(9, 70)))
+
+
+@pytest.mark.parametrize("model", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_sparse_convolutions(round_trip, model, training):
+    plain = nn.Sequential(
+        prune_(nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(1, 0), dilation=2, groups=2), 0.3, levels=2),
+        prune_(nn.Conv2d(6, 5, 3, padding="same", padding_mode="reflect", bias=False), 0.3),
+        nn.Flatten(2),
+        prune_(nn.Conv1d(5, 4, 3, stride=2), 0.4, levels=2),
+        prune_(nn.Conv1d(4, 4, 1), 0.4),
+    )
+    network = nn.Sequential(
+        SparseCodebookConv2d.from_dense(plain[0]),
+        SparseConv2d.from_dense(plain[1]),
+        nn.Flatten(2),
+        SparseCodebookConv1d.from_dense(plain[3]),
+        SparseConv1d.from_dense(plain[4]),
+    ).train(training)
+    loaded = round_trip(network, x(2, 4, 11, 9), model=copy.deepcopy(plain) if model else None)
+    for ours, theirs in zip(network, loaded, strict=True):
+        assert repr(ours) == repr(theirs)
+    dense = copy.deepcopy(plain).eval()
+    torch.testing.assert_close(loaded.eval()(x(2, 4, 11, 9)), dense(x(2, 4, 11, 9)), rtol=1e-4, atol=1e-5)
+
+
+def test_tied_convolutions_may_step_differently(round_trip):
+    first = SparseConv2d.from_dense(prune_(nn.Conv2d(3, 4, 3), 0.3))
+    second = SparseConv2d(first.sparse_weight, first.bias, kernel_size=3, stride=2)
+    loaded = round_trip(nn.ModuleList([first, second]))
+    assert loaded[0].values is loaded[1].values
+    assert (loaded[0].stride, loaded[1].stride) == ((1, 1), (2, 2))
 
 
 def test_a_layout_out_of_date_is_stored_as_it_will_run(round_trip):
@@ -354,7 +393,7 @@ def add_buffer(model):
 @pytest.mark.parametrize(
     "instance,change,match",
     [
-        (Custom(hidden=13), None, r"a layer of 16 inputs and 12 outputs at fc1, got Linear"),
+        (Custom(hidden=13), None, r"a layer with a weight of shape \[12, 16\] at fc1, got Linear"),
         (Custom(stride=2), None, r"Conv1d\(in_channels=1, out_channels=2, kernel_size=\[3\], stride=\[1\], .* at conv"),
         (Custom(), drop_fc2, r"children \['conv', 'fc1', 'fc2'\] at its root, got \['conv', 'fc1'\]"),
         (Custom(), add_layer, r"children .* got \['conv', 'fc1', 'fc2', 'more'\]"),
@@ -599,7 +638,19 @@ def _parts(tmp_path_factory):
         (lambda h: h["t"].append(h["t"][1] | {"s": [0], "x": [["raw", 0]]}), "exactly the streams of its header"),
         (lambda h: h["m"]["m"]["5"]["t"].update(weight=0), "use sparse weights in sparse layers, and only there"),
         (lambda h: h["m"]["m"]["0"]["t"].update(bias=3), r"have a bias of 8 numbers in a tersetorch\.SparseLinear"),
-        (lambda h: h["m"]["m"]["0"].update(c={"layout": "round"}), "name a layout of its layer, got .*'round'"),
+        (
+            lambda h: h["m"]["m"]["0"].update(c={"layout": "round"}),
+            "hold the weight and the settings of a tersetorch.SparseLinear, got .*'round'",
+        ),
+        (
+            lambda h: h["m"]["m"]["0"].update(k="tersetorch.SparseConv2d", c={"kernel_size": [2, 2]}),
+            "hold the weight and the settings of a tersetorch.SparseConv2d, got .*multiple of 4 columns",
+        ),
+        (
+            lambda h: h["m"]["m"]["0"].update(k="tersetorch.SparseConv2d", c={"kernel_size": [1, 1], "stride": "1"}),
+            "hold the weight and the settings of a tersetorch.SparseConv2d, got .*stride must be",
+        ),
+        (lambda h: h["m"]["m"]["0"].update(k="tersetorch.SparseConv1d"), "got .*missing 1 required keyword-only"),
         (lambda h: h["m"]["m"]["0"].update(c={"layout": 3}), "name a layout and whole numbers for its options"),
         (lambda h: h["m"]["m"]["0"].update(c={"layout": "blocked", "column_block": 0}), "at least 1, got 0"),
         (lambda h: h["m"]["m"]["0"].update(c={"layout": "blocked", "column_block": True}), "whole numbers"),

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tersetorch.storage import registry
 from tersetorch.storage.compare import difference, needs_values
 from tersetorch.storage.entry import Entry
-from tersetorch.storage.layers import KINDS, Layer, encode_layer, laid_out
+from tersetorch.storage.layers import KINDS, Layer, config_of, encode_layer, make_layer
 from tersetorch.storage.streams import Stream
 from tersetorch.storage.tensors import encode_tensor
 
@@ -115,16 +115,21 @@ class Describer:
         else:
             number = self._numbers[id(parameter)]
             same = all(getattr(layer, field).equal(getattr(earlier, field)) for field in layer.buffer_fields)
-            if type(layer) is not type(earlier) or layer.in_features != earlier.in_features or not same:
+            if (
+                type(layer) is not type(earlier)
+                or layer.sparse_weight.columns != earlier.sparse_weight.columns
+                or not same
+            ):
                 raise ValueError(_tied(path))
         node: dict[str, Any] = {"k": KINDS[type(layer)], "t": {"weight": number}}
         if layer.bias is not None:
             node["t"]["bias"] = self._number(layer.bias, _join(path, "bias"))
         if layer._modules:
             raise ValueError(f"save: {_label(path)} must have no children, got {sorted(layer._modules)}; remove them")
-        if layer.layout != "csr":
-            node["c"] = {"layout": layer.layout, **layer.layout_options}
-        built = laid_out(type(layer)(layer.sparse_weight, layer.bias), node, layer.training)  # type: ignore[arg-type]
+        config = config_of(layer)
+        if config:
+            node["c"] = config
+        built = make_layer(node["k"], layer.sparse_weight, layer.bias, config, layer.training)
         layer.train(layer.training)  # brings its layout up to date
         reason, _ = difference(layer, built, ignored=("_packed_from",))
         return node if reason is None else {**node, "o": [_class_name(layer), reason]}

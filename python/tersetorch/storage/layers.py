@@ -9,16 +9,31 @@ import torch
 from torch import Tensor
 
 from tersetorch.formats import CsrWeight, SparseCodebookWeight
-from tersetorch.nn import SparseCodebookLinear, SparseLinear
+from tersetorch.nn import (
+    SparseCodebookConv1d,
+    SparseCodebookConv2d,
+    SparseCodebookLinear,
+    SparseConv1d,
+    SparseConv2d,
+    SparseLinear,
+)
 from tersetorch.storage import streams, tensors
 from tersetorch.storage.entry import Entry
-from tersetorch.storage.errors import refuse
+from tersetorch.storage.errors import TerseFileError, refuse
 from tersetorch.storage.streams import Array, Stream
 
-Layer = SparseLinear | SparseCodebookLinear
+Layer = SparseLinear | SparseCodebookLinear | SparseConv2d | SparseCodebookConv2d | SparseConv1d | SparseCodebookConv1d
+Linear = (SparseLinear, SparseCodebookLinear)
 LAYERS: dict[str, type[Layer]] = {
-    "tersetorch.SparseLinear": SparseLinear,
-    "tersetorch.SparseCodebookLinear": SparseCodebookLinear,
+    f"tersetorch.{cls.__name__}": cls
+    for cls in (
+        SparseLinear,
+        SparseCodebookLinear,
+        SparseConv2d,
+        SparseCodebookConv2d,
+        SparseConv1d,
+        SparseCodebookConv1d,
+    )
 }
 KINDS = {cls: kind for kind, cls in LAYERS.items()}
 _NUMPY_CODEBOOK = np.dtype(np.uint32)
@@ -64,22 +79,44 @@ def encode_layer(name: str, layer: Layer) -> tuple[Entry, list[Stream]]:
     return entry.with_streams(encoded), encoded
 
 
-def laid_out(layer: Layer, node: dict[str, Any], training: bool) -> Layer:
-    """The layer, computing from the layout that its node names.
+def config_of(layer: Layer) -> dict[str, Any]:
+    """What a layer is besides its tensors: a linear one's layout and its options, a convolution's sizes."""
+    if isinstance(layer, Linear):
+        return {} if layer.layout == "csr" else {"layout": layer.layout, **layer.layout_options}
+    one = (1,) * layer.dims
+    usual = {"stride": one, "padding": (0,) * layer.dims, "dilation": one, "groups": 1, "padding_mode": "zeros"}
+    sizes = {name: getattr(layer, name) for name in usual}
+    return {"kernel_size": layer.kernel_size, **{name: sizes[name] for name in usual if sizes[name] != usual[name]}}
+
+
+def make_layer(kind: str, weight: Any, bias: Tensor | None, config: dict[str, Any], training: bool) -> Layer:
+    """The layer of a kind with a sparse weight and what config_of says of it.
 
     Raises:
-        TerseFileError: the node names no layout of that layer.
+        TerseFileError: weight or config are none of that layer.
     """
-    layer.train(training)
-    options = dict(node.get("c", {}))
-    layout = options.pop("layout", "csr")
-    if not isinstance(layout, str) or any(type(value) is not int for value in options.values()):
-        refuse("name a layout and whole numbers for its options", str(node["c"])[:60])
+    cls = LAYERS[kind]
     try:
-        layer.pack(layout, **options)
-    except (TypeError, ValueError) as error:
-        refuse("name a layout of its layer", error)
-    return layer
+        if cls not in Linear:
+            return cls(weight, bias, **config).train(training)
+        options = dict(config)
+        layout = options.pop("layout", "csr")
+        if not isinstance(layout, str) or any(type(value) is not int for value in options.values()):
+            refuse("name a layout and whole numbers for its options", str(config)[:60])
+        layer: Any = cls(weight, bias).train(training)
+        packed: Layer = layer.pack(layout, **options)
+        return packed
+    except (RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, TerseFileError):
+            raise
+        refuse(f"hold the weight and the settings of a {kind}", error)
+
+
+def dense_shape(layer: Layer) -> tuple[int, ...]:
+    """The shape of a layer's dense weight."""
+    if isinstance(layer, Linear):
+        return layer.out_features, layer.in_features
+    return layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size
 
 
 def _encode_values(weight: CsrWeight | SparseCodebookWeight, order: Array | slice) -> tuple[int, list[Stream]]:
@@ -97,17 +134,19 @@ def _encode_values(weight: CsrWeight | SparseCodebookWeight, order: Array | slic
     return tensors.value_streams(values[order], table, tensors.value_coding(table, values.size, values.itemsize)[1])
 
 
-def decode_layer(kind: str, entry: Entry, data: list[bytes], bias: Tensor | None) -> Layer:
-    """The layer of a kind in LAYERS; bias is used, not copied.
+def decode_layer(
+    kind: str, entry: Entry, data: list[bytes], bias: Tensor | None, config: dict[str, Any], training: bool
+) -> Layer:
+    """The layer of a kind in LAYERS; bias is used, not copied. config is what config_of says.
 
     Raises:
         TerseFileError: the entry or its streams are no weight of that layer.
     """
-    cls = LAYERS[kind]
+    codebooks = issubclass(LAYERS[kind].format, SparseCodebookWeight)
     rows, columns = entry.shape
     positions = tensors.positions_of(entry, data)
     values: Array
-    if cls is SparseCodebookLinear:
+    if codebooks:
         if entry.form != "sparse-codebook" or entry.dtype is not torch.float32:
             refuse(f"hold a float32 codebook and codes for a {kind}", f"{entry.form} of {entry.dtype}")
         codebook, values = tensors.codebook_and_codes(entry, data, _NUMPY_CODEBOOK)
@@ -125,15 +164,13 @@ def decode_layer(kind: str, entry: Entry, data: list[bytes], bias: Tensor | None
         "col_indices": tensors.from_patterns(column_of.astype(np.int32), torch.int32),
         "columns": columns,
     }
-    layer: Layer
-    try:
-        if cls is SparseCodebookLinear:
-            table = tensors.from_patterns(codebook, torch.float32)[None]
-            codes = tensors.from_patterns(values.astype(np.uint8), torch.uint8)
-            layer = SparseCodebookLinear(SparseCodebookWeight(codes=codes, codebook=table, **pattern), bias)
-        else:
-            layer = SparseLinear(CsrWeight(values=tensors.from_patterns(values, entry.dtype), **pattern), bias)
-    except (TypeError, ValueError) as error:
-        refuse(f"hold a valid weight for a {kind}", error)
+    weight: Any
+    if codebooks:
+        table = tensors.from_patterns(codebook, torch.float32)[None]
+        codes = tensors.from_patterns(values.astype(np.uint8), torch.uint8)
+        weight = SparseCodebookWeight(codes=codes, codebook=table, **pattern)
+    else:
+        weight = CsrWeight(values=tensors.from_patterns(values, entry.dtype), **pattern)
+    layer = make_layer(kind, weight, bias, config, training)
     getattr(layer, layer.parameter_field).requires_grad_(entry.trains)
     return layer

@@ -12,7 +12,7 @@ from tersetorch.storage.arguments import copy_of
 from tersetorch.storage.compare import needs_values
 from tersetorch.storage.entry import Entry
 from tersetorch.storage.errors import TerseFileError, refuse
-from tersetorch.storage.layers import LAYERS, Layer, decode_layer, laid_out
+from tersetorch.storage.layers import LAYERS, Layer, decode_layer, dense_shape, make_layer
 from tersetorch.storage.tensors import decode_tensor
 
 _NODE_KEYS = set("kcatmeo")
@@ -54,22 +54,20 @@ class Tensors:
 
     def layer(self, kind: str, node: dict[str, Any], training: bool) -> Layer:
         """One of our layers; layers with the same weight share its tensors."""
-        return laid_out(self._layer(kind, node), node, training)
-
-    def _layer(self, kind: str, node: dict[str, Any]) -> Layer:
         names = fields.check_keys(node.get("t"), f"the tensors of a {kind}", {"weight", "bias"})
         number: Any = names.get("weight")
         entry = self.entry(number, compressed=True)
         bias = self.parameter(names["bias"]) if "bias" in names else None
         if bias is not None and tuple(bias.shape) != entry.shape[:1]:
             refuse(f"have a bias of {entry.shape[0]} numbers in a {kind}", list(bias.shape))
+        config = registry.from_json(node.get("c", {}))
         earlier = self._layers.get(number)
         if earlier is None:
-            self._layers[number] = layer = decode_layer(kind, entry, self._data[number], bias)
+            self._layers[number] = layer = decode_layer(kind, entry, self._data[number], bias, config, training)
             return layer
         if type(earlier) is not LAYERS[kind]:
             refuse("share a weight among layers of one kind", kind)
-        return LAYERS[kind](earlier.sparse_weight, bias)  # type: ignore[arg-type]
+        return make_layer(kind, earlier.sparse_weight, bias, config, training)
 
     def check_all_used(self) -> None:
         """Refuses tensors that no module uses."""
@@ -180,8 +178,8 @@ def adopt(root: Any, model: nn.Module, tensors: Tensors) -> nn.Module:
             layer = tensors.layer(node["k"], node, training=False)
             weight = getattr(module, "weight", None)
             where = path or "its root"
-            if not isinstance(weight, Tensor) or tuple(weight.shape) != (layer.out_features, layer.in_features):
-                mismatch(f"a layer of {layer.in_features} inputs and {layer.out_features} outputs at {where}", module)
+            if not isinstance(weight, Tensor) or tuple(weight.shape) != dense_shape(layer):
+                mismatch(f"a layer with a weight of shape {list(dense_shape(layer))} at {where}", module)
             if (getattr(module, "bias", None) is None) != (layer.bias is None):
                 mismatch(f"a layer {'without' if layer.bias is None else 'with'} a bias at {where}", module)
             memo[id(module)] = layer
