@@ -14,11 +14,13 @@
 //         of them first, so that equal trip counts follow each other. indices are vectors from the start of the buffer:
 //         ((channel in the block * kernel_w + kw) * slots + slot of kh). The layout depends on neither the level nor
 //         the sizes of the image.
-// Limits: a non-zero costs R vector multiply-adds, as many loads, one for its value and 1/4 for its index; at two loads
-//         a cycle R = 7 takes 4.1 cycles where the multiply-adds alone take 3.5: 85 % of the FMA limit. Each segment
-//         reads and writes its R sums once more, from the second cache level where there are many filters; that costs
-//         about 6 non-zeros and decides at low densities. Lanes beyond the image are lost: ConvPlan chooses tiles that
-//         lose few.
+// Limits: a non-zero costs R vector multiply-adds, as many loads, one for its value and 1/4 for its index: loads
+// decide.
+//         A core that sustains 1.8 64-byte loads and 2 multiply-adds a cycle takes 4.5 cycles for R = 7, 78 % of the
+//         FMA limit; the kernel takes 4.6 to 4.9. Each segment costs about 15 cycles more, to read and write its sums
+//         and to start its chains: as much as 3 to 4 non-zeros, so that few channels or low densities lose a part.
+//         Packing costs 4 to 5 cycles a vector. Lanes beyond the image are lost (1 of 8 at 14 columns): ConvPlan
+//         chooses tiles that lose few. With few input channels or a kernel of 1 x 1 the images' bytes decide instead.
 // Safety: ConvCheck compares offsets, segments, indices and codes with their bounds; the other functions rely on it.
 // Source: kernel offsets into a padded copy follow Park et al., Faster CNNs with Direct Sparse Convolutions and Guided
 //         Pruning (2017), section 2; copies that make each tap's rows aligned vectors and channel blocks are ours.
