@@ -4,8 +4,8 @@
 #include <torch/csrc/stable/library.h>
 
 #include <cstring>
+#include <limits>
 #include <memory>
-#include <numeric>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -28,9 +28,11 @@ void CheckVector(const char* op, const Tensor& t, const char* name, ScalarType d
 std::int64_t Blocks(std::int64_t size, std::int64_t block) { return (size + block - 1) / block; }
 
 void CheckPair(const char* op, const Ints& pair, const char* name, std::int64_t least) {
-  STD_TORCH_CHECK(pair.size() == 2 && pair[0] >= least && pair[1] >= least, op, ": ", name,
-                  " must be two numbers of at least ", least, ", got ", pair.size(), " of them or a smaller one; pass ",
-                  "one for the height and one for the width");
+  constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();  // so that products of them fit int64
+  const auto fits = [&](std::int64_t n) { return least <= n && n <= kMost; };
+  STD_TORCH_CHECK(pair.size() == 2 && fits(pair[0]) && fits(pair[1]), op, ": ", name, " must be two numbers from ",
+                  least, " to ", kMost, ", got ", pair.size(),
+                  " of them or one outside; pass one for the height and one for the width");
 }
 
 ConvShape ShapeOf(const char* op, std::int64_t in_channels, std::int64_t out_channels, const Ints& kernel_size,

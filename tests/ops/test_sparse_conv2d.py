@@ -473,3 +473,12 @@ def test_damaged_layouts_are_refused(position, damage):
 def test_kernels_too_large_for_the_layout_are_refused():
     with pytest.raises(RuntimeError, match="kernel_size must be smaller, got 1 x 65535; keep this layer dense"):
         sparse_conv2d_channel_block(1, [1, 65535], [1, 1], [1, 1])
+
+
+@pytest.mark.parametrize("name,bad", [(0, [3]), (0, [0, 3]), (1, [1, 2**31]), (2, [-1, 0]), (3, [2**62, 1])])
+def test_native_sizes_are_checked(name, bad):
+    sizes = [[3, 3], [1, 1], [0, 0], [1, 1]]
+    sizes[name] = bad
+    weight = (GOOD["row_offsets"], GOOD["col_indices"], GOOD["values"], None, None)
+    with pytest.raises(RuntimeError, match=r"sparse_conv2d: \w+ must be two numbers from \d to \d+, got \d of them"):
+        sparse_conv2d_inference(GOOD["x"], *weight, *sizes, 1)
