@@ -6,11 +6,12 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from tersetorch.nn import SparseCodebookLinear, SparseLinear
+from tersetorch.nn import SparseCodebookConv2d, SparseCodebookLinear, SparseConv2d, SparseLinear
 
-from .cases import Case
+from .cases import Case, Conv
 from .implementations import Implementation, Mode, Packed
 
 
@@ -33,6 +34,26 @@ def _packer(kind: Any, layout: str, follows_batch: bool) -> Callable[[Case, Tens
     return pack
 
 
+def _convolution(name: str, *, codebook: bool = False, channels_last: bool = False) -> Implementation:
+    kind: Any = SparseCodebookConv2d if codebook else SparseConv2d
+
+    def pack(case: Case, weight: Tensor, batch: int, threads: int) -> Packed:
+        assert isinstance(case, Conv)
+        sizes: dict[str, Any] = {"stride": case.stride, "padding": case.padding, "groups": case.groups}
+        layer = kind(kind.format.from_dense(weight.flatten(1)), kernel_size=weight.shape[2:], **sizes).eval()
+        order = torch.channels_last if channels_last else torch.contiguous_format
+
+        def bind(x: Tensor) -> Callable[[], Tensor]:
+            # Its neighbours would hand it over in this order.
+            ordered = x.contiguous(memory_format=order)
+            return lambda: layer(ordered)
+
+        return Packed(bind, sum(buffer.nbytes for name, buffer in layer.named_buffers() if name.startswith("packed_")))
+
+    title = f"tersetorch {name}" + " codebook" * codebook + " channels_last" * channels_last
+    return Implementation(title, "ours", "float32", pack)
+
+
 # Beyond these batches another of ours is always faster; convert measures within the same bounds.
 FEW, ALONE, MANY = (1, 8), (1, 2), (4, math.inf)
 
@@ -50,5 +71,9 @@ LINEAR = (
     _linear("blocked_int8", mode="int8", batches=MANY),
     _linear("blocked_bfloat16", mode="bfloat16", batches=MANY),
 )
-CONV: tuple[Implementation, ...] = ()
+CONV = (
+    _convolution("conv"),
+    _convolution("conv", codebook=True),
+    _convolution("conv", channels_last=True),
+)
 OURS = {"linear": LINEAR, "conv": CONV}

@@ -8,7 +8,8 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from tersetorch import methods
-from tersetorch.nn import SparseLinear
+from tersetorch.nn import SparseCodebookLinear, SparseLinear
+from tersetorch.nn.layout import LAYOUTS
 from tersetorch.storage import TerseFileError, inspect, load, save
 
 
@@ -338,6 +339,20 @@ def test_the_golden_file_of_version_1(same_state):
     assert {tensor.form for tensor in found.tensors} == {"raw", "codebook", "sparse", "sparse-codebook"}
     coders = {coder for tensor in found.tensors for coder in tensor.coders}
     assert coders == {"raw", "packed", "huffman", "constant", "gaps", "gaps-huffman", "bitmap", "all"}
+
+
+def test_the_golden_file_of_layouts_and_convolutions(same_state):
+    path = Path(__file__).parent / "golden" / "version1_layouts.terse"
+    model = runpy.run_path(path.parent / "make_golden.py", run_name="golden")["layouts"]()
+    loaded = load(path)
+    same_state(model, loaded)
+    with torch.no_grad():
+        for ours, theirs in zip(model, loaded, strict=True):
+            assert repr(ours) == repr(theirs)
+            linear = isinstance(ours, SparseLinear | SparseCodebookLinear)
+            given = torch.ones(5, 70) if linear else torch.ones(2, ours.in_channels, *(11, 9)[-ours.dims :])
+            assert torch.equal(theirs(given), ours(given))
+    assert {layer.layout for layer in loaded[:14]} == set(LAYOUTS)
 
 
 def test_a_live_recurrent_module_saves_after_a_forward_pass(tmp_path):

@@ -87,6 +87,7 @@ class ConversionReport:
         ratio: median over the rounds of the second over the first.
         wins: rounds the converted model won, of 15.
         max_difference: largest |output difference| between them on example_inputs.
+        memory_format: "channels_last" where the weights of the dense convolutions were put into it, or None.
         machine: the facts of the machine, as in tersetorch.conversion.machine, and its load; None where nothing was
             measured.
     """
@@ -98,6 +99,7 @@ class ConversionReport:
     ratio: float | None = None
     wins: int | None = None
     max_difference: float | None = None
+    memory_format: str | None = None
     machine: dict[str, Any] | None = None
 
     @property

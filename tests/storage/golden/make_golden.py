@@ -1,6 +1,7 @@
-"""Wrote version1.terse: every form and coder, both sparse layers, ties, flags and overrides.
+"""Wrote version1.terse: every form and coder, both sparse layers, ties, flags and overrides; and, when they came,
+version1_layouts.terse: every layout, and the sparse convolutions.
 
-Run once for each version of the format; the file is then never written again.
+Run once for each version of the format and each new kind of layer; a file is then never written again.
 """
 
 from pathlib import Path
@@ -8,7 +9,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from tersetorch.nn import SparseCodebookLinear, SparseLinear
+from tersetorch.nn import (
+    SparseCodebookConv1d,
+    SparseCodebookConv2d,
+    SparseCodebookLinear,
+    SparseConv1d,
+    SparseConv2d,
+    SparseLinear,
+)
 from tersetorch.storage import save
 
 PROVENANCE = {"error": {"dense": 0.0164, "compressed": 0.0158}}
@@ -71,5 +79,32 @@ def model():
     return network
 
 
+def layouts():
+    """The model in the second file."""
+    linear = fill(nn.Linear(70, 30), 0.3, levels=4)
+    options = {"blocked": {"column_block": 32}, "blocked_int8": {"column_block": 32}}
+    options["blocked_bfloat16"] = options["blocked"]
+    names = ["csr16", "bitmap", "bitmap_int8", "bitmap_columns", *options]
+    packed = [
+        kind.from_dense(linear).pack(name, **options.get(name, {}))
+        for kind in (SparseLinear, SparseCodebookLinear)
+        for name in names
+    ]
+    strided = fill(nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(1, 0), dilation=2, groups=2), 0.4, levels=4)
+    same = fill(nn.Conv2d(6, 5, 3, padding="same", padding_mode="reflect", bias=False), 0.2)
+    line = fill(nn.Conv1d(5, 4, 3), 0.4, levels=4)
+    convolutions = [
+        SparseCodebookConv2d.from_dense(strided),
+        SparseConv2d.from_dense(same),
+        SparseConv1d.from_dense(line),
+        SparseCodebookConv1d.from_dense(line),
+    ]
+    return nn.ModuleList([*packed, *convolutions]).eval()
+
+
 if __name__ == "__main__":
-    save(model(), Path(__file__).parent / "version1.terse", provenance=PROVENANCE)
+    folder = Path(__file__).parent
+    for name, network, notes in (("version1", model(), PROVENANCE), ("version1_layouts", layouts(), None)):
+        path = folder / f"{name}.terse"
+        if not path.exists():
+            save(network, path, provenance=notes)
