@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <vector>
 
+#include "kernels/arrays.h"
 #include "kernels/check.h"
 #ifdef TERSETORCH_CUDA_EMULATOR
 #include "emulator.h"
@@ -77,6 +78,32 @@ class DeviceArray {
  private:
   T* data_ = nullptr;
   std::size_t size_;
+};
+
+// Floats on the device as float32 or bfloat16.
+struct DeviceFloats {
+  DeviceFloats(const char* name, FloatDtype stored_as, const std::vector<float>& numbers)
+      : stored_as(stored_as), floats(name, numbers), halves(name, Halves(numbers)) {}
+  DeviceFloats(const char* name, FloatDtype stored_as, Index count)
+      : stored_as(stored_as), floats(name, count), halves(name, count) {}
+
+  void* data() { return stored_as == FloatDtype::kFloat32 ? static_cast<void*>(floats.data()) : halves.data(); }
+  std::vector<float> Values() const {
+    if (stored_as == FloatDtype::kFloat32) return floats.Values();
+    std::vector<float> values;
+    for (const std::uint16_t half : halves.Values()) values.push_back(Widened(half));
+    return values;
+  }
+
+  static std::vector<std::uint16_t> Halves(const std::vector<float>& numbers) {
+    std::vector<std::uint16_t> halves;
+    for (const float number : numbers) halves.push_back(Truncated(number));
+    return halves;
+  }
+
+  FloatDtype stored_as;
+  DeviceArray<float> floats;
+  DeviceArray<std::uint16_t> halves;
 };
 
 }  // namespace tersetorch::test

@@ -1,4 +1,4 @@
-// What the CUDA kernels share: numbers, memory, sums over a warp and the launch.
+// What the CUDA kernels share: numbers, stored values, memory, sums over a warp, tiles and the launch.
 //
 // A kernel's .cu file holds, in this order: tile traits (a struct of constexpr sizes, named after what one block or
 // warp computes, with kThreads), the kernel as a template over them, and the launcher that its contract declares. A
@@ -12,7 +12,10 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstdint>
+
+#include "kernels/common/float_dtype.h"
 
 namespace tersetorch {
 namespace {
@@ -51,6 +54,49 @@ __device__ inline BFloat16 FromFloat<BFloat16>(float value) {
 // call wait for the device.
 __device__ inline float DamagedWeight() { return __uint_as_float(0x7fc00000u); }
 
+// How the stored numbers of a weight w, any struct with values, codebook and entries, are read; a code without an entry
+// is damaged.
+struct Float32Values {
+  template <typename Weight>
+  __device__ static bool Damaged(const Weight&, std::int64_t) {
+    return false;
+  }
+  template <typename Weight>
+  __device__ static float At(const Weight& w, std::int64_t k) {
+    return static_cast<const float*>(w.values)[k];
+  }
+};
+struct BFloat16Values {
+  template <typename Weight>
+  __device__ static bool Damaged(const Weight&, std::int64_t) {
+    return false;
+  }
+  template <typename Weight>
+  __device__ static float At(const Weight& w, std::int64_t k) {
+    return ToFloat(static_cast<const BFloat16*>(w.values)[k]);
+  }
+};
+struct Int8Values {
+  template <typename Weight>
+  __device__ static bool Damaged(const Weight&, std::int64_t) {
+    return false;
+  }
+  template <typename Weight>
+  __device__ static int At(const Weight& w, std::int64_t k) {
+    return static_cast<const std::int8_t*>(w.values)[k];
+  }
+};
+struct CodeValues {
+  template <typename Weight>
+  __device__ static bool Damaged(const Weight& w, std::int64_t k) {
+    return static_cast<const std::uint8_t*>(w.values)[k] >= w.entries;
+  }
+  template <typename Weight>
+  __device__ static float At(const Weight& w, std::int64_t k) {
+    return w.codebook[static_cast<const std::uint8_t*>(w.values)[k]];
+  }
+};
+
 // ---- memory
 
 #ifdef __CUDACC__
@@ -67,7 +113,8 @@ using cuda_emulator::SharedMemory;
 // ---- warps
 
 // The sum over the lanes, in every lane; all of them call it.
-__device__ inline float WarpSum(float value) {
+template <typename T>
+__device__ T WarpSum(T value) {
 #pragma unroll
   for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
     value += __shfl_xor_sync(kWholeWarp, value, distance);
@@ -75,7 +122,35 @@ __device__ inline float WarpSum(float value) {
   return value;
 }
 
+// ---- tiles
+
+// A warp multiplies one row of the weight with some samples: a lane decodes a non-zero once for all of them.
+struct RowTile {
+  static constexpr int kWarps = 4;
+  static constexpr int kSamples = 8;
+  static constexpr int kThreads = kWarps * kWarpSize;
+  static_assert(kSamples <= kWarpSize, "lane s stores sample s");
+
+  __device__ static std::int64_t RowOfWarp() { return std::int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarpSize; }
+};
+
 // ---- launch
+
+// Blocks on the y axis, which walks the parts of `size`, several times where there are more than fill any GPU.
+inline unsigned BlocksOnY(std::int64_t size, std::int64_t part) {
+  constexpr std::int64_t kMost = 8192;  // of the 65,535 that CUDA takes
+  return static_cast<unsigned>(std::min(CeilDiv(size, part), kMost));
+}
+
+inline dim3 RowGrid(std::int64_t rows, std::int64_t samples) {
+  return {static_cast<unsigned>(CeilDiv(rows, RowTile::kWarps)), BlocksOnY(samples, RowTile::kSamples), 1};
+}
+
+// Calls run with a number of the type in which floats are stored.
+template <typename Run>
+int WithFloat(FloatDtype stored_as, const Run& run) {
+  return stored_as == FloatDtype::kFloat32 ? run(float{}) : run(BFloat16{});
+}
 
 template <typename... Parameters, typename... Arguments>
 int Launch(void (*kernel)(Parameters...), dim3 blocks, dim3 threads, void* stream, const Arguments&... arguments) {

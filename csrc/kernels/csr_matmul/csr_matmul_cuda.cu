@@ -1,5 +1,3 @@
-#include <algorithm>
-
 #include "kernels/common/cuda.cuh"
 #include "kernels/csr_matmul/csr_matmul_cuda.h"
 
@@ -26,38 +24,9 @@ __device__ std::int32_t ColumnAt(const CsrWeight& w, std::int32_t k) {
                                             : static_cast<const std::uint16_t*>(w.col_indices)[k];
 }
 
-// How the stored numbers are read; a code without an entry is damaged.
-struct Float32Values {
-  __device__ static bool Damaged(const CsrWeight&, std::int32_t) { return false; }
-  __device__ static float At(const CsrWeight& w, std::int32_t k) { return static_cast<const float*>(w.values)[k]; }
-};
-struct BFloat16Values {
-  __device__ static bool Damaged(const CsrWeight&, std::int32_t) { return false; }
-  __device__ static float At(const CsrWeight& w, std::int32_t k) {
-    return ToFloat(static_cast<const BFloat16*>(w.values)[k]);
-  }
-};
-struct CodeValues {
-  __device__ static int Code(const CsrWeight& w, std::int32_t k) {
-    return static_cast<const std::uint8_t*>(w.values)[k];
-  }
-  __device__ static bool Damaged(const CsrWeight& w, std::int32_t k) { return Code(w, k) >= w.entries; }
-  __device__ static float At(const CsrWeight& w, std::int32_t k) { return w.codebook[Code(w, k)]; }
-};
-
 __device__ bool Outside(const CsrWeight& w, std::int32_t column) { return column < 0 || column >= w.columns; }
 
 // ---- tiles
-
-// A warp multiplies one row of the weight with some samples: a lane decodes a non-zero once for all of them.
-struct RowTile {
-  static constexpr int kWarps = 4;
-  static constexpr int kSamples = 8;
-  static constexpr int kThreads = kWarps * kWarpSize;
-  static_assert(kSamples <= kWarpSize, "lane s stores sample s");
-
-  __device__ static std::int64_t RowOfWarp() { return std::int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarpSize; }
-};
 
 // A thread computes one number.
 struct ElementTile {
@@ -65,13 +34,6 @@ struct ElementTile {
 
   __device__ static std::int64_t Index() { return std::int64_t{blockIdx.x} * kThreads + threadIdx.x; }
 };
-
-// The y axis walks the samples, several times where they outgrow it.
-dim3 RowGrid(std::int64_t rows, std::int64_t samples) {
-  constexpr std::int64_t kMaxBlocksOnY = 65535;
-  return {static_cast<unsigned>(CeilDiv(rows, RowTile::kWarps)),
-          static_cast<unsigned>(std::min(CeilDiv(samples, RowTile::kSamples), kMaxBlocksOnY)), 1};
-}
 
 dim3 ElementGrid(std::int64_t elements) {
   return {static_cast<unsigned>(CeilDiv(elements, ElementTile::kThreads)), 1, 1};
@@ -187,7 +149,7 @@ __global__ void __launch_bounds__(Tile::kThreads) CsrMatmulGradValuesKernel(CsrG
 
 // ---- launchers
 
-// Calls run with the types that read the values and the floats.
+// Calls run with the type that reads the values.
 template <typename Run>
 int WithValues(CsrValues stored_as, const Run& run) {
   switch (stored_as) {
@@ -199,11 +161,6 @@ int WithValues(CsrValues stored_as, const Run& run) {
       break;
   }
   return run(CodeValues{});
-}
-
-template <typename Run>
-int WithFloat(FloatDtype stored_as, const Run& run) {
-  return stored_as == FloatDtype::kFloat32 ? run(float{}) : run(BFloat16{});
 }
 
 }  // namespace
