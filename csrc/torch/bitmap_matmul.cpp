@@ -11,14 +11,17 @@
 #include <string>
 #include <tuple>
 
+#include "kernels/bitmap_matmul/bitmap_matmul_cuda.h"
 #include "torch/common.h"
+#include "torch/cuda.h"
 #include "torch/samples.h"
 
 namespace tersetorch {
 namespace {
 
-void CheckTensor(const char* op, const Tensor& t, const char* name, ScalarType dtype, std::int64_t dim) {
-  CheckOnCpu(op, t, name);
+void CheckTensor(const char* op, const Tensor& t, const char* name, ScalarType dtype, std::int64_t dim,
+                 Place place = kCpu) {
+  CheckOn(place, op, t, name);
   STD_TORCH_CHECK(t.scalar_type() == dtype && t.dim() == dim, op, ": ", name, " must be ",
                   torch::headeronly::toString(dtype), " and ", dim, "-D, got ",
                   torch::headeronly::toString(t.scalar_type()), " and ", t.dim(), "-D; convert it");
@@ -26,12 +29,12 @@ void CheckTensor(const char* op, const Tensor& t, const char* name, ScalarType d
 
 // A weight whose tensors live as long as this.
 struct Weight {
-  Weight(const char* op, const Tensor& bits, const Tensor& offsets, const Tensor& stored,
+  Weight(const char* op, Place place, const Tensor& bits, const Tensor& offsets, const Tensor& stored,
          const std::optional<Tensor>& codes_of, const std::optional<Tensor>& scales_of, std::int64_t columns,
          const char* offsets_name = "row_offsets", const char* of_columns = " features") {
-    CheckTensor(op, bits, "bitmap", ScalarType::Long, 2);
-    CheckTensor(op, offsets, offsets_name, ScalarType::Int, 1);
-    CheckOnCpu(op, stored, "values");
+    CheckTensor(op, bits, "bitmap", ScalarType::Long, 2, place);
+    CheckTensor(op, offsets, offsets_name, ScalarType::Int, 1, place);
+    CheckOn(place, op, stored, "values");
     const std::int64_t rows = bits.size(0);
     STD_TORCH_CHECK(bits.size(1) == BitmapWords(columns), op, ": bitmap must be [", rows, ", ", BitmapWords(columns),
                     "] for ", columns, of_columns, ", got ", bits.size(1),
@@ -39,9 +42,9 @@ struct Weight {
     STD_TORCH_CHECK(offsets.numel() == rows + 1, op, ": ", offsets_name, " must be [", rows + 1, "], got ",
                     offsets.numel(), "; pack the weight again");
     STD_TORCH_CHECK(stored.dim() == 1, op, ": values must be [nnz], got ", stored.dim(), "-D; flatten it");
-    bitmap = Contiguous(bits);
-    row_offsets = Contiguous(offsets);
-    values = Contiguous(stored);
+    bitmap = Usable(place, bits);
+    row_offsets = Usable(place, offsets);
+    values = Usable(place, stored);
     args.bitmap = static_cast<const std::uint64_t*>(bitmap.const_data_ptr());
     args.row_offsets = row_offsets.const_data_ptr<std::int32_t>();
     args.values = values.const_data_ptr();
@@ -52,22 +55,22 @@ struct Weight {
     if (codes_of.has_value()) {
       STD_TORCH_CHECK(dtype == ScalarType::Byte, op, ": values must be uint8 codes beside a codebook, got ",
                       torch::headeronly::toString(dtype), "; pass codes, or no codebook");
-      CheckCodebook(op, *codes_of, kBitmapMaxEntries);
-      codebook = Contiguous(*codes_of);
+      CheckCodebook(op, *codes_of, kBitmapMaxEntries, place);
+      codebook = Usable(place, *codes_of);
       args.stored_as = BitmapValues::kCodes;
       args.codebook = codebook->const_data_ptr<float>();
       args.entries = codebook->numel();
       float zero = 0;
-      if (args.entries != 0) std::memcpy(&zero, args.codebook, sizeof zero);
+      if (place == kCpu && args.entries != 0) std::memcpy(&zero, args.codebook, sizeof zero);
       STD_TORCH_CHECK(zero == 0, op, ": codebook must begin with 0, the value of absent weights, got ", zero,
                       "; number the codes from 1");
     } else if (dtype == ScalarType::Char) {
       STD_TORCH_CHECK(scales_of.has_value(), op, ": scales must be given beside int8 values, got none; pass [", rows,
                       "]");
-      CheckTensor(op, *scales_of, "scales", ScalarType::Float, 1);
+      CheckTensor(op, *scales_of, "scales", ScalarType::Float, 1, place);
       STD_TORCH_CHECK(scales_of->numel() == rows, op, ": scales must be [", rows, "], got ", scales_of->numel(),
                       "; pass one for each row");
-      scales = Contiguous(*scales_of);
+      scales = Usable(place, *scales_of);
       args.stored_as = BitmapValues::kInt8;
       args.scales = scales->const_data_ptr<float>();
     } else {
@@ -81,6 +84,58 @@ struct Weight {
   Tensor bitmap, row_offsets, values;
   std::optional<Tensor> codebook, scales;
   BitmapWeight args{};
+};
+
+// The arguments of each product, checked.
+struct MatmulInputs {
+  MatmulInputs(const char* op, Place place, const Tensor& x, const Tensor& bitmap, const Tensor& row_offsets,
+               const Tensor& values, const std::optional<Tensor>& bias, const std::optional<Tensor>& codebook,
+               const std::optional<Tensor>& scales, const std::string& mode)
+      : samples(op, x, "x", place),
+        weight(op, place, bitmap, row_offsets, values, codebook, scales, samples.features),
+        quantized(mode == "int8"),
+        bias(op, bias, weight.args.rows, place) {
+    STD_TORCH_CHECK(quantized || mode == "exact", op, ": mode must be \"exact\" or \"int8\", got \"", mode,
+                    "\"; choose one of them");
+    STD_TORCH_CHECK(!quantized || weight.args.stored_as == BitmapValues::kInt8, op,
+                    ": mode \"int8\" must come with int8 values and scales, got others; round the weight first");
+    STD_TORCH_CHECK(!quantized || samples.features <= kBitmapMaxQuantizedColumns, op, ": x must have at most ",
+                    kBitmapMaxQuantizedColumns, " features in mode \"int8\", got ", samples.features,
+                    "; split the layer or use mode \"exact\"");
+  }
+
+  Samples samples;
+  Weight weight;
+  bool quantized;
+  Bias bias;
+};
+
+struct ColumnsInputs {
+  ColumnsInputs(const char* op, Place place, const Tensor& x, const Tensor& bitmap, const Tensor& column_offsets,
+                const Tensor& values, const std::optional<Tensor>& bias, const std::optional<Tensor>& codebook,
+                std::int64_t out_features)
+      : samples(op, x, "x", place),
+        weight(op, place, bitmap, column_offsets, values, codebook, std::nullopt,
+               Checked(op, out_features, values, codebook), "column_offsets", " outputs"),
+        bias(op, bias, out_features, place) {
+    STD_TORCH_CHECK(weight.args.rows == samples.features, op, ": bitmap must be [", samples.features, ", ",
+                    BitmapWords(out_features), "] for x's features, got ", weight.args.rows,
+                    " columns; pass the weight that x's features fit");
+  }
+
+  // What must hold before the weight is looked at; returns out_features.
+  static std::int64_t Checked(const char* op, std::int64_t out_features, const Tensor& values,
+                              const std::optional<Tensor>& codebook) {
+    STD_TORCH_CHECK(out_features >= 0, op, ": out_features must be at least 0, got ", out_features,
+                    "; pass the rows of W");
+    STD_TORCH_CHECK(codebook.has_value() || values.scalar_type() != ScalarType::Char, op,
+                    ": values must be float32, bfloat16 or uint8 codes beside a codebook, got Char; use bitmap_matmul");
+    return out_features;
+  }
+
+  Samples samples;
+  Weight weight;
+  Bias bias;
 };
 
 class SharedStatus {
@@ -131,18 +186,11 @@ Tensor BitmapMatmulOnCpu(const Tensor& x, const Tensor& bitmap, const Tensor& ro
                          const std::optional<Tensor>& bias, const std::optional<Tensor>& codebook,
                          const std::optional<Tensor>& scales, std::string mode, bool relu) {
   constexpr const char* kOp = "bitmap_matmul";
-  const Samples samples(kOp, x, "x");
-  const Weight weight(kOp, bitmap, row_offsets, values, codebook, scales, samples.features);
-  const bool quantized = mode == "int8";
-  STD_TORCH_CHECK(quantized || mode == "exact", kOp, ": mode must be \"exact\" or \"int8\", got \"", mode,
-                  "\"; choose one of them");
-  STD_TORCH_CHECK(!quantized || weight.args.stored_as == BitmapValues::kInt8, kOp,
-                  ": mode \"int8\" must come with int8 values and scales, got others; round the weight first");
-  STD_TORCH_CHECK(!quantized || samples.features <= kBitmapMaxQuantizedColumns, kOp, ": x must have at most ",
-                  kBitmapMaxQuantizedColumns, " features in mode \"int8\", got ", samples.features,
-                  "; split the layer or use mode \"exact\"");
+  const MatmulInputs inputs(kOp, kCpu, x, bitmap, row_offsets, values, bias, codebook, scales, mode);
+  const Samples& samples = inputs.samples;
+  const Weight& weight = inputs.weight;
+  const bool quantized = inputs.quantized;
   const std::int64_t rows = weight.args.rows;
-  const Bias bias_of_rows(kOp, bias, rows);
   const Tensor y = torch::stable::new_empty(x, WithLastDim(x, rows));
   char* y_data = static_cast<char*>(y.mutable_data_ptr());
 
@@ -156,9 +204,9 @@ Tensor BitmapMatmulOnCpu(const Tensor& x, const Tensor& bitmap, const Tensor& ro
     const bool plain =
         BitmapPackSamples({samples.At(first), samples.stored_as, count, samples.features, weight.args.stored_as,
                            weight.args.entries, quantized, panel.Data(), x_scales});
-    const BitmapMatmulArgs args{weight.args,       panel.Data(), count,
-                                quantized,         plain,        x_scales,
-                                bias_of_rows.data, relu,         y_data + first * rows * samples.item_bytes,
+    const BitmapMatmulArgs args{weight.args,      panel.Data(), count,
+                                quantized,        plain,        x_scales,
+                                inputs.bias.data, relu,         y_data + first * rows * samples.item_bytes,
                                 samples.stored_as};
     torch::stable::parallel_for(
         0, rows, grain, [&](std::int64_t begin, std::int64_t end) { status.Report(BitmapMatmul(args, begin, end)); });
@@ -171,17 +219,10 @@ Tensor BitmapColumnsMatmulOnCpu(const Tensor& x, const Tensor& bitmap, const Ten
                                 const Tensor& values, const std::optional<Tensor>& bias,
                                 const std::optional<Tensor>& codebook, std::int64_t out_features, bool relu) {
   constexpr const char* kOp = "bitmap_columns_matmul";
-  const Samples samples(kOp, x, "x");
-  STD_TORCH_CHECK(out_features >= 0, kOp, ": out_features must be at least 0, got ", out_features,
-                  "; pass the rows of W");
-  STD_TORCH_CHECK(codebook.has_value() || values.scalar_type() != ScalarType::Char, kOp,
-                  ": values must be float32, bfloat16 or uint8 codes beside a codebook, got Char; use bitmap_matmul");
-  const Weight weight(kOp, bitmap, column_offsets, values, codebook, std::nullopt, out_features, "column_offsets",
-                      " outputs");
+  const ColumnsInputs inputs(kOp, kCpu, x, bitmap, column_offsets, values, bias, codebook, out_features);
+  const Samples& samples = inputs.samples;
+  const Weight& weight = inputs.weight;
   const std::int64_t features = samples.features, words = BitmapWords(out_features);
-  STD_TORCH_CHECK(weight.args.rows == features, kOp, ": bitmap must be [", features, ", ", words,
-                  "] for x's features, got ", weight.args.rows, " columns; pass the weight that x's features fit");
-  const Bias bias_of_rows(kOp, bias, out_features);
   const Tensor y = torch::stable::new_empty(x, WithLastDim(x, out_features));
   char* y_data = static_cast<char*>(y.mutable_data_ptr());
 
@@ -202,7 +243,7 @@ Tensor BitmapColumnsMatmulOnCpu(const Tensor& x, const Tensor& bitmap, const Ten
                                  count,
                                  !finite,
                                  sums,
-                                 bias_of_rows.data,
+                                 inputs.bias.data,
                                  relu,
                                  y_data + n * out_features * samples.item_bytes,
                                  samples.stored_as};
@@ -309,6 +350,52 @@ Tensor BitmapToRowsOnCpu(const Tensor& bitmap, const Tensor& row_offsets, std::i
   return col_indices;
 }
 
+#ifdef TERSETORCH_CUDA
+
+Tensor BitmapMatmulOnCuda(const Tensor& x, const Tensor& bitmap, const Tensor& row_offsets, const Tensor& values,
+                          const std::optional<Tensor>& bias, const std::optional<Tensor>& codebook,
+                          const std::optional<Tensor>& scales, std::string mode, bool relu) {
+  constexpr const char* kOp = "bitmap_matmul";
+  const CudaCall call(kOp, x, "x");
+  const MatmulInputs inputs(kOp, call.place(), x, bitmap, row_offsets, values, bias, codebook, scales, mode);
+  const Samples& samples = inputs.samples;
+  const Tensor y = torch::stable::new_empty(x, WithLastDim(x, inputs.weight.args.rows));
+  BitmapMatmulCudaArgs args{inputs.weight.args, samples.At(0), samples.stored_as,    nullptr,
+                            inputs.bias.data,   relu,          y.mutable_data_ptr(), samples.count};
+  Tensor quantized, x_scales;
+  if (inputs.quantized) {
+    quantized = torch::stable::new_empty(x, {samples.count, samples.features}, ScalarType::Char);
+    x_scales = torch::stable::new_empty(x, {samples.count}, ScalarType::Float);
+    const BitmapQuantizeCudaArgs quantize{args.x,
+                                          args.stored_as,
+                                          samples.count,
+                                          samples.features,
+                                          quantized.mutable_data_ptr<std::int8_t>(),
+                                          x_scales.mutable_data_ptr<float>()};
+    call.Check(BitmapQuantizeCuda(quantize, call.Stream()));
+    args.x = quantize.quantized;
+    args.x_scales = quantize.x_scales;
+  }
+  call.Check(BitmapMatmulCuda(args, call.Stream()));
+  return y;
+}
+
+Tensor BitmapColumnsMatmulOnCuda(const Tensor& x, const Tensor& bitmap, const Tensor& column_offsets,
+                                 const Tensor& values, const std::optional<Tensor>& bias,
+                                 const std::optional<Tensor>& codebook, std::int64_t out_features, bool relu) {
+  constexpr const char* kOp = "bitmap_columns_matmul";
+  const CudaCall call(kOp, x, "x");
+  const ColumnsInputs inputs(kOp, call.place(), x, bitmap, column_offsets, values, bias, codebook, out_features);
+  const Samples& samples = inputs.samples;
+  const Tensor y = torch::stable::new_empty(x, WithLastDim(x, out_features));
+  call.Check(BitmapColumnsCuda({inputs.weight.args, samples.At(0), samples.stored_as, inputs.bias.data, relu,
+                                y.mutable_data_ptr(), samples.count},
+                               call.Stream()));
+  return y;
+}
+
+#endif
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(tersetorch, CPU, m) {
@@ -319,6 +406,20 @@ STABLE_TORCH_LIBRARY_IMPL(tersetorch, CPU, m) {
   m.impl("bitmap_pack", TORCH_BOX(&BitmapPackOnCpu));
   m.impl("bitmap_from_rows", TORCH_BOX(&BitmapFromRowsOnCpu));
   m.impl("bitmap_to_rows", TORCH_BOX(&BitmapToRowsOnCpu));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(tersetorch, CUDA, m) {
+#ifdef TERSETORCH_CUDA
+  m.impl("bitmap_matmul", TORCH_BOX(&BitmapMatmulOnCuda));
+  m.impl("bitmap_matmul_inference", TORCH_BOX(&BitmapMatmulOnCuda));
+  m.impl("bitmap_columns_matmul", TORCH_BOX(&BitmapColumnsMatmulOnCuda));
+  m.impl("bitmap_columns_matmul_inference", TORCH_BOX(&BitmapColumnsMatmulOnCuda));
+#else
+  for (const char* op :
+       {"bitmap_matmul", "bitmap_matmul_inference", "bitmap_columns_matmul", "bitmap_columns_matmul_inference"}) {
+    m.impl(op, &NotBuiltForCuda);
+  }
+#endif
 }
 
 }  // namespace tersetorch

@@ -9,6 +9,7 @@
 
 #include "kernels/arrays.h"
 #include "kernels/bitmap_matmul/bitmap_matmul.h"
+#include "kernels/bitmap_weight.h"
 #include "kernels/check.h"
 #include "kernels/common/cpu_isa.h"
 
@@ -23,61 +24,9 @@ struct Variant {
   const BitmapKernels& kernels;
 };
 
-// A way of storing the values; `quantized` goes with 8-bit values.
-struct Way {
-  BitmapValues stored_as;
-  Index entries;
-  bool quantized;
-};
-
-constexpr Way kWays[] = {{BitmapValues::kFloat32, 0, false}, {BitmapValues::kBFloat16, 0, false},
-                         {BitmapValues::kCodes, 2, false},   {BitmapValues::kCodes, 16, false},
-                         {BitmapValues::kCodes, 31, false},  {BitmapValues::kCodes, 32, false},
-                         {BitmapValues::kCodes, 33, false},  {BitmapValues::kCodes, 256, false},
-                         {BitmapValues::kInt8, 0, false},    {BitmapValues::kInt8, 0, true}};
-
-struct Weight {
-  Weight(Index rows, Index columns, double density, Way way, std::mt19937& rng)
-      : way(way), rows(rows), columns(columns), bitmap(rows * BitmapWords(columns)) {
-    std::bernoulli_distribution kept(density);
-    codebook = Random(way.entries, rng);
-    if (!codebook.empty()) codebook[0] = 0;
-    scales = Random(rows, rng);
-    for (Index r = 0; r < rows; ++r) {
-      for (Index c = 0; c < columns; ++c) {
-        // A dense row, and rows that are empty.
-        if (r != 2 && (!kept(rng) || r % 7 == 3)) continue;
-        bitmap[r * BitmapWords(columns) + c / 64] |= std::uint64_t{1} << c % 64;
-        col_indices.push_back(static_cast<std::int32_t>(c));
-        if (way.stored_as == BitmapValues::kCodes) {
-          codes.push_back(static_cast<std::uint8_t>(1 + rng() % (way.entries - 1)));
-          values.push_back(codebook[codes.back()]);
-        } else if (way.stored_as == BitmapValues::kInt8) {
-          codes.push_back(static_cast<std::uint8_t>(rng() % 255 - 127));
-          values.push_back(static_cast<std::int8_t>(codes.back()));
-        } else {
-          values.push_back(Random(1, rng)[0]);
-        }
-        halves.push_back(Truncated(values.back()));
-      }
-      row_offsets.push_back(static_cast<std::int32_t>(col_indices.size()));
-    }
-  }
-
-  float Scale(Index r) const { return way.stored_as == BitmapValues::kInt8 ? scales[r] : 1.0f; }
-
-  Way way;
-  Index rows, columns;
-  std::vector<std::uint64_t> bitmap;
-  std::vector<std::int32_t> row_offsets{0}, col_indices;
-  std::vector<float> values, codebook, scales;
-  std::vector<std::uint16_t> halves;
-  std::vector<std::uint8_t> codes;
-};
-
 // A weight's tensors in unaligned memory.
 struct Stored {
-  explicit Stored(const Weight& w)
+  explicit Stored(const RandomBitmap& w)
       : bitmap(w.bitmap),
         offsets(w.row_offsets),
         codebook(w.codebook),
@@ -101,8 +50,8 @@ struct Stored {
 };
 
 // Packs x and runs rows [begin, end), and then those before.
-BitmapStatus Multiply(const BitmapKernels& kernels, const Weight& w, const std::vector<float>& x, FloatDtype floats_as,
-                      Index samples, Output& y, bool relu, const float* bias, Index begin) {
+BitmapStatus Multiply(const BitmapKernels& kernels, const RandomBitmap& w, const std::vector<float>& x,
+                      FloatDtype floats_as, Index samples, Output& y, bool relu, const float* bias, Index begin) {
   Stored stored(w);
   Unaligned<float> x_floats(x);
   std::vector<std::uint16_t> halves;
@@ -119,7 +68,7 @@ BitmapStatus Multiply(const BitmapKernels& kernels, const Weight& w, const std::
   return status == BitmapStatus::kOk ? kernels.matmul(args, 0, begin) : status;
 }
 
-void TestOne(const Variant& variant, const Weight& w, FloatDtype floats_as, Index samples, std::mt19937& rng) {
+void TestOne(const Variant& variant, const RandomBitmap& w, FloatDtype floats_as, Index samples, std::mt19937& rng) {
   const auto x = Random(samples * w.columns, rng), bias = Random(w.rows, rng);
   const auto complain = [&](bool ok, const char* what) {
     Expect(ok, "%s: %s, %ld x %ld, %ld samples, values %d of %ld, quantized %d, floats %d", variant.name, what,
@@ -177,8 +126,8 @@ void TestShapes(const Variant& variant) {
                 {17, 129, 1.0}, {10, 0, 0.0},   {0, 70, 0.0},   {8, 1031, 0.09}, {7, 200, 0.0},  {60, 320, 0.2},
                 {4, 2048, 0.9}, {130, 16, 0.5}, {3, 1025, 0.5}, {11, 960, 0.03}};
   for (const auto& shape : shapes) {
-    for (const Way& way : kWays) {
-      const Weight w(shape.rows, shape.columns, shape.density, way, rng);
+    for (const BitmapWay& way : kBitmapWays) {
+      const RandomBitmap w(shape.rows, shape.columns, shape.density, way, rng);
       for (const Index samples : {1, 2, 3, 4}) {
         for (const FloatDtype floats_as : kFloats) TestOne(variant, w, floats_as, samples, rng);
       }
@@ -187,7 +136,7 @@ void TestShapes(const Variant& variant) {
 }
 
 // A sample with zeros times a weight kept by columns: here the rows of w.
-BitmapStatus AddColumns(const BitmapKernels& kernels, const Weight& w, const std::vector<float>& x, Output& y,
+BitmapStatus AddColumns(const BitmapKernels& kernels, const RandomBitmap& w, const std::vector<float>& x, Output& y,
                         bool relu, const float* bias, Index word) {
   Stored stored(w);
   std::vector<std::int32_t> active(w.rows);
@@ -211,9 +160,9 @@ void TestColumns(const Variant& variant) {
                 {64, 128, 0.35}, {10, 0, 0.0},   {0, 70, 0.0},    {7, 200, 0.0},   {60, 320, 0.2},
                 {8, 2048, 0.9},  {130, 16, 0.5}, {30, 1025, 0.5}, {90, 1100, 0.03}};
   for (const auto& shape : shapes) {
-    for (const Way& way : kWays) {
+    for (const BitmapWay& way : kBitmapWays) {
       if (way.stored_as == BitmapValues::kInt8) continue;
-      const Weight w(shape.rows, shape.columns, shape.density, way, rng);
+      const RandomBitmap w(shape.rows, shape.columns, shape.density, way, rng);
       const auto bias = Random(w.columns, rng);
       Unaligned<float> stored_bias(bias);
       for (const double zeros : {0.0, 0.6, 1.0}) {
@@ -251,19 +200,19 @@ void TestColumns(const Variant& variant) {
 
 void TestColumnsDamage(const Variant& variant) {
   std::mt19937 rng(98);
-  for (const Way& way : kWays) {
+  for (const BitmapWay& way : kBitmapWays) {
     if (way.stored_as == BitmapValues::kInt8) continue;
     for (const Index rows : {Index{10}, Index{90}}) {
-      const Weight good(rows, 100, 0.5, way, rng);
+      const RandomBitmap good(rows, 100, 0.5, way, rng);
       auto x = Random(rows, rng);
-      const auto expect = [&](const Weight& w, BitmapStatus want, const char* what) {
+      const auto expect = [&](const RandomBitmap& w, BitmapStatus want, const char* what) {
         Output y(w.columns, FloatDtype::kFloat32);
         const BitmapStatus got = AddColumns(variant.kernels, w, x, y, false, nullptr, 0);
         Expect(got == want, "%s: columns: %s, values %d of %ld, got %d", variant.name, what,
                static_cast<int>(way.stored_as), long{way.entries}, static_cast<int>(got));
       };
       for (const Index row : {Index{0}, Index{4}, Index{5}, rows - 1}) {
-        Weight bad = good;
+        RandomBitmap bad = good;
         bad.bitmap[row * 2 + 1] |= std::uint64_t{1} << 36;
         expect(bad, BitmapStatus::kBadBitmap, "a bit past the columns");
         bad = good;
@@ -275,7 +224,7 @@ void TestColumnsDamage(const Variant& variant) {
         expect(bad, BitmapStatus::kBadRowOffsets, "an offset outside");
       }
       if (way.stored_as == BitmapValues::kCodes && way.entries != kBitmapMaxEntries) {
-        Weight bad = good;
+        RandomBitmap bad = good;
         bad.codes[bad.codes.size() / 2] = static_cast<std::uint8_t>(way.entries);
         expect(bad, BitmapStatus::kBadCode, "a code outside");
       }
@@ -295,8 +244,8 @@ void TestColumnsDamage(const Variant& variant) {
 // An infinite or NaN x reaches the rows that use it and no other; quantized, the whole sample.
 void TestNotFinite(const Variant& variant) {
   std::mt19937 rng(7);
-  for (const Way& way : kWays) {
-    const Weight w(20, 150, 0.3, way, rng);
+  for (const BitmapWay& way : kBitmapWays) {
+    const RandomBitmap w(20, 150, 0.3, way, rng);
     for (const float value : {INFINITY, -INFINITY, NAN}) {
       auto x = Random(2 * w.columns, rng);
       x[w.columns + 77] = value;
@@ -316,7 +265,7 @@ void TestNotFinite(const Variant& variant) {
   }
   // Nothing, and so little that its scale would be no number.
   for (const float value : {0.0f, -0.0f, 1e-45f, 1e-38f}) {
-    const Weight w(20, 150, 0.3, kWays[std::size(kWays) - 1], rng);
+    const RandomBitmap w(20, 150, 0.3, kBitmapWays[std::size(kBitmapWays) - 1], rng);
     Output y(w.rows, FloatDtype::kFloat32);
     Multiply(variant.kernels, w, std::vector<float>(150, value), FloatDtype::kFloat32, 1, y, false, nullptr, 0);
     for (const float got : y.Values()) Expect(std::fabs(got) <= 1e-32f, "%s: %g quantized", variant.name, double{got});
@@ -326,10 +275,10 @@ void TestNotFinite(const Variant& variant) {
 // Each damage must be met by its status, wherever it lies.
 void TestDamage(const Variant& variant) {
   std::mt19937 rng(99);
-  for (const Way& way : kWays) {
+  for (const BitmapWay& way : kBitmapWays) {
     for (const Index rows : {Index{10}, Index{90}}) {  // few values and many: through the stage and directly
-      const Weight good(rows, 100, 0.5, way, rng);
-      const auto expect = [&](const Weight& w, BitmapStatus want, const char* what) {
+      const RandomBitmap good(rows, 100, 0.5, way, rng);
+      const auto expect = [&](const RandomBitmap& w, BitmapStatus want, const char* what) {
         for (const Index samples : {1, 3}) {
           const auto x = Random(samples * w.columns, rng);
           Output y(samples * w.rows, FloatDtype::kFloat32);
@@ -340,7 +289,7 @@ void TestDamage(const Variant& variant) {
       };
       expect(good, BitmapStatus::kOk, "nothing");
       for (const Index row : {Index{0}, Index{4}, rows - 1}) {
-        Weight bad = good;
+        RandomBitmap bad = good;
         bad.bitmap[row * 2 + 1] |= std::uint64_t{1} << 36;
         expect(bad, BitmapStatus::kBadBitmap, "a bit past the columns");
         bad = good;
@@ -356,7 +305,7 @@ void TestDamage(const Variant& variant) {
       }
       if (way.stored_as != BitmapValues::kCodes || way.entries == kBitmapMaxEntries) continue;
       for (const std::size_t k : {std::size_t{0}, good.codes.size() / 2, good.codes.size() - 1}) {
-        Weight bad = good;
+        RandomBitmap bad = good;
         bad.codes[k] = static_cast<std::uint8_t>(way.entries);
         expect(bad, BitmapStatus::kBadCode, "a code outside");
       }
@@ -367,7 +316,7 @@ void TestDamage(const Variant& variant) {
 void TestPacking() {
   std::mt19937 rng(3);
   for (const Index columns : {1, 63, 64, 65, 200}) {
-    const Weight w(19, columns, 0.4, kWays[0], rng);
+    const RandomBitmap w(19, columns, 0.4, kBitmapWays[0], rng);
     const auto nnz = static_cast<Index>(w.values.size());
     std::vector<float> dense(w.rows * columns, -0.0f);
     for (Index r = 0; r < w.rows; ++r) {

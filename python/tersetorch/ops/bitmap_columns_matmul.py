@@ -6,14 +6,13 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from tersetorch.ops._autocast import compute_in_float32
-from tersetorch.ops.bitmap_matmul import MAX_ENTRIES, WORD, check_tensor, is_codebook
+from tersetorch.ops._autocast import compute_in_float32, enabled_for
+from tersetorch.ops.bitmap_matmul import MAX_ENTRIES, WORD, bitmap_to_rows, check_tensor, is_codebook
 
 _FLOATS = (torch.float32, torch.bfloat16)
 
 _bitmap_columns_matmul = torch.ops.tersetorch.bitmap_columns_matmul.default
 _bitmap_columns_matmul_inference = torch.ops.tersetorch.bitmap_columns_matmul_inference.default
-_bitmap_to_rows = torch.ops.tersetorch.bitmap_to_rows.default
 _csr_matmul = torch.ops.tersetorch.csr_matmul.default
 _csr_grad_values = torch.ops.tersetorch.csr_matmul_grad_values.default
 
@@ -54,7 +53,8 @@ def bitmap_columns_matmul(
         ValueError: shapes or devices do not fit each other.
         RuntimeError: the bits of a column that is used do not count its values, or a code lies outside the codebook
             (found while multiplying; nothing outside the tensors is read), or forward-mode differentiation is asked
-            for.
+            for. On a CUDA device, where finding damage would make every call wait, what such a column or code reaches
+            is NaN in y instead, and the first entry of codebook is not looked at.
 
     Source:
         Han et al., EIE: Efficient Inference Engine on Compressed Deep Neural Network (2016), section IV: columns
@@ -103,7 +103,7 @@ def _check(
     out_features: int,
 ) -> None:
     op = "bitmap_columns_matmul"
-    x_dtypes = (*_FLOATS, torch.float16) if torch.is_autocast_enabled("cpu") else _FLOATS
+    x_dtypes = (*_FLOATS, torch.float16) if enabled_for(x) else _FLOATS
     for name, tensor, dtypes, hint in (
         ("x", x, x_dtypes, "convert it"),
         ("bitmap", bitmap, (torch.int64,), "take it from bitmap_pack"),
@@ -182,7 +182,7 @@ def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     needs = (*ctx.needs_input_grad, *[False] * 8)
     grad_x = grad_values = grad_bias = grad_codebook = None
     if needs[0] or needs[3] or needs[5]:
-        rows = _bitmap_to_rows(bitmap, column_offsets, ctx.out_features, values.shape[0])
+        rows = bitmap_to_rows(bitmap, column_offsets, columns=ctx.out_features, nnz=values.shape[0])
         entries = None if codebook is None else codebook.reshape(-1)
         if needs[0]:
             grad_x = _csr_matmul(grad_y, column_offsets, rows, values, None, entries)

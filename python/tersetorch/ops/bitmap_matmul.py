@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from tersetorch.ops._autocast import compute_in_float32
+from tersetorch.ops._autocast import compute_in_float32, enabled_for
+from tersetorch.ops._packing import pack_on_cpu
 
 MAX_ENTRIES = 256
 MODES = ("exact", "int8")
@@ -64,7 +65,8 @@ def bitmap_matmul(
         ValueError: shapes, devices or the mode do not fit each other.
         RuntimeError: a row's bits do not count its values, or a code lies outside the codebook (found while
             multiplying; nothing outside the tensors is read), or forward-mode differentiation is asked for, or
-            gradients in mode "int8".
+            gradients in mode "int8". On a CUDA device, where finding damage would make every call wait, such a row is
+            NaN in y instead, and the first entry of codebook is not looked at.
 
     Source:
         Rhu et al., Compressing DMA Engine (2018), section IV, for the bitmap; Han et al., EIE (2016), for compressed
@@ -116,7 +118,7 @@ def bitmap_pack(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     check_tensor("bitmap_pack", "weight", weight, _FLOATS, "convert it")
     if weight.dim() != 2:
         raise ValueError(f"bitmap_pack: weight must be [out, in], got shape {tuple(weight.shape)}; reshape it")
-    bitmap, row_offsets, values = _bitmap_pack(weight.detach())
+    bitmap, row_offsets, values = pack_on_cpu(_bitmap_pack, weight.detach())
     return bitmap, row_offsets, values
 
 
@@ -134,7 +136,8 @@ def bitmap_from_rows(row_offsets: Tensor, col_indices: Tensor, *, columns: int) 
     """
     for name, tensor in (("row_offsets", row_offsets), ("col_indices", col_indices)):
         check_tensor("bitmap_from_rows", name, tensor, (torch.int32,), "convert it")
-    return cast(Tensor, _bitmap_from_rows(row_offsets, col_indices, columns))
+    (bitmap,) = pack_on_cpu(_bitmap_from_rows, row_offsets, col_indices, columns)
+    return bitmap
 
 
 def bitmap_to_rows(bitmap: Tensor, row_offsets: Tensor, *, columns: int, nnz: int) -> Tensor:
@@ -146,7 +149,8 @@ def bitmap_to_rows(bitmap: Tensor, row_offsets: Tensor, *, columns: int, nnz: in
     """
     check_tensor("bitmap_to_rows", "bitmap", bitmap, (torch.int64,), "take it from bitmap_pack")
     check_tensor("bitmap_to_rows", "row_offsets", row_offsets, (torch.int32,), "take it from bitmap_pack")
-    return cast(Tensor, _bitmap_to_rows(bitmap, row_offsets, columns, nnz))
+    (col_indices,) = pack_on_cpu(_bitmap_to_rows, bitmap, row_offsets, columns, nnz)
+    return col_indices
 
 
 def check_tensor(op: str, name: str, tensor: object, dtypes: tuple[torch.dtype, ...], hint: str) -> None:
@@ -177,7 +181,7 @@ def _check(
     op = "bitmap_matmul"
     if mode not in MODES:
         raise ValueError(f"{op}: mode must be one of {list(MODES)}, got {mode!r}; choose one of them")
-    x_dtypes = (*_FLOATS, torch.float16) if torch.is_autocast_enabled("cpu") else _FLOATS
+    x_dtypes = (*_FLOATS, torch.float16) if enabled_for(x) else _FLOATS
     if codebook is not None:
         values_dtypes: tuple[torch.dtype, ...] = (torch.uint8,)
         hint = "pass codes, or no codebook"
@@ -290,7 +294,7 @@ def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     needs = (*ctx.needs_input_grad, *[False] * 5)
     grad_x = grad_values = grad_bias = grad_codebook = None
     if needs[0] or needs[3] or needs[5]:
-        col_indices = _bitmap_to_rows(bitmap, row_offsets, x.shape[-1], values.shape[0])
+        col_indices = bitmap_to_rows(bitmap, row_offsets, columns=x.shape[-1], nnz=values.shape[0])
         entries = None if codebook is None else codebook.reshape(-1)
         if needs[0]:
             weights = values

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from tersetorch.ops._autocast import compute_in_float32, enabled_for
+from tersetorch.ops._packing import pack_on_cpu
 
 MAX_ENTRIES = 256
 _FLOATS = (torch.float32, torch.bfloat16)
@@ -105,7 +106,7 @@ def csr_pack(dense: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         raise TypeError(f"csr_pack: dense must be float32 or bfloat16, got {dense.dtype}; convert it")
     if dense.dim() != 2:
         raise ValueError(f"csr_pack: dense must be [out, in], got shape {tuple(dense.shape)}; reshape it")
-    row_offsets, col_indices, values = (t.to(dense.device) for t in _csr_pack(dense.cpu()))  # once, so on the CPU
+    row_offsets, col_indices, values = pack_on_cpu(_csr_pack, dense)
     return row_offsets, col_indices, values
 
 

@@ -1,0 +1,255 @@
+#include <cmath>
+
+#include "kernels/bitmap_matmul/bitmap_matmul_cuda.h"
+#include "kernels/common/cuda.cuh"
+
+namespace tersetorch {
+namespace {
+
+// ---- the weight
+
+constexpr int kWordBits = 64;
+
+struct Row {
+  std::int32_t begin, end;  // its values
+  bool damaged;             // then it has none
+};
+
+__device__ Row RowAt(const BitmapWeight& w, std::int64_t r) {
+  const std::int32_t begin = w.row_offsets[r], end = w.row_offsets[r + 1];
+  if (begin < 0 || end < begin || end > w.nnz) return {0, 0, true};
+  return {begin, end, false};
+}
+
+__device__ bool IsSet(std::uint64_t word, int bit) { return (word >> bit & 1) != 0; }
+__device__ int SetBefore(std::uint64_t word, int bit) { return __popcll(word & ((std::uint64_t{1} << bit) - 1)); }
+
+// ---- tiles
+
+// A block quantizes one sample.
+struct SampleTile {
+  static constexpr int kWarps = 8;
+  static constexpr int kThreads = kWarps * kWarpSize;
+
+  struct Memory {
+    std::uint32_t largest[kWarps];
+  };
+};
+
+// A warp computes the outputs of some words for one sample, a lane two of each word.
+struct WordsTile {
+  static constexpr int kWarps = 4;
+  static constexpr int kWords = 4;
+  static constexpr int kHalves = kWordBits / kWarpSize;
+  static constexpr int kThreads = kWarps * kWarpSize;
+
+  __device__ static std::int64_t FirstWordOfWarp() {
+    return (std::int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarpSize) * kWords;
+  }
+};
+
+// ---- kernels
+
+// What is added up: floats, or integers where x is quantized.
+__device__ float Widened(float x) { return x; }
+__device__ float Widened(BFloat16 x) { return ToFloat(x); }
+__device__ int Widened(std::int8_t x) { return x; }
+
+template <typename Tile, typename Values, typename X, typename Y>
+__global__ void __launch_bounds__(Tile::kThreads) BitmapMatmulKernel(BitmapMatmulCudaArgs a) {
+  using Sum = decltype(Widened(X{}));
+  const BitmapWeight& w = a.weight;
+  const std::int64_t r = Tile::RowOfWarp();
+  if (r >= w.rows) return;
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  const Row row = RowAt(w, r);
+  const std::int64_t words = CeilDiv(w.columns, kWordBits);
+  const std::uint64_t* bits = w.bitmap + r * words;
+  const float scale = w.stored_as == BitmapValues::kInt8 ? w.scales[r] : 1.0f;
+  const float bias = a.bias == nullptr ? 0.0f : a.bias[r];
+  const X* x = static_cast<const X*>(a.x);
+  Y* y = static_cast<Y*>(a.y);
+  const std::int64_t step = std::int64_t{gridDim.y} * Tile::kSamples;
+  for (std::int64_t first = std::int64_t{blockIdx.y} * Tile::kSamples; first < a.samples; first += step) {
+    const int count = static_cast<int>(min(std::int64_t{Tile::kSamples}, a.samples - first));
+    Sum sums[Tile::kSamples] = {};
+    bool damaged = row.damaged;
+    std::int64_t next = row.begin;  // the value of the word's first bit
+    for (std::int64_t i = 0; i < words; ++i) {
+      const std::uint64_t word = bits[i];
+      for (int bit = lane; bit < kWordBits; bit += kWarpSize) {
+        if (!IsSet(word, bit)) continue;
+        const std::int64_t k = next + SetBefore(word, bit), column = i * kWordBits + bit;
+        if (k >= row.end || column >= w.columns || Values::Damaged(w, k)) {
+          damaged = true;
+          continue;
+        }
+        const auto value = Values::At(w, k);
+        const X* x_of_column = x + first * w.columns + column;
+#pragma unroll
+        for (int s = 0; s < Tile::kSamples; ++s) {
+          if (s < count) sums[s] += value * Widened(x_of_column[s * w.columns]);
+        }
+      }
+      next += __popcll(word);
+    }
+    damaged = __any_sync(kWholeWarp, damaged || next != row.end) != 0;
+#pragma unroll
+    for (int s = 0; s < Tile::kSamples; ++s) {
+      if (s >= count) break;
+      const Sum sum = WarpSum(sums[s]);
+      if (s != lane) continue;
+      const float x_scale = a.x_scales == nullptr ? 1.0f : a.x_scales[first + s];
+      const float result = damaged ? DamagedWeight() : fmaf(static_cast<float>(sum), scale * x_scale, bias);
+      y[(first + s) * w.rows + r] = FromFloat<Y>(a.relu && result < 0 ? 0.0f : result);
+    }
+  }
+}
+
+// BitmapScaleOf on the device.
+__device__ BitmapScale ScaleOf(float largest) {
+  if (!(largest <= 3.4028234e38f)) return {DamagedWeight(), 0.0f};
+  const float inverse = largest == 0 ? 0.0f : 127.0f / largest;
+  if (!(inverse <= 3.4028234e38f)) return {0.0f, 0.0f};
+  return {largest / 127.0f, inverse};
+}
+
+template <typename Tile, typename Float>
+__global__ void __launch_bounds__(Tile::kThreads) BitmapQuantizeKernel(BitmapQuantizeCudaArgs a) {
+  const std::int64_t n = blockIdx.x;
+  const int thread = static_cast<int>(threadIdx.x);
+  const Float* x = static_cast<const Float*>(a.x) + n * a.columns;
+  // Compared as integers: infinities are above all numbers, and NaN above them.
+  std::uint32_t largest = 0;
+  for (std::int64_t c = thread; c < a.columns; c += Tile::kThreads) {
+    largest = max(largest, __float_as_uint(ToFloat(x[c])) & 0x7fffffffu);
+  }
+#pragma unroll
+  for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
+    largest = max(largest, __shfl_xor_sync(kWholeWarp, largest, distance));
+  }
+  auto& memory = SharedMemory<typename Tile::Memory>();
+  if (thread % kWarpSize == 0) memory.largest[thread / kWarpSize] = largest;
+  __syncthreads();
+  for (int warp = 0; warp < Tile::kWarps; ++warp) largest = max(largest, memory.largest[warp]);
+  const BitmapScale scale = ScaleOf(__uint_as_float(largest));
+  if (thread == 0) a.x_scales[n] = scale.scale;
+  for (std::int64_t c = thread; c < a.columns; c += Tile::kThreads) {
+    const float q = scale.inverse == 0 ? 0.0f : ToFloat(x[c]) * scale.inverse;
+    a.quantized[n * a.columns + c] = static_cast<std::int8_t>(rintf(q));
+  }
+}
+
+template <typename Tile, typename Values, typename Float>
+__global__ void __launch_bounds__(Tile::kThreads) BitmapColumnsKernel(BitmapColumnsCudaArgs a) {
+  const BitmapWeight& w = a.weight;
+  const std::int64_t words = CeilDiv(w.columns, kWordBits), first = Tile::FirstWordOfWarp();
+  if (first >= words) return;
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  const int bits_of_last = static_cast<int>(w.columns % kWordBits);
+  const Float* x = static_cast<const Float*>(a.x);
+  Float* y = static_cast<Float*>(a.y);
+  for (std::int64_t n = blockIdx.y; n < a.samples; n += gridDim.y) {
+    float sums[Tile::kWords][Tile::kHalves] = {};
+    bool damaged = false;
+    // All lanes take the same branches but for their bits.
+    for (std::int64_t c = 0; c < w.rows && !damaged; ++c) {
+      const float number = ToFloat(x[n * w.rows + c]);
+      if (number == 0) continue;
+      const Row row = RowAt(w, c);
+      const std::uint64_t* bits = w.bitmap + c * words;
+      std::int32_t before = 0, all = 0;
+      for (std::int64_t i = lane; i < words; i += kWarpSize) {
+        const int set = __popcll(bits[i]);
+        all += set;
+        if (i < first) before += set;
+      }
+      before = WarpSum(before);
+      all = WarpSum(all);
+      const bool outside = bits_of_last != 0 && bits[words - 1] >> bits_of_last != 0;
+      damaged = row.damaged || outside || all != row.end - row.begin;
+      if (damaged) continue;
+      std::int64_t next = row.begin + before;
+#pragma unroll
+      for (int v = 0; v < Tile::kWords; ++v) {
+        if (first + v >= words) break;
+        const std::uint64_t word = bits[first + v];
+#pragma unroll
+        for (int half = 0; half < Tile::kHalves; ++half) {
+          const int bit = half * kWarpSize + lane;
+          if (!IsSet(word, bit)) continue;
+          const std::int64_t k = next + SetBefore(word, bit);
+          sums[v][half] += Values::Damaged(w, k) ? DamagedWeight() : Values::At(w, k) * number;
+        }
+        next += __popcll(word);
+      }
+    }
+#pragma unroll
+    for (int v = 0; v < Tile::kWords; ++v) {
+#pragma unroll
+      for (int half = 0; half < Tile::kHalves; ++half) {
+        const std::int64_t output = (first + v) * kWordBits + half * kWarpSize + lane;
+        if (output >= w.columns) continue;
+        const float sum = damaged ? DamagedWeight() : sums[v][half] + (a.bias == nullptr ? 0.0f : a.bias[output]);
+        y[n * w.columns + output] = FromFloat<Float>(a.relu && sum < 0 ? 0.0f : sum);
+      }
+    }
+  }
+}
+
+// ---- launchers
+
+// Calls run with the type that reads the values, which are not int8.
+template <typename Run>
+int WithFloatValues(BitmapValues stored_as, const Run& run) {
+  switch (stored_as) {
+    case BitmapValues::kFloat32:
+      return run(Float32Values{});
+    case BitmapValues::kBFloat16:
+      return run(BFloat16Values{});
+    default:
+      return run(CodeValues{});
+  }
+}
+
+}  // namespace
+
+int BitmapMatmulCuda(const BitmapMatmulCudaArgs& a, void* stream) noexcept {
+  if (a.weight.rows == 0 || a.samples == 0) return cudaSuccess;
+  const dim3 grid = RowGrid(a.weight.rows, a.samples);
+  return WithFloat(a.stored_as, [&](auto number) {
+    using Float = decltype(number);
+    if (a.x_scales != nullptr) {
+      return Launch(BitmapMatmulKernel<RowTile, Int8Values, std::int8_t, Float>, grid, RowTile::kThreads, stream, a);
+    }
+    if (a.weight.stored_as == BitmapValues::kInt8) {
+      return Launch(BitmapMatmulKernel<RowTile, Int8Values, Float, Float>, grid, RowTile::kThreads, stream, a);
+    }
+    return WithFloatValues(a.weight.stored_as, [&](auto values) {
+      return Launch(BitmapMatmulKernel<RowTile, decltype(values), Float, Float>, grid, RowTile::kThreads, stream, a);
+    });
+  });
+}
+
+int BitmapQuantizeCuda(const BitmapQuantizeCudaArgs& a, void* stream) noexcept {
+  if (a.samples == 0) return cudaSuccess;
+  return WithFloat(a.stored_as, [&](auto number) {
+    return Launch(BitmapQuantizeKernel<SampleTile, decltype(number)>, static_cast<unsigned>(a.samples),
+                  SampleTile::kThreads, stream, a);
+  });
+}
+
+int BitmapColumnsCuda(const BitmapColumnsCudaArgs& a, void* stream) noexcept {
+  const std::int64_t words = CeilDiv(a.weight.columns, kWordBits);
+  if (words == 0 || a.samples == 0) return cudaSuccess;
+  const dim3 grid(static_cast<unsigned>(CeilDiv(words, WordsTile::kWarps * WordsTile::kWords)),
+                  BlocksOnY(a.samples, 1));
+  return WithFloatValues(a.weight.stored_as, [&](auto values) {
+    return WithFloat(a.stored_as, [&](auto number) {
+      return Launch(BitmapColumnsKernel<WordsTile, decltype(values), decltype(number)>, grid, WordsTile::kThreads,
+                    stream, a);
+    });
+  });
+}
+
+}  // namespace tersetorch
