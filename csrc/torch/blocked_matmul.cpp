@@ -15,15 +15,17 @@
 #include <tuple>
 #include <vector>
 
+#include "kernels/blocked_matmul/blocked_matmul_cuda.h"
 #include "kernels/panels/panels.h"
 #include "torch/common.h"
+#include "torch/cuda.h"
 #include "torch/samples.h"
 
 namespace tersetorch {
 namespace {
 
-void CheckVector(const char* op, const Tensor& t, const char* name, ScalarType dtype) {
-  CheckOnCpu(op, t, name);
+void CheckVector(const char* op, const Tensor& t, const char* name, ScalarType dtype, Place place = kCpu) {
+  CheckOn(place, op, t, name);
   STD_TORCH_CHECK(t.scalar_type() == dtype && t.dim() == 1, op, ": ", name, " must be ",
                   torch::headeronly::toString(dtype), " and 1-D, got ", torch::headeronly::toString(t.scalar_type()),
                   " and ", t.dim(), "-D; convert it");
@@ -52,14 +54,15 @@ void CheckColumnBlock(const char* op, std::int64_t column_block, std::int64_t gr
 
 // A weight whose tensors live as long as this.
 struct Weight {
-  Weight(const char* op, const Tensor& block_offsets, const Tensor& segments, const Tensor& indices,
+  Weight(const char* op, Place place, const Tensor& block_offsets, const Tensor& segments, const Tensor& indices,
          const Tensor& values, std::int64_t rows, std::int64_t features, std::int64_t column_block,
-         std::int64_t group = 1) {
+         std::int64_t group = 1)
+      : place(place) {
     CheckColumnBlock(op, column_block, group);
-    CheckVector(op, block_offsets, "block_offsets", ScalarType::Int);
-    CheckVector(op, segments, "segments", ScalarType::Int);
-    CheckVector(op, indices, "indices", ScalarType::Short);
-    CheckOnCpu(op, values, "values");
+    CheckVector(op, block_offsets, "block_offsets", ScalarType::Int, place);
+    CheckVector(op, segments, "segments", ScalarType::Int, place);
+    CheckVector(op, indices, "indices", ScalarType::Short, place);
+    CheckOn(place, op, values, "values");
     const std::int64_t column_blocks = Blocks(features, column_block);
     STD_TORCH_CHECK(rows >= 0 && segments.numel() == rows * column_blocks, op, ": segments must be [",
                     rows * column_blocks, "], one for each of ", rows, " rows in ", column_blocks,
@@ -71,7 +74,7 @@ struct Weight {
     STD_TORCH_CHECK(values.dim() == (grouped ? 2 : 1) && values.numel() == indices.numel() * group, op,
                     ": values must be [", indices.numel(), grouped ? ", " : "", grouped ? std::to_string(group) : "",
                     "], got ", values.dim(), "-D with ", values.numel(), " elements; pass one for each index");
-    tensors = {Contiguous(block_offsets), Contiguous(segments), Contiguous(indices), Contiguous(values)};
+    tensors = {Usable(place, block_offsets), Usable(place, segments), Usable(place, indices), Usable(place, values)};
     args.block_offsets = tensors[0].const_data_ptr<std::int32_t>();
     args.segments = tensors[1].const_data_ptr<std::int32_t>();
     args.indices = static_cast<const std::uint16_t*>(tensors[2].const_data_ptr());
@@ -92,15 +95,32 @@ struct Weight {
     STD_TORCH_CHECK(values.scalar_type() == ScalarType::Byte, op,
                     ": values must be uint8 codes beside a codebook, got ",
                     torch::headeronly::toString(values.scalar_type()), "; pass codes, or no codebook");
-    CheckCodebook(op, *codebook, kBlockedMaxEntries);
-    tensors.push_back(Contiguous(*codebook));
+    CheckCodebook(op, *codebook, kBlockedMaxEntries, place);
+    tensors.push_back(Usable(place, *codebook));
     args.stored_as = BlockedValues::kCodes;
     args.codebook = tensors[4].const_data_ptr<float>();
     args.entries = codebook->numel();
   }
 
+  Place place;
   std::vector<Tensor> tensors;
   BlockedWeight args{};
+};
+
+// The arguments of the product with float32 sums, checked.
+struct MatmulInputs {
+  MatmulInputs(const char* op, Place place, const Tensor& x, const Tensor& block_offsets, const Tensor& segments,
+               const Tensor& indices, const Tensor& values, const std::optional<Tensor>& bias,
+               const std::optional<Tensor>& codebook, std::int64_t out_features, std::int64_t column_block)
+      : samples(op, x, "x", place),
+        weight(op, place, block_offsets, segments, indices, values, out_features, samples.features, column_block),
+        bias(op, bias, out_features, place) {
+    weight.SetStored(op, values, codebook);
+  }
+
+  Samples samples;
+  Weight weight;
+  Bias bias;
 };
 
 struct Panel {
@@ -213,13 +233,12 @@ Tensor BlockedMatmulOnCpu(const Tensor& x, const Tensor& block_offsets, const Te
                           const std::optional<Tensor>& codebook, std::int64_t out_features, std::int64_t column_block,
                           bool relu) {
   constexpr const char* kOp = "blocked_matmul";
-  const Samples samples(kOp, x, "x");
-  Weight weight(kOp, block_offsets, segments, indices, values, out_features, samples.features, column_block);
-  weight.SetStored(kOp, values, codebook);
-  const Bias bias_of_rows(kOp, bias, out_features);
+  const MatmulInputs inputs(kOp, kCpu, x, block_offsets, segments, indices, values, bias, codebook, out_features,
+                            column_block);
+  const Samples& samples = inputs.samples;
   BlockedMatmulArgs args{};
-  args.weight = weight.args;
-  args.bias = bias_of_rows.data;
+  args.weight = inputs.weight.args;
+  args.bias = inputs.bias.data;
   args.relu = relu;
   return Multiply(kOp, samples, args, [&](const Panel& panel, float* memory, std::int64_t begin, std::int64_t end) {
     PackPanel({samples.At(panel.begin), samples.stored_as, panel.samples, samples.features, memory, panel.width}, begin,
@@ -233,7 +252,7 @@ Tensor BlockedBFloat16MatmulOnCpu(const Tensor& x, const Tensor& block_offsets, 
   constexpr const char* kOp = "blocked_bfloat16_matmul";
   const Samples samples(kOp, x, "x");
   CheckDtype(kOp, values, "values", ScalarType::BFloat16);
-  Weight weight(kOp, block_offsets, segments, indices, values, out_features, samples.features, column_block, 2);
+  Weight weight(kOp, kCpu, block_offsets, segments, indices, values, out_features, samples.features, column_block, 2);
   weight.args.stored_as = BlockedValues::kBFloat16Pairs;
   const Bias bias_of_rows(kOp, bias, out_features);
   BlockedMatmulArgs args{};
@@ -255,7 +274,7 @@ Tensor BlockedInt8MatmulOnCpu(const Tensor& x, const Tensor& block_offsets, cons
   const Samples samples(kOp, x, "x");
   CheckInt8Columns(kOp, samples.features);
   CheckDtype(kOp, values, "values", ScalarType::Char);
-  Weight weight(kOp, block_offsets, segments, indices, values, out_features, samples.features, column_block, 4);
+  Weight weight(kOp, kCpu, block_offsets, segments, indices, values, out_features, samples.features, column_block, 4);
   weight.args.stored_as = BlockedValues::kInt8Quads;
   CheckVector(kOp, row_scales, "row_scales", ScalarType::Float);
   CheckVector(kOp, row_sums, "row_sums", ScalarType::Int);
@@ -428,6 +447,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> BlockedInt8PackOnCpu(const Te
   return {block_offsets, segments, indices, packed, row_sums};
 }
 
+#ifdef TERSETORCH_CUDA
+
+Tensor BlockedMatmulOnCuda(const Tensor& x, const Tensor& block_offsets, const Tensor& segments, const Tensor& indices,
+                           const Tensor& values, const std::optional<Tensor>& bias,
+                           const std::optional<Tensor>& codebook, std::int64_t out_features, std::int64_t column_block,
+                           bool relu) {
+  constexpr const char* kOp = "blocked_matmul";
+  const CudaCall call(kOp, x, "x");
+  const MatmulInputs inputs(kOp, call.place(), x, block_offsets, segments, indices, values, bias, codebook,
+                            out_features, column_block);
+  const Samples& samples = inputs.samples;
+  const Tensor y = torch::stable::new_empty(x, WithLastDim(x, out_features));
+  call.Check(BlockedMatmulCuda({inputs.weight.args, samples.At(0), samples.stored_as, inputs.bias.data, relu,
+                                y.mutable_data_ptr(), samples.count},
+                               call.Stream()));
+  return y;
+}
+
+#endif
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(tersetorch, CPU, m) {
@@ -440,6 +479,15 @@ STABLE_TORCH_LIBRARY_IMPL(tersetorch, CPU, m) {
   m.impl("blocked_int8_matmul", TORCH_BOX(&BlockedInt8MatmulOnCpu));
   m.impl("blocked_int8_matmul_inference", TORCH_BOX(&BlockedInt8MatmulOnCpu));
   m.impl("blocked_int8_pack", TORCH_BOX(&BlockedInt8PackOnCpu));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(tersetorch, CUDA, m) {
+#ifdef TERSETORCH_CUDA
+  m.impl("blocked_matmul", TORCH_BOX(&BlockedMatmulOnCuda));
+  m.impl("blocked_matmul_inference", TORCH_BOX(&BlockedMatmulOnCuda));
+#else
+  for (const char* op : {"blocked_matmul", "blocked_matmul_inference"}) m.impl(op, &NotBuiltForCuda);
+#endif
 }
 
 }  // namespace tersetorch

@@ -14,6 +14,7 @@
 
 #include "kernels/arrays.h"
 #include "kernels/blocked_matmul/blocked_matmul.h"
+#include "kernels/blocked_weight.h"
 #include "kernels/check.h"
 #include "kernels/common/cpu_isa.h"
 #include "kernels/common/scalars.h"
@@ -35,80 +36,9 @@ struct Variant {
   bool unsigned_quads;
 };
 
-// Lays out rows whose columns are col_indices; returns where each non-zero comes from.
-struct Layout {
-  Layout(const std::vector<std::int32_t>& row_offsets, const std::vector<std::int32_t>& col_indices, Index columns,
-         Index column_block)
-      : segments((row_offsets.size() - 1) * ((columns + column_block - 1) / column_block), -1),
-        indices(col_indices.size(), 0xffff),
-        sources(col_indices.size(), -1) {
-    const Index rows = static_cast<Index>(row_offsets.size()) - 1;
-    const Index row_blocks = (rows + kBlockedRows - 1) / kBlockedRows;
-    const Index column_blocks = (columns + column_block - 1) / column_block;
-    block_offsets.assign(row_blocks * column_blocks + 1, static_cast<std::int32_t>(col_indices.size()));
-    std::vector<std::int32_t> scratch((kBlockedRows + 1) * column_blocks + column_block + 1);
-    for (Index block = row_blocks; block-- > 0;) {
-      BlockedPack({row_offsets.data(), col_indices.data(), rows, columns, column_block, block_offsets.data(),
-                   segments.data(), indices.data(), sources.data(), scratch.data()},
-                  block);
-    }
-  }
-
-  std::vector<std::int32_t> block_offsets, segments;
-  std::vector<std::uint16_t> indices;
-  std::vector<std::int32_t> sources;
-};
-
-struct Weight {
-  Weight(Index rows, Index columns, Index column_block, double density, std::mt19937& rng)
-      : rows(rows), columns(columns), column_block(column_block) {
-    for (Index r = 0; r < rows; ++r) {
-      // Rows of very different lengths, some of them empty and some full.
-      std::bernoulli_distribution kept(r % 7 == 3 ? 0 : r % 11 == 5 ? 1 : density);
-      for (Index c = 0; c < columns; ++c) {
-        if (kept(rng)) col_indices.push_back(static_cast<std::int32_t>(c));
-      }
-      std::shuffle(col_indices.begin() + row_offsets.back(), col_indices.end(), rng);
-      row_offsets.push_back(static_cast<std::int32_t>(col_indices.size()));
-    }
-    codebook = Random(7, rng);
-    for (std::size_t k = 0; k < col_indices.size(); ++k) {
-      csr_codes.push_back(static_cast<std::uint8_t>(rng() % codebook.size()));
-      csr_values.push_back(codebook[csr_codes.back()]);
-    }
-    Pack();
-  }
-
-  Index RowBlocks() const { return (rows + kBlockedRows - 1) / kBlockedRows; }
-  Index ColumnBlocks() const { return (columns + column_block - 1) / column_block; }
-
-  void Pack() {
-    const Layout layout(row_offsets, col_indices, columns, column_block);
-    block_offsets = layout.block_offsets;
-    segments = layout.segments;
-    indices = layout.indices;
-    for (const std::int32_t source : layout.sources) {
-      codes.push_back(csr_codes[source]);
-      values.push_back(csr_values[source]);
-      halves.push_back(Truncated(csr_values[source]));
-    }
-  }
-
-  Index rows, columns, column_block;
-  std::vector<std::int32_t> row_offsets{0}, col_indices;
-  std::vector<float> csr_values, codebook;
-  std::vector<std::uint8_t> csr_codes;
-
-  std::vector<std::int32_t> block_offsets, segments;
-  std::vector<std::uint16_t> indices;
-  std::vector<float> values;
-  std::vector<std::uint16_t> halves;
-  std::vector<std::uint8_t> codes;
-};
-
 // A weight's arrays in unaligned memory.
 struct Stored {
-  Stored(const Weight& w, BlockedValues stored_as)
+  Stored(const RandomBlocked& w, BlockedValues stored_as)
       : offsets(w.block_offsets),
         segments(w.segments),
         indices(w.indices),
@@ -141,7 +71,7 @@ struct Stored {
 };
 
 // Every non-zero once, in its block, rows with more non-zeros first and every row once.
-void TestPacking(const Weight& w) {
+void TestPacking(const RandomBlocked& w) {
   const auto complain = [&](bool ok, const char* what) {
     Expect(ok, "packing: %s, %ld x %ld in blocks of %ld", what, long{w.rows}, long{w.columns}, long{w.column_block});
   };
@@ -177,8 +107,8 @@ void TestPacking(const Weight& w) {
   complain(packed == dense, "non-zeros");
 }
 
-void TestOne(const Variant& variant, const Weight& w, BlockedValues values_as, FloatDtype floats_as, Index samples,
-             Index width, bool relu, std::mt19937& rng) {
+void TestOne(const Variant& variant, const RandomBlocked& w, BlockedValues values_as, FloatDtype floats_as,
+             Index samples, Index width, bool relu, std::mt19937& rng) {
   Stored stored(w, values_as);
   const auto x = Random(samples * w.columns, rng), bias = Random(w.rows, rng);
   std::vector<float> panel(w.columns * width, NAN);
@@ -217,7 +147,7 @@ void TestShapes(const std::vector<Variant>& variants) {
                 {256, 64, 64, 0.1}, {257, 65, 64, 0.1}, {40, 100, 7, 0.6},   {3, 257, 300, 1.0}, {20, 50, 16, 0.0},
                 {5, 0, 16, 0.0},    {0, 5, 16, 0.0},    {530, 131, 48, 0.07}};
   for (const auto& shape : shapes) {
-    const Weight w(shape.rows, shape.columns, shape.column_block, shape.density, rng);
+    const RandomBlocked w(shape.rows, shape.columns, shape.column_block, shape.density, rng);
     TestPacking(w);
     for (const Variant& variant : variants) {
       for (const Index width : {8, 16, 32, 64}) {
@@ -265,7 +195,7 @@ struct Words {
       }
       row_offsets.push_back(static_cast<std::int32_t>(col_indices.size()));
     }
-    const Layout layout(row_offsets, col_indices, columns, column_block);
+    const BlockedLayout layout(row_offsets, col_indices, columns, column_block);
     for (const std::int32_t source : layout.sources) values.push_back(in_rows[source]);
     block_offsets = layout.block_offsets;
     segments = layout.segments;
@@ -388,8 +318,8 @@ void TestWordShapes(const Variant& variant) {
 // Each damage must be met by its status, wherever in the block it lies.
 void TestDamage(const Variant& variant) {
   std::mt19937 rng(99);
-  const Weight good(300, 100, 40, 0.4, rng);
-  const auto expect = [&](const Weight& w, Index nnz, BlockedStatus want, const char* what) {
+  const RandomBlocked good(300, 100, 40, 0.4, rng);
+  const auto expect = [&](const RandomBlocked& w, Index nnz, BlockedStatus want, const char* what) {
     for (const Index width : {8, 64}) {
       Stored stored(w, want == BlockedStatus::kBadCode ? BlockedValues::kCodes : BlockedValues::kFloat32);
       stored.args.nnz = nnz;
@@ -408,35 +338,35 @@ void TestDamage(const Variant& variant) {
   expect(good, nnz - 1, BlockedStatus::kBadOffsets, "more than there is");
   for (const std::size_t k : {std::size_t{0}, std::size_t{777}, good.indices.size() - 1}) {
     for (const int index : {40, 0x8000, 0xffff}) {
-      Weight bad = good;
+      RandomBlocked bad = good;
       bad.indices[k] = static_cast<std::uint16_t>(index);
       expect(bad, nnz, BlockedStatus::kBadIndex, "an index outside");
     }
     for (const int code : {7, 255}) {
-      Weight bad = good;
+      RandomBlocked bad = good;
       bad.codes[k] = static_cast<std::uint8_t>(code);
       expect(bad, nnz, BlockedStatus::kBadCode, "a code outside");
     }
   }
-  Weight edge = good;  // the last column block has 20 columns
+  RandomBlocked edge = good;  // the last column block has 20 columns
   edge.indices.back() = 20;
   expect(edge, nnz, BlockedStatus::kBadIndex, "an index past the last column");
   for (const std::size_t i : {std::size_t{0}, std::size_t{300}, good.segments.size() - 1}) {
     for (const std::int32_t segment : {good.segments[i] + 1, -1, INT32_MAX, INT32_MIN, 256 << 16}) {
-      Weight bad = good;
+      RandomBlocked bad = good;
       bad.segments[i] = segment;
       expect(bad, nnz, BlockedStatus::kBadSegment, "a segment that lies");
     }
   }
-  Weight row = good;
+  RandomBlocked row = good;
   row.segments.back() = 44 << 16 | (row.segments.back() & 0xffff);  // the last block has 44 rows
   expect(row, nnz, BlockedStatus::kBadSegment, "a row outside");
   for (const std::int32_t offset : {-1, INT32_MIN, INT32_MAX}) {
-    Weight bad = good;
+    RandomBlocked bad = good;
     bad.block_offsets[2] = offset;
     expect(bad, nnz, BlockedStatus::kBadOffsets, "an offset outside");
   }
-  Weight falling = good;
+  RandomBlocked falling = good;
   std::swap(falling.block_offsets[2], falling.block_offsets[4]);
   expect(falling, nnz, BlockedStatus::kBadSegment, "offsets out of order");
 }

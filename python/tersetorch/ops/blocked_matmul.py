@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from tersetorch.ops._autocast import compute_in_float32, enabled_for
+from tersetorch.ops._packing import pack_on_cpu
 
 BLOCK_ROWS = 256
 MAX_COLUMN_BLOCK = 32768
@@ -60,7 +61,8 @@ def blocked_matmul(
         TypeError: an argument is not a tensor or has another dtype than named here.
         ValueError: shapes or devices do not fit each other.
         RuntimeError: an offset, a segment, an index or a code lies outside its range (found while multiplying; nothing
-            outside the tensors is read), or forward-mode differentiation is asked for.
+            outside the tensors is read), or forward-mode differentiation is asked for. On a CUDA device, where finding
+            damage would make every call wait, the rows that it reaches are NaN in y instead.
 
     Source:
         Elsen et al., Fast Sparse ConvNets (2019), section 3, for the panels of x; Gale et al., Sparse GPU Kernels for
@@ -132,7 +134,9 @@ def blocked_pack(
         if tensor.dtype != torch.int32:
             raise TypeError(f"blocked_pack: {name} must be int32, got {tensor.dtype}; call {name}.int()")
     _check_column_block("blocked_pack", column_block)
-    block_offsets, segments, indices, sources = _blocked_pack(row_offsets, col_indices, columns, column_block)
+    block_offsets, segments, indices, sources = pack_on_cpu(
+        _blocked_pack, row_offsets, col_indices, columns, column_block
+    )
     return block_offsets, segments, indices, sources
 
 

@@ -1,0 +1,179 @@
+// The CUDA kernel against sums in double, on shapes around its tiles and on damaged weights.
+#include <cmath>
+#include <initializer_list>
+#include <random>
+#include <utility>
+#include <vector>
+
+#include "kernels/arrays.h"
+#include "kernels/blocked_matmul/blocked_matmul_cuda.h"
+#include "kernels/blocked_weight.h"
+#include "kernels/check.h"
+#include "kernels/device.h"
+
+using namespace tersetorch;
+using namespace tersetorch::test;
+
+namespace {
+
+std::vector<float> Multiply(const RandomBlocked& w, BlockedValues values_as, FloatDtype floats_as, Index samples,
+                            const std::vector<float>& x_numbers, const std::vector<float>* bias_numbers, bool relu) {
+  DeviceArray<std::int32_t> offsets("block_offsets", w.block_offsets), segments("segments", w.segments);
+  DeviceArray<std::uint16_t> indices("indices", w.indices), halves("values", w.halves);
+  DeviceArray<float> codebook("codebook", w.codebook), values("values", w.values);
+  DeviceArray<std::uint8_t> codes("codes", w.codes);
+  DeviceArray<float> bias("bias", bias_numbers == nullptr ? std::vector<float>() : *bias_numbers);
+  DeviceFloats x("x", floats_as, x_numbers), y("y", floats_as, samples * w.rows);
+  const void* chosen = values_as == BlockedValues::kFloat32    ? static_cast<const void*>(values.data())
+                       : values_as == BlockedValues::kBFloat16 ? static_cast<const void*>(halves.data())
+                                                               : codes.data();
+  const BlockedWeight weight{offsets.data(),
+                             segments.data(),
+                             indices.data(),
+                             chosen,
+                             values_as,
+                             codebook.data(),
+                             static_cast<Index>(w.codebook.size()),
+                             w.rows,
+                             w.columns,
+                             static_cast<Index>(w.indices.size()),
+                             w.column_block};
+  ExpectLaunched(BlockedMatmulCuda({weight, x.data(), floats_as, bias_numbers == nullptr ? nullptr : bias.data(), relu,
+                                    y.data(), samples},
+                                   nullptr),
+                 "BlockedMatmulCuda");
+  return y.Values();
+}
+
+void TestOne(const RandomBlocked& w, BlockedValues values_as, FloatDtype floats_as, Index samples, bool with_bias,
+             bool relu, std::mt19937& rng) {
+  const auto x = Random(samples * w.columns, rng), bias = Random(w.rows, rng);
+  const auto got = Multiply(w, values_as, floats_as, samples, x, with_bias ? &bias : nullptr, relu);
+  bool right = true;
+  for (Index n = 0; n < samples; ++n) {
+    for (Index r = 0; r < w.rows; ++r) {
+      Sum want;
+      for (Index k = w.row_offsets[r]; k < w.row_offsets[r + 1]; ++k) {
+        want.Add(double{w.csr_values[k]} * x[n * w.columns + w.col_indices[k]]);
+      }
+      if (with_bias) want.Add(bias[r]);
+      const float y = got[n * w.rows + r];
+      right &= relu && y == 0 ? want.value <= std::ldexp((want.terms + 1) * want.magnitude, -24)
+                              : want.Near(y, floats_as) && !(relu && y < 0);
+    }
+  }
+  Expect(right, "%ld x %ld in blocks of %ld, %ld samples, values %d, floats %d, relu %d", long{w.rows}, long{w.columns},
+         long{w.column_block}, long{samples}, static_cast<int>(values_as), static_cast<int>(floats_as), int{relu});
+}
+
+void TestShapes() {
+  std::mt19937 rng(1234);
+  const struct {
+    Index rows, columns, column_block;
+    double density;
+  } shapes[] = {{1, 1, 1, 1.0},      {7, 9, 4, 0.5},      {33, 37, 16, 0.3},  {255, 5, 3, 0.2},
+                {256, 64, 64, 0.02}, {257, 65, 64, 0.02}, {3, 257, 300, 1.0}, {20, 50, 16, 0.0},
+                {5, 0, 16, 0.0},     {0, 5, 16, 0.0},     {515, 31, 8, 0.05}};
+  int turn = 0;
+  for (const auto& shape : shapes) {
+    const RandomBlocked w(shape.rows, shape.columns, shape.column_block, shape.density, rng);
+    for (const Index samples : {0, 1, 7, 8, 9}) {
+      for (const BlockedValues values_as : {BlockedValues::kFloat32, BlockedValues::kBFloat16, BlockedValues::kCodes}) {
+        const FloatDtype floats_as = kFloats[turn % 2];
+        TestOne(w, values_as, floats_as, samples, turn % 5 != 0, turn % 3 == 0, rng);
+        ++turn;
+      }
+    }
+  }
+}
+
+// NaN and infinity reach the rows whose stored weights meet them, and no others; relu keeps NaN.
+void TestInfinities() {
+  std::mt19937 rng(5);
+  const RandomBlocked w(40, 30, 8, 0.3, rng);
+  for (const float odd : {INFINITY, NAN}) {
+    auto x = Random(2 * w.columns, rng);
+    x[w.columns + 11] = odd;
+    const auto got = Multiply(w, BlockedValues::kFloat32, FloatDtype::kFloat32, 2, x, nullptr, std::isnan(odd));
+    bool right = true;
+    for (Index r = 0; r < w.rows; ++r) {
+      bool uses = false;
+      for (Index k = w.row_offsets[r]; k < w.row_offsets[r + 1]; ++k) uses |= w.col_indices[k] == 11;
+      right &= std::isfinite(got[r]) && std::isfinite(got[w.rows + r]) == !uses;
+    }
+    Expect(right, "%g in x", double{odd});
+  }
+}
+
+// Damage becomes NaN where the contract says, and changes nothing else.
+void TestDamage() {
+  std::mt19937 rng(99);
+  const Index samples = 9;
+  // Row blocks of 256 and 4 rows, four column blocks.
+  const RandomBlocked good(260, 29, 8, 0.2, rng);
+  const auto x = Random(samples * good.columns, rng);
+  const auto want = Multiply(good, BlockedValues::kCodes, FloatDtype::kFloat32, samples, x, nullptr, true);
+  const auto expect = [&](const RandomBlocked& bad, Index row_begin, Index row_end, const char* what) {
+    const auto got = Multiply(bad, BlockedValues::kCodes, FloatDtype::kFloat32, samples, x, nullptr, true);
+    bool right = true;
+    for (Index i = 0; i < samples * good.rows; ++i) {
+      const Index r = i % good.rows;
+      right &= row_begin <= r && r < row_end ? std::isnan(got[i]) : got[i] == want[i];
+    }
+    Expect(right, "%s in rows %ld to %ld", what, long{row_begin}, long{row_end});
+  };
+  const auto nnz = static_cast<std::int32_t>(good.indices.size());
+  for (const Index part : {0, 1}) {
+    const Index begin = part * kBlockedRows, end = part == 0 ? kBlockedRows : good.rows, rows = end - begin;
+    for (const Index j : {0, 1, 3}) {
+      const Index block = part * 4 + j, first = begin * 4 + j * rows;
+      for (const std::int32_t offset : {-1, INT32_MIN, INT32_MAX, nnz + 1}) {
+        RandomBlocked bad = good;
+        bad.block_offsets[block + (j == 0 ? 1 : 0)] = offset;
+        expect(bad, begin, end, "an offset outside");
+      }
+      RandomBlocked bad = good;
+      bad.segments[first + 1] = bad.segments[first];
+      expect(bad, begin, end, "a row twice");
+      bad = good;
+      bad.segments[first + 2] = (bad.segments[first + 2] & 0xffff) | static_cast<std::int32_t>(rows << 16);
+      expect(bad, begin, end, "a row outside");
+      bad.segments[first + 2] = -1;
+      expect(bad, begin, end, "all bits of a segment");
+      bad = good;
+      ++bad.segments[first];
+      expect(bad, begin, end, "a non-zero too many");
+      // The last non-zero of the block's first segment.
+      const Index row = begin + (good.segments[first] >> 16);
+      const Index k = good.block_offsets[block] + (good.segments[first] & 0xffff) - 1;
+      bad = good;
+      bad.indices[k] = j == 3 ? 5 : 8;
+      expect(bad, row, row + 1, "an index outside");
+      bad.indices[k] = 0xffff;
+      expect(bad, row, row + 1, "an index outside");
+      bad = good;
+      bad.codes[k] = j == 0 ? 7 : 255;
+      expect(bad, row, row + 1, "a code outside");
+    }
+  }
+}
+
+// More samples than the grid's y axis is given.
+void TestLargeGrids() {
+  std::mt19937 rng(7);
+  TestOne(RandomBlocked(1, 1, 1, 1, rng), BlockedValues::kFloat32, FloatDtype::kBFloat16, 8192 * 8 + 9, true, false,
+          rng);
+}
+
+}  // namespace
+
+int main() {
+  bool first = true;
+  return RunOnDevice([&] {
+    TestShapes();
+    TestInfinities();
+    TestDamage();
+    if (first) TestLargeGrids();
+    first = false;
+  });
+}
