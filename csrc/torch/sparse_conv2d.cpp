@@ -10,7 +10,9 @@
 #include <tuple>
 #include <vector>
 
+#include "kernels/sparse_conv2d/sparse_conv2d_cuda.h"
 #include "torch/common.h"
+#include "torch/cuda.h"
 #include "torch/samples.h"
 
 namespace tersetorch {
@@ -18,8 +20,9 @@ namespace {
 
 using Ints = std::vector<std::int64_t>;
 
-void CheckVector(const char* op, const Tensor& t, const char* name, ScalarType dtype, std::int64_t dim = 1) {
-  CheckOnCpu(op, t, name);
+void CheckVector(const char* op, const Tensor& t, const char* name, ScalarType dtype, std::int64_t dim = 1,
+                 Place place = kCpu) {
+  CheckOn(place, op, t, name);
   STD_TORCH_CHECK(t.scalar_type() == dtype && t.dim() == dim, op, ": ", name, " must be ",
                   torch::headeronly::toString(dtype), " and ", dim, "-D, got ",
                   torch::headeronly::toString(t.scalar_type()), " and ", t.dim(), "-D; convert it");
@@ -51,6 +54,12 @@ ConvShape ShapeOf(const char* op, std::int64_t in_channels, std::int64_t out_cha
                   op, ": kernel_size must be smaller, got ", kernel_size[0], " x ", kernel_size[1],
                   "; keep this layer dense");
   return shape;
+}
+
+void CheckEntries(const char* op, const Tensor& codebook, Place place = kCpu) {
+  CheckVector(op, codebook, "codebook", ScalarType::Float, 1, place);
+  STD_TORCH_CHECK(codebook.numel() <= kConvMaxEntries, op, ": codebook must have at most ", kConvMaxEntries,
+                  " entries, got ", codebook.numel(), "; pass one group of a codebook");
 }
 
 // A packed weight whose tensors live as long as this.
@@ -86,9 +95,7 @@ struct Weight {
     STD_TORCH_CHECK(values.scalar_type() == ScalarType::Byte, op,
                     ": values must be uint8 codes beside a codebook, got ",
                     torch::headeronly::toString(values.scalar_type()), "; pass codes, or no codebook");
-    CheckVector(op, *codebook, "codebook", ScalarType::Float);
-    STD_TORCH_CHECK(codebook->numel() <= kConvMaxEntries, op, ": codebook must have at most ", kConvMaxEntries,
-                    " entries, got ", codebook->numel(), "; pass one group of a codebook");
+    CheckEntries(op, *codebook);
     tensors.push_back(Contiguous(*codebook));
     args.stored_as = ConvValues::kCodes;
     args.codebook = tensors[4].const_data_ptr<float>();
@@ -131,6 +138,37 @@ bool IsChannelsLast(const Tensor& t) {
   return true;
 }
 
+// Images [N, C, H, W], checked, and the sizes of what a convolution makes of them.
+struct Images {
+  Images(const char* op, const Tensor& x, const ConvShape& s, const Ints& padding, Place place = kCpu)
+      : stored_as(DtypeOf(op, x, "x")), count(x.size(0)), height(x.size(2)), width(x.size(3)) {
+    CheckPair(op, padding, "padding", 0);
+    STD_TORCH_CHECK(height + 2 * padding[0] > s.dilation_h * (s.kernel_h - 1) &&
+                        width + 2 * padding[1] > s.dilation_w * (s.kernel_w - 1),
+                    op, ": x must be as large as the kernel, got ", height, " x ", width,
+                    " before padding; pass larger images or more padding");
+    out_height = (height + 2 * padding[0] - s.dilation_h * (s.kernel_h - 1) - 1) / s.stride_h + 1;
+    out_width = (width + 2 * padding[1] - s.dilation_w * (s.kernel_w - 1) - 1) / s.stride_w + 1;
+    channels_last = IsChannelsLast(x);
+    tensor = channels_last ? x : Contiguous(x);
+    // As Usable does, which knows contiguous tensors only.
+    const auto address = reinterpret_cast<std::uintptr_t>(tensor.const_data_ptr());
+    if (place != kCpu && address % tensor.element_size() != 0) tensor = torch::stable::clone(tensor);
+  }
+
+  // Outputs, uninitialised, in the memory format of the images.
+  Tensor Outputs(std::int64_t channels) const {
+    return torch::stable::empty(
+        {count, channels, out_height, out_width}, tensor.scalar_type(), std::nullopt, tensor.device(), std::nullopt,
+        channels_last ? torch::headeronly::MemoryFormat::ChannelsLast : torch::headeronly::MemoryFormat::Contiguous);
+  }
+
+  FloatDtype stored_as;
+  std::int64_t count, height, width, out_height = 0, out_width = 0;
+  bool channels_last = false;
+  Tensor tensor;
+};
+
 // Threads share out tiles, and filters too where there are few tiles.
 std::int64_t FilterChunks(std::int64_t tiles, std::int64_t row_blocks) {
   const auto threads = static_cast<std::int64_t>(torch::stable::get_num_threads());
@@ -156,23 +194,14 @@ std::int64_t RoundUp(std::int64_t floats) { return Blocks(floats, 16) * 16; }
 Tensor Convolve(const char* op, const Tensor& x, const Weight& weight, const std::optional<Tensor>& bias,
                 const Ints& padding, bool relu) {
   const ConvShape& s = weight.args.shape;
-  CheckPair(op, padding, "padding", 0);
-  const FloatDtype stored_as = DtypeOf(op, x, "x");
+  const Images input(op, x, s, padding);
   const Bias bias_of_filters(op, bias, s.out_channels);
-  const std::int64_t images = x.size(0), height = x.size(2), width = x.size(3);
-  const std::int64_t out_height = (height + 2 * padding[0] - s.dilation_h * (s.kernel_h - 1) - 1) / s.stride_h + 1;
-  const std::int64_t out_width = (width + 2 * padding[1] - s.dilation_w * (s.kernel_w - 1) - 1) / s.stride_w + 1;
-  STD_TORCH_CHECK(height + 2 * padding[0] > s.dilation_h * (s.kernel_h - 1) &&
-                      width + 2 * padding[1] > s.dilation_w * (s.kernel_w - 1),
-                  op, ": x must be as large as the kernel, got ", height, " x ", width,
-                  " before padding; pass larger images or more padding");
+  const std::int64_t images = input.count, height = input.height, width = input.width;
+  const std::int64_t out_height = input.out_height, out_width = input.out_width;
+  const FloatDtype stored_as = input.stored_as;
+  const bool channels_last = input.channels_last;
   Raise(op, ConvCheck(weight.args), weight.args);
-
-  const bool channels_last = IsChannelsLast(x);
-  const Tensor input = channels_last ? x : Contiguous(x);
-  const Tensor y = torch::stable::empty(
-      {images, s.out_channels, out_height, out_width}, x.scalar_type(), std::nullopt, x.device(), std::nullopt,
-      channels_last ? torch::headeronly::MemoryFormat::ChannelsLast : torch::headeronly::MemoryFormat::Contiguous);
+  const Tensor y = input.Outputs(s.out_channels);
   if (y.numel() == 0) return y;
 
   ConvArgs args{};
@@ -195,7 +224,7 @@ Tensor Convolve(const char* op, const Tensor& x, const Weight& weight, const std
   const std::int64_t rows_of_chunk = Blocks(row_blocks, chunks);
   const std::int64_t bytes = stored_as == FloatDtype::kFloat32 ? 4 : 2;
   const ConvScratchSizes sizes = ConvScratch(weight.args, args.plan);
-  const char* x_data = static_cast<const char*>(input.const_data_ptr());
+  const char* x_data = static_cast<const char*>(input.tensor.const_data_ptr());
   char* y_data = static_cast<char*>(y.mutable_data_ptr());
   const std::int64_t pixels = height * width, plane_floats = s.in_channels * pixels;
 
@@ -236,8 +265,8 @@ Tensor Convolve(const char* op, const Tensor& x, const Weight& weight, const std
   return y;
 }
 
-void CheckImages(const char* op, const Tensor& x) {
-  CheckOnCpu(op, x, "x");
+void CheckImages(const char* op, const Tensor& x, Place place = kCpu) {
+  CheckOn(place, op, x, "x");
   STD_TORCH_CHECK(x.dim() == 4, op, ": x must be [N, C, H, W], got ", x.dim(), "-D; reshape it");
 }
 
@@ -279,11 +308,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> Pack(const char* op, const Tensor& ro
   return {blocks, torch::stable::clone(torch::stable::narrow(segments, 0, 0, used)), indices, sources};
 }
 
-void CheckPositions(const char* op, const Tensor& row_offsets, const Tensor& col_indices) {
-  CheckVector(op, row_offsets, "row_offsets", ScalarType::Int);
-  CheckVector(op, col_indices, "col_indices", ScalarType::Int);
+void CheckPositions(const char* op, const Tensor& row_offsets, const Tensor& col_indices, Place place = kCpu) {
+  CheckVector(op, row_offsets, "row_offsets", ScalarType::Int, 1, place);
+  CheckVector(op, col_indices, "col_indices", ScalarType::Int, 1, place);
   STD_TORCH_CHECK(row_offsets.numel() >= 1, op, ": row_offsets must have one entry more than filters, got none; ",
                   "pass [0]");
+}
+
+// The numbers of a weight in compressed sparse rows.
+void CheckNumbers(const char* op, const Tensor& col_indices, const Tensor& values,
+                  const std::optional<Tensor>& codebook, Place place = kCpu) {
+  CheckOn(place, op, values, "values");
+  if (!codebook.has_value()) DtypeOf(op, values, "values");
+  STD_TORCH_CHECK(values.dim() == 1 && values.numel() == col_indices.numel() &&
+                      (!codebook.has_value() || values.scalar_type() == ScalarType::Byte),
+                  op, ": values must be [", col_indices.numel(), "], uint8 codes beside a codebook, got ",
+                  torch::headeronly::toString(values.scalar_type()), ", ", values.dim(), "-D with ", values.numel(),
+                  " elements; pass one for each column index");
 }
 
 // ---- ops
@@ -333,19 +374,71 @@ Tensor ConvOnCpu(const Tensor& x, const Tensor& row_offsets, const Tensor& col_i
   CheckImages(kOp, x);
   CheckPositions(kOp, row_offsets, col_indices);
   const ConvShape shape = ShapeOf(kOp, x.size(1), row_offsets.numel() - 1, kernel_size, stride, dilation, groups);
-  CheckOnCpu(kOp, values, "values");
-  if (!codebook.has_value()) DtypeOf(kOp, values, "values");
-  STD_TORCH_CHECK(values.dim() == 1 && values.numel() == col_indices.numel() &&
-                      (!codebook.has_value() || values.scalar_type() == ScalarType::Byte),
-                  kOp, ": values must be [", col_indices.numel(), "], uint8 codes beside a codebook, got ",
-                  torch::headeronly::toString(values.scalar_type()), ", ", values.dim(), "-D with ", values.numel(),
-                  " elements; pass one for each column index");
+  CheckNumbers(kOp, col_indices, values, codebook);
   const std::int64_t channel_block = ConvChannelBlock(shape);
   const auto [blocks, segments, indices, sources] = Pack(kOp, row_offsets, col_indices, shape, channel_block);
   return Convolve(kOp, x,
                   Weight(kOp, blocks, segments, indices, Gathered(values, sources), codebook, shape, channel_block),
                   bias, padding, relu);
 }
+
+#ifdef TERSETORCH_CUDA
+
+ConvSteps StepsOf(std::int64_t channels, std::int64_t height, std::int64_t width, bool channels_last) {
+  const std::int64_t image = channels * height * width;
+  if (channels_last) return {image, 1, width * channels, channels};
+  return {image, height * width, width, 1};
+}
+
+Tensor ConvOnCuda(const Tensor& x, const Tensor& row_offsets, const Tensor& col_indices, const Tensor& values,
+                  const std::optional<Tensor>& bias, const std::optional<Tensor>& codebook, Ints kernel_size,
+                  Ints stride, Ints padding, Ints dilation, std::int64_t groups, bool relu) {
+  constexpr const char* kOp = "sparse_conv2d";
+  const CudaCall call(kOp, x, "x");
+  const Place place = call.place();
+  CheckImages(kOp, x, place);
+  CheckPositions(kOp, row_offsets, col_indices, place);
+  const std::int64_t channels = x.size(1), filters = row_offsets.numel() - 1;
+  const ConvShape shape = ShapeOf(kOp, channels, filters, kernel_size, stride, dilation, groups);
+  CheckNumbers(kOp, col_indices, values, codebook, place);
+  if (codebook.has_value()) CheckEntries(kOp, *codebook, place);
+  const Images images(kOp, x, shape, padding, place);
+  const Bias bias_of_filters(kOp, bias, filters, place);
+  const Tensor offsets = Usable(place, row_offsets), columns = Usable(place, col_indices);
+  const Tensor numbers = Usable(place, values);
+  const std::optional<Tensor> entries = codebook.has_value() ? std::optional(Usable(place, *codebook)) : std::nullopt;
+
+  ConvCudaArgs args{};
+  args.weight.row_offsets = offsets.const_data_ptr<std::int32_t>();
+  args.weight.col_indices = columns.const_data_ptr();
+  args.weight.indexed_by = CsrIndices::kInt32;
+  args.weight.values = numbers.const_data_ptr();
+  args.weight.stored_as = entries.has_value()                         ? CsrValues::kCodes
+                          : values.scalar_type() == ScalarType::Float ? CsrValues::kFloat32
+                                                                      : CsrValues::kBFloat16;
+  args.weight.codebook = entries.has_value() ? entries->const_data_ptr<float>() : nullptr;
+  args.weight.entries = entries.has_value() ? entries->numel() : 0;
+  args.weight.rows = filters;
+  args.weight.columns = channels / groups * shape.kernel_h * shape.kernel_w;
+  args.weight.nnz = col_indices.numel();
+  args.shape = shape;
+  args.images = images.count;
+  args.height = images.height, args.width = images.width;
+  args.out_height = images.out_height, args.out_width = images.out_width;
+  args.pad_h = padding[0], args.pad_w = padding[1];
+  args.x = images.tensor.const_data_ptr();
+  args.x_steps = StepsOf(channels, images.height, images.width, images.channels_last);
+  args.stored_as = images.stored_as;
+  args.bias = bias_of_filters.data;
+  args.relu = relu;
+  const Tensor y = images.Outputs(filters);
+  args.y = y.mutable_data_ptr();
+  args.y_steps = StepsOf(filters, images.out_height, images.out_width, images.channels_last);
+  call.Check(ConvCuda(args, call.Stream()));
+  return y;
+}
+
+#endif
 
 }  // namespace
 
@@ -354,6 +447,15 @@ STABLE_TORCH_LIBRARY_IMPL(tersetorch, CPU, m) {
   m.impl("sparse_conv2d_inference", TORCH_BOX(&ConvOnCpu));
   m.impl("sparse_conv2d_packed", TORCH_BOX(&PackedOnCpu));
   m.impl("sparse_conv2d_pack", TORCH_BOX(&PackOnCpu));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(tersetorch, CUDA, m) {
+#ifdef TERSETORCH_CUDA
+  m.impl("sparse_conv2d", TORCH_BOX(&ConvOnCuda));
+  m.impl("sparse_conv2d_inference", TORCH_BOX(&ConvOnCuda));
+#else
+  for (const char* op : {"sparse_conv2d", "sparse_conv2d_inference"}) m.impl(op, &NotBuiltForCuda);
+#endif
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tersetorch, CompositeExplicitAutograd, m) {

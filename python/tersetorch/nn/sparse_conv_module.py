@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any, ClassVar, Generic, Self, TypeVar, cast
 
@@ -31,7 +31,8 @@ class SparseConvBase(nn.Module, Generic[Format]):
     Without gradients the layer computes from a second layout of its weight, buffers packed_*, which are in no
     state_dict and cost memory beside the weight itself. Training mode drops them; eval(), load_state_dict() and a call
     that finds values or codes changed in place build them anew, the latter unless it is compiled: compile after the
-    last change. In training mode a call without gradients lays the weight out for itself.
+    last change. In training mode a call without gradients lays the weight out for itself. The layout is the CPU's:
+    moved to another device the layer has none and computes from its weight; eval() after the way back builds it.
     """
 
     format: ClassVar[type[CsrWeight] | type[SparseCodebookWeight]]
@@ -178,7 +179,14 @@ class SparseConvBase(nn.Module, Generic[Format]):
 
     # ---- the packed layout
 
+    @property
+    def _on_cpu(self) -> bool:
+        return self.row_offsets.device.type == "cpu"
+
     def _pack(self) -> None:
+        if not self._on_cpu:
+            self._drop_packed()
+            return
         weight = self.sparse_weight
         blocks, segments, indices, sources = ops.sparse_conv2d_pack(
             weight.row_offsets,
@@ -211,6 +219,8 @@ class SparseConvBase(nn.Module, Generic[Format]):
 
     def _use_packed(self) -> bool:
         """Whether the buffers packed_* stand for the weight; packs anew where its numbers have changed."""
+        if not self._on_cpu:
+            return False
         packed = self._packed_from
         if torch.compiler.is_compiling() or packed is None:
             return packed is not None
@@ -230,6 +240,12 @@ class SparseConvBase(nn.Module, Generic[Format]):
             self._drop_packed()
         elif not self._is_packed():
             self._pack()
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        if not self._on_cpu:
+            self._drop_packed()
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -358,7 +374,7 @@ class SparseConvBase(nn.Module, Generic[Format]):
             raise TypeError(
                 f"{type(self).__name__}: input must be a tensor, got {type(x).__name__}; pass a torch.Tensor"
             )
-        if x.dtype not in FLOATS and not torch.is_autocast_enabled("cpu"):
+        if x.dtype not in FLOATS and not torch.is_autocast_enabled(x.device.type):
             raise TypeError(f"{type(self).__name__}: input must be float32 or bfloat16, got {x.dtype}; convert it")
         if x.dim() not in (self.dims + 1, self.dims + 2) or x.shape[-1 - self.dims] != self.in_channels:
             sizes = ", ".join("LHW"[:1] if self.dims == 1 else "HW")

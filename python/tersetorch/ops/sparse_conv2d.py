@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from tersetorch.ops._autocast import compute_in_float32
+from tersetorch.ops._autocast import compute_in_float32, enabled_for
 
 MAX_ENTRIES = 256
 _FLOATS = (torch.float32, torch.bfloat16)
@@ -39,9 +39,9 @@ def sparse_conv2d(
     a codebook is given. x is 0 outside its borders. Accumulated in float32, channel after channel. Weights that are
     not stored count as absent, not as zero.
 
-    The weight is laid out anew at each call, which costs some nanoseconds a non-zero; layers do it once and call
-    sparse_conv2d_packed. Gradients are those of torch's dense convolution with the same weight, read where it is
-    stored: they cost what a dense layer's cost.
+    On the CPU the weight is laid out anew at each call, which costs some nanoseconds a non-zero; layers do it once and
+    call sparse_conv2d_packed; a CUDA device reads the rows as they are. Gradients are those of torch's dense
+    convolution with the same weight, read where it is stored: they cost what a dense layer's cost.
 
     Args:
         x: float32 or bfloat16 [N, C, H, W] or [C, H, W], contiguous or channels_last, which y then is too; other
@@ -68,7 +68,8 @@ def sparse_conv2d(
         TypeError: an argument is not a tensor or has another dtype than named here.
         ValueError: shapes, sizes or devices do not fit each other.
         RuntimeError: an offset, a column or a code lies outside its range, or forward-mode differentiation is asked
-            for.
+            for. On a CUDA device, where finding damage would make every call wait, the filters that it reaches are NaN
+            in y instead, and the gradients end in an assertion of PyTorch's own indexing.
 
     Source:
         Park et al., Faster CNNs with Direct Sparse Convolutions and Guided Pruning (2017), section 2.
@@ -106,7 +107,8 @@ def sparse_conv2d_inference(
     x must be [N, C, H, W], the indices int32, the sizes two numbers each.
 
     Raises:
-        RuntimeError: an argument does not fit (the native checks remain, those of every index included).
+        RuntimeError: an argument does not fit (the native checks remain, those of every index included; on a CUDA
+            device a filter with a damaged index is NaN instead).
     """
     return cast(
         Tensor,
@@ -135,9 +137,9 @@ def sparse_conv2d_packed(
 ) -> Tensor:
     """Returns sparse_conv2d_inference of a weight that sparse_conv2d_pack has laid out.
 
-    blocks, segments and indices are what sparse_conv2d_pack returned for the same sizes, values are float32 or bfloat16
-    values[sources], or with a codebook uint8 codes[sources], and channel_block is the one it was packed with; the
-    other arguments are those of sparse_conv2d_inference.
+    On the CPU alone. blocks, segments and indices are what sparse_conv2d_pack returned for the same sizes, values are
+    float32 or bfloat16 values[sources], or with a codebook uint8 codes[sources], and channel_block is the one it was
+    packed with; the other arguments are those of sparse_conv2d_inference.
 
     Raises:
         RuntimeError: an argument does not fit (every offset, segment, index and code is checked).
@@ -245,7 +247,7 @@ def _check(
     codebook: Tensor | None,
 ) -> None:
     index_dtypes = (torch.int32, torch.int64)
-    x_dtypes = (*_FLOATS, torch.float16) if torch.is_autocast_enabled("cpu") else _FLOATS
+    x_dtypes = (*_FLOATS, torch.float16) if enabled_for(x) else _FLOATS
     for name, tensor, dtypes, hint in (
         ("x", x, x_dtypes, "convert it"),
         ("row_offsets", row_offsets, index_dtypes, "convert it"),

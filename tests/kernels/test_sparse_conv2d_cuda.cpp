@@ -1,0 +1,273 @@
+// The CUDA kernel against sums in double, on shapes around its tile, both orders of an image's numbers, and damaged
+// weights.
+#include <algorithm>
+#include <cmath>
+#include <random>
+#include <vector>
+
+#include "kernels/arrays.h"
+#include "kernels/check.h"
+#include "kernels/device.h"
+#include "kernels/sparse_conv2d/sparse_conv2d_cuda.h"
+
+using namespace tersetorch;
+using namespace tersetorch::test;
+
+namespace {
+
+// The same numbers in each way of storing them; codes go through a codebook of 7 entries.
+struct Weight {
+  // Some filters are empty and some full.
+  Weight(const ConvShape& s, double density, std::mt19937& rng)
+      : shape(s), columns(s.in_channels / s.groups * s.kernel_h * s.kernel_w), codebook(Random(7, rng)) {
+    for (Index r = 0; r < s.out_channels; ++r) {
+      std::bernoulli_distribution kept(r % 5 == 3 ? 0 : r % 7 == 2 ? 1 : density);
+      for (Index c = 0; c < columns; ++c) {
+        if (!kept(rng)) continue;
+        col_indices.push_back(static_cast<std::int32_t>(c));
+        codes.push_back(static_cast<std::uint8_t>(rng() % codebook.size()));
+        values.push_back(codebook[codes.back()]);
+        halves.push_back(Truncated(values.back()));
+      }
+      row_offsets.push_back(static_cast<std::int32_t>(col_indices.size()));
+    }
+  }
+  Index nnz() const { return static_cast<Index>(col_indices.size()); }
+
+  ConvShape shape;
+  Index columns;
+  std::vector<std::int32_t> row_offsets{0}, col_indices;
+  std::vector<float> codebook, values;
+  std::vector<std::uint16_t> halves;
+  std::vector<std::uint8_t> codes;
+};
+
+// Images of one call and what it does with them.
+struct Call {
+  Index images, height, width, pad_h, pad_w;
+  bool channels_last = false, relu = false;
+  FloatDtype stored_as = FloatDtype::kFloat32;
+  CsrValues values_as = CsrValues::kFloat32;
+
+  Index OutHeight(const ConvShape& s) const {
+    return (height + 2 * pad_h - s.dilation_h * (s.kernel_h - 1) - 1) / s.stride_h + 1;
+  }
+  Index OutWidth(const ConvShape& s) const {
+    return (width + 2 * pad_w - s.dilation_w * (s.kernel_w - 1) - 1) / s.stride_w + 1;
+  }
+  ConvSteps Steps(Index channels, Index rows, Index cols) const {
+    if (channels_last) return {channels * rows * cols, 1, cols * channels, channels};
+    return {channels * rows * cols, rows * cols, cols, 1};
+  }
+};
+
+std::vector<float> Run(const Weight& w, const Call& call, const std::vector<float>& x_numbers,
+                       const std::vector<float>* bias_numbers) {
+  const ConvShape& s = w.shape;
+  const Index out_height = call.OutHeight(s), out_width = call.OutWidth(s);
+  DeviceArray<std::int32_t> offsets("row_offsets", w.row_offsets), indices("col_indices", w.col_indices);
+  DeviceArray<float> codebook("codebook", w.codebook), values("values", w.values);
+  DeviceArray<std::uint16_t> halves("values", w.halves);
+  DeviceArray<std::uint8_t> codes("codes", w.codes);
+  DeviceArray<float> bias("bias", bias_numbers == nullptr ? std::vector<float>() : *bias_numbers);
+  DeviceFloats x("x", call.stored_as, x_numbers);
+  DeviceFloats y("y", call.stored_as, call.images * s.out_channels * out_height * out_width);
+  const void* chosen = call.values_as == CsrValues::kFloat32    ? static_cast<const void*>(values.data())
+                       : call.values_as == CsrValues::kBFloat16 ? static_cast<const void*>(halves.data())
+                                                                : codes.data();
+  const CsrWeight weight{offsets.data(),
+                         indices.data(),
+                         CsrIndices::kInt32,
+                         chosen,
+                         call.values_as,
+                         codebook.data(),
+                         static_cast<Index>(w.codebook.size()),
+                         s.out_channels,
+                         w.columns,
+                         w.nnz()};
+  const ConvCudaArgs args{weight,
+                          s,
+                          call.images,
+                          call.height,
+                          call.width,
+                          out_height,
+                          out_width,
+                          call.pad_h,
+                          call.pad_w,
+                          x.data(),
+                          call.Steps(s.in_channels, call.height, call.width),
+                          call.stored_as,
+                          bias_numbers == nullptr ? nullptr : bias.data(),
+                          call.relu,
+                          y.data(),
+                          call.Steps(s.out_channels, out_height, out_width)};
+  ExpectLaunched(ConvCuda(args, nullptr), "ConvCuda");
+  return y.Values();
+}
+
+Index At(const ConvSteps& steps, Index image, Index channel, Index row, Index column) {
+  return image * steps.image + channel * steps.channel + row * steps.row + column * steps.column;
+}
+
+void TestOne(const Weight& w, const Call& call, bool with_bias, std::mt19937& rng) {
+  const ConvShape& s = w.shape;
+  const auto x = Random(call.images * s.in_channels * call.height * call.width, rng);
+  const auto bias = Random(s.out_channels, rng);
+  const auto got = Run(w, call, x, with_bias ? &bias : nullptr);
+  const Index out_height = call.OutHeight(s), out_width = call.OutWidth(s);
+  const ConvSteps from = call.Steps(s.in_channels, call.height, call.width);
+  const ConvSteps to = call.Steps(s.out_channels, out_height, out_width);
+  bool right = true;
+  for (Index n = 0; n < call.images; ++n) {
+    for (Index o = 0; o < s.out_channels; ++o) {
+      const Index first = o / (s.out_channels / s.groups) * (s.in_channels / s.groups);
+      for (Index i = 0; i < out_height; ++i) {
+        for (Index j = 0; j < out_width; ++j) {
+          Sum want;
+          for (Index k = w.row_offsets[o]; k < w.row_offsets[o + 1]; ++k) {
+            const Index column = w.col_indices[k], c = column / (s.kernel_h * s.kernel_w);
+            const Index h = i * s.stride_h + column / s.kernel_w % s.kernel_h * s.dilation_h - call.pad_h;
+            const Index v = j * s.stride_w + column % s.kernel_w * s.dilation_w - call.pad_w;
+            if (h < 0 || h >= call.height || v < 0 || v >= call.width) continue;
+            want.Add(double{w.values[k]} * x[At(from, n, first + c, h, v)]);
+          }
+          if (with_bias) want.Add(bias[o]);
+          const float y = got[At(to, n, o, i, j)];
+          // What the sum may be off, it may be on the other side of 0.
+          right &=
+              want.Near(y, call.stored_as) || (call.relu && y == 0 && (want.value < 0 || want.Near(0, call.stored_as)));
+          right &= !call.relu || y >= 0;
+        }
+      }
+    }
+  }
+  Expect(right, "%ld images of %ld x %ld x %ld, %ld filters of %ld x %ld, values %d, floats %d, last %d, relu %d",
+         long{call.images}, long{s.in_channels}, long{call.height}, long{call.width}, long{s.out_channels},
+         long{s.kernel_h}, long{s.kernel_w}, static_cast<int>(call.values_as), static_cast<int>(call.stored_as),
+         call.channels_last, call.relu);
+}
+
+constexpr CsrValues kValues[] = {CsrValues::kFloat32, CsrValues::kBFloat16, CsrValues::kCodes};
+
+void TestShapes() {
+  std::mt19937 rng(1234);
+  // in, out, groups, kernel, stride, dilation; images, height, width, padding. Around the 128 outputs of a block and
+  // the 128 non-zeros that it decodes at once.
+  const struct {
+    ConvShape shape;
+    Call call;
+  } cases[] = {
+      {{1, 1, 1, 1, 1, 1, 1, 1, 1}, {1, 1, 1, 0, 0}},   {{3, 5, 1, 3, 3, 1, 1, 1, 1}, {2, 7, 7, 1, 1}},
+      {{2, 3, 1, 1, 1, 1, 1, 1, 1}, {1, 1, 127, 0, 0}}, {{2, 3, 1, 1, 1, 1, 1, 1, 1}, {2, 8, 8, 0, 0}},
+      {{2, 3, 1, 1, 1, 1, 1, 1, 1}, {1, 3, 43, 0, 0}},  {{15, 4, 1, 3, 3, 1, 1, 1, 1}, {1, 4, 5, 1, 1}},
+      {{128, 3, 1, 1, 1, 1, 1, 1, 1}, {1, 2, 3, 0, 0}}, {{43, 3, 1, 1, 3, 2, 1, 1, 2}, {3, 4, 6, 1, 2}},
+      {{12, 8, 4, 3, 3, 1, 1, 1, 1}, {2, 6, 5, 1, 1}},  {{6, 12, 6, 2, 3, 1, 2, 2, 1}, {1, 7, 6, 0, 1}},
+      {{2, 3, 1, 4, 4, 2, 3, 3, 2}, {1, 14, 13, 5, 1}}, {{3, 6, 1, 11, 11, 4, 4, 1, 1}, {1, 17, 19, 2, 2}},
+      {{1, 3, 1, 3, 3, 1, 1, 1, 1}, {1, 2, 2, 20, 3}},  {{2, 0, 1, 3, 3, 1, 1, 1, 1}, {1, 5, 5, 0, 0}},
+      {{0, 6, 1, 3, 3, 1, 1, 1, 1}, {1, 5, 5, 0, 0}},   {{2, 3, 1, 3, 3, 1, 1, 1, 1}, {0, 5, 5, 0, 0}},
+      {{2, 3, 1, 1, 1, 1, 1, 1, 1}, {1, 0, 3, 1, 0}},   {{2, 4, 1, 1, 7, 1, 1, 1, 1}, {2, 1, 33, 0, 3}},
+  };
+  int turn = 0;
+  for (const auto& one : cases) {
+    const Weight w(one.shape, 0.4, rng);
+    for (const bool channels_last : {false, true}) {
+      for (const CsrValues values_as : kValues) {
+        for (const FloatDtype floats_as : kFloats) {
+          Call call = one.call;
+          call.channels_last = channels_last, call.values_as = values_as, call.stored_as = floats_as;
+          call.relu = turn % 3 == 0;
+          TestOne(w, call, turn++ % 2 == 0, rng);
+        }
+      }
+    }
+  }
+  TestOne(Weight({3, 6, 1, 3, 3, 1, 1, 1, 1}, 0, rng), {1, 5, 5, 1, 1}, true, rng);
+}
+
+// NaN and infinity reach the filters whose stored weights meet them, and no others; padding is 0, not absent.
+void TestInfinities() {
+  std::mt19937 rng(5);
+  Weight w({1, 3, 1, 1, 2, 1, 1, 1, 1}, 0, rng);
+  w.row_offsets = {0, 1, 2, 3};
+  w.col_indices = {0, 1, 0};
+  w.values = {2, INFINITY, 0};
+  const auto got = Run(w, {1, 1, 2, 0, 1, false, true}, {NAN, 3}, nullptr);
+  Expect(got[0] == 0 && std::isnan(got[1]) && got[2] == 6, "NaN meets a weight");
+  Expect(std::isnan(got[3]) && got[4] == INFINITY && std::isnan(got[5]), "infinity times padding");
+  Expect(got[6] == 0 && std::isnan(got[7]) && got[8] == 0, "a stored zero");
+}
+
+// Damage becomes NaN in the filters concerned, and changes no other.
+void TestDamage() {
+  std::mt19937 rng(99);
+  const Weight good({20, 6, 2, 3, 3, 1, 1, 1, 1}, 0.9, rng);
+  Call call{2, 5, 4, 1, 1};
+  call.values_as = CsrValues::kCodes;
+  const auto x = Random(call.images * 20 * call.height * call.width, rng);
+  const Index pixels = call.height * call.width, filters = good.shape.out_channels;
+  const auto want = Run(good, call, x, nullptr);
+  const auto expect = [&](const Weight& bad, const std::vector<Index>& damaged, const char* what) {
+    for (const bool relu : {false, true}) {
+      Call own = call;
+      own.relu = relu;
+      const auto got = Run(bad, own, x, nullptr);
+      bool right = true;
+      for (Index i = 0; i < static_cast<Index>(got.size()); ++i) {
+        const Index filter = i / pixels % filters;
+        const bool is_damaged = std::find(damaged.begin(), damaged.end(), filter) != damaged.end();
+        right &= is_damaged ? std::isnan(got[i]) : got[i] == (relu && want[i] < 0 ? 0 : want[i]);
+      }
+      Expect(right, "%s, relu %d", what, relu);
+    }
+  };
+  const Index last = good.nnz() - 1, columns = good.columns;
+  const auto row_of = [&](Index k) {
+    Index r = 0;
+    while (good.row_offsets[r + 1] <= k) ++r;
+    return r;
+  };
+  for (const Index k : {Index{0}, Index{good.row_offsets[2] - 1}, Index{good.row_offsets[2]}, last}) {
+    for (const std::int32_t column : {static_cast<std::int32_t>(columns), -1, 1 << 30, INT32_MIN, INT32_MAX}) {
+      Weight bad = good;
+      bad.col_indices[k] = column;
+      expect(bad, {row_of(k)}, "a column outside");
+    }
+    Weight bad = good;
+    bad.codes[k] = static_cast<std::uint8_t>(k % 2 == 0 ? 7 : 255);
+    expect(bad, {row_of(k)}, "a code outside");
+  }
+  // Filter 3 is empty.
+  for (const std::int32_t offset : {-1, INT32_MIN, INT32_MAX, static_cast<std::int32_t>(last) + 2}) {
+    Weight bad = good;
+    bad.row_offsets[2] = offset;
+    expect(bad, {1, 2}, "an offset outside");
+  }
+  Weight first = good, end = good;
+  ++first.row_offsets.front();
+  --end.row_offsets.back();
+  expect(first, {0}, "offsets that do not start at 0");
+  expect(end, {filters - 1}, "offsets that do not end at nnz");
+  Weight no_channels = good;
+  no_channels.shape.in_channels = no_channels.columns = 0;
+  const auto none = Run(no_channels, call, {}, nullptr);
+  Expect(std::isnan(none[0]) && none[3 * pixels] == 0, "columns of images without channels");
+}
+
+// More blocks than the grid's y axis has.
+void TestLargeGrids() {
+  std::mt19937 rng(7);
+  TestOne(Weight({1, 65536 + 3, 1, 1, 1, 1, 1, 1, 1}, 0.5, rng), {1, 1, 1, 0, 0}, true, rng);
+}
+
+}  // namespace
+
+int main() {
+  bool first = true;
+  return RunOnDevice([&] {
+    TestShapes();
+    TestInfinities();
+    TestDamage();
+    if (first) TestLargeGrids();
+    first = false;
+  });
+}
