@@ -49,7 +49,7 @@ test-kernels: .venv/tools
 # The same tests with every address and every undefined operation checked.
 test-sanitized: .venv/tools
 	cmake -S . -B $(SANITIZED_TESTS) -G Ninja -DTERSETORCH_TESTS=ON -DTERSETORCH_SANITIZE=ON \
-		-DTERSETORCH_CUDA=0 -DCMAKE_BUILD_TYPE=None -DCMAKE_CXX_FLAGS=-O1 >/dev/null
+		-DTERSETORCH_CUDA=0 -DCMAKE_BUILD_TYPE=None -DCMAKE_CXX_FLAGS=-O2 >/dev/null
 	cmake --build $(SANITIZED_TESTS)
 	ctest --test-dir $(SANITIZED_TESTS) --output-on-failure
 

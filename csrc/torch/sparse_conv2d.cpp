@@ -217,7 +217,7 @@ Tensor Convolve(const char* op, const Tensor& x, const Weight& weight, const std
     args.width = args.out_width = height * width;
     args.height = args.out_height = 1;
   }
-  args.plan = ConvPlanFor(s, weight.args.nnz, args.out_height, args.out_width, ConvLanes());
+  args.plan = ConvPlanFor(s, weight.args.nnz, args.pad_h, args.out_height, args.out_width, ConvLanes());
   const std::int64_t row_blocks = Blocks(s.out_channels, kConvRows);
   const std::int64_t tiles = args.plan.tiles_across * args.plan.tiles_down;
   const std::int64_t chunks = FilterChunks(images * tiles, row_blocks);

@@ -100,6 +100,7 @@ def test_convert_measures_and_reads_a_state_dict(tersetorch, tmp_path):
         ),
         (["convert", "model.pt", "out.terse", "--network", "VGG"], "mobilenet, got VGG"),
         (["convert", "model.onnx", "out.terse", "--network", "lenet-300-100"], "must be a .terse, .pt, .pth or"),
+        (["bench", "sparse", "--quick", "--case", "nosuch"], "must leave something to measure"),
         (["bench", "nothing"], "SUITE must be one of sparse, networks, rates"),
         (["bench", "sparse", "--density", "2"], "should be less than or equal to 1"),
         (["frobnicate"], "No such command"),

@@ -170,7 +170,7 @@ void TestOne(const Variant& variant, const Weight& w, const Image& image, ConvVa
   args.channels_last = channels_last;
   args.bias = stored_bias.data();
   args.relu = relu;
-  args.plan = ConvPlanFor(s, stored.args.nnz, out_height, out_width, variant.kernels.lanes);
+  args.plan = ConvPlanFor(s, stored.args.nnz, image.pad_h, out_height, out_width, variant.kernels.lanes);
   const ConvScratchSizes sizes = ConvScratch(stored.args, args.plan);
   const Index rows = Blocks(w.RowBlocks(), chunks);
   Aligned buffer(sizes.buffer), line(sizes.line), sums(sizes.sums * rows);

@@ -318,3 +318,71 @@ def test_refused_options_change_nothing(kind):
         with pytest.raises(error, match=match):
             layer.pack("blocked", **options)
     assert layer.layout_options == {"column_block": 64} and layer.packed_weight.column_block == 64
+
+
+def other_positions(kind):
+    """Two layers of the same shapes and with non-zeros at other places."""
+    layers = []
+    for seed in (1, 2):
+        dense = torch.nn.Linear(64, 8).eval()
+        weight = torch.zeros(8, 64)
+        for row in weight:
+            row[torch.randperm(64, generator=torch.Generator().manual_seed(seed))[:4]] = 0.5
+            seed += 10
+        dense.weight.data = weight
+        layers.append(kind.from_dense(dense))
+    return layers
+
+
+def test_lent_positions_are_used(kind, layout):
+    ours, other = other_positions(kind)
+    ours.pack(layout)
+    x = inputs(5, 64)
+    with torch.no_grad():
+        assert_near(torch.func.functional_call(ours, other.state_dict(), (x,)), other(x), layout)
+        for name, tensor in other.state_dict(keep_vars=True).items():
+            setattr(ours, name, tensor)
+        assert_near(ours(x), other(x), layout)
+
+
+def test_positions_are_packed_though_another_layer_could_not_be_loaded(kind, layout):
+    ours, other = other_positions(kind)
+    network = torch.nn.Sequential(torch.nn.Linear(3, 3), ours.pack(layout)).eval()
+    state = {"0.weight": torch.zeros(2, 2), "0.bias": torch.zeros(3)}
+    with pytest.raises(RuntimeError, match=r"size mismatch for 0\.weight"):
+        network.load_state_dict(state | {f"1.{name}": tensor for name, tensor in other.state_dict().items()})
+    with torch.no_grad():
+        assert_near(ours(inputs(5, 64)), other(inputs(5, 64)), layout)
+
+
+def test_another_memory_behind_the_same_parameter_is_noticed(layout):
+    ours, _ = other_positions(SparseLinear)
+    ours.pack(layout)
+    with torch.no_grad():
+        ours(inputs(5, 64))
+        vector = torch.nn.utils.parameters_to_vector(ours.parameters()) * 3
+        torch.nn.utils.vector_to_parameters(vector, ours.parameters())
+        assert_near(ours(inputs(5, 64)), torch.nn.functional.linear(inputs(5, 64), ours.weight, ours.bias), layout)
+
+
+def test_a_state_that_the_layout_cannot_hold_is_an_error_of_the_state():
+    ours, _ = other_positions(SparseLinear)
+    ours.pack("blocked_int8")
+    state = {name: tensor.clone() for name, tensor in ours.state_dict().items()}
+    state["values"][0] = torch.inf
+    with pytest.raises(RuntimeError, match="weight must be finite to be rounded"):
+        ours.load_state_dict(state)
+
+
+def test_a_parametrized_codebook_is_used(layout):
+    ours, _ = other_positions(SparseCodebookLinear)
+
+    class Double(torch.nn.Module):
+        def forward(self, codebook):
+            return 2 * codebook
+
+    ours.pack(layout)
+    expected = torch.nn.functional.linear(inputs(5, 64), 2 * ours.weight, ours.bias)
+    torch.nn.utils.parametrize.register_parametrization(ours, "codebook", Double())
+    with torch.no_grad():
+        assert_near(ours.eval()(inputs(5, 64)), expected, layout)

@@ -334,3 +334,24 @@ def test_formats_are_the_layers_own():
 
 def test_called_by_the_name_that_nn_conv_gives_its_argument(kind, layer):
     assert torch.equal(layer(input=inputs(kind)), layer(inputs(kind)))
+
+
+def test_lent_positions_and_other_memory_are_noticed():
+    dense = [torch.nn.Conv2d(2, 4, 3).eval() for _ in range(2)]
+    for seed, layer in enumerate(dense):
+        weight = torch.zeros(4, 18)
+        for row in weight:
+            row[torch.randperm(18, generator=torch.Generator().manual_seed(seed))[:5]] = 0.5
+            seed += 10
+        layer.weight.data = weight.view(4, 2, 3, 3)
+    ours, other = map(SparseConv2d.from_dense, dense)
+    x = torch.randn(2, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        ours(x)
+        got = torch.func.functional_call(ours, other.state_dict(), (x,))
+        torch.testing.assert_close(got, dense[1](x), rtol=1e-5, atol=1e-5)
+        ours.values.data = 3 * ours.values.data
+        expected = torch.nn.functional.conv2d(x, 3 * dense[0].weight, dense[0].bias)
+        torch.testing.assert_close(ours(x), expected, rtol=1e-5, atol=1e-5)
+        copy.copy(ours).train()
+        torch.testing.assert_close(ours(x), expected, rtol=1e-5, atol=1e-5)

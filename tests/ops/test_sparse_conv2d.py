@@ -4,6 +4,7 @@ from torch.nn.functional import conv2d
 
 from tersetorch import _native
 from tersetorch.ops import (
+    csr_pack,
     sparse_conv2d,
     sparse_conv2d_channel_block,
     sparse_conv2d_inference,
@@ -143,6 +144,25 @@ def test_codes_stand_for_entries_of_the_codebook():
         gathered = codebook[codes.int()]
         assert torch.equal(y, sparse_conv2d(x, row_offsets, col_indices, gathered, bias, kernel_size=3))
         assert torch.equal(packed(x, dense, bias, codebook, codes), y)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, LAST])
+@pytest.mark.parametrize(
+    "height,kernel,sizes",
+    [
+        (1, (1, 3), {"stride": (3, 1), "padding": (1, 1)}),
+        (1, 1, {"stride": 3, "padding": 1}),
+        (2, (1, 3), {"stride": (9, 1), "padding": (2, 0)}),
+        (1, (3, 3), {"padding": (1, 1)}),
+    ],
+)
+def test_one_row_of_output_may_lie_in_the_padding(height, kernel, sizes, memory_format):
+    dense = torch.nn.Conv2d(2, 4, kernel, **sizes)
+    x = torch.randn(3, 2, height, 20, generator=torch.Generator().manual_seed(0))
+    x = x.contiguous(memory_format=memory_format)
+    weight = csr_pack(dense.weight.detach().flatten(1))
+    y = sparse_conv2d(x, *weight, dense.bias, kernel_size=dense.kernel_size, **sizes)
+    torch.testing.assert_close(y, dense(x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("density", [0.0, 1.0])

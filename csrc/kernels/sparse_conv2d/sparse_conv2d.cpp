@@ -40,9 +40,10 @@ std::int64_t ConvChannelBlock(const ConvShape& s) noexcept {
 
 std::int64_t ConvLanes() noexcept { return Active().lanes; }
 
-ConvPlan ConvPlanFor(const ConvShape& s, std::int64_t nnz, std::int64_t out_height, std::int64_t out_width,
-                     std::int64_t lanes) noexcept {
-  if (out_height == 1 && s.kernel_h == 1) {
+ConvPlan ConvPlanFor(const ConvShape& s, std::int64_t nnz, std::int64_t pad_h, std::int64_t out_height,
+                     std::int64_t out_width, std::int64_t lanes) noexcept {
+  // The one row of y is then the first row of x; with padding above, it would be a row of zeros.
+  if (out_height == 1 && s.kernel_h == 1 && pad_h == 0) {
     ConvPlan plan{true, lanes, lanes, 1, 1, 1, 0};
     CutDown(plan, Parts(out_width, lanes));
     return plan;

@@ -131,8 +131,8 @@ struct ConvScratchSizes {
 // Channels of a block, for a buffer that stays in the first cache level.
 TERSETORCH_API std::int64_t ConvChannelBlock(const ConvShape& shape) noexcept;
 TERSETORCH_API std::int64_t ConvLanes() noexcept;  // of the active level
-TERSETORCH_API ConvPlan ConvPlanFor(const ConvShape& shape, std::int64_t nnz, std::int64_t out_height,
-                                    std::int64_t out_width, std::int64_t lanes) noexcept;
+TERSETORCH_API ConvPlan ConvPlanFor(const ConvShape& shape, std::int64_t nnz, std::int64_t pad_h,
+                                    std::int64_t out_height, std::int64_t out_width, std::int64_t lanes) noexcept;
 TERSETORCH_API ConvScratchSizes ConvScratch(const ConvWeight& weight, const ConvPlan& plan) noexcept;
 
 TERSETORCH_API ConvStatus ConvCheck(const ConvWeight& weight) noexcept;

@@ -61,8 +61,10 @@ def bench(
     if not names:
         Console().print(rates.table(measured))
         return
+    if not run.groups:
+        raise typer.BadParameter("--case, --density and --batch must leave something to measure, got no case that fits")
     for name, reason in missing(threads).items():
-        notes.print(f"{name} is left out: {reason}", highlight=False)
+        notes.print(f"{name} is left out: {reason}", highlight=False, markup=False)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=notes) as progress:
         task = progress.add_task("", total=len(run.groups))
@@ -78,7 +80,7 @@ def bench(
     shown = Console()
     Console(width=max(160, shown.width)).print(table(run.records))
     for left_out in run.left_out:
-        notes.print(str(left_out), highlight=False)
+        notes.print(str(left_out), highlight=False, markup=False)
     wrong = [str(left_out) for left_out in run.left_out if left_out.wrong]
     if wrong:
         raise RuntimeError(f"bench: wrong results: {'; '.join(wrong)}")

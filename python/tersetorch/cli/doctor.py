@@ -146,4 +146,4 @@ def _print(facts: dict[str, Any]) -> None:
     built = ", ".join(f"sm_{architecture}" for architecture in facts["cuda_architectures"])
     console.print(f"cuda: kernels for {built or 'no device'}; {facts['missing_for_cuda'] or 'a device is there'}")
     for name, use in facts["missing_extras"].items():
-        console.print(f"{name}: not installed; needed for {use}")
+        console.print(f"{name}: not installed; needed for {use}", markup=False)

@@ -76,10 +76,13 @@ def convert(
         model: any nn.Module.
         example_inputs: what model is called with: a tensor, a tuple of arguments or a dict of keyword arguments. With
             plan, only for the report's largest output difference.
-        plan: "sparse" or "codebook", every layer that can; or format names ("csr", "sparse_codebook", "dense") by
-            layer name, the others stay dense. Nothing is measured.
-        max_error: largest |output difference| of a layer, as a share of its largest |output|. Default: what another
-            order of summation explains (see tersetorch.conversion.verify.rounding_bound).
+        plan: "sparse" or "codebook", every layer that can; or format names by layer name, the others stay dense:
+            "dense", "csr", "sparse_codebook", "sparse_conv2d" and the other names in
+            tersetorch.conversion.candidates.CANDIDATES. Nothing is measured and max_error does not apply: formats with
+            int8 or bfloat16 in their name round.
+        max_error: largest |output difference| of a layer, as a share of its largest |output|; formats that round are
+            tried then too. Default: what another order of summation explains (see
+            tersetorch.conversion.verify.rounding_bound).
         cache: reuse and remember layer decisions in $TERSETORCH_CACHE, else in tersetorch in the user's cache
             directory. The whole model is timed in any case.
         progress: show a progress bar.

@@ -85,7 +85,7 @@ def _multiply_columns(layer: Any, x: Tensor) -> Tensor:
         buffers["packed_column_offsets"],
         buffers["packed_values"],
         parameters["bias"],
-        parameters.get("codebook"),
+        parameters["codebook"] if "codes" in buffers else None,
         out_features=layer.out_features,
     )
 

@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 
 from tersetorch import ops
 from tersetorch.formats import CsrWeight, SparseCodebookWeight
+from tersetorch.nn.sparse_module import State, state_of
 
 FLOATS = (torch.float32, torch.bfloat16)
 PREFIX = "packed_"
@@ -31,7 +32,8 @@ class SparseConvBase(nn.Module, Generic[Format]):
     Without gradients the layer computes from a second layout of its weight, buffers packed_*, which are in no
     state_dict and cost memory beside the weight itself. Training mode drops them; eval(), load_state_dict() and a call
     that finds values or codes changed in place build them anew, the latter unless it is compiled: compile after the
-    last change. In training mode a call without gradients lays the weight out for itself. The layout is the CPU's:
+    last change. A write through .data, or to tensors made in inference mode, leaves no trace: call train() and eval()
+    after it. In training mode a call without gradients lays the weight out for itself. The layout is the CPU's:
     moved to another device the layer has none and computes from its weight; eval() after the way back builds it.
     """
 
@@ -68,9 +70,9 @@ class SparseConvBase(nn.Module, Generic[Format]):
         padding_mode: str = "zeros",
     ) -> None:
         super().__init__()
-        # The tensor that the buffers packed_* come from (None in a copy, until it is called), and its version then
-        # (None where it counts none). Without such buffers, None.
-        self._packed_from: tuple[Tensor | None, int | None] | None = None
+        # What the buffers packed_* come from: name, tensor (None in a copy, until it is called), and its state then.
+        # Without such buffers, None.
+        self._packed_from: tuple[tuple[str, Tensor | None, State], ...] | None = None
         if not isinstance(weight, self.format):
             raise TypeError(
                 f"{type(self).__name__}: weight must be a {self.format.__name__}, got {type(weight).__name__}; "
@@ -202,8 +204,8 @@ class SparseConvBase(nn.Module, Generic[Format]):
         numbers = source.detach().index_select(0, sources)
         for name, tensor in (("blocks", blocks), ("segments", segments), ("indices", indices), ("numbers", numbers)):
             self.register_buffer(PREFIX + name, tensor, persistent=False)
-        # In a tuple, or nn.Module would take it for another parameter.
-        self._packed_from = (source, None if source.is_inference() else source._version)
+        repeated = {"col_indices": self.col_indices, self.packed_field: source}
+        self._packed_from = tuple((name, tensor, state_of(tensor)) for name, tensor in repeated.items())
 
     def _drop_packed(self) -> None:
         for name in [name for name in self._buffers if name.startswith(PREFIX)]:
@@ -212,10 +214,12 @@ class SparseConvBase(nn.Module, Generic[Format]):
 
     def _is_packed(self) -> bool:
         """Whether the buffers packed_* hold what the weight holds now."""
-        source, version = self._packed_from or (None, None)
-        if source is None or source is not getattr(self, self.packed_field):
+        if self._packed_from is None:
             return False
-        return version is None or source._version == version
+        return all(
+            source is not None and source is getattr(self, name) and state_of(source) == state
+            for name, source, state in self._packed_from
+        )
 
     def _use_packed(self) -> bool:
         """Whether the buffers packed_* stand for the weight; packs anew where its numbers have changed."""
@@ -224,13 +228,14 @@ class SparseConvBase(nn.Module, Generic[Format]):
         packed = self._packed_from
         if torch.compiler.is_compiling() or packed is None:
             return packed is not None
-        source, version = packed
-        if source is not None:
-            if getattr(self, self.packed_field) is not source:
-                return False  # functional_call lent another one
-            if version is None or source._version == version:
-                return True
-        self._pack()
+        for name, source, state in packed:
+            if source is not None:
+                if getattr(self, name) is not source:
+                    return False  # functional_call lent another one
+                if state_of(source) == state:
+                    continue
+            self._pack()
+            break
         return True
 
     def train(self, mode: bool = True) -> Self:
@@ -250,7 +255,9 @@ class SparseConvBase(nn.Module, Generic[Format]):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy's tensors count their versions from 0.
-        return {**self.__dict__, "_packed_from": None if self._packed_from is None else (None, None)}
+        packed = self._packed_from
+        unknown = None if packed is None else tuple((name, None, (None, 0)) for name, _, _ in packed)
+        return {**self.__dict__, "_packed_from": unknown}
 
     # ---- running
 
@@ -291,7 +298,8 @@ class SparseConvBase(nn.Module, Generic[Format]):
                 dilation=dilation,
                 groups=groups,
             )
-        if not self._use_packed():
+        # A shallow copy shares the buffers, and may have dropped them.
+        if not self._use_packed() or "packed_blocks" not in self._buffers:
             return ops.sparse_conv2d_inference(
                 x, self.row_offsets, self.col_indices, values, self.bias, codebook, *sizes
             )
@@ -415,8 +423,9 @@ class SparseConvBase(nn.Module, Generic[Format]):
                     if current.shape != tensor.shape:
                         # A parameter stays the same object, so that an optimizer that holds it goes on with it.
                         current.data = current.new_empty(tensor.shape)
+        before = len(errors)
         super()._load_from_state_dict(state_dict, prefix, *args)
-        if not self.training and not errors:
+        if not self.training and len(errors) == before:
             self._pack()
 
 

@@ -15,6 +15,9 @@ from tersetorch.nn.layout import LAYOUTS, PREFIX
 
 FLOATS = (torch.float32, torch.bfloat16)
 
+# A tensor's version (None where it counts none) and address: what tells that its numbers are still the same.
+State = tuple[int | None, int]
+
 Format = TypeVar("Format", CsrWeight, SparseCodebookWeight)
 
 
@@ -26,7 +29,8 @@ class SparseLinearBase(nn.Module, Generic[Format]):
     Without gradients the layer may compute from a second layout of its weight, which pack() derives: buffers
     packed_*, which are in no state_dict. They cost memory beside the weight itself. Training mode drops them, eval()
     and load_state_dict() build them anew, and so does a call that finds values or codes changed in place, unless it
-    is compiled: compile after the last change.
+    is compiled: compile after the last change. A write through .data, or to tensors made in inference mode, leaves no
+    trace: call pack() again after it.
     """
 
     format: ClassVar[type[CsrWeight] | type[SparseCodebookWeight]]
@@ -46,9 +50,9 @@ class SparseLinearBase(nn.Module, Generic[Format]):
         self._options: dict[str, Any] = {}
         self._sizes: dict[str, Any] = {}
         self._packed_kind: type[Any] | None = None
-        # What the buffers packed_* repeat: name and tensor (None in a copy, until it is called), and the tensor's
-        # version then (None where it counts none). Without such buffers, None.
-        self._packed_from: tuple[tuple[str, Tensor | None, int | None], ...] | None = None
+        # What the buffers packed_* come from: name, tensor (None in a copy, until it is called), and its state then.
+        # Without such buffers, None.
+        self._packed_from: tuple[tuple[str, Tensor | None, State], ...] | None = None
         if not isinstance(weight, self.format):
             raise TypeError(
                 f"{type(self).__name__}: weight must be a {self.format.__name__}, got {type(weight).__name__}; "
@@ -185,14 +189,13 @@ class SparseLinearBase(nn.Module, Generic[Format]):
                 shared.add(field.name)
             else:
                 self.register_buffer(PREFIX + field.name, value, persistent=False)
-        # Positions do not change in place; numbers do, where the packed weight has others than the layer's own.
-        repeated = {self.packed_field: getattr(self, self.packed_field)}
+        # Positions are exchanged as a whole, never changed in place; numbers are, which matters where the packed weight
+        # has others than the layer's own.
+        repeated = {"col_indices": self.col_indices, self.packed_field: getattr(self, self.packed_field)}
         if self.parameter_field not in {field.name for field in dataclasses.fields(packed)}:
             repeated[self.parameter_field] = getattr(self, self.parameter_field)
         self._packed_from = tuple(
-            (name, source, None if source.is_inference() else source._version)
-            for name, source in repeated.items()
-            if name not in shared
+            (name, source, state_of(source)) for name, source in repeated.items() if name not in shared
         )
 
     def _own(self, name: str) -> Tensor | None:
@@ -224,8 +227,8 @@ class SparseLinearBase(nn.Module, Generic[Format]):
         if self._packed_from is None:
             return False
         return all(
-            source is not None and source is self._own(name) and (version is None or source._version == version)
-            for name, source, version in self._packed_from
+            source is not None and source is self._own(name) and state_of(source) == state
+            for name, source, state in self._packed_from
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -243,7 +246,7 @@ class SparseLinearBase(nn.Module, Generic[Format]):
     def __getstate__(self) -> dict[str, Any]:
         # A copy's tensors count their versions from 0.
         packed = self._packed_from
-        unknown = None if packed is None else tuple((name, None, None) for name, _, _ in packed)
+        unknown = None if packed is None else tuple((name, None, (None, 0)) for name, _, _ in packed)
         return {**self.__dict__, "_packed_from": unknown}
 
     # ---- running
@@ -280,11 +283,11 @@ class SparseLinearBase(nn.Module, Generic[Format]):
         packed = self._packed_from
         if torch.compiler.is_compiling() or packed is None:
             return packed is not None
-        for name, source, version in packed:
+        for name, source, state in packed:
             if source is not None:
                 if self._own(name) is not source:
                     return False  # functional_call lent another one
-                if version is None or source._version == version:
+                if state_of(source) == state:
                     continue
             self._repack()
             break
@@ -332,9 +335,19 @@ class SparseLinearBase(nn.Module, Generic[Format]):
                     if current.shape != tensor.shape:
                         # A parameter stays the same object, so that an optimizer that holds it goes on with it.
                         current.data = current.new_empty(tensor.shape)
+        before = len(errors)
         super()._load_from_state_dict(state_dict, prefix, *args)
-        if not self.training and not errors:
-            self._repack()
+        if not self.training and len(errors) == before:
+            try:
+                self._repack()
+            except ValueError as error:  # the layout cannot hold these numbers
+                self._drop_packed()
+                errors.append(f"{prefix.removesuffix('.') or type(self).__name__}: {error}")
+
+
+def state_of(tensor: Tensor) -> State:
+    """What changes when a tensor's numbers do, but for writes through .data and in inference mode."""
+    return None if tensor.is_inference() else tensor._version, tensor.data_ptr()
 
 
 def _as_parameter(tensor: Tensor) -> nn.Parameter:
