@@ -34,7 +34,9 @@ def _packer(kind: Any, layout: str, follows_batch: bool) -> Callable[[Case, Tens
     return pack
 
 
-def _convolution(name: str, *, codebook: bool = False, channels_last: bool = False) -> Implementation:
+def _convolution(
+    name: str, *, codebook: bool = False, channels_last: bool = False, bfloat16: bool = False
+) -> Implementation:
     kind: Any = SparseCodebookConv2d if codebook else SparseConv2d
 
     def pack(case: Case, weight: Tensor, batch: int, threads: int) -> Packed:
@@ -44,14 +46,14 @@ def _convolution(name: str, *, codebook: bool = False, channels_last: bool = Fal
         order = torch.channels_last if channels_last else torch.contiguous_format
 
         def bind(x: Tensor) -> Callable[[], Tensor]:
-            # Its neighbours would hand it over in this order.
-            ordered = x.contiguous(memory_format=order)
+            # Its neighbours would hand it over in this order and dtype.
+            ordered = (x.bfloat16() if bfloat16 else x).contiguous(memory_format=order)
             return lambda: layer(ordered)
 
         return Packed(bind, sum(buffer.nbytes for name, buffer in layer.named_buffers() if name.startswith("packed_")))
 
-    title = f"tersetorch {name}" + " codebook" * codebook + " channels_last" * channels_last
-    return Implementation(title, "ours", "float32", pack)
+    title = f"tersetorch {name}" + " codebook" * codebook + " bfloat16" * bfloat16 + " channels_last" * channels_last
+    return Implementation(title, "ours", "bfloat16" if bfloat16 else "float32", pack)
 
 
 # Beyond these batches another of ours is always faster; convert measures within the same bounds.
@@ -75,5 +77,6 @@ CONV = (
     _convolution("conv"),
     _convolution("conv", codebook=True),
     _convolution("conv", channels_last=True),
+    _convolution("conv", channels_last=True, bfloat16=True),
 )
 OURS = {"linear": LINEAR, "conv": CONV}
