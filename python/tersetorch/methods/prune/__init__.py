@@ -5,5 +5,18 @@ from tersetorch.methods.prune.dropout import dropout_rate, rescale_dropout
 from tersetorch.methods.prune.gradual import GradualPruner
 from tersetorch.methods.prune.iterative import iterative
 from tersetorch.methods.prune.magnitude import magnitude
+from tersetorch.methods.prune.only import only
+from tersetorch.methods.prune.sensitivity import Sensitivity, sensitivity
 
-__all__ = ["GradualPruner", "LayerDensity", "density", "dropout_rate", "iterative", "magnitude", "rescale_dropout"]
+__all__ = [
+    "GradualPruner",
+    "LayerDensity",
+    "Sensitivity",
+    "density",
+    "dropout_rate",
+    "iterative",
+    "magnitude",
+    "only",
+    "rescale_dropout",
+    "sensitivity",
+]
