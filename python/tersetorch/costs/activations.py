@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tersetorch.costs.count import evaluating, multiplies
+from tersetorch.costs.count import multiplies
+from tersetorch.methods.modes import evaluating
 
 
 @dataclass(frozen=True)
