@@ -1,5 +1,6 @@
 """Which weights go: each method sets masks that training respects until finalize bakes them in."""
 
+from tersetorch.methods.prune.adopt import from_torch, keep_zeros
 from tersetorch.methods.prune.dead_neurons import remove_dead_neurons
 from tersetorch.methods.prune.density import LayerDensity, density
 from tersetorch.methods.prune.dropout import dropout_rate, rescale_dropout
@@ -15,7 +16,9 @@ __all__ = [
     "Sensitivity",
     "density",
     "dropout_rate",
+    "from_torch",
     "iterative",
+    "keep_zeros",
     "magnitude",
     "only",
     "remove_dead_neurons",
