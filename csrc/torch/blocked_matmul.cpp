@@ -74,7 +74,8 @@ struct Weight {
     STD_TORCH_CHECK(values.dim() == (grouped ? 2 : 1) && values.numel() == indices.numel() * group, op,
                     ": values must be [", indices.numel(), grouped ? ", " : "", grouped ? std::to_string(group) : "",
                     "], got ", values.dim(), "-D with ", values.numel(), " elements; pass one for each index");
-    tensors = {Usable(place, block_offsets), Usable(place, segments), Usable(place, indices), Usable(place, values)};
+    tensors = {Usable(place, block_offsets), Usable(place, segments), Usable(place, indices),
+               Usable(place, values, group)};
     args.block_offsets = tensors[0].const_data_ptr<std::int32_t>();
     args.segments = tensors[1].const_data_ptr<std::int32_t>();
     args.indices = static_cast<const std::uint16_t*>(tensors[2].const_data_ptr());
@@ -121,6 +122,49 @@ struct MatmulInputs {
   Samples samples;
   Weight weight;
   Bias bias;
+};
+
+// Those of its bfloat16 mode.
+struct BFloat16Inputs {
+  BFloat16Inputs(const char* op, Place place, const Tensor& x, const Tensor& block_offsets, const Tensor& segments,
+                 const Tensor& indices, const Tensor& values, const std::optional<Tensor>& bias,
+                 std::int64_t out_features, std::int64_t column_block)
+      : samples(op, x, "x", place),
+        weight(op, place, block_offsets, segments, indices, values, out_features, samples.features, column_block, 2),
+        bias(op, bias, out_features, place) {
+    CheckDtype(op, values, "values", ScalarType::BFloat16);
+    weight.args.stored_as = BlockedValues::kBFloat16Pairs;
+  }
+
+  Samples samples;
+  Weight weight;
+  Bias bias;
+};
+
+// Those of its int8 mode.
+struct Int8Inputs {
+  Int8Inputs(const char* op, Place place, const Tensor& x, const Tensor& block_offsets, const Tensor& segments,
+             const Tensor& indices, const Tensor& values, const Tensor& row_scales, const Tensor& row_sums,
+             const std::optional<Tensor>& bias, std::int64_t out_features, std::int64_t column_block)
+      : samples(op, x, "x", place),
+        weight(op, place, block_offsets, segments, indices, values, out_features, samples.features, column_block, 4),
+        bias(op, bias, out_features, place) {
+    CheckInt8Columns(op, samples.features);
+    CheckDtype(op, values, "values", ScalarType::Char);
+    weight.args.stored_as = BlockedValues::kInt8Quads;
+    CheckVector(op, row_scales, "row_scales", ScalarType::Float, place);
+    CheckVector(op, row_sums, "row_sums", ScalarType::Int, place);
+    STD_TORCH_CHECK(row_scales.numel() == out_features && row_sums.numel() == out_features, op,
+                    ": row_scales and row_sums must be [", out_features, "], got ", row_scales.numel(), " and ",
+                    row_sums.numel(), " elements; pass one for each row");
+    scales = Usable(place, row_scales);
+    sums = Usable(place, row_sums);
+  }
+
+  Samples samples;
+  Weight weight;
+  Bias bias;
+  Tensor scales, sums;  // of the rows
 };
 
 struct Panel {
@@ -250,14 +294,11 @@ Tensor BlockedBFloat16MatmulOnCpu(const Tensor& x, const Tensor& block_offsets, 
                                   const Tensor& indices, const Tensor& values, const std::optional<Tensor>& bias,
                                   std::int64_t out_features, std::int64_t column_block, bool relu) {
   constexpr const char* kOp = "blocked_bfloat16_matmul";
-  const Samples samples(kOp, x, "x");
-  CheckDtype(kOp, values, "values", ScalarType::BFloat16);
-  Weight weight(kOp, kCpu, block_offsets, segments, indices, values, out_features, samples.features, column_block, 2);
-  weight.args.stored_as = BlockedValues::kBFloat16Pairs;
-  const Bias bias_of_rows(kOp, bias, out_features);
+  const BFloat16Inputs inputs(kOp, kCpu, x, block_offsets, segments, indices, values, bias, out_features, column_block);
+  const Samples& samples = inputs.samples;
   BlockedMatmulArgs args{};
-  args.weight = weight.args;
-  args.bias = bias_of_rows.data;
+  args.weight = inputs.weight.args;
+  args.bias = inputs.bias.data;
   args.relu = relu;
   return Multiply(kOp, samples, args, [&](const Panel& panel, float* memory, std::int64_t begin, std::int64_t end) {
     PackPairPanel({samples.At(panel.begin), samples.stored_as, panel.samples, samples.features,
@@ -271,18 +312,9 @@ Tensor BlockedInt8MatmulOnCpu(const Tensor& x, const Tensor& block_offsets, cons
                               const Tensor& row_sums, const std::optional<Tensor>& bias, std::int64_t out_features,
                               std::int64_t column_block, bool relu) {
   constexpr const char* kOp = "blocked_int8_matmul";
-  const Samples samples(kOp, x, "x");
-  CheckInt8Columns(kOp, samples.features);
-  CheckDtype(kOp, values, "values", ScalarType::Char);
-  Weight weight(kOp, kCpu, block_offsets, segments, indices, values, out_features, samples.features, column_block, 4);
-  weight.args.stored_as = BlockedValues::kInt8Quads;
-  CheckVector(kOp, row_scales, "row_scales", ScalarType::Float);
-  CheckVector(kOp, row_sums, "row_sums", ScalarType::Int);
-  STD_TORCH_CHECK(row_scales.numel() == out_features && row_sums.numel() == out_features, kOp,
-                  ": row_scales and row_sums must be [", out_features, "], got ", row_scales.numel(), " and ",
-                  row_sums.numel(), " elements; pass one for each row");
-  const Tensor scales_of_rows = Contiguous(row_scales), sums_of_rows = Contiguous(row_sums);
-  const Bias bias_of_rows(kOp, bias, out_features);
+  const Int8Inputs inputs(kOp, kCpu, x, block_offsets, segments, indices, values, row_scales, row_sums, bias,
+                          out_features, column_block);
+  const Samples& samples = inputs.samples;
   const Tensor scales =
       torch::stable::new_empty(samples.tensor, {samples.count + kBlockedMaxWidth + samples.count}, ScalarType::Float);
   float* scale = scales.mutable_data_ptr<float>();
@@ -293,11 +325,11 @@ Tensor BlockedInt8MatmulOnCpu(const Tensor& x, const Tensor& block_offsets, cons
         SampleScales({samples.At(0), samples.stored_as, samples.features, scale, inverse}, begin, end);
       });
   BlockedMatmulArgs args{};
-  args.weight = weight.args;
-  args.bias = bias_of_rows.data;
+  args.weight = inputs.weight.args;
+  args.bias = inputs.bias.data;
   args.relu = relu;
-  args.row_scales = scales_of_rows.const_data_ptr<float>();
-  args.row_sums = sums_of_rows.const_data_ptr<std::int32_t>();
+  args.row_scales = inputs.scales.const_data_ptr<float>();
+  args.row_sums = inputs.sums.const_data_ptr<std::int32_t>();
   return Multiply(
       kOp, samples, args,
       [&](const Panel& panel, float* memory, std::int64_t begin, std::int64_t end) {
@@ -465,6 +497,49 @@ Tensor BlockedMatmulOnCuda(const Tensor& x, const Tensor& block_offsets, const T
   return y;
 }
 
+Tensor BlockedBFloat16MatmulOnCuda(const Tensor& x, const Tensor& block_offsets, const Tensor& segments,
+                                   const Tensor& indices, const Tensor& values, const std::optional<Tensor>& bias,
+                                   std::int64_t out_features, std::int64_t column_block, bool relu) {
+  constexpr const char* kOp = "blocked_bfloat16_matmul";
+  const CudaCall call(kOp, x, "x");
+  const BFloat16Inputs inputs(kOp, call.place(), x, block_offsets, segments, indices, values, bias, out_features,
+                              column_block);
+  const Samples& samples = inputs.samples;
+  const BlockedWeight& weight = inputs.weight.args;
+  const Tensor y = torch::stable::new_empty(x, WithLastDim(x, out_features));
+  const Tensor words = torch::stable::new_empty(x, {samples.count, weight.columns}, ScalarType::Int);
+  auto* rounded = static_cast<std::uint32_t*>(words.mutable_data_ptr());
+  call.Check(BlockedPairsCuda({samples.At(0), samples.stored_as, samples.count, samples.features, rounded, nullptr},
+                              call.Stream()));
+  call.Check(BlockedMatmulCuda(
+      {weight, rounded, samples.stored_as, inputs.bias.data, relu, y.mutable_data_ptr(), samples.count},
+      call.Stream()));
+  return y;
+}
+
+Tensor BlockedInt8MatmulOnCuda(const Tensor& x, const Tensor& block_offsets, const Tensor& segments,
+                               const Tensor& indices, const Tensor& values, const Tensor& row_scales,
+                               const Tensor& row_sums, const std::optional<Tensor>& bias, std::int64_t out_features,
+                               std::int64_t column_block, bool relu) {
+  constexpr const char* kOp = "blocked_int8_matmul";
+  const CudaCall call(kOp, x, "x");
+  const Int8Inputs inputs(kOp, call.place(), x, block_offsets, segments, indices, values, row_scales, row_sums, bias,
+                          out_features, column_block);
+  const Samples& samples = inputs.samples;
+  const BlockedWeight& weight = inputs.weight.args;
+  const Tensor y = torch::stable::new_empty(x, WithLastDim(x, out_features));
+  const Tensor words = torch::stable::new_empty(x, {samples.count, weight.columns}, ScalarType::Int);
+  const Tensor scales = torch::stable::new_empty(x, {samples.count}, ScalarType::Float);
+  auto* rounded = static_cast<std::uint32_t*>(words.mutable_data_ptr());
+  auto* scale = scales.mutable_data_ptr<float>();
+  call.Check(BlockedQuadsCuda({samples.At(0), samples.stored_as, samples.count, samples.features, rounded, scale},
+                              call.Stream()));
+  call.Check(BlockedMatmulCuda({weight, rounded, samples.stored_as, inputs.bias.data, relu, y.mutable_data_ptr(),
+                                samples.count, scale, inputs.scales.const_data_ptr<float>()},
+                               call.Stream()));
+  return y;
+}
+
 #endif
 
 }  // namespace
@@ -485,8 +560,15 @@ STABLE_TORCH_LIBRARY_IMPL(tersetorch, CUDA, m) {
 #ifdef TERSETORCH_CUDA
   m.impl("blocked_matmul", TORCH_BOX(&BlockedMatmulOnCuda));
   m.impl("blocked_matmul_inference", TORCH_BOX(&BlockedMatmulOnCuda));
+  m.impl("blocked_bfloat16_matmul", TORCH_BOX(&BlockedBFloat16MatmulOnCuda));
+  m.impl("blocked_bfloat16_matmul_inference", TORCH_BOX(&BlockedBFloat16MatmulOnCuda));
+  m.impl("blocked_int8_matmul", TORCH_BOX(&BlockedInt8MatmulOnCuda));
+  m.impl("blocked_int8_matmul_inference", TORCH_BOX(&BlockedInt8MatmulOnCuda));
 #else
-  for (const char* op : {"blocked_matmul", "blocked_matmul_inference"}) m.impl(op, &NotBuiltForCuda);
+  for (const char* op : {"blocked_matmul", "blocked_matmul_inference", "blocked_bfloat16_matmul",
+                         "blocked_bfloat16_matmul_inference", "blocked_int8_matmul", "blocked_int8_matmul_inference"}) {
+    m.impl(op, &NotBuiltForCuda);
+  }
 #endif
 }
 

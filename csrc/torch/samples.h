@@ -34,11 +34,12 @@ inline void CheckOn(Place place, const char* op, const Tensor& t, const char* na
                   t.is_cuda() ? "cuda:" + std::to_string(t.get_device_index()) : "the CPU", "; move it");
 }
 
-// Memory that a kernel takes: contiguous, and on a GPU, which loads whole elements only, aligned to them.
-inline Tensor Usable(Place place, const Tensor& t) {
+// Memory that a kernel takes: contiguous, and on a GPU, which loads whole words only, aligned to those of so many
+// elements.
+inline Tensor Usable(Place place, const Tensor& t, std::int64_t elements = 1) {
   const Tensor contiguous = Contiguous(t);
-  const bool taken =
-      place == kCpu || reinterpret_cast<std::uintptr_t>(contiguous.const_data_ptr()) % contiguous.element_size() == 0;
+  const auto word = static_cast<std::uintptr_t>(contiguous.element_size() * elements);
+  const bool taken = place == kCpu || reinterpret_cast<std::uintptr_t>(contiguous.const_data_ptr()) % word == 0;
   return taken ? contiguous : torch::stable::clone(contiguous);
 }
 

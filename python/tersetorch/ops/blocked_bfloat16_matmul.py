@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tersetorch.ops._autocast import compute_in_float32
 from tersetorch.ops._blocked_words import check_pack, check_product, fake_pack, refuse_gradients
+from tersetorch.ops._packing import pack_on_cpu
 
 GROUP = 2
 _FLOATS = (torch.float32, torch.bfloat16)
@@ -52,7 +53,8 @@ def blocked_bfloat16_matmul(
     Raises:
         TypeError: an argument is not a tensor or has another dtype than named here.
         ValueError: shapes or devices do not fit each other.
-        RuntimeError: an offset, a segment or an index lies outside its range (nothing outside the tensors is read).
+        RuntimeError: an offset, a segment or an index lies outside its range (nothing outside the tensors is read). On
+            a CUDA device the rows that it reaches are NaN in y instead, as in blocked_matmul.
     """
     check_product(
         "blocked_bfloat16_matmul",
@@ -116,7 +118,8 @@ def blocked_bfloat16_pack(
         "values": (values, torch.bfloat16),
     }
     check_pack("blocked_bfloat16_pack", tensors, column_block, GROUP)
-    return cast(tuple[Tensor, Tensor, Tensor, Tensor], _pack(row_offsets, col_indices, values, columns, column_block))
+    packed = pack_on_cpu(_pack, row_offsets, col_indices, values, columns, column_block)
+    return cast(tuple[Tensor, Tensor, Tensor, Tensor], packed)
 
 
 @torch.library.register_fake("tersetorch::blocked_bfloat16_matmul")

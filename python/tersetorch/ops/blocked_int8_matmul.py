@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tersetorch.ops._autocast import compute_in_float32
 from tersetorch.ops._blocked_words import check_pack, check_product, fake_pack, refuse_gradients
+from tersetorch.ops._packing import pack_on_cpu
 
 GROUP = 4
 MAX_FEATURES = 128 * 1024
@@ -35,7 +36,7 @@ def blocked_int8_matmul(
 
     y[n, r] = fma(sum over c of V[r, c] * q[n, c] * row_scales[r], s[n], bias[r]) with s[n] = max |x[n]| / 127 and
     q[n, c] = round(x[n, c] * (127 / max |x[n]|)), ties to even. The sum is exact, so that y has the same bits at every
-    level of the CPU. Against the product with x itself and the same weight, y is off by at most
+    level of the CPU and on CUDA. Against the product with x itself and the same weight, y is off by at most
     sum over c of |V[r, c] * row_scales[r]| * s[n] / 2, and by the few roundings of the formula. A sample whose largest
     |x| is below 2**-100 counts as 0; one that holds infinity or NaN gives NaN everywhere.
 
@@ -58,7 +59,8 @@ def blocked_int8_matmul(
     Raises:
         TypeError: an argument is not a tensor or has another dtype than named here.
         ValueError: shapes or devices do not fit each other.
-        RuntimeError: an offset, a segment or an index lies outside its range (nothing outside the tensors is read).
+        RuntimeError: an offset, a segment or an index lies outside its range (nothing outside the tensors is read). On
+            a CUDA device the rows that it reaches are NaN in y instead, as in blocked_matmul.
 
     Source:
         Jacob et al., Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference
@@ -160,9 +162,8 @@ def blocked_int8_pack(
         "values": (values, torch.int8),
     }
     check_pack("blocked_int8_pack", tensors, column_block, GROUP)
-    return cast(
-        tuple[Tensor, Tensor, Tensor, Tensor, Tensor], _pack(row_offsets, col_indices, values, columns, column_block)
-    )
+    packed = pack_on_cpu(_pack, row_offsets, col_indices, values, columns, column_block)
+    return cast(tuple[Tensor, Tensor, Tensor, Tensor, Tensor], packed)
 
 
 @torch.library.register_fake("tersetorch::blocked_int8_matmul")
