@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tersetorch import ops
-from tersetorch.ops import blocked_matmul, blocked_matmul_inference, blocked_pack, csr_pack
+from tersetorch.ops import blocked_matmul, blocked_pack, csr_pack
 
 OPS = torch.ops.tersetorch
 SHAPES = [(10, 70, 9), (300, 40, 1), (1, 301, 2), (0, 5, 3), (6, 0, 2), (6, 9, 0)]

@@ -9,6 +9,8 @@ from torch.nn.functional import conv2d
 
 from tersetorch.ops.bitmap_columns_matmul import bitmap_columns_matmul
 from tersetorch.ops.bitmap_matmul import bitmap_from_rows, bitmap_matmul
+from tersetorch.ops.blocked_bfloat16_matmul import blocked_bfloat16_matmul, blocked_bfloat16_pack
+from tersetorch.ops.blocked_int8_matmul import blocked_int8_matmul, blocked_int8_pack
 from tersetorch.ops.blocked_matmul import blocked_matmul, blocked_pack
 from tersetorch.ops.csr_matmul import csr_matmul
 from tersetorch.ops.sparse_conv2d import sparse_conv2d
@@ -38,7 +40,9 @@ def check_ops() -> list[dict[str, Any]]:
     }
     cases = (("float32", torch.float32, False), ("bfloat16", torch.bfloat16, False), ("codebook", torch.float32, True))
     checked = [_check(op, product, *case) for op, product in products.items() for case in cases]
-    return [*checked, *(_check_conv(*case) for case in cases), _check_int8(), *_check_gradients()]
+    checked += [_check_conv(*case) for case in cases]
+    checked += [_check_int8("bitmap_matmul", _bitmap_int8), _check_int8("blocked_int8_matmul", _blocked_int8)]
+    return [*checked, _check_bfloat16_mode(), *_check_gradients()]
 
 
 def _blocked(
@@ -82,6 +86,33 @@ def _bitmap_columns(
     column_offsets, rows = counts.cumsum(0).int(), torch.repeat_interleave(row_offsets.diff())[order].int()
     bitmap = bitmap_from_rows(column_offsets, rows, columns=ROWS)
     return bitmap_columns_matmul(x, bitmap, column_offsets, values[order], bias, codebook, out_features=ROWS)
+
+
+def _bitmap_int8(
+    x: Tensor, row_offsets: Tensor, col_indices: Tensor, values: Tensor, bias: Tensor, scales: Tensor
+) -> Tensor:
+    bitmap = bitmap_from_rows(row_offsets, col_indices, columns=COLUMNS)
+    return bitmap_matmul(x, bitmap, row_offsets, values, bias, None, scales, "int8")
+
+
+def _blocked_int8(
+    x: Tensor, row_offsets: Tensor, col_indices: Tensor, values: Tensor, bias: Tensor, scales: Tensor
+) -> Tensor:
+    block_offsets, segments, indices, words, sums = blocked_int8_pack(
+        row_offsets, col_indices, values, columns=COLUMNS, column_block=COLUMN_BLOCK
+    )
+    return blocked_int8_matmul(
+        x,
+        block_offsets,
+        segments,
+        indices,
+        words,
+        scales,
+        sums,
+        bias,
+        out_features=ROWS,
+        column_block=COLUMN_BLOCK,
+    )
 
 
 def _problem(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -147,22 +178,40 @@ def _check_conv(case: str, dtype: torch.dtype, codebook: bool) -> dict[str, Any]
     return _result("sparse_conv2d", case, worst, bound)
 
 
-def _check_int8() -> dict[str, Any]:
-    """bitmap_matmul in mode int8 against the same rounding of x, where only the last steps round."""
+def _check_int8(op: str, product: Callable[..., Tensor]) -> dict[str, Any]:
+    """A product in mode int8 against the same rounding of x, where only the last steps round."""
     _, row_offsets, col_indices, kept = _problem(torch.float32)
     generator = torch.Generator().manual_seed(3)
     whole = torch.randint(-127, 128, (int(kept.sum()),), generator=generator)
     scales, bias = torch.rand(ROWS, generator=generator), torch.randn(ROWS, generator=generator)
     dense = torch.zeros(ROWS, COLUMNS, dtype=torch.float64).masked_scatter(kept, whole.double())
-    bitmap = bitmap_from_rows(row_offsets, col_indices, columns=COLUMNS)
     worst = 0.0
     for batch in BATCHES:
         x = torch.randn(batch, COLUMNS, generator=generator)
-        y = bitmap_matmul(x, bitmap, row_offsets, whole.to(torch.int8), bias, None, scales, "int8")
+        y = product(x, row_offsets, col_indices, whole.to(torch.int8), bias, scales)
         largest = x.abs().amax(1, keepdim=True)
         q, factor = (x * (127 / largest)).round().double(), largest.double() / 127 * scales.double()
         worst = max(worst, _largest(y, (q @ dense.T) * factor + bias, (q @ dense.T).abs() * factor + bias.abs()))
-    return _result("bitmap_matmul", "int8", worst, 4 * EPSILON)
+    return _result(op, "int8", worst, 4 * EPSILON)
+
+
+def _check_bfloat16_mode() -> dict[str, Any]:
+    """blocked_bfloat16_matmul against the product of rounded numbers."""
+    dense, row_offsets, col_indices, kept = _problem(torch.bfloat16)
+    block_offsets, segments, indices, words = blocked_bfloat16_pack(
+        row_offsets, col_indices, dense[kept], columns=COLUMNS, column_block=COLUMN_BLOCK
+    )
+    generator = torch.Generator().manual_seed(5)
+    bias, worst = torch.randn(ROWS, generator=generator), 0.0
+    for batch in BATCHES:
+        x = torch.randn(batch, COLUMNS, generator=generator)
+        y = blocked_bfloat16_matmul(
+            x, block_offsets, segments, indices, words, bias, out_features=ROWS, column_block=COLUMN_BLOCK
+        )
+        rounded, w = x.bfloat16().double(), dense.double()
+        size = rounded.abs() @ w.abs().T + bias.double().abs()
+        worst = max(worst, _largest(y, rounded @ w.T + bias.double(), size))
+    return _result("blocked_bfloat16_matmul", "bfloat16", worst, (COLUMNS + 2) * EPSILON)
 
 
 def _check_gradients() -> list[dict[str, Any]]:
