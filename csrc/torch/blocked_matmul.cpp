@@ -8,7 +8,6 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
-#include <memory>
 #include <numeric>
 #include <optional>
 #include <string>
@@ -74,8 +73,9 @@ struct Weight {
     STD_TORCH_CHECK(values.dim() == (grouped ? 2 : 1) && values.numel() == indices.numel() * group, op,
                     ": values must be [", indices.numel(), grouped ? ", " : "", grouped ? std::to_string(group) : "",
                     "], got ", values.dim(), "-D with ", values.numel(), " elements; pass one for each index");
-    tensors = {Usable(place, block_offsets), Usable(place, segments), Usable(place, indices),
-               Usable(place, values, group)};
+    tensors.reserve(6);
+    for (const Tensor* t : {&block_offsets, &segments, &indices}) tensors.push_back(Usable(place, *t));
+    tensors.push_back(Usable(place, values, group));
     args.block_offsets = tensors[0].const_data_ptr<std::int32_t>();
     args.segments = tensors[1].const_data_ptr<std::int32_t>();
     args.indices = static_cast<const std::uint16_t*>(tensors[2].const_data_ptr());
@@ -157,14 +157,16 @@ struct Int8Inputs {
     STD_TORCH_CHECK(row_scales.numel() == out_features && row_sums.numel() == out_features, op,
                     ": row_scales and row_sums must be [", out_features, "], got ", row_scales.numel(), " and ",
                     row_sums.numel(), " elements; pass one for each row");
-    scales = Usable(place, row_scales);
-    sums = Usable(place, row_sums);
+    for (const Tensor* t : {&row_scales, &row_sums}) weight.tensors.push_back(Usable(place, *t));
+    scales = weight.tensors[4].const_data_ptr<float>();
+    sums = weight.tensors[5].const_data_ptr<std::int32_t>();
   }
 
   Samples samples;
   Weight weight;
   Bias bias;
-  Tensor scales, sums;  // of the rows
+  const float* scales = nullptr;       // of the rows
+  const std::int32_t* sums = nullptr;  // likewise
 };
 
 struct Panel {
@@ -229,7 +231,7 @@ Tensor Multiply(const char* op, const Samples& samples, BlockedMatmulArgs args, 
   // Packed at the same time: enough for the threads, and few enough to come back from the last cache level.
   constexpr std::int64_t kWave = 8;
   const BlockedWeight& weight = args.weight;
-  const Tensor y = torch::stable::new_empty(samples.tensor, WithLastDim(samples.tensor, weight.rows));
+  const Tensor y = EmptyWithLastDim(samples.tensor, weight.rows);
   char* y_data = static_cast<char*>(y.mutable_data_ptr());
   args.y_stored_as = samples.stored_as;
 
@@ -238,9 +240,8 @@ Tensor Multiply(const char* op, const Samples& samples, BlockedMatmulArgs args, 
   const std::int64_t row_blocks = Blocks(weight.rows, kBlockedRows);
   if (panel_count == 0 || row_blocks == 0) return y;
   const std::int64_t stride = panels[0].width * weight.columns;
-  const Tensor memory =
-      torch::stable::new_empty(samples.tensor, {std::min(kWave, panel_count) * stride}, ScalarType::Float);
-  float* panel_data = memory.mutable_data_ptr<float>();
+  Scratch memory(std::min(kWave, panel_count) * stride * std::int64_t{sizeof(float)});
+  float* panel_data = memory.Data<float>();
   const std::int64_t work = weight.nnz / row_blocks * std::max<std::int64_t>(1, panels[0].width / 8);
   SharedStatus status;
   for (std::int64_t first = 0; first < panel_count; first += kWave) {
@@ -251,11 +252,10 @@ Tensor Multiply(const char* op, const Samples& samples, BlockedMatmulArgs args, 
                    });
     // All row blocks of a panel one after the other: it stays in the second cache level, where its rows are read at
     // random, while the weight is read in order.
-    torch::stable::parallel_for(0, row_blocks * count, GrainItems(work), [&](std::int64_t begin, std::int64_t end) {
-      constexpr std::size_t kLine = 16;  // floats
-      const std::unique_ptr<float[]> sums(new float[kBlockedRows * panels[0].width + kLine]);
+    ParallelFor(row_blocks * count, GrainItems(work), [&](std::int64_t begin, std::int64_t end) {
+      alignas(64) float sums[kBlockedRows * kBlockedMaxWidth];
       BlockedMatmulArgs own = args;
-      own.sums = sums.get() + (kLine - reinterpret_cast<std::uintptr_t>(sums.get()) / sizeof(float) % kLine);
+      own.sums = sums;
       for (std::int64_t task = begin; task < end; ++task) {
         const std::int64_t i = task / row_blocks;
         const Panel& panel = panels[first + i];
@@ -315,21 +315,19 @@ Tensor BlockedInt8MatmulOnCpu(const Tensor& x, const Tensor& block_offsets, cons
   const Int8Inputs inputs(kOp, kCpu, x, block_offsets, segments, indices, values, row_scales, row_sums, bias,
                           out_features, column_block);
   const Samples& samples = inputs.samples;
-  const Tensor scales =
-      torch::stable::new_empty(samples.tensor, {samples.count + kBlockedMaxWidth + samples.count}, ScalarType::Float);
-  float* scale = scales.mutable_data_ptr<float>();
+  Scratch scales((samples.count + kBlockedMaxWidth + samples.count) * std::int64_t{sizeof(float)});
+  float* scale = scales.Data<float>();
   float* inverse = scale + samples.count + kBlockedMaxWidth;
   std::fill(scale + samples.count, inverse, 0.0f);
-  torch::stable::parallel_for(
-      0, samples.count, GrainItems(samples.features / 8), [&](std::int64_t begin, std::int64_t end) {
-        SampleScales({samples.At(0), samples.stored_as, samples.features, scale, inverse}, begin, end);
-      });
+  ParallelFor(samples.count, GrainItems(samples.features / 8), [&](std::int64_t begin, std::int64_t end) {
+    SampleScales({samples.At(0), samples.stored_as, samples.features, scale, inverse}, begin, end);
+  });
   BlockedMatmulArgs args{};
   args.weight = inputs.weight.args;
   args.bias = inputs.bias.data;
   args.relu = relu;
-  args.row_scales = inputs.scales.const_data_ptr<float>();
-  args.row_sums = inputs.sums.const_data_ptr<std::int32_t>();
+  args.row_scales = inputs.scales;
+  args.row_sums = inputs.sums;
   return Multiply(
       kOp, samples, args,
       [&](const Panel& panel, float* memory, std::int64_t begin, std::int64_t end) {
@@ -393,7 +391,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> Pack(const Tensor& like, const Rows& 
                        sources.mutable_data_ptr<std::int32_t>(),
                        nullptr};
   args.block_offsets[row_blocks * column_blocks] = static_cast<std::int32_t>(nnz);
-  torch::stable::parallel_for(0, row_blocks, 1, [&](std::int64_t begin, std::int64_t end) {
+  ParallelFor(row_blocks, 1, [&](std::int64_t begin, std::int64_t end) {
     std::vector<std::int32_t> scratch((kBlockedRows + 1) * column_blocks + column_block + 1);
     BlockedPackArgs own = args;
     own.scratch = scratch.data();
@@ -490,7 +488,7 @@ Tensor BlockedMatmulOnCuda(const Tensor& x, const Tensor& block_offsets, const T
   const MatmulInputs inputs(kOp, call.place(), x, block_offsets, segments, indices, values, bias, codebook,
                             out_features, column_block);
   const Samples& samples = inputs.samples;
-  const Tensor y = torch::stable::new_empty(x, WithLastDim(x, out_features));
+  const Tensor y = EmptyWithLastDim(x, out_features);
   call.Check(BlockedMatmulCuda({inputs.weight.args, samples.At(0), samples.stored_as, inputs.bias.data, relu,
                                 y.mutable_data_ptr(), samples.count},
                                call.Stream()));
@@ -506,7 +504,7 @@ Tensor BlockedBFloat16MatmulOnCuda(const Tensor& x, const Tensor& block_offsets,
                               column_block);
   const Samples& samples = inputs.samples;
   const BlockedWeight& weight = inputs.weight.args;
-  const Tensor y = torch::stable::new_empty(x, WithLastDim(x, out_features));
+  const Tensor y = EmptyWithLastDim(x, out_features);
   const Tensor words = torch::stable::new_empty(x, {samples.count, weight.columns}, ScalarType::Int);
   auto* rounded = static_cast<std::uint32_t*>(words.mutable_data_ptr());
   call.Check(BlockedPairsCuda({samples.At(0), samples.stored_as, samples.count, samples.features, rounded, nullptr},
@@ -527,7 +525,7 @@ Tensor BlockedInt8MatmulOnCuda(const Tensor& x, const Tensor& block_offsets, con
                           out_features, column_block);
   const Samples& samples = inputs.samples;
   const BlockedWeight& weight = inputs.weight.args;
-  const Tensor y = torch::stable::new_empty(x, WithLastDim(x, out_features));
+  const Tensor y = EmptyWithLastDim(x, out_features);
   const Tensor words = torch::stable::new_empty(x, {samples.count, weight.columns}, ScalarType::Int);
   const Tensor scales = torch::stable::new_empty(x, {samples.count}, ScalarType::Float);
   auto* rounded = static_cast<std::uint32_t*>(words.mutable_data_ptr());
@@ -535,7 +533,7 @@ Tensor BlockedInt8MatmulOnCuda(const Tensor& x, const Tensor& block_offsets, con
   call.Check(BlockedQuadsCuda({samples.At(0), samples.stored_as, samples.count, samples.features, rounded, scale},
                               call.Stream()));
   call.Check(BlockedMatmulCuda({weight, rounded, samples.stored_as, inputs.bias.data, relu, y.mutable_data_ptr(),
-                                samples.count, scale, inputs.scales.const_data_ptr<float>()},
+                                samples.count, scale, inputs.scales},
                                call.Stream()));
   return y;
 }

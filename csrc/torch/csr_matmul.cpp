@@ -253,7 +253,7 @@ Tensor CsrMatmulOnCpu(const Tensor& x, const Tensor& row_offsets, const Tensor& 
 
   const PanelPlan plan(samples.count, samples.features);
   Panels panels(samples, plan);
-  const Tensor y = torch::stable::new_empty(x, WithLastDim(x, rows));
+  const Tensor y = EmptyWithLastDim(x, rows);
   char* y_data = static_cast<char*>(y.mutable_data_ptr());
   SharedStatus status;
   plan.ForWaves([&](std::int64_t first, std::int64_t count) {
@@ -278,7 +278,7 @@ Tensor CsrMatmulGradXOnCpu(const Tensor& grad_y, const Tensor& row_offsets, cons
   const Samples& samples = inputs.samples;
   const Weight& weight = inputs.weight;
 
-  const Tensor grad_x = torch::stable::new_empty(grad_y, WithLastDim(grad_y, in_features));
+  const Tensor grad_x = EmptyWithLastDim(grad_y, in_features);
   // The threads share out the panels; a sample's sum does not depend on the panel that holds it.
   const PanelPlan plan(samples.count, in_features, torch::stable::get_num_threads());
   Panels panels(samples, plan);
@@ -375,7 +375,7 @@ Tensor CsrMatmulOnCuda(const Tensor& x, const Tensor& row_offsets, const Tensor&
   const CudaCall call(kOp, x, "x");
   const MatmulInputs inputs(kOp, call.place(), x, row_offsets, col_indices, values, bias, codebook);
   const Samples& samples = inputs.samples;
-  const Tensor y = torch::stable::new_empty(x, WithLastDim(x, inputs.weight.args.rows));
+  const Tensor y = EmptyWithLastDim(x, inputs.weight.args.rows);
   call.Check(CsrMatmulCuda(
       {inputs.weight.args, samples.At(0), samples.stored_as, inputs.bias.data, y.mutable_data_ptr(), samples.count},
       call.Stream()));
@@ -388,7 +388,7 @@ Tensor CsrMatmulGradXOnCuda(const Tensor& grad_y, const Tensor& row_offsets, con
   const CudaCall call(kOp, grad_y, "grad_y");
   const GradXInputs inputs(kOp, call.place(), grad_y, row_offsets, col_indices, values, in_features, codebook);
   const Samples& samples = inputs.samples;
-  const Tensor grad_x = torch::stable::new_empty(grad_y, WithLastDim(grad_y, in_features));
+  const Tensor grad_x = EmptyWithLastDim(grad_y, in_features);
   const Tensor sums = samples.stored_as == FloatDtype::kFloat32
                           ? grad_x
                           : torch::stable::new_empty(grad_y, {samples.count * in_features}, ScalarType::Float);
