@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstdint>
 #include <random>
 #include <vector>
@@ -129,5 +130,19 @@ struct Words {
   std::vector<std::uint16_t> indices;
   std::vector<std::array<T, kGroup>> values;
 };
+
+// Scales that are ordinary, and so large that a sum times one of them overflows.
+inline std::vector<float> RowScales(Index rows, std::mt19937& rng) {
+  std::vector<float> scales = Random(rows, rng);
+  for (Index r = 2; r < rows; r += 5) scales[r] = std::fabs(scales[r]) * 1e35f;
+  return scales;
+}
+
+// What quads give for an exact sum.
+inline float Scaled(std::int32_t sum, float row_scale, float sample_scale, float bias) {
+  const bool row_first = row_scale < sample_scale;
+  const float scaled = static_cast<float>(sum) * (row_first ? row_scale : sample_scale);
+  return std::fma(scaled, row_first ? sample_scale : row_scale, bias);
+}
 
 }  // namespace tersetorch::test

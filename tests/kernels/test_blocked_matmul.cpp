@@ -172,7 +172,7 @@ void TestWords(const Variant& variant, Index rows, Index features, Index column_
   const Words<T> w(rows, features, column_block, density, rng);
   const Index samples = std::max<Index>(1, width - static_cast<Index>(rng() % 5));
   const bool relu = rng() % 2 == 0;
-  const auto x = Random(samples * features, rng), bias = Random(rows, rng), row_scales = Random(rows, rng);
+  const auto x = Random(samples * features, rng), bias = Random(rows, rng), row_scales = RowScales(rows, rng);
   std::vector<float> scales(width, 0.0f), inverses(width, 0.0f);
   const auto panel_memory = std::vector<std::uint32_t>(w.columns * width, 0xdeadbeef);
   Unaligned<std::uint32_t> panel(panel_memory);
@@ -236,7 +236,7 @@ void TestWords(const Variant& variant, Index rows, Index features, Index column_
       want.Add(bias[r]);
       const float y_value = got[n * rows + r];
       if (kQuads) {
-        const float exact = std::fma(static_cast<float>(integer) * row_scales[r], scales[n], bias[r]);
+        const float exact = Scaled(integer, row_scales[r], scales[n], bias[r]);
         const float stored = floats_as == FloatDtype::kFloat32 ? exact : FromBFloat16(ToBFloat16(exact));
         right &= y_value == (relu && exact < 0 ? 0 : stored);
       } else {

@@ -191,7 +191,7 @@ void TestWords(Index rows, Index features, Index column_block, double density, F
       x[n * features + rng() % features] = odd[n % 4];
     }
   }
-  const auto bias = Random(rows, rng), row_scales = Random(rows, rng), *chosen = with_bias ? &bias : nullptr;
+  const auto bias = Random(rows, rng), row_scales = RowScales(rows, rng), *chosen = with_bias ? &bias : nullptr;
   const auto got = MultiplyWords(w, floats_as, samples, features, x, chosen, row_scales, relu);
   const Rounded<T> rounded(x, samples, features);
   bool right = true;
@@ -210,8 +210,7 @@ void TestWords(Index rows, Index features, Index column_block, double density, F
       if (with_bias) want.Add(bias[r]);
       const float y = got[n * rows + r];
       if (kQuads<T>) {
-        const float exact =
-            std::fma(static_cast<float>(integer) * row_scales[r], rounded.scales[n], with_bias ? bias[r] : 0.0f);
+        const float exact = Scaled(integer, row_scales[r], rounded.scales[n], with_bias ? bias[r] : 0.0f);
         const float stored = floats_as == FloatDtype::kFloat32 ? exact : FromBFloat16(ToBFloat16(exact));
         right &= Same(y, relu && exact < 0 ? 0 : stored);
       } else {

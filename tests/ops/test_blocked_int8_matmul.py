@@ -36,7 +36,9 @@ def reference(x, dense, weight, bias=None):
     q, scale = quantised(x)
     sums = (q.double() @ dense.double().T).float()
     # float64 holds the product of two float32 exactly, so that only the sum is rounded before float32.
-    y = (sums * weight["row_scales"]).double() * scale.double()
+    y = (sums * torch.minimum(scale, weight["row_scales"])).double() * torch.maximum(
+        scale, weight["row_scales"]
+    ).double()
     return (y if bias is None else y + bias.double()).float()
 
 
@@ -88,6 +90,27 @@ def test_the_largest_sums_do_not_overflow():
     assert torch.equal(y, torch.full((9, 1), torch.tensor(-128.0 * 127 * columns) * (2 / torch.tensor(127.0))))
 
 
+def test_large_scales_overflow_only_where_the_result_does():
+    dense, _, weight = random_weight(300, 70, 0.2, 32)
+    dense[7, :2], dense[7, 2:] = torch.tensor([3, 0]), 0
+    row_offsets = torch.cat([torch.zeros(1, dtype=torch.int64), (dense != 0).sum(1).cumsum(0)]).int()
+    columns, values = (dense != 0).nonzero()[:, 1].int(), dense[dense != 0].to(torch.int8)
+    packed = blocked_int8_pack(row_offsets, columns, values, columns=70, column_block=32)
+    weight |= dict(zip(("block_offsets", "segments", "indices", "values", "row_sums"), packed, strict=True))
+    x = random(9, 70)
+    x[:, 0] = 0  # row 7 sums to nothing, whatever the scales
+    for of_x, of_rows in ((1e-10, 1e36), (1e30, 1e-20), (1e30, 1e30)):
+        weight["row_scales"] = torch.full((300,), of_rows)
+        y = blocked_int8_matmul(x * of_x, **weight)
+        want = reference(x * of_x, dense, weight)
+        assert (y[:, 7] == 0).all()
+        assert bool(y.isfinite().all()) == (of_x * of_rows < 1e30)
+        torch.testing.assert_close(y, want, rtol=2**-22, atol=0)
+        exact = x.double() * of_x @ (dense.double().T * of_rows)
+        bound = (dense.abs() * of_rows).double().sum(1) * quantised(x * of_x)[1].double() / 2 + exact.abs() * 2**-20
+        assert ((y.double() - exact).abs() <= bound)[want.isfinite()].all()
+
+
 def test_samples_that_are_zero_tiny_or_not_finite():
     _, _, weight = random_weight(30, 20, 0.5, 8)
     x = random(9, 20)
@@ -137,9 +160,10 @@ values = torch.randint(-128, 128, (int(kept.sum()),)).to(torch.int8)
 offsets = torch.cat([torch.zeros(1), kept.sum(1).cumsum(0)]).int()
 *layout, words, sums = blocked_int8_pack(offsets, kept.nonzero()[:, 1].int(), values, columns=170, column_block=64)
 scales, bias = torch.rand(300), torch.randn(300)
+scales[::3] *= 1e36
 digest = hashlib.sha256()
 for batch in (1, 12, 31, 64, 100):
-    x = torch.randn(batch, 170)
+    x = torch.randn(batch, 170) * 10 ** torch.linspace(-20, 3, batch)[:, None]
     y = blocked_int8_matmul(x, *layout, words, scales, sums, bias, out_features=300, column_block=64, relu=True)
     digest.update(y.numpy().tobytes())
 print(torch.ops.tersetorch.cpu_isa(), digest.hexdigest())

@@ -140,7 +140,9 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksAtOnce) BlockedMa
       float sum;
       if constexpr (kQuads) {
         const auto integer = static_cast<float>(static_cast<std::int32_t>(memory.sums[s][thread]));
-        sum = fmaf(integer * a.row_scales[row_begin + thread], a.sample_scales[first + s], bias);
+        const float of_row = a.row_scales[row_begin + thread], of_sample = a.sample_scales[first + s];
+        const bool row_first = of_row < of_sample;
+        sum = fmaf(integer * (row_first ? of_row : of_sample), row_first ? of_sample : of_row, bias);
       } else {
         sum = memory.sums[s][thread];
       }

@@ -35,8 +35,9 @@ def blocked_int8_matmul(
     """Returns x @ W.T + bias, at least 0 with relu, where x too is rounded to 8 bits and all sums are of integers.
 
     y[n, r] = fma(sum over c of V[r, c] * q[n, c] * row_scales[r], s[n], bias[r]) with s[n] = max |x[n]| / 127 and
-    q[n, c] = round(x[n, c] * (127 / max |x[n]|)), ties to even. The sum is exact, so that y has the same bits at every
-    level of the CPU and on CUDA. Against the product with x itself and the same weight, y is off by at most
+    q[n, c] = round(x[n, c] * (127 / max |x[n]|)), ties to even; of row_scales[r] and s[n] the smaller is multiplied
+    first, so that nothing overflows before y does. The sum is exact, so that y has the same bits at every level of the
+    CPU and on CUDA. Against the product with x itself and the same weight, y is off by at most
     sum over c of |V[r, c] * row_scales[r]| * s[n] / 2, and by the few roundings of the formula. A sample whose largest
     |x| is below 2**-100 counts as 0; one that holds infinity or NaN gives NaN everywhere.
 
