@@ -46,23 +46,23 @@ def _pack_direct(layer: SparseConvBase[Any]) -> DirectWeight:
     return DirectWeight(blocks, segments, indices, numbers.detach().index_select(0, sources), codebook)
 
 
-def _convolve_direct(layer: SparseConvBase[Any], x: Tensor) -> Tensor:
+def _direct(layer: SparseConvBase[Any]) -> tuple[Any, ...]:
     buffers: Any = layer._buffers
-    return ops.sparse_conv2d_packed(
-        x,
+    parameters: Any = layer._parameters
+    return (
         buffers["packed_blocks"],
         buffers["packed_segments"],
         buffers["packed_indices"],
         buffers["packed_numbers"],
-        layer.bias,
-        layer._numbers()[1],
+        parameters["bias"],
+        parameters["codebook"][0] if "codes" in buffers else None,
         layer.out_channels,
         layer._channel_block,
         *layer._geometry,
     )
 
 
-LAYOUTS = {"direct": Layout(_pack_direct, _convolve_direct)}
+LAYOUTS = {"direct": Layout(_pack_direct, "sparse_conv2d_packed", _direct)}
 
 
 class SparseConvBase(SparseModule[Format]):
