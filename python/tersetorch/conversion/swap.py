@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from tersetorch.conversion.candidates import Candidate
 from tersetorch.nn.sparse_conv_module import SparseConvBase
-from tersetorch.nn.sparse_module import SparseLinearBase
+from tersetorch.nn.sparse_linear_module import SparseLinearBase
 
 
 def build(candidate: Candidate, modules: list[nn.Module], samples: int | None = None) -> list[nn.Module]:

@@ -1,4 +1,4 @@
-"""The layouts that a sparse linear layer can compute from, beside the one it trains and is stored in."""
+"""The layouts that a sparse layer can compute from, beside the one it trains and is stored in."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ class Layout:
     """One way to lay a weight out for its product.
 
     Attributes:
-        pack: for each format that a layer trains, what makes the packed weight of it: (weight, **options).
+        pack: (layer, **options) -> the packed weight, a dataclass; a field that is the layer's own tensor has its name.
         multiply: (layer, x) -> y, from the layer's tensors and its buffers packed_*, without gradients and without
             checks in Python.
         options: what of a packed weight must be known to pack another one alike: names of its fields.
     """
 
-    pack: Mapping[type[Any], Callable[..., Any]]
+    pack: Callable[..., Any]
     multiply: Callable[[Any, Tensor], Tensor]
     options: tuple[str, ...] = ()
 
@@ -137,32 +137,40 @@ def _multiply_blocks_bfloat16(layer: Any, x: Tensor) -> Tensor:
     )
 
 
+def _by_format(packs: Mapping[type[Any], Callable[..., Any]]) -> Callable[..., Any]:
+    """What lays a layer out whose format is one of those."""
+    return lambda layer, **options: packs[layer.format](layer.sparse_weight, **options)
+
+
 LAYOUTS: dict[str, Layout] = {
     "csr16": Layout(
-        {CsrWeight: CsrWeight.narrowed, SparseCodebookWeight: SparseCodebookWeight.narrowed}, _multiply_narrow
+        _by_format({CsrWeight: CsrWeight.narrowed, SparseCodebookWeight: SparseCodebookWeight.narrowed}),
+        _multiply_narrow,
     ),
     "bitmap": Layout(
-        {CsrWeight: BitmapWeight.from_csr, SparseCodebookWeight: BitmapCodebookWeight.from_csr}, _multiply_bitmap
+        _by_format({CsrWeight: BitmapWeight.from_csr, SparseCodebookWeight: BitmapCodebookWeight.from_csr}),
+        _multiply_bitmap,
     ),
     "bitmap_int8": Layout(
-        {CsrWeight: BitmapInt8Weight.from_csr, SparseCodebookWeight: BitmapInt8Weight.from_csr}, _multiply_bitmap_int8
+        _by_format({CsrWeight: BitmapInt8Weight.from_csr, SparseCodebookWeight: BitmapInt8Weight.from_csr}),
+        _multiply_bitmap_int8,
     ),
     "bitmap_columns": Layout(
-        {CsrWeight: BitmapColumnsWeight.from_csr, SparseCodebookWeight: BitmapColumnsWeight.from_csr},
+        _by_format({CsrWeight: BitmapColumnsWeight.from_csr, SparseCodebookWeight: BitmapColumnsWeight.from_csr}),
         _multiply_columns,
     ),
     "blocked": Layout(
-        {CsrWeight: BlockedWeight.from_csr, SparseCodebookWeight: BlockedCodebookWeight.from_csr},
+        _by_format({CsrWeight: BlockedWeight.from_csr, SparseCodebookWeight: BlockedCodebookWeight.from_csr}),
         _multiply_blocks,
         ("column_block",),
     ),
     "blocked_int8": Layout(
-        {CsrWeight: BlockedInt8Weight.from_csr, SparseCodebookWeight: BlockedInt8Weight.from_csr},
+        _by_format({CsrWeight: BlockedInt8Weight.from_csr, SparseCodebookWeight: BlockedInt8Weight.from_csr}),
         _multiply_blocks_int8,
         ("column_block",),
     ),
     "blocked_bfloat16": Layout(
-        {CsrWeight: BlockedBFloat16Weight.from_csr, SparseCodebookWeight: BlockedBFloat16Weight.from_csr},
+        _by_format({CsrWeight: BlockedBFloat16Weight.from_csr, SparseCodebookWeight: BlockedBFloat16Weight.from_csr}),
         _multiply_blocks_bfloat16,
         ("column_block",),
     ),
