@@ -223,7 +223,7 @@ def test_gradients_of_relu_are_those_of_a_relu_after_it(codes):
     after = csr_matmul(x, row_offsets, col_indices, values, bias, *codebook).relu()
     got, want = (torch.autograd.grad(y, leaves, grad_y, create_graph=True) for y in (fused, after))
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
-    got, want = (torch.autograd.grad(sum(g.pow(2).sum() for g in grads), leaves[:2]) for grads in (got, want))
+    got, want = (torch.autograd.grad(sum(g.pow(2).sum() for g in grads), leaves[:1]) for grads in (got, want))
     torch.testing.assert_close(got, want)
 
 

@@ -50,7 +50,7 @@ def _multiply_narrow(layer: Any, x: Tensor) -> Tensor:
     codes = buffers.get("codes")
     values, codebook = (parameters["values"], None) if codes is None else (codes, parameters["codebook"])
     return ops.csr_matmul_inference(
-        x, buffers["row_offsets"], buffers["packed_col_indices"], values, parameters["bias"], codebook
+        x, buffers["row_offsets"], buffers["packed_col_indices"], values, parameters["bias"], codebook, layer.relu
     )
 
 
@@ -59,7 +59,7 @@ def _multiply_bitmap(layer: Any, x: Tensor) -> Tensor:
     codes = buffers.get("codes")
     values, codebook = (parameters["values"], None) if codes is None else (codes, parameters["codebook"])
     return ops.bitmap_matmul_inference(
-        x, buffers["packed_bitmap"], buffers["row_offsets"], values, parameters["bias"], codebook
+        x, buffers["packed_bitmap"], buffers["row_offsets"], values, parameters["bias"], codebook, relu=layer.relu
     )
 
 
@@ -74,6 +74,7 @@ def _multiply_bitmap_int8(layer: Any, x: Tensor) -> Tensor:
         None,
         buffers["packed_scales"],
         "int8",
+        layer.relu,
     )
 
 
@@ -87,6 +88,7 @@ def _multiply_columns(layer: Any, x: Tensor) -> Tensor:
         parameters["bias"],
         parameters["codebook"] if "codes" in buffers else None,
         out_features=layer.out_features,
+        relu=layer.relu,
     )
 
 
@@ -103,6 +105,7 @@ def _multiply_blocks(layer: Any, x: Tensor) -> Tensor:
         parameters["bias"],
         codebook,
         out_features=layer.out_features,
+        relu=layer.relu,
         column_block=layer._options["column_block"],
     )
 
@@ -119,6 +122,7 @@ def _multiply_blocks_int8(layer: Any, x: Tensor) -> Tensor:
         buffers["packed_row_sums"],
         layer._parameters["bias"],
         out_features=layer.out_features,
+        relu=layer.relu,
         column_block=layer._options["column_block"],
     )
 
@@ -133,6 +137,7 @@ def _multiply_blocks_bfloat16(layer: Any, x: Tensor) -> Tensor:
         buffers["packed_values"],
         layer._parameters["bias"],
         out_features=layer.out_features,
+        relu=layer.relu,
         column_block=layer._options["column_block"],
     )
 

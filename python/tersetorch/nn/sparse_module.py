@@ -48,9 +48,14 @@ class SparseModule(nn.Module, Generic[Format]):
     row_offsets: Tensor
     col_indices: Tensor
     bias: nn.Parameter | None
+    # Whether negative results become 0; of the layer, not of its weight: to_dense() and .weight know nothing of it.
+    relu: bool
 
-    def __init__(self, weight: Any, bias: Tensor | None) -> None:
+    def __init__(self, weight: Any, bias: Tensor | None, relu: bool) -> None:
         super().__init__()
+        if not isinstance(relu, bool):
+            raise TypeError(f"{type(self).__name__}: relu must be True or False, got {relu!r}; pass a bool")
+        self.relu = relu
         # What pack() was asked for, the options that make the next packing the same, and the packed weight's sizes.
         self._layout = self.plain_layout
         self._options: dict[str, Any] = {}
