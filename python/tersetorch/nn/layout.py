@@ -30,8 +30,8 @@ class Layout:
 
     Attributes:
         pack: (layer, **options) -> the packed weight, a dataclass; a field that is the layer's own tensor has its name.
-        op: the op that takes x and then arguments, without gradients and without checks in Python.
-        arguments: (layer) -> what op takes after x: tensors of the layer, its buffers packed_* and sizes.
+        op: the op that takes x, the arguments and relu, without gradients and without checks in Python.
+        arguments: (layer) -> what op takes between them: tensors of the layer, its buffers packed_* and sizes.
         options: what of a packed weight must be known to pack another one alike: names of its fields.
     """
 

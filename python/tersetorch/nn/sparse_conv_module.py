@@ -97,8 +97,9 @@ class SparseConvBase(SparseModule[Format]):
         dilation: Sizes = 1,
         groups: int = 1,
         padding_mode: str = "zeros",
+        relu: bool = False,
     ) -> None:
-        super().__init__(weight, bias)
+        super().__init__(weight, bias, relu)
         self.kernel_size = self._checked_sizes("kernel_size", kernel_size, 1)
         self.stride = self._checked_sizes("stride", stride, 1)
         self.dilation = self._checked_sizes("dilation", dilation, 1)
@@ -204,12 +205,13 @@ class SparseConvBase(SparseModule[Format]):
             padding=self._padding,
             dilation=self._dilation,
             groups=self.groups,
+            relu=self.relu,
         )
 
     def _from_rows(self, x: Tensor) -> Tensor:
         values, codebook = self._numbers()
         return ops.sparse_conv2d_inference(
-            x, self.row_offsets, self.col_indices, values, self.bias, codebook, *self._geometry
+            x, self.row_offsets, self.col_indices, values, self.bias, codebook, *self._geometry, self.relu
         )
 
     # ---- checks
@@ -291,4 +293,5 @@ class SparseConvBase(SparseModule[Format]):
         shown += [f"dilation={self.dilation}"] * (self.dilation != one) + [f"groups={self.groups}"] * (self.groups != 1)
         if self.padding_mode != "zeros":
             shown.append(f"padding_mode={self.padding_mode!r}")
-        return ", ".join([*shown, f"bias={self.bias is not None}", f"nnz={self.col_indices.numel()}"])
+        shown += [f"bias={self.bias is not None}", f"nnz={self.col_indices.numel()}"]
+        return ", ".join(shown + ["relu=True"] * self.relu)

@@ -59,9 +59,14 @@ class SparseModule(nn.Module, Generic[Format]):
     row_offsets: Tensor
     col_indices: Tensor
     bias: nn.Parameter | None
+    # Whether negative results become 0; of the layer, not of its weight: to_dense() and .weight know nothing of it.
+    relu: bool
 
-    def __init__(self, weight: Any, bias: Tensor | None) -> None:
+    def __init__(self, weight: Any, bias: Tensor | None, relu: bool) -> None:
         super().__init__()
+        if not isinstance(relu, bool):
+            raise TypeError(f"{type(self).__name__}: relu must be True or False, got {relu!r}; pass a bool")
+        self.relu = relu
         # What pack() was asked for, the options that make the next packing the same, and the packed weight's sizes.
         self._layout = self.plain_layout
         self._options: dict[str, Any] = {}
@@ -261,7 +266,7 @@ class SparseModule(nn.Module, Generic[Format]):
                     if source.data_ptr() != address or (version is not None and source._version != version):
                         break
                 else:
-                    return call(x, *arguments)
+                    return call(x, *arguments, self.relu)
         if not self._use_packed():
             return self._from_rows(x)
         row = self.layouts[self._layout]
@@ -269,7 +274,7 @@ class SparseModule(nn.Module, Generic[Format]):
         if not is_compiling():
             # An op's own _op is what calling it calls.
             self._ready = getattr(op, "_op", op), arguments, *self._watched()
-        y: Tensor = op(x, *arguments)
+        y: Tensor = op(x, *arguments, self.relu)
         return y
 
     def _use_packed(self) -> bool:

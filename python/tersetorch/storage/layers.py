@@ -80,13 +80,18 @@ def encode_layer(name: str, layer: Layer) -> tuple[Entry, list[Stream]]:
 
 
 def config_of(layer: Layer) -> dict[str, Any]:
-    """What a layer is besides its tensors: a linear one's layout and its options, a convolution's sizes."""
+    """What a layer is besides its tensors: a linear one's layout and its options, a convolution's sizes, any ReLU."""
+    relu = {"relu": True} if layer.relu else {}
     if isinstance(layer, Linear):
-        return {} if layer.layout == "csr" else {"layout": layer.layout, **layer.layout_options}
+        return relu | ({} if layer.layout == "csr" else {"layout": layer.layout, **layer.layout_options})
     one = (1,) * layer.dims
     usual = {"stride": one, "padding": (0,) * layer.dims, "dilation": one, "groups": 1, "padding_mode": "zeros"}
     sizes = {name: getattr(layer, name) for name in usual}
-    return {"kernel_size": layer.kernel_size, **{name: sizes[name] for name in usual if sizes[name] != usual[name]}}
+    return {
+        "kernel_size": layer.kernel_size,
+        **{name: sizes[name] for name in usual if sizes[name] != usual[name]},
+        **relu,
+    }
 
 
 def make_layer(kind: str, weight: Any, bias: Tensor | None, config: dict[str, Any], training: bool) -> Layer:
@@ -100,10 +105,10 @@ def make_layer(kind: str, weight: Any, bias: Tensor | None, config: dict[str, An
         if cls not in Linear:
             return cls(weight, bias, **config).train(training)
         options = dict(config)
-        layout = options.pop("layout", "csr")
+        layout, relu = options.pop("layout", "csr"), options.pop("relu", False)
         if not isinstance(layout, str) or any(type(value) is not int for value in options.values()):
             refuse("name a layout and whole numbers for its options", str(config)[:60])
-        layer: Any = cls(weight, bias).train(training)
+        layer: Any = cls(weight, bias, relu=relu).train(training)
         packed: Layer = layer.pack(layout, **options)
         return packed
     except (RuntimeError, TypeError, ValueError) as error:
