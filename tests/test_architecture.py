@@ -53,7 +53,7 @@ def includes(file):
 def ops():
     """Folders of kernels, but for what all of them share and what only benches call."""
     return sorted(
-        folder.name for folder in KERNELS.iterdir() if folder.name not in ("common", "panels", "machine_rates")
+        folder.name for folder in KERNELS.iterdir() if folder.name not in ("common", "panels", "planes", "machine_rates")
     )
 
 
