@@ -463,7 +463,9 @@ void AddSome(const Values& values, const float* buffer, std::uint64_t places, In
 template <int kLanes, int kVectors, typename Values>
 [[gnu::always_inline]] inline void AddRow(const ConvWeight& w, const Values& values, const float* buffer, Index k,
                                           Index end, float* row_sums) {
-  constexpr int kChains = kVectors >= 6 ? 1 : kVectors >= 3 ? 2 : 4;  // against the latency of a fused multiply-add
+  // Against the latency of a fused multiply-add, or of VNNI, which is longer.
+  constexpr int kEnough = kLanes == 16 && requires(typename SumOf<kLanes, Values>::Type sum) { sum & sum; } ? 9 : 6;
+  constexpr int kChains = kVectors >= kEnough ? 1 : kVectors >= 3 ? 2 : 4;
   using Sum = typename SumOf<kLanes, Values>::Type;
   Sum sums[kChains][kVectors] = {};
 #pragma GCC unroll 8
