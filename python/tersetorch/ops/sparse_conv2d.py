@@ -83,8 +83,9 @@ def sparse_conv2d(
         TypeError: an argument is not a tensor or has another dtype than named here.
         ValueError: shapes, sizes, devices or the mode do not fit each other.
         RuntimeError: an offset, a column or a code lies outside its range, a weight is not finite in mode "int8", or
-            forward-mode differentiation is asked for, or gradients in another mode than "exact". On a CUDA device, where finding damage would make every call wait, the filters that it reaches are NaN
-            in y instead, and the gradients end in an assertion of PyTorch's own indexing.
+            forward-mode differentiation is asked for, or gradients in another mode than "exact". On a CUDA device,
+            where finding damage would make every call wait, the filters that it reaches are NaN in y instead, and the
+            gradients end in an assertion of PyTorch's own indexing.
 
     Source:
         Park et al., Faster CNNs with Direct Sparse Convolutions and Guided Pruning (2017), section 2; Jacob et al.,
@@ -482,10 +483,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, row_offsets, col_indices, values, bias, codebook, *sizes = inputs
     ctx.bias_dtype = None if bias is None else bias.dtype
     # The dispatcher leaves trailing defaults out.
-    ctx.kernel_size, ctx.stride, ctx.padding, ctx.dilation, ctx.groups, relu, ctx.mode = (
-        *sizes,
-        *(False, "exact")[len(sizes) - 5 :],
-    )
+    ctx.kernel_size, ctx.stride, ctx.padding, ctx.dilation, ctx.groups, *rest = sizes
+    relu, ctx.mode = rest + [False, "exact"][len(rest) :]
     positive = output if relu else None
     ctx.save_for_backward(x, row_offsets, col_indices, values, codebook, positive)
 

@@ -87,7 +87,8 @@ def config_of(layer: Layer) -> dict[str, Any]:
     one = (1,) * layer.dims
     usual = {"stride": one, "padding": (0,) * layer.dims, "dilation": one, "groups": 1, "padding_mode": "zeros"}
     sizes = {name: getattr(layer, name) for name in usual}
-    return {"kernel_size": layer.kernel_size, **layout, **{name: sizes[name] for name in usual if sizes[name] != usual[name]}}
+    changed = {name: sizes[name] for name in usual if sizes[name] != usual[name]}
+    return {"kernel_size": layer.kernel_size, **changed, **layout}
 
 
 def make_layer(kind: str, weight: Any, bias: Tensor | None, config: dict[str, Any], training: bool) -> Layer:
