@@ -662,6 +662,13 @@ Tensor ConvOnCuda(const Tensor& x, const Tensor& row_offsets, const Tensor& col_
   const Tensor y = images.Outputs(filters);
   args.y = y.mutable_data_ptr();
   args.y_steps = StepsOf(filters, images.out_height, images.out_width, images.channels_last);
+  args.mode = ModeOf(kOp, mode);
+  std::optional<Tensor> scales;
+  if (args.mode == ConvMode::kInt8) {
+    CheckInt8Size(kOp, shape);
+    scales = torch::stable::new_empty(x, {2 * (images.count + filters)}, ScalarType::Float);
+    args.scales = static_cast<ConvScale*>(scales->mutable_data_ptr());
+  }
   call.Check(ConvCuda(args, call.Stream()));
   return y;
 }
