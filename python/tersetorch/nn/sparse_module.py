@@ -20,11 +20,12 @@ FLOATS = (torch.float32, torch.bfloat16)
 # A tensor's version (None where it counts none) and address: what tells that its numbers are still the same.
 State = tuple[int | None, int]
 
-# A call that needs little looking: the layout's op and its arguments after x; the layer's own tensors as the
-# dictionaries hold them, which may be among the arguments; and what packed numbers come from, with its state.
+# A call that needs little looking: the layout's op and its arguments after x. They hold while the rest does: relu, the
+# layer's own tensors as the dictionaries hold them, and what packed numbers come from, with its state.
 Ready = tuple[
     Callable[..., Tensor],
     tuple[Any, ...],
+    bool,
     list[tuple[dict[str, Any], str, Tensor | None]],
     list[tuple[Tensor, int | None, int]],
 ]
@@ -256,8 +257,8 @@ class SparseModule(nn.Module, Generic[Format]):
     def _unrecorded(self, x: Tensor) -> Tensor:
         """The product without gradients, from the packed layout where there is one."""
         ready = None if is_compiling() else self._ready
-        if ready is not None:
-            call, arguments, own, sources = ready
+        if ready is not None and ready[2] is self.relu:
+            call, arguments, _, own, sources = ready
             for held, name, tensor in own:
                 if held.get(name) is not tensor:
                     break
@@ -266,15 +267,15 @@ class SparseModule(nn.Module, Generic[Format]):
                     if source.data_ptr() != address or (version is not None and source._version != version):
                         break
                 else:
-                    return call(x, *arguments, self.relu)
+                    return call(x, *arguments)
         if not self._use_packed():
             return self._from_rows(x)
         row = self.layouts[self._layout]
         op, arguments = ops.native_op(row.op), row.arguments(self)
         if not is_compiling():
             # An op's own _op is what calling it calls.
-            self._ready = getattr(op, "_op", op), arguments, *self._watched()
-        y: Tensor = op(x, *arguments, self.relu)
+            self._ready = getattr(op, "_op", op), arguments, self.relu, *self._watched()
+        y: Tensor = op(x, *arguments)
         return y
 
     def _use_packed(self) -> bool:

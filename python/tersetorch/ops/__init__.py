@@ -35,6 +35,7 @@ from tersetorch.ops.sparse_conv2d import (  # noqa: E402
     sparse_conv2d_channel_block,
     sparse_conv2d_inference,
     sparse_conv2d_pack,
+    sparse_conv2d_pack_words,
     sparse_conv2d_packed,
 )
 
@@ -63,5 +64,6 @@ __all__ = [
     "sparse_conv2d_channel_block",
     "sparse_conv2d_inference",
     "sparse_conv2d_pack",
+    "sparse_conv2d_pack_words",
     "sparse_conv2d_packed",
 ]
