@@ -10,14 +10,15 @@ STABLE_TORCH_LIBRARY(tersetorch, m) {
 
   // The name of the level that the CPU kernels use.
   m.def("cpu_isa() -> str");
-  // x [..., in] and a weight [out, in] in compressed sparse rows -> [..., out]; with a codebook, values are codes.
+  // x [..., in] and a weight [out, in] in compressed sparse rows, at least 0 with relu -> [..., out]; with a codebook,
+  // values are codes.
   m.def(
       "csr_matmul(Tensor x, Tensor row_offsets, Tensor col_indices, Tensor values, Tensor? bias=None, Tensor? "
-      "codebook=None) -> Tensor");
+      "codebook=None, bool relu=False) -> Tensor");
   // The same without autograd: for callers that know gradients to be off.
   m.def(
       "csr_matmul_inference(Tensor x, Tensor row_offsets, Tensor col_indices, Tensor values, Tensor? bias=None, "
-      "Tensor? codebook=None) -> Tensor");
+      "Tensor? codebook=None, bool relu=False) -> Tensor");
   // Its gradients: grad_y [..., out] -> [..., in]
   m.def(
       "csr_matmul_grad_x(Tensor grad_y, Tensor row_offsets, Tensor col_indices, Tensor values, int in_features, "
@@ -104,7 +105,7 @@ STABLE_TORCH_LIBRARY(tersetorch, m) {
   m.def(
       "sparse_conv2d_packed(Tensor x, Tensor blocks, Tensor segments, Tensor indices, Tensor values, Tensor? bias, "
       "Tensor? codebook, int out_channels, int channel_block, int[] kernel_size, int[] stride, int[] padding, int[] "
-      "dilation, int groups, bool relu=False, Tensor? row_scales=None, Tensor? row_sums=None) -> Tensor");
+      "dilation, int groups, Tensor? row_scales=None, Tensor? row_sums=None, bool relu=False) -> Tensor");
   // A weight in compressed sparse rows -> blocks, segments, indices and where each non-zero comes from.
   m.def(
       "sparse_conv2d_pack(Tensor row_offsets, Tensor col_indices, int in_channels, int channel_block, int[] "

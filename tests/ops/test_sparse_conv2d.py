@@ -53,8 +53,9 @@ def packed(x, dense, bias=None, codebook=None, values=None, **sizes):
     block = sparse_conv2d_channel_block(x.shape[1], kernel, stride, dilation)
     *layout, sources = sparse_conv2d_pack(row_offsets, col_indices, x.shape[1], block, kernel, stride, dilation, groups)
     values = (own if values is None else values)[sources.long()]
-    sizes = (kernel, stride, padding, dilation, groups, sizes.get("relu", False))
-    return sparse_conv2d_packed(x, *layout, values, bias, codebook, dense.shape[0], block, *sizes)
+    rest = (kernel, stride, padding, dilation, groups)
+    relu = sizes.get("relu", False)
+    return sparse_conv2d_packed(x, *layout, values, bias, codebook, dense.shape[0], block, *rest, relu=relu)
 
 
 def assert_close_conv(got, x, dense, bias=None, relu=False, **sizes):
@@ -298,7 +299,7 @@ def packed_words(x, dense, bias, mode, relu=False, **sizes):
     *layout, row_scales, row_sums = sparse_conv2d_pack_words(
         *rows_of_weight(dense), channels, block, kernel, stride, dilation, groups, mode
     )
-    sizes = (kernel, stride, padding, dilation, groups, relu, row_scales, row_sums)
+    sizes = (kernel, stride, padding, dilation, groups, row_scales, row_sums, relu)
     return sparse_conv2d_packed(x, *layout, bias, None, dense.shape[0], block, *sizes)
 
 
@@ -419,7 +420,7 @@ def test_registration_of_modes_is_sound(mode, memory_format):
     block = sparse_conv2d_channel_block(6, *sizes[:2], sizes[3], 1, mode)
     *layout, row_scales, row_sums = sparse_conv2d_pack_words(*weight, 6, block, *sizes[:2], sizes[3], 1, mode)
     torch.library.opcheck(
-        OPS.sparse_conv2d_packed.default, (x, *layout, bias, None, 8, block, *sizes, True, row_scales, row_sums)
+        OPS.sparse_conv2d_packed.default, (x, *layout, bias, None, 8, block, *sizes, row_scales, row_sums, True)
     )
 
 
@@ -457,7 +458,7 @@ def test_bad_modes_and_words_are_refused():
         sparse_conv2d_pack_words(*many, 15000, 1, *sizes, "int8")
 
     blocks, segments, indices, words, row_scales, row_sums = sparse_conv2d_pack_words(*weight, 6, 2, *sizes, "int8")
-    rest = ([3, 3], [1, 1], [0, 0], [1, 1], 1, False)
+    rest = ([3, 3], [1, 1], [0, 0], [1, 1], 1)
 
     def run(words=words, codebook=None, row_scales=row_scales, row_sums=row_sums, indices=indices):
         scales = (row_scales, row_sums)
@@ -584,7 +585,7 @@ def test_registration_is_sound(codes, dtype, memory_format):
     *layout, sources = sparse_conv2d_pack(row_offsets, col_indices, 6, block, *sizes[:2], sizes[3], 1)
     torch.library.opcheck(
         OPS.sparse_conv2d_packed.default,
-        (x, *layout, numbers[sources.long()], bias, codebook, 8, block, *sizes, True),
+        (x, *layout, numbers[sources.long()], bias, codebook, 8, block, *sizes, None, None, True),
     )
     torch.library.opcheck(
         OPS.sparse_conv2d_inference.default, (x, row_offsets, col_indices, numbers, bias, codebook, *sizes)

@@ -1,7 +1,7 @@
 """Builds the replacements of layers and the copy of a model that holds them."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -47,7 +47,7 @@ def deep_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module
         ) from error
 
 
-def dense_again(model: nn.Module, kept: Callable[[nn.Module], bool]) -> nn.Module:
+def dense_again(model: nn.Module, kept: Callable[[nn.Module], bool], identities: Iterable[nn.Module] = ()) -> nn.Module:
     """A deep copy of model with the dense forms of its sparse layers, or model itself where it has none.
 
     What was the fastest on one machine is then chosen anew on this one. Layers that use one weight go on doing so, and
@@ -56,6 +56,7 @@ def dense_again(model: nn.Module, kept: Callable[[nn.Module], bool]) -> nn.Modul
     Args:
         model: any nn.Module.
         kept: which sparse layers stay as they are.
+        identities: modules in whose place an nn.ReLU stood, which comes back.
 
     Raises:
         ValueError: model cannot be copied.
@@ -73,6 +74,7 @@ def dense_again(model: nn.Module, kept: Callable[[nn.Module], bool]) -> nn.Modul
         memo[id(layer)] = dense
     if not weights:
         return model
+    memo |= {id(identity): nn.ReLU().train(identity.training) for identity in identities}
     restored = {dense for dense in memo.values() if isinstance(dense, nn.Linear)}
     copied = deep_copy(model, memo)
     for module in copied.modules():

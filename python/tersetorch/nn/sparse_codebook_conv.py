@@ -21,6 +21,7 @@ class SparseCodebookConv2d(CodebookModule, SparseConvBase[SparseCodebookWeight])
         weight: the sparse weight [out_channels, in_channels / groups * taps]; its tensors are used, not copied.
         bias: float [out_channels], or None.
         kernel_size, stride, padding, dilation, groups, padding_mode: as torch.nn.Conv2d takes them.
+        relu: whether negative results become 0.
 
     Raises:
         TypeError: weight is not a SparseCodebookWeight, or has other dtypes than that class names; a size is no number.

@@ -17,6 +17,7 @@ class SparseCodebookLinear(CodebookModule, SparseLinearBase[SparseCodebookWeight
     Args:
         weight: the sparse weight; its tensors are used, not copied.
         bias: float [out_features], or None.
+        relu: whether negative results become 0.
 
     Raises:
         TypeError: weight is not a SparseCodebookWeight, or has other dtypes than that class names.

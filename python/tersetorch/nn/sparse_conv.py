@@ -20,6 +20,7 @@ class SparseConv2d(ValuesModule, SparseConvBase[CsrWeight]):
         weight: the sparse weight [out_channels, in_channels / groups * taps]; its tensors are used, not copied.
         bias: float [out_channels], or None.
         kernel_size, stride, padding, dilation, groups, padding_mode: as torch.nn.Conv2d takes them.
+        relu: whether negative results become 0.
 
     Raises:
         TypeError: weight is not a CsrWeight, or has other dtypes than that class names; a size is no number.

@@ -47,19 +47,21 @@ def _pack_direct(layer: SparseConvBase[Any]) -> DirectWeight:
     return DirectWeight(blocks, segments, indices, numbers.detach().index_select(0, sources), codebook)
 
 
-def _convolve_direct(layer: SparseConvBase[Any], x: Tensor) -> Tensor:
+def _direct(layer: SparseConvBase[Any]) -> tuple[Any, ...]:
     buffers: Any = layer._buffers
-    return ops.sparse_conv2d_packed(
-        x,
+    parameters: Any = layer._parameters
+    return (
         buffers["packed_blocks"],
         buffers["packed_segments"],
         buffers["packed_indices"],
         buffers["packed_numbers"],
-        layer.bias,
-        layer._numbers()[1],
+        parameters["bias"],
+        parameters["codebook"][0] if "codes" in buffers else None,
         layer.out_channels,
         layer._channel_block,
         *layer._geometry,
+        None,
+        None,
     )
 
 
@@ -95,28 +97,27 @@ def _pack_words(mode: str, layer: SparseConvBase[Any]) -> WordsWeight:
     return WordsWeight(*packed, channel_block)
 
 
-def _convolve_words(layer: SparseConvBase[Any], x: Tensor) -> Tensor:
+def _words(layer: SparseConvBase[Any]) -> tuple[Any, ...]:
     buffers: Any = layer._buffers
-    return ops.sparse_conv2d_packed(
-        x,
+    return (
         buffers["packed_blocks"],
         buffers["packed_segments"],
         buffers["packed_indices"],
         buffers["packed_words"],
-        layer.bias,
+        layer._parameters["bias"],
         None,
         layer.out_channels,
         layer._sizes["channel_block"],
         *layer._geometry,
-        row_scales=buffers.get("packed_row_scales"),
-        row_sums=buffers.get("packed_row_sums"),
+        buffers.get("packed_row_scales"),
+        buffers.get("packed_row_sums"),
     )
 
 
 LAYOUTS = {
-    "direct": Layout(_pack_direct, _convolve_direct),
-    "direct_int8": Layout(partial(_pack_words, "int8"), _convolve_words),
-    "direct_bfloat16": Layout(partial(_pack_words, "bfloat16"), _convolve_words),
+    "direct": Layout(_pack_direct, "sparse_conv2d_packed", _direct),
+    "direct_int8": Layout(partial(_pack_words, "int8"), "sparse_conv2d_packed", _words),
+    "direct_bfloat16": Layout(partial(_pack_words, "bfloat16"), "sparse_conv2d_packed", _words),
 }
 
 
@@ -152,8 +153,9 @@ class SparseConvBase(SparseModule[Format]):
         dilation: Sizes = 1,
         groups: int = 1,
         padding_mode: str = "zeros",
+        relu: bool = False,
     ) -> None:
-        super().__init__(weight, bias)
+        super().__init__(weight, bias, relu)
         self.kernel_size = self._checked_sizes("kernel_size", kernel_size, 1)
         self.stride = self._checked_sizes("stride", stride, 1)
         self.dilation = self._checked_sizes("dilation", dilation, 1)
@@ -282,12 +284,13 @@ class SparseConvBase(SparseModule[Format]):
             padding=self._padding,
             dilation=self._dilation,
             groups=self.groups,
+            relu=self.relu,
         )
 
     def _from_rows(self, x: Tensor) -> Tensor:
         values, codebook = self._numbers()
         return ops.sparse_conv2d_inference(
-            x, self.row_offsets, self.col_indices, values, self.bias, codebook, *self._geometry
+            x, self.row_offsets, self.col_indices, values, self.bias, codebook, *self._geometry, self.relu
         )
 
     # ---- checks
@@ -372,4 +375,4 @@ class SparseConvBase(SparseModule[Format]):
         shown += [f"bias={self.bias is not None}", f"nnz={self.col_indices.numel()}"]
         if self._layout != self.plain_layout:
             shown.append(f"layout={self._layout}")
-        return ", ".join(shown)
+        return ", ".join(shown + ["relu=True"] * self.relu)

@@ -16,6 +16,7 @@ class SparseLinear(ValuesModule, SparseLinearBase[CsrWeight]):
     Args:
         weight: the sparse weight; its tensors are used, not copied.
         bias: float [out_features], or None.
+        relu: whether negative results become 0.
 
     Raises:
         TypeError: weight is not a CsrWeight, or has other dtypes than that class names.

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Self, cast
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, nn
 from torch.autograd import forward_ad
 
 from tersetorch import ops
@@ -14,13 +13,13 @@ from tersetorch.nn.sparse_module import Format, SparseModule
 
 
 class SparseLinearBase(SparseModule[Format]):
-    """y = x @ W.T + bias with W [out_features, in_features] kept in a sparse format."""
+    """y = x @ W.T + bias, at least 0 with relu, with W [out_features, in_features] kept in a sparse format."""
 
     layouts = LAYOUTS
     plain_layout = "csr"
 
-    def __init__(self, weight: Format, bias: Tensor | None = None) -> None:
-        super().__init__(weight, bias)
+    def __init__(self, weight: Format, bias: Tensor | None = None, *, relu: bool = False) -> None:
+        super().__init__(weight, bias, relu)
         self.out_features, self.in_features = weight.shape
 
     @classmethod
@@ -71,11 +70,11 @@ class SparseLinearBase(SparseModule[Format]):
     def forward(self, input: Tensor) -> Tensor:
         """Applies the layer to input, float [..., in_features]."""
         # As _run, with the checks after the product where it is fast: they would cost a microsecond before it.
-        if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+        if is_grad_enabled() or forward_ad._current_level >= 0:
             self._check_input(input)
             return self._recorded(input)
         try:
-            if input.size(-1) == self.in_features:
+            if input.shape[-1] == self.in_features:
                 return self._unrecorded(input)
         except KeyError:  # a parametrization, or a shallow copy, took a tensor out of the dictionaries
             return self._recorded(input)
@@ -87,7 +86,7 @@ class SparseLinearBase(SparseModule[Format]):
 
     def _recorded(self, x: Tensor) -> Tensor:
         values, codebook = self._numbers()
-        return ops.csr_matmul(x, self.row_offsets, self.col_indices, values, self.bias, codebook)
+        return ops.csr_matmul(x, self.row_offsets, self.col_indices, values, self.bias, codebook, relu=self.relu)
 
     def _from_rows(self, x: Tensor) -> Tensor:
         # Straight from the dictionaries: nn.Module looks an attribute up for a third of a microsecond.
@@ -96,7 +95,7 @@ class SparseLinearBase(SparseModule[Format]):
         codes = buffers.get("codes")
         values, codebook = (parameters["values"], None) if codes is None else (codes, parameters["codebook"])
         return ops.csr_matmul_inference(
-            x, buffers["row_offsets"], buffers["col_indices"], values, parameters["bias"], codebook
+            x, buffers["row_offsets"], buffers["col_indices"], values, parameters["bias"], codebook, self.relu
         )
 
     def _check_input(self, x: Any) -> None:
@@ -111,5 +110,7 @@ class SparseLinearBase(SparseModule[Format]):
         """What print(module) shows between the parentheses."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"nnz={self.col_indices.numel()}" + ("" if self._layout == "csr" else f", layout={self._layout}")
+            f"nnz={self.col_indices.numel()}"
+            + ("" if self._layout == "csr" else f", layout={self._layout}")
+            + ", relu=True" * self.relu
         )

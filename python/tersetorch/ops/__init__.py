@@ -1,6 +1,7 @@
 """Does it give one native op a Python face? A public function, a fake kernel, an autograd formula; a file per op."""
 
 from tersetorch.ops._load import load_native_module, load_native_ops
+from tersetorch.ops._native_op import native_op
 
 load_native_module()
 load_native_ops()
@@ -58,6 +59,7 @@ __all__ = [
     "csr_matmul",
     "csr_matmul_inference",
     "csr_pack",
+    "native_op",
     "sparse_conv2d",
     "sparse_conv2d_channel_block",
     "sparse_conv2d_inference",

@@ -80,15 +80,17 @@ def encode_layer(name: str, layer: Layer) -> tuple[Entry, list[Stream]]:
 
 
 def config_of(layer: Layer) -> dict[str, Any]:
-    """What a layer is besides its tensors: its layout and the layout's options, and a convolution's sizes."""
-    layout = {} if layer.layout == layer.plain_layout else {"layout": layer.layout, **layer.layout_options}
+    """What a layer is besides its tensors: its layout with that one's options, a convolution's sizes, any ReLU."""
+    config = {"relu": True} if layer.relu else {}
+    if layer.layout != layer.plain_layout:
+        config |= {"layout": layer.layout, **layer.layout_options}
     if isinstance(layer, Linear):
-        return layout
+        return config
     one = (1,) * layer.dims
     usual = {"stride": one, "padding": (0,) * layer.dims, "dilation": one, "groups": 1, "padding_mode": "zeros"}
     sizes = {name: getattr(layer, name) for name in usual}
     changed = {name: sizes[name] for name in usual if sizes[name] != usual[name]}
-    return {"kernel_size": layer.kernel_size, **changed, **layout}
+    return {"kernel_size": layer.kernel_size, **changed, **config}
 
 
 def make_layer(kind: str, weight: Any, bias: Tensor | None, config: dict[str, Any], training: bool) -> Layer:
@@ -100,15 +102,15 @@ def make_layer(kind: str, weight: Any, bias: Tensor | None, config: dict[str, An
     cls = LAYERS[kind]
     try:
         options = dict(config)
-        layout = options.pop("layout", cls.plain_layout)
+        layout, relu = options.pop("layout", cls.plain_layout), options.pop("relu", False)
         if not isinstance(layout, str):
             refuse("name a layout", str(config)[:60])
         if cls in Linear:
             if any(type(value) is not int for value in options.values()):
                 refuse("name whole numbers for the options of a layout", str(config)[:60])
-            packed: Layer = cls(weight, bias).train(training).pack(layout, **options)
+            packed: Layer = cls(weight, bias, relu=relu).train(training).pack(layout, **options)
             return packed
-        layer = cls(weight, bias, **options).train(training)
+        layer = cls(weight, bias, relu=relu, **options).train(training)
         return layer if layout == cls.plain_layout else layer.pack(layout)
     except (RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, TerseFileError):
