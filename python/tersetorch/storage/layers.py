@@ -81,7 +81,7 @@ def encode_layer(name: str, layer: Layer) -> tuple[Entry, list[Stream]]:
 
 def config_of(layer: Layer) -> dict[str, Any]:
     """What a layer is besides its tensors: its layout with that one's options, a convolution's sizes, any ReLU."""
-    config = {"relu": True} if layer.relu else {}
+    config: dict[str, Any] = {"relu": True} if layer.relu else {}
     if layer.layout != layer.plain_layout:
         config |= {"layout": layer.layout, **layer.layout_options}
     if isinstance(layer, Linear):
