@@ -480,6 +480,30 @@ def test_bad_modes_and_words_are_refused():
             run(**arguments)
 
 
+@pytest.mark.parametrize(
+    "sizes,match",
+    [
+        ({"padding": 2**31 - 1}, "an image of y must have at most 2147483647 pixels, got 4294967301 x 4294967301"),
+        ({"padding": (0, 2**30), "stride": (1, 2**29)}, "stride and dilation must be smaller for several columns"),
+        ({"padding": (0, 2**30), "dilation": (1, 2**29), "stride": (1, 2**28)}, "stride and dilation must be smaller"),
+    ],
+)
+def test_sizes_whose_scratch_would_not_fit_are_refused(sizes, match):
+    weight, x = rows_of_weight(random_weight(8, 6, (3, 3))), random(2, 6, 9, 9)
+    with pytest.raises(RuntimeError, match=f"sparse_conv2d: {match}"):
+        sparse_conv2d(x, *weight, kernel_size=3, **sizes)
+
+
+@pytest.mark.parametrize("stride", [100, 2**20, 2**31 - 1, (1, 2**31 - 1), (2**31 - 1, 1)])
+@pytest.mark.parametrize("mode", ["exact", "int8"])
+def test_any_stride_may_leave_one_output(stride, mode):
+    dense, x = random_weight(8, 6, (3, 3)), random(2, 6, 19, 21)
+    y = sparse_conv2d(x, *rows_of_weight(dense), kernel_size=3, stride=stride, padding=1, mode=mode)
+    every = sparse_conv2d(x, *rows_of_weight(dense), kernel_size=3, padding=1, mode=mode)
+    rows, columns = pair(stride)
+    torch.testing.assert_close(y, every[:, :, ::rows, ::columns], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["stride", "padding", "dilation", "kernel_size"])
 @pytest.mark.parametrize("size", [2**31, 2**40, 2**63 - 1])
 def test_sizes_whose_products_would_not_fit_are_refused(name, size):
