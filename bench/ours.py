@@ -55,9 +55,9 @@ def _convolution(
         return Packed(bind, sum(buffer.nbytes for name, buffer in layer.named_buffers() if name.startswith("packed_")))
 
     mode: Mode = "int8" if layout == "direct_int8" else "bfloat16" if bfloat16 else "float32"
-    words = layout.replace("direct", "conv").replace("_", " ")
-    images = " bfloat16" * (bfloat16 and layout != "direct_bfloat16") + " channels_last" * channels_last
-    return Implementation(f"tersetorch {words}" + " codebook" * codebook + images, "ours", mode, pack)
+    title = {"direct": "conv", "direct_int8": "conv int8", "direct_bfloat16": "conv pairs"}[layout]
+    images = " bfloat16" * bfloat16 + " channels_last" * channels_last
+    return Implementation(f"tersetorch {title}" + " codebook" * codebook + images, "ours", mode, pack)
 
 
 # Beyond these batches another of ours is always faster; convert measures within the same bounds.
