@@ -105,7 +105,7 @@ STABLE_TORCH_LIBRARY(tersetorch, m) {
   m.def(
       "sparse_conv2d_packed(Tensor x, Tensor blocks, Tensor segments, Tensor indices, Tensor values, Tensor? bias, "
       "Tensor? codebook, int out_channels, int channel_block, int[] kernel_size, int[] stride, int[] padding, int[] "
-      "dilation, int groups, Tensor? row_scales=None, Tensor? row_sums=None, bool relu=False) -> Tensor");
+      "dilation, int groups, bool relu=False, Tensor? row_scales=None, Tensor? row_sums=None) -> Tensor");
   // A weight in compressed sparse rows -> blocks, segments, indices and where each non-zero comes from.
   m.def(
       "sparse_conv2d_pack(Tensor row_offsets, Tensor col_indices, int in_channels, int channel_block, int[] "

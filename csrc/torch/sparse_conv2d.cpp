@@ -571,8 +571,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> PackWordsOnCpu(
 Tensor PackedOnCpu(const Tensor& x, const Tensor& blocks, const Tensor& segments, const Tensor& indices,
                    const Tensor& values, const std::optional<Tensor>& bias, const std::optional<Tensor>& codebook,
                    std::int64_t out_channels, std::int64_t channel_block, Ints kernel_size, Ints stride, Ints padding,
-                   Ints dilation, std::int64_t groups, const std::optional<Tensor>& row_scales,
-                   const std::optional<Tensor>& row_sums, bool relu) {
+                   Ints dilation, std::int64_t groups, bool relu, const std::optional<Tensor>& row_scales,
+                   const std::optional<Tensor>& row_sums) {
   constexpr const char* kOp = "sparse_conv2d_packed";
   CheckImages(kOp, x);
   const ConvShape shape = ShapeOf(kOp, x.size(1), out_channels, kernel_size, stride, dilation, groups);

@@ -299,7 +299,7 @@ def packed_words(x, dense, bias, mode, relu=False, **sizes):
     *layout, row_scales, row_sums = sparse_conv2d_pack_words(
         *rows_of_weight(dense), channels, block, kernel, stride, dilation, groups, mode
     )
-    sizes = (kernel, stride, padding, dilation, groups, row_scales, row_sums, relu)
+    sizes = (kernel, stride, padding, dilation, groups, relu, row_scales, row_sums)
     return sparse_conv2d_packed(x, *layout, bias, None, dense.shape[0], block, *sizes)
 
 
@@ -420,7 +420,7 @@ def test_registration_of_modes_is_sound(mode, memory_format):
     block = sparse_conv2d_channel_block(6, *sizes[:2], sizes[3], 1, mode)
     *layout, row_scales, row_sums = sparse_conv2d_pack_words(*weight, 6, block, *sizes[:2], sizes[3], 1, mode)
     torch.library.opcheck(
-        OPS.sparse_conv2d_packed.default, (x, *layout, bias, None, 8, block, *sizes, row_scales, row_sums, True)
+        OPS.sparse_conv2d_packed.default, (x, *layout, bias, None, 8, block, *sizes, True, row_scales, row_sums)
     )
 
 
@@ -458,7 +458,7 @@ def test_bad_modes_and_words_are_refused():
         sparse_conv2d_pack_words(*many, 15000, 1, *sizes, "int8")
 
     blocks, segments, indices, words, row_scales, row_sums = sparse_conv2d_pack_words(*weight, 6, 2, *sizes, "int8")
-    rest = ([3, 3], [1, 1], [0, 0], [1, 1], 1)
+    rest = ([3, 3], [1, 1], [0, 0], [1, 1], 1, False)
 
     def run(words=words, codebook=None, row_scales=row_scales, row_sums=row_sums, indices=indices):
         scales = (row_scales, row_sums)
@@ -609,7 +609,7 @@ def test_registration_is_sound(codes, dtype, memory_format):
     *layout, sources = sparse_conv2d_pack(row_offsets, col_indices, 6, block, *sizes[:2], sizes[3], 1)
     torch.library.opcheck(
         OPS.sparse_conv2d_packed.default,
-        (x, *layout, numbers[sources.long()], bias, codebook, 8, block, *sizes, None, None, True),
+        (x, *layout, numbers[sources.long()], bias, codebook, 8, block, *sizes, True),
     )
     torch.library.opcheck(
         OPS.sparse_conv2d_inference.default, (x, row_offsets, col_indices, numbers, bias, codebook, *sizes)

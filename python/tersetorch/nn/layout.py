@@ -30,8 +30,8 @@ class Layout:
 
     Attributes:
         pack: (layer, **options) -> the packed weight, a dataclass; a field that is the layer's own tensor has its name.
-        op: the op that takes x, the arguments and relu, without gradients and without checks in Python.
-        arguments: (layer) -> what op takes between them: tensors of the layer, its buffers packed_* and sizes.
+        op: the op that takes x and then the arguments, without gradients and without checks in Python.
+        arguments: (layer) -> what op takes after x: tensors of the layer, its buffers packed_* and sizes.
         options: what of a packed weight must be known to pack another one alike: names of its fields.
     """
 
@@ -49,14 +49,15 @@ def _narrow(layer: Any) -> tuple[Any, ...]:
     buffers, parameters = layer._buffers, layer._parameters
     codes = buffers.get("codes")
     values, codebook = (parameters["values"], None) if codes is None else (codes, parameters["codebook"])
-    return buffers["row_offsets"], buffers["packed_col_indices"], values, parameters["bias"], codebook
+    return buffers["row_offsets"], buffers["packed_col_indices"], values, parameters["bias"], codebook, layer.relu
 
 
 def _bitmap(layer: Any) -> tuple[Any, ...]:
     buffers, parameters = layer._buffers, layer._parameters
     codes = buffers.get("codes")
     values, codebook = (parameters["values"], None) if codes is None else (codes, parameters["codebook"])
-    return buffers["packed_bitmap"], buffers["row_offsets"], values, parameters["bias"], codebook, None, "exact"
+    bias, relu = parameters["bias"], layer.relu
+    return buffers["packed_bitmap"], buffers["row_offsets"], values, bias, codebook, None, "exact", relu
 
 
 def _bitmap_int8(layer: Any) -> tuple[Any, ...]:
@@ -69,6 +70,7 @@ def _bitmap_int8(layer: Any) -> tuple[Any, ...]:
         None,
         buffers["packed_scales"],
         "int8",
+        layer.relu,
     )
 
 
@@ -81,6 +83,7 @@ def _columns(layer: Any) -> tuple[Any, ...]:
         parameters["bias"],
         parameters["codebook"] if "codes" in buffers else None,
         layer.out_features,
+        layer.relu,
     )
 
 
@@ -88,17 +91,17 @@ def _blocks(layer: Any) -> tuple[Any, ...]:
     buffers, parameters = layer._buffers, layer._parameters
     codes = buffers.get("packed_codes")
     values, codebook = (buffers["packed_values"], None) if codes is None else (codes, parameters["codebook"])
-    return *_positions(layer), values, parameters["bias"], codebook, *_sizes(layer)
+    return *_positions(layer), values, parameters["bias"], codebook, *_rest(layer)
 
 
 def _blocks_int8(layer: Any) -> tuple[Any, ...]:
     buffers = layer._buffers
     numbers = buffers["packed_values"], buffers["packed_scales"], buffers["packed_row_sums"]
-    return *_positions(layer), *numbers, layer._parameters["bias"], *_sizes(layer)
+    return *_positions(layer), *numbers, layer._parameters["bias"], *_rest(layer)
 
 
 def _blocks_bfloat16(layer: Any) -> tuple[Any, ...]:
-    return *_positions(layer), layer._buffers["packed_values"], layer._parameters["bias"], *_sizes(layer)
+    return *_positions(layer), layer._buffers["packed_values"], layer._parameters["bias"], *_rest(layer)
 
 
 def _positions(layer: Any) -> tuple[Tensor, ...]:
@@ -106,8 +109,8 @@ def _positions(layer: Any) -> tuple[Tensor, ...]:
     return buffers["packed_block_offsets"], buffers["packed_segments"], buffers["packed_indices"]
 
 
-def _sizes(layer: Any) -> tuple[int, int]:
-    return layer.out_features, layer._options["column_block"]
+def _rest(layer: Any) -> tuple[int, int, bool]:
+    return layer.out_features, layer._options["column_block"], layer.relu
 
 
 def _by_format(packs: Mapping[type[Any], Callable[..., Any]]) -> Callable[..., Any]:

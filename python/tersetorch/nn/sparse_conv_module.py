@@ -60,8 +60,7 @@ def _direct(layer: SparseConvBase[Any]) -> tuple[Any, ...]:
         layer.out_channels,
         layer._channel_block,
         *layer._geometry,
-        None,
-        None,
+        layer.relu,
     )
 
 
@@ -109,6 +108,7 @@ def _words(layer: SparseConvBase[Any]) -> tuple[Any, ...]:
         layer.out_channels,
         layer._sizes["channel_block"],
         *layer._geometry,
+        layer.relu,
         buffers.get("packed_row_scales"),
         buffers.get("packed_row_sums"),
     )

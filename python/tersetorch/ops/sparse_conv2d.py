@@ -171,9 +171,9 @@ def sparse_conv2d_packed(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    relu: bool = False,
     row_scales: Tensor | None = None,
     row_sums: Tensor | None = None,
-    relu: bool = False,
 ) -> Tensor:
     """Returns sparse_conv2d_inference of a weight that sparse_conv2d_pack or sparse_conv2d_pack_words has laid out.
 
@@ -203,9 +203,9 @@ def sparse_conv2d_packed(
             padding,
             dilation,
             groups,
+            relu,
             row_scales,
             row_sums,
-            relu,
         ),
     )
 
@@ -469,9 +469,9 @@ def _fake_packed(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    relu: bool = False,
     row_scales: Tensor | None = None,
     row_sums: Tensor | None = None,
-    relu: bool = False,
 ) -> Tensor:
     return _empty_y(x, out_channels, kernel_size, stride, padding, dilation)
 
