@@ -244,7 +244,7 @@ class Panels {
 // ---- ops
 
 Tensor CsrMatmulOnCpu(const Tensor& x, const Tensor& row_offsets, const Tensor& col_indices, const Tensor& values,
-                      const std::optional<Tensor>& bias, const std::optional<Tensor>& codebook) {
+                      const std::optional<Tensor>& bias, const std::optional<Tensor>& codebook, bool relu) {
   constexpr const char* kOp = "csr_matmul";
   const MatmulInputs inputs(kOp, kCpu, x, row_offsets, col_indices, values, bias, codebook);
   const Samples& samples = inputs.samples;
@@ -262,8 +262,8 @@ Tensor CsrMatmulOnCpu(const Tensor& x, const Tensor& row_offsets, const Tensor& 
                    [&](std::int64_t i, std::int64_t begin, std::int64_t end) {
                      const std::int64_t panel = first + i;
                      char* y_of_panel = y_data + plan.Begin(panel) * rows * samples.item_bytes;
-                     const CsrMatmulArgs args{weight.args, panels.At(panel),  plan.Width(panel),    inputs.bias.data,
-                                              y_of_panel,  samples.stored_as, plan.SamplesIn(panel)};
+                     const CsrMatmulArgs args{weight.args, panels.At(panel), plan.Width(panel), inputs.bias.data,
+                                              relu,        y_of_panel,       samples.stored_as, plan.SamplesIn(panel)};
                      status.Report(CsrMatmul(args, begin, end));
                    });
   });
@@ -370,15 +370,15 @@ std::tuple<Tensor, Tensor, Tensor> CsrPackOnCpu(const Tensor& dense) {
 #ifdef TERSETORCH_CUDA
 
 Tensor CsrMatmulOnCuda(const Tensor& x, const Tensor& row_offsets, const Tensor& col_indices, const Tensor& values,
-                       const std::optional<Tensor>& bias, const std::optional<Tensor>& codebook) {
+                       const std::optional<Tensor>& bias, const std::optional<Tensor>& codebook, bool relu) {
   constexpr const char* kOp = "csr_matmul";
   const CudaCall call(kOp, x, "x");
   const MatmulInputs inputs(kOp, call.place(), x, row_offsets, col_indices, values, bias, codebook);
   const Samples& samples = inputs.samples;
   const Tensor y = EmptyWithLastDim(x, inputs.weight.args.rows);
-  call.Check(CsrMatmulCuda(
-      {inputs.weight.args, samples.At(0), samples.stored_as, inputs.bias.data, y.mutable_data_ptr(), samples.count},
-      call.Stream()));
+  call.Check(CsrMatmulCuda({inputs.weight.args, samples.At(0), samples.stored_as, inputs.bias.data, relu,
+                            y.mutable_data_ptr(), samples.count},
+                           call.Stream()));
   return y;
 }
 
