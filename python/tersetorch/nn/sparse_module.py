@@ -298,10 +298,14 @@ class SparseModule(nn.Module, Generic[Format]):
                         break
                 else:
                     return call(x, *arguments)
+        elif self._packed_from is None and not self._pending:
+            return self._from_rows(x)
         if not self._use_packed():
             return self._from_rows(x)
         row = self.layouts[self._layout]
         op, arguments = ops.native_op(row.op), row.arguments(self)
+        if arguments[-1] is False:  # relu, whose default is sooner filled in than read
+            arguments = arguments[:-1]
         if not is_compiling():
             # An op's own _op is what calling it calls.
             self._ready = getattr(op, "_op", op), arguments, self.relu, *self._watched()
