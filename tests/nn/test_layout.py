@@ -62,15 +62,15 @@ def layout(request):
 
 
 def count_calls(monkeypatch, layout):
-    """How often a layer computed from the layout."""
+    """How often a layer that computes for the first time, or only once, computed from the layout."""
     calls = []
     row = LAYOUTS[layout]
 
-    def multiply(layer, x):
-        calls.append(x.shape)
-        return row.multiply(layer, x)
+    def arguments(layer):
+        calls.append(layout)
+        return row.arguments(layer)
 
-    monkeypatch.setitem(LAYOUTS, layout, replace(row, multiply=multiply))
+    monkeypatch.setitem(LAYOUTS, layout, replace(row, arguments=arguments))
     return calls
 
 

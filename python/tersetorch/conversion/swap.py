@@ -10,6 +10,7 @@ from torch.nn import functional
 from tersetorch.conversion.candidates import Candidate
 from tersetorch.nn.sparse_conv_module import SparseConvBase
 from tersetorch.nn.sparse_linear_module import SparseLinearBase
+from tersetorch.nn.sparse_module import SparseModule
 
 
 def build(candidate: Candidate, modules: list[nn.Module], samples: int | None = None) -> list[nn.Module]:
@@ -23,9 +24,9 @@ def build(candidate: Candidate, modules: list[nn.Module], samples: int | None = 
         for name, tensor in (*first.named_parameters(), *first.named_buffers()):
             if name != "bias":
                 setattr(layer, name, tensor)
-    if candidate.layout != "csr":
-        for layer in layers:
-            assert isinstance(layer, SparseLinearBase)
+    for layer in layers:
+        assert isinstance(layer, SparseModule)
+        if candidate.layout != layer.plain_layout:
             layer.pack(candidate.layout, **candidate.options(samples))
     return layers
 

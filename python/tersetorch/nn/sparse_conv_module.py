@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Any, ClassVar, Self, cast
 
@@ -46,16 +47,16 @@ def _pack_direct(layer: SparseConvBase[Any]) -> DirectWeight:
     return DirectWeight(blocks, segments, indices, numbers.detach().index_select(0, sources), codebook)
 
 
-def _convolve_direct(layer: SparseConvBase[Any], x: Tensor) -> Tensor:
+def _direct(layer: SparseConvBase[Any]) -> tuple[Any, ...]:
     buffers: Any = layer._buffers
-    return ops.sparse_conv2d_packed(
-        x,
+    parameters: Any = layer._parameters
+    return (
         buffers["packed_blocks"],
         buffers["packed_segments"],
         buffers["packed_indices"],
         buffers["packed_numbers"],
-        layer.bias,
-        layer._numbers()[1],
+        parameters["bias"],
+        parameters["codebook"][0] if "codes" in buffers else None,
         layer.out_channels,
         layer._channel_block,
         *layer._geometry,
@@ -63,7 +64,61 @@ def _convolve_direct(layer: SparseConvBase[Any], x: Tensor) -> Tensor:
     )
 
 
-LAYOUTS = {"direct": Layout(_pack_direct, _convolve_direct)}
+@dataclass(frozen=True)
+class WordsWeight:
+    """A rounded weight as ops.sparse_conv2d_packed takes it, words of channel_block to a block."""
+
+    blocks: Tensor
+    segments: Tensor
+    indices: Tensor
+    words: Tensor
+    row_scales: Tensor | None
+    row_sums: Tensor | None
+    channel_block: int
+
+
+def _pack_words(mode: str, layer: SparseConvBase[Any]) -> WordsWeight:
+    sizes = (layer._kernel, layer._stride, layer._dilation)
+    channel_block = ops.sparse_conv2d_channel_block(layer.in_channels, *sizes, layer.groups, mode)
+    values, codebook = layer._numbers()
+    if codebook is not None:
+        values = codebook.detach().index_select(0, values.int())
+    packed = ops.sparse_conv2d_pack_words(
+        layer.row_offsets,
+        layer.col_indices,
+        values.detach(),
+        layer.in_channels,
+        channel_block,
+        *sizes,
+        layer.groups,
+        mode,
+    )
+    return WordsWeight(*packed, channel_block)
+
+
+def _words(layer: SparseConvBase[Any]) -> tuple[Any, ...]:
+    buffers: Any = layer._buffers
+    return (
+        buffers["packed_blocks"],
+        buffers["packed_segments"],
+        buffers["packed_indices"],
+        buffers["packed_words"],
+        layer._parameters["bias"],
+        None,
+        layer.out_channels,
+        layer._sizes["channel_block"],
+        *layer._geometry,
+        layer.relu,
+        buffers.get("packed_row_scales"),
+        buffers.get("packed_row_sums"),
+    )
+
+
+LAYOUTS = {
+    "direct": Layout(_pack_direct, "sparse_conv2d_packed", _direct),
+    "direct_int8": Layout(partial(_pack_words, "int8"), "sparse_conv2d_packed", _words),
+    "direct_bfloat16": Layout(partial(_pack_words, "bfloat16"), "sparse_conv2d_packed", _words),
+}
 
 
 class SparseConvBase(SparseModule[Format]):
@@ -175,6 +230,29 @@ class SparseConvBase(SparseModule[Format]):
     @property
     def _matrix_shape(self) -> tuple[int, int]:
         return self.out_channels, self.in_channels // self.groups * prod(self.kernel_size)
+
+    def pack(self, layout: str, **options: Any) -> Self:
+        """Computes without gradients from another layout of the weight from now on; returns the layer.
+
+        In training mode the layout is remembered, and built by eval().
+
+        Args:
+            layout: one of
+                "direct": the weight as it is, which undoes an earlier pack();
+                "direct_int8": each filter and each image rounded to 8 bits;
+                "direct_bfloat16": both rounded to bfloat16; fast where the CPU multiplies bfloat16 (level avx512bf16).
+                ops.sparse_conv2d says how far y may then lie off; .weight stays exact.
+            options: none.
+
+        Raises:
+            ValueError: no such layout, or a weight that it cannot hold; nothing has changed then.
+            TypeError: an option was given.
+        """
+        if options:
+            raise TypeError(
+                f"{type(self).__name__}: layout {layout!r} takes no options, got {', '.join(options)}; leave them out"
+            )
+        return super().pack(layout)
 
     # ---- running
 
@@ -295,4 +373,6 @@ class SparseConvBase(SparseModule[Format]):
         if self.padding_mode != "zeros":
             shown.append(f"padding_mode={self.padding_mode!r}")
         shown += [f"bias={self.bias is not None}", f"nnz={self.col_indices.numel()}"]
+        if self._layout != self.plain_layout:
+            shown.append(f"layout={self._layout}")
         return ", ".join(shown + ["relu=True"] * self.relu)

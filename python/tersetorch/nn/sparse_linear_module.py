@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Self, cast
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, nn
 from torch.autograd import forward_ad
 
 from tersetorch import ops
@@ -71,11 +70,11 @@ class SparseLinearBase(SparseModule[Format]):
     def forward(self, input: Tensor) -> Tensor:
         """Applies the layer to input, float [..., in_features]."""
         # As _run, with the checks after the product where it is fast: they would cost a microsecond before it.
-        if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+        if is_grad_enabled() or forward_ad._current_level >= 0:
             self._check_input(input)
             return self._recorded(input)
         try:
-            if input.size(-1) == self.in_features:
+            if input.shape[-1] == self.in_features:
                 return self._unrecorded(input)
         except KeyError:  # a parametrization, or a shallow copy, took a tensor out of the dictionaries
             return self._recorded(input)

@@ -7,9 +7,11 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Generic, Self, TypeVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, nn
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
+from tersetorch import ops
 from tersetorch.formats import CsrWeight, SparseCodebookWeight
 from tersetorch.nn.layout import PREFIX, Layout
 
@@ -17,6 +19,16 @@ FLOATS = (torch.float32, torch.bfloat16)
 
 # A tensor's version (None where it counts none) and address: what tells that its numbers are still the same.
 State = tuple[int | None, int]
+
+# A call that needs little looking: the layout's op and its arguments after x. They hold while the rest does: relu, the
+# layer's own tensors as the dictionaries hold them, and what packed numbers come from, with its state.
+Ready = tuple[
+    Callable[..., Tensor],
+    tuple[Any, ...],
+    bool,
+    list[tuple[dict[str, Any], str, Tensor | None]],
+    list[tuple[Tensor, int | None, int]],
+]
 
 Format = TypeVar("Format", CsrWeight, SparseCodebookWeight)
 Dense = TypeVar("Dense", bound=nn.Module)
@@ -64,6 +76,7 @@ class SparseModule(nn.Module, Generic[Format]):
         # What the buffers packed_* come from: name, tensor (None in a copy, until it is called), and its state then.
         # Without such buffers, None.
         self._packed_from: tuple[tuple[str, Tensor | None, State], ...] | None = None
+        self._ready: Ready | None = None
         if not isinstance(weight, self.format):
             raise TypeError(
                 f"{type(self).__name__}: weight must be a {self.format.__name__}, got {type(weight).__name__}; "
@@ -186,14 +199,14 @@ class SparseModule(nn.Module, Generic[Format]):
                 shared.add(field.name)
             else:
                 self.register_buffer(PREFIX + field.name, value, persistent=False)
-        # Positions are exchanged as a whole, never changed in place; numbers are, which matters where the packed weight
-        # has others than the layer's own.
+        # Where the packed weight has others than the layer's own.
         repeated = {"col_indices": self.col_indices, self.packed_field: getattr(self, self.packed_field)}
         if self.parameter_field not in {field.name for field in dataclasses.fields(packed)}:
             repeated[self.parameter_field] = getattr(self, self.parameter_field)
         self._packed_from = tuple(
             (name, source, state_of(source)) for name, source in repeated.items() if name not in shared
         )
+        self._ready = None
 
     def _own(self, name: str) -> Tensor | None:
         """The layer's tensor of this name, also where functional_call has lent it another one."""
@@ -203,7 +216,7 @@ class SparseModule(nn.Module, Generic[Format]):
     def _drop_packed(self) -> None:
         for name in [name for name in self._buffers if name.startswith(PREFIX)]:
             delattr(self, name)
-        self._packed_from = None
+        self._packed_from = self._ready = None
 
     def _repack(self) -> None:
         # Layouts are packed and multiplied on the CPU; elsewhere the layer computes from its rows.
@@ -229,27 +242,12 @@ class SparseModule(nn.Module, Generic[Format]):
             for name, source, state in self._packed_from
         )
 
-    def _use_packed(self) -> bool:
-        """Whether the buffers packed_* stand for the weight; packs anew where its numbers have changed."""
-        packed = self._packed_from
-        if torch.compiler.is_compiling() or packed is None:
-            return packed is not None
-        for name, source, state in packed:
-            if source is not None:
-                if self._own(name) is not source:
-                    return False  # functional_call lent another one
-                if state_of(source) == state:
-                    continue
-            self._repack()
-            break
-        return True
-
     # ---- running
 
     def _run(self, x: Tensor) -> Tensor:
         """The product: with gradients, or without them from the packed layout where there is one."""
         # The twin drops forward-mode tangents, which no_grad does not switch off; the recorded op refuses them.
-        if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+        if is_grad_enabled() or forward_ad._current_level >= 0:
             return self._recorded(x)
         try:
             return self._unrecorded(x)
@@ -257,9 +255,53 @@ class SparseModule(nn.Module, Generic[Format]):
             return self._recorded(x)
 
     def _unrecorded(self, x: Tensor) -> Tensor:
-        if self._packed_from is not None and self._use_packed():
-            return self.layouts[self._layout].multiply(self, x)
-        return self._from_rows(x)
+        """The product without gradients, from the packed layout where there is one."""
+        ready = None if is_compiling() else self._ready
+        if ready is not None and ready[2] is self.relu:
+            call, arguments, _, own, sources = ready
+            for held, name, tensor in own:
+                if held.get(name) is not tensor:
+                    break
+            else:
+                for source, version, address in sources:
+                    if source.data_ptr() != address or (version is not None and source._version != version):
+                        break
+                else:
+                    return call(x, *arguments)
+        if not self._use_packed():
+            return self._from_rows(x)
+        row = self.layouts[self._layout]
+        op, arguments = ops.native_op(row.op), row.arguments(self)
+        if not is_compiling():
+            # An op's own _op is what calling it calls.
+            self._ready = getattr(op, "_op", op), arguments, self.relu, *self._watched()
+        y: Tensor = op(x, *arguments)
+        return y
+
+    def _use_packed(self) -> bool:
+        """Whether the buffers packed_* stand for the weight; packs anew where its numbers have changed."""
+        if is_compiling() or self._packed_from is None:
+            return self._packed_from is not None
+        if any(source is not None and source is not self._own(name) for name, source, _ in self._packed_from):
+            return False  # functional_call lent another one
+        if not self._is_packed():
+            self._repack()
+        return True
+
+    def _watched(self) -> Any:
+        """The layer's own tensors and what packed numbers come from, as Ready has them."""
+        own = [
+            (held, name, tensor)
+            for held in (self._parameters, self._buffers)
+            for name, tensor in held.items()
+            if not name.startswith(PREFIX)
+        ]
+        # Positions are exchanged as a whole, never changed in place; numbers are.
+        numbers = []
+        for name, source, (version, address) in self._packed_from or ():
+            if source is not None and name != "col_indices":
+                numbers.append((source, version, address))
+        return own, numbers
 
     def _recorded(self, x: Tensor) -> Tensor:
         """The product with gradients."""
@@ -295,7 +337,7 @@ class SparseModule(nn.Module, Generic[Format]):
         # A copy's tensors count their versions from 0.
         packed = self._packed_from
         unknown = None if packed is None else tuple((name, None, (None, 0)) for name, _, _ in packed)
-        return {**self.__dict__, "_packed_from": unknown}
+        return {**self.__dict__, "_packed_from": unknown, "_ready": None}
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Takes another sparsity too: the positions come with the state, so their number may differ from today's."""

@@ -80,18 +80,17 @@ def encode_layer(name: str, layer: Layer) -> tuple[Entry, list[Stream]]:
 
 
 def config_of(layer: Layer) -> dict[str, Any]:
-    """What a layer is besides its tensors: a linear one's layout and its options, a convolution's sizes, any ReLU."""
-    relu = {"relu": True} if layer.relu else {}
+    """What a layer is besides its tensors: any ReLU, its layout and the layout's options, and a convolution's sizes."""
+    more: dict[str, Any] = {"relu": True} if layer.relu else {}
+    if layer.layout != layer.plain_layout:
+        more |= {"layout": layer.layout, **layer.layout_options}
     if isinstance(layer, Linear):
-        return relu | ({} if layer.layout == "csr" else {"layout": layer.layout, **layer.layout_options})
+        return more
     one = (1,) * layer.dims
     usual = {"stride": one, "padding": (0,) * layer.dims, "dilation": one, "groups": 1, "padding_mode": "zeros"}
     sizes = {name: getattr(layer, name) for name in usual}
-    return {
-        "kernel_size": layer.kernel_size,
-        **{name: sizes[name] for name in usual if sizes[name] != usual[name]},
-        **relu,
-    }
+    changed = {name: sizes[name] for name in usual if sizes[name] != usual[name]}
+    return {"kernel_size": layer.kernel_size, **changed, **more}
 
 
 def make_layer(kind: str, weight: Any, bias: Tensor | None, config: dict[str, Any], training: bool) -> Layer:
@@ -102,15 +101,18 @@ def make_layer(kind: str, weight: Any, bias: Tensor | None, config: dict[str, An
     """
     cls = LAYERS[kind]
     try:
-        if cls not in Linear:
-            return cls(weight, bias, **config).train(training)
         options = dict(config)
-        layout, relu = options.pop("layout", "csr"), options.pop("relu", False)
-        if not isinstance(layout, str) or any(type(value) is not int for value in options.values()):
-            refuse("name a layout and whole numbers for its options", str(config)[:60])
-        layer: Any = cls(weight, bias, relu=relu).train(training)
-        packed: Layer = layer.pack(layout, **options)
-        return packed
+        layout = options.pop("layout", cls.plain_layout)
+        if not isinstance(layout, str):
+            refuse("name a layout", str(config)[:60])
+        if cls in Linear:
+            relu = options.pop("relu", False)
+            if any(type(value) is not int for value in options.values()):
+                refuse("name whole numbers for the options of a layout", str(config)[:60])
+            packed: Layer = cls(weight, bias, relu=relu).train(training).pack(layout, **options)
+            return packed
+        layer = cls(weight, bias, **options).train(training)
+        return layer if layout == cls.plain_layout else layer.pack(layout)
     except (RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, TerseFileError):
             raise
