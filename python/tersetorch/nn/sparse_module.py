@@ -77,6 +77,8 @@ class SparseModule(nn.Module, Generic[Format]):
         # Without such buffers, None.
         self._packed_from: tuple[tuple[str, Tensor | None, State], ...] | None = None
         self._ready: Ready | None = None
+        # Whether eval(), or another step that must not fail half-way, left it to the next call to pack, or say why not.
+        self._pending = False
         if not isinstance(weight, self.format):
             raise TypeError(
                 f"{type(self).__name__}: weight must be a {self.format.__name__}, got {type(weight).__name__}; "
@@ -207,6 +209,7 @@ class SparseModule(nn.Module, Generic[Format]):
             (name, source, state_of(source)) for name, source in repeated.items() if name not in shared
         )
         self._ready = None
+        self._pending = False
 
     def _own(self, name: str) -> Tensor | None:
         """The layer's tensor of this name, also where functional_call has lent it another one."""
@@ -217,20 +220,47 @@ class SparseModule(nn.Module, Generic[Format]):
         for name in [name for name in self._buffers if name.startswith(PREFIX)]:
             delattr(self, name)
         self._packed_from = self._ready = None
+        self._pending = False
 
     def _repack(self) -> None:
+        """Packs the weight anew.
+
+        Raises:
+            ValueError: the layout cannot hold it.
+        """
         # Layouts are packed and multiplied on the CPU; elsewhere the layer computes from its rows.
         row = self.layouts.get(self._layout)
-        if row is not None and self.row_offsets.device.type == "cpu":
+        if row is None or self.row_offsets.device.type != "cpu":
+            return
+        try:
             self._hold(row.pack(self, **self._options))
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"{type(self).__name__}: weight must be one that its layout {self._layout!r} can hold, got one refused "
+                f"as '{error}'; mend it, or call pack() with another layout"
+            ) from error
+
+    def _try_repack(self) -> str | None:
+        """Packs the weight anew, or leaves that to the next call and returns why it was refused."""
+        try:
+            self._repack()
+        except ValueError as error:
+            self._drop_packed()
+            self._pending = True
+            return str(error)
+        return None
 
     def train(self, mode: bool = True) -> Self:
-        """As nn.Module.train: training mode drops the packed layout, eval mode builds it anew."""
+        """As nn.Module.train: training mode drops the packed layout, eval mode builds it anew.
+
+        A weight that the layout cannot hold makes the next call without gradients raise, not this one, which would
+        leave a model half-way between the modes.
+        """
         super().train(mode)
         if mode:
             self._drop_packed()
         elif not self._is_packed():
-            self._repack()
+            self._try_repack()
         return self
 
     def _is_packed(self) -> bool:
@@ -280,6 +310,8 @@ class SparseModule(nn.Module, Generic[Format]):
 
     def _use_packed(self) -> bool:
         """Whether the buffers packed_* stand for the weight; packs anew where its numbers have changed."""
+        if self._pending and not is_compiling():
+            self._repack()
         if is_compiling() or self._packed_from is None:
             return self._packed_from is not None
         if any(source is not None and source is not self._own(name) for name, source, _ in self._packed_from):
@@ -301,6 +333,9 @@ class SparseModule(nn.Module, Generic[Format]):
         for name, source, (version, address) in self._packed_from or ():
             if source is not None and name != "col_indices":
                 numbers.append((source, version, address))
+        codebook = self._own("codebook")
+        if codebook is not None:  # its numbers are read at every call, but an argument may be a view of its memory
+            numbers.append((codebook, None, codebook.data_ptr()))
         return own, numbers
 
     def _recorded(self, x: Tensor) -> Tensor:
@@ -323,11 +358,11 @@ class SparseModule(nn.Module, Generic[Format]):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """As nn.Module._apply; a packed layout is built anew, since some of its numbers keep their dtype."""
-        packed = self._packed_from is not None
+        packed = self._packed_from is not None or self._pending
         self._drop_packed()
         self._convert(fn, recurse)
         if packed:
-            self._repack()
+            self._try_repack()
         return self
 
     def _convert(self, fn: Callable[[Tensor], Tensor], recurse: bool) -> None:
@@ -359,13 +394,11 @@ class SparseModule(nn.Module, Generic[Format]):
                         # A parameter stays the same object, so that an optimizer that holds it goes on with it.
                         current.data = current.new_empty(tensor.shape)
         before = len(errors)
+        self._drop_packed()
         super()._load_from_state_dict(state_dict, prefix, *args)
-        if not self.training and len(errors) == before:
-            try:
-                self._repack()
-            except ValueError as error:  # the layout cannot hold these numbers
-                self._drop_packed()
-                errors.append(f"{prefix.removesuffix('.') or type(self).__name__}: {error}")
+        refused = None if self.training else self._try_repack()
+        if refused and len(errors) == before:
+            errors.append(f"{prefix.removesuffix('.') or type(self).__name__}: {refused}")
 
 
 class ValuesModule(SparseModule[CsrWeight]):
@@ -379,6 +412,18 @@ class ValuesModule(SparseModule[CsrWeight]):
 
     def _numbers(self) -> tuple[Tensor, Tensor | None]:
         return self.values, None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # So that torch.nn.utils.parametrize takes the name "values".
+        super().__setattr__(name, _Parametrizations(dict(value.items())) if type(value) is nn.ModuleDict else value)
+
+
+class _Parametrizations(nn.ModuleDict):
+    """A dictionary of modules in which "values" names one of them, not the method."""
+
+    @property
+    def values(self) -> Any:
+        return self.__getattr__("values")
 
 
 class CodebookModule(SparseModule[SparseCodebookWeight]):
