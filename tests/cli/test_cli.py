@@ -41,7 +41,7 @@ def terse_file(tmp_path_factory):
 def test_help_names_every_verb(tersetorch):
     done = tersetorch("--help")
     assert done.returncode == 0
-    for verb in ("demo", "convert", "inspect", "doctor", "bench"):
+    for verb in ("demo", "convert", "inspect", "doctor", "bench", "reproduce"):
         assert verb in done.stdout
 
 
@@ -101,6 +101,8 @@ def test_convert_measures_and_reads_a_state_dict(tersetorch, tmp_path):
         (["convert", "model.pt", "out.terse", "--network", "VGG"], "mobilenet, got VGG"),
         (["convert", "model.onnx", "out.terse", "--network", "lenet-300-100"], "must be a .terse, .pt, .pth or"),
         (["bench", "sparse", "--quick", "--case", "nosuch"], "must leave something to measure"),
+        (["reproduce", "nothing"], "ROW must be one of"),
+        (["reproduce", "trade_off", "--json", "missing/x.json"], "--json must name a file in a folder"),
         (["bench", "nothing"], "SUITE must be one of sparse, networks, rates"),
         (["bench", "sparse", "--density", "2"], "should be less than or equal to 1"),
         (["frobnicate"], "No such command"),
@@ -163,6 +165,28 @@ def test_doctor_fails_when_an_op_is_wrong(monkeypatch):
     with pytest.raises(typer.Exit) as stopped:
         doctor.doctor(as_json=False)
     assert stopped.value.exit_code == 1
+
+
+def test_reproduce_lists_runs_and_stores(tersetorch, tmp_path, monkeypatch):
+    from tersetorch.bench import reproductions
+
+    names = tersetorch("reproduce", "--names").stdout.split()
+    assert names == list(reproductions.ROWS)
+    listed = tersetorch("reproduce")
+    assert listed.returncode == 0 and all(name in listed.stdout for name in names)
+    seen = []
+
+    def run(how):
+        seen.append((tuple(how.seeds), how.quick, how.workers, how.notes, torch.get_num_threads()))
+        return {"seeds": list(how.seeds)}
+
+    row = reproductions.runs.Reproduction("small", "", run, lambda record: str(record))
+    monkeypatch.setitem(reproductions.ROWS, "small", row)
+    path = tmp_path / "small.json"
+    done = tersetorch("reproduce", "small", "--seed", 4, "--seed", 2, "--quick", "--workers", 3, "--json", path)
+    assert done.returncode == 0, done.stderr
+    assert seen == [((4, 2), True, 3, tmp_path / "small.json.notes", 1)]
+    assert json.loads(path.read_text()) == {"seeds": [4, 2]}
 
 
 def test_shapes():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -11,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from tersetorch.methods.modes import evaluating
 
 # What has a matrix of parameters and multiplies by none of it.
 _LOOKUPS = (nn.Embedding, nn.EmbeddingBag)
@@ -116,7 +117,7 @@ def count(model: nn.Module, example_inputs: Tensor | tuple[Any, ...] | Mapping[s
     """
     args, kwargs = _arguments(model, example_inputs)
     modules = list(_own_modules(model))
-    sizes = {module: _weight_size(module) for _, module in modules if _multiplies(module)}
+    sizes = {module: _weight_size(module) for _, module in modules if multiplies(module)}
     calls, positions = _run(model, sizes, args, kwargs)
     seen: set[int] = set()
     layers = []
@@ -160,7 +161,8 @@ def _own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
                 inside |= set(module.parametrizations.modules())
 
 
-def _multiplies(module: nn.Module) -> bool:
+def multiplies(module: nn.Module) -> bool:
+    """Whether module is a linear or convolutional layer, a sparse one too."""
     return isinstance(module, nn.Linear | _ConvNd) or hasattr(type(module), "sparse_weight")
 
 
@@ -217,24 +219,9 @@ def _run(
 
     handles = [module.register_forward_hook(record, with_kwargs=True) for module in layers]
     try:
-        with torch.no_grad(), _evaluating(model):
+        with torch.no_grad(), evaluating(model):
             model(*args, **kwargs)
     finally:
         for handle in handles:
             handle.remove()
     return calls, positions
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Switches model to evaluation, and attention's fast paths off: they read weights instead of calling layers."""
-    training = {module: module.training for module in model.modules()}
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    model.eval()
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-        for module, flag in training.items():
-            module.training = flag

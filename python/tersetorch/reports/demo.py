@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from tersetorch.recipes.demo import compute_demo
+from tersetorch.reports.figure import figure_class
 from tersetorch.zoo.data import Name
 
 PICTURE_NAME = "demo.png"
@@ -40,7 +41,7 @@ def run_demo(
     """
     if threads is not None and (not isinstance(threads, int) or isinstance(threads, bool) or threads < 1):
         raise ValueError(f"run_demo: threads must be an int of at least 1, or None, got {threads!r}; pass 1 or more")
-    _figure_class()
+    figure_class("demo")
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -106,7 +107,7 @@ def draw(figures: dict[str, Any], path: str | os.PathLike[str]) -> None:
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
     """
-    figure = _figure_class()(figsize=(15, 4.6), layout="constrained")
+    figure = figure_class("demo")(figsize=(15, 4.6), layout="constrained")
     sizes, weights, times = figure.subplots(1, 3, width_ratios=(1, 1.4, 1.8))
     figure.suptitle(f"LeNet-300-100 on {figures['data']['name']}, and the same kernels on AlexNet's layers")
 
@@ -150,16 +151,6 @@ def draw(figures: dict[str, Any], path: str | os.PathLike[str]) -> None:
     for axes in (sizes, weights, times):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)
-
-
-def _figure_class() -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ModuleNotFoundError(
-            "demo: the picture must be drawn by matplotlib, got no such package; run pip install 'tersetorch[demo]'"
-        ) from error
-    return Figure
 
 
 def _counts(before: int, after: int) -> tuple[str, str, str]:

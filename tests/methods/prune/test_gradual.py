@@ -99,6 +99,15 @@ def test_a_step_that_fails_is_not_counted(mlp):
     assert zeros(mlp) == 306
 
 
+def test_blocks_go_as_the_sparsity_rises(mlp):
+    pruner = prune.GradualPruner(mlp, 0.9, end_step=4, frequency=1, pattern="1x4")
+    for _ in range(4):
+        pruner.step()
+        blocks = mlp[0].weight.unflatten(1, (5, 4)) == 0
+        assert torch.equal(blocks.all(-1), blocks.any(-1))
+    assert int(blocks.sum()) == 304
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -112,6 +121,7 @@ def test_a_step_that_fails_is_not_counted(mlp):
         ({"schedule": "step"}, ValueError, "schedule must be one of cubic, linear, got 'step'"),
         ({"scope": 3}, ValueError, "scope must be one of layer, global, got 3"),
         ({"targets": "fc"}, ValueError, "targets must match"),
+        ({"pattern": "2:4"}, ValueError, "pattern must be None or 'RxC' where sparsity rises, got '2:4'"),
     ],
 )
 def test_bad_arguments_are_refused_and_change_nothing(mlp, arguments, error, message):

@@ -1,4 +1,5 @@
 import pytest
+import torch
 
 from tersetorch.methods import prune
 from tersetorch.methods.parametrization import is_live
@@ -22,6 +23,13 @@ def test_mappings_and_scope(mlp):
     assert sum(layer.kept for layer in prune.density(mlp).values()) == 43
 
 
+def test_blocks(mlp):
+    prune.iterative(mlp, [0.5, 0.8], lambda model, index: None, pattern="1x4", targets="0")
+    blocks = mlp[0].weight.unflatten(1, (5, 4)) == 0
+    assert torch.equal(blocks.all(-1), blocks.any(-1))
+    assert int(blocks.all(-1).sum()) == 68
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -31,6 +39,7 @@ def test_mappings_and_scope(mlp):
         ({"sparsities": [0.5, 0.4]}, ValueError, "sparsities must not fall, got 0.4 after 0.5 for '0' in round 2"),
         ({"retrain": 3}, TypeError, "retrain must be callable, got int"),
         ({"targets": "fc"}, ValueError, "targets must match"),
+        ({"pattern": "2:4"}, ValueError, "pattern must be None or 'RxC' where sparsity rises, got '2:4'"),
     ],
 )
 def test_bad_arguments_are_refused_before_the_first_round(mlp, arguments, error, message):

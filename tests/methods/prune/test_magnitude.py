@@ -130,8 +130,17 @@ def test_a_weight_that_is_out_of_sight_may_hold_anything(mlp):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({}, ValueError, "exactly one of sparsity and threshold_std must be given, got neither"),
-        ({"sparsity": 0.5, "threshold_std": 1.0}, ValueError, "exactly one of .* got both"),
+        (
+            {},
+            ValueError,
+            "exactly one of sparsity, threshold_std and a pattern 'N:M' must be given, got none; pass one",
+        ),
+        ({"sparsity": 0.5, "threshold_std": 1.0}, ValueError, "exactly one of .* got sparsity and threshold_std"),
+        ({"sparsity": 0.5, "pattern": "1:2"}, ValueError, "exactly one of .* got sparsity and a pattern 'N:M'"),
+        ({"pattern": "4x1"}, ValueError, "exactly one of .* got none"),
+        ({"threshold_std": 1.0, "pattern": "4x1"}, ValueError, "pattern must be left out where threshold_std is given"),
+        ({"pattern": "1:2", "scope": "global"}, ValueError, "scope must be 'layer' where the pattern is N:M"),
+        ({"pattern": "2:4", "targets": "2"}, ValueError, "pattern 2:4 must divide the input channels, got 17 of '2'"),
         ({"sparsity": 1.0}, ValueError, "sparsity must be in [0, 1), got 1.0; pass a number in that range"),
         ({"sparsity": -0.1}, ValueError, "sparsity must be in [0, 1), got -0.1"),
         ({"sparsity": float("nan")}, ValueError, "sparsity must be in [0, 1), got nan"),

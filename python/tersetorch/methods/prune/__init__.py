@@ -1,9 +1,27 @@
 """Which weights go: each method sets masks that training respects until finalize bakes them in."""
 
+from tersetorch.methods.prune.adopt import from_torch, keep_zeros
+from tersetorch.methods.prune.dead_neurons import remove_dead_neurons
 from tersetorch.methods.prune.density import LayerDensity, density
 from tersetorch.methods.prune.dropout import dropout_rate, rescale_dropout
 from tersetorch.methods.prune.gradual import GradualPruner
 from tersetorch.methods.prune.iterative import iterative
 from tersetorch.methods.prune.magnitude import magnitude
+from tersetorch.methods.prune.only import only
+from tersetorch.methods.prune.sensitivity import Sensitivity, sensitivity
 
-__all__ = ["GradualPruner", "LayerDensity", "density", "dropout_rate", "iterative", "magnitude", "rescale_dropout"]
+__all__ = [
+    "GradualPruner",
+    "LayerDensity",
+    "Sensitivity",
+    "density",
+    "dropout_rate",
+    "from_torch",
+    "iterative",
+    "keep_zeros",
+    "magnitude",
+    "only",
+    "remove_dead_neurons",
+    "rescale_dropout",
+    "sensitivity",
+]

@@ -9,6 +9,7 @@ from torch import nn
 
 from tersetorch.methods.arguments import check_choice, check_int, check_number
 from tersetorch.methods.prune.magnitude import Scope, Sparsity, choose, magnitude
+from tersetorch.methods.prune.patterns import blocks
 from tersetorch.methods.selection import Patterns
 
 Schedule = Literal["cubic", "linear"]
@@ -48,6 +49,7 @@ class GradualPruner:
         initial_sparsity: the sparsity at begin_step, at most the final one.
         schedule: "cubic" or "linear".
         scope: as in prune.magnitude.
+        pattern: blocks "RxC" as in prune.magnitude, or None.
         targets: as in prune.magnitude.
         ignore: as in prune.magnitude.
 
@@ -70,6 +72,7 @@ class GradualPruner:
         initial_sparsity: float = 0.0,
         schedule: Schedule = "cubic",
         scope: Scope = "layer",
+        pattern: str | None = None,
         targets: Patterns | None = None,
         ignore: Patterns | None = None,
     ) -> None:
@@ -81,7 +84,7 @@ class GradualPruner:
         check_choice(where, "schedule", schedule, get_args(Schedule))
         if sparsity is None:
             raise TypeError(f"{where}: sparsity must be a number or a mapping, got None; pass the final sparsity")
-        for target, final in choose(where, model, sparsity, None, scope, targets, ignore):
+        for target, final in choose(where, model, sparsity, scope, targets, ignore, blocks(where, pattern)):
             if final < initial_sparsity:
                 raise ValueError(
                     f"{where}: initial_sparsity must be at most the final sparsity {final} of {target.name!r}, got "
@@ -95,6 +98,7 @@ class GradualPruner:
         self.frequency = frequency
         self.schedule = schedule
         self.scope: Scope = scope
+        self.pattern = pattern
         self.targets = targets
         self.ignore = ignore
         self._step = 0
@@ -148,7 +152,14 @@ class GradualPruner:
         self._step = state["step"]
 
     def _prune(self) -> None:
-        magnitude(self.model, self.sparsity, scope=self.scope, targets=self.targets, ignore=self.ignore)
+        magnitude(
+            self.model,
+            self.sparsity,
+            scope=self.scope,
+            pattern=self.pattern,
+            targets=self.targets,
+            ignore=self.ignore,
+        )
 
     def _each(self, rule: Callable[[float], float]) -> Sparsity:
         if isinstance(self.final_sparsity, Mapping):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from torch import nn
 
 from tersetorch.methods.prune.magnitude import Scope, Sparsity, choose, magnitude
+from tersetorch.methods.prune.patterns import blocks
 from tersetorch.methods.selection import Patterns
 
 
@@ -16,6 +17,7 @@ def iterative(
     retrain: Callable[[nn.Module, int], object],
     *,
     scope: Scope = "layer",
+    pattern: str | None = None,
     targets: Patterns | None = None,
     ignore: Patterns | None = None,
 ) -> nn.Module:
@@ -29,6 +31,7 @@ def iterative(
         sparsities: one or more, each as in prune.magnitude, none lower than the one before it.
         retrain: trains model in place; what it returns is not looked at.
         scope: as in prune.magnitude.
+        pattern: blocks "RxC" as in prune.magnitude, or None.
         targets: as in prune.magnitude.
         ignore: as in prune.magnitude.
 
@@ -46,9 +49,10 @@ def iterative(
         raise ValueError(f"{where}: sparsities must hold at least one, got []; pass one for each round")
     if not callable(retrain):
         raise TypeError(f"{where}: retrain must be callable, got {type(retrain).__name__}; pass retrain(model, round)")
+    form = blocks(where, pattern)
     before: dict[str, float] = {}
     for index, sparsity in enumerate(sparsities, 1):
-        for target, part in choose(where, model, sparsity, None, scope, targets, ignore):
+        for target, part in choose(where, model, sparsity, scope, targets, ignore, form):
             if part < before.get(target.name, 0.0):
                 raise ValueError(
                     f"{where}: sparsities must not fall, got {part} after {before[target.name]} for {target.name!r} in "
@@ -56,6 +60,6 @@ def iterative(
                 )
             before[target.name] = part
     for index, sparsity in enumerate(sparsities, 1):
-        magnitude(model, sparsity, scope=scope, targets=targets, ignore=ignore)
+        magnitude(model, sparsity, scope=scope, pattern=pattern, targets=targets, ignore=ignore)
         retrain(model, index)
     return model

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tersetorch.methods.arguments import check_choice, check_number
 from tersetorch.methods.parametrization import attach
+from tersetorch.methods.prune.patterns import GroupPattern, Pattern, check_weights, keep, keep_together, parse
 from tersetorch.methods.selection import Patterns, PerPattern, Target, assign, select
 
 Scope = Literal["layer", "global"]
@@ -23,6 +24,7 @@ def magnitude(
     *,
     threshold_std: float | None = None,
     scope: Scope = "layer",
+    pattern: str | None = None,
     targets: Patterns | None = None,
     ignore: Patterns | None = None,
 ) -> nn.Module:
@@ -31,6 +33,10 @@ def magnitude(
     By sparsity, round(sparsity * n) of a layer's n weights are zero afterwards, of equal ones the first in the
     tensor's order. By threshold, |w| < threshold_std * std is pruned, std being the population standard deviation of
     the layer's weights that no mask prunes yet. With scope "global" both hold for all layers' weights taken together.
+
+    By pattern "N:M", of every M consecutive input channels (dimension 1 of the weight) the N of greatest |w| stay at
+    each output and kernel position. By pattern "RxC", whole blocks of R x C of the weight as a matrix [out, rest] go,
+    those of least mean |w|, as many as fit into round(sparsity * n).
 
     Pruning adds up: weights that are zero or pruned already go first and stay pruned, so asking for a lower sparsity
     than a layer has changes nothing. What survives trains on; the pruned ones have no gradient, keep their former
@@ -41,8 +47,10 @@ def magnitude(
         model: any nn.Module; its weights are float16, bfloat16, float32 or float64, of any shape.
         sparsity: part of the weights to be zero, in [0, 1); or one such part for each pattern, which then stands for
             targets too: a path wins over patterns, then the first pattern does.
-        threshold_std: at least 0; exactly one of sparsity and threshold_std is given.
+        threshold_std: at least 0; exactly one of sparsity, threshold_std and a pattern "N:M" is given.
         scope: "layer" or "global".
+        pattern: None for each weight alone, "N:M" such as "2:4", which says the sparsity itself, or "RxC" such as
+            "4x1", which goes with sparsity.
         targets: names, globs, "re:..." patterns or module types, see tersetorch.methods.selection.select; the
             default is every Linear, Conv1d, Conv2d and Conv3d. Only weights are pruned, never biases.
         ignore: the same, for what to leave out.
@@ -50,16 +58,22 @@ def magnitude(
     Raises:
         TypeError: an argument has the wrong type.
         ValueError: a number is outside its range, a pattern matches nothing, or a weight cannot be pruned: it holds NaN
-            or infinity, has another parametrization, or is no plain parameter. The model is as it was.
+            or infinity, has another parametrization, is no plain parameter, or its input channels do not divide into
+            groups of M. The model is as it was.
 
     Source:
         Han, Pool, Tran, Dally, Learning both weights and connections (2015), section 3, for the threshold. Where we
-        differ: a sparsity may be asked for directly, and the standard deviation is taken again at each call.
+        differ: a sparsity may be asked for directly, and the standard deviation is taken again at each call. Mishra et
+        al., Accelerating sparse deep neural networks (2021), for 2:4.
     """
     where = "prune.magnitude"
-    chosen = choose(where, model, sparsity, threshold_std, scope, targets, ignore)
-    weights = [target.weight for target, _ in chosen]
-    apply_masks(chosen, masks(chosen, weights, threshold_std, scope))
+    form = parse(where, pattern)
+    chosen = choose(where, model, sparsity, scope, targets, ignore, form, threshold_std)
+    sizes = [target.weight.abs() for target, _ in chosen]
+    if threshold_std is not None:
+        apply_masks(chosen, _above(chosen, sizes, threshold_std, scope))
+    else:
+        apply_masks(chosen, masks(chosen, sizes, scope, form))
     return model
 
 
@@ -67,49 +81,59 @@ def choose(
     where: str,
     model: nn.Module,
     sparsity: Sparsity | None,
-    threshold_std: float | None,
     scope: str,
     targets: Patterns | None,
     ignore: Patterns | None,
+    pattern: Pattern = None,
+    threshold_std: float | None = None,
 ) -> list[tuple[Target, float]]:
-    """The weights to prune, each with its sparsity (0 where threshold_std decides); raises as magnitude does."""
-    if (sparsity is None) == (threshold_std is None):
-        given = "neither" if sparsity is None else "both"
-        raise ValueError(f"{where}: exactly one of sparsity and threshold_std must be given, got {given}; pass one")
+    """The weights to prune, each with its sparsity (0 where something else decides); raises as magnitude does."""
+    grouped = isinstance(pattern, GroupPattern)
+    given = [
+        name
+        for name, there in (
+            ("sparsity", sparsity is not None),
+            ("threshold_std", threshold_std is not None),
+            ("a pattern 'N:M'", grouped),
+        )
+        if there
+    ]
+    if len(given) != 1:
+        raise ValueError(
+            f"{where}: exactly one of sparsity, threshold_std and a pattern 'N:M' must be given, got "
+            f"{' and '.join(given) or 'none'}; pass one"
+        )
     check_choice(where, "scope", scope, get_args(Scope))
-    if threshold_std is not None:
-        check_number(where, "threshold_std", threshold_std, 0, math.inf)
-        return [(target, 0.0) for target in select(where, model, targets, ignore)]
+    if pattern is not None and threshold_std is not None:
+        raise ValueError(f"{where}: pattern must be left out where threshold_std is given, got both; pass sparsity")
+    if grouped and scope == "global":
+        raise ValueError(f"{where}: scope must be 'layer' where the pattern is N:M, got 'global'; leave it out")
     if isinstance(sparsity, Mapping):
         if targets is not None or scope == "global":
             other = "targets" if targets is not None else 'scope="global"'
             raise ValueError(
                 f"{where}: sparsity must be one number where {other} is given, got a mapping; leave one of them out"
             )
-        for pattern, part in sparsity.items():
-            check_number(where, f"sparsity[{pattern!r}]", part, 0, 1)
+        for name, part in sparsity.items():
+            check_number(where, f"sparsity[{name!r}]", part, 0, 1)
         return assign(where, "sparsity", model, sparsity, ignore)
-    check_number(where, "sparsity", sparsity, 0, 1)
-    assert sparsity is not None
-    return [(target, float(sparsity)) for target in select(where, model, targets, ignore)]
+    if threshold_std is not None:
+        check_number(where, "threshold_std", threshold_std, 0, math.inf)
+    elif not grouped:
+        check_number(where, "sparsity", sparsity, 0, 1)
+    chosen = select(where, model, targets, ignore)
+    check_weights(where, pattern, chosen)
+    return [(target, float(sparsity or 0)) for target in chosen]
 
 
 def masks(
-    chosen: Sequence[tuple[Target, float]], weights: Sequence[Tensor], threshold_std: float | None, scope: str
+    chosen: Sequence[tuple[Target, float]], scores: Sequence[Tensor], scope: str, pattern: Pattern
 ) -> list[Tensor]:
-    """What to keep of each weight, bool of its shape."""
-    if scope == "layer":
-        return [
-            _keep(weight, _alive(target, weight), part, threshold_std)
-            for (target, part), weight in zip(chosen, weights, strict=True)
-        ]
-    wide = torch.float64 if any(weight.dtype == torch.float64 for weight in weights) else torch.float32
-    device = weights[0].device
-    together = torch.cat([weight.flatten().to(device, wide) for weight in weights])
-    each = [_alive(target, weight) for (target, _), weight in zip(chosen, weights, strict=True)]
-    alive = torch.cat([mask.flatten().to(device) for mask in each])
-    kept = _keep(together, alive, chosen[0][1], threshold_std).split([weight.numel() for weight in weights])
-    return [mask.view(weight.shape).to(weight.device) for mask, weight in zip(kept, weights, strict=True)]
+    """What to keep of each weight, bool of its shape, by scores that are not negative."""
+    alive = [_alive(target, score) for (target, _), score in zip(chosen, scores, strict=True)]
+    if scope == "global":
+        return keep_together(scores, alive, chosen[0][1], pattern)
+    return [keep(score, each, part, pattern) for (_, part), score, each in zip(chosen, scores, alive, strict=True)]
 
 
 def apply_masks(chosen: Sequence[tuple[Target, float]], kept: Sequence[Tensor]) -> None:
@@ -123,22 +147,18 @@ def _alive(target: Target, weight: Tensor) -> Tensor:
     return torch.ones_like(weight, dtype=torch.bool) if compressed is None else compressed.mask
 
 
-def _keep(weight: Tensor, alive: Tensor, sparsity: float, threshold_std: float | None) -> Tensor:
-    if threshold_std is not None:
-        survivors = weight[alive].double()
-        if not survivors.numel():
-            return torch.ones_like(alive)
-        return weight.abs().double() >= threshold_std * survivors.std(correction=0)
-    return _keep_largest(weight, round(sparsity * weight.numel()))
-
-
-def _keep_largest(weight: Tensor, pruned: int) -> Tensor:
-    """All but the `pruned` entries of least |w|, of equal ones the first."""
-    if pruned == 0:
-        return torch.ones_like(weight, dtype=torch.bool)
-    size = weight.abs().flatten()
-    limit = size.float().kthvalue(pruned).values if size.dtype != torch.float64 else size.kthvalue(pruned).values
-    kept = size > limit
-    ties = (size == limit).nonzero().flatten()
-    kept[ties[pruned - int((size < limit).sum()) :]] = True
-    return kept.view(weight.shape)
+def _above(
+    chosen: Sequence[tuple[Target, float]], sizes: Sequence[Tensor], threshold_std: float, scope: str
+) -> list[Tensor]:
+    """The weights of at least threshold_std standard deviations of the layer's survivors, or of all layers'."""
+    # The deviation of signed weights: sizes alone do not know it.
+    survivors = [target.weight[_alive(target, size)].double() for (target, _), size in zip(chosen, sizes, strict=True)]
+    if scope == "global":
+        device = sizes[0].device
+        survivors = [torch.cat([each.to(device) for each in survivors])] * len(sizes)
+    return [
+        size.double() >= threshold_std * each.std(correction=0).to(size.device)
+        if each.numel()
+        else torch.ones_like(size, dtype=torch.bool)
+        for size, each in zip(sizes, survivors, strict=True)
+    ]

@@ -1,0 +1,50 @@
+import pytest
+import torch
+
+from tersetorch.methods import prune
+
+
+def test_the_others_stand_still_momentum_and_decay_included(mlp):
+    optimizer = torch.optim.SGD(mlp.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+
+    def step():
+        mlp(torch.randn(8, 20)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    torch.manual_seed(0)
+    prune.magnitude(mlp, 0.5)
+    step()
+    before = {name: tensor.clone() for name, tensor in mlp.state_dict().items()}
+    mlp(torch.randn(8, 20)).square().sum().backward()  # gradients that were there
+    with prune.only(mlp, "2") as same:
+        assert same is mlp
+        step()
+    changed = {name for name, tensor in mlp.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == {"2.parametrizations.weight.original", "2.bias"}
+    step()
+    changed = {name for name, tensor in mlp.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert {"0.parametrizations.weight.original", "0.bias"} <= changed
+
+
+def test_what_was_frozen_stays_frozen_and_an_error_thaws_the_rest(mlp):
+    mlp[0].bias.requires_grad_(False)
+    with pytest.raises(RuntimeError), prune.only(mlp, "2"):
+        assert not mlp[0].weight.requires_grad
+        raise RuntimeError
+    assert [parameter.requires_grad for parameter in mlp.parameters()] == [True, False, True, True]
+
+
+def test_a_tied_layer_trains_with_all_that_hold_its_weight(tied):
+    weight = next(tied.parameters())
+    holders = [module for module in tied.modules() if getattr(module, "weight", None) is weight]
+    name = next(name for name, module in tied.named_modules() if module is holders[-1])
+    with prune.only(tied, name):
+        assert len(holders) == 3
+        assert all(parameter.requires_grad for module in holders for parameter in module.parameters())
+
+
+def test_a_pattern_that_matches_nothing_freezes_nothing(mlp):
+    with pytest.raises(ValueError, match=r"prune.only: targets must match"), prune.only(mlp, "fc"):
+        pass
+    assert all(parameter.requires_grad for parameter in mlp.parameters())
