@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -217,3 +218,40 @@ def test_bench_shows_and_stores(tersetorch, tmp_path, monkeypatch):
     assert "tersetorch csr" in done.stdout and "transformer ffn up" in done.stdout
     limits = tersetorch("bench", "rates", "--quick")
     assert limits.returncode == 0 and "multiply-adds float32" in limits.stdout and "16 KiB" in limits.stdout
+
+
+def test_a_bad_level_gives_one_sentence():
+    environment = {**os.environ, "TERSETORCH_CPU_ISA": "mmx"}
+    command = subprocess.run(["tersetorch", "doctor"], env=environment, capture_output=True, text=True, check=False)
+    assert command.returncode == 2
+    assert command.stderr.startswith("tersetorch: TERSETORCH_CPU_ISA must be") and command.stderr.count("\n") == 1
+    program = [sys.executable, "-c", "import tersetorch"]
+    imported = subprocess.run(program, env=environment, capture_output=True, text=True, check=False)
+    assert imported.returncode == 1 and "ImportError: tersetorch: TERSETORCH_CPU_ISA must be" in imported.stderr
+
+
+@pytest.mark.parametrize("name", ["x.pt", "x.safetensors", "x.terse"])
+def test_convert_refuses_a_pipe_without_waiting(tersetorch, tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    done = tersetorch("convert", tmp_path / name, tmp_path / "y.terse", "--network", "lenet-5", "--plan", "sparse")
+    assert done.returncode == 2 and "MODEL must be a regular file" in done.stderr
+
+
+def test_convert_refuses_a_state_that_is_not_real(tersetorch, tmp_path):
+    state = tt.zoo.NETWORKS["lenet-300-100"]().state_dict()
+    name = next(iter(state))
+    torch.save({**state, name: torch.complex(state[name], state[name])}, tmp_path / "x.pt")
+    arguments = ("convert", tmp_path / "x.pt", tmp_path / "y.terse", "--network", "lenet-300-100", "--plan", "sparse")
+    done = tersetorch(*arguments)
+    assert done.returncode == 1 and f"{name} must be real, got a complex tensor" in done.stderr
+    assert not (tmp_path / "y.terse").exists()
+
+
+def test_outputs_are_checked_before_any_work(tersetorch, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("COLUMNS", "400")
+    demo = tersetorch("demo", "--output", tmp_path / "file")
+    assert demo.returncode == 2 and "--output must name a folder, got the file" in demo.stderr
+    for path in (tmp_path, tmp_path / "file" / "x.json"):
+        bench = tersetorch("bench", "rates", "--json", path)
+        assert bench.returncode == 2 and "--json must name a file that can be written" in bench.stderr

@@ -31,8 +31,13 @@ def build(candidate: Candidate, modules: list[nn.Module], samples: int | None = 
     return layers
 
 
-def deep_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+def deep_copy(model: nn.Module, memo: dict[int, Any] | None = None, *, verb: str = "convert") -> nn.Module:
     """copy.deepcopy.
+
+    Args:
+        model: any nn.Module.
+        memo: as copy.deepcopy takes it.
+        verb: what the caller was asked for, with which the error begins.
 
     Raises:
         ValueError: a member of model cannot be copied.
@@ -41,7 +46,7 @@ def deep_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module
         return copy.deepcopy(model, memo)
     except Exception as error:  # whatever the member raises
         raise ValueError(
-            f"convert: model must be copyable with copy.deepcopy, got {type(error).__name__}: {error}; "
+            f"{verb}: model must be copyable with copy.deepcopy, got {type(error).__name__}: {error}; "
             "remove the hooks of torch.nn.utils.prune, weight_norm or spectral_norm, and detach what it keeps from a "
             "forward pass"
         ) from error

@@ -46,7 +46,8 @@ class SparseLinearBase(SparseModule[Format]):
     def pack(self, layout: str, **options: Any) -> Self:
         """Computes without gradients from another layout of the weight from now on; returns the layer.
 
-        In training mode the layout is remembered, and built by eval().
+        In training mode the layout is remembered, and built by eval(). Changes in place to what it repeats are noticed
+        by the next call; a write through .data, or to tensors made in inference mode, is not: call pack() again.
 
         Args:
             layout: one of

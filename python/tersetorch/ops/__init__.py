@@ -1,10 +1,9 @@
 """Does it give one native op a Python face? A public function, a fake kernel, an autograd formula; a file per op."""
 
-from tersetorch.ops._load import load_native_module, load_native_ops
+from tersetorch.ops._load import load_native
 from tersetorch.ops._native_op import native_op
 
-load_native_module()
-load_native_ops()
+load_native()
 
 # The files below register on what was just loaded.
 from tersetorch.ops.bitmap_columns_matmul import (  # noqa: E402

@@ -102,16 +102,14 @@ def make_layer(kind: str, weight: Any, bias: Tensor | None, config: dict[str, An
     cls = LAYERS[kind]
     try:
         options = dict(config)
-        layout = options.pop("layout", cls.plain_layout)
-        if not isinstance(layout, str):
-            refuse("name a layout", str(config)[:60])
-        if cls in Linear:
-            relu = options.pop("relu", False)
-            if any(type(value) is not int for value in options.values()):
-                refuse("name whole numbers for the options of a layout", str(config)[:60])
+        layout, linear = options.pop("layout", cls.plain_layout), cls in Linear
+        relu = options.pop("relu", False)
+        if not isinstance(layout, str) or (linear and any(type(value) is not int for value in options.values())):
+            refuse("name a layout and whole numbers for its options", str(config)[:60])
+        if linear:
             packed: Layer = cls(weight, bias, relu=relu).train(training).pack(layout, **options)
             return packed
-        layer = cls(weight, bias, **options).train(training)
+        layer = cls(weight, bias, relu=relu, **options).train(training)
         return layer if layout == cls.plain_layout else layer.pack(layout)
     except (RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, TerseFileError):

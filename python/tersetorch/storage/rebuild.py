@@ -7,8 +7,8 @@ from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
+from tersetorch.conversion.swap import deep_copy
 from tersetorch.storage import fields, registry
-from tersetorch.storage.arguments import copy_of
 from tersetorch.storage.compare import needs_values
 from tersetorch.storage.entry import Entry
 from tersetorch.storage.errors import TerseFileError, refuse
@@ -192,7 +192,7 @@ def adopt(root: Any, model: nn.Module, tensors: Tensors) -> nn.Module:
             if node.get("k") == "Identity" and type(module) is nn.ReLU:
                 mismatch(f"Identity() at {path}", module)
     replaced = set(memo)  # deepcopy adds to memo
-    copied = copy_of("load", model, memo)
+    copied = deep_copy(model, memo, verb="load")
     flags: dict[int, bool] = {}
     for node, module, path in pairs:
         twin = copied.get_submodule(path)
