@@ -216,6 +216,11 @@ struct Images {
                     " before padding; pass larger images or more padding");
     out_height = (height + 2 * padding[0] - s.dilation_h * (s.kernel_h - 1) - 1) / s.stride_h + 1;
     out_width = (width + 2 * padding[1] - s.dilation_w * (s.kernel_w - 1) - 1) / s.stride_w + 1;
+    // So that the products of what the caller allocates fit.
+    constexpr std::int64_t kMostPixels = std::numeric_limits<std::int32_t>::max();
+    STD_TORCH_CHECK(out_height <= kMostPixels && out_width <= kMostPixels / std::max<std::int64_t>(1, out_height), op,
+                    ": an image of y must have at most ", kMostPixels, " pixels, got ", out_height, " x ", out_width,
+                    "; pass less padding");
     channels_last = IsChannelsLast(x);
     tensor = channels_last ? x : Contiguous(x);
     // As Usable does, which knows contiguous tensors only.
@@ -286,13 +291,18 @@ Tensor Convolve(const char* op, const Tensor& x, const Weight& weight, const std
     args.width = args.out_width = height * width;
     args.height = args.out_height = 1;
   }
+  // The stride between the columns of one column is of no use, and may be huge; the layout does not depend on it.
+  if (args.out_width == 1) args.weight.shape.stride_w = 1;
   args.plan = ConvPlanFor(s, weight.args.nnz, args.pad_h, args.out_height, args.out_width, ConvLanes());
   const std::int64_t row_blocks = Blocks(s.out_channels, kConvRows);
   const std::int64_t tiles = args.plan.tiles_across * args.plan.tiles_down;
   const std::int64_t chunks = FilterChunks(images * tiles, row_blocks);
   const std::int64_t rows_of_chunk = Blocks(row_blocks, chunks);
   const std::int64_t bytes = stored_as == FloatDtype::kFloat32 ? 4 : 2;
-  const ConvScratchSizes sizes = ConvScratch(weight.args, args.plan);
+  const ConvScratchSizes sizes = ConvScratch(args.weight, args.plan);
+  constexpr std::int64_t kMostOfLine = std::int64_t{1} << 24;
+  STD_TORCH_CHECK(sizes.line <= kMostOfLine, op, ": stride and dilation must be smaller for several columns of y, got ",
+                  s.stride_w, " and ", s.dilation_w, "; pass those of the layer");
   const char* x_data = static_cast<const char*>(input.tensor.const_data_ptr());
   char* y_data = static_cast<char*>(y.mutable_data_ptr());
   const std::int64_t pixels = height * width, plane_floats = s.in_channels * pixels;

@@ -73,7 +73,7 @@ std::vector<float> Run(const Weight& w, const Call& call, const std::vector<floa
   DeviceArray<float> bias("bias", bias_numbers == nullptr ? std::vector<float>() : *bias_numbers);
   DeviceFloats x("x", call.stored_as, x_numbers);
   DeviceFloats y("y", call.stored_as, call.images * s.out_channels * out_height * out_width);
-  DeviceArray<ConvScale> scales("scales", std::vector<ConvScale>(call.images + s.out_channels));
+  DeviceFloats scales("scales", FloatDtype::kFloat32, 2 * (call.images + s.out_channels));
   const void* chosen = call.values_as == CsrValues::kFloat32    ? static_cast<const void*>(values.data())
                        : call.values_as == CsrValues::kBFloat16 ? static_cast<const void*>(halves.data())
                                                                 : codes.data();
@@ -104,7 +104,7 @@ std::vector<float> Run(const Weight& w, const Call& call, const std::vector<floa
                           y.data(),
                           call.Steps(s.out_channels, out_height, out_width),
                           call.mode,
-                          scales.data()};
+                          static_cast<ConvScale*>(scales.data())};
   ExpectLaunched(ConvCuda(args, nullptr), "ConvCuda");
   return y.Values();
 }

@@ -53,8 +53,9 @@ def packed(x, dense, bias=None, codebook=None, values=None, **sizes):
     block = sparse_conv2d_channel_block(x.shape[1], kernel, stride, dilation)
     *layout, sources = sparse_conv2d_pack(row_offsets, col_indices, x.shape[1], block, kernel, stride, dilation, groups)
     values = (own if values is None else values)[sources.long()]
-    sizes = (kernel, stride, padding, dilation, groups, sizes.get("relu", False))
-    return sparse_conv2d_packed(x, *layout, values, bias, codebook, dense.shape[0], block, *sizes)
+    rest = (kernel, stride, padding, dilation, groups)
+    relu = sizes.get("relu", False)
+    return sparse_conv2d_packed(x, *layout, values, bias, codebook, dense.shape[0], block, *rest, relu=relu)
 
 
 def assert_close_conv(got, x, dense, bias=None, relu=False, **sizes):
@@ -477,6 +478,30 @@ def test_bad_modes_and_words_are_refused():
     ):
         with pytest.raises(RuntimeError, match=match):
             run(**arguments)
+
+
+@pytest.mark.parametrize(
+    "sizes,match",
+    [
+        ({"padding": 2**31 - 1}, "an image of y must have at most 2147483647 pixels, got 4294967301 x 4294967301"),
+        ({"padding": (0, 2**30), "stride": (1, 2**29)}, "stride and dilation must be smaller for several columns"),
+        ({"padding": (0, 2**30), "dilation": (1, 2**29), "stride": (1, 2**28)}, "stride and dilation must be smaller"),
+    ],
+)
+def test_sizes_whose_scratch_would_not_fit_are_refused(sizes, match):
+    weight, x = rows_of_weight(random_weight(8, 6, (3, 3))), random(2, 6, 9, 9)
+    with pytest.raises(RuntimeError, match=f"sparse_conv2d: {match}"):
+        sparse_conv2d(x, *weight, kernel_size=3, **sizes)
+
+
+@pytest.mark.parametrize("stride", [100, 2**20, 2**31 - 1, (1, 2**31 - 1), (2**31 - 1, 1)])
+@pytest.mark.parametrize("mode", ["exact", "int8"])
+def test_any_stride_may_leave_one_output(stride, mode):
+    dense, x = random_weight(8, 6, (3, 3)), random(2, 6, 19, 21)
+    y = sparse_conv2d(x, *rows_of_weight(dense), kernel_size=3, stride=stride, padding=1, mode=mode)
+    every = sparse_conv2d(x, *rows_of_weight(dense), kernel_size=3, padding=1, mode=mode)
+    rows, columns = pair(stride)
+    torch.testing.assert_close(y, every[:, :, ::rows, ::columns], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["stride", "padding", "dilation", "kernel_size"])

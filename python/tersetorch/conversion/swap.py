@@ -25,8 +25,8 @@ def build(candidate: Candidate, modules: list[nn.Module], samples: int | None = 
             if name != "bias":
                 setattr(layer, name, tensor)
     for layer in layers:
-        assert isinstance(layer, SparseModule)
-        if candidate.layout != layer.plain_layout:
+        if candidate.layout != getattr(layer, "plain_layout", "csr"):
+            assert isinstance(layer, SparseModule)
             layer.pack(candidate.layout, **candidate.options(samples))
     return layers
 

@@ -38,7 +38,7 @@ def check_ops() -> list[dict[str, Any]]:
     }
     cases = (("float32", torch.float32, False), ("bfloat16", torch.bfloat16, False), ("codebook", torch.float32, True))
     checked = [_check(op, product, *case) for op, product in products.items() for case in cases]
-    return [*checked, *(_check_conv(*case) for case in cases), _check_int8(), *_check_gradients()]
+    return [*checked, *(_check_conv(*case) for case in cases), *_check_conv_modes(), _check_int8(), *_check_gradients()]
 
 
 def _blocked(
@@ -145,6 +145,41 @@ def _check_conv(case: str, dtype: torch.dtype, codebook: bool) -> dict[str, Any]
             worst = max(worst, _largest(y, reference, size))
     bound = (terms + 2) * EPSILON + (0.0 if dtype == torch.float32 else BFLOAT16_ROUNDING)
     return _result("sparse_conv2d", case, worst, bound)
+
+
+def _check_conv_modes() -> list[dict[str, Any]]:
+    """The modes of sparse_conv2d against the same rounding of x and the weight."""
+    generator = torch.Generator().manual_seed(5)
+    terms = CHANNELS * KERNEL**2
+    kept = torch.rand(ROWS, terms, generator=generator) < 0.3
+    kept[5] = False
+    values, bias = torch.randn(int(kept.sum()), generator=generator), torch.randn(ROWS, generator=generator)
+    row_offsets = torch.zeros(ROWS + 1, dtype=torch.int32)
+    row_offsets[1:] = kept.sum(1).cumsum(0)
+    positions = (row_offsets, kept.nonzero()[:, 1].int())
+    weight = torch.zeros(ROWS, terms).masked_scatter(kept, values).view(ROWS, CHANNELS, KERNEL, KERNEL)
+    worst = {"bfloat16": 0.0, "int8": 0.0}
+    for height, width, stride in IMAGES:
+        x = torch.randn(2, CHANNELS, height, width, generator=generator)
+        for mode in worst:
+            y = sparse_conv2d(x, *positions, values, bias, kernel_size=KERNEL, stride=stride, padding=1, mode=mode)
+            (w, of_w), (q, of_x) = (_rounded(t, mode) for t in (weight, x))
+            scale = of_w.view(1, -1, 1, 1) * of_x
+            reference = conv2d(q, w, None, stride, 1) * scale + bias.double().view(-1, 1, 1)
+            size = conv2d(q.abs(), w.abs(), None, stride, 1) * scale + bias.double().abs().view(-1, 1, 1)
+            worst[mode] = max(worst[mode], _largest(y, reference, size))
+    # bfloat16 instructions may round a sum twice; integer sums are exact.
+    bounds = {"bfloat16": 2 * (terms + 2) * EPSILON, "int8": 4 * EPSILON}
+    return [_result("sparse_conv2d", mode, worst[mode], bounds[mode]) for mode in worst]
+
+
+def _rounded(tensor: Tensor, mode: str) -> tuple[Tensor, Tensor]:
+    """What a mode of sparse_conv2d takes tensor for, and the scale of each of its first dimension, in float64."""
+    largest = tensor.abs().amax((1, 2, 3), keepdim=True)
+    if mode == "bfloat16":
+        return tensor.bfloat16().double(), torch.ones_like(largest).double()
+    inverse = torch.where(largest > 0, torch.full_like(largest, 127).div(largest), 0.0)
+    return (tensor * inverse).round().double(), largest.div(127).double()
 
 
 def _check_int8() -> dict[str, Any]:
