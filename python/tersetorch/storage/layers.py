@@ -102,11 +102,10 @@ def make_layer(kind: str, weight: Any, bias: Tensor | None, config: dict[str, An
     cls: Any = LAYERS[kind]
     try:
         options = dict(config)
-        layout, linear = options.pop("layout", cls.plain_layout), cls in Linear
-        relu = options.pop("relu", False)
-        if not isinstance(layout, str) or (linear and any(type(value) is not int for value in options.values())):
+        layout, relu = options.pop("layout", cls.plain_layout), options.pop("relu", False)
+        if not isinstance(layout, str) or (cls in Linear and any(type(n) is not int for n in options.values())):
             refuse("name a layout and whole numbers for its options", str(config)[:60])
-        if linear:
+        if cls in Linear:
             packed: Layer = cls(weight, bias, relu=relu).train(training).pack(layout, **options)
             return packed
         layer: Layer = cls(weight, bias, relu=relu, **options).train(training)
