@@ -99,7 +99,7 @@ def make_layer(kind: str, weight: Any, bias: Tensor | None, config: dict[str, An
     Raises:
         TerseFileError: weight or config are none of that layer.
     """
-    cls = LAYERS[kind]
+    cls: Any = LAYERS[kind]
     try:
         options = dict(config)
         layout, relu = options.pop("layout", cls.plain_layout), options.pop("relu", False)
@@ -108,7 +108,7 @@ def make_layer(kind: str, weight: Any, bias: Tensor | None, config: dict[str, An
         if cls in Linear:
             packed: Layer = cls(weight, bias, relu=relu).train(training).pack(layout, **options)
             return packed
-        layer = cls(weight, bias, relu=relu, **options).train(training)
+        layer: Layer = cls(weight, bias, relu=relu, **options).train(training)
         return layer if layout == cls.plain_layout else layer.pack(layout)
     except (RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, TerseFileError):

@@ -159,8 +159,10 @@ class Builder:
             inside = f"{path}.{name}".removeprefix(".")
             children[name] = None if node is None else self.build(node, inside, module._modules.get(name), training)
             vars(module).pop(name, None)
+        # Older files do not name a network's ReLUs, which were calls of functions.
+        relus = {name: child for name, child in module._modules.items() if type(child) is nn.ReLU and name not in nodes}
         module._modules.clear()
-        module._modules.update(children)
+        module._modules.update(children | relus)
 
 
 def adopt(root: Any, model: nn.Module, tensors: Tensors) -> nn.Module:
