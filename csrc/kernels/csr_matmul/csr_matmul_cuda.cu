@@ -20,14 +20,14 @@ dim3 ElementGrid(std::int64_t elements) {
 
 // ---- kernels
 
+// Four blocks a multiprocessor: left to itself, ptxas spills a register to fit more of them.
 template <typename Tile, typename Values, typename Float>
-__global__ void __launch_bounds__(Tile::kThreads) CsrMatmulKernel(CsrMatmulCudaArgs a) {
+__global__ void __launch_bounds__(Tile::kThreads, 4) CsrMatmulKernel(CsrMatmulCudaArgs a) {
   const CsrWeight& w = a.weight;
   const std::int64_t r = Tile::RowOfWarp();
   if (r >= w.rows) return;
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   const Row row = RowAt(w, r);
-  const float bias = a.bias == nullptr ? 0.0f : a.bias[r];
   const Float* x = static_cast<const Float*>(a.x);
   Float* y = static_cast<Float*>(a.y);
   const std::int64_t step = std::int64_t{gridDim.y} * Tile::kSamples;
@@ -44,13 +44,17 @@ __global__ void __launch_bounds__(Tile::kThreads) CsrMatmulKernel(CsrMatmulCudaA
         if (s < count) sums[s] += damaged ? value : value * ToFloat(x_of_column[s * w.columns]);
       }
     }
+    float sum = 0;  // of sample `lane`
 #pragma unroll
     for (int s = 0; s < Tile::kSamples; ++s) {
       if (s >= count) break;
-      float sum = row.damaged ? DamagedWeight() : WarpSum(sums[s]);
-      if (a.bias != nullptr) sum += bias;
-      if (s == lane) y[(first + s) * w.rows + r] = FromFloat<Float>(a.relu && sum < 0 ? 0.0f : sum);
+      const float of_sample = WarpSum(sums[s]);
+      if (s == lane) sum = of_sample;
     }
+    if (lane >= count) continue;
+    if (row.damaged) sum = DamagedWeight();
+    if (a.bias != nullptr) sum += a.bias[r];
+    y[(first + lane) * w.rows + r] = FromFloat<Float>(a.relu && sum < 0 ? 0.0f : sum);
   }
 }
 
