@@ -210,6 +210,8 @@ class Tape(TorchFunctionMode):
 
     def _differentiate(self, func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if name in COMPOSITE:
+            if name == "multi_head_attention_forward" and (args[7] is not None or args[9]):
+                raise self.refuse("attention must have no extra keys, got add_bias_kv or add_zero_attn", "leave it out")
             with self:
                 return COMPOSITE[name](*args, **kwargs)
         changed = None
@@ -354,7 +356,9 @@ def _weighted(call: Call, coefficient: Callable[[Tensor], Tensor | float] | None
     outputs = [tensor for tensor in _tensors(result) if tensor.is_floating_point()]
 
     def through(cotangents: list[Tensor | None]) -> Sequence[Tensor | None]:
-        reached = [(y, each) for y, each in zip(outputs, cotangents, strict=True) if each is not None and y.grad_fn]
+        reached = [
+            (y, each) for y, each in zip(outputs, cotangents, strict=True) if each is not None and y.requires_grad
+        ]
         if not reached:
             return [None] * len(leaves)
         return _gradients(call, [y for y, _ in reached], list(leaves.values()), [each for _, each in reached])
@@ -653,6 +657,67 @@ def _attention(
     return functional.dropout(scores.softmax(-1), dropout_p) @ value
 
 
+def _multi_head_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    embed_dim_to_check: int,
+    num_heads: int,
+    in_proj_weight: Tensor | None,
+    in_proj_bias: Tensor | None,
+    bias_k: Tensor | None,
+    bias_v: Tensor | None,
+    add_zero_attn: bool,
+    dropout_p: float,
+    out_proj_weight: Tensor,
+    out_proj_bias: Tensor | None,
+    training: bool = True,
+    key_padding_mask: Tensor | None = None,
+    need_weights: bool = True,
+    attn_mask: Tensor | None = None,
+    use_separate_proj_weight: bool = False,
+    q_proj_weight: Tensor | None = None,
+    k_proj_weight: Tensor | None = None,
+    v_proj_weight: Tensor | None = None,
+    static_k: Tensor | None = None,
+    static_v: Tensor | None = None,
+    average_attn_weights: bool = True,
+    is_causal: bool = False,
+) -> tuple[Tensor, None]:
+    """What multi_head_attention_forward computes, in operations that have rules; its second result is left out.
+
+    Arguments that no nn.MultiheadAttention passes, and extra keys and values, are not looked at.
+    """
+    batched = query.dim() == 3
+    inputs = [each if batched else each.unsqueeze(1) for each in (query, key, value)]
+    weights: Sequence[Tensor | None] = (q_proj_weight, k_proj_weight, v_proj_weight)
+    if in_proj_weight is not None and not use_separate_proj_weight:
+        weights = in_proj_weight.chunk(3)
+    biases: Sequence[Tensor | None] = (None, None, None) if in_proj_bias is None else in_proj_bias.chunk(3)
+    heads = []
+    for each, weight, bias in zip(inputs, weights, biases, strict=True):
+        assert weight is not None
+        projected = functional.linear(each, weight, bias)
+        heads.append(projected.unflatten(-1, (num_heads, -1)).permute(1, 2, 0, 3))
+    mask = _additive(attn_mask, query)
+    if mask is not None and mask.dim() == 3:
+        mask = mask.unflatten(0, (-1, num_heads))
+    if key_padding_mask is not None:
+        padding = _additive(key_padding_mask, query)
+        assert padding is not None
+        padding = padding.view(-1, 1, 1, padding.shape[-1])
+        mask = padding if mask is None else mask + padding
+    mixed = _attention(*heads, attn_mask=mask, dropout_p=dropout_p if training else 0.0)
+    result = functional.linear(mixed.permute(2, 0, 1, 3).flatten(2), out_proj_weight, out_proj_bias)
+    return result if batched else result.squeeze(1), None
+
+
+def _additive(mask: Tensor | None, like: Tensor) -> Tensor | None:
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.zeros(mask.shape, dtype=like.dtype, device=mask.device).masked_fill(mask, -math.inf)
+
+
 def _group_norm(
     x: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> Tensor:
@@ -771,6 +836,7 @@ RULES: dict[str, Rule] = {
 # Written out in calls that have rules.
 COMPOSITE: dict[str, Callable[..., Any]] = {
     "scaled_dot_product_attention": _attention,
+    "multi_head_attention_forward": _multi_head_attention,
     "group_norm": _group_norm,
     "glu": _glu,
     "__iter__": lambda tensor: iter(tensor.unbind(0)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -9,7 +10,8 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from rich.progress import Progress
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from tersetorch.methods.arguments import check_choice
 from tersetorch.methods.parametrization import CompressedWeight, live_weight
@@ -123,6 +125,8 @@ def curvature(
     shapes = {target.name: target.weight for target in chosen}
     sums = {name: torch.zeros_like(weight, dtype=torch.float64) for name, weight in shapes.items()}
     unused = set(sums)
+    # A wrapper that gathers gradients has nothing to do here.
+    inner = model.module if isinstance(model, nn.DataParallel | DistributedDataParallel) else model
     total = weight = 0.0
     task = None
     if progress is not None:
@@ -133,7 +137,7 @@ def curvature(
             args, kwargs, target = _taken_apart(where, batch)
             tape = Tape(where, model, keys, form == "exact")
             with tape.recording():
-                output = model(*args, **kwargs)
+                output = inner(*args, **kwargs)
             _check_output(where, output)
             if not len(output):
                 continue
@@ -148,6 +152,7 @@ def curvature(
             weight += found.weight
             if progress is not None and task is not None:
                 progress.advance(task)
+    total, weight, unused = _over_ranks(sums, total, weight, unused)
     if not weight:
         raise ValueError(f"{where}: data must hold at least one pattern, got none; pass batches of (inputs, target)")
     if unused:
@@ -175,6 +180,20 @@ def _key(target: Target) -> Tensor | CompressedWeight:
     return getattr(module, tensor) if live is None else live.compressed
 
 
+def _over_ranks(
+    sums: Mapping[str, Tensor], total: float, weight: float, unused: set[str]
+) -> tuple[float, float, set[str]]:
+    """Adds up what all ranks found, sums in place; without torch.distributed nothing changes."""
+    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
+        return total, weight, unused
+    for each in sums.values():
+        distributed.all_reduce(each)
+    numbers = next(iter(sums.values())).new_tensor([total, weight, *(name not in unused for name in sums)])
+    distributed.all_reduce(numbers)
+    total, weight, *used = numbers.tolist()
+    return total, weight, {name for name, count in zip(sums, used, strict=True) if not count}
+
+
 @contextmanager
 def _undisturbed(model: nn.Module, keys: Mapping[Tensor | CompressedWeight, str]) -> Iterator[None]:
     """Evaluation mode, gradients on for the weights of interest only, no autocast; then as before.
@@ -190,6 +209,8 @@ def _undisturbed(model: nn.Module, keys: Mapping[Tensor | CompressedWeight, str]
             stack.enter_context(torch.enable_grad())
             for kind in kinds:
                 stack.enter_context(torch.autocast(kind, enabled=False))
+            if "torch._dynamo" in sys.modules:  # a compiled model would show none of its calls
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
             model.eval()
             for parameter, _ in frozen:
                 parameter.requires_grad_(parameter in keys)
