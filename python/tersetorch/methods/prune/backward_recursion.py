@@ -210,8 +210,8 @@ class Tape(TorchFunctionMode):
 
     def _differentiate(self, func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if name in COMPOSITE:
-            if name == "multi_head_attention_forward" and (args[7] is not None or args[9]):
-                raise self.refuse("attention must have no extra keys, got add_bias_kv or add_zero_attn", "leave it out")
+            if name == "multi_head_attention_forward" and (args[7:8] != (None,) or args[9]):
+                raise self.refuse("attention must have no extra keys, got add_bias_kv or add_zero_attn", FIX)
             with self:
                 return COMPOSITE[name](*args, **kwargs)
         changed = None
@@ -356,9 +356,8 @@ def _weighted(call: Call, coefficient: Callable[[Tensor], Tensor | float] | None
     outputs = [tensor for tensor in _tensors(result) if tensor.is_floating_point()]
 
     def through(cotangents: list[Tensor | None]) -> Sequence[Tensor | None]:
-        reached = [
-            (y, each) for y, each in zip(outputs, cotangents, strict=True) if each is not None and y.requires_grad
-        ]
+        both = zip(outputs, cotangents, strict=True)
+        reached = [(y, each) for y, each in both if each is not None and y.requires_grad]
         if not reached:
             return [None] * len(leaves)
         return _gradients(call, [y for y, _ in reached], list(leaves.values()), [each for _, each in reached])
@@ -707,7 +706,8 @@ def _multi_head_attention(
         assert padding is not None
         padding = padding.view(-1, 1, 1, padding.shape[-1])
         mask = padding if mask is None else mask + padding
-    mixed = _attention(*heads, attn_mask=mask, dropout_p=dropout_p if training else 0.0)
+    q, k, v = heads
+    mixed = _attention(q, k, v, mask, dropout_p if training else 0.0)
     result = functional.linear(mixed.permute(2, 0, 1, 3).flatten(2), out_proj_weight, out_proj_bias)
     return result if batched else result.squeeze(1), None
 
