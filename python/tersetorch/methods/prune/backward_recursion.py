@@ -222,7 +222,7 @@ class Tape(TorchFunctionMode):
             kwargs = {key: value for key, value in kwargs.items() if key != "inplace"}
         rule = RULES.get(name)
         if rule is None:
-            if not name.endswith("_") and kwargs.get("out") is None:
+            if not _writes(name) and kwargs.get("out") is None:
                 with torch.no_grad():
                     result = func(*args, **kwargs)
                 if _says_nothing_of_values(result):
@@ -749,13 +749,20 @@ def _out_of_place(
     """The function that gives as its result what func writes into its first argument, or None if func does not."""
     if kwargs.get("inplace") is True:
         return func, name
-    plain = name[:-1] if name.endswith("_") and not name.endswith("__") else INPLACE.get(name)
+    plain = INPLACE.get(name, name[:-1]) if _writes(name) else None
     if plain is None or plain not in RULES:
         return None
     for room in (torch.Tensor, functional, torch):
         if hasattr(room, plain):
             return getattr(room, plain), plain
     return None
+
+
+def _writes(name: str) -> bool:
+    """Whether a method changes its tensor."""
+    if name.startswith("__"):
+        return name == "__setitem__" or (name.startswith("__i") and name not in READS)
+    return name.endswith("_")
 
 
 def _says_nothing_of_values(result: Any) -> bool:
@@ -799,7 +806,7 @@ def _map(tree: Any, rule: Callable[[Tensor], Tensor]) -> Any:
 
 POINTWISE = (
     "abs add addcdiv addcmul arctan asinh atan atanh ceil celu clamp clamp_max clamp_min clip cos cosh div divide "
-    "elu erf erfc exp exp2 expm1 floor gelu hardshrink hardsigmoid hardswish hardtanh leaky_relu lerp log log10 "
+    "elu erf erfc exp exp2 expm1 floor gelu hardshrink hardswish hardtanh leaky_relu lerp log log10 "
     "log1p log2 log_sigmoid maximum minimum mish mul multiply nan_to_num neg negative pow prelu reciprocal relu "
     "relu6 round rsqrt rsub selu sigmoid sign silu sin sinh softplus softshrink softsign sqrt square sub subtract "
     "tan tanh tanhshrink threshold true_divide where"
@@ -839,6 +846,7 @@ COMPOSITE: dict[str, Callable[..., Any]] = {
     "multi_head_attention_forward": _multi_head_attention,
     "group_norm": _group_norm,
     "glu": _glu,
+    "hardsigmoid": lambda input, inplace=False: functional.relu6(input + 3) / 6,  # torch has no second derivative
     "__iter__": lambda tensor: iter(tensor.unbind(0)),
 }
 
@@ -847,6 +855,7 @@ ALIASES = {f"__{name}__": name.removeprefix("r").replace("truediv", "div") for n
 INPLACE = {"__iadd__": "add", "__isub__": "sub", "__imul__": "mul", "__itruediv__": "div", "__ipow__": "pow"}
 INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 PLAIN = (bool, int, float, str, torch.dtype, torch.device, torch.layout, torch.memory_format, type(None))
+READS = ("__int__", "__index__", "__invert__")
 GRAD_MODES = {"_set_grad_enabled", "set_grad_enabled"}
 # What autograd does not follow either, and what only looks at a tensor's shape and type.
 CONSTANT = {"detach", "data", "requires_grad_", "retain_grad"}
