@@ -110,6 +110,8 @@ def _bce_with_logits(module: nn.BCEWithLogitsLoss, output: Tensor, target: Tenso
     That is w s (1 - s)(p t + 1 - t).
     """
     weight = 1 if module.weight is None else module.weight.to(output)
+    if target.shape != output.shape:
+        raise RuntimeError("the shapes differ")
     positive = 1 if module.pos_weight is None else module.pos_weight.to(output)
     target = target.to(output)
     total = functional.binary_cross_entropy_with_logits(

@@ -125,8 +125,9 @@ def curvature(
     shapes = {target.name: target.weight for target in chosen}
     sums = {name: torch.zeros_like(weight, dtype=torch.float64) for name, weight in shapes.items()}
     unused = set(sums)
-    # A wrapper that gathers gradients has nothing to do here.
+    # Neither what gathers gradients nor what compiles has anything to do here.
     inner = model.module if isinstance(model, nn.DataParallel | DistributedDataParallel) else model
+    inner = getattr(inner, "_orig_mod", inner)
     total = weight = 0.0
     task = None
     if progress is not None:
