@@ -5,38 +5,26 @@ the second one partly connected, averaging with a trained coefficient after each
 1.7159 tanh(2 a / 3) everywhere. It learns 9,300 digits by the squared error of ten outputs against +1 and -1. All
 choices were made on 5,000 held-out training images; the test images are read once for each seed, at the end, for the
 networks of the claims.
-
-    TERSETORCH_DATA=... python -m tersetorch.bench.reproductions.optimal_brain_damage --json record.json
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 import statistics
-import time
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
-from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tersetorch.bench.records import machine_facts
+from tersetorch.bench.reproductions.runs import How, Reproduction, over_seeds
 from tersetorch.methods import prune
 from tersetorch.methods.prune.magnitude import apply_masks, choose, masks
 from tersetorch.methods.prune.second_derivatives import Form
-from tersetorch.zoo import Dataset
 from tersetorch.zoo import load as load_data
 
 # LeCun, Denker, Solla, Optimal Brain Damage (1990), section 3: figures 1 and 2 and the text beside them.
@@ -48,6 +36,15 @@ PAPER: dict[str, Any] = {
     "retraining_holds_to": 0.60,
 }
 METHODS = ("random", "magnitude", "saliency")
+# Ratios, see _claims.
+CLAIMS = (
+    "rise over magnitude's at 30 %",
+    "rise over random's at 30 %",
+    "measured over predicted at 30 %",
+    "retrained over dense at 60 %",
+    "retrained over magnitude's at 60 %",
+    "retrained over random's at 60 %",
+)
 CLASSES = 10
 BATCH = 128
 EVALUATION_BATCH = 1000
@@ -100,97 +97,43 @@ def squash(x: Tensor) -> Tensor:
     return 1.7159 * torch.tanh(x * (2 / 3))
 
 
-def run(
-    seeds: Sequence[int] = (0, 1, 2),
-    quick: bool = False,
-    progress: Progress | None = None,
-    workers: int = 1,
-    path: Path | None = None,
-) -> dict[str, Any]:
+def run(how: How) -> dict[str, Any]:
     """Trains the network once for each seed and deletes its weights in every way.
 
-    Args:
-        seeds: each draws held-out and training images, weights, batches and the random deletions.
-        quick: 500 images and one epoch for each training, to see that it runs.
-        progress: a bar that counts trainings is added to it; with more than one worker one that counts seeds.
-        workers: processes that share out the seeds; the figures do not depend on it.
-        path: the record is stored here after each seed; seeds that a record of the same plan there holds are not run
-            again.
-
     Returns:
-        JSON-able record: what the paper says, the plan, for each seed the curves (parts deleted, mean squared error
-        summed over the ten outputs, in training and held-out images) and the figures of the claims, their mean and
-        worst, machine facts and seconds.
+        JSON-able record, see over_seeds. A row holds the curves (parts deleted, squared error summed over the ten
+        outputs, in training and held-out images), the errors of the networks of the claims in test images, and the
+        claims as ratios that should be small.
 
     Raises:
         ValueError: there are no seeds, or no workers.
         FileNotFoundError: MNIST is not in the folder that TERSETORCH_DATA names.
     """
-    if not seeds:
-        raise ValueError("run: seeds must hold at least one seed, got none; pass for example [0, 1, 2]")
-    if workers < 1:
-        raise ValueError(f"run: workers must be at least 1, got {workers}; pass the processes to use")
-    plan = Plan(images=500, epochs=1, retraining_epochs=1) if quick else Plan()
-    done = _stored(path, plan)
-    missing = [seed for seed in seeds if seed not in done]
-    bar = progress if progress is not None else Progress(disable=True)
-    with ExitStack() as stack:
-        if workers == 1:
-            fresh: Iterable[dict[str, Any]] = (
-                _one(load_data("mnist", seed=seed), plan, seed, progress) for seed in missing
-            )
-        else:
-            pool = stack.enter_context(ProcessPoolExecutor(workers, mp_context=get_context("spawn")))
-            job = partial(_in_worker, plan=plan, threads=torch.get_num_threads())
-            fresh = bar.track(pool.map(job, missing), total=len(missing), description="train and delete")
-        for row in fresh:
-            done[row["seed"]] = row
-            if path is not None:
-                path.write_text(json.dumps(_record(plan, list(done.values())), indent=1) + "\n", encoding="utf-8")
-    return _record(plan, [done[seed] for seed in seeds])
-
-
-def _stored(path: Path | None, plan: Plan) -> dict[int, dict[str, Any]]:
-    if path is None or not path.exists():
-        return {}
-    record = json.loads(path.read_text(encoding="utf-8"))
-    return {row["seed"]: row for row in record["seeds"]} if record["plan"] == asdict(plan) else {}
-
-
-def _record(plan: Plan, results: list[dict[str, Any]]) -> dict[str, Any]:
-    claims = [row["claims"] for row in results]
-    return {
-        "reproduction": "optimal_brain_damage",
-        "paper": PAPER,
-        "plan": asdict(plan),
-        "seeds": results,
-        "mean": {name: statistics.mean(claim[name] for claim in claims) for name in claims[0]},
-        "worst": {name: max(claim[name] for claim in claims) for name in claims[0]},
-        "machine": machine_facts() | {"threads": torch.get_num_threads()},
-        "seconds": sum(row["seconds"] for row in results),
-    }
+    plan = Plan(images=500, epochs=1, retraining_epochs=1) if how.quick else Plan()
+    best = dict.fromkeys(CLAIMS, "least")
+    record: dict[str, Any] = over_seeds("optimal_brain_damage", partial(_one, plan), how, asdict(plan), PAPER, best)
+    return record
 
 
 def table(record: dict[str, Any]) -> Table:
-    """Squared errors by the part deleted, the mean over seeds of the training images."""
-    shown = Table("deleted", title="Optimal Brain Damage: squared error on training images, * retrained")
+    """Squared errors by the part deleted, the mean of the seeds, then what the paper claims."""
     kinds = [(kind, method) for kind in ("without", "with") for method in METHODS]
-    for kind, method in kinds:
-        shown.add_column(method + ("*" if kind == "with" else ""), justify="right")
-    shown.add_column("predicted", justify="right")
-    curves = [row["curves"] for row in record["seeds"]]
+    names = [f"{method}{', retrained' * (kind == 'with')}" for kind, method in kinds]
+    shown = Table("deleted", *names, "predicted", title="Optimal Brain Damage: squared error on training images")
+    rows = record["seeds"]
 
-    def cell(curve: Callable[[dict[str, Any]], dict[str, list[float]]], part: float, name: str) -> str:
-        values = [dict(zip(curve(each)["deleted"], curve(each)[name], strict=True)).get(part) for each in curves]
-        known = [value for value in values if value is not None]
-        return f"{statistics.mean(known):.3f}" if known else ""
+    def cell(part: float, kind: str, method: str, figure: str = "train_error") -> str:
+        curves = [row["curves"][kind][method] for row in rows]
+        values = [curve[figure][curve["deleted"].index(part)] for curve in curves if part in curve["deleted"]]
+        return f"{statistics.mean(values):.3f}" if values else ""
 
-    for part in curves[0]["without"]["random"]["deleted"]:
-        row = [
-            cell(lambda each, kind=kind, method=method: each[kind][method], part, "train_error")  # type: ignore[misc]
-            for kind, method in kinds
-        ]
-        shown.add_row(f"{part:.0%}", *row, cell(lambda each: each["without"]["saliency"], part, "predicted_error"))
+    dense = f"{statistics.mean(row['dense']['train_error'] for row in rows):.3f}"
+    shown.add_row("0 %", *[dense] * 7)
+    for part in rows[0]["curves"]["without"]["random"]["deleted"]:
+        cells = [cell(part, kind, method) for kind, method in kinds]
+        shown.add_row(f"{100 * part:.0f} %", *cells, cell(part, "without", "saliency", "predicted_error"))
+    for claim in CLAIMS:
+        shown.add_row(claim, f"{record['mean'][claim]:.2f}", f"worst {record['worst'][claim]:.2f}", *[""] * 5)
     return shown
 
 
@@ -234,13 +177,8 @@ class Digits:
         return list(zip(self.images.split(EVALUATION_BATCH), self.targets.split(EVALUATION_BATCH), strict=True))
 
 
-def _in_worker(seed: int, plan: Plan, threads: int) -> dict[str, Any]:
-    torch.set_num_threads(threads)
-    return _one(load_data("mnist", seed=seed), plan, seed, None)
-
-
-def _one(data: Dataset, plan: Plan, seed: int, progress: Progress | None) -> dict[str, Any]:
-    started = time.monotonic()
+def _one(plan: Plan, seed: int, *, progress: Progress | None) -> dict[str, Any]:
+    data = load_data("mnist", seed=seed)
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randperm(len(data.train_images), generator=generator)[: plan.images]
     train = Digits.of(data.train_images[rows], data.train_labels[rows])
@@ -284,20 +222,18 @@ def _one(data: Dataset, plan: Plan, seed: int, progress: Progress | None) -> dic
         claimed[f"retrained_{method}"] = nets[PAPER["retraining_holds_to"]]
     curves = {"without": without, "with": retrained}
     return {
-        "seed": seed,
+        **_claims(curves, found.loss),
         "curves": curves,
         "dense": {"train_error": _error(dense, train), "validation_error": _error(dense, held_out)},
         "test": {
             name: {"error": _error(net, test), "wrong_percent": 100 * _wrong(net, test)}
             for name, net in claimed.items()
         },
-        "claims": _claims(curves, found.loss),
-        "seconds": time.monotonic() - started,
     }
 
 
 def _claims(curves: dict[str, dict[str, dict[str, list[float]]]], dense: float) -> dict[str, float]:
-    """Ratios that should be small: below 1 for the ordering, near 1 for the other two."""
+    """Ratios that should be small: below 1 where ways of deletion are compared, near 1 for the other two."""
 
     def at(kind: str, method: str, part: float, name: str = "train_error") -> float:
         curve = curves[kind][method]
@@ -305,15 +241,15 @@ def _claims(curves: dict[str, dict[str, dict[str, list[float]]]], dense: float) 
 
     holds, kept = PAPER["prediction_holds_to"], PAPER["retraining_holds_to"]
     rises = {method: at("without", method, holds) - dense for method in METHODS}
-    return {
-        "rise_to_magnitude_at_30_percent": rises["saliency"] / rises["magnitude"],
-        "rise_to_random_at_30_percent": rises["saliency"] / rises["random"],
-        "measured_to_predicted_at_30_percent": at("without", "saliency", holds)
-        / at("without", "saliency", holds, "predicted_error"),
-        "retrained_to_dense_at_60_percent": at("with", "saliency", kept) / dense,
-        "retrained_to_magnitude_at_60_percent": at("with", "saliency", kept) / at("with", "magnitude", kept),
-        "retrained_to_random_at_60_percent": at("with", "saliency", kept) / at("with", "random", kept),
-    }
+    figures = (
+        rises["saliency"] / rises["magnitude"],
+        rises["saliency"] / rises["random"],
+        at("without", "saliency", holds) / at("without", "saliency", holds, "predicted_error"),
+        at("with", "saliency", kept) / dense,
+        at("with", "saliency", kept) / at("with", "magnitude", kept),
+        at("with", "saliency", kept) / at("with", "random", kept),
+    )
+    return dict(zip(CLAIMS, figures, strict=True))
 
 
 def _parts(step: float) -> list[float]:
@@ -372,27 +308,8 @@ def _wrong(net: Net, digits: Digits) -> float:
     return wrong / len(digits.images)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the reproduction, prints its table and stores its record."""
-    parser = argparse.ArgumentParser(prog="python -m tersetorch.bench.reproductions.optimal_brain_damage")
-    parser.add_argument("--json", type=Path, help="store the record here after each seed, and go on from it")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--threads", type=int, default=1, help="the figures depend on it in the last digits")
-    parser.add_argument("--workers", type=int, default=1, help="processes that share out the seeds")
-    parser.add_argument("--quick", action="store_true", help="few images and epochs, to see that it runs")
-    chosen = parser.parse_args(arguments)
-    before = torch.get_num_threads()
-    torch.set_num_threads(chosen.threads)
-    console = Console()
-    try:
-        with Progress(console=console) as progress:
-            record = run(chosen.seeds, chosen.quick, progress, chosen.workers, chosen.json)
-    finally:
-        torch.set_num_threads(before)
-    console.print(table(record))
-    for name, value in record["mean"].items():
-        console.print(f"{name.replace('_', ' ')}: {value:.3f}, worst {record['worst'][name]:.3f}")
-
-
-if __name__ == "__main__":
-    main()
+ROWS = [
+    Reproduction(
+        "optimal_brain_damage", "Optimal Brain Damage 1990, figures 1 and 2: which deletion costs least", run, table
+    )
+]
