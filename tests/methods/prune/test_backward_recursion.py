@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn import functional
 
 from tersetorch.methods.prune import diagonal_hessian
+from tersetorch.methods.prune.backward_recursion import Tape
 
 FORMS = ["exact", "levenberg_marquardt"]
 
@@ -392,6 +393,12 @@ def changed_in_place(x):
     return y
 
 
+def hard_sigmoid_in_place(x):
+    y = 1 * x
+    functional.hardsigmoid(y, inplace=True)
+    return y
+
+
 def into_a_buffer(x):
     total = torch.zeros_like(x[0])
     for part in x:
@@ -404,7 +411,7 @@ def into_a_buffer(x):
     [
         (changed_in_place, lambda x: ((x * 2).tanh() * 3).relu()),
         (into_a_buffer, lambda x: x + x.sum(0)),
-        (nn.Hardsigmoid(), lambda x: functional.relu6(x + 3) / 6),
+        (hard_sigmoid_in_place, lambda x: functional.relu6(x + 3) / 6),
         (lambda x: x * x.detach(), lambda x: x * CONSTANTS["x"]),
         (lambda x: x + torch.no_grad()(torch.sin)(x), lambda x: x + CONSTANTS["x"].sin()),
         (lambda x: x.softmax(1) if x.sum() > 1e9 else x.tanh(), nn.Tanh()),
@@ -501,6 +508,33 @@ def test_attention_is_followed():
     assert torch.allclose(apart["out"], true, rtol=1e-9)
 
 
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("separate", [False, True])
+def test_attention_with_masks_is_what_torch_computes(batch_first, separate):
+    torch.manual_seed(6)
+    sizes = {"kdim": 3, "vdim": 5} if separate else {}
+    model = nn.MultiheadAttention(4, 2, batch_first=batch_first, **sizes).eval()
+    query, key, value = torch.randn(2, 6, 4), torch.randn(2, 7, sizes.get("kdim", 4)), torch.randn(2, 7, 4 + separate)
+    padding = torch.zeros(2, 7, dtype=torch.bool)
+    padding[0, 5:] = True
+    if not batch_first:
+        query, key, value = (each.transpose(0, 1) for each in (query, key, value))
+    weights = {parameter: name for name, parameter in model.named_parameters() if parameter.dim() > 1}
+    for masks in (
+        {},
+        {"key_padding_mask": padding, "attn_mask": torch.ones(6, 7).tril() == 0},
+        {"attn_mask": torch.randn(4, 6, 7), "average_attn_weights": False},
+        {"key_padding_mask": padding, "need_weights": False},
+    ):
+        tape = Tape("test", model, weights, exact=True)
+        with tape.recording():
+            got, shares = model(query, key, value, **masks)
+        want, wanted = model(query, key, value, **masks)
+        assert torch.allclose(got, want, atol=1e-6)
+        assert (shares is None and wanted is None) or torch.allclose(shares, wanted, atol=1e-6)
+        assert set(tape.backward(got, (got.detach(), torch.ones_like(got)))) == set(weights.values())
+
+
 def test_embeddings_sum_over_their_uses():
     model = nn.Sequential(nn.Embedding(5, 2), nn.Tanh(), nn.Flatten()).double()
     tokens = torch.tensor([[0, 1, 1], [3, 1, 0]])
@@ -558,6 +592,8 @@ def changed_after_use(x):
         (set_item, "got __setitem__"),
         (through_a_view, "must not be changed through a view of it"),
         (changed_after_use, "what matmul computes with must stay as it is until the pass ends"),
+        (lambda x: x * 1j, "numbers must be real, got torch.complex64 from mul"),
+        (lambda x: (x * 1).unsqueeze_(0), "a tensor's shape must stay as they are, got unsqueeze in place"),
         (lambda x: torch.einsum("abc,abc,abc->abc", x, x, x), "einsum must have at most two operands"),
         (lambda x: functional.layer_norm(x, (6,), weight=x[0, 0]), "the parameters of layer_norm must be constants"),
         (SelfAttention(6, 2, add_zero_attn=True), "attention must have no extra keys"),

@@ -80,7 +80,7 @@ class Call:
         name: its name without the in-place underscore.
         args: its arguments, float16 and bfloat16 widened.
         kwargs: the same.
-        values: the distinct tensors among them that depend on a weight, with their places in args and kwargs.
+        values: what depends on a weight, with the one tensor in args and kwargs that stands for it.
         tape: where it is recorded.
     """
 
@@ -133,7 +133,6 @@ class Tape(TorchFunctionMode):
         super().__init__()
         self.where = where
         self.exact = exact
-        self.model = model
         self._weights = weights
         self._roots: dict[int, Value] = {}
         self._steps: list[tuple[list[Value], list[Value], Backward]] = []
@@ -209,28 +208,41 @@ class Tape(TorchFunctionMode):
         return self._differentiate(func, name, args, kwargs)
 
     def _differentiate(self, func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if name in COMPOSITE:
-            if name == "multi_head_attention_forward" and (args[7:8] != (None,) or args[9]):
-                raise self.refuse("attention must have no extra keys, got add_bias_kv or add_zero_attn", FIX)
-            with self:
-                return COMPOSITE[name](*args, **kwargs)
         changed = None
         plain = _out_of_place(func, name, kwargs)
         if plain is not None:
             changed = args[0] if args else kwargs["input"]
             func, name = plain
             kwargs = {key: value for key, value in kwargs.items() if key != "inplace"}
-        rule = RULES.get(name)
-        if rule is None:
+        if name in COMPOSITE:
+            if name == "multi_head_attention_forward" and (args[7:8] != (None,) or args[9]):
+                raise self.refuse("attention must have no extra keys, got add_bias_kv or add_zero_attn", FIX)
+            with self:
+                result = COMPOSITE[name](*args, **kwargs)
+        elif name in RULES:
+            result = self._record(func, name, args, kwargs)
+        else:
             if not _writes(name) and kwargs.get("out") is None:
                 with torch.no_grad():
                     result = func(*args, **kwargs)
                 if _says_nothing_of_values(result):
                     return result
+            raise self.refuse(f"every operation between a weight and the loss must have a rule, got {name}", FIX)
+        if changed is None:
+            return result
+        if id(changed) in self._roots or changed.shape != result.shape:
             raise self.refuse(
-                f"every operation between a weight and the loss must have a rule, got {name}",
-                FIX,
+                f"a weight and a tensor's shape must stay as they are, got {name} in place", "write it out of place"
             )
+        with torch.no_grad():
+            changed.copy_(result)
+        # The tensor is another one from here on.
+        value = getattr(result, MARK)
+        value.version = changed._version
+        setattr(changed, MARK, value)
+        return changed.requires_grad_()
+
+    def _record(self, func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         wide: dict[int, Tensor] = {}
         values: dict[Value, Tensor] = {}
 
@@ -244,29 +256,22 @@ class Tape(TorchFunctionMode):
             return taken
 
         args, kwargs = _map((args, kwargs), widen)
-        result, back = rule(Call(func, name, args, kwargs, values, self))
+        result, back = RULES[name](Call(func, name, args, kwargs, values, self))
         outputs: list[Value] = []
 
         def publish(tensor: Tensor) -> Tensor:
             shown = tensor.detach()
             if tensor.is_floating_point():
                 shown.requires_grad_()
-                outputs.append(self._mark(shown))
+                outputs.append(Value(self, shown))
+                setattr(shown, MARK, outputs[-1])
+            elif tensor.is_complex():
+                raise self.refuse(f"numbers must be real, got {tensor.dtype} from {name}", FIX)
             return shown
 
         shown = _map(result, publish)
         self._steps.append((list(values), outputs, back))
-        if changed is None:
-            return shown
-        if id(changed) in self._roots:
-            raise self.refuse(f"weights must stay as they are, got one that {name} changes", "change a copy")
-        with torch.no_grad():
-            changed.copy_(shown)
-        # The tensor is another one from here on.
-        outputs[0].version = changed._version
-        setattr(changed, MARK, outputs[0])
-        changed.requires_grad_()
-        return changed
+        return shown
 
     def _value(self, tensor: Tensor) -> Value | None:
         root = self._roots.get(id(tensor))
@@ -278,11 +283,6 @@ class Tape(TorchFunctionMode):
                 "a tensor that depends on a weight must not be changed through a view of it, got one that was",
                 "write the operation out of place",
             )
-        return value
-
-    def _mark(self, tensor: Tensor) -> Value:
-        value = Value(self, tensor)
-        setattr(tensor, MARK, value)
         return value
 
     def _enter_module(self, module: nn.Module, args: Any) -> None:
@@ -682,8 +682,8 @@ def _multi_head_attention(
     static_v: Tensor | None = None,
     average_attn_weights: bool = True,
     is_causal: bool = False,
-) -> tuple[Tensor, None]:
-    """What multi_head_attention_forward computes, in operations that have rules; its second result is left out.
+) -> tuple[Tensor, Tensor | None]:
+    """What multi_head_attention_forward computes, in operations that have rules.
 
     Arguments that no nn.MultiheadAttention passes, and extra keys and values, are not looked at.
     """
@@ -707,9 +707,14 @@ def _multi_head_attention(
         padding = padding.view(-1, 1, 1, padding.shape[-1])
         mask = padding if mask is None else mask + padding
     q, k, v = heads
-    mixed = _attention(q, k, v, mask, dropout_p if training else 0.0)
-    result = functional.linear(mixed.permute(2, 0, 1, 3).flatten(2), out_proj_weight, out_proj_bias)
-    return result if batched else result.squeeze(1), None
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    shares = functional.dropout((scores if mask is None else scores + mask).softmax(-1), dropout_p, training)
+    result = functional.linear((shares @ v).permute(2, 0, 1, 3).flatten(2), out_proj_weight, out_proj_bias)
+    seen = None
+    if need_weights:
+        seen = shares.mean(1) if average_attn_weights else shares
+        seen = seen if batched else seen.squeeze(0)
+    return result if batched else result.squeeze(1), seen
 
 
 def _additive(mask: Tensor | None, like: Tensor) -> Tensor | None:
@@ -750,7 +755,7 @@ def _out_of_place(
     if kwargs.get("inplace") is True:
         return func, name
     plain = INPLACE.get(name, name[:-1]) if _writes(name) else None
-    if plain is None or plain not in RULES:
+    if plain is None or (plain not in RULES and plain not in COMPOSITE):
         return None
     for room in (torch.Tensor, functional, torch):
         if hasattr(room, plain):
@@ -761,7 +766,7 @@ def _out_of_place(
 def _writes(name: str) -> bool:
     """Whether a method changes its tensor."""
     if name.startswith("__"):
-        return name == "__setitem__" or (name.startswith("__i") and name not in READS)
+        return name in ("__setitem__", "__set__") or (name.startswith("__i") and name not in READS)
     return name.endswith("_")
 
 
