@@ -27,7 +27,7 @@ from tersetorch.methods.prune.magnitude import apply_masks, choose, masks
 from tersetorch.methods.prune.second_derivatives import Form
 from tersetorch.zoo import load as load_data
 
-# LeCun, Denker, Solla, Optimal Brain Damage (1990), section 3: figures 1 and 2 and the text beside them.
+# LeCun, Denker, Solla, Optimal Brain Damage (1990), figures 1 and 2 and the text beside them.
 PAPER: dict[str, Any] = {
     "parameters": 2578,
     "training_images": 9300,
@@ -59,8 +59,9 @@ class Net(nn.Module):
     Of the second convolution's 12 maps 4 see one map each and 8 see two, 20 kernels in all, as the paper's count asks.
 
     Source:
-        LeCun et al., Handwritten digit recognition with a back-propagation network (1990), which section 3 of Optimal
-        Brain Damage takes its network from.
+        LeCun et al., Handwritten digit recognition with a back-propagation network (1990), whose
+        network Optimal Brain Damage prunes. Which maps a map of the second convolution sees is ours to choose: the
+        count alone is given there.
     """
 
     def __init__(self) -> None:

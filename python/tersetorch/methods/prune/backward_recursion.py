@@ -16,7 +16,7 @@ that share it.
 A call is recorded as Python makes it, so that any control flow is followed; what no rule knows is refused.
 
 Source:
-    LeCun, Denker, Solla, Optimal Brain Damage (1990), section 3. Where we differ: the f'' term is added, as
+    LeCun, Denker, Solla, Optimal Brain Damage (1990), section 2. Where we differ: the f'' term is added, as
     differentiation gives it; the paper prints a minus.
 """
 

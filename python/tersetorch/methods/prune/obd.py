@@ -92,7 +92,7 @@ def saliencies(
         TypeError, ValueError: as prune.diagonal_hessian.
 
     Source:
-        LeCun, Denker, Solla, Optimal Brain Damage (1990), equations 3 to 5.
+        LeCun, Denker, Solla, Optimal Brain Damage (1990), section 2.
     """
     where = "prune.saliencies"
     check_pass(where, data, loss, form)
@@ -127,8 +127,8 @@ def obd(
     compare, so scope "global" needs no scale. A negative h_kk, which only form "exact" can give, ranks as zero: along
     such a weight the loss is at no minimum and its quadratic model says nothing; the Levenberg-Marquardt form has none.
 
-    Under torch.distributed call it on every rank: the second derivatives are averaged over the ranks' data, so that
-    all delete the same weights.
+    Given a DistributedDataParallel, on every rank, it averages the second derivatives over the ranks' data, so that all
+    delete the same weights; the bare module is decided from the data of the calling rank alone.
 
     Args:
         model: as in prune.diagonal_hessian; its weights may be tied, frozen, pruned or shared.
@@ -151,7 +151,7 @@ def obd(
             prune.diagonal_hessian. The model is as it was; in a later round, as the rounds before it left it.
 
     Source:
-        LeCun, Denker, Solla, Optimal Brain Damage (1990), section 2.2. Where we differ: only weights are deleted, no
+        LeCun, Denker, Solla, Optimal Brain Damage (1990), section 2. Where we differ: only weights are deleted, no
         biases, and the sparsity of each round follows from the last one's.
     """
     where = "prune.obd"

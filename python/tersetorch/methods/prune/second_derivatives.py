@@ -73,7 +73,8 @@ def diagonal_hessian(
 
     Args:
         model: any nn.Module that gives one tensor; it is run in eval mode and left as it was: mode, gradients, frozen
-            parameters. float16 and bfloat16 are computed in float32. Pruned weights count as the zeros they are.
+            parameters. float16 and bfloat16 are computed in float32. Pruned weights count as the zeros they are. A
+            DistributedDataParallel averages over the data of all its ranks, so every rank must call.
         data: batches, read once: (inputs..., target), which calls model(*inputs), or a mapping with the key "target",
             whose other items are the model's keyword arguments. Dimension 0 is the pattern.
         loss: "mse" (the mean over outputs), "sse" (their sum, the paper's), "cross_entropy" (classes in dimension 1 or
@@ -93,7 +94,8 @@ def diagonal_hessian(
             not finite; an operation has no rule, or a selected weight takes no part in the loss.
 
     Source:
-        LeCun, Denker, Solla, Optimal Brain Damage (1990), section 3; for the form without f'', their equation 9.
+        LeCun, Denker, Solla, Optimal Brain Damage (1990), section 2, for both forms. Where we differ: see
+        tersetorch.methods.prune.backward_recursion.
     """
     where = "prune.diagonal_hessian"
     check_pass(where, data, loss, form)
@@ -153,7 +155,7 @@ def curvature(
             weight += found.weight
             if progress is not None and task is not None:
                 progress.advance(task)
-    total, weight, unused = _over_ranks(sums, total, weight, unused)
+    total, weight, unused = _over_ranks(model, sums, total, weight, unused)
     if not weight:
         raise ValueError(f"{where}: data must hold at least one pattern, got none; pass batches of (inputs, target)")
     if unused:
@@ -182,15 +184,15 @@ def _key(target: Target) -> Tensor | CompressedWeight:
 
 
 def _over_ranks(
-    sums: Mapping[str, Tensor], total: float, weight: float, unused: set[str]
+    model: nn.Module, sums: Mapping[str, Tensor], total: float, weight: float, unused: set[str]
 ) -> tuple[float, float, set[str]]:
-    """Adds up what all ranks found, sums in place; without torch.distributed nothing changes."""
-    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
+    """Adds up what all ranks of a DistributedDataParallel found, sums in place; for another model nothing changes."""
+    if not isinstance(model, DistributedDataParallel):
         return total, weight, unused
     for each in sums.values():
-        distributed.all_reduce(each)
+        distributed.all_reduce(each, group=model.process_group)
     numbers = next(iter(sums.values())).new_tensor([total, weight, *(name not in unused for name in sums)])
-    distributed.all_reduce(numbers)
+    distributed.all_reduce(numbers, group=model.process_group)
     total, weight, *used = numbers.tolist()
     return total, weight, {name for name, count in zip(sums, used, strict=True) if not count}
 
