@@ -68,7 +68,7 @@ def test_saliencies_are_half_the_second_derivative_times_the_square(mlp):
         assert torch.allclose(saliency, second[name] * weight**2 / 2)
         assert torch.equal(found.alive[name], weight != 0)
     x, labels = patterns()
-    assert found.loss == pytest.approx(float(functional.cross_entropy(mlp(x), labels)), rel=1e-5)
+    assert found.loss == pytest.approx(functional.cross_entropy(mlp(x), labels).item(), rel=1e-5)
     assert not is_live(mlp)
     curve = found.curve()
     assert len(curve) == 340 + 85 + 1
