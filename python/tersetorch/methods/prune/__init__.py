@@ -7,21 +7,28 @@ from tersetorch.methods.prune.dropout import dropout_rate, rescale_dropout
 from tersetorch.methods.prune.gradual import GradualPruner
 from tersetorch.methods.prune.iterative import iterative
 from tersetorch.methods.prune.magnitude import magnitude
+from tersetorch.methods.prune.obd import Deletion, Saliencies, obd, saliencies
 from tersetorch.methods.prune.only import only
+from tersetorch.methods.prune.second_derivatives import diagonal_hessian
 from tersetorch.methods.prune.sensitivity import Sensitivity, sensitivity
 
 __all__ = [
+    "Deletion",
     "GradualPruner",
     "LayerDensity",
+    "Saliencies",
     "Sensitivity",
     "density",
+    "diagonal_hessian",
     "dropout_rate",
     "from_torch",
     "iterative",
     "keep_zeros",
     "magnitude",
+    "obd",
     "only",
     "remove_dead_neurons",
     "rescale_dropout",
+    "saliencies",
     "sensitivity",
 ]
