@@ -75,8 +75,8 @@ def full_plan(network: str) -> Plan:
             dense=Training(epochs=30, lr=0.1, weight_decay=5e-5, input_dropout=0.1),
             kept={"fc1": 0.075, "fc2": 0.09, "fc3": 0.26},
             rounds=5,
-            retrain=Training(epochs=5, lr=0.05, weight_decay=1e-4, input_dropout=0.2),
-            last=Training(epochs=20, lr=0.05, weight_decay=1e-4, input_dropout=0.2),
+            retrain=Training(epochs=5, lr=0.1, weight_decay=1e-4, input_dropout=0.2),
+            last=Training(epochs=35, lr=0.1, weight_decay=1e-4, input_dropout=0.2),
         )
     return Plan(
         batch_size=128,
