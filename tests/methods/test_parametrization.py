@@ -322,6 +322,20 @@ def test_other_dtypes_train_and_finalize(dtype):
     assert len(weight.unique()) <= 8
 
 
+def test_what_waits_for_a_gradient_goes_on_waiting(mlp, train):
+    """As DistributedDataParallel does, which would average no weight's gradient any more."""
+    seen = []
+    nodes = [parameter.expand_as(parameter).grad_fn.next_functions[0][0] for parameter in mlp.parameters()]
+    for index, node in enumerate(nodes):
+        node.register_hook(lambda *_, index=index: seen.append(index))
+    prune.magnitude(mlp, 0.5)
+    train(mlp, steps=1)
+    assert sorted(seen) == [0, 1, 2, 3]
+    finalize(mlp)
+    train(mlp, steps=1)
+    assert sorted(seen) == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
 def test_train_and_eval_reach_the_parametrization(mlp):
     mlp.eval()
     prune.magnitude(mlp, 0.5)

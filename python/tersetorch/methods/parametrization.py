@@ -152,8 +152,17 @@ def attach(owners: Sequence[tuple[nn.Module, str]]) -> CompressedWeight:
         if live is None:
             place = list(module._parameters).index(tensor)
             own_class(module)
+            original = module._parameters[tensor]
+            assert original is not None
+            # Through a stand-in: torch calls set_ on the tensor, which cuts off what waits for its gradient, as
+            # DistributedDataParallel does.
+            stand_in = torch.zeros((), dtype=original.dtype, device=original.device).expand(original.shape)
+            module._parameters[tensor] = nn.Parameter(stand_in, requires_grad=False)
             parametrize.register_parametrization(module, tensor, compressed)
-            setattr(parametrization_list(module, tensor), PLACE, place)
+            held = parametrization_list(module, tensor)
+            assert held is not None
+            held.original = original
+            setattr(held, PLACE, place)
             setattr(type(module), "_load_from_state_dict", _load_live)  # noqa: B010 (mypy takes no such assignment)
     return compressed
 
