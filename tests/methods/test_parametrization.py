@@ -58,6 +58,28 @@ def test_gradients_by_finite_differences():
     assert torch.autograd.gradcheck(of_codebook, weight.codebook)
 
 
+def test_a_dense_gradient_reaches_pruned_positions_and_changes_no_value():
+    weight = CompressedWeight(torch.tensor([[True, False, False, True]]))
+    original = torch.tensor([[1.0, -2.0, float("nan"), -4.0]], requires_grad=True)
+    weight.dense_gradient = True
+    value = weight(original)
+    assert value.tolist() == [[1.0, 0.0, 0.0, -4.0]] and not value.signbit()[0, 1]
+    weight.mask.logical_not_()  # between the passes
+    value.backward(torch.tensor([[1.0, 2.0, 3.0, 4.0]]))
+    assert original.grad.tolist() == [[1.0, 2.0, 3.0, 4.0]]
+    assert torch.func.grad(lambda x: (weight(x) * 3).sum())(torch.ones(1, 4)).tolist() == [[3.0] * 4]
+    assert torch.func.vmap(weight)(original.detach().expand(2, 1, 4)).shape == (2, 1, 4)
+
+
+def test_shared_values_are_not_moved_by_pruned_positions_for_all_a_dense_gradient():
+    weight = CompressedWeight(torch.tensor([[True, False, True]]))
+    weight.codes = torch.tensor([[1, 0, 2]], dtype=torch.uint8)
+    weight.codebook = nn.Parameter(torch.tensor([[0.0, 5.0, 6.0]]))
+    weight.dense_gradient = True
+    weight(torch.ones(1, 3)).sum().backward()
+    assert weight.codebook.grad.tolist() == [[0.0, 1.0, 1.0]]
+
+
 OPTIMIZERS = {
     "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=0.1, nesterov=True),
     "adam": lambda parameters: torch.optim.Adam(parameters, lr=0.1, weight_decay=0.1),

@@ -39,11 +39,13 @@ def check_flag(where: str, name: str, value: object) -> None:
 
 
 def check_number(where: str, name: str, value: object, least: float, below: float, closed: bool = False) -> None:
-    """Refuses what is no number in [least, below), or in [least, below] where closed."""
+    """Refuses what is no number in [least, below), or in [least, below] where closed; infinity it refuses always."""
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"{where}: {name} must be a number, got {value!r}; pass a float")
     number = float(value)
-    if not (least <= number < below or (closed and number == below)):  # NaN fails too
+    if not (least <= number < below or (closed and number == below)) or number == -math.inf:  # NaN fails too
         end = "]" if closed else ")"
-        limits = f"finite and at least {least}" if below == math.inf else f"in [{least}, {below}{end}"
+        limits = f"in [{least}, {below}{end}"
+        if below == math.inf:
+            limits = "finite" if least == -math.inf else f"finite and at least {least}"
         raise ValueError(f"{where}: {name} must be {limits}, got {value}; pass a number in that range")

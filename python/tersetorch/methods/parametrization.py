@@ -20,11 +20,14 @@ PLACE = "place_among_parameters"
 class CompressedWeight(nn.Module):
     """weight = where(mask, codebook[0, codes] or original, 0); never original * mask, which gives -0.0 and keeps NaN.
 
-    Until it is shared, original trains, and a pruned position has no gradient. While it is shared, original is frozen
-    and codebook trains: dL/dcodebook[0, k] is the sum of dL/dweight over the positions with code k that mask keeps.
+    Until it is shared, original trains, and a pruned position has no gradient, unless dense_gradient lets it have
+    dL/dweight as the others do. While it is shared, original is frozen and codebook trains: dL/dcodebook[0, k] is the
+    sum of dL/dweight over the positions with code k that mask keeps.
 
     Attributes:
         mask: bool, of the weight's shape; what is False is 0.
+        dense_gradient: whether pruned positions of original train unseen, as prune.DynamicSurgery wants while it runs;
+            no part of the state, a deep copy has it too, and a shared weight does not look at it.
         codes: uint8, of the weight's shape, or None while the weight is not shared.
         codebook: parameter [1, entries], entries <= 256, or None while the weight is not shared; float64 for a float64
             weight, else float32, and of that dtype still after model.half() or .bfloat16().
@@ -40,11 +43,14 @@ class CompressedWeight(nn.Module):
     def __init__(self, mask: Tensor) -> None:
         super().__init__()
         self.register_buffer("mask", mask)
+        self.dense_gradient = False
         self.register_buffer("codes", None)
         self.register_parameter("codebook", None)
 
     def forward(self, original: Tensor) -> Tensor:
         """The weight, of original's dtype."""
+        if self.dense_gradient and self.codebook is None:
+            return cast(Tensor, _KeepWithDenseGradient.apply(self.mask, original))
         kept = original
         if self.codebook is not None and self.codes is not None:
             shared = self.codebook[0].index_select(0, self.codes.int().flatten())
@@ -79,6 +85,24 @@ class CompressedWeight(nn.Module):
             self.codebook.data = values.to(self.codebook.device)
             self.codebook.grad = None
         return self
+
+
+class _KeepWithDenseGradient(torch.autograd.Function):
+    """where(mask, original, 0), whose gradient reaches all of original: dL/doriginal = dL/dweight."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(mask: Tensor, original: Tensor) -> Tensor:
+        return torch.where(mask, original, 0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """Nothing is saved, so a mask may change between the passes."""
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
+        return None, gradient
 
 
 @dataclass(frozen=True)

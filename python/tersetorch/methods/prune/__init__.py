@@ -11,9 +11,11 @@ from tersetorch.methods.prune.obd import Deletion, Saliencies, obd, saliencies
 from tersetorch.methods.prune.only import only
 from tersetorch.methods.prune.second_derivatives import diagonal_hessian
 from tersetorch.methods.prune.sensitivity import Sensitivity, sensitivity
+from tersetorch.methods.prune.surgery import DynamicSurgery
 
 __all__ = [
     "Deletion",
+    "DynamicSurgery",
     "GradualPruner",
     "LayerDensity",
     "Saliencies",
