@@ -7,7 +7,9 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
-from tersetorch.methods.arguments import check_choice, check_int, check_number
+from tersetorch.methods.arguments import check_choice, check_flag, check_int, check_number
+from tersetorch.methods.distributed import take_from_rank_0
+from tersetorch.methods.parametrization import live_weights
 from tersetorch.methods.prune.magnitude import Scope, Sparsity, choose, magnitude
 from tersetorch.methods.prune.patterns import blocks
 from tersetorch.methods.selection import Patterns
@@ -32,6 +34,8 @@ class GradualPruner:
     Building one attaches the masks, so that the state of a model in mid-course can be loaded. A run that is resumed
     from the states of model, optimizer and pruner gives the same bits as one that was not stopped.
 
+    Under torch.distributed every rank has rank 0's masks: construction and step are collective calls.
+
     Example:
         pruner = GradualPruner(model, sparsity=0.9, begin_step=0, end_step=1000, frequency=50)
         for x, y in batches:
@@ -52,6 +56,7 @@ class GradualPruner:
         pattern: blocks "RxC" as in prune.magnitude, or None.
         targets: as in prune.magnitude.
         ignore: as in prune.magnitude.
+        broadcast: False where each rank of torch.distributed trains a model of its own.
 
     Raises:
         TypeError, ValueError: an argument is of another type or outside its range, or as prune.magnitude.
@@ -75,6 +80,7 @@ class GradualPruner:
         pattern: str | None = None,
         targets: Patterns | None = None,
         ignore: Patterns | None = None,
+        broadcast: bool = True,
     ) -> None:
         where = "prune.GradualPruner"
         check_int(where, "begin_step", begin_step, 0)
@@ -82,6 +88,7 @@ class GradualPruner:
         check_int(where, "frequency", frequency, 1)
         check_number(where, "initial_sparsity", initial_sparsity, 0, 1)
         check_choice(where, "schedule", schedule, get_args(Schedule))
+        check_flag(where, "broadcast", broadcast)
         if sparsity is None:
             raise TypeError(f"{where}: sparsity must be a number or a mapping, got None; pass the final sparsity")
         for target, final in choose(where, model, sparsity, scope, targets, ignore, blocks(where, pattern)):
@@ -101,6 +108,7 @@ class GradualPruner:
         self.pattern = pattern
         self.targets = targets
         self.ignore = ignore
+        self.broadcast = broadcast
         self._step = 0
         self._prune()
 
@@ -160,6 +168,9 @@ class GradualPruner:
             targets=self.targets,
             ignore=self.ignore,
         )
+        if self.broadcast:
+            masks = {live.compressed: live.compressed.mask for live in live_weights(self.model)}
+            take_from_rank_0(self.model, list(masks.values()))
 
     def _each(self, rule: Callable[[float], float]) -> Sparsity:
         if isinstance(self.final_sparsity, Mapping):
