@@ -1,5 +1,6 @@
 """Which weights go: each method sets masks that training respects until finalize bakes them in."""
 
+from tersetorch.methods.prune.batch_norm import recalibrate_batch_norm
 from tersetorch.methods.prune.dead_neurons import remove_dead_neurons
 from tersetorch.methods.prune.density import LayerDensity, density
 from tersetorch.methods.prune.dropout import dropout_rate, rescale_dropout
@@ -18,6 +19,7 @@ __all__ = [
     "iterative",
     "magnitude",
     "only",
+    "recalibrate_batch_norm",
     "remove_dead_neurons",
     "rescale_dropout",
     "sensitivity",
