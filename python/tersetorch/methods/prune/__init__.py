@@ -7,17 +7,22 @@ from tersetorch.methods.prune.dropout import dropout_rate, rescale_dropout
 from tersetorch.methods.prune.gradual import GradualPruner
 from tersetorch.methods.prune.iterative import iterative
 from tersetorch.methods.prune.magnitude import magnitude
+from tersetorch.methods.prune.obs import LayerError, obs
 from tersetorch.methods.prune.only import only
+from tersetorch.methods.prune.optimal_brain_surgeon import Deletion
 from tersetorch.methods.prune.sensitivity import Sensitivity, sensitivity
 
 __all__ = [
+    "Deletion",
     "GradualPruner",
     "LayerDensity",
+    "LayerError",
     "Sensitivity",
     "density",
     "dropout_rate",
     "iterative",
     "magnitude",
+    "obs",
     "only",
     "recalibrate_batch_norm",
     "remove_dead_neurons",
