@@ -100,10 +100,10 @@ def test_rounding_in_the_sweep_is_ahead_of_rounding_afterwards(seed, bits):
 def test_the_record_says_what_happened_to_the_outputs(solver):
     torch.manual_seed(0)
     dense, x = nn.Linear(12, 7, bias=solver == "layerwise"), correlated(200, 12)
-    layer, record = copy.deepcopy(dense), ["kept"]
-    prune.obs(layer, [x[:150], x[150:]], 0.5, solver=solver, record=record)
-    assert record[0] == "kept" and len(record) == 2
-    found = record[1]
+    layer, history = copy.deepcopy(dense), ["kept"]
+    prune.obs(layer, [x[:150], x[150:]], 0.5, solver=solver, history=history)
+    assert history[0] == "kept" and len(history) == 2
+    found = history[1]
     assert isinstance(found, LayerError)
     assert (found.layer, found.kept, found.total, found.samples) == ("weight", 42, 84, 200)
     outputs = functional.linear(x, dense.weight).square().sum()
@@ -135,9 +135,9 @@ def test_layers_are_pruned_in_the_order_of_use(solver):
         def forward(self, x):
             return self.last(self.first(x).relu())
 
-    record = []
-    prune.obs(Reversed(), batches(), 0.5, solver=solver, record=record)
-    assert [each.layer for each in record] == ["first", "last"]
+    history = []
+    prune.obs(Reversed(), batches(), 0.5, solver=solver, history=history)
+    assert [each.layer for each in history] == ["first", "last"]
 
 
 @pytest.mark.parametrize("pattern", [None, "4x1", "2x3"])
@@ -254,8 +254,8 @@ def test_inputs_that_are_dead_lose_their_weights_first(solver):
 
 def test_rounding_onto_a_codebook(network):
     data = images()
-    record = []
-    model = prune.obs(network(), data, 0.5, bits=3, record=record)
+    history = []
+    model = prune.obs(network(), data, 0.5, bits=3, history=history)
     for index in (0, 3, 5, 7):
         shared = live_weight(model[index], "weight").compressed
         assert shared.codebook.shape == (1, 8) and shared.codebook[0, 0] == 0
@@ -263,7 +263,7 @@ def test_rounding_onto_a_codebook(network):
         assert int(shared.mask.sum()) == shared.mask.numel() // 2
         original = model[index].parametrizations.weight.original
         assert torch.equal(model[index].weight, original.detach()) and not original.requires_grad
-    assert [each.layer for each in record] == ["0", "3", "5", "7"]
+    assert [each.layer for each in history] == ["0", "3", "5", "7"]
     model(data[0]).sum().backward()
     assert shared.codebook.grad is not None
     finalize(model)
@@ -374,7 +374,7 @@ def test_statistics_of_batch_norm_are_taken_anew_afterwards(network):
         ({"max_increase": 0.1}, ValueError, "max_increase must be left out with solver 'blocked'"),
         ({"max_increase": -1, "solver": "full"}, ValueError, "max_increase must be finite and at least 0, got -1"),
         ({"sparsity": 0.5, "dtype": torch.float16}, ValueError, "dtype must be torch.float64 or torch.float32, got"),
-        ({"sparsity": 0.5, "record": {}}, TypeError, "record must be a list, got dict; pass an empty one"),
+        ({"sparsity": 0.5, "history": {}}, TypeError, "history must be a list, got dict; pass one to be"),
         ({"sparsity": 0.5, "targets": "fc"}, ValueError, "targets must match"),
         ({"sparsity": 0.5, "data": []}, ValueError, "data must hold at least one batch, got none"),
         ({"sparsity": 0.5, "data": torch.ones(4, 20)}, TypeError, "data must be an iterable of batches, got Tensor"),
@@ -398,11 +398,11 @@ def test_statistics_of_batch_norm_are_taken_anew_afterwards(network):
 )
 def test_bad_arguments_are_refused_and_change_nothing(mlp, arguments, error, message):
     before = copy.deepcopy(mlp.state_dict())
-    record = []
-    arguments = {"data": batches(), "record": record, **arguments}
+    history = []
+    arguments = {"data": batches(), "history": history, **arguments}
     with pytest.raises(error, match=f"prune.obs: {re.escape(message)}"):
         prune.obs(mlp, **arguments)
-    assert not is_live(mlp) and not record and mlp.training
+    assert not is_live(mlp) and not history and mlp.training
     assert all(torch.equal(value, before[name]) for name, value in mlp.state_dict().items())
 
 

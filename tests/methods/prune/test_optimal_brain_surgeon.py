@@ -4,7 +4,7 @@ from torch import nn
 
 from tersetorch.methods import prune
 from tersetorch.methods.prune import optimal_brain_surgeon as module
-from tersetorch.methods.prune.optimal_brain_surgeon import Deletion, inverse_hessian
+from tersetorch.methods.prune.optimal_brain_surgeon import DeletedWeight, inverse_hessian
 
 
 @pytest.fixture
@@ -62,39 +62,39 @@ def test_each_deletion_is_the_constrained_minimum(monkeypatch, net, data, rows):
         gone.append(q)
         w = w + costs[q][1]
         log.append(costs[q][0])
-    record = []
-    prune.obs(net, data, 7 / 18, solver="full", damping=1e-3, record=record)
+    history = []
+    prune.obs(net, data, 7 / 18, solver="full", damping=1e-3, history=history)
     found = [net[0].weight, net[0].bias, net[2].weight, net[2].bias]
     torch.testing.assert_close(torch.cat([value.detach().flatten() for value in found]), w)
     starts = {"0": 0, "2": 15}
     widths = {"0": 4, "2": 3}
-    assert [starts[d.layer] + d.index[0] * widths[d.layer] + d.index[1] for d in record] == gone
-    assert [d.increase for d in record] == pytest.approx(log)
-    assert all(isinstance(d, Deletion) for d in record)
+    assert [starts[d.layer] + d.index[0] * widths[d.layer] + d.index[1] for d in history] == gone
+    assert [d.increase for d in history] == pytest.approx(log)
+    assert all(isinstance(d, DeletedWeight) for d in history)
 
 
 def test_the_prediction_is_exact_for_a_linear_network():
     torch.manual_seed(0)
     net, x = nn.Linear(6, 3).double(), torch.randn(50, 6).double()
     before = net(x).detach()
-    record = []
-    prune.obs(net, [x], 0.5, solver="full", damping=1e-9, record=record)
-    assert int((net.weight == 0).sum()) == 9 == len(record)
+    history = []
+    prune.obs(net, [x], 0.5, solver="full", damping=1e-9, history=history)
+    assert int((net.weight == 0).sum()) == 9 == len(history)
     risen = (net(x) - before).square().sum(1).mean() / 2
-    assert sum(d.increase for d in record) == pytest.approx(float(risen.detach()), rel=1e-5)
+    assert sum(d.increase for d in history) == pytest.approx(float(risen.detach()), rel=1e-5)
 
 
 def test_it_stops_before_the_error_rises_too_far(net, data):
-    record = []
-    prune.obs(net, data, solver="full", max_increase=1e-3, record=record)
-    total = sum(d.increase for d in record)
-    assert record and total <= 1e-3
+    history = []
+    prune.obs(net, data, solver="full", max_increase=1e-3, history=history)
+    total = sum(d.increase for d in history)
+    assert history and total <= 1e-3
     again, longer = type(net)(*net), []
-    assert prune.density(again)["0"].kept + prune.density(again)["2"].kept == 18 - len(record)
-    prune.obs(again, data, solver="full", max_increase=0.0, record=longer)
+    assert prune.density(again)["0"].kept + prune.density(again)["2"].kept == 18 - len(history)
+    prune.obs(again, data, solver="full", max_increase=0.0, history=longer)
     assert not longer
-    prune.obs(again, data, 0.9, solver="full", max_increase=1e9, record=longer)
-    assert len(record) + len(longer) == round(0.9 * 18)
+    prune.obs(again, data, 0.9, solver="full", max_increase=1e9, history=longer)
+    assert len(history) + len(longer) == round(0.9 * 18)
 
 
 def test_masked_weights_stay_out_of_it_and_frozen_ones_frozen(net, data):

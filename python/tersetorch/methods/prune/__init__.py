@@ -9,11 +9,11 @@ from tersetorch.methods.prune.iterative import iterative
 from tersetorch.methods.prune.magnitude import magnitude
 from tersetorch.methods.prune.obs import LayerError, obs
 from tersetorch.methods.prune.only import only
-from tersetorch.methods.prune.optimal_brain_surgeon import Deletion
+from tersetorch.methods.prune.optimal_brain_surgeon import DeletedWeight
 from tersetorch.methods.prune.sensitivity import Sensitivity, sensitivity
 
 __all__ = [
-    "Deletion",
+    "DeletedWeight",
     "GradualPruner",
     "LayerDensity",
     "LayerError",

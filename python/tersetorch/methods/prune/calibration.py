@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional
 
 from tersetorch.methods.parametrization import live_weight
@@ -134,7 +134,7 @@ def input_moments(
     """Runs model over data in eval mode and sums up the inputs that reach the target's layers.
 
     A convolution's input vectors are its patches, with its stride, padding (of any mode), dilation and groups. Tied
-    layers' inputs are summed. Memory holds the sum and one batch.
+    layers' inputs are summed. Memory holds the sum and one batch. Under torch.distributed all ranks' inputs are summed.
 
     Args:
         where: the caller, for messages.
@@ -174,6 +174,11 @@ def input_moments(
     finally:
         for hook in hooks:
             hook.remove()
+    if distributed.is_available() and distributed.is_initialized():
+        counts = torch.tensor([samples, batches], device=weight.device)
+        distributed.all_reduce(counts)
+        distributed.all_reduce(total)
+        samples, batches = counts.tolist()
     if not batches:
         raise ValueError(f"{where}: data must hold at least one batch, got none; pass some inputs of the model")
     if not samples:

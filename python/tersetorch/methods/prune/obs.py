@@ -27,7 +27,7 @@ from tersetorch.methods.prune.exact_obs import exact_obs
 from tersetorch.methods.prune.layerwise_obs import layerwise_obs
 from tersetorch.methods.prune.least_squares import damped, inverse, relative_error
 from tersetorch.methods.prune.magnitude import Sparsity, apply_masks, choose
-from tersetorch.methods.prune.optimal_brain_surgeon import Deletion, full_obs
+from tersetorch.methods.prune.optimal_brain_surgeon import DeletedWeight, full_obs
 from tersetorch.methods.prune.patterns import BlockPattern, GroupPattern, Pattern, parse
 from tersetorch.methods.quantize.kmeans_1d import cluster
 from tersetorch.methods.selection import Patterns, Target
@@ -74,7 +74,7 @@ def obs(
     dtype: torch.dtype = torch.float64,
     targets: Patterns | None = None,
     ignore: Patterns | None = None,
-    record: list[LayerError | Deletion] | None = None,
+    history: list[LayerError | DeletedWeight] | None = None,
     progress: Progress | None = None,
 ) -> nn.Module:
     """Prunes by second derivatives, in place, and returns model: what stays is changed to make up for what goes.
@@ -95,7 +95,8 @@ def obs(
 
     What goes is masked as by prune.magnitude, which says how pruning adds up and trains on. Weights that are zero
     already stay zero and count. Biases are never pruned. Half precision is computed in dtype and rounded at the end.
-    Batch norm statistics stay as they are: prune.recalibrate_batch_norm takes them anew. Where anything is refused or
+    Under torch.distributed call it on every rank: H is summed over the ranks' data, so that all prune the same; with
+    "full" give every rank the same data. Batch norm statistics stay as they are: prune.recalibrate_batch_norm takes them anew. Where anything is refused or
     fails half-way, the model is as it was.
 
     Args:
@@ -118,7 +119,7 @@ def obs(
         dtype: torch.float64 or float32, of H and of the weights while they are worked on; "full" is float64 always.
         targets: as in prune.magnitude.
         ignore: as in prune.magnitude.
-        record: gets a LayerError for each layer, or with "full" a Deletion for each weight, in order.
+        history: gets a LayerError for each layer, or with "full" a DeletedWeight for each weight, in order.
         progress: a bar is added to it.
 
     Raises:
@@ -136,7 +137,7 @@ def obs(
     check_model(where, model)
     check_choice(where, "solver", solver, get_args(Solver))
     form = parse(where, pattern)
-    _check(where, solver, sparsity, form, damping, block_size, bits, max_increase, dtype, record)
+    _check(where, solver, sparsity, form, damping, block_size, bits, max_increase, dtype, history)
     asked = 0.0 if sparsity is None and max_increase is not None else sparsity
     every = choose(where, model, asked, "layer", targets, ignore, form)
     chosen = [(target, part) for target, part in every if target.weight.numel()]
@@ -145,7 +146,7 @@ def obs(
     check_data(where, data, 2 if solver == "full" else len(pruned) + (len(pruned) > 1))
     steps = 1 if solver == "full" else len(pruned)
     tick = _ticker(progress, steps)
-    notes: Sequence[LayerError | Deletion]
+    notes: Sequence[LayerError | DeletedWeight]
     codebooks: dict[str, tuple[Tensor, Tensor]] = {}
     with torch.no_grad(), _all_or_nothing(pruned):
         if solver == "full":
@@ -160,8 +161,8 @@ def obs(
         attach(target.owners)  # one without weights too, as prune.magnitude does
         if target.name in codebooks:
             share(target.owners, *codebooks[target.name])
-    if record is not None:
-        record.extend(notes)
+    if history is not None:
+        history.extend(notes)
     tick(steps)
     return model
 
@@ -352,7 +353,7 @@ def _check(
     bits: int | None,
     max_increase: float | None,
     dtype: torch.dtype,
-    record: object,
+    history: object,
 ) -> None:
     full = solver == "full"
     if full and pattern is not None:
@@ -382,8 +383,8 @@ def _check(
         check_int(where, "bits", bits, 1, MAX_BITS)
     if dtype not in (torch.float64, torch.float32):
         raise ValueError(f"{where}: dtype must be torch.float64 or torch.float32, got {dtype}; pass one of these")
-    if record is not None and not isinstance(record, list):
-        raise TypeError(f"{where}: record must be a list, got {type(record).__name__}; pass an empty one")
+    if history is not None and not isinstance(history, list):
+        raise TypeError(f"{where}: history must be a list, got {type(history).__name__}; pass one to be appended to")
 
 
 def _check_targets(where: str, targets: Sequence[Target], pattern: Pattern, solver: str) -> None:

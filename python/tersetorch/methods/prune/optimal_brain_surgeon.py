@@ -20,7 +20,7 @@ ROWS = 256
 
 
 @dataclass(frozen=True)
-class Deletion:
+class DeletedWeight:
     """One weight that full Optimal Brain Surgeon deleted.
 
     Attributes:
@@ -74,7 +74,7 @@ def full_obs(
     sparsity: float | None,
     max_increase: float | None,
     tick: Callable[[float], None],
-) -> tuple[list[Tensor], list[Deletion]]:
+) -> tuple[list[Tensor], list[DeletedWeight]]:
     """Deletes weights one by one, each time the q of least L_q, and updates all others and the biases.
 
         L_q = w_q^2 / (2 [H^-1]_qq),   dw = -w_q / [H^-1]_qq H^-1 e_q,
@@ -143,7 +143,7 @@ def full_obs(
             place -= sizes[layer]
             layer += 1
         index = torch.unravel_index(torch.tensor(place), weights[layer].shape)
-        deletions.append(Deletion(targets[layer].name, tuple(int(each) for each in index), increase))
+        deletions.append(DeletedWeight(targets[layer].name, tuple(int(each) for each in index), increase))
     return masks, deletions
 
 
