@@ -80,7 +80,9 @@ bench: venv
 	$(UNDISTURBED) tersetorch bench --threads 2 --json bench/results/bench_2_threads.json
 
 reproduce: venv
-	python -m tersetorch.bench.reproductions.lenet_300_100 --json bench/results/lenet_300_100.json
+	for row in $$(tersetorch reproduce --names); do \
+	  tersetorch reproduce $$row --json bench/results/$$row.json || exit 1; \
+	done
 
 # Writes the tables of the README and the docs from bench/results.
 tables: venv

@@ -35,14 +35,16 @@ def _packer(kind: Any, layout: str, follows_batch: bool) -> Callable[[Case, Tens
 
 
 def _convolution(
-    name: str, *, codebook: bool = False, channels_last: bool = False, bfloat16: bool = False
+    layout: str = "direct", *, codebook: bool = False, channels_last: bool = False, bfloat16: bool = False
 ) -> Implementation:
+    """bfloat16: whether images and outputs are; the layout says what is multiplied."""
     kind: Any = SparseCodebookConv2d if codebook else SparseConv2d
 
     def pack(case: Case, weight: Tensor, batch: int, threads: int) -> Packed:
         assert isinstance(case, Conv)
         sizes: dict[str, Any] = {"stride": case.stride, "padding": case.padding, "groups": case.groups}
-        layer = kind(kind.format.from_dense(weight.flatten(1)), kernel_size=weight.shape[2:], **sizes).eval()
+        layer = kind(kind.format.from_dense(weight.flatten(1)), kernel_size=weight.shape[2:], **sizes)
+        layer.pack(layout).eval()
         order = torch.channels_last if channels_last else torch.contiguous_format
 
         def bind(x: Tensor) -> Callable[[], Tensor]:
@@ -52,8 +54,10 @@ def _convolution(
 
         return Packed(bind, sum(buffer.nbytes for name, buffer in layer.named_buffers() if name.startswith("packed_")))
 
-    title = f"tersetorch {name}" + " codebook" * codebook + " bfloat16" * bfloat16 + " channels_last" * channels_last
-    return Implementation(title, "ours", "bfloat16" if bfloat16 else "float32", pack)
+    mode: Mode = "int8" if layout == "direct_int8" else "bfloat16" if bfloat16 else "float32"
+    title = {"direct": "conv", "direct_int8": "conv int8", "direct_bfloat16": "conv pairs"}[layout]
+    images = " bfloat16" * bfloat16 + " channels_last" * channels_last
+    return Implementation(f"tersetorch {title}" + " codebook" * codebook + images, "ours", mode, pack)
 
 
 # Beyond these batches another of ours is always faster; convert measures within the same bounds.
@@ -74,9 +78,12 @@ LINEAR = (
     _linear("blocked_bfloat16", mode="bfloat16", batches=MANY),
 )
 CONV = (
-    _convolution("conv"),
-    _convolution("conv", codebook=True),
-    _convolution("conv", channels_last=True),
-    _convolution("conv", channels_last=True, bfloat16=True),
+    _convolution(),
+    _convolution(codebook=True),
+    _convolution(channels_last=True),
+    _convolution(channels_last=True, bfloat16=True),
+    _convolution("direct_int8"),
+    _convolution("direct_int8", channels_last=True),
+    _convolution("direct_bfloat16", channels_last=True, bfloat16=True),
 )
 OURS = {"linear": LINEAR, "conv": CONV}

@@ -13,10 +13,11 @@ from typing import Any
 
 from .comparisons import MODES, Reached, Record, break_even, by_case, fastest, reached
 from .implementations import Mode
+from .reproductions import ROWS
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-PAGES = ("README.md", "docs/results.md", "docs/break_even.md")
+PAGES = ("README.md", "docs/results.md", "docs/break_even.md", "docs/reproductions.md")
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 # What `make bench` writes; one that is not there adds no rows.
@@ -265,6 +266,22 @@ def _speed_row(records: list[Record], mode: Mode) -> list[tuple[Any, ...]]:
     ]
 
 
+def reproductions() -> str:
+    """Every row of the papers that has a stored record, as `tersetorch reproduce` shows it."""
+    parts = []
+    for row in ROWS.values():
+        if not (RESULTS / f"{row.name}.json").exists():
+            continue
+        record = _load(f"{row.name}.json")
+        shown = row.table(record)
+        cells = [list(column.cells) for column in shown.columns]
+        table = _markdown((column.header for column in shown.columns), zip(*cells, strict=True))
+        minutes = f"{record['seconds'] / 60:.0f} minutes" if record["seconds"] >= 90 else f"{record['seconds']:.0f} s"
+        place = f"{record['machine']['cpu']}, torch {record['machine']['torch']}"
+        parts.append(f"## {row.words}\n`tersetorch reproduce {row.name}`: {minutes} on {place}.\n\n{table}\n")
+    return "".join(parts)
+
+
 def _layer(record: Record) -> tuple[str, str]:
     words = [record["case"]]
     words += ["row lengths as trained"] * (record["suite"] == "sparse" and record["pattern"] == "trained")
@@ -301,6 +318,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "break_evens": break_evens,
     "ratios": ratios,
     "packing": packing,
+    "reproductions": reproductions,
 }
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tersetorch import _native, conversion, costs, zoo
+from tersetorch.conversion.fusion import fuse
 
 from ..implementations import LeftOut, max_error_of, refusal
 from ..options import Options
@@ -22,7 +23,14 @@ from ..rates import Rates
 from ..timing import interleave
 
 SECONDS, QUICK_SECONDS = 4.0, 0.5
-NAMES = ("torch dense", "torch dense channels_last", "tersetorch convert", "tersetorch convert channels_last")
+IN_PLACE = "torch dense channels_last, ReLU in place"
+NAMES = (
+    "torch dense",
+    "torch dense channels_last",
+    IN_PLACE,
+    "tersetorch convert",
+    "tersetorch convert channels_last",
+)
 
 
 @dataclass(frozen=True)
@@ -95,11 +103,13 @@ class Networks:
                 continue
             model, samples = dense, x
             start = time.perf_counter()
-            if name.endswith("channels_last"):
+            if "channels_last" in name:
                 if x.dim() != 4:
                     continue
                 model = nn.Module.to(copy.deepcopy(dense), memory_format=torch.channels_last)  # type: ignore[call-overload]
                 samples = x.to(memory_format=torch.channels_last)
+            if name == IN_PLACE:
+                fuse(model, ())
             if name.startswith("tersetorch"):
                 model = conversion.convert(model, samples)
             packed[name] = model, samples, 1e3 * (time.perf_counter() - start)

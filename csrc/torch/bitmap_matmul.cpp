@@ -165,23 +165,6 @@ class SharedStatus {
   std::atomic<BitmapStatus> status_{BitmapStatus::kOk};
 };
 
-// Memory for the panel: of few samples of a small layer on the stack, because asking for some costs as much as packing.
-class PanelMemory {
- public:
-  explicit PanelMemory(std::int64_t bytes) {
-    if (bytes > static_cast<std::int64_t>(sizeof small_)) large_.reset(new char[bytes + kLine]);
-  }
-  void* Data() {
-    char* p = large_ ? large_.get() : small_;
-    return p + (kLine - reinterpret_cast<std::uintptr_t>(p) % kLine) % kLine;
-  }
-
- private:
-  static constexpr std::int64_t kLine = 64;
-  alignas(kLine) char small_[16 * 1024];
-  std::unique_ptr<char[]> large_;
-};
-
 Tensor BitmapMatmulOnCpu(const Tensor& x, const Tensor& bitmap, const Tensor& row_offsets, const Tensor& values,
                          const std::optional<Tensor>& bias, const std::optional<Tensor>& codebook,
                          const std::optional<Tensor>& scales, std::string mode, bool relu) {
@@ -191,11 +174,11 @@ Tensor BitmapMatmulOnCpu(const Tensor& x, const Tensor& bitmap, const Tensor& ro
   const Weight& weight = inputs.weight;
   const bool quantized = inputs.quantized;
   const std::int64_t rows = weight.args.rows;
-  const Tensor y = torch::stable::new_empty(x, WithLastDim(x, rows));
+  const Tensor y = EmptyWithLastDim(x, rows);
   char* y_data = static_cast<char*>(y.mutable_data_ptr());
 
   const std::int64_t at_once = std::min(samples.count, kBitmapMaxSamples);
-  PanelMemory panel(BitmapPanelBytes(samples.features, at_once));
+  Scratch panel(BitmapPanelBytes(samples.features, at_once));
   const std::int64_t grain = GrainItems(BitmapWords(samples.features) * 8 * at_once);
   SharedStatus status;
   for (std::int64_t first = 0; first < samples.count; first += kBitmapMaxSamples) {
@@ -203,13 +186,19 @@ Tensor BitmapMatmulOnCpu(const Tensor& x, const Tensor& bitmap, const Tensor& ro
     float x_scales[kBitmapMaxSamples];
     const bool plain =
         BitmapPackSamples({samples.At(first), samples.stored_as, count, samples.features, weight.args.stored_as,
-                           weight.args.entries, quantized, panel.Data(), x_scales});
-    const BitmapMatmulArgs args{weight.args,      panel.Data(), count,
-                                quantized,        plain,        x_scales,
-                                inputs.bias.data, relu,         y_data + first * rows * samples.item_bytes,
+                           weight.args.entries, quantized, panel.Data<char>(), x_scales});
+    const BitmapMatmulArgs args{weight.args,
+                                panel.Data<char>(),
+                                count,
+                                quantized,
+                                plain,
+                                x_scales,
+                                inputs.bias.data,
+                                relu,
+                                y_data + first * rows * samples.item_bytes,
                                 samples.stored_as};
-    torch::stable::parallel_for(
-        0, rows, grain, [&](std::int64_t begin, std::int64_t end) { status.Report(BitmapMatmul(args, begin, end)); });
+    ParallelFor(rows, grain,
+                [&](std::int64_t begin, std::int64_t end) { status.Report(BitmapMatmul(args, begin, end)); });
   }
   status.Raise(kOp, weight.args.nnz, weight.args.entries);
   return y;
@@ -223,12 +212,12 @@ Tensor BitmapColumnsMatmulOnCpu(const Tensor& x, const Tensor& bitmap, const Ten
   const Samples& samples = inputs.samples;
   const Weight& weight = inputs.weight;
   const std::int64_t features = samples.features, words = BitmapWords(out_features);
-  const Tensor y = torch::stable::new_empty(x, WithLastDim(x, out_features));
+  const Tensor y = EmptyWithLastDim(x, out_features);
   char* y_data = static_cast<char*>(y.mutable_data_ptr());
 
   const std::int64_t lists = (features * 8 + 63) / 64 * 64;
-  PanelMemory memory(lists + words * 64 * 4);
-  char* data = static_cast<char*>(memory.Data());
+  Scratch memory(lists + words * 64 * 4);
+  char* data = memory.Data<char>();
   auto* active = reinterpret_cast<std::int32_t*>(data);
   auto* active_values = reinterpret_cast<float*>(data + features * 4);
   auto* sums = reinterpret_cast<float*>(data + lists);
@@ -248,9 +237,8 @@ Tensor BitmapColumnsMatmulOnCpu(const Tensor& x, const Tensor& bitmap, const Ten
                                  y_data + n * out_features * samples.item_bytes,
                                  samples.stored_as};
     // Each range of words counts the bits before it in every column, so ranges are long.
-    torch::stable::parallel_for(
-        0, words, std::max<std::int64_t>(8, GrainItems(count * 8)),
-        [&](std::int64_t begin, std::int64_t end) { status.Report(BitmapColumns(args, begin, end)); });
+    ParallelFor(words, std::max<std::int64_t>(8, GrainItems(count * 8)),
+                [&](std::int64_t begin, std::int64_t end) { status.Report(BitmapColumns(args, begin, end)); });
   }
   status.Raise(kOp, weight.args.nnz, weight.args.entries, "column_offsets");
   return y;
@@ -274,8 +262,7 @@ std::tuple<Tensor, Tensor, Tensor> BitmapPackOnCpu(const Tensor& weight) {
                       offsets,
                       nullptr};
   const std::int64_t grain = GrainItems(columns);
-  torch::stable::parallel_for(0, rows, grain,
-                              [&](std::int64_t begin, std::int64_t end) { BitmapPackBits(args, begin, end); });
+  ParallelFor(rows, grain, [&](std::int64_t begin, std::int64_t end) { BitmapPackBits(args, begin, end); });
   std::int64_t nnz = 0;
   offsets[0] = 0;
   for (std::int64_t r = 1; r <= rows; ++r) {
@@ -286,8 +273,7 @@ std::tuple<Tensor, Tensor, Tensor> BitmapPackOnCpu(const Tensor& weight) {
                   ": weight must have fewer than 2**31 non-zeros, got ", nnz, "; split it by rows");
   Tensor values = torch::stable::new_empty(dense, {nnz});
   args.values = values.mutable_data_ptr();
-  torch::stable::parallel_for(0, rows, grain,
-                              [&](std::int64_t begin, std::int64_t end) { BitmapPackValues(args, begin, end); });
+  ParallelFor(rows, grain, [&](std::int64_t begin, std::int64_t end) { BitmapPackValues(args, begin, end); });
   return {bitmap, row_offsets, values};
 }
 
@@ -316,8 +302,8 @@ Tensor BitmapFromRowsOnCpu(const Tensor& row_offsets, const Tensor& col_indices,
                   "), got a row that breaks this; rebuild the weight");
   Tensor bitmap = torch::stable::new_empty(offsets, {rows, BitmapWords(columns)}, ScalarType::Long);
   auto* bits = static_cast<std::uint64_t*>(bitmap.mutable_data_ptr());
-  torch::stable::parallel_for(
-      0, rows, GrainItems(BitmapWords(columns) + nnz / std::max<std::int64_t>(1, rows)),
+  ParallelFor(
+      rows, GrainItems(BitmapWords(columns) + nnz / std::max<std::int64_t>(1, rows)),
       [&](std::int64_t begin, std::int64_t end) { BitmapFromColumns(offset, column, columns, bits, begin, end); });
   return bitmap;
 }
@@ -342,10 +328,10 @@ Tensor BitmapToRowsOnCpu(const Tensor& bitmap, const Tensor& row_offsets, std::i
   std::memcpy(&last, offset + rows, sizeof last);
   SharedStatus status;
   if (first != 0 || last != nnz) status.Report(BitmapStatus::kBadRowOffsets);
-  torch::stable::parallel_for(0, rows, GrainItems(bitmap.size(1) + nnz / std::max<std::int64_t>(1, rows)),
-                              [&](std::int64_t begin, std::int64_t end) {
-                                status.Report(BitmapToColumns(words, offset, columns, nnz, columns_of, begin, end));
-                              });
+  ParallelFor(rows, GrainItems(bitmap.size(1) + nnz / std::max<std::int64_t>(1, rows)),
+              [&](std::int64_t begin, std::int64_t end) {
+                status.Report(BitmapToColumns(words, offset, columns, nnz, columns_of, begin, end));
+              });
   status.Raise(kOp, nnz, 0);
   return col_indices;
 }
@@ -359,7 +345,7 @@ Tensor BitmapMatmulOnCuda(const Tensor& x, const Tensor& bitmap, const Tensor& r
   const CudaCall call(kOp, x, "x");
   const MatmulInputs inputs(kOp, call.place(), x, bitmap, row_offsets, values, bias, codebook, scales, mode);
   const Samples& samples = inputs.samples;
-  const Tensor y = torch::stable::new_empty(x, WithLastDim(x, inputs.weight.args.rows));
+  const Tensor y = EmptyWithLastDim(x, inputs.weight.args.rows);
   BitmapMatmulCudaArgs args{inputs.weight.args, samples.At(0), samples.stored_as,    nullptr,
                             inputs.bias.data,   relu,          y.mutable_data_ptr(), samples.count};
   Tensor quantized, x_scales;
@@ -387,7 +373,7 @@ Tensor BitmapColumnsMatmulOnCuda(const Tensor& x, const Tensor& bitmap, const Te
   const CudaCall call(kOp, x, "x");
   const ColumnsInputs inputs(kOp, call.place(), x, bitmap, column_offsets, values, bias, codebook, out_features);
   const Samples& samples = inputs.samples;
-  const Tensor y = torch::stable::new_empty(x, WithLastDim(x, out_features));
+  const Tensor y = EmptyWithLastDim(x, out_features);
   call.Check(BitmapColumnsCuda({inputs.weight.args, samples.At(0), samples.stored_as, inputs.bias.data, relu,
                                 y.mutable_data_ptr(), samples.count},
                                call.Stream()));

@@ -8,7 +8,6 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
-#include <memory>
 #include <numeric>
 #include <optional>
 #include <string>
@@ -74,7 +73,9 @@ struct Weight {
     STD_TORCH_CHECK(values.dim() == (grouped ? 2 : 1) && values.numel() == indices.numel() * group, op,
                     ": values must be [", indices.numel(), grouped ? ", " : "", grouped ? std::to_string(group) : "",
                     "], got ", values.dim(), "-D with ", values.numel(), " elements; pass one for each index");
-    tensors = {Usable(place, block_offsets), Usable(place, segments), Usable(place, indices), Usable(place, values)};
+    tensors.reserve(6);
+    for (const Tensor* t : {&block_offsets, &segments, &indices}) tensors.push_back(Usable(place, *t));
+    tensors.push_back(Usable(place, values, group));
     args.block_offsets = tensors[0].const_data_ptr<std::int32_t>();
     args.segments = tensors[1].const_data_ptr<std::int32_t>();
     args.indices = static_cast<const std::uint16_t*>(tensors[2].const_data_ptr());
@@ -121,6 +122,51 @@ struct MatmulInputs {
   Samples samples;
   Weight weight;
   Bias bias;
+};
+
+// Those of its bfloat16 mode.
+struct BFloat16Inputs {
+  BFloat16Inputs(const char* op, Place place, const Tensor& x, const Tensor& block_offsets, const Tensor& segments,
+                 const Tensor& indices, const Tensor& values, const std::optional<Tensor>& bias,
+                 std::int64_t out_features, std::int64_t column_block)
+      : samples(op, x, "x", place),
+        weight(op, place, block_offsets, segments, indices, values, out_features, samples.features, column_block, 2),
+        bias(op, bias, out_features, place) {
+    CheckDtype(op, values, "values", ScalarType::BFloat16);
+    weight.args.stored_as = BlockedValues::kBFloat16Pairs;
+  }
+
+  Samples samples;
+  Weight weight;
+  Bias bias;
+};
+
+// Those of its int8 mode.
+struct Int8Inputs {
+  Int8Inputs(const char* op, Place place, const Tensor& x, const Tensor& block_offsets, const Tensor& segments,
+             const Tensor& indices, const Tensor& values, const Tensor& row_scales, const Tensor& row_sums,
+             const std::optional<Tensor>& bias, std::int64_t out_features, std::int64_t column_block)
+      : samples(op, x, "x", place),
+        weight(op, place, block_offsets, segments, indices, values, out_features, samples.features, column_block, 4),
+        bias(op, bias, out_features, place) {
+    CheckInt8Columns(op, samples.features);
+    CheckDtype(op, values, "values", ScalarType::Char);
+    weight.args.stored_as = BlockedValues::kInt8Quads;
+    CheckVector(op, row_scales, "row_scales", ScalarType::Float, place);
+    CheckVector(op, row_sums, "row_sums", ScalarType::Int, place);
+    STD_TORCH_CHECK(row_scales.numel() == out_features && row_sums.numel() == out_features, op,
+                    ": row_scales and row_sums must be [", out_features, "], got ", row_scales.numel(), " and ",
+                    row_sums.numel(), " elements; pass one for each row");
+    for (const Tensor* t : {&row_scales, &row_sums}) weight.tensors.push_back(Usable(place, *t));
+    scales = weight.tensors[4].const_data_ptr<float>();
+    sums = weight.tensors[5].const_data_ptr<std::int32_t>();
+  }
+
+  Samples samples;
+  Weight weight;
+  Bias bias;
+  const float* scales = nullptr;       // of the rows
+  const std::int32_t* sums = nullptr;  // likewise
 };
 
 struct Panel {
@@ -185,7 +231,7 @@ Tensor Multiply(const char* op, const Samples& samples, BlockedMatmulArgs args, 
   // Packed at the same time: enough for the threads, and few enough to come back from the last cache level.
   constexpr std::int64_t kWave = 8;
   const BlockedWeight& weight = args.weight;
-  const Tensor y = torch::stable::new_empty(samples.tensor, WithLastDim(samples.tensor, weight.rows));
+  const Tensor y = EmptyWithLastDim(samples.tensor, weight.rows);
   char* y_data = static_cast<char*>(y.mutable_data_ptr());
   args.y_stored_as = samples.stored_as;
 
@@ -194,9 +240,8 @@ Tensor Multiply(const char* op, const Samples& samples, BlockedMatmulArgs args, 
   const std::int64_t row_blocks = Blocks(weight.rows, kBlockedRows);
   if (panel_count == 0 || row_blocks == 0) return y;
   const std::int64_t stride = panels[0].width * weight.columns;
-  const Tensor memory =
-      torch::stable::new_empty(samples.tensor, {std::min(kWave, panel_count) * stride}, ScalarType::Float);
-  float* panel_data = memory.mutable_data_ptr<float>();
+  Scratch memory(std::min(kWave, panel_count) * stride * std::int64_t{sizeof(float)});
+  float* panel_data = memory.Data<float>();
   const std::int64_t work = weight.nnz / row_blocks * std::max<std::int64_t>(1, panels[0].width / 8);
   SharedStatus status;
   for (std::int64_t first = 0; first < panel_count; first += kWave) {
@@ -207,11 +252,10 @@ Tensor Multiply(const char* op, const Samples& samples, BlockedMatmulArgs args, 
                    });
     // All row blocks of a panel one after the other: it stays in the second cache level, where its rows are read at
     // random, while the weight is read in order.
-    torch::stable::parallel_for(0, row_blocks * count, GrainItems(work), [&](std::int64_t begin, std::int64_t end) {
-      constexpr std::size_t kLine = 16;  // floats
-      const std::unique_ptr<float[]> sums(new float[kBlockedRows * panels[0].width + kLine]);
+    ParallelFor(row_blocks * count, GrainItems(work), [&](std::int64_t begin, std::int64_t end) {
+      alignas(64) float sums[kBlockedRows * kBlockedMaxWidth];
       BlockedMatmulArgs own = args;
-      own.sums = sums.get() + (kLine - reinterpret_cast<std::uintptr_t>(sums.get()) / sizeof(float) % kLine);
+      own.sums = sums;
       for (std::int64_t task = begin; task < end; ++task) {
         const std::int64_t i = task / row_blocks;
         const Panel& panel = panels[first + i];
@@ -250,14 +294,11 @@ Tensor BlockedBFloat16MatmulOnCpu(const Tensor& x, const Tensor& block_offsets, 
                                   const Tensor& indices, const Tensor& values, const std::optional<Tensor>& bias,
                                   std::int64_t out_features, std::int64_t column_block, bool relu) {
   constexpr const char* kOp = "blocked_bfloat16_matmul";
-  const Samples samples(kOp, x, "x");
-  CheckDtype(kOp, values, "values", ScalarType::BFloat16);
-  Weight weight(kOp, kCpu, block_offsets, segments, indices, values, out_features, samples.features, column_block, 2);
-  weight.args.stored_as = BlockedValues::kBFloat16Pairs;
-  const Bias bias_of_rows(kOp, bias, out_features);
+  const BFloat16Inputs inputs(kOp, kCpu, x, block_offsets, segments, indices, values, bias, out_features, column_block);
+  const Samples& samples = inputs.samples;
   BlockedMatmulArgs args{};
-  args.weight = weight.args;
-  args.bias = bias_of_rows.data;
+  args.weight = inputs.weight.args;
+  args.bias = inputs.bias.data;
   args.relu = relu;
   return Multiply(kOp, samples, args, [&](const Panel& panel, float* memory, std::int64_t begin, std::int64_t end) {
     PackPairPanel({samples.At(panel.begin), samples.stored_as, panel.samples, samples.features,
@@ -271,33 +312,22 @@ Tensor BlockedInt8MatmulOnCpu(const Tensor& x, const Tensor& block_offsets, cons
                               const Tensor& row_sums, const std::optional<Tensor>& bias, std::int64_t out_features,
                               std::int64_t column_block, bool relu) {
   constexpr const char* kOp = "blocked_int8_matmul";
-  const Samples samples(kOp, x, "x");
-  CheckInt8Columns(kOp, samples.features);
-  CheckDtype(kOp, values, "values", ScalarType::Char);
-  Weight weight(kOp, kCpu, block_offsets, segments, indices, values, out_features, samples.features, column_block, 4);
-  weight.args.stored_as = BlockedValues::kInt8Quads;
-  CheckVector(kOp, row_scales, "row_scales", ScalarType::Float);
-  CheckVector(kOp, row_sums, "row_sums", ScalarType::Int);
-  STD_TORCH_CHECK(row_scales.numel() == out_features && row_sums.numel() == out_features, kOp,
-                  ": row_scales and row_sums must be [", out_features, "], got ", row_scales.numel(), " and ",
-                  row_sums.numel(), " elements; pass one for each row");
-  const Tensor scales_of_rows = Contiguous(row_scales), sums_of_rows = Contiguous(row_sums);
-  const Bias bias_of_rows(kOp, bias, out_features);
-  const Tensor scales =
-      torch::stable::new_empty(samples.tensor, {samples.count + kBlockedMaxWidth + samples.count}, ScalarType::Float);
-  float* scale = scales.mutable_data_ptr<float>();
+  const Int8Inputs inputs(kOp, kCpu, x, block_offsets, segments, indices, values, row_scales, row_sums, bias,
+                          out_features, column_block);
+  const Samples& samples = inputs.samples;
+  Scratch scales((samples.count + kBlockedMaxWidth + samples.count) * std::int64_t{sizeof(float)});
+  float* scale = scales.Data<float>();
   float* inverse = scale + samples.count + kBlockedMaxWidth;
   std::fill(scale + samples.count, inverse, 0.0f);
-  torch::stable::parallel_for(
-      0, samples.count, GrainItems(samples.features / 8), [&](std::int64_t begin, std::int64_t end) {
-        SampleScales({samples.At(0), samples.stored_as, samples.features, scale, inverse}, begin, end);
-      });
+  ParallelFor(samples.count, GrainItems(samples.features / 8), [&](std::int64_t begin, std::int64_t end) {
+    SampleScales({samples.At(0), samples.stored_as, samples.features, scale, inverse}, begin, end);
+  });
   BlockedMatmulArgs args{};
-  args.weight = weight.args;
-  args.bias = bias_of_rows.data;
+  args.weight = inputs.weight.args;
+  args.bias = inputs.bias.data;
   args.relu = relu;
-  args.row_scales = scales_of_rows.const_data_ptr<float>();
-  args.row_sums = sums_of_rows.const_data_ptr<std::int32_t>();
+  args.row_scales = inputs.scales;
+  args.row_sums = inputs.sums;
   return Multiply(
       kOp, samples, args,
       [&](const Panel& panel, float* memory, std::int64_t begin, std::int64_t end) {
@@ -361,7 +391,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> Pack(const Tensor& like, const Rows& 
                        sources.mutable_data_ptr<std::int32_t>(),
                        nullptr};
   args.block_offsets[row_blocks * column_blocks] = static_cast<std::int32_t>(nnz);
-  torch::stable::parallel_for(0, row_blocks, 1, [&](std::int64_t begin, std::int64_t end) {
+  ParallelFor(row_blocks, 1, [&](std::int64_t begin, std::int64_t end) {
     std::vector<std::int32_t> scratch((kBlockedRows + 1) * column_blocks + column_block + 1);
     BlockedPackArgs own = args;
     own.scratch = scratch.data();
@@ -458,9 +488,52 @@ Tensor BlockedMatmulOnCuda(const Tensor& x, const Tensor& block_offsets, const T
   const MatmulInputs inputs(kOp, call.place(), x, block_offsets, segments, indices, values, bias, codebook,
                             out_features, column_block);
   const Samples& samples = inputs.samples;
-  const Tensor y = torch::stable::new_empty(x, WithLastDim(x, out_features));
+  const Tensor y = EmptyWithLastDim(x, out_features);
   call.Check(BlockedMatmulCuda({inputs.weight.args, samples.At(0), samples.stored_as, inputs.bias.data, relu,
                                 y.mutable_data_ptr(), samples.count},
+                               call.Stream()));
+  return y;
+}
+
+Tensor BlockedBFloat16MatmulOnCuda(const Tensor& x, const Tensor& block_offsets, const Tensor& segments,
+                                   const Tensor& indices, const Tensor& values, const std::optional<Tensor>& bias,
+                                   std::int64_t out_features, std::int64_t column_block, bool relu) {
+  constexpr const char* kOp = "blocked_bfloat16_matmul";
+  const CudaCall call(kOp, x, "x");
+  const BFloat16Inputs inputs(kOp, call.place(), x, block_offsets, segments, indices, values, bias, out_features,
+                              column_block);
+  const Samples& samples = inputs.samples;
+  const BlockedWeight& weight = inputs.weight.args;
+  const Tensor y = EmptyWithLastDim(x, out_features);
+  const Tensor words = torch::stable::new_empty(x, {samples.count, weight.columns}, ScalarType::Int);
+  auto* rounded = static_cast<std::uint32_t*>(words.mutable_data_ptr());
+  call.Check(BlockedPairsCuda({samples.At(0), samples.stored_as, samples.count, samples.features, rounded, nullptr},
+                              call.Stream()));
+  call.Check(BlockedMatmulCuda(
+      {weight, rounded, samples.stored_as, inputs.bias.data, relu, y.mutable_data_ptr(), samples.count},
+      call.Stream()));
+  return y;
+}
+
+Tensor BlockedInt8MatmulOnCuda(const Tensor& x, const Tensor& block_offsets, const Tensor& segments,
+                               const Tensor& indices, const Tensor& values, const Tensor& row_scales,
+                               const Tensor& row_sums, const std::optional<Tensor>& bias, std::int64_t out_features,
+                               std::int64_t column_block, bool relu) {
+  constexpr const char* kOp = "blocked_int8_matmul";
+  const CudaCall call(kOp, x, "x");
+  const Int8Inputs inputs(kOp, call.place(), x, block_offsets, segments, indices, values, row_scales, row_sums, bias,
+                          out_features, column_block);
+  const Samples& samples = inputs.samples;
+  const BlockedWeight& weight = inputs.weight.args;
+  const Tensor y = EmptyWithLastDim(x, out_features);
+  const Tensor words = torch::stable::new_empty(x, {samples.count, weight.columns}, ScalarType::Int);
+  const Tensor scales = torch::stable::new_empty(x, {samples.count}, ScalarType::Float);
+  auto* rounded = static_cast<std::uint32_t*>(words.mutable_data_ptr());
+  auto* scale = scales.mutable_data_ptr<float>();
+  call.Check(BlockedQuadsCuda({samples.At(0), samples.stored_as, samples.count, samples.features, rounded, scale},
+                              call.Stream()));
+  call.Check(BlockedMatmulCuda({weight, rounded, samples.stored_as, inputs.bias.data, relu, y.mutable_data_ptr(),
+                                samples.count, scale, inputs.scales},
                                call.Stream()));
   return y;
 }
@@ -485,8 +558,15 @@ STABLE_TORCH_LIBRARY_IMPL(tersetorch, CUDA, m) {
 #ifdef TERSETORCH_CUDA
   m.impl("blocked_matmul", TORCH_BOX(&BlockedMatmulOnCuda));
   m.impl("blocked_matmul_inference", TORCH_BOX(&BlockedMatmulOnCuda));
+  m.impl("blocked_bfloat16_matmul", TORCH_BOX(&BlockedBFloat16MatmulOnCuda));
+  m.impl("blocked_bfloat16_matmul_inference", TORCH_BOX(&BlockedBFloat16MatmulOnCuda));
+  m.impl("blocked_int8_matmul", TORCH_BOX(&BlockedInt8MatmulOnCuda));
+  m.impl("blocked_int8_matmul_inference", TORCH_BOX(&BlockedInt8MatmulOnCuda));
 #else
-  for (const char* op : {"blocked_matmul", "blocked_matmul_inference"}) m.impl(op, &NotBuiltForCuda);
+  for (const char* op : {"blocked_matmul", "blocked_matmul_inference", "blocked_bfloat16_matmul",
+                         "blocked_bfloat16_matmul_inference", "blocked_int8_matmul", "blocked_int8_matmul_inference"}) {
+    m.impl(op, &NotBuiltForCuda);
+  }
 #endif
 }
 

@@ -6,15 +6,33 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 namespace tersetorch {
 
-// The shape of t with its last dimension replaced.
-inline std::vector<std::int64_t> WithLastDim(const torch::stable::Tensor& t, std::int64_t last) {
-  std::vector<std::int64_t> shape(t.sizes().begin(), t.sizes().end());
-  shape.back() = last;
-  return shape;
+// A tensor of t's dtype and device and of its shape with the last dimension replaced. Past the dispatcher, which looks
+// an op up by its name at every call.
+inline torch::stable::Tensor EmptyWithLastDim(const torch::stable::Tensor& t, std::int64_t last) {
+  const std::int64_t dim = t.dim();
+  std::vector<std::int64_t> shape_and_strides(2 * dim);
+  std::int64_t* shape = shape_and_strides.data();
+  std::int64_t* strides = shape + dim;
+  std::copy(t.sizes().begin(), t.sizes().end(), shape);
+  shape[dim - 1] = last;
+  std::int64_t stride = 1;
+  for (std::int64_t d = dim; d-- > 0;) {
+    strides[d] = stride;
+    stride *= std::max<std::int64_t>(1, shape[d]);
+  }
+  std::int32_t dtype, device_type, device_index;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(t.get(), &device_index));
+  AtenTensorHandle empty;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dim, shape, strides, dtype, device_type, device_index, &empty));
+  return torch::stable::Tensor(empty);
 }
 
 // The product of the leading dimensions; unlike numel() / size(-1) it is right for an empty last dimension too.
@@ -34,5 +52,34 @@ inline std::int64_t GrainItems(std::int64_t vector_operations_per_item) {
   constexpr std::int64_t kVectorOperationsPerTask = 32 * 1024;
   return std::max<std::int64_t>(1, kVectorOperationsPerTask / std::max<std::int64_t>(1, vector_operations_per_item));
 }
+
+// Calls run(begin, end) for parts of `items`, on several threads where each gets at least `grain` of them.
+template <typename Run>
+void ParallelFor(std::int64_t items, std::int64_t grain, const Run& run) {
+  if (items > grain) {
+    torch::stable::parallel_for(0, items, grain, run);
+  } else if (items > 0) {
+    run(0, items);
+  }
+}
+
+// Memory for a call, aligned to a cache line: a little of it on the stack, because asking for some costs as much as a
+// small product.
+class Scratch {
+ public:
+  explicit Scratch(std::int64_t bytes) {
+    if (bytes > static_cast<std::int64_t>(sizeof small_)) large_.reset(new char[bytes + kLine]);
+  }
+  template <typename T>
+  T* Data() {
+    char* p = large_ ? large_.get() : small_;
+    return reinterpret_cast<T*>(p + (kLine - reinterpret_cast<std::uintptr_t>(p) % kLine) % kLine);
+  }
+
+ private:
+  static constexpr std::int64_t kLine = 64;
+  alignas(kLine) char small_[16 * 1024];
+  std::unique_ptr<char[]> large_;
+};
 
 }  // namespace tersetorch

@@ -244,7 +244,7 @@ class Panels {
 // ---- ops
 
 Tensor CsrMatmulOnCpu(const Tensor& x, const Tensor& row_offsets, const Tensor& col_indices, const Tensor& values,
-                      const std::optional<Tensor>& bias, const std::optional<Tensor>& codebook) {
+                      const std::optional<Tensor>& bias, const std::optional<Tensor>& codebook, bool relu) {
   constexpr const char* kOp = "csr_matmul";
   const MatmulInputs inputs(kOp, kCpu, x, row_offsets, col_indices, values, bias, codebook);
   const Samples& samples = inputs.samples;
@@ -253,7 +253,7 @@ Tensor CsrMatmulOnCpu(const Tensor& x, const Tensor& row_offsets, const Tensor& 
 
   const PanelPlan plan(samples.count, samples.features);
   Panels panels(samples, plan);
-  const Tensor y = torch::stable::new_empty(x, WithLastDim(x, rows));
+  const Tensor y = EmptyWithLastDim(x, rows);
   char* y_data = static_cast<char*>(y.mutable_data_ptr());
   SharedStatus status;
   plan.ForWaves([&](std::int64_t first, std::int64_t count) {
@@ -262,8 +262,8 @@ Tensor CsrMatmulOnCpu(const Tensor& x, const Tensor& row_offsets, const Tensor& 
                    [&](std::int64_t i, std::int64_t begin, std::int64_t end) {
                      const std::int64_t panel = first + i;
                      char* y_of_panel = y_data + plan.Begin(panel) * rows * samples.item_bytes;
-                     const CsrMatmulArgs args{weight.args, panels.At(panel),  plan.Width(panel),    inputs.bias.data,
-                                              y_of_panel,  samples.stored_as, plan.SamplesIn(panel)};
+                     const CsrMatmulArgs args{weight.args, panels.At(panel), plan.Width(panel), inputs.bias.data,
+                                              relu,        y_of_panel,       samples.stored_as, plan.SamplesIn(panel)};
                      status.Report(CsrMatmul(args, begin, end));
                    });
   });
@@ -278,7 +278,7 @@ Tensor CsrMatmulGradXOnCpu(const Tensor& grad_y, const Tensor& row_offsets, cons
   const Samples& samples = inputs.samples;
   const Weight& weight = inputs.weight;
 
-  const Tensor grad_x = torch::stable::new_empty(grad_y, WithLastDim(grad_y, in_features));
+  const Tensor grad_x = EmptyWithLastDim(grad_y, in_features);
   // The threads share out the panels; a sample's sum does not depend on the panel that holds it.
   const PanelPlan plan(samples.count, in_features, torch::stable::get_num_threads());
   Panels panels(samples, plan);
@@ -370,15 +370,15 @@ std::tuple<Tensor, Tensor, Tensor> CsrPackOnCpu(const Tensor& dense) {
 #ifdef TERSETORCH_CUDA
 
 Tensor CsrMatmulOnCuda(const Tensor& x, const Tensor& row_offsets, const Tensor& col_indices, const Tensor& values,
-                       const std::optional<Tensor>& bias, const std::optional<Tensor>& codebook) {
+                       const std::optional<Tensor>& bias, const std::optional<Tensor>& codebook, bool relu) {
   constexpr const char* kOp = "csr_matmul";
   const CudaCall call(kOp, x, "x");
   const MatmulInputs inputs(kOp, call.place(), x, row_offsets, col_indices, values, bias, codebook);
   const Samples& samples = inputs.samples;
-  const Tensor y = torch::stable::new_empty(x, WithLastDim(x, inputs.weight.args.rows));
-  call.Check(CsrMatmulCuda(
-      {inputs.weight.args, samples.At(0), samples.stored_as, inputs.bias.data, y.mutable_data_ptr(), samples.count},
-      call.Stream()));
+  const Tensor y = EmptyWithLastDim(x, inputs.weight.args.rows);
+  call.Check(CsrMatmulCuda({inputs.weight.args, samples.At(0), samples.stored_as, inputs.bias.data, relu,
+                            y.mutable_data_ptr(), samples.count},
+                           call.Stream()));
   return y;
 }
 
@@ -388,7 +388,7 @@ Tensor CsrMatmulGradXOnCuda(const Tensor& grad_y, const Tensor& row_offsets, con
   const CudaCall call(kOp, grad_y, "grad_y");
   const GradXInputs inputs(kOp, call.place(), grad_y, row_offsets, col_indices, values, in_features, codebook);
   const Samples& samples = inputs.samples;
-  const Tensor grad_x = torch::stable::new_empty(grad_y, WithLastDim(grad_y, in_features));
+  const Tensor grad_x = EmptyWithLastDim(grad_y, in_features);
   const Tensor sums = samples.stored_as == FloatDtype::kFloat32
                           ? grad_x
                           : torch::stable::new_empty(grad_y, {samples.count * in_features}, ScalarType::Float);

@@ -10,14 +10,15 @@ STABLE_TORCH_LIBRARY(tersetorch, m) {
 
   // The name of the level that the CPU kernels use.
   m.def("cpu_isa() -> str");
-  // x [..., in] and a weight [out, in] in compressed sparse rows -> [..., out]; with a codebook, values are codes.
+  // x [..., in] and a weight [out, in] in compressed sparse rows, at least 0 with relu -> [..., out]; with a codebook,
+  // values are codes.
   m.def(
       "csr_matmul(Tensor x, Tensor row_offsets, Tensor col_indices, Tensor values, Tensor? bias=None, Tensor? "
-      "codebook=None) -> Tensor");
+      "codebook=None, bool relu=False) -> Tensor");
   // The same without autograd: for callers that know gradients to be off.
   m.def(
       "csr_matmul_inference(Tensor x, Tensor row_offsets, Tensor col_indices, Tensor values, Tensor? bias=None, "
-      "Tensor? codebook=None) -> Tensor");
+      "Tensor? codebook=None, bool relu=False) -> Tensor");
   // Its gradients: grad_y [..., out] -> [..., in]
   m.def(
       "csr_matmul_grad_x(Tensor grad_y, Tensor row_offsets, Tensor col_indices, Tensor values, int in_features, "
@@ -88,25 +89,35 @@ STABLE_TORCH_LIBRARY(tersetorch, m) {
   // bitmap and row_offsets -> col_indices int32 [nnz]
   m.def("bitmap_to_rows(Tensor bitmap, Tensor row_offsets, int columns, int nnz) -> Tensor");
 
-  // x [N, C, H, W] and a weight [O, C / groups * kh * kw] in compressed sparse rows, at least 0 with relu
-  // -> [N, O, H', W']
+  // x [N, C, H, W] and a weight [O, C / groups * kh * kw] in compressed sparse rows, at least 0 with relu; mode
+  // "exact", "bfloat16" or "int8" -> [N, O, H', W']
   m.def(
       "sparse_conv2d(Tensor x, Tensor row_offsets, Tensor col_indices, Tensor values, Tensor? bias, Tensor? codebook, "
-      "int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups, bool relu=False) -> Tensor");
+      "int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups, bool relu=False, str mode='exact') "
+      "-> Tensor");
   // The same without autograd: for callers that know gradients to be off.
   m.def(
       "sparse_conv2d_inference(Tensor x, Tensor row_offsets, Tensor col_indices, Tensor values, Tensor? bias, Tensor? "
-      "codebook, int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups, bool relu=False) -> "
-      "Tensor");
-  // The same with a weight that sparse_conv2d_pack has laid out, and without autograd.
+      "codebook, int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups, bool relu=False, str "
+      "mode='exact') -> Tensor");
+  // The same with a weight that sparse_conv2d_pack has laid out, and without autograd; or with one that
+  // sparse_conv2d_pack_words has, whose values say the mode.
   m.def(
       "sparse_conv2d_packed(Tensor x, Tensor blocks, Tensor segments, Tensor indices, Tensor values, Tensor? bias, "
       "Tensor? codebook, int out_channels, int channel_block, int[] kernel_size, int[] stride, int[] padding, int[] "
-      "dilation, int groups, bool relu=False) -> Tensor");
+      "dilation, int groups, bool relu=False, Tensor? row_scales=None, Tensor? row_sums=None) -> Tensor");
   // A weight in compressed sparse rows -> blocks, segments, indices and where each non-zero comes from.
   m.def(
       "sparse_conv2d_pack(Tensor row_offsets, Tensor col_indices, int in_channels, int channel_block, int[] "
       "kernel_size, int[] stride, int[] dilation, int groups) -> (Tensor, Tensor, Tensor, Tensor)");
-  // The channel_block to pack with.
-  m.def("sparse_conv2d_channel_block(int in_channels, int[] kernel_size, int[] stride, int[] dilation) -> int");
+  // One with float values, rounded -> blocks, segments, indices, words bfloat16 [n, 2] or int8 [n, 4] of neighbouring
+  // channels, and for int8 row_scales [O] and row_sums [O]
+  m.def(
+      "sparse_conv2d_pack_words(Tensor row_offsets, Tensor col_indices, Tensor values, int in_channels, int "
+      "channel_block, int[] kernel_size, int[] stride, int[] dilation, int groups, str mode) -> (Tensor, Tensor, "
+      "Tensor, Tensor, Tensor, Tensor)");
+  // The channel_block to pack with, in words where the mode has them.
+  m.def(
+      "sparse_conv2d_channel_block(int in_channels, int[] kernel_size, int[] stride, int[] dilation, int groups=1, str "
+      "mode='exact') -> int");
 }

@@ -34,11 +34,12 @@ inline void CheckOn(Place place, const char* op, const Tensor& t, const char* na
                   t.is_cuda() ? "cuda:" + std::to_string(t.get_device_index()) : "the CPU", "; move it");
 }
 
-// Memory that a kernel takes: contiguous, and on a GPU, which loads whole elements only, aligned to them.
-inline Tensor Usable(Place place, const Tensor& t) {
+// Memory that a kernel takes: contiguous, and on a GPU, which loads whole words only, aligned to those of so many
+// elements.
+inline Tensor Usable(Place place, const Tensor& t, std::int64_t elements = 1) {
   const Tensor contiguous = Contiguous(t);
-  const bool taken =
-      place == kCpu || reinterpret_cast<std::uintptr_t>(contiguous.const_data_ptr()) % contiguous.element_size() == 0;
+  const auto word = static_cast<std::uintptr_t>(contiguous.element_size() * elements);
+  const bool taken = place == kCpu || reinterpret_cast<std::uintptr_t>(contiguous.const_data_ptr()) % word == 0;
   return taken ? contiguous : torch::stable::clone(contiguous);
 }
 
@@ -51,23 +52,27 @@ inline FloatDtype DtypeOf(const char* op, const Tensor& t, const char* name) {
 
 // Samples [..., features] of a floating point dtype.
 struct Samples {
-  Samples(const char* op, const Tensor& t, const char* name, Place place = kCpu) : stored_as(DtypeOf(op, t, name)) {
-    CheckOn(place, op, t, name);
-    STD_TORCH_CHECK(t.dim() >= 1, op, ": ", name, " must be [..., features], got a scalar; reshape it");
-    tensor = Usable(place, t);
-    count = LeadingSize(t);
-    features = t.size(-1);
-    item_bytes = stored_as == FloatDtype::kFloat32 ? 4 : 2;
-  }
+  Samples(const char* op, const Tensor& t, const char* name, Place place = kCpu)
+      : stored_as(DtypeOf(op, t, name)),
+        tensor(Usable(place, Checked(op, t, name, place))),
+        count(LeadingSize(t)),
+        features(t.size(-1)),
+        item_bytes(stored_as == FloatDtype::kFloat32 ? 4 : 2) {}
 
   // Sample n.
   const void* At(std::int64_t n) const {
     return static_cast<const char*>(tensor.const_data_ptr()) + n * features * item_bytes;
   }
 
+  static const Tensor& Checked(const char* op, const Tensor& t, const char* name, Place place) {
+    CheckOn(place, op, t, name);
+    STD_TORCH_CHECK(t.dim() >= 1, op, ": ", name, " must be [..., features], got a scalar; reshape it");
+    return t;
+  }
+
   FloatDtype stored_as;
-  Tensor tensor;
-  std::int64_t count = 0, features = 0, item_bytes = 0;
+  Tensor tensor;  // initialised at once: a Tensor of nothing costs two allocations
+  std::int64_t count, features, item_bytes;
 };
 
 // A bias [rows] as float32, or none.
@@ -79,10 +84,10 @@ struct Bias {
                     t->numel(), " elements; pass one for each row");
     tensor =
         DtypeOf(op, *t, "bias") == FloatDtype::kFloat32 ? Usable(place, *t) : torch::stable::to(*t, ScalarType::Float);
-    data = tensor.const_data_ptr<float>();
+    data = tensor->const_data_ptr<float>();
   }
 
-  Tensor tensor;
+  std::optional<Tensor> tensor;
   const float* data = nullptr;
 };
 
@@ -99,7 +104,7 @@ inline void CheckCodebook(const char* op, const Tensor& t, std::int64_t max_entr
 template <typename Run>
 void ParallelRanges(std::int64_t outer, std::int64_t inner, std::int64_t grain, const Run& run) {
   if (inner == 0) return;
-  torch::stable::parallel_for(0, outer * inner, grain, [&](std::int64_t begin, std::int64_t end) {
+  ParallelFor(outer * inner, grain, [&](std::int64_t begin, std::int64_t end) {
     while (begin < end) {
       const std::int64_t o = begin / inner;
       const std::int64_t stop = std::min(end, (o + 1) * inner);

@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -41,7 +42,7 @@ def terse_file(tmp_path_factory):
 def test_help_names_every_verb(tersetorch):
     done = tersetorch("--help")
     assert done.returncode == 0
-    for verb in ("demo", "convert", "inspect", "doctor", "bench"):
+    for verb in ("demo", "convert", "inspect", "doctor", "bench", "reproduce"):
         assert verb in done.stdout
 
 
@@ -101,6 +102,8 @@ def test_convert_measures_and_reads_a_state_dict(tersetorch, tmp_path):
         (["convert", "model.pt", "out.terse", "--network", "VGG"], "mobilenet, got VGG"),
         (["convert", "model.onnx", "out.terse", "--network", "lenet-300-100"], "must be a .terse, .pt, .pth or"),
         (["bench", "sparse", "--quick", "--case", "nosuch"], "must leave something to measure"),
+        (["reproduce", "nothing"], "ROW must be one of"),
+        (["reproduce", "trade_off", "--json", "missing/x.json"], "--json must name a file in a folder"),
         (["bench", "nothing"], "SUITE must be one of sparse, networks, rates"),
         (["bench", "sparse", "--density", "2"], "should be less than or equal to 1"),
         (["frobnicate"], "No such command"),
@@ -165,6 +168,28 @@ def test_doctor_fails_when_an_op_is_wrong(monkeypatch):
     assert stopped.value.exit_code == 1
 
 
+def test_reproduce_lists_runs_and_stores(tersetorch, tmp_path, monkeypatch):
+    from tersetorch.bench import reproductions
+
+    names = tersetorch("reproduce", "--names").stdout.split()
+    assert names == list(reproductions.ROWS)
+    listed = tersetorch("reproduce")
+    assert listed.returncode == 0 and all(name in listed.stdout for name in names)
+    seen = []
+
+    def run(how):
+        seen.append((tuple(how.seeds), how.quick, how.workers, how.notes, torch.get_num_threads()))
+        return {"seeds": list(how.seeds)}
+
+    row = reproductions.runs.Reproduction("small", "", run, lambda record: str(record))
+    monkeypatch.setitem(reproductions.ROWS, "small", row)
+    path = tmp_path / "small.json"
+    done = tersetorch("reproduce", "small", "--seed", 4, "--seed", 2, "--quick", "--workers", 3, "--json", path)
+    assert done.returncode == 0, done.stderr
+    assert seen == [((4, 2), True, 3, tmp_path / "small.json.notes", 1)]
+    assert json.loads(path.read_text()) == {"seeds": [4, 2]}
+
+
 def test_shapes():
     assert parse_shape("1x784") == [1, 784] and parse_shape("8X3x2") == [8, 3, 2]
     for bad in ("", "0x3", "axb", "1x", "-1x2", "1x\u00b2"):
@@ -193,3 +218,40 @@ def test_bench_shows_and_stores(tersetorch, tmp_path, monkeypatch):
     assert "tersetorch csr" in done.stdout and "transformer ffn up" in done.stdout
     limits = tersetorch("bench", "rates", "--quick")
     assert limits.returncode == 0 and "multiply-adds float32" in limits.stdout and "16 KiB" in limits.stdout
+
+
+def test_a_bad_level_gives_one_sentence():
+    environment = {**os.environ, "TERSETORCH_CPU_ISA": "mmx"}
+    command = subprocess.run(["tersetorch", "doctor"], env=environment, capture_output=True, text=True, check=False)
+    assert command.returncode == 2
+    assert command.stderr.startswith("tersetorch: TERSETORCH_CPU_ISA must be") and command.stderr.count("\n") == 1
+    program = [sys.executable, "-c", "import tersetorch"]
+    imported = subprocess.run(program, env=environment, capture_output=True, text=True, check=False)
+    assert imported.returncode == 1 and "ImportError: tersetorch: TERSETORCH_CPU_ISA must be" in imported.stderr
+
+
+@pytest.mark.parametrize("name", ["x.pt", "x.safetensors", "x.terse"])
+def test_convert_refuses_a_pipe_without_waiting(tersetorch, tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    done = tersetorch("convert", tmp_path / name, tmp_path / "y.terse", "--network", "lenet-5", "--plan", "sparse")
+    assert done.returncode == 2 and "MODEL must be a regular file" in done.stderr
+
+
+def test_convert_refuses_a_state_that_is_not_real(tersetorch, tmp_path):
+    state = tt.zoo.NETWORKS["lenet-300-100"]().state_dict()
+    name = next(iter(state))
+    torch.save({**state, name: torch.complex(state[name], state[name])}, tmp_path / "x.pt")
+    arguments = ("convert", tmp_path / "x.pt", tmp_path / "y.terse", "--network", "lenet-300-100", "--plan", "sparse")
+    done = tersetorch(*arguments)
+    assert done.returncode == 1 and f"{name} must be real, got a complex tensor" in done.stderr
+    assert not (tmp_path / "y.terse").exists()
+
+
+def test_outputs_are_checked_before_any_work(tersetorch, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("COLUMNS", "400")
+    demo = tersetorch("demo", "--output", tmp_path / "file")
+    assert demo.returncode == 2 and "--output must name a folder, got the file" in demo.stderr
+    for path in (tmp_path, tmp_path / "file" / "x.json"):
+        bench = tersetorch("bench", "rates", "--json", path)
+        assert bench.returncode == 2 and "--json must name a file that can be written" in bench.stderr

@@ -24,6 +24,8 @@ class FakeTimer:
             **dict.fromkeys(["blocked", "blocked_codebook", "blocked_int8", "blocked_bfloat16"], 2e-3),
             "the model: dense model": 1e-2,
             "the model: dense model channels_last": 1e-2,
+            "the model: dense model with ReLU in place": 1e-2,
+            "the model: dense model channels_last with ReLU in place": 1e-2,
             "dense channels_last": 1e-3,
             **dict.fromkeys(
                 ["sparse_conv2d", "sparse_codebook_conv2d", "sparse_conv1d", "sparse_codebook_conv1d"], 4e-4

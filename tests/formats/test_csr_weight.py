@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import scipy.sparse
 import torch
@@ -112,3 +114,13 @@ def test_narrow_indices_number_the_same_columns():
     assert torch.equal(narrow.narrowed().col_indices, narrow.col_indices)
     with pytest.raises(ValueError, match="CsrWeight: columns must be at most 65536 for 16-bit indices, got 65537"):
         CsrWeight.from_dense(torch.zeros(1, 65537)).narrowed()
+
+
+def test_a_weight_without_numbers_is_refused():
+    weight = CsrWeight.from_dense(torch.eye(3))
+    moved = {name: getattr(weight, name).to("meta") for name in ("row_offsets", "col_indices", "values")}
+    for field, tensor in moved.items():
+        with pytest.raises(ValueError, match=f"CsrWeight: {field} must have numbers, got a tensor on device meta"):
+            replace(weight, **{field: tensor}).validate()
+    with pytest.raises(ValueError, match="CsrWeight: weight must have numbers, got a tensor on device meta"):
+        CsrWeight.from_dense(torch.eye(3, device="meta"))

@@ -2,6 +2,8 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
+#include <cmath>
 #include <cstdint>
 #include <random>
 #include <vector>
@@ -81,5 +83,66 @@ struct RandomBlocked {
   std::vector<std::uint16_t> halves;
   std::vector<std::uint8_t> codes;
 };
+
+// A weight whose values are words of T: those of consecutive columns, zeros among them.
+template <typename T>
+struct Words {
+  static constexpr Index kGroup = 4 / sizeof(T);
+
+  Words(Index rows, Index features, Index column_block, double density, std::mt19937& rng)
+      : rows(rows), columns((features + kGroup - 1) / kGroup), column_block(column_block), dense(rows * features) {
+    std::vector<std::int32_t> row_offsets{0}, col_indices;
+    std::vector<std::array<T, kGroup>> in_rows;
+    for (Index r = 0; r < rows; ++r) {
+      std::bernoulli_distribution kept(r % 7 == 3 ? 0 : r % 11 == 5 ? 1 : density);
+      for (Index c = 0; c < columns; ++c) {
+        std::array<T, kGroup> word{};
+        bool any = false;
+        for (Index j = 0; j < kGroup && kGroup * c + j < features; ++j) {
+          if (!kept(rng)) continue;
+          any = true;
+          if constexpr (sizeof(T) == 1) {
+            word[j] = static_cast<T>(rng() % 16 == 0 ? -128 : static_cast<int>(rng() % 256) - 128);
+            dense[r * features + kGroup * c + j] = word[j];
+          } else {
+            word[j] = Truncated(std::normal_distribution<float>()(rng));
+            dense[r * features + kGroup * c + j] = Widened(word[j]);
+          }
+        }
+        if (!any) continue;
+        col_indices.push_back(static_cast<std::int32_t>(c));
+        in_rows.push_back(word);
+      }
+      row_offsets.push_back(static_cast<std::int32_t>(col_indices.size()));
+    }
+    const BlockedLayout layout(row_offsets, col_indices, columns, column_block);
+    for (const std::int32_t source : layout.sources) values.push_back(in_rows[source]);
+    block_offsets = layout.block_offsets;
+    segments = layout.segments;
+    indices = layout.indices;
+  }
+
+  Index RowBlocks() const { return (rows + kBlockedRows - 1) / kBlockedRows; }
+
+  Index rows, columns, column_block;
+  std::vector<float> dense;  // [rows, features]
+  std::vector<std::int32_t> block_offsets, segments;
+  std::vector<std::uint16_t> indices;
+  std::vector<std::array<T, kGroup>> values;
+};
+
+// Scales that are ordinary, and so large that a sum times one of them overflows.
+inline std::vector<float> RowScales(Index rows, std::mt19937& rng) {
+  std::vector<float> scales = Random(rows, rng);
+  for (Index r = 2; r < rows; r += 5) scales[r] = std::fabs(scales[r]) * 1e35f;
+  return scales;
+}
+
+// What quads give for an exact sum.
+inline float Scaled(std::int32_t sum, float row_scale, float sample_scale, float bias) {
+  const bool row_first = row_scale < sample_scale;
+  const float scaled = static_cast<float>(sum) * (row_first ? row_scale : sample_scale);
+  return std::fma(scaled, row_first ? sample_scale : row_scale, bias);
+}
 
 }  // namespace tersetorch::test

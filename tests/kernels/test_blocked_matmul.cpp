@@ -164,51 +164,6 @@ void TestShapes(const std::vector<Variant>& variants) {
   }
 }
 
-// A weight whose values are words of T: those of consecutive columns, zeros among them.
-template <typename T>
-struct Words {
-  static constexpr Index kGroup = 4 / sizeof(T);
-
-  Words(Index rows, Index features, Index column_block, double density, std::mt19937& rng)
-      : rows(rows), columns((features + kGroup - 1) / kGroup), column_block(column_block), dense(rows * features) {
-    std::vector<std::int32_t> row_offsets{0}, col_indices;
-    std::vector<std::array<T, kGroup>> in_rows;
-    for (Index r = 0; r < rows; ++r) {
-      std::bernoulli_distribution kept(r % 7 == 3 ? 0 : r % 11 == 5 ? 1 : density);
-      for (Index c = 0; c < columns; ++c) {
-        std::array<T, kGroup> word{};
-        bool any = false;
-        for (Index j = 0; j < kGroup && kGroup * c + j < features; ++j) {
-          if (!kept(rng)) continue;
-          any = true;
-          if constexpr (sizeof(T) == 1) {
-            word[j] = static_cast<T>(rng() % 16 == 0 ? -128 : static_cast<int>(rng() % 256) - 128);
-            dense[r * features + kGroup * c + j] = word[j];
-          } else {
-            word[j] = Truncated(std::normal_distribution<float>()(rng));
-            dense[r * features + kGroup * c + j] = Widened(word[j]);
-          }
-        }
-        if (!any) continue;
-        col_indices.push_back(static_cast<std::int32_t>(c));
-        in_rows.push_back(word);
-      }
-      row_offsets.push_back(static_cast<std::int32_t>(col_indices.size()));
-    }
-    const BlockedLayout layout(row_offsets, col_indices, columns, column_block);
-    for (const std::int32_t source : layout.sources) values.push_back(in_rows[source]);
-    block_offsets = layout.block_offsets;
-    segments = layout.segments;
-    indices = layout.indices;
-  }
-
-  Index rows, columns, column_block;
-  std::vector<float> dense;  // [rows, features]
-  std::vector<std::int32_t> block_offsets, segments;
-  std::vector<std::uint16_t> indices;
-  std::vector<std::array<T, kGroup>> values;
-};
-
 // Quads give the same bits as the formula at every level, pairs a sum within its rounding.
 template <typename T>
 void TestWords(const Variant& variant, Index rows, Index features, Index column_block, double density, Index width,
@@ -217,7 +172,7 @@ void TestWords(const Variant& variant, Index rows, Index features, Index column_
   const Words<T> w(rows, features, column_block, density, rng);
   const Index samples = std::max<Index>(1, width - static_cast<Index>(rng() % 5));
   const bool relu = rng() % 2 == 0;
-  const auto x = Random(samples * features, rng), bias = Random(rows, rng), row_scales = Random(rows, rng);
+  const auto x = Random(samples * features, rng), bias = Random(rows, rng), row_scales = RowScales(rows, rng);
   std::vector<float> scales(width, 0.0f), inverses(width, 0.0f);
   const auto panel_memory = std::vector<std::uint32_t>(w.columns * width, 0xdeadbeef);
   Unaligned<std::uint32_t> panel(panel_memory);
@@ -281,7 +236,7 @@ void TestWords(const Variant& variant, Index rows, Index features, Index column_
       want.Add(bias[r]);
       const float y_value = got[n * rows + r];
       if (kQuads) {
-        const float exact = std::fma(static_cast<float>(integer) * row_scales[r], scales[n], bias[r]);
+        const float exact = Scaled(integer, row_scales[r], scales[n], bias[r]);
         const float stored = floats_as == FloatDtype::kFloat32 ? exact : FromBFloat16(ToBFloat16(exact));
         right &= y_value == (relu && exact < 0 ? 0 : stored);
       } else {

@@ -1,4 +1,7 @@
-// The CUDA kernel against sums in double, on shapes around its tiles and on damaged weights.
+// The CUDA kernels against sums in double, and quads to the bit against their formula, on shapes around their tiles and
+// on damaged weights.
+#include <algorithm>
+#include <bit>
 #include <cmath>
 #include <initializer_list>
 #include <random>
@@ -9,7 +12,9 @@
 #include "kernels/blocked_matmul/blocked_matmul_cuda.h"
 #include "kernels/blocked_weight.h"
 #include "kernels/check.h"
+#include "kernels/common/scalars.h"
 #include "kernels/device.h"
+#include "kernels/panels/panels.h"
 
 using namespace tersetorch;
 using namespace tersetorch::test;
@@ -83,6 +88,197 @@ void TestShapes() {
         TestOne(w, values_as, floats_as, samples, turn % 5 != 0, turn % 3 == 0, rng);
         ++turn;
       }
+    }
+  }
+}
+
+// ---- words
+
+template <typename T>
+constexpr bool kQuads = sizeof(T) == 1;
+
+// Samples rounded to words, and what they were rounded with, by the scalar level.
+template <typename T>
+struct Rounded {
+  Rounded(const std::vector<float>& x, Index samples, Index features)
+      : columns((features + Words<T>::kGroup - 1) / Words<T>::kGroup),
+        words(samples * columns),
+        scales(samples),
+        inverses(samples) {
+    if (kQuads<T>) {
+      kWordPanelsScalar.scales({x.data(), FloatDtype::kFloat32, features, scales.data(), inverses.data()}, 0, samples);
+    }
+    constexpr Index kWidth = 8;
+    std::vector<std::uint32_t> panel(columns * kWidth);
+    for (Index first = 0; first < samples; first += kWidth) {
+      const Index count = std::min(kWidth, samples - first);
+      const WordPanelArgs args{x.data() + first * features,
+                               FloatDtype::kFloat32,
+                               count,
+                               features,
+                               panel.data(),
+                               kWidth,
+                               inverses.data() + first,
+                               0};
+      (kQuads<T> ? kWordPanelsScalar.quads : kWordPanelsScalar.pairs)(args, 0, columns);
+      for (Index n = 0; n < count; ++n) {
+        for (Index c = 0; c < columns; ++c) words[(first + n) * columns + c] = panel[c * kWidth + n];
+      }
+    }
+  }
+
+  Index columns;
+  std::vector<std::uint32_t> words;
+  std::vector<float> scales, inverses;
+};
+
+bool Same(float a, float b) { return a == b || (std::isnan(a) && std::isnan(b)); }
+
+// y; the words must be those of the scalar level.
+template <typename T>
+std::vector<float> MultiplyWords(const Words<T>& w, FloatDtype floats_as, Index samples, Index features,
+                                 const std::vector<float>& x_numbers, const std::vector<float>* bias_numbers,
+                                 const std::vector<float>& row_scale_numbers, bool relu) {
+  DeviceArray<std::int32_t> offsets("block_offsets", w.block_offsets), segments("segments", w.segments);
+  DeviceArray<std::uint16_t> indices("indices", w.indices);
+  std::vector<std::uint32_t> stored;
+  for (const auto& word : w.values) stored.push_back(std::bit_cast<std::uint32_t>(word));
+  DeviceArray<std::uint32_t> values("values", stored), words("words", samples * w.columns);
+  DeviceArray<float> row_scales("row_scales", row_scale_numbers), scales("sample_scales", samples);
+  DeviceArray<float> bias("bias", bias_numbers == nullptr ? std::vector<float>() : *bias_numbers);
+  DeviceFloats x("x", floats_as, x_numbers), y("y", floats_as, samples * w.rows);
+  const BlockedWordsCudaArgs round{x.data(), floats_as, samples, features, words.data(), scales.data()};
+  ExpectLaunched((kQuads<T> ? BlockedQuadsCuda : BlockedPairsCuda)(round, nullptr), "rounding to words");
+  const Rounded<T> want(x_numbers, samples, features);
+  bool same = words.Values() == want.words;
+  if (kQuads<T>) {
+    const auto got = scales.Values();
+    for (Index n = 0; n < samples; ++n) same &= Same(got[n], want.scales[n]);
+  }
+  Expect(same, "words of %ld: %ld samples of %ld features, floats %d", long{Words<T>::kGroup}, long{samples},
+         long{features}, static_cast<int>(floats_as));
+  const BlockedWeight weight{offsets.data(),
+                             segments.data(),
+                             indices.data(),
+                             values.data(),
+                             kQuads<T> ? BlockedValues::kInt8Quads : BlockedValues::kBFloat16Pairs,
+                             nullptr,
+                             0,
+                             w.rows,
+                             w.columns,
+                             static_cast<Index>(w.indices.size()),
+                             w.column_block};
+  BlockedMatmulCudaArgs args{weight, words.data(), floats_as, bias_numbers == nullptr ? nullptr : bias.data(),
+                             relu,   y.data(),     samples};
+  if (kQuads<T>) {
+    args.sample_scales = scales.data();
+    args.row_scales = row_scales.data();
+  }
+  ExpectLaunched(BlockedMatmulCuda(args, nullptr), "BlockedMatmulCuda of words");
+  return y.Values();
+}
+
+template <typename T>
+void TestWords(Index rows, Index features, Index column_block, double density, FloatDtype floats_as, Index samples,
+               bool with_bias, bool relu, std::mt19937& rng) {
+  const Words<T> w(rows, features, column_block, density, rng);
+  auto x = Random(samples * features, rng);
+  if (kQuads<T> && features != 0) {
+    // Samples that have no scale.
+    const float odd[] = {NAN, INFINITY, -INFINITY, 1e-38f};
+    for (Index n = 2; n < samples; n += 3) {
+      if (n % 4 == 3) std::fill_n(x.begin() + n * features, features, 0.0f);
+      x[n * features + rng() % features] = odd[n % 4];
+    }
+  }
+  const auto bias = Random(rows, rng), row_scales = RowScales(rows, rng), *chosen = with_bias ? &bias : nullptr;
+  const auto got = MultiplyWords(w, floats_as, samples, features, x, chosen, row_scales, relu);
+  const Rounded<T> rounded(x, samples, features);
+  bool right = true;
+  for (Index n = 0; n < samples; ++n) {
+    for (Index r = 0; r < rows; ++r) {
+      Sum want;
+      std::int32_t integer = 0;
+      for (Index c = 0; c < features; ++c) {
+        const float value = w.dense[r * features + c];
+        if (value == 0) continue;
+        want.Add(double{value} * x[n * features + c]);
+        if (!kQuads<T>) continue;
+        const std::uint32_t word = rounded.words[n * rounded.columns + c / 4];
+        integer += static_cast<int>(value) * static_cast<std::int8_t>(word >> c % 4 * 8);
+      }
+      if (with_bias) want.Add(bias[r]);
+      const float y = got[n * rows + r];
+      if (kQuads<T>) {
+        const float exact = Scaled(integer, row_scales[r], rounded.scales[n], with_bias ? bias[r] : 0.0f);
+        const float stored = floats_as == FloatDtype::kFloat32 ? exact : FromBFloat16(ToBFloat16(exact));
+        right &= Same(y, relu && exact < 0 ? 0 : stored);
+      } else {
+        right &= relu && y == 0 ? want.value <= std::ldexp((want.terms + 1) * want.magnitude, -23)
+                                : want.Near(y, floats_as, 2) && !(relu && y < 0);
+      }
+    }
+  }
+  Expect(right, "words of %ld: %ld x %ld in blocks of %ld, %ld samples, floats %d, relu %d", long{Words<T>::kGroup},
+         long{rows}, long{features}, long{column_block}, long{samples}, static_cast<int>(floats_as), int{relu});
+}
+
+void TestWordShapes() {
+  std::mt19937 rng(4321);
+  const struct {
+    Index rows, features, column_block;
+    double density;
+  } shapes[] = {{1, 1, 1, 1.0},      {7, 9, 1, 0.5},      {33, 37, 4, 0.3},  {255, 5, 2, 0.2}, {256, 64, 16, 0.02},
+                {257, 67, 16, 0.02}, {3, 1027, 300, 1.0}, {20, 50, 16, 0.0}, {5, 0, 16, 0.0},  {0, 5, 16, 0.0}};
+  int turn = 0;
+  for (const auto& shape : shapes) {
+    for (const Index samples : {0, 1, 7, 8, 9}) {
+      const FloatDtype floats_as = kFloats[turn % 2];
+      const bool with_bias = turn % 5 != 0, relu = turn % 3 == 0;
+      TestWords<std::int8_t>(shape.rows, shape.features, shape.column_block, shape.density, floats_as, samples,
+                             with_bias, relu, rng);
+      TestWords<std::uint16_t>(shape.rows, shape.features, shape.column_block, shape.density, floats_as, samples,
+                               with_bias, relu, rng);
+      ++turn;
+    }
+  }
+}
+
+// Damage becomes NaN in its row or its row block, though integers have no NaN.
+template <typename T>
+void TestDamagedWords() {
+  std::mt19937 rng(77);
+  const Index samples = 9, features = 58, rows = 260;
+  const Words<T> good(rows, features, 4, 0.2, rng);
+  const auto x = Random(samples * features, rng), row_scales = Random(rows, rng);
+  const auto multiply = [&](const Words<T>& w) {
+    return MultiplyWords(w, FloatDtype::kFloat32, samples, features, x, nullptr, row_scales, true);
+  };
+  const auto want = multiply(good);
+  const auto expect = [&](const Words<T>& bad, Index row_begin, Index row_end, const char* what) {
+    const auto got = multiply(bad);
+    bool right = true;
+    for (Index i = 0; i < samples * rows; ++i) {
+      const Index r = i % rows;
+      right &= row_begin <= r && r < row_end ? std::isnan(got[i]) : got[i] == want[i];
+    }
+    Expect(right, "words of %ld: %s in rows %ld to %ld", long{Words<T>::kGroup}, what, long{row_begin}, long{row_end});
+  };
+  const Index blocks = (good.columns + 3) / 4;
+  for (const Index part : {0, 1}) {
+    const Index begin = part * kBlockedRows, end = part == 0 ? kBlockedRows : rows;
+    for (const Index j : {Index{0}, Index{1}, blocks - 1}) {
+      const Index first = begin * blocks + j * (end - begin);
+      Words<T> bad = good;
+      bad.block_offsets[part * blocks + j + (j == 0 ? 1 : 0)] = -1;
+      expect(bad, begin, end, "an offset outside");
+      bad = good;
+      bad.segments[first + 1] = bad.segments[first];
+      expect(bad, begin, end, "a row twice");
+      bad = good;
+      const Index row = begin + (good.segments[first] >> 16);
+      bad.indices[good.block_offsets[part * blocks + j]] = 4;
+      expect(bad, row, row + 1, "an index outside");
     }
   }
 }
@@ -171,6 +367,9 @@ int main() {
   bool first = true;
   return RunOnDevice([&] {
     TestShapes();
+    TestWordShapes();
+    TestDamagedWords<std::int8_t>();
+    TestDamagedWords<std::uint16_t>();
     TestInfinities();
     TestDamage();
     if (first) TestLargeGrids();

@@ -98,13 +98,14 @@ std::vector<float> Pack(const std::vector<float>& x, Index samples, Index featur
 }
 
 void TestOne(const Variant& variant, const Weight& w, CsrValues values_as, CsrIndices indexed_by, FloatDtype floats_as,
-             Index samples, Index width, std::mt19937& rng) {
+             Index samples, Index width, bool relu, std::mt19937& rng) {
   const CsrKernels& kernels = variant.kernels;
   Stored stored(w, values_as, indexed_by);
   const auto x = Random(samples * w.columns, rng), bias = Random(w.rows, rng), grad = Random(samples * w.rows, rng);
   const auto complain = [&](bool ok, const char* what) {
-    Expect(ok, "%s: %s, %ld x %ld, %ld of %ld samples, values %d, floats %d", variant.name, what, long{w.rows},
-           long{w.columns}, long{samples}, long{width}, static_cast<int>(values_as), static_cast<int>(floats_as));
+    Expect(ok, "%s: %s, %ld x %ld, %ld of %ld samples, values %d, floats %d, relu %d", variant.name, what, long{w.rows},
+           long{w.columns}, long{samples}, long{width}, static_cast<int>(values_as), static_cast<int>(floats_as),
+           static_cast<int>(relu));
   };
 
   const auto x_panel = Pack(x, samples, w.columns, width);
@@ -113,7 +114,7 @@ void TestOne(const Variant& variant, const Weight& w, CsrValues values_as, CsrIn
   // y, whole and in two parts.
   Unaligned<float> stored_bias(bias);
   Output y(samples * w.rows, floats_as), parts(samples * w.rows, floats_as);
-  CsrMatmulArgs args{stored.args, x_panel.data(), width, stored_bias.data(), y.data(), floats_as, samples};
+  CsrMatmulArgs args{stored.args, x_panel.data(), width, stored_bias.data(), relu, y.data(), floats_as, samples};
   complain(kernels.matmul(args, 0, w.rows) == CsrStatus::kOk, "matmul status");
   args.y = parts.data();
   kernels.matmul(args, w.rows / 3, w.rows);
@@ -130,7 +131,9 @@ void TestOne(const Variant& variant, const Weight& w, CsrValues values_as, CsrIn
         want.Add(double{w.values[k]} * x[n * w.columns + w.col_indices[k]]);
       }
       want.Add(bias[r]);
-      right &= want.Near(y_values[n * w.rows + r], floats_as);
+      const float got = y_values[n * w.rows + r];
+      right &= relu && got == 0 ? want.value <= std::ldexp((want.terms + 1) * want.magnitude, -24)
+                                : want.Near(got, floats_as) && !(relu && got < 0);
     }
   }
   complain(right, "matmul");
@@ -180,6 +183,7 @@ void TestOne(const Variant& variant, const Weight& w, CsrValues values_as, CsrIn
 
 void TestShapes(const Variant& variant) {
   std::mt19937 rng(1234);
+  int turn = 0;
   const struct {
     Index rows, columns;
     double density;
@@ -192,7 +196,7 @@ void TestShapes(const Variant& variant) {
         for (const CsrValues values_as : {CsrValues::kFloat32, CsrValues::kBFloat16, CsrValues::kCodes}) {
           for (const CsrIndices indexed_by : {CsrIndices::kInt32, CsrIndices::kUInt16}) {
             for (const FloatDtype floats_as : kFloats) {
-              TestOne(variant, w, values_as, indexed_by, floats_as, samples, width, rng);
+              TestOne(variant, w, values_as, indexed_by, floats_as, samples, width, turn++ % 2 == 0, rng);
             }
           }
         }
@@ -218,7 +222,8 @@ void TestDamage(const Variant& variant) {
           Expect(got == wanted, "%s: %s in %s, width %ld, got %d", variant.name, what, function, long{width},
                  static_cast<int>(got));
         };
-        const CsrMatmulArgs args{stored.args, panel.data(), width, nullptr, y.data(), FloatDtype::kFloat32, width};
+        const CsrMatmulArgs args{stored.args, panel.data(),         width, nullptr, false,
+                                 y.data(),    FloatDtype::kFloat32, width};
         check(variant.kernels.matmul(args, 0, w.rows), want, "matmul");
         if (want == CsrStatus::kBadRowOffsets)
           check(variant.kernels.matmul(args, 4, w.rows), want, "matmul from row 4");
@@ -274,9 +279,25 @@ void TestRounding(const Variant& variant) {
     std::uint16_t y[kCount * 8];
     const CsrWeight weight{offsets, indices, CsrIndices::kInt32, inputs, CsrValues::kFloat32, nullptr, 0, kCount,
                            1,       kCount};
-    variant.kernels.matmul({weight, panel.data(), width, nullptr, y, FloatDtype::kBFloat16, 1}, 0, kCount);
+    variant.kernels.matmul({weight, panel.data(), width, nullptr, false, y, FloatDtype::kBFloat16, 1}, 0, kCount);
     for (Index i = 0; i < kCount; ++i) {
       Expect(y[i] == want[i], "%s: %g as bfloat16, got %04x", variant.name, double{inputs[i]}, unsigned{y[i]});
+    }
+  }
+}
+
+// relu keeps NaN, and what is above 0.
+void TestRelu(const Variant& variant) {
+  const std::int32_t offsets[] = {0, 1, 2, 3, 4}, indices[] = {0, 0, 0, 0};
+  const float values[] = {NAN, -2, 3, -INFINITY};
+  const CsrWeight weight{offsets, indices, CsrIndices::kInt32, values, CsrValues::kFloat32, nullptr, 0, 4, 1, 4};
+  for (const Index width : {1, 8, 16, 32}) {
+    std::vector<float> panel(width, 1.0f), y(4 * width);
+    variant.kernels.matmul({weight, panel.data(), width, nullptr, true, y.data(), FloatDtype::kFloat32, width}, 0, 4);
+    for (Index n = 0; n < width; ++n) {
+      const float* got = y.data() + 4 * n;
+      Expect(std::isnan(got[0]) && got[1] == 0 && got[2] == 3 && got[3] == 0, "%s: relu, width %ld, got %g %g %g %g",
+             variant.name, long{width}, double{got[0]}, double{got[1]}, double{got[2]}, double{got[3]});
     }
   }
 }
@@ -290,8 +311,8 @@ void TestSameBits(const CsrKernels& gathers, const CsrKernels& loads) {
     for (const CsrValues stored_as : {CsrValues::kFloat32, CsrValues::kBFloat16, CsrValues::kCodes}) {
       Stored stored(w, stored_as, CsrIndices::kUInt16);
       std::vector<float> y(w.rows), same(w.rows);
-      gathers.matmul({stored.args, x.data(), 1, nullptr, y.data(), FloatDtype::kFloat32, 1}, 0, w.rows);
-      loads.matmul({stored.args, x.data(), 1, nullptr, same.data(), FloatDtype::kFloat32, 1}, 0, w.rows);
+      gathers.matmul({stored.args, x.data(), 1, nullptr, false, y.data(), FloatDtype::kFloat32, 1}, 0, w.rows);
+      loads.matmul({stored.args, x.data(), 1, nullptr, false, same.data(), FloatDtype::kFloat32, 1}, 0, w.rows);
       Expect(std::memcmp(y.data(), same.data(), sizeof(float) * w.rows) == 0, "gathers and loads differ, values %d",
              static_cast<int>(stored_as));
     }
@@ -312,6 +333,7 @@ int main() {
     TestShapes(variant);
     TestDamage(variant);
     TestRounding(variant);
+    TestRelu(variant);
   }
   if (CpuIsa::kAvx2 <= ProcessCpuIsa().detected) TestSameBits(kCsrAvx2, kCsrAvx2PlainLoads);
   if (CpuIsa::kAvx512 <= ProcessCpuIsa().detected) TestSameBits(kCsrAvx512, kCsrAvx512PlainLoads);

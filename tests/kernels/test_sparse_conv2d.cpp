@@ -1,6 +1,10 @@
 // The packing against its description, every variant against sums in double on awkward shapes and unaligned memory,
-// damaged weights, and the planes of an image.
+// the words of its modes against the formula, damaged weights, and the planes of an image.
+#include <setjmp.h>
+#include <signal.h>
+
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <random>
 #include <vector>
@@ -8,6 +12,8 @@
 #include "kernels/arrays.h"
 #include "kernels/check.h"
 #include "kernels/common/cpu_isa.h"
+#include "kernels/common/scalars.h"
+#include "kernels/planes/planes.h"
 #include "kernels/sparse_conv2d/sparse_conv2d.h"
 
 using namespace tersetorch;
@@ -226,6 +232,7 @@ void TestShapes(const std::vector<Variant>& variants) {
       {{3, 5, 1, 3, 3, 2, 2, 1, 1}, 2, {15, 33, 1, 1}, 0.5},  {{2, 5, 1, 5, 4, 3, 4, 1, 1}, 1, {30, 37, 2, 1}, 0.5},
       {{2, 5, 1, 3, 3, 1, 1, 9, 10}, 1, {24, 27, 3, 3}, 0.5}, {{2, 5, 1, 4, 3, 2, 3, 3, 2}, 1, {24, 27, 3, 0}, 0.5},
       {{12, 8, 4, 3, 3, 1, 1, 1, 1}, 5, {9, 8, 1, 1}, 0.5},   {{40, 80, 40, 3, 3, 1, 1, 1, 1}, 16, {5, 4, 1, 1}, 0.5},
+      {{3, 5, 1, 1, 3, 3, 1, 1, 1}, 2, {1, 37, 1, 1}, 0.6},   {{3, 5, 1, 3, 3, 1, 1, 1, 1}, 2, {1, 21, 1, 1}, 0.6},
       {{6, 70, 1, 3, 3, 1, 1, 1, 1}, 4, {9, 9, 0, 0}, 0.0},   {{2, 3, 1, 2, 3, 1, 1, 1, 1}, 2, {2, 3, 30, 30}, 1.0}};
   for (const auto& test : cases) {
     const Weight w(test.shape, test.channel_block, test.density, rng);
@@ -252,6 +259,190 @@ void TestTiles(const std::vector<Variant>& variants) {
       for (const Index width : {1, 3, 4, 5, 7, 8, 12, 13, 16, 20, 24}) {
         TestOne(variant, w, {height, width, 1, 1}, ConvValues::kFloat32, FloatDtype::kFloat32, width % 2 == 0, false, 1,
                 rng);
+      }
+    }
+  }
+}
+
+// A weight whose non-zeros are words of several channels at one tap; T: std::uint16_t for pairs of bfloat16,
+// std::int8_t for quads.
+template <typename T>
+struct WordWeight {
+  static constexpr Index kGroup = 4 / sizeof(T);
+
+  WordWeight(const ConvShape& of_x, Index channel_block, double density, std::mt19937& rng)
+      : of_x(of_x), shape(ConvWordShape(of_x, kGroup)), channel_block(channel_block) {
+    const Index group_channels = of_x.in_channels / of_x.groups, group_words = shape.in_channels / shape.groups;
+    const Index taps = shape.kernel_h * shape.kernel_w;
+    dense.assign(of_x.out_channels * group_channels * taps, 0.0f);
+    std::vector<std::int32_t> offsets{0}, columns;
+    std::vector<std::array<T, kGroup>> words;
+    for (Index r = 0; r < of_x.out_channels; ++r) {
+      std::bernoulli_distribution kept(r % 7 == 3 ? 0 : r % 11 == 5 ? 1 : density);
+      row_sums.push_back(0);
+      for (Index column = 0; column < group_words * taps; ++column) {
+        std::array<T, kGroup> word{};
+        bool any = false;
+        for (Index j = 0; j < kGroup; ++j) {
+          const Index c = column / taps * kGroup + j;
+          if (c >= group_channels || !kept(rng)) continue;
+          any = true;
+          float& value = dense[(r * group_channels + c) * taps + column % taps];
+          if constexpr (sizeof(T) == 1) {
+            word[j] = static_cast<T>(static_cast<int>(rng() % 255) - 127);
+            value = word[j];
+            row_sums[r] += word[j];
+          } else {
+            word[j] = Truncated(std::normal_distribution<float>()(rng));
+            value = Widened(word[j]);
+          }
+        }
+        if (!any) continue;
+        columns.push_back(static_cast<std::int32_t>(column));
+        words.push_back(word);
+      }
+      offsets.push_back(static_cast<std::int32_t>(columns.size()));
+    }
+    const Index row_blocks = Blocks(shape.out_channels, kConvRows);
+    const Index channel_blocks = Blocks(shape.in_channels, channel_block);
+    blocks.resize(2 * (row_blocks * channel_blocks + 1));
+    segments.resize(channel_blocks * shape.out_channels);
+    indices.resize(columns.size());
+    std::vector<std::int32_t> sources(columns.size()), scratch(channel_blocks * shape.out_channels + shape.kernel_h);
+    ConvPack({shape, offsets.data(), columns.data(), channel_block, blocks.data(), segments.data(), indices.data(),
+              sources.data(), scratch.data()});
+    segments.resize(blocks[blocks.size() - 2]);
+    for (const std::int32_t source : sources) values.push_back(words[source]);
+  }
+
+  ConvShape of_x, shape;
+  Index channel_block;
+  std::vector<float> dense;
+  std::vector<std::int32_t> row_sums, blocks, segments;
+  std::vector<std::uint16_t> indices;
+  std::vector<std::array<T, kGroup>> values;
+};
+
+// Quads give the same bits as the formula at every level, pairs a sum within its rounding.
+template <typename T>
+void TestWords(const Variant& variant, const WordWeight<T>& w, const Image& image, FloatDtype floats_as,
+               bool channels_last, bool relu, std::mt19937& rng) {
+  constexpr bool kQuads = sizeof(T) == 1;
+  const ConvShape& s = w.of_x;
+  const Index out_height = (image.height + 2 * image.pad_h - s.dilation_h * (s.kernel_h - 1) - 1) / s.stride_h + 1;
+  const Index out_width = (image.width + 2 * image.pad_w - s.dilation_w * (s.kernel_w - 1) - 1) / s.stride_w + 1;
+  const Index pixels = image.height * image.width, group_channels = s.in_channels / s.groups;
+  const auto x = Random(s.in_channels * pixels, rng), bias = Random(s.out_channels, rng);
+  const auto row_scales = Random(s.out_channels, rng);
+  constexpr float kInverse = 20.5f, kScale = 1 / 20.5f;
+  std::vector<std::uint32_t> words(w.shape.in_channels * pixels, 0xdeadbeef);
+  const WordPlanesArgs planes_args{
+      x.data(), FloatDtype::kFloat32,       false, s.in_channels, s.groups, pixels, words.data(),
+      kInverse, variant.kernels.quad_offset};
+  (kQuads ? kWordPlanesScalar.quads : kWordPlanesScalar.pairs)(planes_args, 0, pixels);
+  std::vector<float> word_floats(words.size());
+  if (!words.empty()) std::memcpy(word_floats.data(), words.data(), 4 * words.size());
+  Unaligned<float> planes(word_floats), stored_bias(bias), stored_scales(row_scales);
+  Unaligned<std::int32_t> blocks(w.blocks), segments(w.segments), row_sums(w.row_sums);
+  Unaligned<std::uint16_t> indices(w.indices);
+  Unaligned<std::array<T, WordWeight<T>::kGroup>> values(w.values);
+  Output y(s.out_channels * out_height * out_width, floats_as);
+  ConvArgs args{};
+  args.weight = {blocks.data(),
+                 segments.data(),
+                 indices.data(),
+                 values.data(),
+                 kQuads ? ConvValues::kInt8Quads : ConvValues::kBFloat16Pairs,
+                 nullptr,
+                 0,
+                 static_cast<Index>(w.segments.size()),
+                 static_cast<Index>(w.indices.size()),
+                 w.channel_block,
+                 w.shape};
+  args.height = image.height, args.width = image.width, args.pad_h = image.pad_h, args.pad_w = image.pad_w;
+  args.out_height = out_height, args.out_width = out_width;
+  args.planes = planes.data();
+  args.y = y.data();
+  args.stored_as = floats_as;
+  args.channels_last = channels_last;
+  args.bias = stored_bias.data();
+  args.relu = relu;
+  args.row_scales = stored_scales.data();
+  args.row_sums = row_sums.data();
+  args.image_scale = kScale;
+  args.plan = ConvPlanFor(w.shape, args.weight.nnz, image.pad_h, out_height, out_width, variant.kernels.lanes);
+  const ConvScratchSizes sizes = ConvScratch(args.weight, args.plan);
+  const Index row_blocks = Blocks(s.out_channels, kConvRows);
+  Aligned buffer(sizes.buffer), line(sizes.line), sums(sizes.sums * row_blocks);
+  args.buffer = buffer.data(), args.line = line.data(), args.sums = sums.data();
+  bool right = variant.kernels.check(args.weight) == ConvStatus::kOk;
+  for (Index tile = args.plan.tiles_across * args.plan.tiles_down; tile-- > 0;) {
+    variant.kernels.conv(args, tile, 0, row_blocks);
+  }
+  const auto y_values = y.Values();
+  for (Index o = 0; o < s.out_channels; ++o) {
+    const Index first = o / (s.out_channels / s.groups) * group_channels;
+    for (Index i = 0; i < out_height; ++i) {
+      for (Index j = 0; j < out_width; ++j) {
+        Sum want;
+        std::int32_t integer = 0;
+        want.Add(bias[o]);
+        for (Index k = 0; k < group_channels * s.kernel_h * s.kernel_w; ++k) {
+          const float value = w.dense[o * group_channels * s.kernel_h * s.kernel_w + k];
+          const Index c = first + k / s.kernel_w / s.kernel_h;
+          const Index row = i * s.stride_h + k / s.kernel_w % s.kernel_h * s.dilation_h - image.pad_h;
+          const Index at = j * s.stride_w + k % s.kernel_w * s.dilation_w - image.pad_w;
+          if (value == 0 || row < 0 || row >= image.height || at < 0 || at >= image.width) continue;
+          const float of_x = x[c * pixels + row * image.width + at];
+          want.Add(double{value} * of_x);
+          integer += static_cast<int>(value) * static_cast<int>(std::rint(of_x * kInverse));
+        }
+        const Index place = i * out_width + j;
+        const float got = y_values[channels_last ? place * s.out_channels + o : o * out_height * out_width + place];
+        if (kQuads) {
+          const float exact = std::fma(static_cast<float>(integer) * row_scales[o], kScale, bias[o]);
+          const float stored = floats_as == FloatDtype::kFloat32 ? exact : FromBFloat16(ToBFloat16(exact));
+          right &= got == (relu && exact < 0 ? 0 : stored);
+        } else {
+          right &= relu && got == 0 ? want.value <= std::ldexp((want.terms + 1) * want.magnitude, -22)
+                                    : want.Near(got, floats_as, 4) && !(relu && got < 0);
+        }
+      }
+    }
+  }
+  Expect(right,
+         "%s: words of %ld, %ld -> %ld channels in %ld groups, kernel %ld x %ld, stride %ld x %ld, image %ld x %ld, "
+         "floats %d, channels last %d, relu %d",
+         variant.name, long{WordWeight<T>::kGroup}, long{s.in_channels}, long{s.out_channels}, long{s.groups},
+         long{s.kernel_h}, long{s.kernel_w}, long{s.stride_h}, long{s.stride_w}, long{image.height}, long{image.width},
+         static_cast<int>(floats_as), static_cast<int>(channels_last), static_cast<int>(relu));
+}
+
+template <typename T>
+void TestWordShapes(const std::vector<Variant>& variants) {
+  std::mt19937 rng(77);
+  const struct {
+    ConvShape shape;
+    Index channel_block;  // in words
+    Image image;
+    double density;
+  } cases[] = {
+      {{1, 1, 1, 1, 1, 1, 1, 1, 1}, 1, {1, 1, 0, 0}, 1.0},    {{5, 7, 1, 3, 3, 1, 1, 1, 1}, 1, {7, 7, 1, 1}, 0.5},
+      {{19, 66, 1, 3, 3, 1, 1, 1, 1}, 2, {9, 16, 1, 1}, 0.3}, {{3, 65, 1, 3, 3, 1, 1, 1, 1}, 2, {17, 29, 1, 1}, 0.3},
+      {{8, 130, 1, 1, 1, 1, 1, 1, 1}, 1, {8, 17, 0, 0}, 0.4}, {{4, 5, 1, 1, 1, 1, 1, 1, 1}, 3, {1, 259, 0, 0}, 0.4},
+      {{3, 5, 1, 1, 5, 1, 1, 1, 1}, 2, {1, 131, 0, 2}, 0.4},  {{3, 5, 1, 1, 5, 1, 3, 1, 2}, 2, {1, 140, 0, 4}, 0.4},
+      {{3, 5, 1, 1, 3, 3, 1, 1, 1}, 2, {1, 37, 1, 1}, 0.6},   {{3, 5, 1, 3, 3, 1, 1, 1, 1}, 2, {1, 21, 1, 1}, 0.6},
+      {{6, 5, 1, 3, 3, 2, 2, 1, 1}, 1, {15, 33, 1, 1}, 0.5},  {{2, 5, 1, 5, 4, 3, 4, 1, 1}, 1, {30, 37, 2, 1}, 0.5},
+      {{2, 5, 1, 3, 3, 1, 1, 9, 10}, 1, {24, 27, 3, 3}, 0.5}, {{12, 8, 4, 3, 3, 1, 1, 1, 1}, 3, {9, 8, 1, 1}, 0.5},
+      {{40, 80, 8, 3, 3, 1, 1, 1, 1}, 5, {5, 4, 1, 1}, 0.5},  {{6, 70, 1, 3, 3, 1, 1, 1, 1}, 1, {9, 9, 0, 0}, 0.0},
+      {{2, 3, 1, 2, 3, 1, 1, 1, 1}, 1, {2, 3, 30, 30}, 1.0}};
+  for (const auto& test : cases) {
+    const WordWeight<T> w(test.shape, test.channel_block, test.density, rng);
+    for (const Variant& variant : variants) {
+      for (const FloatDtype floats_as : kFloats) {
+        for (const bool last : {false, true}) {
+          TestWords(variant, w, test.image, floats_as, last, last == (floats_as == FloatDtype::kFloat32), rng);
+        }
       }
     }
   }
@@ -336,6 +527,24 @@ void TestDamage(const Variant& variant) {
   }
 }
 
+sigjmp_buf after_illegal_instruction;
+
+// Whether this machine executes bfloat16 instructions, whatever it says of itself.
+bool Executes(const Variant& variant) {
+  struct sigaction before, during{};
+  during.sa_handler = [](int) { siglongjmp(after_illegal_instruction, 1); };
+  sigaction(SIGILL, &during, &before);
+  bool executed = false;
+  if (sigsetjmp(after_illegal_instruction, 1) == 0) {
+    std::mt19937 rng(1);
+    const WordWeight<std::uint16_t> w({2, 1, 1, 1, 1, 1, 1, 1, 1}, 1, 1.0, rng);
+    TestWords(variant, w, {1, 1, 0, 0}, FloatDtype::kFloat32, false, false, rng);
+    executed = true;
+  }
+  sigaction(SIGILL, &before, nullptr);
+  return executed;
+}
+
 }  // namespace
 
 int main() {
@@ -346,11 +555,16 @@ int main() {
   for (const Variant& variant : all) {
     if (variant.needs <= ProcessCpuIsa().detected) variants.push_back(variant);
   }
+  const Variant bfloat16{"avx512bf16", CpuIsa::kAvx512Bf16, kConvAvx512Bf16};
+  if (ProcessCpuIsa().detected >= CpuIsa::kAvx512 && Executes(bfloat16)) variants.push_back(bfloat16);
   TestShapes(variants);
   TestTiles(variants);
+  TestWordShapes<std::uint16_t>(variants);
+  TestWordShapes<std::int8_t>(variants);
   for (const Variant& variant : variants) {
     TestPlanes(variant);
     TestDamage(variant);
+    std::printf("tested %s\n", variant.name);
   }
   return Failures() != 0;
 }

@@ -48,6 +48,7 @@ struct Call {
   bool channels_last = false, relu = false;
   FloatDtype stored_as = FloatDtype::kFloat32;
   CsrValues values_as = CsrValues::kFloat32;
+  ConvMode mode = ConvMode::kExact;
 
   Index OutHeight(const ConvShape& s) const {
     return (height + 2 * pad_h - s.dilation_h * (s.kernel_h - 1) - 1) / s.stride_h + 1;
@@ -72,6 +73,7 @@ std::vector<float> Run(const Weight& w, const Call& call, const std::vector<floa
   DeviceArray<float> bias("bias", bias_numbers == nullptr ? std::vector<float>() : *bias_numbers);
   DeviceFloats x("x", call.stored_as, x_numbers);
   DeviceFloats y("y", call.stored_as, call.images * s.out_channels * out_height * out_width);
+  DeviceFloats scales("scales", FloatDtype::kFloat32, 2 * (call.images + s.out_channels));
   const void* chosen = call.values_as == CsrValues::kFloat32    ? static_cast<const void*>(values.data())
                        : call.values_as == CsrValues::kBFloat16 ? static_cast<const void*>(halves.data())
                                                                 : codes.data();
@@ -100,7 +102,9 @@ std::vector<float> Run(const Weight& w, const Call& call, const std::vector<floa
                           bias_numbers == nullptr ? nullptr : bias.data(),
                           call.relu,
                           y.data(),
-                          call.Steps(s.out_channels, out_height, out_width)};
+                          call.Steps(s.out_channels, out_height, out_width),
+                          call.mode,
+                          static_cast<ConvScale*>(scales.data())};
   ExpectLaunched(ConvCuda(args, nullptr), "ConvCuda");
   return y.Values();
 }
@@ -184,6 +188,91 @@ void TestShapes() {
   TestOne(Weight({3, 6, 1, 3, 3, 1, 1, 1, 1}, 0, rng), {1, 5, 5, 1, 1}, true, rng);
 }
 
+// The scale of numbers as one sample, as kernels/panels has it.
+struct Scale {
+  explicit Scale(const float* numbers, Index count) {
+    for (Index i = 0; i < count; ++i) largest = std::max(largest, std::fabs(numbers[i]));
+  }
+  int Rounded(float x) const { return largest == 0 ? 0 : static_cast<int>(std::rint(x * (127.0f / largest))); }
+
+  float largest = 0;
+};
+
+// int8 gives the bits of its formula, bfloat16 what rounded numbers give exactly.
+void TestModes() {
+  std::mt19937 rng(31);
+  const ConvShape shapes[] = {{1, 1, 1, 1, 1, 1, 1, 1, 1},
+                              {15, 4, 1, 3, 3, 1, 1, 1, 1},
+                              {12, 8, 4, 3, 3, 2, 1, 1, 2},
+                              {2, 3, 1, 1, 1, 1, 1, 1, 1}};
+  for (const ConvShape& s : shapes) {
+    const Weight w(s, 0.4, rng);
+    for (const bool last : {false, true}) {
+      for (const CsrValues values_as : kValues) {
+        Call call{3, 8, 9, 1, 2};
+        call.channels_last = last, call.values_as = values_as, call.relu = last;
+        const Index size = s.in_channels * call.height * call.width;
+        auto x = Random(call.images * size, rng);
+        for (Index i = 0; i < size; ++i) x[2 * size + i] *= std::ldexp(1.0f, -120);  // below every scale
+        const auto bias = Random(s.out_channels, rng);
+        call.mode = ConvMode::kBFloat16;  // x and W are such numbers already
+        const auto rounded = Run(w, call, x, &bias);
+        call.mode = ConvMode::kExact;
+        Expect(rounded == Run(w, call, x, &bias), "bfloat16, values %d", static_cast<int>(values_as));
+
+        call.mode = ConvMode::kInt8;
+        const auto got = Run(w, call, x, &bias);
+        const Index out_height = call.OutHeight(s), out_width = call.OutWidth(s);
+        const ConvSteps from = call.Steps(s.in_channels, call.height, call.width);
+        const ConvSteps to = call.Steps(s.out_channels, out_height, out_width);
+        bool right = true;
+        for (Index n = 0; n < call.images; ++n) {
+          const Scale of_x(x.data() + n * size, n == 2 ? 0 : size);
+          for (Index o = 0; o < s.out_channels; ++o) {
+            const Index begin = w.row_offsets[o], first = o / (s.out_channels / s.groups) * (s.in_channels / s.groups);
+            const Scale of_row(w.values.data() + begin, w.row_offsets[o + 1] - begin);
+            for (Index i = 0; i < out_height; ++i) {
+              for (Index j = 0; j < out_width; ++j) {
+                int sum = 0;
+                for (Index k = begin; k < w.row_offsets[o + 1]; ++k) {
+                  const Index column = w.col_indices[k], c = column / (s.kernel_h * s.kernel_w);
+                  const Index h = i * s.stride_h + column / s.kernel_w % s.kernel_h * s.dilation_h - call.pad_h;
+                  const Index v = j * s.stride_w + column % s.kernel_w * s.dilation_w - call.pad_w;
+                  if (h < 0 || h >= call.height || v < 0 || v >= call.width) continue;
+                  sum += of_row.Rounded(w.values[k]) * of_x.Rounded(x[At(from, n, first + c, h, v)]);
+                }
+                const float want =
+                    std::fma(static_cast<float>(sum) * (of_row.largest / 127.0f), of_x.largest / 127.0f, bias[o]);
+                right &= got[At(to, n, o, i, j)] == (call.relu && want < 0 ? 0 : want);
+              }
+            }
+          }
+        }
+        Expect(right, "int8, %ld channels, values %d, last %d", long{s.in_channels}, static_cast<int>(values_as), last);
+      }
+    }
+  }
+}
+
+// In mode int8 an image that is not finite is NaN, and so is a filter that is not finite or damaged.
+void TestDamagedInt8() {
+  std::mt19937 rng(32);
+  Weight w({4, 6, 1, 3, 3, 1, 1, 1, 1}, 0.6, rng);
+  Call call{3, 5, 4, 1, 1};
+  call.mode = ConvMode::kInt8;
+  auto x = Random(3 * 4 * 20, rng);
+  x[80 + 7] = NAN;
+  w.values[w.row_offsets[1]] = INFINITY;
+  w.col_indices[w.row_offsets[5]] = -3;
+  const auto got = Run(w, call, x, nullptr);
+  bool right = true;
+  for (Index i = 0; i < static_cast<Index>(got.size()); ++i) {
+    const Index image = i / (6 * 20), filter = i / 20 % 6;
+    right &= std::isnan(got[i]) == (image == 1 || filter == 1 || filter == 5);
+  }
+  Expect(right, "damage in mode int8");
+}
+
 // NaN and infinity reach the filters whose stored weights meet them, and no others; padding is 0, not absent.
 void TestInfinities() {
   std::mt19937 rng(5);
@@ -265,6 +354,8 @@ int main() {
   bool first = true;
   return RunOnDevice([&] {
     TestShapes();
+    TestModes();
+    TestDamagedInt8();
     TestInfinities();
     TestDamage();
     if (first) TestLargeGrids();

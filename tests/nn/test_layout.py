@@ -62,15 +62,15 @@ def layout(request):
 
 
 def count_calls(monkeypatch, layout):
-    """How often a layer computed from the layout."""
+    """How often a layer that computes for the first time, or only once, computed from the layout."""
     calls = []
     row = LAYOUTS[layout]
 
-    def multiply(layer, x):
-        calls.append(x.shape)
-        return row.multiply(layer, x)
+    def arguments(layer):
+        calls.append(layout)
+        return row.arguments(layer)
 
-    monkeypatch.setitem(LAYOUTS, layout, replace(row, multiply=multiply))
+    monkeypatch.setitem(LAYOUTS, layout, replace(row, arguments=arguments))
     return calls
 
 
@@ -386,3 +386,77 @@ def test_a_parametrized_codebook_is_used(layout):
     torch.nn.utils.parametrize.register_parametrization(ours, "codebook", Double())
     with torch.no_grad():
         assert_near(ours.eval()(inputs(5, 64)), expected, layout)
+
+
+def test_a_toggled_relu_and_a_new_bias_are_noticed(kind, layout):
+    layer, x = kind.from_dense(dense_layer(300, 100)).pack(layout), inputs(5, 100)
+    with torch.no_grad():
+        y = layer(x)
+        layer.relu = True
+        assert torch.equal(layer(x), y.relu())
+        layer.relu = False
+        layer.bias = torch.nn.Parameter(layer.bias + 1)
+        torch.testing.assert_close(layer(x), y + 1)
+        layer.bias = None
+        assert_near(layer(x), torch.nn.functional.linear(x, layer.weight), layout)
+
+
+def test_other_memory_behind_a_codebook_is_noticed(layout):
+    layer, x = SparseCodebookLinear.from_dense(dense_layer(300, 100)).pack(layout), inputs(5, 100)
+    with torch.no_grad():
+        layer(x)
+        layer.codebook.data = 3 * layer.codebook.data
+        assert_near(layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias), layout)
+
+
+@pytest.mark.parametrize("layout", ["bitmap_int8", "blocked_int8"])
+def test_evaluating_a_weight_that_the_layout_cannot_hold_waits_for_the_call(kind, layout):
+    layers = [kind.from_dense(dense_layer(300, 100)).pack(layout) for _ in range(3)]
+    model, x = torch.nn.Sequential(*layers).train(), inputs(5, 100)
+    bad, number = layers[1], getattr(layers[1], layers[1].parameter_field).data.view(-1)
+    good = number[-1].clone()
+    number[-1] = torch.nan
+    model.eval()
+    assert not any(module.training for module in model.modules())
+    assert layers[2].packed_weight is not None and bad.packed_weight is None
+    sentence = f"{kind.__name__}: weight must be one that its layout '{layout}' can hold, got one refused as '.*finite"
+    with torch.no_grad():
+        for layer in (bad, copy.deepcopy(bad)):
+            with pytest.raises(ValueError, match=sentence):
+                layer(x)
+        number[-1] = good
+        assert torch.equal(bad(x), layers[0](x))
+    number[-1] = torch.inf
+    bad.train().eval().to(torch.float32)
+    with torch.no_grad(), pytest.raises(ValueError, match=sentence):
+        bad(x)
+    assert bad.pack("csr")(x).isfinite().logical_not().any()
+
+
+def test_values_can_be_parametrized(layout, fresh_compiler):
+    layer, x = SparseLinear.from_dense(dense_layer(300, 100)).pack(layout), inputs(5, 100)
+
+    class Double(torch.nn.Module):
+        def forward(self, values):
+            return 2 * values
+
+    keys = layer.state_dict().keys()
+    expected = torch.nn.functional.linear(x, 2 * layer.weight, layer.bias)
+    torch.nn.utils.parametrize.register_parametrization(layer, "values", Double())
+    for other in (layer, copy.deepcopy(layer)):
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad):
+                torch.testing.assert_close(other.eval()(x), expected, rtol=1e-5, atol=1e-5)
+    names = set(dict(layer.named_parameters()))
+    assert names == {"bias", "parametrizations.values.original"}
+    with torch.no_grad():
+        lent = {name: 2 * parameter for name, parameter in layer.named_parameters()}
+        y = torch.func.functional_call(layer, lent, (x,))
+        torch.testing.assert_close(y, 2 * expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.compile(layer, fullgraph=True)(x), expected, rtol=1e-5, atol=1e-5)
+    layer(x).sum().backward()
+    assert layer.parametrizations["values"].original.grad is not None
+    torch.nn.utils.parametrize.remove_parametrizations(layer, "values")
+    assert layer.state_dict().keys() == keys
+    with torch.no_grad():
+        assert_near(layer.eval()(x), expected, layout)

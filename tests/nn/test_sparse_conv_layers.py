@@ -355,3 +355,83 @@ def test_lent_positions_and_other_memory_are_noticed():
         torch.testing.assert_close(ours(x), expected, rtol=1e-5, atol=1e-5)
         copy.copy(ours).train()
         torch.testing.assert_close(ours(x), expected, rtol=1e-5, atol=1e-5)
+
+
+# ---- rounded layouts
+
+
+@pytest.fixture(params=["direct_int8", "direct_bfloat16"])
+def layout(request):
+    return request.param
+
+
+def test_a_rounded_layout_computes_without_gradients_what_its_mode_computes(kind, layout):
+    layer = kind.from_dense(dense_layer(kind, padding=1, stride=2, groups=2)).eval()
+    x = inputs(kind)
+    with torch.no_grad():
+        exact = layer(x)
+        assert layer.pack(layout) is layer
+        y = layer(x)
+        assert layer.layout == layout and f"layout={layout}" in repr(layer)
+        assert 0 < (y - exact).abs().max() < 0.02 * exact.abs().max()
+        packed = layer.packed_weight
+        assert packed.words.dtype == (torch.int8 if layout == "direct_int8" else torch.bfloat16)
+        for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+            assert torch.equal(other(x), y)
+        torch.compiler.reset()  # layers compiled before count towards the limit of one forward()
+        assert torch.equal(torch.compile(copy.deepcopy(layer), fullgraph=True)(x), y)
+        assert torch.equal(torch.export.export(layer, (x,)).module()(x), y)
+        layer.relu = True
+        assert torch.equal(layer(x), y.relu())
+        layer.relu = False
+        assert torch.equal(layer.pack("direct")(x), exact)
+
+
+def test_a_rounded_layout_trains_exactly_and_follows_the_weight(kind, layout):
+    layer = kind.from_dense(dense_layer(kind, padding=1)).eval().pack(layout)
+    x, state = inputs(kind), set(layer.state_dict())
+    exact = layer(x)  # with gradients
+    exact.sum().backward()
+    torch.testing.assert_close(exact, layer.to_dense()(x), rtol=1e-5, atol=1e-5)
+    assert not any("packed" in name for name in state)
+    with torch.no_grad():
+        before = layer(x)
+        getattr(layer, layer.parameter_field).mul_(2)
+        layer.bias.mul_(2)
+        assert torch.equal(layer(x), 2 * before)
+        layer.train()
+        assert layer.packed_weight is None and layer.layout == layout
+        assert torch.equal(layer.eval()(x), 2 * before)
+        assert torch.equal(layer.bfloat16()(x.bfloat16()), layer(x.bfloat16()))
+
+
+def test_a_rounded_layout_refuses_what_it_cannot_hold(kind):
+    dense = dense_layer(kind)
+    dense.weight.data.flatten()[dense.weight.flatten().nonzero()[0]] = float("inf")
+    layer = kind.from_dense(dense).eval()
+    with pytest.raises(ValueError, match="values must be finite in mode 'int8'"):
+        layer.pack("direct_int8")
+    assert layer.layout == "direct" and layer.packed_weight is not None
+    with pytest.raises(TypeError, match="layout 'direct_int8' takes no options, got samples"):
+        layer.pack("direct_int8", samples=3)
+    with pytest.raises(ValueError, match=r"layout must be one of \['direct', 'direct_int8', 'direct_bfloat16'\]"):
+        layer.pack("int8")
+
+
+def test_a_rounded_layout_comes_back_from_a_file(kind, layout, tmp_path):
+    model = torch.nn.Sequential(kind.from_dense(dense_layer(kind, padding=1)).eval().pack(layout))
+    tt.save(model, tmp_path / "m.terse")
+    loaded = tt.load(tmp_path / "m.terse")
+    assert loaded[0].layout == layout
+    with torch.no_grad():
+        assert torch.equal(loaded(inputs(kind)), model(inputs(kind)))
+
+
+def test_a_plan_may_name_a_rounded_layout(layout):
+    dense = torch.nn.Sequential(dense_layer(SparseConv2d)).eval()
+    name = layout.replace("direct", "sparse_conv2d")
+    fast = tt.convert(dense, plan={"0": name})
+    assert fast[0].layout == layout and tt.report(fast).plan == {"0": name}
+    again = tt.convert(dense, plan=tt.report(fast).plan)
+    with torch.no_grad():
+        assert torch.equal(again(inputs(SparseConv2d)), fast(inputs(SparseConv2d)))

@@ -51,6 +51,9 @@ def test_equals_the_dense_product(rows, columns, batch):
     assert y.dtype == torch.float32
     assert_close_sum(y, x, dense.T, bias)
     assert torch.equal(csr_matmul_inference(x, row_offsets, col_indices, values, bias), y)
+    floored = csr_matmul(x, row_offsets, col_indices, values, bias, relu=True)
+    assert torch.equal(floored, y.relu())
+    assert torch.equal(csr_matmul_inference(x, row_offsets, col_indices, values, bias, None, True), floored)
     x, values = x.bfloat16(), values.bfloat16()
     y = csr_matmul(x, row_offsets, col_indices, values)
     assert y.dtype == torch.bfloat16
@@ -211,6 +214,19 @@ def test_codebook_gradient_sums_its_members():
     assert got[1][6] == 0
 
 
+@pytest.mark.parametrize("codes", [False, True])
+def test_gradients_of_relu_are_those_of_a_relu_after_it(codes):
+    x, row_offsets, col_indices, values, bias, *codebook = arguments(codes)
+    leaves = [t.requires_grad_() for t in (x, *codebook, bias, *([] if codes else [values]))]
+    grad_y = random(5, 8, seed=4)
+    fused = csr_matmul(x, row_offsets, col_indices, values, bias, *codebook, relu=True)
+    after = csr_matmul(x, row_offsets, col_indices, values, bias, *codebook).relu()
+    got, want = (torch.autograd.grad(y, leaves, grad_y, create_graph=True) for y in (fused, after))
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    got, want = (torch.autograd.grad(sum(g.pow(2).sum() for g in grads), leaves[:1]) for grads in (got, want))
+    torch.testing.assert_close(got, want)
+
+
 @pytest.mark.parametrize("wanted", ["x", "values", "bias", "codebook"])
 def test_each_gradient_comes_alone(wanted):
     row_offsets, col_indices, values, _ = random_weight(20, 50, 0.4)
@@ -319,6 +335,8 @@ def test_registration_is_sound(codes, dtype):
     for leaf in (x, grad_y, *rest, *([] if codes else [values])):
         leaf.requires_grad_()
     torch.library.opcheck(OPS.csr_matmul.default, (x, row_offsets, col_indices, values, *rest))
+    with_relu = (*rest, *[None] * (not codes), True)
+    torch.library.opcheck(OPS.csr_matmul.default, (x, row_offsets, col_indices, values, *with_relu))
     torch.library.opcheck(OPS.csr_matmul_grad_x.default, (grad_y, row_offsets, col_indices, values, 12, *codebook))
     torch.library.opcheck(OPS.csr_matmul_grad_values.default, (grad_y, x, row_offsets, col_indices))
 

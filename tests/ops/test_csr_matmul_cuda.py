@@ -44,9 +44,10 @@ def assert_close(got, want):
 @pytest.mark.parametrize("rows,columns,batch", [(10, 70, 9), (5, 1, 1), (1, 300, 2), (0, 5, 3), (6, 0, 2), (6, 9, 0)])
 def test_equals_the_cpu(device, rows, columns, batch, dtype, codes):
     tensors = problem(rows, columns, batch, dtype, codes)
-    want = csr_matmul(**tensors)
-    for op in (csr_matmul, csr_matmul_inference):
-        assert_close(op(**on(device, tensors)), want)
+    for relu in (False, True):
+        want = csr_matmul(**tensors, relu=relu)
+        for op in (csr_matmul, csr_matmul_inference):
+            assert_close(op(**on(device, tensors), relu=relu), want)
 
 
 @pytest.mark.parametrize("codes", [False, True])

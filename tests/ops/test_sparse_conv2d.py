@@ -9,6 +9,7 @@ from tersetorch.ops import (
     sparse_conv2d_channel_block,
     sparse_conv2d_inference,
     sparse_conv2d_pack,
+    sparse_conv2d_pack_words,
     sparse_conv2d_packed,
 )
 
@@ -52,8 +53,9 @@ def packed(x, dense, bias=None, codebook=None, values=None, **sizes):
     block = sparse_conv2d_channel_block(x.shape[1], kernel, stride, dilation)
     *layout, sources = sparse_conv2d_pack(row_offsets, col_indices, x.shape[1], block, kernel, stride, dilation, groups)
     values = (own if values is None else values)[sources.long()]
-    sizes = (kernel, stride, padding, dilation, groups, sizes.get("relu", False))
-    return sparse_conv2d_packed(x, *layout, values, bias, codebook, dense.shape[0], block, *sizes)
+    rest = (kernel, stride, padding, dilation, groups)
+    relu = sizes.get("relu", False)
+    return sparse_conv2d_packed(x, *layout, values, bias, codebook, dense.shape[0], block, *rest, relu=relu)
 
 
 def assert_close_conv(got, x, dense, bias=None, relu=False, **sizes):
@@ -270,6 +272,247 @@ def test_threads_do_not_change_a_bit(shape, memory_format):
             assert torch.equal(packed(x, dense, bias, padding=1), alone)
     finally:
         torch.set_num_threads(threads)
+
+
+# ---- modes
+
+
+def rounded(x, dense, mode, **sizes):
+    """What the mode computes, without the bias, in float64: the formulas of sparse_conv2d."""
+    if mode == "bfloat16":
+        return conv2d(x.bfloat16().double(), dense.bfloat16().double(), **sizes)
+    x, largest, of_rows = x.float(), x.float().abs().amax((1, 2, 3)), dense.float().flatten(1).abs().amax(1)
+    # 127 / tensor would round twice.
+    inverses = [torch.where(m > 0, torch.full_like(m, 127).div(m), 0.0).view(-1, 1, 1, 1) for m in (largest, of_rows)]
+    q, v = inverses[0].mul(x).round(), inverses[1].mul(dense.float()).round()
+    scale = (of_rows / 127).double().view(1, -1, 1, 1) * (largest / 127).double().view(-1, 1, 1, 1)
+    return conv2d(q.double(), v.double(), **sizes) * scale
+
+
+def packed_words(x, dense, bias, mode, relu=False, **sizes):
+    """The mode through the packed weight."""
+    kernel, stride, padding, dilation = (
+        pair(n) for n in (dense.shape[2:], sizes.get("stride", 1), sizes.get("padding", 0), sizes.get("dilation", 1))
+    )
+    groups, channels = sizes.get("groups", 1), x.shape[1]
+    block = sparse_conv2d_channel_block(channels, kernel, stride, dilation, groups, mode)
+    *layout, row_scales, row_sums = sparse_conv2d_pack_words(
+        *rows_of_weight(dense), channels, block, kernel, stride, dilation, groups, mode
+    )
+    sizes = (kernel, stride, padding, dilation, groups, relu, row_scales, row_sums)
+    return sparse_conv2d_packed(x, *layout, bias, None, dense.shape[0], block, *sizes)
+
+
+@pytest.mark.parametrize("shape,out,kernel,sizes", CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, LAST])
+@pytest.mark.parametrize("mode", ["int8", "bfloat16"])
+def test_modes_compute_their_formula_within_the_stated_error(shape, out, kernel, sizes, dtype, memory_format, mode):
+    dense = random_weight(out, shape[1] // sizes.get("groups", 1), kernel).to(dtype)
+    x, bias = random(*shape, dtype=dtype).contiguous(memory_format=memory_format), random(out, seed=2)
+    relu = shape[0] == 2
+    y = sparse_conv2d(x, *rows_of_weight(dense), bias, kernel_size=kernel, relu=relu, mode=mode, **sizes)
+    last = memory_format == LAST and not x.is_contiguous()
+    assert y.dtype == dtype and y.is_contiguous(memory_format=LAST if last else torch.contiguous_format)
+    assert torch.equal(packed_words(x, dense, bias, mode, relu, **sizes), y)
+
+    offset = bias.double().view(1, -1, 1, 1)
+    want, size = rounded(x, dense, mode, **sizes), conv2d(x.double().abs(), dense.double().abs(), **sizes)
+    want, exact = want + offset, conv2d(x.double(), dense.double(), **sizes) + offset
+    if relu:
+        want, exact = want.relu(), exact.relu()
+    steps = 4 if mode == "int8" else 4 * (dense[0].numel() + 3)
+    rounding = steps * EPSILON * (size + offset.abs()) + (2.0**-8 * want.abs() if dtype == torch.bfloat16 else 0)
+    assert ((y.double() - want).abs() <= rounding).all()
+
+    if mode == "int8":
+        s = x.double().abs().amax((1, 2, 3)).view(-1, 1, 1, 1) / 127
+        r = dense.double().flatten(1).abs().amax(1).view(1, -1, 1, 1) / 127
+        kept = (dense != 0).double()
+        counted = conv2d(torch.ones_like(x).double(), kept, **sizes)
+        stated = (conv2d(torch.ones_like(x).double(), dense.double().abs(), **sizes) * s + counted * s * r / 2) / 2
+        stated = stated + conv2d(x.double().abs(), kept, **sizes) * r / 2
+    else:
+        stated = size * 2.0**-7
+    assert ((y.double() - exact).abs() <= 1.0001 * stated + rounding).all()
+
+
+def test_modes_read_codes_through_the_codebook():
+    dense, x = random_weight(20, 7, (3, 3)), random(2, 7, 9, 9)
+    row_offsets, col_indices, values = rows_of_weight(dense)
+    codebook, codes = random(6, seed=3), torch.arange(values.numel()).remainder(6).to(torch.uint8)
+    for mode in ("int8", "bfloat16"):
+        y = sparse_conv2d(x, row_offsets, col_indices, codes, None, codebook, kernel_size=3, mode=mode)
+        gathered = codebook[codes.int()]
+        assert torch.equal(y, sparse_conv2d(x, row_offsets, col_indices, gathered, kernel_size=3, mode=mode))
+        codes[5] = 6
+        with pytest.raises(RuntimeError, match=r"sparse_conv2d: codes must lie in \[0, 6\)"):
+            sparse_conv2d(x, row_offsets, col_indices, codes, None, codebook, kernel_size=3, mode=mode)
+        codes[5] = 0
+
+
+def test_int8_gives_an_image_that_is_not_finite_nan_and_leaves_the_others():
+    dense, x, bias = random_weight(9, 6, (3, 3)), random(4, 6, 9, 9), random(9, seed=2)
+    weight, plain = rows_of_weight(dense), {"kernel_size": 3, "padding": 1, "mode": "int8"}
+    want = sparse_conv2d(x, *weight, bias, **plain)
+    x[1, 3, 4, 4], x[2, 0, 0, 0] = float("nan"), float("-inf")
+    x[3] *= 2.0**-110
+    y = sparse_conv2d(x, *weight, bias, **plain)
+    assert torch.equal(y[0], want[0]) and y[1:3].isnan().all()
+    assert torch.equal(y[3], bias.view(-1, 1, 1).expand(9, 9, 9))
+    values = weight[2].clone()
+    values[4] = float("inf")
+    with pytest.raises(RuntimeError, match='sparse_conv2d: values must be finite in mode "int8"'):
+        sparse_conv2d(x, *weight[:2], values, **plain)
+
+
+MODES = """
+import torch
+from tersetorch.ops import sparse_conv2d
+torch.manual_seed(0)
+dense = torch.where(torch.rand(70, 19, 3, 3) < 0.3, torch.randn(70, 19, 3, 3), 0.0)
+kept = dense.flatten(1) != 0
+weight = torch.cat([torch.zeros(1), kept.sum(1).cumsum(0)]).int(), kept.nonzero()[:, 1].int(), dense.flatten(1)[kept]
+for size in ((7, 7), (14, 29), (1, 90)):
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        for stride in (1, 2, 3):
+            x = torch.randn(2, 19, *size).contiguous(memory_format=memory_format)
+            y = sparse_conv2d(x, *weight, torch.randn(70), kernel_size=3, stride=stride, padding=1, mode="int8")
+            print(y.contiguous().view(torch.int32).long().sum().item(), y.double().sum().item())
+"""
+
+
+def test_int8_has_the_same_bits_at_every_level(run_python):
+    printed = {run_python(MODES, TERSETORCH_CPU_ISA=level).stdout for level in _native.cpu_levels()}
+    assert len(printed) == 1 and printed.pop().count("\n") == 18
+
+
+@pytest.mark.parametrize("mode", ["int8", "bfloat16"])
+def test_threads_do_not_change_a_bit_of_a_mode(mode):
+    dense, x, bias = random_weight(300, 70, (3, 3)), random(3, 70, 13, 13), random(300, seed=2)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = packed_words(x, dense, bias, mode, padding=1)
+        for several in (2, 3, 7):
+            torch.set_num_threads(several)
+            assert torch.equal(packed_words(x, dense, bias, mode, padding=1), alone)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("mode", ["int8", "bfloat16"])
+def test_modes_refuse_gradients(mode):
+    x = random(2, 6, 9, 9).requires_grad_()
+    y = sparse_conv2d(x, *rows_of_weight(random_weight(8, 6, (3, 3))), kernel_size=3, mode=mode)
+    with pytest.raises(RuntimeError, match="sparse_conv2d: mode must be 'exact' to compute gradients"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("mode", ["int8", "bfloat16"])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, LAST])
+def test_registration_of_modes_is_sound(mode, memory_format):
+    weight, sizes = rows_of_weight(random_weight(8, 6, (3, 3))), ([3, 3], [1, 2], [1, 1], [1, 1], 1)
+    x, bias = random(2, 6, 7, 9).contiguous(memory_format=memory_format), random(8, seed=2)
+    utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
+    for op in (OPS.sparse_conv2d, OPS.sparse_conv2d_inference):
+        torch.library.opcheck(op.default, (x, *weight, bias, None, *sizes, True, mode), test_utils=utilities)
+    block = sparse_conv2d_channel_block(6, *sizes[:2], sizes[3], 1, mode)
+    *layout, row_scales, row_sums = sparse_conv2d_pack_words(*weight, 6, block, *sizes[:2], sizes[3], 1, mode)
+    torch.library.opcheck(
+        OPS.sparse_conv2d_packed.default, (x, *layout, bias, None, 8, block, *sizes, True, row_scales, row_sums)
+    )
+
+
+@pytest.mark.parametrize("mode", ["int8", "bfloat16"])
+def test_modes_compile_export_and_follow_autocast(mode):
+    class Run(torch.nn.Module):
+        def forward(self, x):
+            return sparse_conv2d(x, *weight, kernel_size=3, padding=1, mode=mode).relu()
+
+    weight, run, x = rows_of_weight(random_weight(8, 6, (3, 3))), Run(), random(2, 6, 9, 10)
+    with torch.no_grad():
+        assert torch.equal(torch.compile(run, fullgraph=True, dynamic=True)(x), run(x))
+        exported = torch.export.export(run, (x,), dynamic_shapes={"x": {0: torch.export.Dim("n")}})
+        assert torch.equal(exported.module()(random(3, 6, 9, 10)), run(random(3, 6, 9, 10)))
+        with torch.autocast("cpu"):
+            y = run(x)
+        assert y.dtype == torch.bfloat16 and torch.equal(y, run(x).bfloat16())
+
+
+def test_bad_modes_and_words_are_refused():
+    dense, x = random_weight(8, 6, (3, 3)), random(2, 6, 9, 9)
+    weight, sizes = rows_of_weight(dense), ([3, 3], [1, 1], [1, 1], 1)
+    with pytest.raises(ValueError, match=r"sparse_conv2d: mode must be one of .* got 'int4'"):
+        sparse_conv2d(x, *weight, kernel_size=3, mode="int4")
+    with pytest.raises(RuntimeError, match='sparse_conv2d: mode must be "exact", "bfloat16" or "int8", got "int4"'):
+        sparse_conv2d_inference(x, *weight, None, None, [3, 3], [1, 1], [0, 0], [1, 1], 1, False, "int4")
+    with pytest.raises(ValueError, match="sparse_conv2d_pack_words: mode must be one of"):
+        sparse_conv2d_pack_words(*weight, 6, 1, *sizes, "exact")
+    with pytest.raises(ValueError, match="sparse_conv2d_pack_words: values must be finite in mode 'int8'"):
+        sparse_conv2d_pack_words(*weight[:2], weight[2] / 0, 6, 1, *sizes, "int8")
+    many = rows_of_weight(torch.ones(1, 15000, 3, 3))
+    with pytest.raises(ValueError, match="a filter must have at most 131072 weights in mode 'int8', got 135000"):
+        sparse_conv2d(torch.ones(1, 15000, 3, 3), *many, kernel_size=3, mode="int8")
+    with pytest.raises(ValueError, match="a filter must have at most 131072 weights"):
+        sparse_conv2d_pack_words(*many, 15000, 1, *sizes, "int8")
+
+    blocks, segments, indices, words, row_scales, row_sums = sparse_conv2d_pack_words(*weight, 6, 2, *sizes, "int8")
+    rest = ([3, 3], [1, 1], [0, 0], [1, 1], 1, False)
+
+    def run(words=words, codebook=None, row_scales=row_scales, row_sums=row_sums, indices=indices):
+        scales = (row_scales, row_sums)
+        return sparse_conv2d_packed(x, blocks, segments, indices, words, None, codebook, 8, 2, *rest, *scales)
+
+    assert torch.equal(run(), sparse_conv2d(x, *weight, kernel_size=3, mode="int8"))
+    for match, arguments in (
+        ("row_scales and row_sums must come with int8 words", {"row_scales": None}),
+        ("row_scales and row_sums must come with int8 words", {"row_sums": None}),
+        ("row_scales and row_sums must come with int8 words", {"words": words.bfloat16()}),
+        (r"words must be bfloat16 \[n, 2\] or int8 \[n, 4\]", {"words": words.float()}),
+        ("words must come without a codebook", {"codebook": torch.ones(2)}),
+        (r"values must be \[\d+, 4\]", {"words": words[:, :2]}),
+        (r"row_scales and row_sums must be \[8\]", {"row_scales": row_scales[:7]}),
+        ("row_sums must be Int", {"row_sums": row_sums.float()}),
+        ("indices must lie inside their block", {"indices": torch.full_like(indices, -1)}),
+    ):
+        with pytest.raises(RuntimeError, match=match):
+            run(**arguments)
+
+
+@pytest.mark.parametrize(
+    "sizes,match",
+    [
+        ({"padding": 2**31 - 1}, "an image of y must have at most 2147483647 pixels, got 4294967301 x 4294967301"),
+        ({"padding": (0, 2**30), "stride": (1, 2**29)}, "stride and dilation must be smaller for several columns"),
+        ({"padding": (0, 2**30), "dilation": (1, 2**29), "stride": (1, 2**28)}, "stride and dilation must be smaller"),
+    ],
+)
+def test_sizes_whose_scratch_would_not_fit_are_refused(sizes, match):
+    weight, x = rows_of_weight(random_weight(8, 6, (3, 3))), random(2, 6, 9, 9)
+    with pytest.raises(RuntimeError, match=f"sparse_conv2d: {match}"):
+        sparse_conv2d(x, *weight, kernel_size=3, **sizes)
+
+
+@pytest.mark.parametrize("stride", [100, 2**20, 2**31 - 1, (1, 2**31 - 1), (2**31 - 1, 1)])
+@pytest.mark.parametrize("mode", ["exact", "int8"])
+def test_any_stride_may_leave_one_output(stride, mode):
+    dense, x = random_weight(8, 6, (3, 3)), random(2, 6, 19, 21)
+    y = sparse_conv2d(x, *rows_of_weight(dense), kernel_size=3, stride=stride, padding=1, mode=mode)
+    every = sparse_conv2d(x, *rows_of_weight(dense), kernel_size=3, padding=1, mode=mode)
+    rows, columns = pair(stride)
+    torch.testing.assert_close(y, every[:, :, ::rows, ::columns], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["stride", "padding", "dilation", "kernel_size"])
+@pytest.mark.parametrize("size", [2**31, 2**40, 2**63 - 1])
+def test_sizes_whose_products_would_not_fit_are_refused(name, size):
+    weight, x = rows_of_weight(random_weight(8, 6, (3, 3))), random(2, 6, 9, 9)
+    with pytest.raises(ValueError, match=f"sparse_conv2d: {name} must be at most 2147483647"):
+        sparse_conv2d(x, *weight, **{"kernel_size": 3, name: size})
+    sizes = {"kernel_size": [3, 3], "stride": [1, 1], "padding": [0, 0], "dilation": [1, 1]} | {name: [1, size]}
+    with pytest.raises(RuntimeError, match=f"sparse_conv2d: {name} must be"):
+        sparse_conv2d_inference(x, *weight, None, None, *sizes.values(), 1)
 
 
 # ---- gradients

@@ -39,11 +39,21 @@ def pair(n):
     return [n, n] if isinstance(n, int) else list(n)
 
 
-def inference(kernel_size, stride=1, padding=0, dilation=1, groups=1, relu=False, codebook=None, bias=None, **tensors):
-    sizes = [pair(n) for n in (kernel_size, stride, padding, dilation)]
-    return sparse_conv2d_inference(
-        **tensors, bias=bias, codebook=codebook, **dict(zip(SIZES, sizes, strict=True)), groups=groups, relu=relu
-    )
+def inference(
+    kernel_size,
+    stride=1,
+    padding=0,
+    dilation=1,
+    groups=1,
+    relu=False,
+    mode="exact",
+    codebook=None,
+    bias=None,
+    **tensors,
+):
+    sizes = dict(zip(SIZES, map(pair, (kernel_size, stride, padding, dilation)), strict=True))
+    rest = {"groups": groups, "relu": relu, "mode": mode}
+    return sparse_conv2d_inference(**tensors, bias=bias, codebook=codebook, **sizes, **rest)
 
 
 def assert_close(got, want):
@@ -75,6 +85,30 @@ def test_equals_the_cpu(device, shape, out, kernel, sizes, memory_format, dtype,
         y = op(**moved, kernel_size=kernel, **sizes)
         assert_close(y, want)
         assert y.stride() == want.stride()
+
+
+@pytest.mark.parametrize("mode", ["int8", "bfloat16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, LAST])
+@pytest.mark.parametrize("shape,out,kernel,sizes", CASES)
+def test_modes_equal_those_of_the_cpu(device, shape, out, kernel, sizes, memory_format, dtype, mode):
+    tensors = problem(shape, out, kernel, sizes.get("groups", 1), dtype, codes=shape[0] == 2)
+    tensors["x"] = tensors["x"].contiguous(memory_format=memory_format)
+    want = sparse_conv2d(**tensors, kernel_size=kernel, **sizes, mode=mode)
+    for op in (sparse_conv2d, inference):
+        y = op(**on(device, tensors), kernel_size=kernel, **sizes, mode=mode)
+        assert_close(y, want)
+        assert y.stride() == want.stride()
+        if mode == "int8":
+            assert torch.equal(y.cpu(), want)
+
+
+def test_int8_makes_what_is_not_finite_nan(device):
+    tensors = problem()
+    tensors["x"][1, 2, 3, 4] = float("inf")
+    tensors["values"][0] = float("nan")
+    y = sparse_conv2d(**on(device, tensors), kernel_size=3, mode="int8").cpu()
+    assert y[1].isnan().all() and y[0, 0].isnan().all() and not y[0, 1:].isnan().any()
 
 
 @pytest.mark.parametrize("codes", [False, True])

@@ -9,6 +9,7 @@ from torch import nn
 
 import tersetorch as tt
 from tersetorch import zoo
+from tersetorch.conversion.fusion import fuse
 from tersetorch.costs import count
 from tersetorch.storage import registry
 
@@ -280,3 +281,21 @@ def test_wrong_images_are_refused(build, shape, sentence):
 def test_bad_arguments_are_refused(build, error, sentence):
     with pytest.raises(error, match=sentence):
         build()
+
+
+def test_a_file_from_before_the_relus_were_modules_still_loads(tmp_path):
+    network = zoo.SqueezeNet("1.1", 10).eval()
+    images = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    want = network(images)
+    for module in list(network.modules()):
+        for name in [name for name, child in module._modules.items() if type(child) is nn.ReLU]:
+            del module._modules[name]
+    tt.save(network, tmp_path / "old.terse")
+    assert torch.equal(tt.load(tmp_path / "old.terse")(images), want)
+
+
+@pytest.mark.parametrize("make", [zoo.AlexNet, zoo.SqueezeNet, zoo.MobileNet])
+def test_convert_finds_every_relu(make):
+    network = make(classes=10)
+    relus = {name for name, module in network.named_modules() if type(module) is nn.ReLU}
+    assert relus == set(fuse(network, ()).in_place) != set()

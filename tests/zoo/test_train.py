@@ -33,6 +33,16 @@ def test_one_step_is_the_gradient_step(problem):
         torch.testing.assert_close(parameter.detach(), start.detach() - 0.5 * (start.grad + decay))
 
 
+def test_the_l1_penalty_is_part_of_the_loss(problem):
+    images, labels = problem
+    model, reference = network(), network()
+    fit(model, images, labels, epochs=1, batch_size=50, lr=0.5, momentum=0.0, l1_penalty=0.1, schedule="constant")
+    penalty = sum(parameter.abs().sum() for parameter in reference.parameters() if parameter.ndim > 1)
+    (functional.cross_entropy(reference(images), labels) + 0.1 * penalty).backward()
+    for parameter, start in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(parameter.detach(), start.detach() - 0.5 * start.grad)
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_learns(problem, optimizer):
     images, labels = problem
@@ -139,6 +149,7 @@ def test_error_rate_counts_and_restores_the_mode():
         ({"lr": float("nan")}, ValueError, r"lr must be in \[0, inf\), got nan"),
         ({"lr": "0.1"}, TypeError, "lr must be a number, got '0.1'"),
         ({"momentum": 1.0}, ValueError, r"momentum must be in \[0, 1\), got 1.0"),
+        ({"l1_penalty": -1}, ValueError, r"l1_penalty must be in \[0, 1\), got -1"),
         ({"weight_decay": -1}, ValueError, r"weight_decay must be in \[0, 1\), got -1"),
         ({"input_dropout": 1}, ValueError, r"input_dropout must be in \[0, 1\), got 1"),
         ({"optimizer": "lion"}, ValueError, "optimizer must be one of sgd, adam, got 'lion'"),

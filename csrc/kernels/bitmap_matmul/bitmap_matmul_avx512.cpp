@@ -28,18 +28,35 @@ __m512 ExpandFloats(std::uint16_t bits, __m512 values) {
   return expanded;
 }
 
-constexpr Index kBitsAhead = 1024;    // bytes
-constexpr Index kValuesAhead = 1024;  // values
+// Hints to read on, because the hardware prefetcher stops at the end of a page. Rows multiplied at once lie one behind
+// the other: a little ahead of one is where the next one already is, so that each asks for what its successor in the
+// next group will read. The addresses may lie outside the arrays.
+template <int kRows, typename Value>
+struct Hints {
+  static constexpr Index kBitsAhead = 1024, kValuesAhead = 1024 * sizeof(Value);  // bytes
+  explicit Hints(const BitmapWeight& w)
+      : bits_of_group(WholeGroups(kBitsAhead, BitmapWords(w.columns) * 8)),
+        values_of_group(WholeGroups(kValuesAhead, (w.rows == 0 ? 0 : w.nnz / w.rows) * sizeof(Value))) {}
 
-// Hints to read on: the hardware prefetcher stops at the end of a page. The addresses may lie outside the arrays.
-template <typename T, int kCount>
-void PrefetchAll(T* const (&arrays)[kCount], Index bytes) {
-#pragma GCC unroll 2
-  for (int i = 0; i < kCount; ++i) {
-    const auto address = reinterpret_cast<std::uintptr_t>(arrays[i]) + static_cast<std::uintptr_t>(bytes);
-    _mm_prefetch(reinterpret_cast<const char*>(address), _MM_HINT_T0);
+  static Index WholeGroups(Index least, Index row_bytes) {
+    const Index group = kRows * row_bytes;
+    return group == 0 ? least : (least + group - 1) / group * group;
   }
-}
+
+  // Row after row, as the rows' words are then read: in another order a word takes 3.8 cycles, in this one 3.5.
+  template <int kCount>
+  __attribute__((always_inline)) void Give(const void* const (&rows)[kCount], Index word,
+                                           const Value* const (&next)[kCount]) const {
+#pragma GCC unroll 2
+    for (int r = 0; r < kCount; ++r) {
+      const Index bits = kRows == 1 ? kBitsAhead : bits_of_group, values = kRows == 1 ? kValuesAhead : values_of_group;
+      if (word % 8 == 0) _mm_prefetch(static_cast<const char*>(rows[r]) + word * 8 + bits, _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(next[r]) + values, _MM_HINT_T0);
+    }
+  }
+
+  Index bits_of_group, values_of_group;
+};
 
 // Sums of one row that float32 products are added to; a word's four vectors go to kChains sums in turn.
 template <int kSamples>
@@ -93,7 +110,7 @@ struct Float32Kernel : FloatKernelBase<kSamples> {
   using Value = float;
   using Base = FloatKernelBase<kSamples>;
   static constexpr Order kOrder = Order::kNatural;
-  explicit Float32Kernel(const BitmapWeight&) {}
+  explicit Float32Kernel(const BitmapWeight& w) : hints(w) {}
 
   template <int kCount>
   __attribute__((always_inline)) void Run(const void* const (&bits)[kCount], Index words,
@@ -103,10 +120,9 @@ struct Float32Kernel : FloatKernelBase<kSamples> {
     for (Index i = 0; i < words; ++i, x += 64 * kSamples) {
       std::uint64_t word[kCount];
       for (int r = 0; r < kCount; ++r) word[r] = LoadAt<std::uint64_t>(bits[r], i, 8);
-      if (i % 8 == 0) PrefetchAll(bits, i * 8 + kBitsAhead);
 #pragma GCC unroll 4
       for (int p = 0; p < 4; ++p) {
-        if (p % 2 == 0) PrefetchAll(values, kValuesAhead * sizeof(Value));
+        if (p % 2 == 0) hints.Give(bits, i, values);
         __m512 weights[kCount];
 #pragma GCC unroll 2
         for (int r = 0; r < kCount; ++r) {
@@ -118,6 +134,8 @@ struct Float32Kernel : FloatKernelBase<kSamples> {
       }
     }
   }
+
+  Hints<Base::kRows, Value> hints;
 };
 
 template <int kSamples>
@@ -125,7 +143,7 @@ struct BFloat16Kernel : FloatKernelBase<kSamples> {
   using Value = std::uint16_t;
   using Base = FloatKernelBase<kSamples>;
   static constexpr Order kOrder = Order::kHalves;
-  explicit BFloat16Kernel(const BitmapWeight&) {}
+  explicit BFloat16Kernel(const BitmapWeight& w) : hints(w) {}
 
   template <int kCount>
   __attribute__((always_inline)) void Run(const void* const (&bits)[kCount], Index words,
@@ -133,8 +151,7 @@ struct BFloat16Kernel : FloatKernelBase<kSamples> {
                                           FloatSums<kSamples> (&sums)[kCount]) const {
     const auto* x = static_cast<const float*>(panel);
     for (Index i = 0; i < words; ++i, x += 64 * kSamples) {
-      if (i % 8 == 0) PrefetchAll(bits, i * 8 + kBitsAhead);
-      PrefetchAll(values, kValuesAhead * sizeof(Value));
+      hints.Give(bits, i, values);
 #pragma GCC unroll 2
       for (int half = 0; half < 2; ++half) {
         __m512 even[kCount], odd[kCount];
@@ -151,6 +168,8 @@ struct BFloat16Kernel : FloatKernelBase<kSamples> {
       }
     }
   }
+
+  Hints<Base::kRows, Value> hints;
 };
 
 // Codes below 32.
@@ -161,7 +180,8 @@ struct CodeKernel : FloatKernelBase<kSamples> {
   static constexpr Index kMaxEntries = 32;
   static constexpr Order kOrder = Order::kBytes;
   explicit CodeKernel(const BitmapWeight& w)
-      : entries(w.entries),
+      : hints(w),
+        entries(w.entries),
         low(_mm512_maskz_loadu_ps(First(w.entries), w.codebook)),
         high(_mm512_maskz_loadu_ps(First(w.entries - 16), w.codebook + 16)) {}
 
@@ -173,8 +193,7 @@ struct CodeKernel : FloatKernelBase<kSamples> {
                                           FloatSums<kSamples> (&sums)[kCount]) const {
     const auto* x = static_cast<const float*>(panel);
     for (Index i = 0; i < words; ++i, x += 64 * kSamples) {
-      if (i % 8 == 0) PrefetchAll(bits, i * 8 + kBitsAhead);
-      PrefetchAll(values, kValuesAhead * sizeof(Value));
+      hints.Give(bits, i, values);
       __m512i codes[kCount];
 #pragma GCC unroll 2
       for (int r = 0; r < kCount; ++r) {
@@ -198,6 +217,7 @@ struct CodeKernel : FloatKernelBase<kSamples> {
   bool AreInside(const std::uint8_t* codes, Index count) const { return CodesInside(codes, count, entries); }
   bool Revisit(const std::uint8_t* codes, Index count, FloatSums<kSamples>&) const { return AreInside(codes, count); }
 
+  Hints<Base::kRows, Value> hints;
   Index entries;
   __m512 low, high;
 };
@@ -211,7 +231,7 @@ struct Int8Kernel {
   struct Accumulators {
     __m512i products[kSamples], weights;
   };
-  explicit Int8Kernel(const BitmapWeight&) {}
+  explicit Int8Kernel(const BitmapWeight& w) : hints(w) {}
 
   // The instruction takes x without a sign, so the panel holds q + 128, and 128 times the row's sum comes off again.
   template <int kCount>
@@ -220,8 +240,7 @@ struct Int8Kernel {
                                           Accumulators (&sums)[kCount]) const {
     const auto* x = static_cast<const char*>(panel);
     for (Index i = 0; i < words; ++i, x += 64 * kSamples) {
-      if (i % 8 == 0) PrefetchAll(bits, i * 8 + kBitsAhead);
-      if (i % 2 == 0) PrefetchAll(values, kValuesAhead * sizeof(Value));
+      hints.Give(bits, i, values);
       __m512i weights[kCount];
 #pragma GCC unroll 2
       for (int r = 0; r < kCount; ++r) {
@@ -248,6 +267,8 @@ struct Int8Kernel {
 #pragma GCC unroll 4
     for (int n = 0; n < kSamples; ++n) out[n] = _mm512_reduce_add_epi32(_mm512_sub_epi32(sums.products[n], offset));
   }
+
+  Hints<kRows, Value> hints;
 };
 
 // ---- columns: the same expansions, times one x for all of a column

@@ -26,16 +26,6 @@ __device__ int SetBefore(std::uint64_t word, int bit) { return __popcll(word & (
 
 // ---- tiles
 
-// A block quantizes one sample.
-struct SampleTile {
-  static constexpr int kWarps = 8;
-  static constexpr int kThreads = kWarps * kWarpSize;
-
-  struct Memory {
-    std::uint32_t largest[kWarps];
-  };
-};
-
 // A warp computes the outputs of some words for one sample, a lane two of each word.
 struct WordsTile {
   static constexpr int kWarps = 4;
@@ -119,19 +109,7 @@ __global__ void __launch_bounds__(Tile::kThreads) BitmapQuantizeKernel(BitmapQua
   const std::int64_t n = blockIdx.x;
   const int thread = static_cast<int>(threadIdx.x);
   const Float* x = static_cast<const Float*>(a.x) + n * a.columns;
-  // Compared as integers: infinities are above all numbers, and NaN above them.
-  std::uint32_t largest = 0;
-  for (std::int64_t c = thread; c < a.columns; c += Tile::kThreads) {
-    largest = max(largest, __float_as_uint(ToFloat(x[c])) & 0x7fffffffu);
-  }
-#pragma unroll
-  for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
-    largest = max(largest, __shfl_xor_sync(kWholeWarp, largest, distance));
-  }
-  auto& memory = SharedMemory<typename Tile::Memory>();
-  if (thread % kWarpSize == 0) memory.largest[thread / kWarpSize] = largest;
-  __syncthreads();
-  for (int warp = 0; warp < Tile::kWarps; ++warp) largest = max(largest, memory.largest[warp]);
+  const std::uint32_t largest = LargestBits<Tile>(x, a.columns);
   const BitmapScale scale = ScaleOf(__uint_as_float(largest));
   if (thread == 0) a.x_scales[n] = scale.scale;
   for (std::int64_t c = thread; c < a.columns; c += Tile::kThreads) {

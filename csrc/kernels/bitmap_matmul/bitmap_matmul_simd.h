@@ -317,8 +317,11 @@ Ahead AheadOf(const BitmapColumnsArgs& a, Index t, Index value_bytes) {
           static_cast<std::uintptr_t>((end - begin) * value_bytes / words)};
 }
 
+// Always inline: the compiler takes a function of hints alone for one without effect, and leaves its calls out. A
+// column alone comes from a stage, which costs more than the memory does.
 template <int kCount>
-void PrefetchWord(const Ahead (&ahead)[kCount], Index word) {
+inline __attribute__((always_inline)) void PrefetchWord(const Ahead (&ahead)[kCount], Index word) {
+  if (kCount == 1) return;
   const auto i = static_cast<std::uintptr_t>(word);
 #pragma GCC unroll 2
   for (int r = 0; r < kCount; ++r) {
@@ -384,7 +387,7 @@ BitmapStatus AddColumns(const BitmapColumnsArgs& a, bool decoded, Index word_beg
       if (const BitmapStatus status = Decode(w, k, count, stage); status != BitmapStatus::kOk) return status;
       const Value* values[1] = {stage};
       const float x[1] = {a.x[t]};
-      const Ahead ahead[1] = {AheadOf(a, t + 1, 0)};
+      const Ahead ahead[1] = {};
       kernel.template Add<1>(bits, some, values, x, ahead, a.sums + word * 64);
       if (!kernel.AreInside(stage, count)) return BitmapStatus::kBadCode;
       k += count;

@@ -6,8 +6,9 @@
 //         Pairs: a value is two bfloat16 of consecutive columns, and x is rounded to bfloat16; their products are exact
 //         in float32, so that the levels differ by the rounding of sums alone.
 //         Quads: a value is four int8 of consecutive columns, x is q[n][c] * sample_scales[n] with int8 q, and
-//         y[n][r] = fma(sum_k w[k] * q[n][c(k)] * row_scales[r], sample_scales[n], bias[r]) with an exact integer sum:
-//         the same bits at every level.
+//         y[n][r] = fma(sum_k w[k] * q[n][c(k)] * lo, hi, bias[r]) with an exact integer sum, lo the smaller and hi the
+//         larger of row_scales[r] and sample_scales[n], so that nothing overflows on the way to a number that float32
+//         holds: the same bits at every level.
 // Layout: W is cut into blocks of kBlockedRows rows and column_block columns, ordered by row block, then column block.
 //         The non-zeros of block i are [block_offsets[i], block_offsets[i + 1]), row after row, rows with more
 //         non-zeros first: equal trip counts follow each other and the processor foresees the end of the loop over a

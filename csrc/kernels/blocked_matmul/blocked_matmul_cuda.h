@@ -1,12 +1,13 @@
-// The product of blocked_matmul.h on a CUDA device, over samples as they lie: no panels. Values are float32, bfloat16
-// or codes, not pairs or quads.
+// The product of blocked_matmul.h on a CUDA device, over samples as they lie: no panels. For pairs and quads the
+// samples are rounded first, into words as a panel has them (kernels/panels, offset 0).
 //
-// Layout: x and y row-major [samples, features]; every pointer is to the device's memory and aligned to its element.
+// Layout: x and y row-major [samples, features]; every pointer is to the device's memory and aligned to its element,
+//         values of pairs and quads to the word.
 // Safety: offsets, segments, indices and codes are compared with their bounds before they are used, and nothing outside
 //         the arrays is touched. A kernel cannot return a status without making the caller wait, so damage becomes NaN
 //         in y, in every sample: all rows of a row block where offsets do not rise, or segments name a row twice or
 //         outside, or do not count the block's non-zeros; a row with an index or a code outside.
-// Order:  every sum has one order of summation, that of the CPU.
+// Order:  every sum has one order of summation, that of the CPU; quads give the bits that they give there.
 #pragma once
 
 #include <cstdint>
@@ -18,15 +19,27 @@ namespace tersetorch {
 
 struct BlockedMatmulCudaArgs {
   BlockedWeight weight;
-  const void* x;  // [samples, columns]
+  const void* x;  // [samples, columns]; for pairs and quads words
   FloatDtype stored_as;
   const float* bias;  // [rows] or null
   bool relu;
-  void* y;  // [samples, rows], stored as x is
+  void* y;  // [samples, rows], stored as stored_as says
   std::int64_t samples;
+  const float* sample_scales = nullptr;  // [samples], for quads only
+  const float* row_scales = nullptr;     // [rows], for quads only
 };
 
-// Enqueues on `stream`, a cudaStream_t, and returns the cudaError_t of that.
+struct BlockedWordsCudaArgs {
+  const void* x;  // [samples, features]
+  FloatDtype stored_as;
+  std::int64_t samples, features;
+  std::uint32_t* words;  // [samples, features / 2 or 4, rounded up]
+  float* sample_scales;  // [samples], for quads only
+};
+
+// Each enqueues on `stream`, a cudaStream_t, and returns the cudaError_t of that.
 int BlockedMatmulCuda(const BlockedMatmulCudaArgs& args, void* stream) noexcept;
+int BlockedPairsCuda(const BlockedWordsCudaArgs& args, void* stream) noexcept;
+int BlockedQuadsCuda(const BlockedWordsCudaArgs& args, void* stream) noexcept;
 
 }  // namespace tersetorch

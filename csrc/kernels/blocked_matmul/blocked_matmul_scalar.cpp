@@ -74,7 +74,9 @@ BlockedStatus Matmul(const BlockedMatmulArgs& a, std::int64_t row_block) noexcep
       auto sum = At<float>(a.sums, r * a.width + n);
       if (quads) {
         const auto integer = static_cast<float>(__builtin_bit_cast(std::int32_t, sum));
-        sum = __builtin_fmaf(integer * At<float>(a.row_scales, row_begin + r), At<float>(a.sample_scales, n), bias(r));
+        const float of_row = At<float>(a.row_scales, row_begin + r), of_sample = At<float>(a.sample_scales, n);
+        const bool row_first = of_row < of_sample;
+        sum = __builtin_fmaf(integer * (row_first ? of_row : of_sample), row_first ? of_sample : of_row, bias(r));
       }
       Store(a.y, a.y_stored_as, n * w.rows + row_begin + r, a.relu && sum < 0 ? 0.0f : sum);
     }

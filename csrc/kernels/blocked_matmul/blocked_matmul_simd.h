@@ -331,7 +331,9 @@ void Finish(const BlockedMatmulArgs& a, Index row_begin, Index rows) {
       const Float8 bias = Splat<8>(a.bias == nullptr ? 0.0f : LoadAt<float>(a.bias, row_begin + r, 4));
       for (Index n = 0; n < kWidth; n += 8) {
         const auto sums = __builtin_convertvector((Int8)Load<Float8>(a.sums + r * kWidth + n), Float8);
-        Store(a.sums + r * kWidth + n, sums * scale * LoadAt<Float8>(a.sample_scales, n, 4) + bias);
+        const Float8 other = LoadAt<Float8>(a.sample_scales, n, 4);
+        const Float8 smaller = scale < other ? scale : other, larger = scale < other ? other : scale;
+        Store(a.sums + r * kWidth + n, sums * smaller * larger + bias);
       }
     }
   }

@@ -134,6 +134,36 @@ struct RowTile {
   __device__ static std::int64_t RowOfWarp() { return std::int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarpSize; }
 };
 
+// A block reads one sample.
+struct SampleTile {
+  static constexpr int kWarps = 8;
+  static constexpr int kThreads = kWarps * kWarpSize;
+
+  struct Memory {
+    std::uint32_t largest[kWarps];
+  };
+};
+
+// The bits of the largest |x| of a sample, in every thread of the block; all of them call it, once. Compared as
+// integers: infinities are above all numbers, and NaN above them.
+template <typename Tile, typename Float>
+__device__ std::uint32_t LargestBits(const Float* x, std::int64_t features) {
+  auto& memory = SharedMemory<typename Tile::Memory>();
+  const int thread = static_cast<int>(threadIdx.x);
+  std::uint32_t largest = 0;
+  for (std::int64_t c = thread; c < features; c += Tile::kThreads) {
+    largest = max(largest, __float_as_uint(ToFloat(x[c])) & 0x7fffffffu);
+  }
+#pragma unroll
+  for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
+    largest = max(largest, __shfl_xor_sync(kWholeWarp, largest, distance));
+  }
+  if (thread % kWarpSize == 0) memory.largest[thread / kWarpSize] = largest;
+  __syncthreads();
+  for (int warp = 0; warp < Tile::kWarps; ++warp) largest = max(largest, memory.largest[warp]);
+  return largest;
+}
+
 // ---- launch
 
 // Blocks on the y axis, which walks the parts of `size`, several times where there are more than fill any GPU.

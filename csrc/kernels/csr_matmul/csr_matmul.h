@@ -1,7 +1,7 @@
-// y = x * W^T + bias for a weight W kept in compressed sparse rows, and the two gradients of that product.
+// y = relu?(x * W^T + bias) for a weight W kept in compressed sparse rows, and the two gradients of that product.
 //
-// Math:   y[n][r] = sum_k w[k] * x[n][col_indices[k]] + bias[r], k in [row_offsets[r], row_offsets[r + 1]);
-//         w[k] is values[k] or codebook[values[k]]. Everything is accumulated in float32.
+// Math:   y[n][r] = sum_k w[k] * x[n][col_indices[k]] + bias[r], k in [row_offsets[r], row_offsets[r + 1]),
+//         at least 0 with relu; w[k] is values[k] or codebook[values[k]]. Everything is accumulated in float32.
 // Layout: x, y and their gradients row-major [samples, features], float32 or bfloat16. The kernels read samples from
 //         panels: `width` samples transposed, float32 [features][width], zero where a panel has fewer samples, so that
 //         one non-zero weight multiplies consecutive numbers. width is 1, 8, 16 or 32.
@@ -45,7 +45,8 @@ struct CsrMatmulArgs {
   const float* panel;  // of x, [columns, width]
   std::int64_t width;
   const float* bias;  // [rows] or null
-  void* y;            // [samples, rows]
+  bool relu;
+  void* y;  // [samples, rows]
   FloatDtype y_stored_as;
   std::int64_t samples;  // <= width
 };

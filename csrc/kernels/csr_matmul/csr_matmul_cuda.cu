@@ -47,8 +47,9 @@ __global__ void __launch_bounds__(Tile::kThreads) CsrMatmulKernel(CsrMatmulCudaA
 #pragma unroll
     for (int s = 0; s < Tile::kSamples; ++s) {
       if (s >= count) break;
-      const float sum = row.damaged ? DamagedWeight() : WarpSum(sums[s]);
-      if (s == lane) y[(first + s) * w.rows + r] = FromFloat<Float>(a.bias == nullptr ? sum : sum + bias);
+      float sum = row.damaged ? DamagedWeight() : WarpSum(sums[s]);
+      if (a.bias != nullptr) sum += bias;
+      if (s == lane) y[(first + s) * w.rows + r] = FromFloat<Float>(a.relu && sum < 0 ? 0.0f : sum);
     }
   }
 }

@@ -24,7 +24,8 @@ struct CsrMatmulCudaArgs {
   const void* x;  // [samples, columns]
   FloatDtype stored_as;
   const float* bias;  // [rows] or null
-  void* y;            // [samples, rows], stored as x is
+  bool relu;
+  void* y;  // [samples, rows], stored as x is
   std::int64_t samples;
 };
 

@@ -50,7 +50,8 @@ CsrStatus Matmul(const CsrMatmulArgs& a, std::int64_t row_begin, std::int64_t ro
       for (std::int64_t k = row.begin; k < row.end; ++k) {
         sum += Value(w, k) * At<float>(a.panel, Column(w, k) * a.width + n);
       }
-      Store(a.y, a.y_stored_as, n * w.rows + r, a.bias == nullptr ? sum : sum + At<float>(a.bias, r));
+      if (a.bias != nullptr) sum += At<float>(a.bias, r);
+      Store(a.y, a.y_stored_as, n * w.rows + r, a.relu && sum < 0 ? 0.0f : sum);
     }
   }
   return CsrStatus::kOk;

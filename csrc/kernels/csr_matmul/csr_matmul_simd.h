@@ -458,6 +458,12 @@ CsrStatus MultiplyPanel(const CsrMatmulArgs& a, Index row_begin, Index row_end) 
       }
       if (status != CsrStatus::kOk) return status;
     }
+    if (a.relu) {
+      for (Index i = 0; i < count * kWidth; i += 8) {
+        const Float8 sums = Load<Float8>(tile + i);
+        Store(tile + i, sums < 0 ? Float8{} : sums);  // keeps NaN
+      }
+    }
     StoreTransposed<kWidth>(tile, count, a.samples, a.y, a.y_stored_as, w.rows, begin);
   }
   return CsrStatus::kOk;

@@ -8,6 +8,7 @@ namespace {
 const ConvKernels& Active() {
   switch (ProcessCpuIsa().active) {
     case CpuIsa::kAvx512Bf16:
+      return kConvAvx512Bf16;
     case CpuIsa::kAvx512:
       return kConvAvx512;
     case CpuIsa::kAvx2:
@@ -39,6 +40,8 @@ std::int64_t ConvChannelBlock(const ConvShape& s) noexcept {
 }
 
 std::int64_t ConvLanes() noexcept { return Active().lanes; }
+
+std::int32_t ConvQuadOffset() noexcept { return Active().quad_offset; }
 
 ConvPlan ConvPlanFor(const ConvShape& s, std::int64_t nnz, std::int64_t pad_h, std::int64_t out_height,
                      std::int64_t out_width, std::int64_t lanes) noexcept {

@@ -3,6 +3,6 @@
 
 namespace tersetorch {
 
-const ConvKernels kConvAvx2{8, Check, Planes, Convolve<8>};
+const ConvKernels kConvAvx2{8, kQuadOffset, Check, Planes, Convolve<8>};
 
 }  // namespace tersetorch

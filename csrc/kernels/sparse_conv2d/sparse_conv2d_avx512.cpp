@@ -3,6 +3,6 @@
 
 namespace tersetorch {
 
-const ConvKernels kConvAvx512{16, Check, Planes, Convolve<16>};
+const ConvKernels kConvAvx512{16, kQuadOffset, Check, Planes, Convolve<16>};
 
 }  // namespace tersetorch

@@ -5,13 +5,15 @@
 //         the first channel of the filter's group. x and y lie as their steps say; every pointer is to the device's
 //         memory and aligned to its element.
 // Method: a block computes neighbouring outputs of one filter, a thread one of them. The block decodes the filter's
-//         non-zeros once, so many at a time, into offsets from an output's first input.
+//         non-zeros once, so many at a time, into offsets from an output's first input. Modes: weights and inputs are
+//         rounded as they are read, for int8 with scales that a kernel before it finds, one block for each image and
+//         each filter.
 // Limits: a non-zero costs an output one load and two comparisons beside its multiply-add. With the channels last the
 //         loads of a warp lie in_channels apart, so contiguous images are read faster.
 // Safety: offsets, columns and codes are compared with their bounds before they are used, and nothing outside the
 //         arrays is touched. A kernel cannot return a status without making the caller wait, so damage becomes NaN: all
 //         outputs, in every image, of a filter whose offsets, columns or codes are damaged. Columns need not rise:
-//         those that come twice count twice.
+//         those that come twice count twice. In mode int8 an image with infinity or NaN is NaN, and a filter with them.
 // Order:  every sum has one order of summation, that of the row.
 #pragma once
 
@@ -28,6 +30,11 @@ struct ConvSteps {
   std::int64_t image, channel, row, column;
 };
 
+// Of an image or a filter: number q stands for q * scale, and number x becomes round(x * inverse).
+struct ConvScale {
+  float scale, inverse;
+};
+
 struct ConvCudaArgs {
   CsrWeight weight;  // [out_channels, in_channels / groups * kernel_h * kernel_w]
   ConvShape shape;
@@ -39,6 +46,8 @@ struct ConvCudaArgs {
   bool relu;
   void* y;  // [images, out_channels, out_height, out_width], stored as x is
   ConvSteps y_steps;
+  ConvMode mode;
+  ConvScale* scales;  // [images + out_channels], uninitialised, for int8 only
 };
 
 // Enqueues on `stream`, a cudaStream_t, and returns the cudaError_t of that.

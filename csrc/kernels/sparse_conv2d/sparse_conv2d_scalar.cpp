@@ -24,10 +24,28 @@ float Value(const ConvWeight& w, Index k) {
       return At<float>(w.values, k);
     case ConvValues::kBFloat16:
       return FromBFloat16(At<std::uint16_t>(w.values, k));
-    case ConvValues::kCodes:
-      break;
+    default:
+      return At<float>(w.codebook, At<std::uint8_t>(w.values, k));
   }
-  return At<float>(w.codebook, At<std::uint8_t>(w.values, k));
+}
+
+// Adds what non-zero k makes of x, a float or a word.
+void Add(const ConvWeight& w, Index k, float x, float* sum) {
+  switch (w.stored_as) {
+    case ConvValues::kBFloat16Pairs:
+      for (Index j = 0; j < 2; ++j) {
+        *sum += FromBFloat16(At<std::uint16_t>(w.values, 2 * k + j)) * FromBFloat16(At<std::uint16_t>(&x, j));
+      }
+      return;
+    case ConvValues::kInt8Quads:
+      for (Index j = 0; j < 4; ++j) {
+        const int product = At<std::int8_t>(w.values, 4 * k + j) * At<std::int8_t>(&x, j);
+        Put(sum, 0, At<std::uint32_t>(sum, 0) + static_cast<std::uint32_t>(product));
+      }
+      return;
+    default:
+      *sum += Value(w, k) * x;
+  }
 }
 
 ConvStatus Check(const ConvWeight& w) noexcept {
@@ -85,10 +103,11 @@ void Convolve(const ConvArgs& a, Index tile, Index row_begin, Index row_end) noe
   const Index j_end = Smaller(j_begin + (p.line ? p.tile_rows * p.lanes : p.columns), a.out_width);
   const Index height = i_end > i_begin ? i_end - i_begin : 0, width = j_end - j_begin, size = height * width;
 
+  const bool quads = w.stored_as == ConvValues::kInt8Quads;
   const Index filters = Smaller(row_end * kConvRows, s.out_channels) - row_begin * kConvRows;
   for (Index r = 0; r < filters; ++r) {
     for (Index i = 0; i < size; ++i) {
-      a.sums[r * size + i] = a.bias == nullptr ? 0.0f : At<float>(a.bias, row_begin * kConvRows + r);
+      a.sums[r * size + i] = quads || a.bias == nullptr ? 0.0f : At<float>(a.bias, row_begin * kConvRows + r);
     }
   }
   for (Index first = 0, block = 0; first < s.in_channels; first += w.channel_block, block += row_blocks) {
@@ -105,8 +124,9 @@ void Convolve(const ConvArgs& a, Index tile, Index row_begin, Index row_end) noe
           while (kh + 1 < s.kernel_h && slots.Slot(kh) != slot) ++kh;
           for (Index i = 0; i < height; ++i) {
             for (Index j = 0; j < width; ++j) {
-              sums[i * width + j] += Value(w, k) * X(a, c, (i_begin + i) * s.stride_h + kh * s.dilation_h - a.pad_h,
-                                                     (j_begin + j) * s.stride_w + kw * s.dilation_w - a.pad_w);
+              const float x = X(a, c, (i_begin + i) * s.stride_h + kh * s.dilation_h - a.pad_h,
+                                (j_begin + j) * s.stride_w + kw * s.dilation_w - a.pad_w);
+              Add(w, k, x, sums + i * width + j);
             }
           }
         }
@@ -117,7 +137,12 @@ void Convolve(const ConvArgs& a, Index tile, Index row_begin, Index row_end) noe
     const Index o = row_begin * kConvRows + r;
     for (Index i = 0; i < height; ++i) {
       for (Index j = 0; j < width; ++j) {
-        const float sum = a.sums[r * size + i * width + j];
+        float sum = a.sums[r * size + i * width + j];
+        if (quads) {
+          const auto integer = static_cast<float>(At<std::int32_t>(&sum, 0));
+          sum = __builtin_fmaf(integer * At<float>(a.row_scales, o), a.image_scale,
+                               a.bias == nullptr ? 0.0f : At<float>(a.bias, o));
+        }
         const Index place = (i_begin + i) * a.out_width + j_begin + j;
         Store(a.y, a.stored_as, a.channels_last ? place * s.out_channels + o : o * a.out_height * a.out_width + place,
               a.relu && sum < 0 ? 0.0f : sum);
@@ -128,6 +153,6 @@ void Convolve(const ConvArgs& a, Index tile, Index row_begin, Index row_end) noe
 
 }  // namespace
 
-const ConvKernels kConvScalar{8, Check, Planes, Convolve};
+const ConvKernels kConvScalar{8, 0, Check, Planes, Convolve};
 
 }  // namespace tersetorch

@@ -39,6 +39,29 @@ struct CodeValues {
   const float* codebook;
 };
 
+// Two bfloat16 in a word, the first channel in the lower half.
+struct BFloat16PairValues {
+  explicit BFloat16PairValues(const ConvWeight& w) : values(w.values) {}
+
+  const void* values;
+};
+
+// Four int8 in a word, the first channel in the lowest byte.
+struct Int8QuadValues {
+  explicit Int8QuadValues(const ConvWeight& w) : values(w.values) {}
+
+  const void* values;
+};
+
+#ifdef __AVX512VNNI__
+constexpr std::int32_t kQuadOffset = 128;
+#else
+constexpr std::int32_t kQuadOffset = 0;
+#endif
+
+// What stands outside an image: the number 0, or a quad of them.
+constexpr std::uint32_t kZeroQuad = static_cast<std::uint32_t>(kQuadOffset) * 0x01010101;
+
 struct Block {
   Block(const ConvWeight& w, Index i)
       : segment(LoadAt<std::int32_t>(w.blocks, 2 * i, 4)),
@@ -136,6 +159,18 @@ void Planes(const ConvPlanesArgs& args, Index begin, Index end) noexcept {
 
 // ---- tiles
 
+template <int kLanes>
+struct IntsOf {
+  typedef std::int32_t Type __attribute__((vector_size(4 * kLanes)));
+};
+template <int kLanes>
+using Ints = typename IntsOf<kLanes>::Type;
+
+template <int kWidth, std::uint32_t kZero>
+Vector<kWidth> Zeros() {
+  return (Vector<kWidth>)(static_cast<std::int32_t>(kZero) - Ints<kWidth>{});
+}
+
 // The first outputs of a tile.
 struct Tile {
   Tile(const ConvPlan& p, Index tile)
@@ -145,19 +180,28 @@ struct Tile {
   Index row, column;
 };
 
-// Reads and writes kWidth floats, of which only [begin, end) are there; the others are zero, or left alone.
+// Reads and writes kWidth numbers, of which only [begin, end) are there; the others are kZero, or left alone.
 template <int kWidth>
 struct Masked {
   Masked(Index begin, Index end) {
     const Int8 lanes = {0, 1, 2, 3, 4, 5, 6, 7};
     mask = (lanes >= static_cast<std::int32_t>(begin)) & (lanes < static_cast<std::int32_t>(end));
   }
+  template <std::uint32_t kZero>
   Vector<kWidth> Load(const float* p) const {
+    Vector<kWidth> v;
     if constexpr (kWidth == 4) {
-      return (Vector<kWidth>)_mm_maskload_ps(p, _mm256_castsi256_si128((__m256i)mask));
+      v = (Vector<kWidth>)_mm_maskload_ps(p, _mm256_castsi256_si128((__m256i)mask));
     } else {
-      return (Vector<kWidth>)_mm256_maskload_ps(p, (__m256i)mask);
+      v = (Vector<kWidth>)_mm256_maskload_ps(p, (__m256i)mask);
     }
+    if constexpr (kZero != 0) {
+      const Int8 rest = ~mask & static_cast<std::int32_t>(kZero);
+      Ints<kWidth> of_width;
+      __builtin_memcpy(&of_width, &rest, sizeof of_width);
+      v = (Vector<kWidth>)((Ints<kWidth>)v | of_width);
+    }
+    return v;
   }
   void Store(float* p, Vector<kWidth> v) const {
     if constexpr (kWidth == 4) {
@@ -174,7 +218,11 @@ struct Masked {
 template <>
 struct Masked<16> {
   Masked(Index begin, Index end) : mask(static_cast<__mmask16>(begin < end ? (1u << end) - (1u << begin) : 0)) {}
-  Vector<16> Load(const float* p) const { return (Vector<16>)_mm512_maskz_loadu_ps(mask, p); }
+  template <std::uint32_t kZero>
+  Vector<16> Load(const float* p) const {
+    if constexpr (kZero == 0) return (Vector<16>)_mm512_maskz_loadu_ps(mask, p);
+    return (Vector<16>)_mm512_mask_loadu_ps((__m512)Zeros<16, kZero>(), mask, p);
+  }
   void Store(float* p, Vector<16> v) const { _mm512_mask_storeu_ps(p, mask, (__m512)v); }
 
   __mmask16 mask;
@@ -208,9 +256,9 @@ struct SlotRows {
   Index from;  // the first row inside
 };
 
-template <int kLanes, int kColumns, typename Read>
+template <int kLanes, int kColumns, std::uint32_t kZero, typename Read>
 void PackSlots(float* to, const float* from, Index pitch, const SlotRows& rows, const Read& read) {
-  for (Index i = rows.before; i > 0; --i, to += kLanes) Store(to, Vector<kColumns>{});
+  for (Index i = rows.before; i > 0; --i, to += kLanes) Store(to, Zeros<kColumns, kZero>());
   Index i = rows.inside;
   for (; i >= 4; i -= 4, from += 4 * pitch, to += 4 * kLanes) {
     const Vector<kColumns> v[4] = {read(from), read(from + pitch), read(from + 2 * pitch), read(from + 3 * pitch)};
@@ -218,11 +266,11 @@ void PackSlots(float* to, const float* from, Index pitch, const SlotRows& rows, 
     for (int j = 0; j < 4; ++j) Store(to + j * kLanes, v[j]);
   }
   for (; i > 0; --i, from += pitch, to += kLanes) Store(to, read(from));
-  for (i = rows.after; i > 0; --i, to += kLanes) Store(to, Vector<kColumns>{});
+  for (i = rows.after; i > 0; --i, to += kLanes) Store(to, Zeros<kColumns, kZero>());
 }
 
 // Channels [first, first + channels), straight from the planes; columns of a grid at most two apart, of a line one.
-template <int kLanes, int kColumns>
+template <int kLanes, int kColumns, std::uint32_t kZero>
 void PackRows(const ConvArgs& a, const Tile& tile, Index first, Index channels) {
   // Copies, since the compiler cannot know that no store changes the arguments.
   const ConvShape s = a.weight.shape;
@@ -237,8 +285,8 @@ void PackRows(const ConvArgs& a, const Tile& tile, Index first, Index channels) 
       if (0 <= column && column + p.tile_rows * kLanes <= width) {
         const SlotRows rows(0, 1, p.tile_rows, p.tile_rows);
         for (Index c = 0; c < channels; ++c, to += s.kernel_w * vector_pitch) {
-          PackSlots<kLanes, kLanes>(to, x + c * plane + column, kLanes, rows,
-                                    [](const float* from) { return Load<Vector<kLanes>>(from); });
+          PackSlots<kLanes, kLanes, kZero>(to, x + c * plane + column, kLanes, rows,
+                                           [](const float* from) { return Load<Vector<kLanes>>(from); });
         }
         continue;
       }
@@ -246,7 +294,7 @@ void PackRows(const ConvArgs& a, const Tile& tile, Index first, Index channels) 
         const Index from = column + v * kLanes;
         const auto mask = MaskFor<kLanes>(-from, width - from);
         for (Index c = 0; c < channels; ++c) {
-          Store(to + v * kLanes + c * s.kernel_w * vector_pitch, mask.Load(x + c * plane + from));
+          Store(to + v * kLanes + c * s.kernel_w * vector_pitch, mask.template Load<kZero>(x + c * plane + from));
         }
       }
     }
@@ -266,14 +314,14 @@ void PackRows(const ConvArgs& a, const Tile& tile, Index first, Index channels) 
         const bool inside = 0 <= column && column + kColumns <= width;
         for (Index c = 0; c < channels; ++c, to += s.kernel_w * vector_pitch, from += plane) {
           if (s.stride_w == 2) {
-            PackSlots<kLanes, kColumns>(to, from, s.stride_h * width, rows, [&](const float* at) {
-              return Even<kColumns>(mask.Load(at), next.Load(at + kColumns));
+            PackSlots<kLanes, kColumns, kZero>(to, from, s.stride_h * width, rows, [&](const float* at) {
+              return Even<kColumns>(mask.template Load<kZero>(at), next.template Load<kZero>(at + kColumns));
             });
           } else if (inside) {
-            PackSlots<kLanes, kColumns>(to, from, s.stride_h * width, rows, whole);
+            PackSlots<kLanes, kColumns, kZero>(to, from, s.stride_h * width, rows, whole);
           } else {
-            PackSlots<kLanes, kColumns>(to, from, s.stride_h * width, rows,
-                                        [&](const float* at) { return mask.Load(at); });
+            PackSlots<kLanes, kColumns, kZero>(to, from, s.stride_h * width, rows,
+                                               [&](const float* at) { return mask.template Load<kZero>(at); });
           }
         }
       }
@@ -282,17 +330,19 @@ void PackRows(const ConvArgs& a, const Tile& tile, Index first, Index channels) 
   }
 }
 
-// line[q % stride][q / stride] = input column `column` + q of a row, 0 outside the image, for q in [0, span).
-void FillLine(const float* row, Index width, Index column, Index span, Index stride, Index pitch, float* line) {
+// line[q % stride][q / stride] = input column `column` + q of a row, zero outside the image, for q in [0, span).
+void FillLine(const float* row, Index width, Index column, Index span, Index stride, Index pitch, std::uint32_t zero,
+              float* line) {
   for (Index phase = 0; phase < stride; ++phase, line += pitch) {
     for (Index q = phase, i = 0; q < span; q += stride, ++i) {
-      line[i] = 0 <= column + q && column + q < width ? Load<float>(row + column + q) : 0.0f;
+      const bool there = 0 <= column + q && column + q < width;
+      Store(line + i, there ? LoadAt<std::uint32_t>(row, column + q, 4) : zero);
     }
   }
 }
 
 // Any stride: through one line at a time, its columns sorted by their remainder.
-template <int kLanes, int kColumns>
+template <int kLanes, int kColumns, std::uint32_t kZero>
 void PackLines(const ConvArgs& a, const Tile& tile, Index first, Index channels) {
   const ConvShape s = a.weight.shape;
   const ConvPlan p = a.plan;
@@ -303,10 +353,11 @@ void PackLines(const ConvArgs& a, const Tile& tile, Index first, Index channels)
   // The vector `to` of every kw, from a row's columns from `column` on.
   const auto pack = [&](float* to, const float* plane, Index row, Index column) {
     const bool there = 0 <= row && row < height;
-    if (there) FillLine(plane + row * width, width, column, span, s.stride_w, pitch, line);
+    if (there) FillLine(plane + row * width, width, column, span, s.stride_w, pitch, kZero, line);
     for (Index kw = 0; kw < s.kernel_w; ++kw, to += slots.Count() * kLanes) {
       const Index q = kw * s.dilation_w;
-      Store(to, there ? Load<Vector<kColumns>>(line + q % s.stride_w * pitch + q / s.stride_w) : Vector<kColumns>{});
+      const float* from = line + q % s.stride_w * pitch + q / s.stride_w;
+      Store(to, there ? Load<Vector<kColumns>>(from) : Zeros<kColumns, kZero>());
     }
   };
   const Index column = tile.column * s.stride_w - a.pad_w;
@@ -331,16 +382,80 @@ void PackLines(const ConvArgs& a, const Tile& tile, Index first, Index channels)
 
 // ---- sums
 
+template <int kLanes, typename Values>
+struct SumOf {
+  using Type = Vector<kLanes>;
+};
+template <int kLanes>
+struct SumOf<kLanes, Int8QuadValues> {
+  using Type = Ints<kLanes>;
+};
+
+// Adds non-zero k times the vectors from x on.
+template <int kLanes, int kVectors, typename Values>
+  requires requires { &Values::At; }
+inline __attribute__((always_inline)) void Add(const Values& values, Index k, const float* x,
+                                               Vector<kLanes> (&sums)[kVectors]) {
+  const Vector<kLanes> value = Splat<kLanes>(values.At(k));
+#pragma GCC unroll 8
+  for (int v = 0; v < kVectors; ++v) sums[v] += value * Load<Vector<kLanes>>(x + v * kLanes);
+}
+
+template <int kLanes, int kVectors>
+inline __attribute__((always_inline)) void Add(const BFloat16PairValues& values, Index k, const float* x,
+                                               Vector<kLanes> (&sums)[kVectors]) {
+#ifdef __AVX512BF16__
+  static_assert(kLanes == 16);
+  const Ints<kLanes> pair = LoadAt<std::int32_t>(values.values, k, 4) - Ints<kLanes>{};
+#pragma GCC unroll 8
+  for (int v = 0; v < kVectors; ++v) {
+    const auto of_x = LoadAt<Ints<kLanes>>(x, v * kLanes, 4);
+    sums[v] = (Vector<kLanes>)_mm512_dpbf16_ps((__m512)sums[v], (__m512bh)of_x, (__m512bh)pair);
+  }
+#else
+  const auto pair = LoadAt<std::uint32_t>(values.values, k, 4);
+  const Vector<kLanes> low = Splat<kLanes>(__builtin_bit_cast(float, pair << 16));
+  const Vector<kLanes> high = Splat<kLanes>(__builtin_bit_cast(float, pair & 0xffff0000));
+#pragma GCC unroll 8
+  for (int v = 0; v < kVectors; ++v) {
+    const auto of_x = LoadAt<Ints<kLanes>>(x, v * kLanes, 4);
+    sums[v] += low * (Vector<kLanes>)(of_x << 16);
+    sums[v] += high * (Vector<kLanes>)(of_x & static_cast<std::int32_t>(0xffff0000));
+  }
+#endif
+}
+
+template <int kLanes, int kVectors>
+inline __attribute__((always_inline)) void Add(const Int8QuadValues& values, Index k, const float* x,
+                                               Ints<kLanes> (&sums)[kVectors]) {
+#ifdef __AVX512VNNI__
+  static_assert(kLanes == 16);
+  const Ints<kLanes> quad = LoadAt<std::int32_t>(values.values, k, 4) - Ints<kLanes>{};
+#pragma GCC unroll 8
+  for (int v = 0; v < kVectors; ++v) {
+    const auto of_x = LoadAt<Ints<kLanes>>(x, v * kLanes, 4);
+    sums[v] = (Ints<kLanes>)_mm512_dpbusd_epi32((__m512i)sums[v], (__m512i)of_x, (__m512i)quad);
+  }
+#else
+  // |w| * (q with w's sign): two such products are at most 2 * 128 * 127 < 2^15, so that none saturates.
+  static_assert(kLanes == 8);
+  const __m256i quad = _mm256_set1_epi32(LoadAt<std::int32_t>(values.values, k, 4)), magnitude = _mm256_abs_epi8(quad);
+#pragma GCC unroll 8
+  for (int v = 0; v < kVectors; ++v) {
+    const __m256i products = _mm256_maddubs_epi16(magnitude, _mm256_sign_epi8(LoadAt<__m256i>(x, v * kLanes, 4), quad));
+    sums[v] += (Ints<kLanes>)_mm256_madd_epi16(products, _mm256_set1_epi16(1));
+  }
+#endif
+}
+
 // Adds kCount non-zeros from k on; places holds their indices, the first in the lowest 16 bits.
-template <int kLanes, int kVectors, int kChains, int kCount, typename Values>
-void Add(const Values& values, const float* buffer, std::uint64_t places, Index k, Vector<kLanes> (*sums)[kVectors]) {
+template <int kLanes, int kVectors, int kChains, int kCount, typename Values, typename Sum>
+void AddSome(const Values& values, const float* buffer, std::uint64_t places, Index k, Sum (*sums)[kVectors]) {
 #pragma GCC unroll 4
   for (int i = 0; i < kCount; ++i) {
     const float* x = buffer + (places >> 16 * i & 0xffff) * kLanes;
     __asm__("" : "+r"(x));  // one addition here, or a base and an index in every multiply-add: two operations each
-    const Vector<kLanes> value = Splat<kLanes>(values.At(k + i));
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) sums[i % kChains][v] += value * Load<Vector<kLanes>>(x + v * kLanes);
+    Add<kLanes>(values, k + i, x, sums[i % kChains]);
   }
 }
 
@@ -348,15 +463,18 @@ void Add(const Values& values, const float* buffer, std::uint64_t places, Index 
 template <int kLanes, int kVectors, typename Values>
 [[gnu::always_inline]] inline void AddRow(const ConvWeight& w, const Values& values, const float* buffer, Index k,
                                           Index end, float* row_sums) {
-  constexpr int kChains = kVectors >= 6 ? 1 : kVectors >= 3 ? 2 : 4;  // against the latency of a fused multiply-add
-  Vector<kLanes> sums[kChains][kVectors] = {};
+  // Against the latency of a fused multiply-add, or of VNNI, which is longer.
+  constexpr int kEnough = kLanes == 16 && requires(typename SumOf<kLanes, Values>::Type sum) { sum & sum; } ? 9 : 6;
+  constexpr int kChains = kVectors >= kEnough ? 1 : kVectors >= 3 ? 2 : 4;
+  using Sum = typename SumOf<kLanes, Values>::Type;
+  Sum sums[kChains][kVectors] = {};
 #pragma GCC unroll 8
-  for (int v = 0; v < kVectors; ++v) sums[0][v] = Load<Vector<kLanes>>(row_sums + v * kLanes);
+  for (int v = 0; v < kVectors; ++v) sums[0][v] = Load<Sum>(row_sums + v * kLanes);
   for (; k + 4 <= end; k += 4) {
-    Add<kLanes, kVectors, kChains, 4>(values, buffer, LoadAt<std::uint64_t>(w.indices, k, 2), k, sums);
+    AddSome<kLanes, kVectors, kChains, 4>(values, buffer, LoadAt<std::uint64_t>(w.indices, k, 2), k, sums);
   }
   for (; k < end; ++k)
-    Add<kLanes, kVectors, kChains, 1>(values, buffer, LoadAt<std::uint16_t>(w.indices, k, 2), k, sums);
+    AddSome<kLanes, kVectors, kChains, 1>(values, buffer, LoadAt<std::uint16_t>(w.indices, k, 2), k, sums);
 #pragma GCC unroll 2
   for (int half = kChains / 2; half > 0; half /= 2) {
 #pragma GCC unroll 2
@@ -410,6 +528,19 @@ void ForRows(const ConvArgs& a, Index blocks, Index row_begin, Index row_end) {
 }
 
 // ---- outputs
+
+// Integer sums become numbers.
+template <int kLanes>
+void Rescale(const ConvArgs& a, Index filter, Index filters, Index size) {
+  const Vector<kLanes> image_scale = Splat<kLanes>(a.image_scale);
+  for (Index r = 0; r < filters; ++r) {
+    const Vector<kLanes> scale = Splat<kLanes>(LoadAt<float>(a.row_scales, filter + r, 4));
+    const Vector<kLanes> bias = Splat<kLanes>(a.bias == nullptr ? 0.0f : LoadAt<float>(a.bias, filter + r, 4));
+    for (float *at = a.sums + r * size, *end = at + size; at < end; at += kLanes) {
+      Store(at, __builtin_convertvector(Load<Ints<kLanes>>(at), Vector<kLanes>) * scale * image_scale + bias);
+    }
+  }
+}
 
 // What sums are at least.
 float Floor(bool relu) { return relu ? 0.0f : -__builtin_inff(); }
@@ -512,15 +643,27 @@ void ForColumns(const ConvArgs& a, Index tile_index, Index row_begin, Index row_
   const Tile tile(a.plan, tile_index);
   const Index filter = row_begin * kConvRows, filters = Smaller(row_end * kConvRows, s.out_channels) - filter;
   const Index size = a.plan.tile_rows * kLanes, row_blocks = RowBlocks(w);
+  const bool quads = w.stored_as == ConvValues::kInt8Quads;
   for (Index r = 0; r < filters; ++r) {
-    const Vector<kLanes> start = Splat<kLanes>(a.bias == nullptr ? 0.0f : LoadAt<float>(a.bias, filter + r, 4));
+    Vector<kLanes> start;  // the bias, or what takes the offset of a quad's bytes back
+    if (quads) {
+      const std::uint32_t sum = LoadAt<std::uint32_t>(a.row_sums, filter + r, 4);
+      start =
+          (Vector<kLanes>)(static_cast<std::int32_t>(-static_cast<std::uint32_t>(kQuadOffset) * sum) - Ints<kLanes>{});
+    } else {
+      start = Splat<kLanes>(a.bias == nullptr ? 0.0f : LoadAt<float>(a.bias, filter + r, 4));
+    }
     for (Index i = 0; i < size; i += kLanes) Store(a.sums + r * size + i, start);
   }
   const bool rows = s.stride_w == 1 || (s.stride_w == 2 && !a.plan.line);
   for (Index first = 0, blocks = 0; first < s.in_channels; first += w.channel_block, blocks += row_blocks) {
     if (Block(w, blocks + row_begin).begin == Block(w, blocks + row_end - 1).end) continue;
     const Index channels = Smaller(w.channel_block, s.in_channels - first);
-    (rows ? PackRows<kLanes, kColumns> : PackLines<kLanes, kColumns>)(a, tile, first, channels);
+    if (quads) {
+      (rows ? PackRows<kLanes, kColumns, kZeroQuad> : PackLines<kLanes, kColumns, kZeroQuad>)(a, tile, first, channels);
+    } else {
+      (rows ? PackRows<kLanes, kColumns, 0> : PackLines<kLanes, kColumns, 0>)(a, tile, first, channels);
+    }
     switch (w.stored_as) {
       case ConvValues::kFloat32:
         ForRows<kLanes, Float32Values>(a, blocks, row_begin, row_end);
@@ -530,8 +673,15 @@ void ForColumns(const ConvArgs& a, Index tile_index, Index row_begin, Index row_
         break;
       case ConvValues::kCodes:
         ForRows<kLanes, CodeValues>(a, blocks, row_begin, row_end);
+        break;
+      case ConvValues::kBFloat16Pairs:
+        ForRows<kLanes, BFloat16PairValues>(a, blocks, row_begin, row_end);
+        break;
+      case ConvValues::kInt8Quads:
+        ForRows<kLanes, Int8QuadValues>(a, blocks, row_begin, row_end);
     }
   }
+  if (quads) Rescale<kLanes>(a, filter, filters, size);
   (a.channels_last ? StoreChannelsLast<kLanes, kColumns> : StoreByChannels<kLanes, kColumns>)(a, tile, filter, filters);
 }
 

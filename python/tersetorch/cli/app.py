@@ -9,6 +9,7 @@ from tersetorch.cli.convert import convert
 from tersetorch.cli.demo import demo
 from tersetorch.cli.doctor import doctor
 from tersetorch.cli.inspect import inspect
+from tersetorch.cli.reproduce import reproduce
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -16,7 +17,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Makes trained PyTorch networks smaller and faster, and measures both.",
 )
-for verb in (demo, convert, inspect, doctor, bench):
+for verb in (demo, convert, inspect, doctor, bench, reproduce):
     app.command()(verb)
 
 

@@ -41,8 +41,13 @@ def bench(
     if suite and suite not in NAMES:
         raise typer.BadParameter(f"SUITE must be one of {', '.join(NAMES)}, got {suite}")
     if json_file:  # before anything is measured
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.touch()
+        try:
+            json_file.parent.mkdir(parents=True, exist_ok=True)
+            json_file.open("a").close()
+        except OSError as error:
+            raise typer.BadParameter(
+                f"--json must name a file that can be written, got {json_file} ({error.strerror})"
+            ) from None
     options = Options(
         threads=threads,
         quick=quick,

@@ -44,9 +44,11 @@ def convert(
 
 
 def _read(path: Path, network: str) -> torch.nn.Module:
+    if path.exists() and not path.is_file():  # reading a pipe would wait for its writer
+        raise typer.BadParameter(f"MODEL must be a regular file, got {path}")
     if path.suffix == ".terse":
         return storage.load(path)
-    if path.suffix not in (".pt", ".pth", ".safetensors") or path.is_dir():
+    if path.suffix not in (".pt", ".pth", ".safetensors"):
         raise typer.BadParameter(f"MODEL must be a .terse, .pt, .pth or .safetensors file, got {path}")
     if network not in zoo.NETWORKS:
         got = network or "none"
@@ -54,6 +56,9 @@ def _read(path: Path, network: str) -> torch.nn.Module:
     model = zoo.NETWORKS[network]()
     try:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+        wide = [name for name, value in state.items() if isinstance(value, torch.Tensor) and value.is_complex()]
+        if wide:
+            raise ValueError(f"{wide[0]} must be real, got a complex tensor, whose imaginary part would be lost")
         model.load_state_dict(state)
     except FileNotFoundError:
         raise FileNotFoundError(f"convert: MODEL must exist, got {path}; pass a file that does") from None

@@ -19,6 +19,8 @@ def demo(
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON instead of the table.")] = False,
 ) -> None:
     """Trains, prunes, shares, stores, reloads and runs a network, and shows before and after side by side."""
+    if output.exists() and not output.is_dir():
+        raise typer.BadParameter(f"--output must name a folder, got the file {output}")
     figures = run_demo(seed=seed, output=output, data=data, console=Console(stderr=as_json))
     if as_json:
         print(json.dumps(figures, indent=1))

@@ -18,6 +18,7 @@ from tersetorch.nn import (
 
 MAX_DISTINCT = 255
 MAX_NARROW = 2**16
+MAX_INT8_WEIGHTS = 128 * 1024
 # Non-zeros looked at first: a weight that nobody shared is recognised without sorting all of it.
 SAMPLE = 65536
 
@@ -106,6 +107,11 @@ def _is_narrow_with_few_values(module: nn.Module) -> str | None:
     return _is_narrow(module) or _has_few_values(module)
 
 
+def _has_small_filters(module: nn.Module) -> str | None:
+    weights = weight_of(module)[:1].numel()
+    return f"more than {MAX_INT8_WEIGHTS} weights in a filter" if weights > MAX_INT8_WEIGHTS else None
+
+
 def _for_samples(samples: int | None) -> dict[str, Any]:
     return {} if samples is None else {"samples": max(1, samples)}
 
@@ -121,6 +127,36 @@ def _row(
     **more: Any,
 ) -> Candidate:
     return Candidate(name, alias or name, source, layer, max_density, applies, layer.from_dense, **more)
+
+
+def _convolutions(
+    dims: str, source: type[nn.Module], layer: type[Any], codebook_layer: type[Any]
+) -> tuple[Candidate, ...]:
+    return (
+        _row(f"sparse_conv{dims}", layer, 0.5, _always, alias="sparse", source=source, layout="direct"),
+        _row(
+            f"sparse_codebook_conv{dims}",
+            codebook_layer,
+            0.8,
+            _has_few_values,
+            alias="codebook",
+            source=source,
+            layout="direct",
+        ),
+        *(
+            _row(
+                f"sparse_conv{dims}_{mode}",
+                layer,
+                1.0,
+                applies,
+                alias=f"sparse_{mode}",
+                source=source,
+                layout=f"direct_{mode}",
+                exact=False,
+            )
+            for mode, applies in (("int8", _has_small_filters), ("bfloat16", _always))
+        ),
+    )
 
 
 # Below max_density a format is smaller than the dense weight, 32 bits each: with b bits a value, csr takes 32 + b of
@@ -181,9 +217,7 @@ CANDIDATES: dict[str, Candidate] = {
             exact=False,
             min_samples=4,
         ),
-        _row("sparse_conv2d", SparseConv2d, 0.5, _always, alias="sparse", source=nn.Conv2d),
-        _row("sparse_codebook_conv2d", SparseCodebookConv2d, 0.8, _has_few_values, alias="codebook", source=nn.Conv2d),
-        _row("sparse_conv1d", SparseConv1d, 0.5, _always, alias="sparse", source=nn.Conv1d),
-        _row("sparse_codebook_conv1d", SparseCodebookConv1d, 0.8, _has_few_values, alias="codebook", source=nn.Conv1d),
+        *_convolutions("2d", nn.Conv2d, SparseConv2d, SparseCodebookConv2d),
+        *_convolutions("1d", nn.Conv1d, SparseConv1d, SparseCodebookConv1d),
     )
 }

@@ -20,6 +20,7 @@ from tersetorch.conversion.baselines import in_channels_last
 from tersetorch.conversion.cache import DecisionCache
 from tersetorch.conversion.candidates import CANDIDATES, density, distinct_values
 from tersetorch.conversion.capture import Inputs, capture, seeded_run, uncalled, untouched_generators
+from tersetorch.conversion.fusion import Fusion, unfused
 from tersetorch.conversion.machine import load, machine_facts
 from tersetorch.conversion.plan import follow
 from tersetorch.conversion.planner import Decision, Planner, samples_of
@@ -66,6 +67,10 @@ def convert(
     live are finalized in the copy, and layers that an earlier conversion built stay as they are. Training flags,
     shared modules and tied parameters carry over.
 
+    A ReLU (nn.ReLU) that alone takes what a swapped layer returns becomes part of it, and an nn.Identity stands in its
+    place; one that takes what a dense layer or batch normalisation returns overwrites it. Both need a model whose graph
+    torch.fx can trace; outputs and gradients keep their bits. The dense model is timed with such ReLUs in place too.
+
     Where a model with convolutions is the fastest in channels_last, the result's dense convolutions hold their weights
     so, and hand that memory format on, whatever they are given; its outputs may then have other strides.
 
@@ -101,7 +106,9 @@ def convert(
     with torch.inference_mode(False), untouched_generators():
         if is_live(model):
             release_graphs(model)
-        source = dense_again(finalize(deep_copy(model)) if is_live(model) else model, _stays_sparse)
+        finalized = finalize(deep_copy(model)) if is_live(model) else model
+        layers, identities = unfused(finalized)
+        source = dense_again(finalized, lambda layer: _stays_sparse(layer, layers), identities)
         if plan is not None:
             return _told(source, inputs, plan)
         assert inputs is not None
@@ -118,12 +125,14 @@ def convert(
     return converted
 
 
-def _stays_sparse(layer: nn.Module) -> bool:
-    """Whether a sparse layer has no dense form that surely takes the same inputs, or hooks that would go.
+def _stays_sparse(layer: nn.Module, unfused: set[nn.Module]) -> bool:
+    """Whether a sparse layer has no dense form that surely takes the same inputs, or hooks or a ReLU that would go.
 
     A codebook is float32 whatever the model's dtype is; only the bias tells it.
     """
     bias = own_parameter(layer, "bias")
+    if layer.relu and layer not in unfused:
+        return True
     if carries_hooks(layer) or not isinstance(layer, CODEBOOK_LAYERS):
         return carries_hooks(layer)
     dense = layer.to_dense().weight
@@ -136,18 +145,21 @@ def _told(source: nn.Module, inputs: Inputs | None, plan: str | Mapping[str, str
     sites = find_sites(source, CANDIDATES)
     groups = groups_of(sites)
     decisions = follow(plan, sites, groups, CANDIDATES, _samples(source, groups, inputs))
-    converted = assemble(source, groups, decisions)
+    converted, fusion = assemble(source, groups, decisions)
     difference = None
     if inputs is not None:
         bypassed = _bypassed(source, converted, groups, decisions, inputs)
         if bypassed:
             reason = "undone: the model does not call the layer, but uses it in some other way"
             decisions = [d.undone(reason) if index in bypassed else d for index, d in enumerate(decisions)]
-            converted = assemble(source, groups, decisions)
+            converted, fusion = assemble(source, groups, decisions)
         dense, sparse = deep_copy(source).eval(), deep_copy(converted).eval()
         difference = output_difference(seeded_run(dense, inputs), seeded_run(sparse, inputs))
     conversion = ConversionReport(
-        _layer_reports(sites, groups, decisions), "Told by plan: nothing was measured.", max_difference=difference
+        _layer_reports(sites, groups, decisions, fusion),
+        "Told by plan: nothing was measured.",
+        max_difference=difference,
+        in_place=fusion.in_place,
     )
     attach(converted, conversion)
     return converted
@@ -203,11 +215,12 @@ def _measured(source: nn.Module, inputs: Inputs, planner: Planner, progress: boo
         decisions, conversion = settle(probe, inputs, groups, decisions, reached, planner)
         bar.advance(task)
     by_name = [[replace(site, module=source.get_submodule(site.name)) for site in group] for group in groups]
-    converted = assemble(source, by_name, decisions)
+    converted, fusion = assemble(source, by_name, decisions)
     if conversion.memory_format is not None:
         converted = in_channels_last(converted)
-    layers = _layer_reports(sites, groups, decisions)
-    attach(converted, replace(conversion, layers=layers, machine={**planner.facts, "load": load()}))
+    layers = _layer_reports(sites, groups, decisions, fusion)
+    machine = {**planner.facts, "load": load()}
+    attach(converted, replace(conversion, layers=layers, in_place=fusion.in_place, machine=machine))
     return converted
 
 
@@ -221,7 +234,9 @@ def _run(model: nn.Module, inputs: Inputs) -> object:
         ) from error
 
 
-def _layer_reports(sites: list[Site], groups: list[list[Site]], decisions: list[Decision]) -> tuple[LayerReport, ...]:
+def _layer_reports(
+    sites: list[Site], groups: list[list[Site]], decisions: list[Decision], fusion: Fusion
+) -> tuple[LayerReport, ...]:
     by_group = {group[0].group: decision for group, decision in zip(groups, decisions, strict=True)}
     reports = []
     for site in sites:
@@ -240,6 +255,7 @@ def _layer_reports(sites: list[Site], groups: list[list[Site]], decisions: list[
                 distinct=None if counted is None else distinct_values(counted),
                 chosen=decision.chosen,
                 reason=decision.reason,
+                relu=next((fusion.fused[name] for name in site.names if name in fusion.fused), None),
                 dense_form=decision.dense_form,
                 dense_ms=decision.dense_ms,
                 noise=decision.noise,

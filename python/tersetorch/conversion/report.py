@@ -58,6 +58,7 @@ class LayerReport:
         noise: how much dense differs from itself.
         cached: the figures are those of an earlier measurement.
         trials: the candidates.
+        relu: the nn.ReLU that it computes too, or None.
     """
 
     name: str
@@ -73,6 +74,7 @@ class LayerReport:
     noise: float | None = None
     cached: bool = False
     trials: tuple[Trial, ...] = ()
+    relu: str | None = None
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,7 @@ class ConversionReport:
         wins: rounds the converted model won, of 15.
         max_difference: largest |output difference| between them on example_inputs.
         memory_format: "channels_last" where the weights of the dense convolutions were put into it, or None.
+        in_place: the nn.ReLUs that overwrite their inputs.
         machine: the facts of the machine, as in tersetorch.conversion.machine, and its load; None where nothing was
             measured.
     """
@@ -100,6 +103,7 @@ class ConversionReport:
     wins: int | None = None
     max_difference: float | None = None
     memory_format: str | None = None
+    in_place: tuple[str, ...] = ()
     machine: dict[str, Any] | None = None
 
     @property
@@ -115,8 +119,9 @@ class ConversionReport:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ConversionReport:
         """The report that to_dict wrote."""
-        fields = {key: value for key, value in data.items() if key not in ("plan", "layers")}
-        return cls(layers=tuple(_layer_from(layer) for layer in data["layers"]), **fields)
+        fields = {key: value for key, value in data.items() if key not in ("plan", "layers", "in_place")}
+        layers = tuple(_layer_from(layer) for layer in data["layers"])
+        return cls(layers=layers, in_place=tuple(data["in_place"]), **fields)
 
     def __str__(self) -> str:
         table = Table()
@@ -130,12 +135,14 @@ class ConversionReport:
                 _number(layer.distinct, "d"),
                 _number(layer.dense_ms, ".4g"),
                 "\n".join(map(_trial_line, layer.trials)),
-                layer.chosen,
+                layer.chosen + " + ReLU" * (layer.relu is not None),
                 layer.reason,
             )
         console = Console(file=io.StringIO(), width=WIDTH, no_color=True)
         console.print(table, markup=False)
         console.print(self.reason, markup=False, highlight=False)
+        if self.in_place:
+            console.print(f"ReLU in place: {', '.join(self.in_place)}", markup=False, highlight=False)
         if self.max_difference is not None:
             console.print(f"Largest output difference: {self.max_difference:.3g}", highlight=False)
         if self.machine is not None:

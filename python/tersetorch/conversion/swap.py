@@ -1,7 +1,7 @@
 """Builds the replacements of layers and the copy of a model that holds them."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -9,7 +9,8 @@ from torch.nn import functional
 
 from tersetorch.conversion.candidates import Candidate
 from tersetorch.nn.sparse_conv_module import SparseConvBase
-from tersetorch.nn.sparse_module import SparseLinearBase
+from tersetorch.nn.sparse_linear_module import SparseLinearBase
+from tersetorch.nn.sparse_module import SparseModule
 
 
 def build(candidate: Candidate, modules: list[nn.Module], samples: int | None = None) -> list[nn.Module]:
@@ -23,15 +24,20 @@ def build(candidate: Candidate, modules: list[nn.Module], samples: int | None = 
         for name, tensor in (*first.named_parameters(), *first.named_buffers()):
             if name != "bias":
                 setattr(layer, name, tensor)
-    if candidate.layout != "csr":
-        for layer in layers:
-            assert isinstance(layer, SparseLinearBase)
+    for layer in layers:
+        if candidate.layout != getattr(layer, "plain_layout", "csr"):
+            assert isinstance(layer, SparseModule)
             layer.pack(candidate.layout, **candidate.options(samples))
     return layers
 
 
-def deep_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+def deep_copy(model: nn.Module, memo: dict[int, Any] | None = None, *, verb: str = "convert") -> nn.Module:
     """copy.deepcopy.
+
+    Args:
+        model: any nn.Module.
+        memo: as copy.deepcopy takes it.
+        verb: what the caller was asked for, with which the error begins.
 
     Raises:
         ValueError: a member of model cannot be copied.
@@ -40,13 +46,13 @@ def deep_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module
         return copy.deepcopy(model, memo)
     except Exception as error:  # whatever the member raises
         raise ValueError(
-            f"convert: model must be copyable with copy.deepcopy, got {type(error).__name__}: {error}; "
+            f"{verb}: model must be copyable with copy.deepcopy, got {type(error).__name__}: {error}; "
             "remove the hooks of torch.nn.utils.prune, weight_norm or spectral_norm, and detach what it keeps from a "
             "forward pass"
         ) from error
 
 
-def dense_again(model: nn.Module, kept: Callable[[nn.Module], bool]) -> nn.Module:
+def dense_again(model: nn.Module, kept: Callable[[nn.Module], bool], identities: Iterable[nn.Module] = ()) -> nn.Module:
     """A deep copy of model with the dense forms of its sparse layers, or model itself where it has none.
 
     What was the fastest on one machine is then chosen anew on this one. Layers that use one weight go on doing so, and
@@ -55,6 +61,7 @@ def dense_again(model: nn.Module, kept: Callable[[nn.Module], bool]) -> nn.Modul
     Args:
         model: any nn.Module.
         kept: which sparse layers stay as they are.
+        identities: modules in whose place an nn.ReLU stood, which comes back.
 
     Raises:
         ValueError: model cannot be copied.
@@ -72,6 +79,7 @@ def dense_again(model: nn.Module, kept: Callable[[nn.Module], bool]) -> nn.Modul
         memo[id(layer)] = dense
     if not weights:
         return model
+    memo |= {id(identity): nn.ReLU().train(identity.training) for identity in identities}
     restored = {dense for dense in memo.values() if isinstance(dense, nn.Linear)}
     copied = deep_copy(model, memo)
     for module in copied.modules():

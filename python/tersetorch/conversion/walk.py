@@ -118,7 +118,7 @@ def _why_kept(module: nn.Module, parents: list[nn.Module], table: Mapping[str, C
     kind = type(module)
     weight = own_parameter(module, "weight")
     if current_format(module, table) != "dense":
-        return f"already a {kind.__name__}, with hooks or of mixed dtypes, which its dense form would lose"
+        return f"already a {kind.__name__}, with hooks, a ReLU or mixed dtypes, which its dense form would lose"
     if _is_quantized(module):
         return f"the weight of a {kind.__name__} is a method: it is quantised"
     for parent in parents:

@@ -10,6 +10,7 @@ from torch import nn
 from tersetorch.conversion import timing
 from tersetorch.conversion.baselines import in_channels_last, last_channels
 from tersetorch.conversion.capture import Inputs, seeded_run, uncalled
+from tersetorch.conversion.fusion import Fusion, fuse
 from tersetorch.conversion.planner import Decision, Planner
 from tersetorch.conversion.report import ConversionReport
 from tersetorch.conversion.swap import deep_copy, swapped_copy
@@ -22,15 +23,16 @@ UNDONE_SHARE = 0.25
 AS_IT_IS, CHANNELS_LAST = "converted model", "converted model in channels_last"
 
 
-def assemble(model: nn.Module, groups: list[list[Site]], decisions: list[Decision]) -> nn.Module:
-    """A copy of model as decided; the replacements themselves go into it."""
+def assemble(model: nn.Module, groups: list[list[Site]], decisions: list[Decision]) -> tuple[nn.Module, Fusion]:
+    """A copy of model as decided, and what became of its ReLUs; the replacements themselves go into it."""
     replacements = {
         site.module: layer
         for group, decision in zip(groups, decisions, strict=True)
         if decision.layers
         for site, layer in zip(group, decision.layers, strict=True)
     }
-    return swapped_copy(model, replacements)
+    copied = swapped_copy(model, replacements)
+    return copied, fuse(copied, replacements.values()) if replacements else Fusion()
 
 
 def settle(
@@ -57,13 +59,19 @@ def settle(
     decisions = list(decisions)
     if not any(decision.layers for decision in decisions):
         return decisions, _stays_dense("No layer is faster in another format: the model stays as it is.")
-    dense = {"dense model": _runner(probe, inputs.copy())}
+    # What a user who knows torch would run on a CPU.
+    strong, given = {"dense model": probe}, {"dense model": inputs}
     if any(isinstance(module, nn.Conv2d) for module in reached):
-        # What a user who knows torch would run on a CPU.
-        dense["dense model channels_last"] = _runner(in_channels_last(probe), inputs.map(last_channels))
+        strong["dense model channels_last"] = in_channels_last(probe)
+        given["dense model channels_last"] = inputs.map(last_channels)
+    name, model = list(strong.items())[-1]
+    in_place = deep_copy(model)
+    if fuse(in_place, ()).in_place:
+        strong[f"{name} with ReLU in place"], given[f"{name} with ReLU in place"] = in_place, given[name]
+    dense = {name: _runner(model, given[name].copy()) for name, model in strong.items()}
     verdict, dense_ms = "not timed", None
     while swapped := [index for index, decision in enumerate(decisions) if decision.layers]:
-        converted = assemble(probe, groups, decisions)
+        converted, _ = assemble(probe, groups, decisions)
         watched = {
             layer: index
             for index in swapped
@@ -94,7 +102,7 @@ def settle(
         if result.passes(best):
             score = result.scores[best]
             # Both from the same state, which the timed runs may have moved on.
-            again = assemble(probe, groups, decisions)
+            again, _ = assemble(probe, groups, decisions)
             again = in_channels_last(again) if best == CHANNELS_LAST else again
             expected, got = seeded_run(deep_copy(probe), inputs), seeded_run(again, inputs)
             return decisions, ConversionReport(

@@ -127,9 +127,10 @@ def check_pattern(owner: str, row_offsets: Tensor, col_indices: Tensor, columns:
 
 
 def check_tensor(owner: str, name: str, value: object) -> None:
-    """Raises TypeError when value is no tensor."""
+    """Raises TypeError when value is no tensor, ValueError when it is one without numbers."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{owner}: {name} must be a tensor, got {type(value).__name__}; build it with from_dense")
+    _check_numbers(owner, name, value)
 
 
 def check_dense(owner: str, weight: Tensor) -> None:
@@ -137,7 +138,7 @@ def check_dense(owner: str, weight: Tensor) -> None:
 
     Raises:
         TypeError: weight is not a float32 or bfloat16 tensor.
-        ValueError: weight is not 2-D.
+        ValueError: weight is not 2-D, or on device meta.
     """
     if not isinstance(weight, Tensor):
         raise TypeError(f"{owner}: weight must be a tensor, got {type(weight).__name__}; pass module.weight")
@@ -146,6 +147,14 @@ def check_dense(owner: str, weight: Tensor) -> None:
     if weight.dim() != 2:
         raise ValueError(
             f"{owner}: weight must be [rows, columns], got shape {tuple(weight.shape)}; reshape it to two dimensions"
+        )
+    _check_numbers(owner, "weight", weight)
+
+
+def _check_numbers(owner: str, name: str, tensor: Tensor) -> None:
+    if tensor.is_meta:
+        raise ValueError(
+            f"{owner}: {name} must have numbers, got a tensor on device meta, which has none; load it on another device"
         )
 
 

@@ -2,39 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Self
-
-from torch import Tensor, nn
+from torch import nn
 
 from tersetorch.formats import SparseCodebookWeight
 from tersetorch.nn.sparse_conv_module import SparseConvBase
+from tersetorch.nn.sparse_module import CodebookModule
 
 
-class _SparseCodebookConv(SparseConvBase[SparseCodebookWeight]):
-    format = SparseCodebookWeight
-    buffer_fields = ("row_offsets", "col_indices", "codes")
-    parameter_field = "codebook"
-    packed_field = "codes"
-
-    codes: Tensor
-    codebook: nn.Parameter
-
-    def _numbers(self) -> tuple[Tensor, Tensor | None]:
-        return self.codes, self.codebook[0]
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        before = self.codebook.data
-        grad = None if self.codebook.grad is None else self.codebook.grad.data
-        super()._apply(fn, recurse)
-        if self.codebook.dtype != before.dtype:
-            self.codebook.grad = None
-            self.codebook.data = before.to(self.codebook.device)
-            self.codebook.grad = None if grad is None else grad.to(self.codebook.device)
-        return self
-
-
-class SparseCodebookConv2d(_SparseCodebookConv):
+class SparseCodebookConv2d(CodebookModule, SparseConvBase[SparseCodebookWeight]):
     """y = conv2d(input, W) + bias, W's non-zeros stored as codes; the codebook trains, an entry by its members' sum.
 
     Shapes: input float32 or bfloat16 [N, in_channels, H, W] or [in_channels, H, W], contiguous or channels_last, which
@@ -46,6 +21,7 @@ class SparseCodebookConv2d(_SparseCodebookConv):
         weight: the sparse weight [out_channels, in_channels / groups * taps]; its tensors are used, not copied.
         bias: float [out_channels], or None.
         kernel_size, stride, padding, dilation, groups, padding_mode: as torch.nn.Conv2d takes them.
+        relu: whether negative results become 0.
 
     Raises:
         TypeError: weight is not a SparseCodebookWeight, or has other dtypes than that class names; a size is no number.
@@ -60,7 +36,7 @@ class SparseCodebookConv2d(_SparseCodebookConv):
     dims = 2
 
 
-class SparseCodebookConv1d(_SparseCodebookConv):
+class SparseCodebookConv1d(CodebookModule, SparseConvBase[SparseCodebookWeight]):
     """y = conv1d(input, W) + bias, W's non-zeros stored as codes; as SparseCodebookConv2d with one row.
 
     Shapes: input float32 or bfloat16 [N, in_channels, L] or [in_channels, L] -> y [N, out_channels, L'].

@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import nn
 
 from tersetorch.formats import CsrWeight
 from tersetorch.nn.sparse_conv_module import SparseConvBase
+from tersetorch.nn.sparse_module import ValuesModule
 
 
-class _SparseConv(SparseConvBase[CsrWeight]):
-    format = CsrWeight
-    buffer_fields = ("row_offsets", "col_indices")
-    parameter_field = packed_field = "values"
-
-    values: nn.Parameter
-
-    def _numbers(self) -> tuple[Tensor, Tensor | None]:
-        return self.values, None
-
-
-class SparseConv2d(_SparseConv):
+class SparseConv2d(ValuesModule, SparseConvBase[CsrWeight]):
     """y = conv2d(input, W) + bias, W in compressed sparse rows; fine-tunes at fixed sparsity.
 
     Shapes: input float32 or bfloat16 [N, in_channels, H, W] or [in_channels, H, W], contiguous or channels_last, which
@@ -30,6 +20,7 @@ class SparseConv2d(_SparseConv):
         weight: the sparse weight [out_channels, in_channels / groups * taps]; its tensors are used, not copied.
         bias: float [out_channels], or None.
         kernel_size, stride, padding, dilation, groups, padding_mode: as torch.nn.Conv2d takes them.
+        relu: whether negative results become 0.
 
     Raises:
         TypeError: weight is not a CsrWeight, or has other dtypes than that class names; a size is no number.
@@ -45,7 +36,7 @@ class SparseConv2d(_SparseConv):
     dims = 2
 
 
-class SparseConv1d(_SparseConv):
+class SparseConv1d(ValuesModule, SparseConvBase[CsrWeight]):
     """y = conv1d(input, W) + bias, W in compressed sparse rows; as SparseConv2d with one row.
 
     Shapes: input float32 or bfloat16 [N, in_channels, L] or [in_channels, L] -> y [N, out_channels, L'].

@@ -1,53 +1,138 @@
-"""What every convolution over a sparse format shares: its dense form, its checks, its state and how it runs."""
+"""What every convolution over a sparse format shares: its dense form, its checks, its layouts and how it runs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from math import prod
-from typing import Any, ClassVar, Generic, Self, TypeVar, cast
+from typing import Any, ClassVar, Self, cast
 
-import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn.functional import pad
 
 from tersetorch import ops
-from tersetorch.formats import CsrWeight, SparseCodebookWeight
-from tersetorch.nn.sparse_module import State, state_of
+from tersetorch.nn.layout import Layout
+from tersetorch.nn.sparse_module import Format, SparseModule
 
-FLOATS = (torch.float32, torch.bfloat16)
-PREFIX = "packed_"
 PADDING_MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "replicate", "circular": "circular"}
 
-Format = TypeVar("Format", CsrWeight, SparseCodebookWeight)
 Sizes = int | Sequence[int]
 
 
-class SparseConvBase(nn.Module, Generic[Format]):
+@dataclass(frozen=True)
+class DirectWeight:
+    """A weight as ops.sparse_conv2d_packed takes it: numbers are values, or codes where there is a codebook."""
+
+    blocks: Tensor
+    segments: Tensor
+    indices: Tensor
+    numbers: Tensor
+    codebook: Tensor | None
+
+
+def _pack_direct(layer: SparseConvBase[Any]) -> DirectWeight:
+    blocks, segments, indices, sources = ops.sparse_conv2d_pack(
+        layer.row_offsets,
+        layer.col_indices,
+        layer.in_channels,
+        layer._channel_block,
+        layer._kernel,
+        layer._stride,
+        layer._dilation,
+        layer.groups,
+    )
+    numbers: Tensor = getattr(layer, layer.packed_field)
+    codebook = layer._own("codebook")
+    return DirectWeight(blocks, segments, indices, numbers.detach().index_select(0, sources), codebook)
+
+
+def _direct(layer: SparseConvBase[Any]) -> tuple[Any, ...]:
+    buffers: Any = layer._buffers
+    parameters: Any = layer._parameters
+    return (
+        buffers["packed_blocks"],
+        buffers["packed_segments"],
+        buffers["packed_indices"],
+        buffers["packed_numbers"],
+        parameters["bias"],
+        parameters["codebook"][0] if "codes" in buffers else None,
+        layer.out_channels,
+        layer._channel_block,
+        *layer._geometry,
+        layer.relu,
+    )
+
+
+@dataclass(frozen=True)
+class WordsWeight:
+    """A rounded weight as ops.sparse_conv2d_packed takes it, words of channel_block to a block."""
+
+    blocks: Tensor
+    segments: Tensor
+    indices: Tensor
+    words: Tensor
+    row_scales: Tensor | None
+    row_sums: Tensor | None
+    channel_block: int
+
+
+def _pack_words(mode: str, layer: SparseConvBase[Any]) -> WordsWeight:
+    sizes = (layer._kernel, layer._stride, layer._dilation)
+    channel_block = ops.sparse_conv2d_channel_block(layer.in_channels, *sizes, layer.groups, mode)
+    values, codebook = layer._numbers()
+    if codebook is not None:
+        values = codebook.detach().index_select(0, values.int())
+    packed = ops.sparse_conv2d_pack_words(
+        layer.row_offsets,
+        layer.col_indices,
+        values.detach(),
+        layer.in_channels,
+        channel_block,
+        *sizes,
+        layer.groups,
+        mode,
+    )
+    return WordsWeight(*packed, channel_block)
+
+
+def _words(layer: SparseConvBase[Any]) -> tuple[Any, ...]:
+    buffers: Any = layer._buffers
+    return (
+        buffers["packed_blocks"],
+        buffers["packed_segments"],
+        buffers["packed_indices"],
+        buffers["packed_words"],
+        layer._parameters["bias"],
+        None,
+        layer.out_channels,
+        layer._sizes["channel_block"],
+        *layer._geometry,
+        layer.relu,
+        buffers.get("packed_row_scales"),
+        buffers.get("packed_row_sums"),
+    )
+
+
+LAYOUTS = {
+    "direct": Layout(_pack_direct, "sparse_conv2d_packed", _direct),
+    "direct_int8": Layout(partial(_pack_words, "int8"), "sparse_conv2d_packed", _words),
+    "direct_bfloat16": Layout(partial(_pack_words, "bfloat16"), "sparse_conv2d_packed", _words),
+}
+
+
+class SparseConvBase(SparseModule[Format]):
     """A convolution whose weight, flattened to [out_channels, in_channels / groups * taps], is kept in a sparse format.
 
-    The layer's tensors have the names of the format's fields: what trains (values or a codebook, and the bias) are
-    parameters, the rest are buffers; the sizes have the names that torch.nn.Conv2d gives them.
-
-    Without gradients the layer computes from a second layout of its weight, buffers packed_*, which are in no
-    state_dict and cost memory beside the weight itself. Training mode drops them; eval(), load_state_dict() and a call
-    that finds values or codes changed in place build them anew, the latter unless it is compiled: compile after the
-    last change. A write through .data, or to tensors made in inference mode, leaves no trace: call train() and eval()
-    after it. In training mode a call without gradients lays the weight out for itself. The layout is the CPU's:
-    moved to another device the layer has none and computes from its weight; eval() after the way back builds it.
+    Its sizes have the names that torch.nn.Conv2d gives them. In evaluation mode it computes without gradients from the
+    layout "direct"; in training mode a call without gradients lays the weight out for itself.
     """
 
-    format: ClassVar[type[CsrWeight] | type[SparseCodebookWeight]]
-    buffer_fields: ClassVar[tuple[str, ...]]
-    parameter_field: ClassVar[str]
-    # The field whose numbers the packed layout repeats in another order.
-    packed_field: ClassVar[str]
+    layouts = LAYOUTS
+    plain_layout = "direct"
     dense_type: ClassVar[type[nn.Conv1d] | type[nn.Conv2d]]
     dims: ClassVar[int]
 
-    row_offsets: Tensor
-    col_indices: Tensor
-    bias: nn.Parameter | None
     kernel_size: tuple[int, ...]
     stride: tuple[int, ...]
     padding: tuple[int, ...] | str
@@ -68,33 +153,17 @@ class SparseConvBase(nn.Module, Generic[Format]):
         dilation: Sizes = 1,
         groups: int = 1,
         padding_mode: str = "zeros",
+        relu: bool = False,
     ) -> None:
-        super().__init__()
-        # What the buffers packed_* come from: name, tensor (None in a copy, until it is called), and its state then.
-        # Without such buffers, None.
-        self._packed_from: tuple[tuple[str, Tensor | None, State], ...] | None = None
-        if not isinstance(weight, self.format):
-            raise TypeError(
-                f"{type(self).__name__}: weight must be a {self.format.__name__}, got {type(weight).__name__}; "
-                "call from_dense on the layer it comes from"
-            )
-        weight.validate()
-        self.kernel_size = self._sizes("kernel_size", kernel_size, 1)
-        self.stride = self._sizes("stride", stride, 1)
-        self.dilation = self._sizes("dilation", dilation, 1)
+        super().__init__(weight, bias, relu)
+        self.kernel_size = self._checked_sizes("kernel_size", kernel_size, 1)
+        self.stride = self._checked_sizes("stride", stride, 1)
+        self.dilation = self._checked_sizes("dilation", dilation, 1)
         self.padding = self._check_padding(padding)
         self.padding_mode = self._check_padding_mode(padding_mode)
         self.out_channels, columns = weight.shape
         self.groups = self._check_groups(groups, columns)
         self.in_channels = columns // prod(self.kernel_size) * self.groups
-        if bias is not None and (not isinstance(bias, Tensor) or bias.dtype not in FLOATS):
-            got = bias.dtype if isinstance(bias, Tensor) else type(bias).__name__
-            raise TypeError(f"{type(self).__name__}: bias must be float32 or bfloat16, got {got}; convert it")
-        if bias is not None and bias.shape != (self.out_channels,):
-            raise ValueError(
-                f"{type(self).__name__}: bias must be [{self.out_channels}], one for each row of the weight, "
-                f"got shape {tuple(bias.shape)}; pass the bias of the same layer"
-            )
         # As the op takes them: always two-dimensional, the padding the same on both sides and of zeros. Where the
         # layer's is not, forward pads first.
         self._kernel = self._as_pair(self.kernel_size)
@@ -107,10 +176,7 @@ class SparseConvBase(nn.Module, Generic[Format]):
         self._channel_block = ops.sparse_conv2d_channel_block(
             self.in_channels, self._kernel, self._stride, self._dilation
         )
-        for field in self.buffer_fields:
-            self.register_buffer(field, getattr(weight, field))
-        self.register_parameter(self.parameter_field, _as_parameter(getattr(weight, self.parameter_field)))
-        self.register_parameter("bias", None if bias is None else _as_parameter(bias))
+        self._geometry = (self._kernel, self._stride, self._padding, self._dilation, self.groups)
 
     @classmethod
     def from_dense(cls, module: nn.Conv1d | nn.Conv2d) -> Self:
@@ -141,10 +207,6 @@ class SparseConvBase(nn.Module, Generic[Format]):
 
     def to_dense(self) -> nn.Conv1d | nn.Conv2d:
         """The plain layer with the same weight and bias, of one dtype: float32 where they differ and one needs it."""
-        weight, bias = self.weight, None if self.bias is None else self.bias.detach().clone()
-        if bias is not None and bias.dtype != weight.dtype:
-            narrow = weight.to(bias.dtype)
-            weight, bias = (narrow, bias) if torch.equal(narrow.float(), weight) else (weight, bias.float())
         make: Any = self.dense_type
         dense: nn.Conv1d | nn.Conv2d = make(
             self.in_channels,
@@ -154,110 +216,43 @@ class SparseConvBase(nn.Module, Generic[Format]):
             self.padding,
             self.dilation,
             self.groups,
-            bias is not None,
+            self.bias is not None,
             self.padding_mode,
             device="meta",
         )
-        dense.weight = nn.Parameter(weight)
-        if bias is not None:
-            dense.bias = nn.Parameter(bias)
-        return dense.train(self.training)
-
-    @property
-    def sparse_weight(self) -> Format:
-        """The flattened weight in its format; it shares memory with the layer."""
-        fields = {field: getattr(self, field) for field in (*self.buffer_fields, self.parameter_field)}
-        return cast(Format, self.format(**fields, columns=self._columns))
+        return self._filled(dense)
 
     @property
     def weight(self) -> Tensor:
         """The dense weight [out_channels, in_channels / groups, *kernel_size], built anew at every read."""
-        shape = (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
-        return self.sparse_weight.to_dense().detach().view(shape)
+        return super().weight.view(self.out_channels, self.in_channels // self.groups, *self.kernel_size)
 
     @property
-    def _columns(self) -> int:
-        return self.in_channels // self.groups * prod(self.kernel_size)
+    def _matrix_shape(self) -> tuple[int, int]:
+        return self.out_channels, self.in_channels // self.groups * prod(self.kernel_size)
 
-    # ---- the packed layout
+    def pack(self, layout: str, **options: Any) -> Self:
+        """Computes without gradients from another layout of the weight from now on; returns the layer.
 
-    @property
-    def _on_cpu(self) -> bool:
-        return self.row_offsets.device.type == "cpu"
+        In training mode the layout is remembered, and built by eval().
 
-    def _pack(self) -> None:
-        if not self._on_cpu:
-            self._drop_packed()
-            return
-        weight = self.sparse_weight
-        blocks, segments, indices, sources = ops.sparse_conv2d_pack(
-            weight.row_offsets,
-            weight.col_indices,
-            self.in_channels,
-            self._channel_block,
-            self._kernel,
-            self._stride,
-            self._dilation,
-            self.groups,
-        )
-        source: Tensor = getattr(self, self.packed_field)
-        numbers = source.detach().index_select(0, sources)
-        for name, tensor in (("blocks", blocks), ("segments", segments), ("indices", indices), ("numbers", numbers)):
-            self.register_buffer(PREFIX + name, tensor, persistent=False)
-        repeated = {"col_indices": self.col_indices, self.packed_field: source}
-        self._packed_from = tuple((name, tensor, state_of(tensor)) for name, tensor in repeated.items())
+        Args:
+            layout: one of
+                "direct": the weight as it is, which undoes an earlier pack();
+                "direct_int8": each filter and each image rounded to 8 bits;
+                "direct_bfloat16": both rounded to bfloat16; fast where the CPU multiplies bfloat16 (level avx512bf16).
+                ops.sparse_conv2d says how far y may then lie off; .weight stays exact.
+            options: none.
 
-    def _drop_packed(self) -> None:
-        for name in [name for name in self._buffers if name.startswith(PREFIX)]:
-            delattr(self, name)
-        self._packed_from = None
-
-    def _is_packed(self) -> bool:
-        """Whether the buffers packed_* hold what the weight holds now."""
-        if self._packed_from is None:
-            return False
-        return all(
-            source is not None and source is getattr(self, name) and state_of(source) == state
-            for name, source, state in self._packed_from
-        )
-
-    def _use_packed(self) -> bool:
-        """Whether the buffers packed_* stand for the weight; packs anew where its numbers have changed."""
-        if not self._on_cpu:
-            return False
-        packed = self._packed_from
-        if torch.compiler.is_compiling() or packed is None:
-            return packed is not None
-        for name, source, state in packed:
-            if source is not None:
-                if getattr(self, name) is not source:
-                    return False  # functional_call lent another one
-                if state_of(source) == state:
-                    continue
-            self._pack()
-            break
-        return True
-
-    def train(self, mode: bool = True) -> Self:
-        """As nn.Module.train: training mode drops the packed layout, eval mode builds it anew."""
-        super().train(mode)
-        if mode:
-            self._drop_packed()
-        elif not self._is_packed():
-            self._pack()
-        return self
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)
-        if not self._on_cpu:
-            self._drop_packed()
-        return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy's tensors count their versions from 0.
-        packed = self._packed_from
-        unknown = None if packed is None else tuple((name, None, (None, 0)) for name, _, _ in packed)
-        return {**self.__dict__, "_packed_from": unknown}
+        Raises:
+            ValueError: no such layout, or a weight that it cannot hold; nothing has changed then.
+            TypeError: an option was given.
+        """
+        if options:
+            raise TypeError(
+                f"{type(self).__name__}: layout {layout!r} takes no options, got {', '.join(options)}; leave them out"
+            )
+        return super().pack(layout)
 
     # ---- running
 
@@ -270,56 +265,37 @@ class SparseConvBase(nn.Module, Generic[Format]):
             x = x.unsqueeze(0)
         if self.dims == 1:
             x = x.unsqueeze(2)
-        y = self._convolve(x)
+        y = self._run(x)
         if self.dims == 1:
             y = y.squeeze(2)
         return y if batched else y.squeeze(0)
 
-    def _numbers(self) -> tuple[Tensor, Tensor | None]:
-        """What the op takes as values and codebook."""
-        raise NotImplementedError
-
-    def _convolve(self, x: Tensor) -> Tensor:
+    def _recorded(self, x: Tensor) -> Tensor:
         values, codebook = self._numbers()
-        sizes = (self._kernel, self._stride, self._padding, self._dilation, self.groups)
-        # The twin drops forward-mode tangents, which no_grad does not switch off; the recorded op refuses them.
-        if torch.is_grad_enabled() or forward_ad._current_level >= 0:
-            kernel_size, stride, padding, dilation, groups = sizes
-            return ops.sparse_conv2d(
-                x,
-                self.row_offsets,
-                self.col_indices,
-                values,
-                self.bias,
-                codebook,
-                kernel_size=kernel_size,
-                stride=stride,
-                padding=padding,
-                dilation=dilation,
-                groups=groups,
-            )
-        # A shallow copy shares the buffers, and may have dropped them.
-        if not self._use_packed() or "packed_blocks" not in self._buffers:
-            return ops.sparse_conv2d_inference(
-                x, self.row_offsets, self.col_indices, values, self.bias, codebook, *sizes
-            )
-        buffers: Any = self._buffers
-        return ops.sparse_conv2d_packed(
+        return ops.sparse_conv2d(
             x,
-            buffers["packed_blocks"],
-            buffers["packed_segments"],
-            buffers["packed_indices"],
-            buffers["packed_numbers"],
+            self.row_offsets,
+            self.col_indices,
+            values,
             self.bias,
             codebook,
-            self.out_channels,
-            self._channel_block,
-            *sizes,
+            kernel_size=self._kernel,
+            stride=self._stride,
+            padding=self._padding,
+            dilation=self._dilation,
+            groups=self.groups,
+            relu=self.relu,
+        )
+
+    def _from_rows(self, x: Tensor) -> Tensor:
+        values, codebook = self._numbers()
+        return ops.sparse_conv2d_inference(
+            x, self.row_offsets, self.col_indices, values, self.bias, codebook, *self._geometry, self.relu
         )
 
     # ---- checks
 
-    def _sizes(self, name: str, value: Sizes, least: int) -> tuple[int, ...]:
+    def _checked_sizes(self, name: str, value: Sizes, least: int) -> tuple[int, ...]:
         sizes = (value,) * self.dims if isinstance(value, int) else tuple(value)
         if len(sizes) != self.dims or any(isinstance(n, bool) or not isinstance(n, int) for n in sizes):
             raise TypeError(
@@ -337,7 +313,7 @@ class SparseConvBase(nn.Module, Generic[Format]):
 
     def _check_padding(self, padding: Sizes | str) -> tuple[int, ...] | str:
         if not isinstance(padding, str):
-            return self._sizes("padding", padding, 0)
+            return self._checked_sizes("padding", padding, 0)
         if padding not in ("same", "valid") or (padding == "same" and any(n != 1 for n in self.stride)):
             raise ValueError(
                 f"{type(self).__name__}: padding must be numbers, 'valid', or 'same' for a stride of 1, got "
@@ -377,13 +353,8 @@ class SparseConvBase(nn.Module, Generic[Format]):
                 sides += [total // 2, total - total // 2]
         return sides
 
-    def _check_input(self, x: object) -> None:
-        if not isinstance(x, Tensor):
-            raise TypeError(
-                f"{type(self).__name__}: input must be a tensor, got {type(x).__name__}; pass a torch.Tensor"
-            )
-        if x.dtype not in FLOATS and not torch.is_autocast_enabled(x.device.type):
-            raise TypeError(f"{type(self).__name__}: input must be float32 or bfloat16, got {x.dtype}; convert it")
+    def _check_input(self, x: Any) -> None:
+        self._check_tensor(x)
         if x.dim() not in (self.dims + 1, self.dims + 2) or x.shape[-1 - self.dims] != self.in_channels:
             sizes = ", ".join("LHW"[:1] if self.dims == 1 else "HW")
             raise ValueError(
@@ -401,34 +372,7 @@ class SparseConvBase(nn.Module, Generic[Format]):
         shown += [f"dilation={self.dilation}"] * (self.dilation != one) + [f"groups={self.groups}"] * (self.groups != 1)
         if self.padding_mode != "zeros":
             shown.append(f"padding_mode={self.padding_mode!r}")
-        return ", ".join([*shown, f"bias={self.bias is not None}", f"nnz={self.col_indices.numel()}"])
-
-    # ---- state
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Takes another sparsity too: the positions come with the state, so their number may differ from today's."""
-        errors: list[str] = args[-1]
-        fields = (*self.buffer_fields, self.parameter_field)
-        if all(prefix + field in state_dict for field in fields):
-            incoming: dict[str, Any] = {field: state_dict[prefix + field] for field in fields}
-            try:
-                weight = self.format(**incoming, columns=self._columns)
-                weight.validate()
-            except (TypeError, ValueError) as error:
-                errors.append(f"{prefix.removesuffix('.') or type(self).__name__}: {error}")
-                return
-            if weight.shape[0] == self.out_channels:
-                for field, tensor in incoming.items():
-                    current = getattr(self, field)
-                    if current.shape != tensor.shape:
-                        # A parameter stays the same object, so that an optimizer that holds it goes on with it.
-                        current.data = current.new_empty(tensor.shape)
-        before = len(errors)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        if not self.training and len(errors) == before:
-            self._pack()
-
-
-def _as_parameter(tensor: Tensor) -> nn.Parameter:
-    """The tensor itself where it is a parameter already, so that tied layers stay tied."""
-    return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor)
+        shown += [f"bias={self.bias is not None}", f"nnz={self.col_indices.numel()}"]
+        if self._layout != self.plain_layout:
+            shown.append(f"layout={self._layout}")
+        return ", ".join(shown + ["relu=True"] * self.relu)

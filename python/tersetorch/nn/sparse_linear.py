@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import Tensor, nn
-
-from tersetorch import ops
 from tersetorch.formats import CsrWeight
-from tersetorch.nn.sparse_module import SparseLinearBase
+from tersetorch.nn.sparse_linear_module import SparseLinearBase
+from tersetorch.nn.sparse_module import ValuesModule
 
 
-class SparseLinear(SparseLinearBase[CsrWeight]):
+class SparseLinear(ValuesModule, SparseLinearBase[CsrWeight]):
     """y = input @ W.T + bias, W in compressed sparse rows; fine-tunes at fixed sparsity.
 
     Shapes: input float32 or bfloat16 [..., in_features] -> y [..., out_features], of input's dtype; sums in float32.
@@ -20,6 +16,7 @@ class SparseLinear(SparseLinearBase[CsrWeight]):
     Args:
         weight: the sparse weight; its tensors are used, not copied.
         bias: float [out_features], or None.
+        relu: whether negative results become 0.
 
     Raises:
         TypeError: weight is not a CsrWeight, or has other dtypes than that class names.
@@ -28,24 +25,3 @@ class SparseLinear(SparseLinearBase[CsrWeight]):
     Source:
         Han et al., Learning both weights and connections (2015), section 3; run as CSR rather than retrained dense.
     """
-
-    format = CsrWeight
-    buffer_fields = ("row_offsets", "col_indices")
-    parameter_field = packed_field = "values"
-
-    values: nn.Parameter
-
-    def _recorded(self, x: Tensor) -> Tensor:
-        return ops.csr_matmul(x, self.row_offsets, self.col_indices, self.values, self.bias)
-
-    def _from_rows(self, x: Tensor) -> Tensor:
-        # Straight from the dictionaries: nn.Module looks an attribute up for a third of a microsecond.
-        buffers: Any = self._buffers
-        parameters: Any = self._parameters
-        return ops.csr_matmul_inference(
-            x,
-            buffers["row_offsets"],
-            buffers["col_indices"],
-            parameters["values"],
-            parameters["bias"],
-        )

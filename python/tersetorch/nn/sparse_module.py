@@ -1,36 +1,50 @@
-"""What every linear layer over a sparse format shares: its dense form, its checks, its state and how it runs."""
+"""What every layer over a sparse format shares: its tensors, its state and the layouts that it computes from."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Generic, Self, TypeVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, nn
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
+from tersetorch import ops
 from tersetorch.formats import CsrWeight, SparseCodebookWeight
-from tersetorch.nn.layout import LAYOUTS, PREFIX
+from tersetorch.nn.layout import PREFIX, Layout
 
 FLOATS = (torch.float32, torch.bfloat16)
 
 # A tensor's version (None where it counts none) and address: what tells that its numbers are still the same.
 State = tuple[int | None, int]
 
+# A call that needs little looking: the layout's op and its arguments after x. They hold while the rest does: relu, the
+# layer's own tensors as the dictionaries hold them, and what packed numbers come from, with its state.
+Ready = tuple[
+    Callable[..., Tensor],
+    tuple[Any, ...],
+    bool,
+    list[tuple[dict[str, Any], str, Tensor | None]],
+    list[tuple[Tensor, int | None, int]],
+]
+
 Format = TypeVar("Format", CsrWeight, SparseCodebookWeight)
+Dense = TypeVar("Dense", bound=nn.Module)
 
 
-class SparseLinearBase(nn.Module, Generic[Format]):
-    """y = x @ W.T + bias with W kept in a sparse format; the layer's tensors have the names of the format's fields.
+class SparseModule(nn.Module, Generic[Format]):
+    """A layer whose weight, as a matrix, is kept in a sparse format; its tensors have the names of the format's fields.
 
     What trains (values or a codebook, and the bias) are parameters, the rest are buffers.
 
-    Without gradients the layer may compute from a second layout of its weight, which pack() derives: buffers
-    packed_*, which are in no state_dict. They cost memory beside the weight itself. Training mode drops them, eval()
-    and load_state_dict() build them anew, and so does a call that finds values or codes changed in place, unless it
-    is compiled: compile after the last change. A write through .data, or to tensors made in inference mode, leaves no
-    trace: call pack() again after it.
+    Without gradients the layer may compute from a second layout of its weight: buffers packed_*, which are in no
+    state_dict. They cost memory beside the weight itself. Training mode drops them, eval() and load_state_dict() build
+    them anew, and so does a call that finds values or codes changed in place, unless it is compiled: compile after the
+    last change. A write through .data, or to tensors made in inference mode, leaves no trace: call pack() again, or
+    train() and eval(), after it. Layouts are the CPU's: moved to another device the layer has none and computes from
+    its weight; eval() after the way back builds it.
     """
 
     format: ClassVar[type[CsrWeight] | type[SparseCodebookWeight]]
@@ -38,34 +52,46 @@ class SparseLinearBase(nn.Module, Generic[Format]):
     parameter_field: ClassVar[str]
     # The field whose numbers a packed layout repeats in another order.
     packed_field: ClassVar[str]
+    # What pack() takes besides plain_layout, the one of a layer that pack() was never called on. That one may have no
+    # row: the layer then computes from its format's own tensors.
+    layouts: ClassVar[Mapping[str, Layout]]
+    plain_layout: ClassVar[str]
 
     row_offsets: Tensor
     col_indices: Tensor
     bias: nn.Parameter | None
+    # Whether negative results become 0; of the layer, not of its weight: to_dense() and .weight know nothing of it.
+    relu: bool
 
-    def __init__(self, weight: Format, bias: Tensor | None = None) -> None:
+    def __init__(self, weight: Any, bias: Tensor | None, relu: bool) -> None:
         super().__init__()
+        if not isinstance(relu, bool):
+            raise TypeError(f"{type(self).__name__}: relu must be True or False, got {relu!r}; pass a bool")
+        self.relu = relu
         # What pack() was asked for, the options that make the next packing the same, and the packed weight's sizes.
-        self._layout: str | None = None
+        self._layout = self.plain_layout
         self._options: dict[str, Any] = {}
         self._sizes: dict[str, Any] = {}
         self._packed_kind: type[Any] | None = None
         # What the buffers packed_* come from: name, tensor (None in a copy, until it is called), and its state then.
         # Without such buffers, None.
         self._packed_from: tuple[tuple[str, Tensor | None, State], ...] | None = None
+        self._ready: Ready | None = None
+        # Whether eval(), or another step that must not fail half-way, left it to the next call to pack, or say why not.
+        self._pending = False
         if not isinstance(weight, self.format):
             raise TypeError(
                 f"{type(self).__name__}: weight must be a {self.format.__name__}, got {type(weight).__name__}; "
                 "call from_dense on the layer it comes from"
             )
         weight.validate()
-        self.out_features, self.in_features = weight.shape
+        rows = weight.shape[0]
         if bias is not None and (not isinstance(bias, Tensor) or bias.dtype not in FLOATS):
             got = bias.dtype if isinstance(bias, Tensor) else type(bias).__name__
             raise TypeError(f"{type(self).__name__}: bias must be float32 or bfloat16, got {got}; convert it")
-        if bias is not None and bias.shape != (self.out_features,):
+        if bias is not None and bias.shape != (rows,):
             raise ValueError(
-                f"{type(self).__name__}: bias must be [{self.out_features}], one for each row of the weight, "
+                f"{type(self).__name__}: bias must be [{rows}], one for each row of the weight, "
                 f"got shape {tuple(bias.shape)}; pass the bias of the same layer"
             )
         for field in self.buffer_fields:
@@ -73,48 +99,43 @@ class SparseLinearBase(nn.Module, Generic[Format]):
         self.register_parameter(self.parameter_field, _as_parameter(getattr(weight, self.parameter_field)))
         self.register_parameter("bias", None if bias is None else _as_parameter(bias))
 
-    @classmethod
-    def from_dense(cls, module: nn.Linear) -> Self:
-        """The layer that computes what module computes, from the non-zeros of its weight.
+    @property
+    def _matrix_shape(self) -> tuple[int, int]:
+        """Rows and columns of the weight as its format has them."""
+        raise NotImplementedError
 
-        Raises:
-            TypeError: module is not an nn.Linear, or its weight is neither float32 nor bfloat16.
-            ValueError: the format cannot hold the weight.
-        """
-        if not isinstance(module, nn.Linear):
-            raise TypeError(f"{cls.__name__}: module must be an nn.Linear, got {type(module).__name__}; pass a layer")
-        bias = None if module.bias is None else module.bias.detach().clone()
-        return cls(cast(Format, cls.format.from_dense(module.weight)), bias).train(module.training)
+    @property
+    def sparse_weight(self) -> Format:
+        """The weight, as a matrix, in its format; it shares memory with the layer."""
+        fields = {field: getattr(self, field) for field in (*self.buffer_fields, self.parameter_field)}
+        return cast(Format, self.format(**fields, columns=self._matrix_shape[1]))
 
-    def to_dense(self) -> nn.Linear:
-        """The plain layer with the same weight and bias, of one dtype: float32 where they differ and one needs it."""
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, built anew at every read; writing to it changes nothing."""
+        return self.sparse_weight.to_dense().detach()
+
+    def _numbers(self) -> tuple[Tensor, Tensor | None]:
+        """What ops take as values and codebook."""
+        raise NotImplementedError
+
+    def _filled(self, dense: Dense) -> Dense:
+        """A dense layer with this one's weight and bias, of one dtype: float32 where they differ and one needs it."""
         weight, bias = self.weight, None if self.bias is None else self.bias.detach().clone()
         if bias is not None and bias.dtype != weight.dtype:
             narrow = weight.to(bias.dtype)
             weight, bias = (narrow, bias) if torch.equal(narrow.float(), weight) else (weight, bias.float())
-        dense = nn.Linear(self.in_features, self.out_features, bias=bias is not None, device="meta")
         dense.weight = nn.Parameter(weight)
         if bias is not None:
             dense.bias = nn.Parameter(bias)
         return dense.train(self.training)
 
-    @property
-    def sparse_weight(self) -> Format:
-        """The weight in its format; it shares memory with the layer."""
-        fields = {field: getattr(self, field) for field in (*self.buffer_fields, self.parameter_field)}
-        return cast(Format, self.format(**fields, columns=self.in_features))
-
-    @property
-    def weight(self) -> Tensor:
-        """The dense weight [out_features, in_features], built anew at every read; writing to it changes nothing."""
-        return self.sparse_weight.to_dense().detach()
-
     # ---- layouts
 
     @property
     def layout(self) -> str:
-        """What the layer computes from without gradients: "csr", or the layout that pack() was given."""
-        return self._layout or "csr"
+        """What the layer computes from without gradients: what pack() was given, or plain_layout."""
+        return self._layout
 
     @property
     def layout_options(self) -> dict[str, Any]:
@@ -127,44 +148,38 @@ class SparseLinearBase(nn.Module, Generic[Format]):
         In training mode the layout is remembered, and built by eval().
 
         Args:
-            layout: one of
-                "csr16": columns in 16 bits, for weights of at most 65,536 of them;
-                "bitmap": for few samples and a fifth or more non-zeros;
-                "bitmap_columns": for one sample with many zeros, as ReLU leaves them;
-                "blocked": for many samples;
-                "bitmap_int8", "blocked_int8": the same with each row of the weight and each sample rounded to 8 bits,
-                "blocked_bfloat16": with both rounded to bfloat16; the ops say how far y may then lie off, and .weight
-                stays exact;
-                "csr": undoes an earlier pack().
-            options: for the blocked ones samples (about how many will be multiplied at once) or column_block.
+            layout: plain_layout, which undoes an earlier pack(), or a name in layouts.
+            options: what that layout takes; plain_layout takes none.
 
         Raises:
             ValueError: no such layout.
             TypeError, ValueError: options that the layout does not take, or a weight that it cannot hold; nothing has
                 changed then.
         """
-        if layout == "csr":
-            if options:
-                raise TypeError(
-                    f"{type(self).__name__}: layout 'csr' takes no options, got {', '.join(options)}; leave them out"
-                )
-            self._drop_packed()
-            self._layout, self._options, self._sizes, self._packed_kind = None, {}, {}, None
-            return self
-        if layout not in LAYOUTS:
-            raise ValueError(
-                f"{type(self).__name__}: layout must be one of {['csr', *LAYOUTS]}, got {layout!r}; choose one of them"
+        plain = layout == self.plain_layout
+        if plain and options:
+            raise TypeError(
+                f"{type(self).__name__}: layout {layout!r} takes no options, got {', '.join(options)}; leave them out"
             )
-        packed = self._packed_of(layout, options)
-        self._layout, self._options = layout, {name: getattr(packed, name) for name in LAYOUTS[layout].options}
-        self._hold(packed)
-        if self.training:
-            self._drop_packed()
+        if not plain and layout not in self.layouts:
+            names = list(dict.fromkeys((self.plain_layout, *self.layouts)))
+            raise ValueError(
+                f"{type(self).__name__}: layout must be one of {names}, got {layout!r}; choose one of them"
+            )
+        row = self.layouts.get(layout)
+        packed = None if row is None else row.pack(self, **options)
+        self._drop_packed()
+        self._layout, self._options, self._sizes, self._packed_kind = layout, {}, {}, None
+        if row is not None:
+            self._options = {name: getattr(packed, name) for name in row.options}
+            self._hold(packed)
+            if self.training:
+                self._drop_packed()
         return self
 
     @property
     def packed_weight(self) -> Any:
-        """The weight in the format of the layout in use; it shares memory with the layer. None for "csr"."""
+        """The weight in the format of the layout in use; it shares memory with the layer. None where it has none."""
         if self._packed_kind is None or self._packed_from is None:
             return None
         fields = {}
@@ -173,9 +188,6 @@ class SparseLinearBase(nn.Module, Generic[Format]):
             own = self._own(field.name) if packed is None else packed
             fields[field.name] = self._sizes[field.name] if own is None else own
         return self._packed_kind(**fields)
-
-    def _packed_of(self, layout: str, options: dict[str, Any]) -> Any:
-        return LAYOUTS[layout].pack[self.format](self.sparse_weight, **options)
 
     def _hold(self, packed: Any) -> None:
         """Takes the tensors of a packed weight as buffers, but for those that are the layer's own."""
@@ -189,14 +201,15 @@ class SparseLinearBase(nn.Module, Generic[Format]):
                 shared.add(field.name)
             else:
                 self.register_buffer(PREFIX + field.name, value, persistent=False)
-        # Positions are exchanged as a whole, never changed in place; numbers are, which matters where the packed weight
-        # has others than the layer's own.
+        # Where the packed weight has others than the layer's own.
         repeated = {"col_indices": self.col_indices, self.packed_field: getattr(self, self.packed_field)}
         if self.parameter_field not in {field.name for field in dataclasses.fields(packed)}:
             repeated[self.parameter_field] = getattr(self, self.parameter_field)
         self._packed_from = tuple(
             (name, source, state_of(source)) for name, source in repeated.items() if name not in shared
         )
+        self._ready = None
+        self._pending = False
 
     def _own(self, name: str) -> Tensor | None:
         """The layer's tensor of this name, also where functional_call has lent it another one."""
@@ -206,20 +219,48 @@ class SparseLinearBase(nn.Module, Generic[Format]):
     def _drop_packed(self) -> None:
         for name in [name for name in self._buffers if name.startswith(PREFIX)]:
             delattr(self, name)
-        self._packed_from = None
+        self._packed_from = self._ready = None
+        self._pending = False
 
     def _repack(self) -> None:
+        """Packs the weight anew.
+
+        Raises:
+            ValueError: the layout cannot hold it.
+        """
         # Layouts are packed and multiplied on the CPU; elsewhere the layer computes from its rows.
-        if self._layout is not None and self.row_offsets.device.type == "cpu":
-            self._hold(self._packed_of(self._layout, self._options))
+        row = self.layouts.get(self._layout)
+        if row is None or self.row_offsets.device.type != "cpu":
+            return
+        try:
+            self._hold(row.pack(self, **self._options))
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"{type(self).__name__}: weight must be one that its layout {self._layout!r} can hold, got one refused "
+                f"as '{error}'; mend it, or call pack() with another layout"
+            ) from error
+
+    def _try_repack(self) -> str | None:
+        """Packs the weight anew, or leaves that to the next call and returns why it was refused."""
+        try:
+            self._repack()
+        except ValueError as error:
+            self._drop_packed()
+            self._pending = True
+            return str(error)
+        return None
 
     def train(self, mode: bool = True) -> Self:
-        """As nn.Module.train: training mode drops the packed layout, eval mode builds it anew."""
+        """As nn.Module.train: training mode drops the packed layout, eval mode builds it anew.
+
+        A weight that the layout cannot hold makes the next call without gradients raise, not this one, which would
+        leave a model half-way between the modes.
+        """
         super().train(mode)
         if mode:
             self._drop_packed()
         elif not self._is_packed():
-            self._repack()
+            self._try_repack()
         return self
 
     def _is_packed(self) -> bool:
@@ -231,13 +272,101 @@ class SparseLinearBase(nn.Module, Generic[Format]):
             for name, source, state in self._packed_from
         )
 
+    # ---- running
+
+    def _run(self, x: Tensor) -> Tensor:
+        """The product: with gradients, or without them from the packed layout where there is one."""
+        # The twin drops forward-mode tangents, which no_grad does not switch off; the recorded op refuses them.
+        if is_grad_enabled() or forward_ad._current_level >= 0:
+            return self._recorded(x)
+        try:
+            return self._unrecorded(x)
+        except KeyError:  # a parametrization, or a shallow copy, took a tensor out of the dictionaries
+            return self._recorded(x)
+
+    def _unrecorded(self, x: Tensor) -> Tensor:
+        """The product without gradients, from the packed layout where there is one."""
+        ready = None if is_compiling() else self._ready
+        if ready is not None and ready[2] is self.relu:
+            call, arguments, _, own, sources = ready
+            for held, name, tensor in own:
+                if held.get(name) is not tensor:
+                    break
+            else:
+                for source, version, address in sources:
+                    if source.data_ptr() != address or (version is not None and source._version != version):
+                        break
+                else:
+                    return call(x, *arguments)
+        elif self._packed_from is None and not self._pending:
+            return self._from_rows(x)
+        if not self._use_packed():
+            return self._from_rows(x)
+        row = self.layouts[self._layout]
+        op, arguments = ops.native_op(row.op), row.arguments(self)
+        if arguments[-1] is False:  # relu, whose default is sooner filled in than read
+            arguments = arguments[:-1]
+        if not is_compiling():
+            # An op's own _op is what calling it calls.
+            self._ready = getattr(op, "_op", op), arguments, self.relu, *self._watched()
+        y: Tensor = op(x, *arguments)
+        return y
+
+    def _use_packed(self) -> bool:
+        """Whether the buffers packed_* stand for the weight; packs anew where its numbers have changed."""
+        if self._pending and not is_compiling():
+            self._repack()
+        if is_compiling() or self._packed_from is None:
+            return self._packed_from is not None
+        if any(source is not None and source is not self._own(name) for name, source, _ in self._packed_from):
+            return False  # functional_call lent another one
+        if not self._is_packed():
+            self._repack()
+        return True
+
+    def _watched(self) -> Any:
+        """The layer's own tensors and what packed numbers come from, as Ready has them."""
+        own = [
+            (held, name, tensor)
+            for held in (self._parameters, self._buffers)
+            for name, tensor in held.items()
+            if not name.startswith(PREFIX)
+        ]
+        # Positions are exchanged as a whole, never changed in place; numbers are.
+        numbers = []
+        for name, source, (version, address) in self._packed_from or ():
+            if source is not None and name != "col_indices":
+                numbers.append((source, version, address))
+        codebook = self._own("codebook")
+        if codebook is not None:  # its numbers are read at every call, but an argument may be a view of its memory
+            numbers.append((codebook, None, codebook.data_ptr()))
+        return own, numbers
+
+    def _recorded(self, x: Tensor) -> Tensor:
+        """The product with gradients."""
+        raise NotImplementedError
+
+    def _from_rows(self, x: Tensor) -> Tensor:
+        """The product without gradients, from the format itself."""
+        raise NotImplementedError
+
+    def _check_tensor(self, x: object) -> None:
+        if not isinstance(x, Tensor):
+            raise TypeError(
+                f"{type(self).__name__}: input must be a tensor, got {type(x).__name__}; pass a torch.Tensor"
+            )
+        if x.dtype not in FLOATS and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(f"{type(self).__name__}: input must be float32 or bfloat16, got {x.dtype}; convert it")
+
+    # ---- state
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """As nn.Module._apply; a packed layout is built anew, since some of its numbers keep their dtype."""
-        packed = self._packed_from is not None
+        packed = self._packed_from is not None or self._pending
         self._drop_packed()
         self._convert(fn, recurse)
         if packed:
-            self._repack()
+            self._try_repack()
         return self
 
     def _convert(self, fn: Callable[[Tensor], Tensor], recurse: bool) -> None:
@@ -247,102 +376,82 @@ class SparseLinearBase(nn.Module, Generic[Format]):
         # A copy's tensors count their versions from 0.
         packed = self._packed_from
         unknown = None if packed is None else tuple((name, None, (None, 0)) for name, _, _ in packed)
-        return {**self.__dict__, "_packed_from": unknown}
-
-    # ---- running
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Applies the layer to input, float [..., in_features]."""
-        # The twin drops forward-mode tangents, which no_grad does not switch off; the recorded op refuses them.
-        if torch.is_grad_enabled() or forward_ad._current_level >= 0:
-            self._check_input(input)
-            return self._recorded(input)
-        try:
-            if input.size(-1) == self.in_features:
-                return self._unrecorded(input)
-        except KeyError:  # a parametrization took a tensor out of the dictionaries
-            return self._recorded(input)
-        except Exception:
-            self._check_input(input)  # its sentence comes before the op's
-            raise
-        self._check_input(input)
-        raise AssertionError("unreachable")
-
-    def _recorded(self, x: Tensor) -> Tensor:
-        """The product with gradients."""
-        raise NotImplementedError
-
-    def _unrecorded(self, x: Tensor) -> Tensor:
-        """The product without gradients, from the packed layout where there is one."""
-        if self._layout is None or not self._use_packed():
-            return self._from_rows(x)
-        return LAYOUTS[self._layout].multiply(self, x)
-
-    def _use_packed(self) -> bool:
-        """Whether the buffers packed_* stand for the weight; packs anew where its numbers have changed."""
-        packed = self._packed_from
-        if torch.compiler.is_compiling() or packed is None:
-            return packed is not None
-        for name, source, state in packed:
-            if source is not None:
-                if self._own(name) is not source:
-                    return False  # functional_call lent another one
-                if state_of(source) == state:
-                    continue
-            self._repack()
-            break
-        return True
-
-    def _from_rows(self, x: Tensor) -> Tensor:
-        """The product without gradients, from the format itself."""
-        raise NotImplementedError
-
-    def _check_input(self, x: object) -> None:
-        if not isinstance(x, Tensor):
-            raise TypeError(
-                f"{type(self).__name__}: input must be a tensor, got {type(x).__name__}; pass a torch.Tensor"
-            )
-        if x.dtype not in FLOATS and not torch.is_autocast_enabled(x.device.type):
-            raise TypeError(f"{type(self).__name__}: input must be float32 or bfloat16, got {x.dtype}; convert it")
-        if x.dim() == 0 or x.shape[-1] != self.in_features:
-            raise ValueError(
-                f"{type(self).__name__}: input must be [..., {self.in_features}], got shape {tuple(x.shape)}; "
-                "reshape it"
-            )
-
-    def extra_repr(self) -> str:
-        """What print(module) shows between the parentheses."""
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"nnz={self.col_indices.numel()}" + ("" if self._layout is None else f", layout={self._layout}")
-        )
+        return {**self.__dict__, "_packed_from": unknown, "_ready": None}
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Takes another sparsity too: the positions come with the state, so their number may differ from today's."""
         errors: list[str] = args[-1]
+        rows, columns = self._matrix_shape
         fields = (*self.buffer_fields, self.parameter_field)
         if all(prefix + field in state_dict for field in fields):
             incoming: dict[str, Any] = {field: state_dict[prefix + field] for field in fields}
             try:
-                weight = self.format(**incoming, columns=self.in_features)
+                weight = self.format(**incoming, columns=columns)
                 weight.validate()
             except (TypeError, ValueError) as error:
                 errors.append(f"{prefix.removesuffix('.') or type(self).__name__}: {error}")
                 return
-            if weight.shape[0] == self.out_features:
+            if weight.shape[0] == rows:
                 for field, tensor in incoming.items():
                     current = getattr(self, field)
                     if current.shape != tensor.shape:
                         # A parameter stays the same object, so that an optimizer that holds it goes on with it.
                         current.data = current.new_empty(tensor.shape)
         before = len(errors)
+        self._drop_packed()
         super()._load_from_state_dict(state_dict, prefix, *args)
-        if not self.training and len(errors) == before:
-            try:
-                self._repack()
-            except ValueError as error:  # the layout cannot hold these numbers
-                self._drop_packed()
-                errors.append(f"{prefix.removesuffix('.') or type(self).__name__}: {error}")
+        refused = None if self.training else self._try_repack()
+        if refused and len(errors) == before:
+            errors.append(f"{prefix.removesuffix('.') or type(self).__name__}: {refused}")
+
+
+class ValuesModule(SparseModule[CsrWeight]):
+    """A layer over compressed sparse rows, whose values train."""
+
+    format = CsrWeight
+    buffer_fields = ("row_offsets", "col_indices")
+    parameter_field = packed_field = "values"
+
+    values: nn.Parameter
+
+    def _numbers(self) -> tuple[Tensor, Tensor | None]:
+        return self.values, None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # So that torch.nn.utils.parametrize takes the name "values".
+        super().__setattr__(name, _Parametrizations(dict(value.items())) if type(value) is nn.ModuleDict else value)
+
+
+class _Parametrizations(nn.ModuleDict):
+    """A dictionary of modules in which "values" names one of them, not the method."""
+
+    @property
+    def values(self) -> Any:
+        return self.__getattr__("values")
+
+
+class CodebookModule(SparseModule[SparseCodebookWeight]):
+    """A layer over codes into a table, which trains and stays float32: rounding it would move every weight."""
+
+    format = SparseCodebookWeight
+    buffer_fields = ("row_offsets", "col_indices", "codes")
+    parameter_field = "codebook"
+    packed_field = "codes"
+
+    codes: Tensor
+    codebook: nn.Parameter
+
+    def _numbers(self) -> tuple[Tensor, Tensor | None]:
+        return self.codes, self.codebook[0]
+
+    def _convert(self, fn: Callable[[Tensor], Tensor], recurse: bool) -> None:
+        before = self.codebook.data
+        grad = None if self.codebook.grad is None else self.codebook.grad.data
+        super()._convert(fn, recurse)
+        if self.codebook.dtype != before.dtype:
+            self.codebook.grad = None
+            self.codebook.data = before.to(self.codebook.device)
+            self.codebook.grad = None if grad is None else grad.to(self.codebook.device)
 
 
 def state_of(tensor: Tensor) -> State:

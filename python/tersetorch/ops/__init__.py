@@ -1,9 +1,9 @@
 """Does it give one native op a Python face? A public function, a fake kernel, an autograd formula; a file per op."""
 
-from tersetorch.ops._load import load_native_module, load_native_ops
+from tersetorch.ops._load import load_native
+from tersetorch.ops._native_op import native_op
 
-load_native_module()
-load_native_ops()
+load_native()
 
 # The files below register on what was just loaded.
 from tersetorch.ops.bitmap_columns_matmul import (  # noqa: E402
@@ -34,6 +34,7 @@ from tersetorch.ops.sparse_conv2d import (  # noqa: E402
     sparse_conv2d_channel_block,
     sparse_conv2d_inference,
     sparse_conv2d_pack,
+    sparse_conv2d_pack_words,
     sparse_conv2d_packed,
 )
 
@@ -57,9 +58,11 @@ __all__ = [
     "csr_matmul",
     "csr_matmul_inference",
     "csr_pack",
+    "native_op",
     "sparse_conv2d",
     "sparse_conv2d_channel_block",
     "sparse_conv2d_inference",
     "sparse_conv2d_pack",
+    "sparse_conv2d_pack_words",
     "sparse_conv2d_packed",
 ]

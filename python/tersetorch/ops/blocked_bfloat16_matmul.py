@@ -5,11 +5,19 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from tersetorch.ops._autocast import compute_in_float32
-from tersetorch.ops._blocked_words import check_pack, check_product, fake_pack, refuse_gradients
+from tersetorch.ops._blocked_products import (
+    FLOATS,
+    check_pack,
+    check_product,
+    fake_words,
+    floats_of,
+    refuse_gradients,
+    register_product,
+)
+from tersetorch.ops._packing import pack_on_cpu
 
 GROUP = 2
-_FLOATS = (torch.float32, torch.bfloat16)
+_FIX = "convert it or pack the weight again"
 
 _matmul = torch.ops.tersetorch.blocked_bfloat16_matmul.default
 _matmul_inference = torch.ops.tersetorch.blocked_bfloat16_matmul_inference.default
@@ -52,18 +60,18 @@ def blocked_bfloat16_matmul(
     Raises:
         TypeError: an argument is not a tensor or has another dtype than named here.
         ValueError: shapes or devices do not fit each other.
-        RuntimeError: an offset, a segment or an index lies outside its range (nothing outside the tensors is read).
+        RuntimeError: an offset, a segment or an index lies outside its range (nothing outside the tensors is read). On
+            a CUDA device the rows that it reaches are NaN in y instead, as in blocked_matmul.
     """
-    check_product(
-        "blocked_bfloat16_matmul",
-        x,
-        {"block_offsets": block_offsets, "segments": segments, "indices": indices, "values": values},
-        torch.bfloat16,
-        GROUP,
-        {"bias": (bias, _FLOATS)},
-        out_features,
-        column_block,
-    )
+    tensors = {
+        "x": (x, floats_of(x), _FIX),
+        "block_offsets": (block_offsets, (torch.int32,), _FIX),
+        "segments": (segments, (torch.int32,), _FIX),
+        "indices": (indices, (torch.int16,), _FIX),
+        "values": (values, (torch.bfloat16,), _FIX),
+        "bias": (bias, FLOATS, _FIX),
+    }
+    check_product("blocked_bfloat16_matmul", x, tensors, out_features, column_block, group=GROUP)
     return cast(Tensor, _matmul(x, block_offsets, segments, indices, values, bias, out_features, column_block, relu))
 
 
@@ -111,37 +119,21 @@ def blocked_bfloat16_pack(
         RuntimeError: the positions are not those of a weight of that width.
     """
     tensors = {
-        "row_offsets": (row_offsets, torch.int32),
-        "col_indices": (col_indices, torch.int32),
-        "values": (values, torch.bfloat16),
+        "row_offsets": (row_offsets, (torch.int32,), "convert it"),
+        "col_indices": (col_indices, (torch.int32,), "convert it"),
+        "values": (values, (torch.bfloat16,), "convert it"),
     }
-    check_pack("blocked_bfloat16_pack", tensors, column_block, GROUP)
-    return cast(tuple[Tensor, Tensor, Tensor, Tensor], _pack(row_offsets, col_indices, values, columns, column_block))
-
-
-@torch.library.register_fake("tersetorch::blocked_bfloat16_matmul")
-@torch.library.register_fake("tersetorch::blocked_bfloat16_matmul_inference")
-def _fake(
-    x: Tensor,
-    block_offsets: Tensor,
-    segments: Tensor,
-    indices: Tensor,
-    values: Tensor,
-    bias: Tensor | None,
-    out_features: int,
-    column_block: int,
-    relu: bool = False,
-) -> Tensor:
-    return x.new_empty((*x.shape[:-1], out_features))
+    check_pack("blocked_bfloat16_pack", tensors, column_block, group=GROUP)
+    packed = pack_on_cpu(_pack, row_offsets, col_indices, values, columns, column_block)
+    return cast(tuple[Tensor, Tensor, Tensor, Tensor], packed)
 
 
 @torch.library.register_fake("tersetorch::blocked_bfloat16_pack")
 def _fake_pack(
     row_offsets: Tensor, col_indices: Tensor, values: Tensor, columns: int, column_block: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return fake_pack(row_offsets, col_indices, values, columns, column_block, GROUP)
+    return fake_words(row_offsets, values, columns, column_block, GROUP)
 
 
+register_product("blocked_bfloat16_matmul", tensors=6)
 refuse_gradients("blocked_bfloat16_matmul")
-compute_in_float32("blocked_bfloat16_matmul")
-compute_in_float32("blocked_bfloat16_matmul_inference")

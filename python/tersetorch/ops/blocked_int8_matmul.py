@@ -5,12 +5,20 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from tersetorch.ops._autocast import compute_in_float32
-from tersetorch.ops._blocked_words import check_pack, check_product, fake_pack, refuse_gradients
+from tersetorch.ops._blocked_products import (
+    FLOATS,
+    check_pack,
+    check_product,
+    fake_words,
+    floats_of,
+    refuse_gradients,
+    register_product,
+)
+from tersetorch.ops._packing import pack_on_cpu
 
 GROUP = 4
 MAX_FEATURES = 128 * 1024
-_FLOATS = (torch.float32, torch.bfloat16)
+_FIX = "convert it or pack the weight again"
 
 _matmul = torch.ops.tersetorch.blocked_int8_matmul.default
 _matmul_inference = torch.ops.tersetorch.blocked_int8_matmul_inference.default
@@ -34,8 +42,9 @@ def blocked_int8_matmul(
     """Returns x @ W.T + bias, at least 0 with relu, where x too is rounded to 8 bits and all sums are of integers.
 
     y[n, r] = fma(sum over c of V[r, c] * q[n, c] * row_scales[r], s[n], bias[r]) with s[n] = max |x[n]| / 127 and
-    q[n, c] = round(x[n, c] * (127 / max |x[n]|)), ties to even. The sum is exact, so that y has the same bits at every
-    level of the CPU. Against the product with x itself and the same weight, y is off by at most
+    q[n, c] = round(x[n, c] * (127 / max |x[n]|)), ties to even; of row_scales[r] and s[n] the smaller is multiplied
+    first, so that nothing overflows before y does. The sum is exact, so that y has the same bits at every level of the
+    CPU and on CUDA. Against the product with x itself and the same weight, y is off by at most
     sum over c of |V[r, c] * row_scales[r]| * s[n] / 2, and by the few roundings of the formula. A sample whose largest
     |x| is below 2**-100 counts as 0; one that holds infinity or NaN gives NaN everywhere.
 
@@ -58,22 +67,24 @@ def blocked_int8_matmul(
     Raises:
         TypeError: an argument is not a tensor or has another dtype than named here.
         ValueError: shapes or devices do not fit each other.
-        RuntimeError: an offset, a segment or an index lies outside its range (nothing outside the tensors is read).
+        RuntimeError: an offset, a segment or an index lies outside its range (nothing outside the tensors is read). On
+            a CUDA device the rows that it reaches are NaN in y instead, as in blocked_matmul.
 
     Source:
         Jacob et al., Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference
         (2018), section 2.2, symmetric; Han et al., Deep Compression (2016), for the weight.
     """
-    check_product(
-        "blocked_int8_matmul",
-        x,
-        {"block_offsets": block_offsets, "segments": segments, "indices": indices, "values": values},
-        torch.int8,
-        GROUP,
-        {"row_scales": (row_scales, (torch.float32,)), "row_sums": (row_sums, (torch.int32,)), "bias": (bias, _FLOATS)},
-        out_features,
-        column_block,
-    )
+    tensors = {
+        "x": (x, floats_of(x), _FIX),
+        "block_offsets": (block_offsets, (torch.int32,), _FIX),
+        "segments": (segments, (torch.int32,), _FIX),
+        "indices": (indices, (torch.int16,), _FIX),
+        "values": (values, (torch.int8,), _FIX),
+        "row_scales": (row_scales, (torch.float32,), _FIX),
+        "row_sums": (row_sums, (torch.int32,), _FIX),
+        "bias": (bias, FLOATS, _FIX),
+    }
+    check_product("blocked_int8_matmul", x, tensors, out_features, column_block, group=GROUP)
     if x.shape[-1] > MAX_FEATURES:
         raise ValueError(
             f"blocked_int8_matmul: x must have at most {MAX_FEATURES} features, got {x.shape[-1]}; "
@@ -155,42 +166,22 @@ def blocked_int8_pack(
         RuntimeError: the positions are not those of a weight of that width.
     """
     tensors = {
-        "row_offsets": (row_offsets, torch.int32),
-        "col_indices": (col_indices, torch.int32),
-        "values": (values, torch.int8),
+        "row_offsets": (row_offsets, (torch.int32,), "convert it"),
+        "col_indices": (col_indices, (torch.int32,), "convert it"),
+        "values": (values, (torch.int8,), "convert it"),
     }
-    check_pack("blocked_int8_pack", tensors, column_block, GROUP)
-    return cast(
-        tuple[Tensor, Tensor, Tensor, Tensor, Tensor], _pack(row_offsets, col_indices, values, columns, column_block)
-    )
-
-
-@torch.library.register_fake("tersetorch::blocked_int8_matmul")
-@torch.library.register_fake("tersetorch::blocked_int8_matmul_inference")
-def _fake(
-    x: Tensor,
-    block_offsets: Tensor,
-    segments: Tensor,
-    indices: Tensor,
-    values: Tensor,
-    row_scales: Tensor,
-    row_sums: Tensor,
-    bias: Tensor | None,
-    out_features: int,
-    column_block: int,
-    relu: bool = False,
-) -> Tensor:
-    return x.new_empty((*x.shape[:-1], out_features))
+    check_pack("blocked_int8_pack", tensors, column_block, group=GROUP)
+    packed = pack_on_cpu(_pack, row_offsets, col_indices, values, columns, column_block)
+    return cast(tuple[Tensor, Tensor, Tensor, Tensor, Tensor], packed)
 
 
 @torch.library.register_fake("tersetorch::blocked_int8_pack")
 def _fake_pack(
     row_offsets: Tensor, col_indices: Tensor, values: Tensor, columns: int, column_block: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    layout = fake_pack(row_offsets, col_indices, values, columns, column_block, GROUP)
+    layout = fake_words(row_offsets, values, columns, column_block, GROUP)
     return *layout, row_offsets.new_empty((row_offsets.shape[0] - 1,))
 
 
+register_product("blocked_int8_matmul", tensors=8)
 refuse_gradients("blocked_int8_matmul")
-compute_in_float32("blocked_int8_matmul")
-compute_in_float32("blocked_int8_matmul_inference")

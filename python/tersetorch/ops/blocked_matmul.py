@@ -6,13 +6,29 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from tersetorch.ops._autocast import compute_in_float32, enabled_for
+from tersetorch.ops._blocked_products import (
+    BLOCK_ROWS,
+    FLOATS,
+    MAX_COLUMN_BLOCK,
+    Taken,
+    check_pack,
+    check_product,
+    fake_layout,
+    floats_of,
+    register_product,
+)
 from tersetorch.ops._packing import pack_on_cpu
 
-BLOCK_ROWS = 256
-MAX_COLUMN_BLOCK = 32768
+__all__ = [
+    "BLOCK_ROWS",
+    "MAX_COLUMN_BLOCK",
+    "blocked_matmul",
+    "blocked_matmul_inference",
+    "blocked_pack",
+    "blocked_positions",
+]
+
 MAX_ENTRIES = 256
-_FLOATS = (torch.float32, torch.bfloat16)
 
 _blocked_matmul = torch.ops.tersetorch.blocked_matmul.default
 _blocked_matmul_inference = torch.ops.tersetorch.blocked_matmul_inference.default
@@ -68,7 +84,25 @@ def blocked_matmul(
         Elsen et al., Fast Sparse ConvNets (2019), section 3, for the panels of x; Gale et al., Sparse GPU Kernels for
         Deep Learning (2020), section 5.1.2, for the order of a block's rows.
     """
-    _check(x, block_offsets, segments, indices, values, bias, codebook, out_features, column_block)
+    kept = "take it from blocked_pack"
+    stored: Taken = (values, FLOATS, "pass the codebook beside codes")
+    if codebook is not None:
+        stored = (values, (torch.uint8,), "pass codes, or no codebook")
+    tensors = {
+        "x": (x, floats_of(x), "convert it"),
+        "block_offsets": (block_offsets, (torch.int32,), kept),
+        "segments": (segments, (torch.int32,), kept),
+        "indices": (indices, (torch.int16,), kept),
+        "values": stored,
+        "bias": (bias, FLOATS, "convert it"),
+        "codebook": (codebook, (torch.float32,), "convert it"),
+    }
+    check_product("blocked_matmul", x, tensors, out_features, column_block)
+    if codebook is not None and (codebook.dim() != 1 or codebook.shape[0] > MAX_ENTRIES):
+        raise ValueError(
+            f"blocked_matmul: codebook must be [entries] with at most {MAX_ENTRIES} entries, got shape "
+            f"{tuple(codebook.shape)}; pass one group of a codebook"
+        )
     if forward_ad._current_level >= 0:
         for name, tensor in (("x", x), ("values", values), ("bias", bias), ("codebook", codebook)):
             if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
@@ -128,89 +162,15 @@ def blocked_pack(
         ValueError: column_block is out of range.
         RuntimeError: the positions are not those of a weight of that width.
     """
-    for name, tensor in (("row_offsets", row_offsets), ("col_indices", col_indices)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"blocked_pack: {name} must be a tensor, got {type(tensor).__name__}; pass a torch.Tensor")
-        if tensor.dtype != torch.int32:
-            raise TypeError(f"blocked_pack: {name} must be int32, got {tensor.dtype}; call {name}.int()")
-    _check_column_block("blocked_pack", column_block)
+    tensors = {
+        "row_offsets": (row_offsets, (torch.int32,), "call row_offsets.int()"),
+        "col_indices": (col_indices, (torch.int32,), "call col_indices.int()"),
+    }
+    check_pack("blocked_pack", tensors, column_block)
     block_offsets, segments, indices, sources = pack_on_cpu(
         _blocked_pack, row_offsets, col_indices, columns, column_block
     )
     return block_offsets, segments, indices, sources
-
-
-def _check_column_block(op: str, column_block: int) -> None:
-    if not 1 <= column_block <= MAX_COLUMN_BLOCK:
-        raise ValueError(
-            f"{op}: column_block must be 1 to {MAX_COLUMN_BLOCK}, got {column_block}; pass for example 128"
-        )
-
-
-def _check(
-    x: Tensor,
-    block_offsets: Tensor,
-    segments: Tensor,
-    indices: Tensor,
-    values: Tensor,
-    bias: Tensor | None,
-    codebook: Tensor | None,
-    out_features: int,
-    column_block: int,
-) -> None:
-    x_dtypes = (*_FLOATS, torch.float16) if enabled_for(x) else _FLOATS
-    for name, tensor, dtypes, hint in (
-        ("x", x, x_dtypes, "convert it"),
-        ("block_offsets", block_offsets, (torch.int32,), "take it from blocked_pack"),
-        ("segments", segments, (torch.int32,), "take it from blocked_pack"),
-        ("indices", indices, (torch.int16,), "take it from blocked_pack"),
-        (
-            "values",
-            values,
-            _FLOATS if codebook is None else (torch.uint8,),
-            "pass the codebook beside codes" if codebook is None else "pass codes, or no codebook",
-        ),
-        ("bias", bias, _FLOATS, "convert it"),
-        ("codebook", codebook, (torch.float32,), "convert it"),
-    ):
-        if tensor is None and name in ("bias", "codebook"):
-            continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(
-                f"blocked_matmul: {name} must be a tensor, got {type(tensor).__name__}; pass a torch.Tensor"
-            )
-        if tensor.dtype not in dtypes:
-            allowed = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-            raise TypeError(f"blocked_matmul: {name} must be {allowed}, got {tensor.dtype}; {hint}")
-        if tensor.device != x.device:
-            raise ValueError(
-                f"blocked_matmul: {name} must be on the device of x, {x.device}, got {tensor.device}; move one of them"
-            )
-    if x.dim() == 0:
-        raise ValueError("blocked_matmul: x must be [..., in], got a scalar; reshape it")
-    _check_column_block("blocked_matmul", column_block)
-    column_blocks = -(-x.shape[-1] // column_block)
-    blocks = -(-out_features // BLOCK_ROWS) * column_blocks
-    if out_features < 0:
-        raise ValueError(f"blocked_matmul: out_features must be at least 0, got {out_features}; pass the rows of W")
-    for name, tensor, size in (
-        ("block_offsets", block_offsets, blocks + 1),
-        ("segments", segments, out_features * column_blocks),
-        ("values", values, indices.numel()),
-        ("bias", bias, out_features),
-    ):
-        if tensor is not None and (tensor.dim() != 1 or tensor.shape[0] != size):
-            raise ValueError(
-                f"blocked_matmul: {name} must be [{size}], got shape {tuple(tensor.shape)}; pass a weight "
-                f"[{out_features}, {x.shape[-1]}] cut with column_block={column_block}"
-            )
-    if indices.dim() != 1:
-        raise ValueError(f"blocked_matmul: indices must be [nnz], got shape {tuple(indices.shape)}; flatten it")
-    if codebook is not None and (codebook.dim() != 1 or codebook.shape[0] > MAX_ENTRIES):
-        raise ValueError(
-            f"blocked_matmul: codebook must be [entries] with at most {MAX_ENTRIES} entries, got shape "
-            f"{tuple(codebook.shape)}; pass one group of a codebook"
-        )
 
 
 def blocked_positions(
@@ -234,35 +194,12 @@ def blocked_positions(
     return rows, (column_of * column_block)[of_segment] + (indices.long() & 0xFFFF)
 
 
-@torch.library.register_fake("tersetorch::blocked_matmul")
-@torch.library.register_fake("tersetorch::blocked_matmul_inference")
-def _fake(
-    x: Tensor,
-    block_offsets: Tensor,
-    segments: Tensor,
-    indices: Tensor,
-    values: Tensor,
-    bias: Tensor | None,
-    codebook: Tensor | None,
-    out_features: int,
-    column_block: int,
-    relu: bool = False,
-) -> Tensor:
-    return x.new_empty((*x.shape[:-1], out_features))
-
-
 @torch.library.register_fake("tersetorch::blocked_pack")
 def _fake_pack(
     row_offsets: Tensor, col_indices: Tensor, columns: int, column_block: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows, column_blocks = row_offsets.shape[0] - 1, -(-columns // column_block)
-    blocks = -(-rows // BLOCK_ROWS) * column_blocks
-    return (
-        row_offsets.new_empty((blocks + 1,)),
-        row_offsets.new_empty((rows * column_blocks,)),
-        col_indices.new_empty(col_indices.shape, dtype=torch.int16),
-        torch.empty_like(col_indices),
-    )
+    layout = fake_layout(row_offsets, columns, column_block, col_indices.shape[0])
+    return *layout, torch.empty_like(col_indices)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -302,7 +239,4 @@ def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
 
 
 torch.library.register_autograd("tersetorch::blocked_matmul", _backward, setup_context=_setup_context)
-
-
-compute_in_float32("blocked_matmul")
-compute_in_float32("blocked_matmul_inference")
+register_product("blocked_matmul", tensors=7)

@@ -27,8 +27,10 @@ def csr_matmul(
     values: Tensor,
     bias: Tensor | None = None,
     codebook: Tensor | None = None,
+    *,
+    relu: bool = False,
 ) -> Tensor:
-    """Returns x @ W.T + bias: y[..., r] = sum over k of w_k * x[..., col_indices[k]] + bias[r].
+    """Returns x @ W.T + bias, at least 0 with relu: y[..., r] = sum over k of w_k * x[..., col_indices[k]] + bias[r].
 
     k runs over [row_offsets[r], row_offsets[r + 1]); w_k is values[k], or codebook[values[k]] where a codebook is
     given. Everything is accumulated in float32. Weights that are not stored count as absent, not as zero: an infinite
@@ -43,6 +45,7 @@ def csr_matmul(
         values: float32 or bfloat16 [nnz]; with a codebook, uint8 codes [nnz], each below entries.
         bias: float32 or bfloat16 [out], or None.
         codebook: float32 [entries], at most 256, or None.
+        relu: whether negative results become 0; NaN stays NaN.
 
     Returns:
         [..., out] of x's dtype. Gradients reach x, values or codebook, and bias, to any order; on a CUDA device that of
@@ -64,7 +67,7 @@ def csr_matmul(
     if forward_ad._current_level >= 0:
         _refuse_tangents(x=x, values=values, bias=bias, codebook=codebook)
     row_offsets, col_indices = _as_int32(row_offsets), _as_int32(col_indices)
-    return cast(Tensor, _csr_matmul(x, row_offsets, col_indices, values, bias, codebook))
+    return cast(Tensor, _csr_matmul(x, row_offsets, col_indices, values, bias, codebook, relu))
 
 
 def csr_matmul_inference(
@@ -74,6 +77,7 @@ def csr_matmul_inference(
     values: Tensor,
     bias: Tensor | None = None,
     codebook: Tensor | None = None,
+    relu: bool = False,
 ) -> Tensor:
     """Returns csr_matmul of the same arguments, without gradients and without the checks in Python.
 
@@ -83,7 +87,7 @@ def csr_matmul_inference(
     Raises:
         RuntimeError: an argument does not fit (the native checks remain, those of every index included).
     """
-    return cast(Tensor, _csr_matmul_inference(x, row_offsets, col_indices, values, bias, codebook))
+    return cast(Tensor, _csr_matmul_inference(x, row_offsets, col_indices, values, bias, codebook, relu))
 
 
 def csr_pack(dense: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -194,6 +198,7 @@ def _fake(
     values: Tensor,
     bias: Tensor | None = None,
     codebook: Tensor | None = None,
+    relu: bool = False,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], row_offsets.shape[0] - 1))
 
@@ -238,13 +243,16 @@ def _needs(ctx: Any, argument: int) -> bool:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, row_offsets, col_indices, values, bias, codebook = inputs
+    x, row_offsets, col_indices, values, bias, codebook, *relu = inputs
     ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.save_for_backward(x, row_offsets, col_indices, values, codebook)
+    kept = output if relu and relu[0] else None
+    ctx.save_for_backward(x, row_offsets, col_indices, values, codebook, kept)
 
 
 def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-    x, row_offsets, col_indices, values, codebook = ctx.saved_tensors
+    x, row_offsets, col_indices, values, codebook, y = ctx.saved_tensors
+    if y is not None:
+        grad_y = torch.where(y <= 0, 0, grad_y)
     grad_x = grad_values = grad_bias = grad_codebook = None
     if _needs(ctx, 0):
         grad_x = _grad_x(grad_y, row_offsets, col_indices, values, x.shape[-1], codebook)
@@ -253,7 +261,7 @@ def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     if _needs(ctx, 4):
         leading = tuple(range(grad_y.dim()))  # of a batch dimension put in front, so that there always is one
         grad_bias = grad_y.unsqueeze(0).sum(leading, dtype=torch.float32).to(ctx.bias_dtype)
-    return grad_x, None, None, grad_values, grad_bias, grad_codebook
+    return grad_x, None, None, grad_values, grad_bias, grad_codebook, None
 
 
 torch.library.register_autograd("tersetorch::csr_matmul", _backward, setup_context=_setup_context)

@@ -9,6 +9,8 @@ from torch.nn.functional import conv2d
 
 from tersetorch.ops.bitmap_columns_matmul import bitmap_columns_matmul
 from tersetorch.ops.bitmap_matmul import bitmap_from_rows, bitmap_matmul
+from tersetorch.ops.blocked_bfloat16_matmul import blocked_bfloat16_matmul, blocked_bfloat16_pack
+from tersetorch.ops.blocked_int8_matmul import blocked_int8_matmul, blocked_int8_pack
 from tersetorch.ops.blocked_matmul import blocked_matmul, blocked_pack
 from tersetorch.ops.csr_matmul import csr_matmul
 from tersetorch.ops.sparse_conv2d import sparse_conv2d
@@ -38,7 +40,9 @@ def check_ops() -> list[dict[str, Any]]:
     }
     cases = (("float32", torch.float32, False), ("bfloat16", torch.bfloat16, False), ("codebook", torch.float32, True))
     checked = [_check(op, product, *case) for op, product in products.items() for case in cases]
-    return [*checked, *(_check_conv(*case) for case in cases), _check_int8(), *_check_gradients()]
+    checked += [_check_conv(*case) for case in cases]
+    checked += [_check_int8("bitmap_matmul", _bitmap_int8), _check_int8("blocked_int8_matmul", _blocked_int8)]
+    return [*checked, _check_bfloat16_mode(), *_check_conv_modes(), *_check_gradients()]
 
 
 def _blocked(
@@ -82,6 +86,33 @@ def _bitmap_columns(
     column_offsets, rows = counts.cumsum(0).int(), torch.repeat_interleave(row_offsets.diff())[order].int()
     bitmap = bitmap_from_rows(column_offsets, rows, columns=ROWS)
     return bitmap_columns_matmul(x, bitmap, column_offsets, values[order], bias, codebook, out_features=ROWS)
+
+
+def _bitmap_int8(
+    x: Tensor, row_offsets: Tensor, col_indices: Tensor, values: Tensor, bias: Tensor, scales: Tensor
+) -> Tensor:
+    bitmap = bitmap_from_rows(row_offsets, col_indices, columns=COLUMNS)
+    return bitmap_matmul(x, bitmap, row_offsets, values, bias, None, scales, "int8")
+
+
+def _blocked_int8(
+    x: Tensor, row_offsets: Tensor, col_indices: Tensor, values: Tensor, bias: Tensor, scales: Tensor
+) -> Tensor:
+    block_offsets, segments, indices, words, sums = blocked_int8_pack(
+        row_offsets, col_indices, values, columns=COLUMNS, column_block=COLUMN_BLOCK
+    )
+    return blocked_int8_matmul(
+        x,
+        block_offsets,
+        segments,
+        indices,
+        words,
+        scales,
+        sums,
+        bias,
+        out_features=ROWS,
+        column_block=COLUMN_BLOCK,
+    )
 
 
 def _problem(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -147,22 +178,76 @@ def _check_conv(case: str, dtype: torch.dtype, codebook: bool) -> dict[str, Any]
     return _result("sparse_conv2d", case, worst, bound)
 
 
-def _check_int8() -> dict[str, Any]:
-    """bitmap_matmul in mode int8 against the same rounding of x, where only the last steps round."""
+def _check_conv_modes() -> list[dict[str, Any]]:
+    """The modes of sparse_conv2d against the same rounding of x and the weight."""
+    generator = torch.Generator().manual_seed(5)
+    terms = CHANNELS * KERNEL**2
+    kept = torch.rand(ROWS, terms, generator=generator) < 0.3
+    kept[5] = False
+    values, bias = torch.randn(int(kept.sum()), generator=generator), torch.randn(ROWS, generator=generator)
+    row_offsets = torch.zeros(ROWS + 1, dtype=torch.int32)
+    row_offsets[1:] = kept.sum(1).cumsum(0)
+    positions = (row_offsets, kept.nonzero()[:, 1].int())
+    weight = torch.zeros(ROWS, terms).masked_scatter(kept, values).view(ROWS, CHANNELS, KERNEL, KERNEL)
+    worst = {"bfloat16": 0.0, "int8": 0.0}
+    for height, width, stride in IMAGES:
+        x = torch.randn(2, CHANNELS, height, width, generator=generator)
+        for mode in worst:
+            y = sparse_conv2d(x, *positions, values, bias, kernel_size=KERNEL, stride=stride, padding=1, mode=mode)
+            (w, of_w), (q, of_x) = (_rounded(t, mode) for t in (weight, x))
+            scale = of_w.view(1, -1, 1, 1) * of_x
+            reference = conv2d(q, w, None, stride, 1) * scale + bias.double().view(-1, 1, 1)
+            size = conv2d(q.abs(), w.abs(), None, stride, 1) * scale + bias.double().abs().view(-1, 1, 1)
+            worst[mode] = max(worst[mode], _largest(y, reference, size))
+    # bfloat16 instructions may round a sum twice; integer sums are exact.
+    bounds = {"bfloat16": 2 * (terms + 2) * EPSILON, "int8": 4 * EPSILON}
+    return [_result("sparse_conv2d", mode, worst[mode], bounds[mode]) for mode in worst]
+
+
+def _rounded(tensor: Tensor, mode: str) -> tuple[Tensor, Tensor]:
+    """What a mode of sparse_conv2d takes tensor for, and the scale of each of its first dimension, in float64."""
+    largest = tensor.abs().amax((1, 2, 3), keepdim=True)
+    if mode == "bfloat16":
+        return tensor.bfloat16().double(), torch.ones_like(largest).double()
+    inverse = torch.where(largest > 0, torch.full_like(largest, 127).div(largest), 0.0)
+    return (tensor * inverse).round().double(), largest.div(127).double()
+
+
+def _check_int8(op: str, product: Callable[..., Tensor]) -> dict[str, Any]:
+    """A product in mode int8 against the same rounding of x, where only the last steps round."""
     _, row_offsets, col_indices, kept = _problem(torch.float32)
     generator = torch.Generator().manual_seed(3)
     whole = torch.randint(-127, 128, (int(kept.sum()),), generator=generator)
     scales, bias = torch.rand(ROWS, generator=generator), torch.randn(ROWS, generator=generator)
     dense = torch.zeros(ROWS, COLUMNS, dtype=torch.float64).masked_scatter(kept, whole.double())
-    bitmap = bitmap_from_rows(row_offsets, col_indices, columns=COLUMNS)
     worst = 0.0
     for batch in BATCHES:
         x = torch.randn(batch, COLUMNS, generator=generator)
-        y = bitmap_matmul(x, bitmap, row_offsets, whole.to(torch.int8), bias, None, scales, "int8")
+        y = product(x, row_offsets, col_indices, whole.to(torch.int8), bias, scales)
         largest = x.abs().amax(1, keepdim=True)
         q, factor = (x * (127 / largest)).round().double(), largest.double() / 127 * scales.double()
         worst = max(worst, _largest(y, (q @ dense.T) * factor + bias, (q @ dense.T).abs() * factor + bias.abs()))
-    return _result("bitmap_matmul", "int8", worst, 4 * EPSILON)
+    return _result(op, "int8", worst, 4 * EPSILON)
+
+
+def _check_bfloat16_mode() -> dict[str, Any]:
+    """blocked_bfloat16_matmul against the product of rounded numbers."""
+    dense, row_offsets, col_indices, kept = _problem(torch.bfloat16)
+    block_offsets, segments, indices, words = blocked_bfloat16_pack(
+        row_offsets, col_indices, dense[kept], columns=COLUMNS, column_block=COLUMN_BLOCK
+    )
+    generator = torch.Generator().manual_seed(5)
+    bias, worst = torch.randn(ROWS, generator=generator), 0.0
+    for batch in BATCHES:
+        x = torch.randn(batch, COLUMNS, generator=generator)
+        y = blocked_bfloat16_matmul(
+            x, block_offsets, segments, indices, words, bias, out_features=ROWS, column_block=COLUMN_BLOCK
+        )
+        rounded, w = x.bfloat16().double(), dense.double()
+        size = rounded.abs() @ w.abs().T + bias.double().abs()
+        worst = max(worst, _largest(y, rounded @ w.T + bias.double(), size))
+    # bfloat16 instructions may round a sum twice.
+    return _result("blocked_bfloat16_matmul", "bfloat16", worst, 2 * (COLUMNS + 2) * EPSILON)
 
 
 def _check_gradients() -> list[dict[str, Any]]:

@@ -9,7 +9,10 @@ from torch.autograd import forward_ad
 
 from tersetorch.ops._autocast import compute_in_float32, enabled_for
 
+MODES = ("exact", "bfloat16", "int8")
 MAX_ENTRIES = 256
+MAX_SIZE = 2**31 - 1
+MAX_INT8_WEIGHTS = 128 * 1024
 _FLOATS = (torch.float32, torch.bfloat16)
 _INT32 = torch.iinfo(torch.int32)
 _OPS = torch.ops.tersetorch
@@ -31,6 +34,7 @@ def sparse_conv2d(
     dilation: Pair = 1,
     groups: int = 1,
     relu: bool = False,
+    mode: str = "exact",
 ) -> Tensor:
     """Returns conv2d(x, W) + bias, at least 0 with relu, where row o of the weight is W[o] flattened.
 
@@ -42,6 +46,16 @@ def sparse_conv2d(
     On the CPU the weight is laid out anew at each call, which costs some nanoseconds a non-zero; layers do it once and
     call sparse_conv2d_packed; a CUDA device reads the rows as they are. Gradients are those of torch's dense
     convolution with the same weight, read where it is stored: they cost what a dense layer's cost.
+
+    In mode "bfloat16" x and W are rounded to bfloat16, nearest and ties to even; their products are exact in float32,
+    in which they are accumulated (bfloat16 instructions take numbers below 2**-126 as 0). Against the exact result, y
+    is off by at most sum of |w * x| * 2**-7 over the weights of the filter that meet x there.
+
+    In mode "int8" both are rounded to 8 bits, filter o with the scale r = max |W[o]| / 127 and image n with
+    s = max |x[n]| / 127: y = fma(sum of V * q * r, s, bias[o]) with V = round(W / r) and q = round(x / s), ties to
+    even. The sum is exact, so that y has the same bits at every level of the CPU. Against the exact result, y is off by
+    at most the sum of (|w| * s + |x| * r) / 2 + s * r / 4, and by the few roundings of the formula. A filter or an
+    image whose largest number is below 2**-100 counts as 0; an image that holds infinity or NaN gives NaN everywhere.
 
     Args:
         x: float32 or bfloat16 [N, C, H, W] or [C, H, W], contiguous or channels_last, which y then is too; other
@@ -59,23 +73,34 @@ def sparse_conv2d(
         dilation: steps between taps.
         groups: divides C and O; filters of one group see its channels only.
         relu: whether negative results become 0; NaN stays NaN.
+        mode: "exact", "bfloat16", or "int8" for filters of at most 131,072 weights, zeros counted.
 
     Returns:
-        [N, O, H', W'] or [O, H', W'] of x's dtype, sized as torch.nn.Conv2d describes. Gradients reach x, values or
-        codebook, and bias, to any order.
+        [N, O, H', W'] or [O, H', W'] of x's dtype, sized as torch.nn.Conv2d describes. In mode "exact" gradients reach
+        x, values or codebook, and bias, to any order; the others have none.
 
     Raises:
         TypeError: an argument is not a tensor or has another dtype than named here.
-        ValueError: shapes, sizes or devices do not fit each other.
-        RuntimeError: an offset, a column or a code lies outside its range, or forward-mode differentiation is asked
-            for. On a CUDA device, where finding damage would make every call wait, the filters that it reaches are NaN
-            in y instead, and the gradients end in an assertion of PyTorch's own indexing.
+        ValueError: shapes, sizes, devices or the mode do not fit each other.
+        RuntimeError: an offset, a column or a code lies outside its range, a weight is not finite in mode "int8", or
+            forward-mode differentiation is asked for, or gradients in another mode than "exact". On a CUDA device,
+            where finding damage would make every call wait, the filters that it reaches are NaN in y instead, and the
+            gradients end in an assertion of PyTorch's own indexing.
 
     Source:
-        Park et al., Faster CNNs with Direct Sparse Convolutions and Guided Pruning (2017), section 2.
+        Park et al., Faster CNNs with Direct Sparse Convolutions and Guided Pruning (2017), section 2; Jacob et al.,
+        Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference (2018), section
+        2.2, symmetric, for int8.
     """
+    _check_mode(mode)
     _check(x, row_offsets, col_indices, values, bias, codebook)
     sizes = _sizes(x, row_offsets.shape[0] - 1, kernel_size, stride, padding, dilation, groups)
+    weights = x.shape[-3] // groups * sizes[0][0] * sizes[0][1]
+    if mode == "int8" and weights > MAX_INT8_WEIGHTS:
+        raise ValueError(
+            f"sparse_conv2d: a filter must have at most {MAX_INT8_WEIGHTS} weights in mode 'int8', got {weights}; "
+            "use another mode"
+        )
     if forward_ad._current_level >= 0:
         for name, tensor in (("x", x), ("values", values), ("bias", bias), ("codebook", codebook)):
             if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
@@ -84,7 +109,7 @@ def sparse_conv2d(
                 )
     row_offsets, col_indices = _as_int32(row_offsets), _as_int32(col_indices)
     images = x if x.dim() == 4 else x.unsqueeze(0)
-    y: Tensor = _OPS.sparse_conv2d(images, row_offsets, col_indices, values, bias, codebook, *sizes, relu)
+    y: Tensor = _OPS.sparse_conv2d(images, row_offsets, col_indices, values, bias, codebook, *sizes, relu, mode)
     return y if x.dim() == 4 else y.squeeze(0)
 
 
@@ -101,6 +126,7 @@ def sparse_conv2d_inference(
     dilation: Sequence[int],
     groups: int,
     relu: bool = False,
+    mode: str = "exact",
 ) -> Tensor:
     """Returns sparse_conv2d of the same arguments, without gradients and without the checks in Python.
 
@@ -113,7 +139,19 @@ def sparse_conv2d_inference(
     return cast(
         Tensor,
         _OPS.sparse_conv2d_inference(
-            x, row_offsets, col_indices, values, bias, codebook, kernel_size, stride, padding, dilation, groups, relu
+            x,
+            row_offsets,
+            col_indices,
+            values,
+            bias,
+            codebook,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            relu,
+            mode,
         ),
     )
 
@@ -134,12 +172,16 @@ def sparse_conv2d_packed(
     dilation: Sequence[int],
     groups: int,
     relu: bool = False,
+    row_scales: Tensor | None = None,
+    row_sums: Tensor | None = None,
 ) -> Tensor:
-    """Returns sparse_conv2d_inference of a weight that sparse_conv2d_pack has laid out.
+    """Returns sparse_conv2d_inference of a weight that sparse_conv2d_pack or sparse_conv2d_pack_words has laid out.
 
     On the CPU alone. blocks, segments and indices are what sparse_conv2d_pack returned for the same sizes, values are
     float32 or bfloat16 values[sources], or with a codebook uint8 codes[sources], and channel_block is the one it was
-    packed with; the other arguments are those of sparse_conv2d_inference.
+    packed with; the other arguments are those of sparse_conv2d_inference. What sparse_conv2d_pack_words returned is
+    passed as it came, words as values and without a codebook; it says the mode, and row_scales and row_sums belong to
+    "int8" alone.
 
     Raises:
         RuntimeError: an argument does not fit (every offset, segment, index and code is checked).
@@ -162,19 +204,28 @@ def sparse_conv2d_packed(
             dilation,
             groups,
             relu,
+            row_scales,
+            row_sums,
         ),
     )
 
 
 def sparse_conv2d_channel_block(
-    in_channels: int, kernel_size: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
+    in_channels: int,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    groups: int = 1,
+    mode: str = "exact",
 ) -> int:
     """The channel_block to pack a weight with, so that what a block reads stays in the first cache level.
 
+    It counts channels, or in another mode than "exact" words of them, which do not cross the borders of groups.
+
     Raises:
-        RuntimeError: the kernel is too large for the layout.
+        RuntimeError: the kernel is too large for the layout, or there is no such mode.
     """
-    return cast(int, _OPS.sparse_conv2d_channel_block(in_channels, kernel_size, stride, dilation))
+    return cast(int, _OPS.sparse_conv2d_channel_block(in_channels, kernel_size, stride, dilation, groups, mode))
 
 
 def sparse_conv2d_pack(
@@ -205,6 +256,57 @@ def sparse_conv2d_pack(
     return blocks, segments, indices, sources
 
 
+def sparse_conv2d_pack_words(
+    row_offsets: Tensor,
+    col_indices: Tensor,
+    values: Tensor,
+    in_channels: int,
+    channel_block: int,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    mode: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Rounds a weight as sparse_conv2d does in this mode, and lays it out for sparse_conv2d_packed.
+
+    A word is 2 or 4 neighbouring channels at one tap, those with no non-zero filled with 0. values are float32 or
+    bfloat16 [nnz], channel_block is what sparse_conv2d_channel_block returns for the mode, "bfloat16" or "int8", and
+    the other arguments are those of sparse_conv2d_pack.
+
+    Returns:
+        blocks int32 [blocks + 1, 2], segments int32, indices int16 [n] to be read as uint16, words bfloat16 [n, 2] or
+        int8 [n, 4], and in mode "int8" row_scales float32 [O] and row_sums int32 [O], the sum of each filter's
+        integers; otherwise None for both.
+
+    Raises:
+        ValueError: there is no such mode, or values are not finite or filters have more than 131,072 weights in mode
+            "int8".
+        RuntimeError: another argument does not fit, or the positions are not those of such a weight.
+    """
+    if mode not in MODES[1:]:
+        raise ValueError(
+            f"sparse_conv2d_pack_words: mode must be one of {list(MODES[1:])}, got {mode!r}; choose one of them"
+        )
+    if mode == "int8":
+        weights = in_channels // max(1, groups) * kernel_size[0] * kernel_size[1]
+        if weights > MAX_INT8_WEIGHTS:
+            raise ValueError(
+                f"sparse_conv2d_pack_words: a filter must have at most {MAX_INT8_WEIGHTS} weights in mode 'int8', got "
+                f"{weights}; use another mode"
+            )
+        if not bool(values.isfinite().all()):
+            raise ValueError(
+                "sparse_conv2d_pack_words: values must be finite in mode 'int8', got infinity or NaN; use another mode"
+            )
+    blocks, segments, indices, words, row_scales, row_sums = _OPS.sparse_conv2d_pack_words(
+        row_offsets, col_indices, values, in_channels, channel_block, kernel_size, stride, dilation, groups, mode
+    )
+    if mode != "int8":
+        return blocks, segments, indices, words, None, None
+    return blocks, segments, indices, words, row_scales, row_sums
+
+
 # ---- checks
 
 
@@ -214,7 +316,14 @@ def _pair(name: str, value: Pair, least: int) -> list[int]:
         raise TypeError(f"sparse_conv2d: {name} must be an int or two ints, got {value!r}; pass (height, width)")
     if min(pair) < least:
         raise ValueError(f"sparse_conv2d: {name} must be at least {least}, got {value!r}; pass that of the layer")
+    if max(pair) > MAX_SIZE:
+        raise ValueError(f"sparse_conv2d: {name} must be at most {MAX_SIZE}, got {value!r}; pass that of the layer")
     return pair
+
+
+def _check_mode(mode: str) -> None:
+    if mode not in MODES:
+        raise ValueError(f"sparse_conv2d: mode must be one of {list(MODES)}, got {mode!r}; choose one of them")
 
 
 def _sizes(
@@ -339,6 +448,7 @@ def _fake(
     dilation: Sequence[int],
     groups: int,
     relu: bool = False,
+    mode: str = "exact",
 ) -> Tensor:
     return _empty_y(x, row_offsets.shape[0] - 1, kernel_size, stride, padding, dilation)
 
@@ -360,6 +470,8 @@ def _fake_packed(
     dilation: Sequence[int],
     groups: int,
     relu: bool = False,
+    row_scales: Tensor | None = None,
+    row_sums: Tensor | None = None,
 ) -> Tensor:
     return _empty_y(x, out_channels, kernel_size, stride, padding, dilation)
 
@@ -370,12 +482,18 @@ def _fake_packed(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, row_offsets, col_indices, values, bias, codebook, *sizes = inputs
     ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.kernel_size, ctx.stride, ctx.padding, ctx.dilation, ctx.groups, *relu = sizes
-    positive = output if relu and relu[0] else None
+    # The dispatcher leaves trailing defaults out.
+    ctx.kernel_size, ctx.stride, ctx.padding, ctx.dilation, ctx.groups, *rest = sizes
+    relu, ctx.mode = rest + [False, "exact"][len(rest) :]
+    positive = output if relu else None
     ctx.save_for_backward(x, row_offsets, col_indices, values, codebook, positive)
 
 
 def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+    if ctx.mode != "exact":
+        raise RuntimeError(
+            f"sparse_conv2d: mode must be 'exact' to compute gradients, got {ctx.mode!r}; rounding has none"
+        )
     x, row_offsets, col_indices, values, codebook, y = ctx.saved_tensors
     wants_x, _, _, wants_values, wants_bias, wants_codebook = ctx.needs_input_grad[:6]
     if y is not None:
@@ -410,7 +528,7 @@ def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
                 grad_codebook = torch.zeros_like(codebook).index_add(0, values.int(), at_stored)
     if wants_bias:
         grad_bias = grad_y.sum((0, 2, 3), dtype=torch.float32).to(ctx.bias_dtype)
-    return grad_x, None, None, grad_values, grad_bias, grad_codebook, None, None, None, None, None, None
+    return grad_x, None, None, grad_values, grad_bias, grad_codebook, None, None, None, None, None, None, None
 
 
 torch.library.register_autograd("tersetorch::sparse_conv2d", _backward, setup_context=_setup_context)

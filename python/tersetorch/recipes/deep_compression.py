@@ -33,6 +33,7 @@ class Training(_Plan):
         epochs: passes over the training images.
         lr: learning rate at the start.
         weight_decay: factor of the L2 penalty.
+        l1_penalty: factor of the L1 penalty.
         optimizer: "sgd" or "adam".
         input_dropout: part of the input values that each step sets to zero.
     """
@@ -40,6 +41,7 @@ class Training(_Plan):
     epochs: Epochs
     lr: Annotated[float, Field(gt=0)]
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    l1_penalty: Annotated[float, Field(ge=0)] = 0.0
     optimizer: Literal["sgd", "adam"] = "sgd"
     input_dropout: Fraction = 0.0
 

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
-from typing import Any
-
-from torch import nn
 
 
 def path_of(where: str, path: str | PathLike[str]) -> Path:
@@ -42,18 +38,3 @@ def naming(where: str, path: Path, rule: str, fix: str) -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or error
         raise type(error)(f"{where}: path must {rule}, got {str(path)!r} ({reason}); {fix}") from error
-
-
-def copy_of(where: str, model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
-    """copy.deepcopy.
-
-    Raises:
-        ValueError: a member of model cannot be copied.
-    """
-    try:
-        return copy.deepcopy(model, memo)
-    except Exception as error:  # whatever the member raises
-        raise ValueError(
-            f"{where}: model must be copyable with copy.deepcopy, got {type(error).__name__}: {error}; "
-            "pass a new instance, or drop what it keeps from a forward pass"
-        ) from error

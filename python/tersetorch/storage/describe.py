@@ -131,7 +131,7 @@ class Describer:
             node["c"] = config
         built = make_layer(node["k"], layer.sparse_weight, layer.bias, config, layer.training)
         layer.train(layer.training)  # brings its layout up to date
-        reason, _ = difference(layer, built, ignored=("_packed_from",))
+        reason, _ = difference(layer, built, ignored=("_packed_from", "_ready", "_pending"))
         return node if reason is None else {**node, "o": [_class_name(layer), reason]}
 
     def _own_tensors(self, module: nn.Module, path: str) -> dict[str, int]:

@@ -80,13 +80,17 @@ def encode_layer(name: str, layer: Layer) -> tuple[Entry, list[Stream]]:
 
 
 def config_of(layer: Layer) -> dict[str, Any]:
-    """What a layer is besides its tensors: a linear one's layout and its options, a convolution's sizes."""
+    """What a layer is besides its tensors: any ReLU, its layout and the layout's options, and a convolution's sizes."""
+    more: dict[str, Any] = {"relu": True} if layer.relu else {}
+    if layer.layout != layer.plain_layout:
+        more |= {"layout": layer.layout, **layer.layout_options}
     if isinstance(layer, Linear):
-        return {} if layer.layout == "csr" else {"layout": layer.layout, **layer.layout_options}
+        return more
     one = (1,) * layer.dims
     usual = {"stride": one, "padding": (0,) * layer.dims, "dilation": one, "groups": 1, "padding_mode": "zeros"}
     sizes = {name: getattr(layer, name) for name in usual}
-    return {"kernel_size": layer.kernel_size, **{name: sizes[name] for name in usual if sizes[name] != usual[name]}}
+    changed = {name: sizes[name] for name in usual if sizes[name] != usual[name]}
+    return {"kernel_size": layer.kernel_size, **changed, **more}
 
 
 def make_layer(kind: str, weight: Any, bias: Tensor | None, config: dict[str, Any], training: bool) -> Layer:
@@ -95,17 +99,17 @@ def make_layer(kind: str, weight: Any, bias: Tensor | None, config: dict[str, An
     Raises:
         TerseFileError: weight or config are none of that layer.
     """
-    cls = LAYERS[kind]
+    cls: Any = LAYERS[kind]
     try:
-        if cls not in Linear:
-            return cls(weight, bias, **config).train(training)
         options = dict(config)
-        layout = options.pop("layout", "csr")
-        if not isinstance(layout, str) or any(type(value) is not int for value in options.values()):
+        layout, relu = options.pop("layout", cls.plain_layout), options.pop("relu", False)
+        if not isinstance(layout, str) or (cls in Linear and any(type(n) is not int for n in options.values())):
             refuse("name a layout and whole numbers for its options", str(config)[:60])
-        layer: Any = cls(weight, bias).train(training)
-        packed: Layer = layer.pack(layout, **options)
-        return packed
+        if cls in Linear:
+            packed: Layer = cls(weight, bias, relu=relu).train(training).pack(layout, **options)
+            return packed
+        layer: Layer = cls(weight, bias, relu=relu, **options).train(training)
+        return layer if layout == cls.plain_layout else layer.pack(layout)
     except (RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, TerseFileError):
             raise

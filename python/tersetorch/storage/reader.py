@@ -11,10 +11,11 @@ from typing import Any
 
 from torch import nn
 
+from tersetorch.conversion.swap import deep_copy
 from tersetorch.methods import finalize
 from tersetorch.methods.parametrization import is_live
 from tersetorch.storage import fields
-from tersetorch.storage.arguments import copy_of, naming, path_of
+from tersetorch.storage.arguments import naming, path_of
 from tersetorch.storage.container import START_CAP, check_start, split, unpack
 from tersetorch.storage.entry import Entry
 from tersetorch.storage.errors import reading, refuse
@@ -124,4 +125,4 @@ def _whole(where: str, path: Path) -> bytes:
 
 def _dense(model: nn.Module) -> nn.Module:
     """The instance that the file's tensors go into: model, or a finalized copy of one that is being compressed."""
-    return finalize(copy_of("load", model)) if is_live(model) else model
+    return finalize(deep_copy(model, verb="load")) if is_live(model) else model

@@ -7,8 +7,8 @@ from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
+from tersetorch.conversion.swap import deep_copy
 from tersetorch.storage import fields, registry
-from tersetorch.storage.arguments import copy_of
 from tersetorch.storage.compare import needs_values
 from tersetorch.storage.entry import Entry
 from tersetorch.storage.errors import TerseFileError, refuse
@@ -159,8 +159,10 @@ class Builder:
             inside = f"{path}.{name}".removeprefix(".")
             children[name] = None if node is None else self.build(node, inside, module._modules.get(name), training)
             vars(module).pop(name, None)
+        # Older files do not name a network's ReLUs, which were calls of functions.
+        relus = {name: child for name, child in module._modules.items() if type(child) is nn.ReLU and name not in nodes}
         module._modules.clear()
-        module._modules.update(children)
+        module._modules.update(children | relus)
 
 
 def adopt(root: Any, model: nn.Module, tensors: Tensors) -> nn.Module:
@@ -183,8 +185,14 @@ def adopt(root: Any, model: nn.Module, tensors: Tensors) -> nn.Module:
             if (getattr(module, "bias", None) is None) != (layer.bias is None):
                 mismatch(f"a layer {'without' if layer.bias is None else 'with'} a bias at {where}", module)
             memo[id(module)] = layer
+        elif _stands_for_relu(node, module):
+            memo[id(module)] = nn.Identity() if node["k"] == "Identity" else nn.ReLU(inplace=True)
+    if not any(node.get("k") in LAYERS and "relu" in node.get("c", {}) for node, _, _ in pairs):
+        for node, module, path in pairs:
+            if node.get("k") == "Identity" and type(module) is nn.ReLU:
+                mismatch(f"Identity() at {path}", module)
     replaced = set(memo)  # deepcopy adds to memo
-    copied = copy_of("load", model, memo)
+    copied = deep_copy(model, memo, verb="load")
     flags: dict[int, bool] = {}
     for node, module, path in pairs:
         twin = copied.get_submodule(path)
@@ -229,7 +237,7 @@ def _pairs(node: Any, module: nn.Module | None, seen: dict[nn.Module, int], path
             )
         except Exception:  # a module that was altered so far that its arguments cannot be told
             fits = False
-        if not fits:
+        if not fits and not _stands_for_relu(node, module):
             arguments = ", ".join(f"{name}={value!r}" for name, value in node.get("c", {}).items())
             mismatch(f"{kind}({arguments}) at {path or 'its root'}", module)
     children = node.get("m", {})
@@ -237,6 +245,12 @@ def _pairs(node: Any, module: nn.Module | None, seen: dict[nn.Module, int], path
         mismatch(f"children {list(children)} at {path or 'its root'}", list(module._modules))
     for name, child in children.items():
         yield from _pairs(child, module._modules[name], seen, f"{path}.{name}".removeprefix("."))
+
+
+def _stands_for_relu(node: dict[str, Any], module: nn.Module) -> bool:
+    """Whether a node is what convert leaves of an nn.ReLU: none, where a sparse layer computes it, or one in place."""
+    left = node.get("k"), node.get("c", {})
+    return type(module) is nn.ReLU and left in (("Identity", {}), ("ReLU", {"inplace": True}))
 
 
 def check_node(node: Any) -> None:

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from tersetorch.conversion.swap import deep_copy
 from tersetorch.methods import finalize
 from tersetorch.methods.parametrization import is_live, release_graphs
-from tersetorch.storage.arguments import copy_of, naming, path_of
+from tersetorch.storage.arguments import naming, path_of
 from tersetorch.storage.container import pack
 from tersetorch.storage.describe import Describer
 
@@ -64,7 +65,7 @@ def save(model: nn.Module, path: str | PathLike[str], *, provenance: dict[str, A
         header["p"] = _checked_provenance(provenance)
     if is_live(model):
         release_graphs(model)
-        model = finalize(copy_of("save", model))
+        model = finalize(deep_copy(model, verb="save"))
     describer = Describer(model)
     header["m"] = describer.node(model)
     _check_complete(model)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from tersetorch.storage import register_module
 from tersetorch.zoo.checks import check_count, check_images
+
+# So that torch.fx, and with it convert, can follow a network that looks at its input.
+fx.wrap("check_images")
 
 
 class AlexNet(nn.Module):
@@ -35,13 +38,20 @@ class AlexNet(nn.Module):
         check_count("AlexNet", "classes", classes)
         self.classes = classes
         self.conv1 = nn.Conv2d(3, 96, 11, stride=4)
+        self.relu1 = nn.ReLU()
         self.conv2 = nn.Conv2d(96, 256, 5, padding=2, groups=2)
+        self.relu2 = nn.ReLU()
         self.conv3 = nn.Conv2d(256, 384, 3, padding=1)
+        self.relu3 = nn.ReLU()
         self.conv4 = nn.Conv2d(384, 384, 3, padding=1, groups=2)
+        self.relu4 = nn.ReLU()
         self.conv5 = nn.Conv2d(384, 256, 3, padding=1, groups=2)
+        self.relu5 = nn.ReLU()
         self.fc6 = nn.Linear(9216, 4096)
+        self.relu6 = nn.ReLU()
         self.dropout6 = nn.Dropout(0.5)
         self.fc7 = nn.Linear(4096, 4096)
+        self.relu7 = nn.ReLU()
         self.dropout7 = nn.Dropout(0.5)
         self.fc8 = nn.Linear(4096, classes)
 
@@ -52,12 +62,12 @@ class AlexNet(nn.Module):
             TypeError, ValueError: images is no tensor of that shape.
         """
         check_images("AlexNet", images, 3, 227)
-        x = functional.max_pool2d(_normalise(self.conv1(images).relu()), 3, 2)
-        x = functional.max_pool2d(_normalise(self.conv2(x).relu()), 3, 2)
-        x = self.conv4(self.conv3(x).relu()).relu()
-        x = functional.max_pool2d(self.conv5(x).relu(), 3, 2).flatten(1)
-        x = self.dropout6(self.fc6(x).relu())
-        x = self.dropout7(self.fc7(x).relu())
+        x = functional.max_pool2d(_normalise(self.relu1(self.conv1(images))), 3, 2)
+        x = functional.max_pool2d(_normalise(self.relu2(self.conv2(x))), 3, 2)
+        x = self.relu4(self.conv4(self.relu3(self.conv3(x))))
+        x = functional.max_pool2d(self.relu5(self.conv5(x)), 3, 2).flatten(1)
+        x = self.dropout6(self.relu6(self.fc6(x)))
+        x = self.dropout7(self.relu7(self.fc7(x)))
         logits: Tensor = self.fc8(x)
         return logits
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from tersetorch.storage import register_module
 from tersetorch.zoo.checks import check_count, check_images
 
 # Output channels at width 1 and stride of each depthwise-separable block.
 BLOCKS = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *[(512, 1)] * 5, (1024, 2), (1024, 1))
+
+# So that torch.fx, and with it convert, can follow a network that looks at its input.
+fx.wrap("check_images")
 
 
 class MobileNet(nn.Module):

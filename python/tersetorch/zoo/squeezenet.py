@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from tersetorch.storage import register_module
@@ -19,6 +19,9 @@ FIRES = ((16, 64), (16, 64), (32, 128), (32, 128), (48, 192), (48, 192), (64, 25
 POOLED = {"1.0": (4, 8), "1.1": (3, 5)}
 # The least image side with which no pooling window is larger than what it pools.
 LEAST = {"1.0": 29, "1.1": 25}
+
+# So that torch.fx, and with it convert, can follow a network that looks at its input.
+fx.wrap("check_images")
 
 
 class SqueezeNet(nn.Module):
@@ -55,12 +58,14 @@ class SqueezeNet(nn.Module):
         self.version = version
         self.classes = classes
         self.conv1 = nn.Conv2d(3, 96, 7, stride=2) if version == "1.0" else nn.Conv2d(3, 64, 3, stride=2)
+        self.relu1 = nn.ReLU()
         inputs = self.conv1.out_channels
         for number, (squeeze, expand) in enumerate(FIRES, 2):
             self.add_module(f"fire{number}", Fire(inputs, squeeze, expand))
             inputs = 2 * expand
         self.dropout9 = nn.Dropout(0.5)
         self.conv10 = nn.Conv2d(inputs, classes, 1, padding=1 if version == "1.0" else 0)
+        self.relu10 = nn.ReLU()
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [N, classes] of images [N, 3, height, width].
@@ -69,12 +74,12 @@ class SqueezeNet(nn.Module):
             TypeError, ValueError: images is no tensor of that shape, or smaller than the poolings need.
         """
         check_images("SqueezeNet", images, 3, least=LEAST[self.version])
-        x = _pool(self.conv1(images).relu())
+        x = _pool(self.relu1(self.conv1(images)))
         for number in range(2, len(FIRES) + 2):
             x = self.get_submodule(f"fire{number}")(x)
             if number in POOLED[self.version]:
                 x = _pool(x)
-        logits: Tensor = self.conv10(self.dropout9(x)).relu().mean((2, 3))
+        logits: Tensor = self.relu10(self.conv10(self.dropout9(x))).mean((2, 3))
         return logits
 
 
@@ -95,13 +100,16 @@ class Fire(nn.Module):
         """
         super().__init__()
         self.squeeze = nn.Conv2d(inputs, squeeze, 1)
+        self.squeeze_relu = nn.ReLU()
         self.expand1x1 = nn.Conv2d(squeeze, expand, 1)
+        self.expand1x1_relu = nn.ReLU()
         self.expand3x3 = nn.Conv2d(squeeze, expand, 3, padding=1)
+        self.expand3x3_relu = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
         """Y of x, both [N, channels, height, width]."""
-        s = self.squeeze(x).relu()
-        return torch.cat([self.expand1x1(s).relu(), self.expand3x3(s).relu()], 1)
+        s = self.squeeze_relu(self.squeeze(x))
+        return torch.cat([self.expand1x1_relu(self.expand1x1(s)), self.expand3x3_relu(self.expand3x3(s))], 1)
 
 
 def _pool(x: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal, get_args
 
 import torch
@@ -41,6 +41,7 @@ def fit(
     optimizer: OptimizerName = "sgd",
     momentum: float = 0.9,
     weight_decay: float = 0.0,
+    l1_penalty: float = 0.0,
     schedule: Schedule = "cosine",
     input_dropout: float = 0.0,
     seed: int = 0,
@@ -64,6 +65,7 @@ def fit(
         optimizer: "sgd" (with Nesterov's momentum where momentum > 0) or "adam" (decoupled weight decay).
         momentum: of "sgd", in [0, 1).
         weight_decay: factor of the L2 penalty on tensors of two or more dimensions; biases are not decayed.
+        l1_penalty: factor of the L1 penalty on the same tensors, part of the loss: its gradient is sign(w).
         schedule: "cosine" lets lr fall to 0 at the last step; "constant" keeps it.
         input_dropout: part of the input values that each step sets to zero, the others scaled up, in [0, 1).
         seed: draws the order of the images and what the model draws (dropout).
@@ -78,9 +80,8 @@ def fit(
     Source:
         Loshchilov and Hutter, SGDR (2017), equation 5 without restarts, and Decoupled weight decay (2019).
     """
-    _check_fit(
-        model, images, labels, epochs, batch_size, lr, optimizer, momentum, weight_decay, schedule, input_dropout
-    )
+    fractions = {"weight_decay": weight_decay, "l1_penalty": l1_penalty, "input_dropout": input_dropout}
+    _check_fit(model, images, labels, epochs, batch_size, lr, optimizer, momentum, schedule, fractions)
     check_seed("fit", seed)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trained:
@@ -114,6 +115,10 @@ def fit(
                     loss = functional.cross_entropy(model(x), labels[rows])
                     stepper.zero_grad()
                     loss.backward()
+                    if l1_penalty:
+                        for parameter in decayed:
+                            if parameter.grad is not None:
+                                parameter.grad.add_(parameter.detach().sign(), alpha=l1_penalty)
                     stepper.step()
                     if after_step is not None:
                         after_step()
@@ -175,19 +180,14 @@ def _check_fit(
     lr: float,
     optimizer: str,
     momentum: float,
-    weight_decay: float,
     schedule: str,
-    input_dropout: float,
+    fractions: Mapping[str, float],
 ) -> None:
     _check_pair("fit", model, images, labels)
     check_count("fit", "epochs", epochs, least=0)
     check_count("fit", "batch_size", batch_size)
-    for name, value, upper in (
-        ("lr", lr, math.inf),
-        ("momentum", momentum, 1),
-        ("weight_decay", weight_decay, 1),
-        ("input_dropout", input_dropout, 1),
-    ):
+    numbers = [("lr", lr, math.inf), ("momentum", momentum, 1), *((*each, 1) for each in fractions.items())]
+    for name, value, upper in numbers:
         if not isinstance(value, int | float) or isinstance(value, bool):
             raise TypeError(f"fit: {name} must be a number, got {value!r}; pass a float")
         if not 0 <= value < upper:

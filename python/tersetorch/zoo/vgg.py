@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from tersetorch.storage import register_module
@@ -10,6 +10,9 @@ from tersetorch.zoo.checks import check_count, check_images
 
 # Channels of the convolutions of each stage; 2x2 max pooling ends a stage.
 STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+
+# So that torch.fx, and with it convert, can follow a network that looks at its input.
+fx.wrap("check_images")
 
 
 class VGG16(nn.Module):
@@ -40,10 +43,13 @@ class VGG16(nn.Module):
         for stage, widths in enumerate(STAGES, 1):
             for number, width in enumerate(widths, 1):
                 self.add_module(f"conv{stage}_{number}", nn.Conv2d(inputs, width, 3, padding=1))
+                self.add_module(f"relu{stage}_{number}", nn.ReLU())
                 inputs = width
         self.fc6 = nn.Linear(512 * 7 * 7, 4096)
+        self.relu6 = nn.ReLU()
         self.dropout6 = nn.Dropout(0.5)
         self.fc7 = nn.Linear(4096, 4096)
+        self.relu7 = nn.ReLU()
         self.dropout7 = nn.Dropout(0.5)
         self.fc8 = nn.Linear(4096, classes)
 
@@ -57,10 +63,10 @@ class VGG16(nn.Module):
         x = images
         for stage, widths in enumerate(STAGES, 1):
             for number in range(1, len(widths) + 1):
-                x = self.get_submodule(f"conv{stage}_{number}")(x).relu()
+                x = self.get_submodule(f"relu{stage}_{number}")(self.get_submodule(f"conv{stage}_{number}")(x))
             x = functional.max_pool2d(x, 2)
-        x = self.dropout6(self.fc6(x.flatten(1)).relu())
-        x = self.dropout7(self.fc7(x).relu())
+        x = self.dropout6(self.relu6(self.fc6(x.flatten(1))))
+        x = self.dropout7(self.relu7(self.fc7(x)))
         logits: Tensor = self.fc8(x)
         return logits
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from tersetorch.bench.reproductions import lenet_300_100
-from tersetorch.bench.reproductions.lenet_300_100 import main, run
+from tersetorch.bench.reproductions.lenet_300_100 import ROWS, run
+from tersetorch.bench.reproductions.runs import How, reproduce
 from tersetorch.recipes.deep_compression import DeepCompressionRecipe, Training
 from tersetorch.recipes.lenet import LeNetPlan
 from tersetorch.zoo import load
@@ -26,7 +27,7 @@ def short(monkeypatch):
 
 
 def test_record_is_whole_and_consistent():
-    record = run([0, 1])
+    record = run(How([0, 1]))
     json.dumps(record)
     assert record["plan"]["recipe"]["share"]["bits"] == 3
     assert [row["seed"] for row in record["seeds"]] == [0, 1]
@@ -42,8 +43,8 @@ def test_record_is_whole_and_consistent():
     assert record["worst"]["ratio"] == min(row["ratio"] for row in record["seeds"])
 
 
-def test_main_prints_and_stores(tmp_path, capsys):
-    main(["--seeds", "5", "--json", str(tmp_path / "record.json")])
+def test_it_prints_and_stores(tmp_path, capsys):
+    reproduce(ROWS[0], [5], record=tmp_path / "record.json")
     record = json.loads((tmp_path / "record.json").read_text())
     assert record["seeds"][0]["seed"] == 5 and record["machine"]["threads"] == 1
     assert "paper" in capsys.readouterr().out
@@ -51,4 +52,4 @@ def test_main_prints_and_stores(tmp_path, capsys):
 
 def test_no_seeds_are_refused():
     with pytest.raises(ValueError, match="seeds must hold at least one seed, got none"):
-        run([])
+        run(How([]))

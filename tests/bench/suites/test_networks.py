@@ -33,7 +33,7 @@ def test_records_hold_dense_and_converted(tmp_path, monkeypatch, measured):
     records, left_out = Networks(Options(), measured).measure(group)
     assert not left_out
     assert [record["implementation"] for record in records] == list(networks.NAMES)
-    dense, ours = records[0], records[2]
+    dense, ours = records[0], records[3]
     assert dense["family"] == "dense" and ours["family"] == "ours" and "chosen" in ours
     assert dense["ops"] == 2 * 3 * (4 * 36 * 18 + 144 * 5) > ours["ops"]
     assert all(record["max_error"] < 1e-5 and record["fraction_of_limit"] > 0 for record in records)

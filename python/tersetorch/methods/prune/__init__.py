@@ -1,5 +1,6 @@
 """Which weights go: each method sets masks that training respects until finalize bakes them in."""
 
+from tersetorch.methods.prune.adopt import from_torch, keep_zeros
 from tersetorch.methods.prune.batch_norm import recalibrate_batch_norm
 from tersetorch.methods.prune.dead_neurons import remove_dead_neurons
 from tersetorch.methods.prune.density import LayerDensity, density
@@ -20,7 +21,9 @@ __all__ = [
     "Sensitivity",
     "density",
     "dropout_rate",
+    "from_torch",
     "iterative",
+    "keep_zeros",
     "magnitude",
     "obs",
     "only",

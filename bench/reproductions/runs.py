@@ -1,0 +1,165 @@
+"""One run for each seed, shared out over processes, and what the seeds say together."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from tersetorch.bench.records import machine_facts
+
+SEEDS = (0, 1, 2)
+
+
+class OneSeed(Protocol):
+    """Does everything that one seed asks for; its row is JSON-able."""
+
+    def __call__(self, seed: int, *, progress: Progress | None) -> dict[str, Any]:
+        """The row of seed; bars are added to progress."""
+
+
+@dataclass(frozen=True)
+class How:
+    """How a reproduction is run.
+
+    Attributes:
+        seeds: each draws held-out images, weights and batches.
+        quick: a shorter plan, to see that everything runs; its figures are worth little.
+        progress: bars are added to it; with more than one worker a single one, which counts seeds.
+        workers: processes that share out the seeds; the figures do not depend on it.
+        notes: a file that keeps the seeds that are done: a run of the same plan takes them from there.
+    """
+
+    seeds: Sequence[int] = SEEDS
+    quick: bool = False
+    progress: Progress | None = None
+    workers: int = 1
+    notes: Path | None = None
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """One row of the papers' tables.
+
+    Attributes:
+        name: what `tersetorch reproduce` calls it, and its record's file.
+        words: what it shows, in a line.
+        run: the JSON-able record.
+        table: the record as a person reads it.
+    """
+
+    name: str
+    words: str
+    run: Callable[[How], dict[str, Any]]
+    table: Callable[[dict[str, Any]], Table]
+
+
+def over_seeds(
+    name: str, one: OneSeed, how: How, plan: Mapping[str, Any], paper: Mapping[str, Any], figures: Mapping[str, str]
+) -> dict[str, Any]:
+    """Runs one(seed) for each seed.
+
+    Args:
+        name: the reproduction's.
+        one: picklable where there is more than one worker.
+        how: seeds, workers and notes.
+        plan: what decides the figures beside the seeds; notes of another plan are not taken.
+        paper: the published figures.
+        figures: the figures of a row that are put together, by name: "least" or "most" says which is the worst.
+
+    Returns:
+        The record: reproduction, paper, plan, seeds, mean and worst of the figures, machine and seconds.
+
+    Raises:
+        ValueError: there are no seeds, or no workers.
+    """
+    if not how.seeds:
+        raise ValueError("run: seeds must hold at least one seed, got none; pass for example [0, 1, 2]")
+    if how.workers < 1:
+        raise ValueError(f"run: workers must be at least 1, got {how.workers}; pass the processes to use")
+    started = time.monotonic()
+    described = json.loads(json.dumps(plan))
+    done: dict[int, dict[str, Any]] = {}
+    if how.notes is not None and how.notes.exists():
+        noted = json.loads(how.notes.read_text(encoding="utf-8"))
+        if noted["plan"] == described:
+            done = {row["seed"]: row for row in noted["seeds"]}
+    for row in _rows(one, [seed for seed in how.seeds if seed not in done], how):
+        done[row["seed"]] = row
+        if how.notes is not None:
+            partial_notes = how.notes.with_name(how.notes.name + ".partial")
+            partial_notes.write_text(json.dumps({"plan": described, "seeds": list(done.values())}) + "\n", "utf-8")
+            partial_notes.replace(how.notes)
+    rows = [done[seed] for seed in how.seeds]
+    worst = {"least": max, "most": min}
+    return {
+        "reproduction": name,
+        "paper": paper,
+        "plan": described,
+        "seeds": rows,
+        "mean": {figure: statistics.mean(row[figure] for row in rows) for figure in figures},
+        "worst": {figure: worst[best](row[figure] for row in rows) for figure, best in figures.items()},
+        "machine": machine_facts() | {"threads": torch.get_num_threads()},
+        "seconds": time.monotonic() - started,
+    }
+
+
+def _rows(one: OneSeed, seeds: Sequence[int], how: How) -> Iterator[dict[str, Any]]:
+    """The seeds' rows, each as soon as it is there."""
+    if how.workers == 1:
+        yield from (_timed(one, seed, how.progress) for seed in seeds)
+        return
+    bar = how.progress if how.progress is not None else Progress(disable=True)
+    job = partial(_in_worker, one, threads=torch.get_num_threads())
+    with ProcessPoolExecutor(how.workers, mp_context=get_context("spawn")) as pool:
+        waiting = [pool.submit(job, seed) for seed in seeds]
+        for each in bar.track(as_completed(waiting), total=len(waiting), description="seeds"):
+            yield each.result()
+
+
+def _in_worker(one: OneSeed, seed: int, threads: int) -> dict[str, Any]:
+    torch.set_num_threads(threads)
+    return _timed(one, seed, None)
+
+
+def _timed(one: OneSeed, seed: int, progress: Progress | None) -> dict[str, Any]:
+    started = time.monotonic()
+    row = one(seed, progress=progress)
+    return {"seed": seed, **row, "seconds": time.monotonic() - started}
+
+
+def reproduce(
+    row: Reproduction,
+    seeds: Sequence[int] = SEEDS,
+    quick: bool = False,
+    workers: int = 1,
+    threads: int = 1,
+    record: Path | None = None,
+) -> dict[str, Any]:
+    """Runs a reproduction with bars, prints its table, stores its record; until then its seeds wait in FILE.notes."""
+    notes = None if record is None else record.with_name(record.name + ".notes")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    console = Console()
+    try:
+        with Progress(console=console) as progress:
+            found = row.run(How(seeds, quick, progress, workers, notes))
+    finally:
+        torch.set_num_threads(before)
+    console.print(row.table(found))
+    if record is not None and notes is not None:
+        record.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        notes.unlink(missing_ok=True)
+    return found

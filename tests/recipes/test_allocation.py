@@ -1,0 +1,43 @@
+import itertools
+import random
+
+import pytest
+
+from tersetorch.recipes.allocation import STEPS, allocate
+
+
+def total(curves, choice):
+    return sum(curves[name][sparsity] for name, sparsity in choice.items())
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_it_is_the_best_of_all_choices(seed):
+    draw = random.Random(seed)
+    grid = [0.0, 0.5, 0.8, 0.9]
+    names = [f"layer{index}" for index in range(draw.randint(1, 5))]
+    losses = {name: {sparsity: draw.uniform(0, 1) for sparsity in grid} for name in names}
+    costs = {name: {sparsity: draw.uniform(0.1, 10) for sparsity in grid} for name in names}
+    choices = [dict(zip(names, parts, strict=True)) for parts in itertools.product(grid, repeat=len(names))]
+    budget = draw.uniform(
+        min(total(costs, choice) for choice in choices), max(total(costs, choice) for choice in choices)
+    )
+    found = allocate(losses, costs, budget)
+    assert list(found) == names
+    assert total(costs, found) <= budget
+    # No choice that fits after rounding loses less.
+    slack = budget * len(names) / STEPS
+    best = min((total(losses, c) for c in choices if total(costs, c) <= budget - slack), default=float("inf"))
+    assert total(losses, found) <= best + 1e-12
+
+
+def test_the_cheapest_choice_fits_exactly():
+    costs = {"a": {0.0: 3.0, 0.9: 1.0}, "b": {0.0: 5.0, 0.9: 1 / 3}}
+    losses = {name: {0.0: 0.0, 0.9: 1.0} for name in costs}
+    assert allocate(losses, costs, 1 + 1 / 3) == {"a": 0.9, "b": 0.9}
+    with pytest.raises(ValueError, match=r"allocate: budget must be at least 1.33333, the cheapest choice, got 1.3"):
+        allocate(losses, costs, 1.3)
+
+
+def test_layers_that_cost_nothing_lose_nothing():
+    assert allocate({"a": {0.0: 0.0, 0.5: 1.0}}, {"a": {0.0: 0.0, 0.5: 0.0}}, 1.0) == {"a": 0.0}
+    assert allocate({}, {}, 1.0) == {}

@@ -1,0 +1,220 @@
+import copy
+import json
+
+import pytest
+import torch
+from rich.progress import Progress
+from torch import nn
+
+import tersetorch as tt
+from tersetorch.methods.parametrization import is_live
+from tersetorch.methods.selection import select
+from tersetorch.recipes.cost_curves import cost_curves
+
+GRID = (0.0, 0.5, 0.8, 0.9, 0.95)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def make_task():
+    """A network that fits random labels of few inputs, and its data."""
+    torch.manual_seed(0)
+    x = torch.randn(400, 16)
+    y = (x[:, :3].sum(1) > 0).long()
+    model = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 2))
+    train(model, x, y, 60)
+    return model, x, y
+
+
+def train(model, x, y, steps):
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+
+@pytest.fixture(scope="module")
+def task():
+    return make_task()
+
+
+@pytest.fixture
+def accuracy(task):
+    _, x, y = task
+
+    def score(model):
+        with torch.no_grad():
+            return float((model(x).argmax(1) == y).double().mean())
+
+    return score
+
+
+@pytest.fixture
+def model(task):
+    return copy.deepcopy(task[0])
+
+
+def retrainer(task):
+    return lambda model: train(model, task[1], task[2], 15)
+
+
+def file_bytes(model, path):
+    tt.save(tt.finalize(copy.deepcopy(model)), path)
+    return path.stat().st_size
+
+
+def test_a_budget_of_bytes_is_kept(model, task, accuracy, tmp_path):
+    dense = file_bytes(model, tmp_path / "dense.terse")
+    found = tt.prune_to_budget(
+        model, accuracy, max_drop=0.05, budget=dense / 3, retrain=retrainer(task), sparsities=GRID
+    )
+    assert found.chosen == 0 and len(found.trials) == 1
+    for name, layer in tt.prune.density(model).items():
+        assert layer.total - layer.kept == round(found.sparsities[name] * layer.total)
+    assert accuracy(model) == found.trials[0].score >= found.floor
+    assert is_live(model)
+    # Retraining changes values, not their number; their bytes by a few.
+    assert file_bytes(model, tmp_path / "small.terse") <= dense / 3 * 1.05
+    assert "chosen" in str(found)
+    json.dumps(found.to_dict())
+
+
+def test_without_a_budget_it_is_the_sparsest_that_keeps_the_floor(model, task, accuracy):
+    example = task[1][:1]
+    found = tt.prune_to_budget(
+        model, accuracy, max_drop=0.02, unit="operations", example_inputs=example, sparsities=GRID, trials=5,
+        retrain=retrainer(task),
+    )  # fmt: skip
+    assert found.chosen is not None
+    fitting = [trial.cost for trial in found.trials if trial.score >= found.floor]
+    assert found.trials[found.chosen].cost == min(fitting) < found.dense_cost
+    assert tt.costs.count(tt.finalize(copy.deepcopy(model)), example).effective_macs == pytest.approx(
+        min(fitting), abs=3
+    )
+
+
+def test_a_floor_that_cannot_be_kept_leaves_the_model(model, task):
+    before = copy.deepcopy(model.state_dict())
+    scores = iter([1.0])
+    found = tt.prune_to_budget(
+        model, lambda model: next(scores, 0.0), max_drop=0.1, losses={name: dict.fromkeys(GRID, 0.0) for name in "024"},
+        sparsities=GRID, trials=3,
+    )  # fmt: skip
+    assert found.chosen is None and found.sparsities is None and len(found.trials) == 3
+    assert not is_live(model)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert "too low" in str(found)
+
+
+def test_an_interrupted_run_goes_on_to_the_same_bits(model, task, accuracy, tmp_path):
+    arguments = {"max_drop": 0.02, "sparsities": GRID, "trials": 4, "retrain": retrainer(task)}
+    whole = copy.deepcopy(model)
+    expected = tt.prune_to_budget(whole, accuracy, **arguments)
+    calls = []
+
+    def interrupted(after):
+        calls.clear()
+
+        def score(model):
+            calls.append(1)
+            if len(calls) > after:
+                raise KeyboardInterrupt
+            return accuracy(model)
+
+        return score
+
+    for after in (3, 14, 1):
+        with pytest.raises(KeyboardInterrupt):
+            tt.prune_to_budget(copy.deepcopy(model), interrupted(after), folder=tmp_path / "run", **arguments)
+    found = tt.prune_to_budget(model, accuracy, folder=tmp_path / "run", **arguments)
+    assert found == expected
+    assert all(torch.equal(tensor, whole.state_dict()[name]) for name, tensor in model.state_dict().items())
+    again = copy.deepcopy(task[0])
+    assert tt.prune_to_budget(again, interrupted(0), folder=tmp_path / "run", **arguments) == expected
+    assert all(torch.equal(tensor, whole.state_dict()[name]) for name, tensor in again.state_dict().items())
+    (tmp_path / "run" / "best.safetensors").unlink()
+    again = copy.deepcopy(task[0])
+    tt.prune_to_budget(again, accuracy, folder=tmp_path / "run", **arguments)
+    assert all(torch.equal(tensor, whole.state_dict()[name]) for name, tensor in again.state_dict().items())
+
+
+def test_a_folder_of_another_run_is_refused(model, accuracy, tmp_path):
+    losses = {name: dict.fromkeys(GRID, 0.0) for name in "024"}
+    tt.prune_to_budget(model, accuracy, max_drop=1, losses=losses, sparsities=GRID, folder=tmp_path)
+    with pytest.raises(ValueError, match=r"prune_to_budget: folder must hold a run with the same model"):
+        tt.prune_to_budget(model, accuracy, max_drop=1, losses=losses, sparsities=GRID, folder=tmp_path)
+    (tmp_path / "record.json").write_text("{")
+    with pytest.raises(ValueError, match=r"prune_to_budget: folder must hold a run's record"):
+        tt.prune_to_budget(model, accuracy, max_drop=1, losses=losses, sparsities=GRID, folder=tmp_path)
+
+
+def test_milliseconds_are_those_that_convert_measures():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 32))
+    targets = select("here", model, None, None)
+    curves = cost_curves(model, targets, (0.0, 0.9, 0.95), "milliseconds", torch.randn(1, 1024))
+    for curve in curves.layers.values():
+        assert curve[0.0] >= curve[0.9] >= curve[0.95] > 0
+    assert curves.fixed >= 0
+    # Ten times fewer weights: convert takes a sparse form, whatever the noise.
+    assert curves.layers["0"][0.95] < curves.layers["0"][0.0]
+
+
+def test_bytes_are_those_of_the_file(model, tmp_path):
+    targets = select("here", model, None, None)
+    curves = cost_curves(model, targets, (0.0, 0.9), "bytes")
+    for sparsity in (0.0, 0.9):
+        pruned = tt.prune.magnitude(copy.deepcopy(model), sparsity)
+        # Only the header may differ a little from one choice of sparsities to another.
+        assert curves.total(dict.fromkeys("024", sparsity)) == pytest.approx(
+            file_bytes(pruned, tmp_path / "m.terse"), abs=64
+        )
+
+
+def test_blocks_and_progress(model, accuracy):
+    with Progress(disable=True) as progress:
+        tt.prune_to_budget(model, accuracy, max_drop=1, sparsities=(0.0, 0.5), pattern="1x4", progress=progress)
+        assert all(task.finished or task.completed for task in progress.tasks)
+    blocks = model[0].weight.unflatten(1, (4, 4)) == 0
+    assert torch.equal(blocks.all(-1), blocks.any(-1)) and bool(blocks.any())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"evaluate": 3}, TypeError, "evaluate must be callable, got int"),
+        ({"retrain": 3}, TypeError, "retrain must be callable, got int"),
+        ({"max_drop": -1}, ValueError, "max_drop must be finite and at least 0, got -1"),
+        ({"budget": "1 MB"}, TypeError, "budget must be a number, got '1 MB'"),
+        (
+            {"budget": 10},
+            ValueError,
+            r"budget must be at least [0-9.]+, the cost at the largest sparsities, got 10; raise",
+        ),
+        ({"unit": "flops"}, ValueError, "unit must be one of bytes, operations, milliseconds, got 'flops'"),
+        ({"unit": "operations"}, ValueError, "example_inputs must be given where unit is 'operations'"),
+        ({"sparsities": []}, ValueError, "sparsities must be a list of numbers"),
+        ({"sparsities": [1.2]}, ValueError, r"sparsities must be in \[0, 1\), got 1.2"),
+        ({"trials": 0}, ValueError, "trials must be at least 1, got 0"),
+        ({"pattern": "2:4"}, ValueError, "pattern must be None or 'RxC'"),
+        ({"targets": "fc"}, ValueError, "targets must match"),
+        (
+            {"losses": {"0": {0.5: 1.0}}},
+            ValueError,
+            "losses must hold a finite number for each layer and sparsity, got none",
+        ),
+    ],
+)
+def test_bad_arguments_are_refused_and_change_nothing(model, arguments, error, message):
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(error, match=f"prune_to_budget: {message}"):
+        tt.prune_to_budget(model, **{"evaluate": lambda model: 1.0, "max_drop": 0.1, "sparsities": GRID, **arguments})
+    assert not is_live(model)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
