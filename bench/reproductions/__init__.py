@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from tersetorch.bench.reproductions import han, lenet_300_100, published_densities, trade_off
+from tersetorch.bench.reproductions import (
+    han,
+    lenet_300_100,
+    one_shot,
+    optimal_brain_surgeon,
+    published_densities,
+    trade_off,
+)
 from tersetorch.bench.reproductions.runs import Reproduction
 
-ROWS: dict[str, Reproduction] = {
-    row.name: row for module in (lenet_300_100, han, trade_off, published_densities) for row in module.ROWS
-}
+MODULES = (lenet_300_100, han, trade_off, optimal_brain_surgeon, one_shot, published_densities)
+ROWS: dict[str, Reproduction] = {row.name: row for module in MODULES for row in module.ROWS}

@@ -1,5 +1,7 @@
 import copy
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -339,6 +341,35 @@ def test_progress_moves_a_bar_to_its_end(mlp, solver):
     with Progress(disable=True) as progress:
         prune.obs(mlp, batches(), 0.5, solver=solver, progress=progress)
         assert [task.description for task in progress.tasks] == ["pruning"] and progress.finished
+
+
+RANK = """
+import sys, torch
+from datetime import timedelta
+from torch import distributed, nn
+from tersetorch.methods import prune
+rank, folder = int(sys.argv[1]), sys.argv[2]
+torch.set_num_threads(1)
+distributed.init_process_group("gloo", f"file://{folder}/meeting", timedelta(seconds=60), world_size=2, rank=rank)
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(20, 12), nn.ReLU(), nn.Linear(12, 4))
+prune.obs(model, torch.load(f"{folder}/data.pt")[rank], 0.5)
+torch.save(model.state_dict(), f"{folder}/{rank}.pt")
+distributed.destroy_process_group()
+"""
+
+
+def test_two_ranks_prune_by_the_data_of_both(tmp_path):
+    data = batches()
+    torch.save([data[:1], data[1:]], tmp_path / "data.pt")
+    ranks = [subprocess.Popen([sys.executable, "-c", RANK, str(rank), str(tmp_path)]) for rank in (0, 1)]
+    assert [rank.wait(120) for rank in ranks] == [0, 0]
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    torch.manual_seed(0)
+    alone = prune.obs(nn.Sequential(nn.Linear(20, 12), nn.ReLU(), nn.Linear(12, 4)), data, 0.5).state_dict()
+    for name, value in alone.items():
+        torch.testing.assert_close(first[name], value)
 
 
 def test_statistics_of_batch_norm_are_taken_anew_afterwards(network):

@@ -8,7 +8,7 @@ from tersetorch.methods.prune.dropout import dropout_rate, rescale_dropout
 from tersetorch.methods.prune.gradual import GradualPruner
 from tersetorch.methods.prune.iterative import iterative
 from tersetorch.methods.prune.magnitude import magnitude
-from tersetorch.methods.prune.obs import LayerError, obs
+from tersetorch.methods.prune.obs import LayerError, Solver, obs
 from tersetorch.methods.prune.only import only
 from tersetorch.methods.prune.optimal_brain_surgeon import DeletedWeight
 from tersetorch.methods.prune.sensitivity import Sensitivity, sensitivity
@@ -19,6 +19,7 @@ __all__ = [
     "LayerDensity",
     "LayerError",
     "Sensitivity",
+    "Solver",
     "density",
     "dropout_rate",
     "from_torch",
