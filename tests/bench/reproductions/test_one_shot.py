@@ -17,7 +17,7 @@ def small(monkeypatch):
     def read(part, per_class):
         generator = torch.Generator().manual_seed(int(part == "test"))
         labels = torch.arange(10).repeat_interleave(per_class)
-        return torch.randint(256, (len(labels), 3, 32, 32), generator=generator, dtype=torch.uint8), labels
+        return torch.randint(256, (len(labels), 3, 8, 8), generator=generator, dtype=torch.uint8), labels
 
     torch.manual_seed(0)
     monkeypatch.setattr(one_shot, "ResNet20", lambda: CifarResNet(8))
