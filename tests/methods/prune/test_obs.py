@@ -332,6 +332,8 @@ def test_a_layer_without_weights_and_an_iterator_for_one_layer():
     model = nn.Sequential(nn.Linear(0, 3), nn.Linear(3, 2))
     prune.obs(model, iter([torch.ones(2, 0)]), 0.5, solver="exactobs")
     assert is_live(model[0]) and int((model[1].weight == 0).sum()) == 3
+    empty = prune.obs(nn.Linear(0, 3), [torch.ones(2, 0)], 0.5, solver="full")
+    assert is_live(empty)
     layer = prune.obs(nn.Linear(20, 3), (x for x in batches()), 0.5)
     assert int((layer.weight == 0).sum()) == 30
 
