@@ -355,7 +355,9 @@ torch.set_num_threads(1)
 distributed.init_process_group("gloo", f"file://{folder}/meeting", timedelta(seconds=60), world_size=2, rank=rank)
 torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(20, 12), nn.ReLU(), nn.Linear(12, 4))
-prune.obs(model, torch.load(f"{folder}/data.pt")[rank], 0.5)
+prune.obs(nn.parallel.DistributedDataParallel(model), torch.load(f"{folder}/data.pt")[rank], 0.5)
+if rank == 0:  # a bare module asks nobody
+    prune.obs(nn.Linear(20, 4), torch.load(f"{folder}/data.pt")[0], 0.5)
 torch.save(model.state_dict(), f"{folder}/{rank}.pt")
 distributed.destroy_process_group()
 """

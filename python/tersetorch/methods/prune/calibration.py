@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
 
 from tersetorch.methods.parametrization import live_weight
 from tersetorch.methods.selection import DEFAULT_TARGETS, Target
@@ -50,6 +51,8 @@ def call(model: nn.Module, batch: Any) -> Any:
 
     Of a tuple of more than one the last is taken for the target and left out; a dict gives keyword arguments.
     """
+    if isinstance(model, DistributedDataParallel):
+        model = model.module  # the wrapper would wait for the other ranks' batches
     if isinstance(batch, Mapping):
         return model(**batch)
     if isinstance(batch, tuple | list):
@@ -134,7 +137,8 @@ def input_moments(
     """Runs model over data in eval mode and sums up the inputs that reach the target's layers.
 
     A convolution's input vectors are its patches, with its stride, padding (of any mode), dilation and groups. Tied
-    layers' inputs are summed. Memory holds the sum and one batch. Under torch.distributed all ranks' inputs are summed.
+    layers' inputs are summed, and those of all ranks of a DistributedDataParallel, so that every rank must call.
+    Memory holds the sum and one batch.
 
     Args:
         where: the caller, for messages.
@@ -174,10 +178,10 @@ def input_moments(
     finally:
         for hook in hooks:
             hook.remove()
-    if distributed.is_available() and distributed.is_initialized():
+    if isinstance(model, DistributedDataParallel):
         counts = torch.tensor([samples, batches], device=weight.device)
-        distributed.all_reduce(counts)
-        distributed.all_reduce(total)
+        distributed.all_reduce(counts, group=model.process_group)
+        distributed.all_reduce(total, group=model.process_group)
         samples, batches = counts.tolist()
     if not batches:
         raise ValueError(f"{where}: data must hold at least one batch, got none; pass some inputs of the model")

@@ -99,8 +99,9 @@ def obs(
     What goes is masked as by prune.magnitude, which says how pruning adds up and trains on. Weights that are zero
     already stay zero and count. Biases are never pruned. Half precision is computed in dtype and rounded at the end.
     Batch norm statistics stay as they are: prune.recalibrate_batch_norm takes them anew. Where anything is refused or
-    fails half-way, the model is as it was. Under torch.distributed call it on every rank: H is summed over the ranks'
-    data, so that all prune the same; with "full" give every rank the same data.
+    fails half-way, the model is as it was. Given a DistributedDataParallel, on every rank, it sums H over the ranks'
+    data, so that all prune the same ("full" does not: give every rank the same data); the bare module is pruned by the
+    data of the calling rank alone.
 
     Args:
         model: any nn.Module; run in eval mode, with no gradients but for "full". Its Linear and Conv layers can be
