@@ -2,8 +2,26 @@
 
 from __future__ import annotations
 
-from tersetorch.bench.reproductions import dns, han, lenet_300_100, optimal_brain_damage, published_densities, trade_off
+from tersetorch.bench.reproductions import (
+    dns,
+    han,
+    lenet_300_100,
+    one_shot,
+    optimal_brain_damage,
+    optimal_brain_surgeon,
+    published_densities,
+    trade_off,
+)
 from tersetorch.bench.reproductions.runs import Reproduction
 
-MODULES = (lenet_300_100, han, trade_off, dns, optimal_brain_damage, published_densities)
+MODULES = (
+    lenet_300_100,
+    han,
+    trade_off,
+    dns,
+    optimal_brain_damage,
+    optimal_brain_surgeon,
+    one_shot,
+    published_densities,
+)
 ROWS: dict[str, Reproduction] = {row.name: row for module in MODULES for row in module.ROWS}

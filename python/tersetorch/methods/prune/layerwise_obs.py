@@ -1,0 +1,63 @@
+"""Layer-wise Optimal Brain Surgeon: all deletions are chosen at once, and each is made up for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from tersetorch.methods.prune.patterns import Pattern, keep
+
+
+def layerwise_obs(
+    weights: Tensor,
+    inverse: Tensor,
+    bias: Tensor | None,
+    sparsity: float,
+    pattern: Pattern,
+    tick: Callable[[float], None],
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Ranks the weights once by L_q and deletes the least, in that order, each with the update of its row.
+
+        L_q = w_q^2 / (2 [H^-1]_qq),   w -= w_q / [H^-1]_qq H^-1 e_q,
+
+    bias included, after which the row's deleted weights are set to zero again. H^-1 stays as it is. Biases
+    are updated and never deleted. Weights that are zero go first and stay zero.
+
+    Args:
+        weights: [groups, rows, n].
+        inverse: [groups, n, n], or [groups, n + 1, n + 1] with a bias, whose place is the last.
+        bias: [groups, rows] or None.
+        sparsity: part of all weights; not looked at with N:M.
+        pattern: what parse gave; groups of M are consecutive columns.
+        tick: is told the part that is done.
+
+    Returns:
+        The new weights, bool what is kept, both [groups, rows, n], and the new bias.
+
+    Source:
+        Dong, Chen, Pan, Learning to prune deep neural networks via layer-wise Optimal Brain Surgeon (2017).
+    """
+    groups, rows, n = weights.shape
+    diagonal = inverse.diagonal(dim1=1, dim2=2)[:, None, :n]
+    score = weights.square() / (2 * diagonal)
+    alive = weights != 0
+    kept = keep(score.flatten(0, 1), alive.flatten(0, 1), sparsity, pattern).view_as(weights) & alive
+    going = alive & ~kept
+    order = torch.where(going, score, torch.inf).argsort(dim=-1, stable=True)
+    counts = going.sum(-1)
+    w = weights if bias is None else torch.cat([weights, bias[..., None]], -1)
+    w = w.clone()
+    gone = ~alive
+    steps = int(counts.max())
+    for step in range(steps):
+        at = order[..., step : step + 1]
+        active = (step < counts)[..., None]
+        lines = inverse.gather(1, at.expand(groups, rows, inverse.shape[2]))
+        w -= torch.where(active, w.gather(2, at) / lines.gather(2, at), 0) * lines
+        gone.scatter_(2, at, gone.gather(2, at) | active)
+        w[..., :n].masked_fill_(gone, 0)
+        if step % 16 == 0:
+            tick((step + 1) / steps)
+    return w[..., :n], kept, None if bias is None else w[..., n]

@@ -1,0 +1,414 @@
+"""Optimal Brain Surgeon and its descendants: the weights that stay make up for those that go."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, cast, get_args
+
+import torch
+from rich.progress import Progress
+from torch import Tensor, nn
+
+from tersetorch.methods.arguments import check_choice, check_int, check_model, check_number
+from tersetorch.methods.parametrization import attach, live_weight, share
+from tersetorch.methods.prune.blocked_obs import blocked_obs
+from tersetorch.methods.prune.calibration import (
+    check_data,
+    check_layers,
+    in_order_of_use,
+    input_moments,
+    layers_of,
+    parameter_of,
+)
+from tersetorch.methods.prune.exact_obs import exact_obs
+from tersetorch.methods.prune.layerwise_obs import layerwise_obs
+from tersetorch.methods.prune.least_squares import damped, inverse, relative_error
+from tersetorch.methods.prune.magnitude import Sparsity, apply_masks, choose
+from tersetorch.methods.prune.optimal_brain_surgeon import DeletedWeight, full_obs
+from tersetorch.methods.prune.patterns import BlockPattern, GroupPattern, Pattern, parse
+from tersetorch.methods.quantize.kmeans_1d import cluster
+from tersetorch.methods.selection import Patterns, Target
+
+Solver = Literal["full", "layerwise", "exactobs", "blocked"]
+
+DAMPING = 0.01
+ALPHA = 1e-4
+MAX_BITS = 8
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """What pruning did to one layer's outputs on the calibration data.
+
+    Attributes:
+        layer: its name.
+        kept: weights that are not zero.
+        total: all weights.
+        samples: input vectors that the layer was calibrated on.
+        before: ||(W' - W) X||^2 / ||W X||^2 when the weights that go are only set to zero.
+        after: the same once the others have made up for them (and were rounded, where bits is given).
+    """
+
+    layer: str
+    kept: int
+    total: int
+    samples: int
+    before: float
+    after: float
+
+
+def obs(
+    model: nn.Module,
+    data: Iterable[Any],
+    sparsity: Sparsity | None = None,
+    *,
+    solver: Solver = "blocked",
+    pattern: str | None = None,
+    damping: float | None = None,
+    block_size: int = 128,
+    bits: int | None = None,
+    max_increase: float | None = None,
+    dtype: torch.dtype = torch.float64,
+    targets: Patterns | None = None,
+    ignore: Patterns | None = None,
+    history: list[LayerError | DeletedWeight] | None = None,
+    progress: Progress | None = None,
+) -> nn.Module:
+    """Prunes by second derivatives, in place, and returns model: what stays is changed to make up for what goes.
+
+    "full" takes the network as a whole: its error is the mean over the data of half the squared change of the outputs,
+    with H = alpha I + (1/P) sum X X^T over the gradients X of the outputs. Least L_q = w_q^2 / (2 [H^-1]_qq) goes
+    first, and all weights of the targets and their biases change by -w_q / [H^-1]_qq H^-1 e_q. For small networks.
+    H is that of the network at the call: for many deletions call again at rising sparsities, retraining in between.
+
+    The others take layer after layer, in the order in which data runs through them, so that each is calibrated on the
+    outputs of those that are pruned already. With x a layer's inputs on the data, H = (2/N) sum x x^T, and a row w of
+    its weight costs (w' - w)^T H (w' - w). Memory holds one layer's H, and a copy of the weights.
+
+    | solver | deletes | for |
+    |---|---|---|
+    | "layerwise" | in the order of one ranking, H^-1 as it is; updates the bias too | any layer |
+    | "exactobs" | one at a time, the cheapest at each moment | rows x inputs^3 operations: up to 1,000 inputs |
+    | "blocked" | column by column, in one sweep | inputs^3 operations: any layer |
+
+    Where "exactobs" is not too slow it loses least, by far on small layers and at high sparsity.
+
+    What goes is masked as by prune.magnitude, which says how pruning adds up and trains on. Weights that are zero
+    already stay zero and count. Biases are never pruned. Half precision is computed in dtype and rounded at the end.
+    Batch norm statistics stay as they are: prune.recalibrate_batch_norm takes them anew. Where anything is refused or
+    fails half-way, the model is as it was. Given a DistributedDataParallel, on every rank, it sums H over the ranks'
+    data, so that all prune the same ("full" does not: give every rank the same data); the bare module is pruned by the
+    data of the calling rank alone.
+
+    Args:
+        model: any nn.Module; run in eval mode, with no gradients but for "full". Its Linear and Conv layers can be
+            pruned, tied ones too (their inputs are summed), but not while a codebook shares them.
+        data: an iterable of batches, gone through once for each layer (twice with "full"), so that an iterator serves
+            only one layer. A batch is one input; a tuple or list (inputs..., target), whose last entry is not looked at
+            where there are several; or a dict of keyword arguments. A few hundred samples do.
+        sparsity: as in prune.magnitude; one number with "full", which ranks all weights together. Left out with a
+            pattern N:M, and optional beside max_increase.
+        solver: as above.
+        pattern: as in prune.magnitude; not with "full".
+        damping: at least 0. Added to the diagonal of H: this part of its mean, 0.01 unless given; with "full" alpha
+            itself, more than 0, 1e-4 unless given.
+        block_size: of "blocked", at least 1: columns for which it chooses at a time.
+        bits: of "blocked", 1 to 8: the weights that stay are also rounded, in the same sweep, onto 2^bits values with
+            zero (as kmeans clusters those that pruning alone would leave), which the layer then shares as
+            quantize.kmeans has it.
+        max_increase: of "full": stops before the sum of the L_q, the predicted rise of the error, exceeds it.
+        dtype: torch.float64 or float32, of H and of the weights while they are worked on; "full" is float64 always.
+        targets: as in prune.magnitude.
+        ignore: as in prune.magnitude.
+        history: gets a LayerError for each layer, or with "full" a DeletedWeight for each weight, in order.
+        progress: a bar is added to it.
+
+    Raises:
+        TypeError: an argument has the wrong type, or data is an iterator and has to be gone through again.
+        ValueError: a number is outside its range, a pattern matches nothing, a weight cannot be pruned, data is empty,
+            does not reach a layer or gives NaN or infinity, H cannot be inverted, or the network is too large for
+            "full".
+
+    Source:
+        Hassibi and Stork, Optimal Brain Surgeon (1993); Dong, Chen, Pan, layer-wise OBS (2017); Frantar, Singh,
+        Alistarh, Optimal Brain Compression (2022); Frantar and Alistarh, SparseGPT (2023). The solvers' files say where
+        we differ.
+    """
+    where = "prune.obs"
+    check_model(where, model)
+    check_choice(where, "solver", solver, get_args(Solver))
+    form = parse(where, pattern)
+    _check(where, solver, sparsity, form, damping, block_size, bits, max_increase, dtype, history)
+    asked = 0.0 if sparsity is None and max_increase is not None else sparsity
+    every = choose(where, model, asked, "layer", targets, ignore, form)
+    chosen = [(target, part) for target, part in every if target.weight.numel()]
+    pruned = [target for target, _ in chosen]
+    _check_targets(where, pruned, form, solver)
+    check_data(where, data, 2 if solver == "full" else len(pruned) + (len(pruned) > 1))
+    steps = 1 if solver == "full" else len(pruned)
+    tick = _ticker(progress, steps)
+    notes: Sequence[LayerError | DeletedWeight]
+    codebooks: dict[str, tuple[Tensor, Tensor]] = {}
+    with torch.no_grad(), _all_or_nothing(pruned):
+        if solver == "full" and pruned:
+            part = None if sparsity is None else chosen[0][1]
+            alpha = ALPHA if damping is None else damping
+            masks, notes = full_obs(where, model, pruned, data, alpha, part, max_increase, tick)
+        else:
+            plan = _Plan(solver, form, DAMPING if damping is None else damping, block_size, bits, dtype)
+            masks, notes, codebooks = _by_layer(where, model, chosen, data, plan, tick)
+    apply_masks(chosen, masks)
+    for target, _ in every:
+        attach(target.owners)  # one without weights too, as prune.magnitude does
+        if target.name in codebooks:
+            share(target.owners, *codebooks[target.name])
+    if history is not None:
+        history.extend(notes)
+    tick(steps)
+    return model
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """The arguments of obs that are the same for every layer."""
+
+    solver: Solver
+    pattern: Pattern
+    damping: float
+    block_size: int
+    bits: int | None
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class _Pruned:
+    """A layer's new weight, what is kept of it, its new bias, its codes and codebook, and the error."""
+
+    weight: Tensor
+    keep: Tensor
+    bias: Tensor | None
+    shared: tuple[Tensor, Tensor] | None
+    error: LayerError
+
+
+def _by_layer(
+    where: str,
+    model: nn.Module,
+    chosen: Sequence[tuple[Target, float]],
+    data: Iterable[Any],
+    plan: _Plan,
+    tick: Callable[[float], None],
+) -> tuple[list[Tensor], list[LayerError], dict[str, tuple[Tensor, Tensor]]]:
+    """Prunes each layer in place, in the order of use; the masks in the order of chosen, the errors, the codebooks."""
+    order: Sequence[int] = [0][: len(chosen)]
+    if len(chosen) > 1:
+        order = in_order_of_use(model, [target for target, _ in chosen], data)
+    results: dict[int, _Pruned] = {}
+    for place in order:
+
+        def report(part: float, done: int = len(results)) -> None:
+            tick(done + part)
+
+        target, sparsity = chosen[place]
+        results[place] = result = _prune_layer(where, model, target, sparsity, data, plan, report)
+        parameter_of(target).copy_(result.weight)
+        if result.bias is not None:
+            cast(Tensor, target.owners[0][0].bias).copy_(result.bias)
+    codebooks = {chosen[place][0].name: each.shared for place, each in results.items() if each.shared is not None}
+    masks = [results[place].keep for place in range(len(chosen))]
+    return masks, [each.error for each in results.values()], codebooks
+
+
+def _prune_layer(
+    where: str,
+    model: nn.Module,
+    target: Target,
+    sparsity: float,
+    data: Iterable[Any],
+    plan: _Plan,
+    tick: Callable[[float], None],
+) -> _Pruned:
+    by_position = isinstance(plan.pattern, GroupPattern)
+    held = _bias(target) if plan.solver == "layerwise" else None
+    moments = input_moments(
+        where, model, target, data, by_position=by_position, bias=held is not None, dtype=plan.dtype
+    )
+    tick(0.5)
+    hessian = damped(moments.hessian, plan.damping)
+    inverted = inverse(where, target.name, hessian)
+    weight = target.weight
+    w = _matrix(weight, len(hessian), by_position).to(plan.dtype)
+
+    def solving(part: float) -> None:
+        tick(0.5 + part / 2)
+
+    bias, moved, shared = None, None, None
+    if plan.solver == "layerwise":
+        bias = None if held is None else held.detach().to(plan.dtype).view(w.shape[:2])
+        found, keep, moved = layerwise_obs(w, inverted, bias, sparsity, plan.pattern, solving)
+    elif plan.solver == "exactobs":
+        found, keep = exact_obs(w, hessian, inverted, sparsity, plan.pattern, solving)
+    else:
+        found, keep = blocked_obs(w, inverted, sparsity, plan.pattern, plan.block_size, solving)
+        if plan.bits is not None:
+            # The sweep that pruned says which values the layer needs; a second one, of the same choice, rounds to them.
+            levels = _levels(found, keep, plan.bits, weight.dtype)
+            bounds = ((levels[1:] + levels[:-1]) / 2).to(plan.dtype)
+            found, keep = blocked_obs(
+                w,
+                inverted,
+                sparsity,
+                plan.pattern,
+                plan.block_size,
+                solving,
+                keep,
+                lambda column: levels.to(plan.dtype)[torch.bucketize(column.contiguous(), bounds)],
+            )
+            codes = torch.bucketize(found, bounds).masked_fill_(~keep, -1)
+            if not bool(keep.all()):
+                codes, levels = codes + 1, torch.cat([levels.new_zeros(1), levels])
+            shared = _shaped(codes.to(torch.uint8), weight.shape, by_position), levels[None]
+    rounded = found.to(weight.dtype).to(plan.dtype)
+    changes = [torch.where(keep, 0, -w), rounded - w]
+    if bias is not None and moved is not None:
+        moved = moved.to(weight.dtype)
+        still = torch.zeros_like(bias)
+        shifts = still, moved.to(plan.dtype) - bias
+        changes = [torch.cat([change, shift[..., None]], -1) for change, shift in zip(changes, shifts, strict=True)]
+    before, after = (relative_error(change, w, moments.hessian) for change in changes)
+    kept = int(rounded.count_nonzero())
+    return _Pruned(
+        _shaped(rounded, weight.shape, by_position).to(weight.dtype),
+        _shaped(keep, weight.shape, by_position),
+        None if moved is None else moved.flatten(),
+        shared,
+        LayerError(target.name, kept, weight.numel(), moments.samples, before, after),
+    )
+
+
+def _bias(target: Target) -> nn.Parameter | None:
+    """The bias of a layer that shares its weight with no other."""
+    layers = layers_of(target)
+    bias = layers[0]._parameters.get("bias") if len(layers) == 1 else None
+    return bias if isinstance(bias, nn.Parameter) else None
+
+
+def _levels(weights: Tensor, keep: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+    """The values that the kept weights are clustered to, rising, with room for zero where something is pruned."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    survivors = weights[keep].to("cpu", wide).numpy()
+    if not survivors.size:
+        return torch.zeros(1, dtype=wide, device=weights.device)
+    clusters = cluster(survivors, 2**bits - (not bool(keep.all())))
+    return torch.from_numpy(clusters.centroids).to(weights.device, wide)
+
+
+def _matrix(weight: Tensor, groups: int, by_position: bool) -> Tensor:
+    """[groups, rows, n] of a weight; by_position with input channels innermost."""
+    inner = weight.movedim(1, -1) if by_position else weight
+    return inner.reshape(groups, len(weight) // groups, -1)
+
+
+def _shaped(matrix: Tensor, shape: torch.Size, by_position: bool) -> Tensor:
+    """What _matrix was made of."""
+    if not by_position:
+        return matrix.reshape(shape)
+    return matrix.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1).contiguous()
+
+
+@contextmanager
+def _all_or_nothing(targets: Sequence[Target]) -> Iterator[None]:
+    """Puts weights and biases back where what it surrounds does not come to its end."""
+    held = [parameter_of(target) for target in targets]
+    held += [
+        bias
+        for target in targets
+        for module, _ in target.owners
+        if (bias := module._parameters.get("bias")) is not None
+    ]
+    before = [(parameter, parameter.detach().clone()) for parameter in held]
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for parameter, values in before:
+                parameter.copy_(values)
+        raise
+
+
+def _ticker(progress: Progress | None, total: int) -> Callable[[float], None]:
+    """What moves a bar that is added to progress: it is told how much of the total is done."""
+    if progress is None:
+        return lambda done: None
+    task = progress.add_task("pruning", total=total)
+    return lambda done: progress.update(task, completed=done)
+
+
+def _check(
+    where: str,
+    solver: str,
+    sparsity: Sparsity | None,
+    pattern: Pattern,
+    damping: float | None,
+    block_size: int,
+    bits: int | None,
+    max_increase: float | None,
+    dtype: torch.dtype,
+    history: object,
+) -> None:
+    full = solver == "full"
+    if full and pattern is not None:
+        raise ValueError(f"{where}: pattern must be left out with solver 'full', got one; pass another solver")
+    if full and isinstance(sparsity, Mapping):
+        raise ValueError(f"{where}: sparsity must be one number with solver 'full', got a mapping; pass a number")
+    if max_increase is not None:
+        if not full:
+            raise ValueError(f"{where}: max_increase must be left out with solver {solver!r}, got one; pass sparsity")
+        check_number(where, "max_increase", max_increase, 0, math.inf)
+    grouped = isinstance(pattern, GroupPattern)
+    if grouped and sparsity is not None:
+        raise ValueError(f"{where}: sparsity must be left out with a pattern N:M, got both; leave one of them out")
+    if sparsity is None and not grouped and max_increase is None:
+        other = "max_increase" if full else "a pattern N:M"
+        raise ValueError(f"{where}: sparsity must be given, got neither it nor {other}; pass a number such as 0.5")
+    if damping is not None:
+        check_number(where, "damping", damping, 0, math.inf)
+        if full and damping == 0:
+            raise ValueError(f"{where}: damping must be more than 0 with solver 'full', got 0; leave it out")
+    check_int(where, "block_size", block_size, 1)
+    if bits is not None:
+        if solver != "blocked":
+            raise ValueError(
+                f"{where}: bits must be left out with solver {solver!r}, got {bits}; pass solver='blocked'"
+            )
+        check_int(where, "bits", bits, 1, MAX_BITS)
+    if dtype not in (torch.float64, torch.float32):
+        raise ValueError(f"{where}: dtype must be torch.float64 or torch.float32, got {dtype}; pass one of these")
+    if history is not None and not isinstance(history, list):
+        raise TypeError(f"{where}: history must be a list, got {type(history).__name__}; pass one to be appended to")
+
+
+def _check_targets(where: str, targets: Sequence[Target], pattern: Pattern, solver: str) -> None:
+    for target in targets:
+        live = live_weight(*target.owners[0])
+        problem = None
+        if live is not None and live.compressed.codebook is not None:
+            problem = "must not be shared, got one with a codebook; finalize first"
+        elif live is not None and len(live.held) > 1:
+            problem = f"must have no other parametrization, got {type(live.held[1]).__name__}; remove that one"
+        if problem is not None:
+            raise ValueError(f"{where}: the weight of {target.name!r} {problem}, or pass ignore=[{target.name!r}]")
+    if solver == "full":
+        return
+    check_layers(where, targets)
+    for target in targets:
+        groups = getattr(layers_of(target)[0], "groups", 1)
+        rows = len(target.weight) // groups
+        if isinstance(pattern, BlockPattern) and groups > 1 and rows % pattern.rows:
+            raise ValueError(
+                f"{where}: blocks must divide the {rows} outputs of a convolution group, got {pattern.rows} rows for "
+                f"{target.name!r}; pass ignore=[{target.name!r}]"
+            )
