@@ -33,16 +33,25 @@ IGNORE = "conv1"
 BATCH = 128
 
 
-def _magnitude(model: nn.Module, data: list[Tensor], setting: Mapping[str, Any]) -> None:
+# What the methods are calibrated on: images and their labels.
+Batches = list[tuple[Tensor, Tensor]]
+
+
+def _magnitude(model: nn.Module, data: Batches, setting: Mapping[str, Any]) -> None:
     prune.magnitude(model, ignore=IGNORE, **setting)
 
 
-def _obs(solver: prune.Solver, model: nn.Module, data: list[Tensor], setting: Mapping[str, Any]) -> None:
+def _obd(model: nn.Module, data: Batches, setting: Mapping[str, Any]) -> None:
+    prune.obd(model, data, "cross_entropy", ignore=IGNORE, **setting)
+
+
+def _obs(solver: prune.Solver, model: nn.Module, data: Batches, setting: Mapping[str, Any]) -> None:
     prune.obs(model, data, solver=solver, ignore=IGNORE, **setting)
 
 
-METHODS: dict[str, Callable[[nn.Module, list[Tensor], Mapping[str, Any]], None]] = {
+METHODS: dict[str, Callable[[nn.Module, Batches, Mapping[str, Any]], None]] = {
     "magnitude": _magnitude,
+    "obd": _obd,
     "layerwise": partial(_obs, "layerwise"),
     "exactobs": partial(_obs, "exactobs"),
     "blocked": partial(_obs, "blocked"),
@@ -87,10 +96,11 @@ def table(record: dict[str, Any]) -> Table:
 def _one(plan: Mapping[str, Any], seed: int, *, progress: Progress | None) -> dict[str, Any]:
     bar = Progress(disable=True) if progress is None else progress
     task = bar.add_task(f"one shot, seed {seed}", total=len(SETTINGS) * len(METHODS) + 1)
-    images, _ = read_cifar10("train", per_class=max(1, plan["batch_norm"] // 5))
+    images, labels = read_cifar10("train", per_class=max(1, plan["batch_norm"] // 5))
     drawn = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[: plan["batch_norm"]]
     anew = list(cifar_input(images[drawn]).split(BATCH))
-    data = list(cifar_input(images[drawn[: plan["calibration"]]]).split(BATCH))
+    calibrated = drawn[: plan["calibration"]]
+    data = list(zip(cifar_input(images[calibrated]).split(BATCH), labels[calibrated].split(BATCH), strict=True))
     images, labels = read_cifar10("test", per_class=plan["test_per_class"])
     test = cifar_input(images)
     dense = ResNet20()
