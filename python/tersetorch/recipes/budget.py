@@ -141,7 +141,8 @@ def prune_to_budget(
     chosen is None.
 
     What a layer loses is added up over the layers: by prune.sensitivity the drop of the score when it alone is pruned
-    (raised to what a lower sparsity loses already), or numbers of yours, such as second-order ones.
+    (raised to what a lower sparsity loses already), or numbers of yours, such as what prune.saliencies gives by its
+    losses(sparsities).
 
     Example:
         found = tt.prune_to_budget(model, accuracy, max_drop=0.005, budget=200_000, retrain=train, folder="run")

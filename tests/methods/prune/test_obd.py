@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from tersetorch.methods import finalize, prune, quantize
 from tersetorch.methods.parametrization import is_live
+from tersetorch.recipes import prune_to_budget
 
 
 def patterns(number=40, seed=0):
@@ -86,6 +87,25 @@ def test_the_least_salient_go(mlp, scope):
         limit = together.kthvalue(round(0.4 * len(together))).values
         for name in names:
             assert torch.equal(mlp.get_submodule(name).weight == 0, saliency[name] <= limit)
+
+
+def test_losses_of_each_layer_by_sparsity(mlp):
+    prune.magnitude(mlp, {"0": 0.3})
+    found = prune.saliencies(mlp, data(), "cross_entropy")
+    losses = found.losses([0.0, 0.3, 0.5, 0.9])
+    for name, curve in losses.items():
+        least = found.saliency[name][found.alive[name]].double().sort().values
+        for sparsity, loss in curve.items():
+            gone = max(0, round(sparsity * found.alive[name].numel()) - int((~found.alive[name]).sum()))
+            assert loss == pytest.approx(float(least[:gone].sum()))
+    assert losses["0"][0.3] == 0.0 < losses["0"][0.5] < losses["0"][0.9]
+    assert losses["2"][0.3] > 0.0
+    with pytest.raises(ValueError, match=r"Saliencies.losses: sparsities must be in \[0, 1\), got 1"):
+        found.losses([1])
+    report = prune_to_budget(
+        mlp, lambda model: 1.0, max_drop=0, budget=1200, losses=losses, sparsities=[0.0, 0.3, 0.5, 0.9]
+    )
+    assert report.chosen == 0 and report.sparsities["2"] < 0.9
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "4x1"])

@@ -9,7 +9,7 @@ import torch
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from tersetorch.methods.arguments import check_int
+from tersetorch.methods.arguments import check_int, check_number
 from tersetorch.methods.prune.magnitude import Scope, Sparsity, apply_masks, choose, masks
 from tersetorch.methods.prune.output_losses import Loss
 from tersetorch.methods.prune.patterns import GroupPattern, parse
@@ -43,6 +43,27 @@ class Saliencies:
         flat = torch.cat([self.saliency[name][alive].double().to(device) for name, alive in self.alive.items()])
         order = flat.clamp(min=0).argsort(stable=True)
         return torch.cat([flat.new_zeros(1), flat[order].cumsum(0)])
+
+    def losses(self, sparsities: Sequence[float]) -> dict[str, dict[float, float]]:
+        """For each layer the predicted rise of E when its least salient weights go, at each sparsity.
+
+        What prune_to_budget takes as `losses`: the second-order trade between layers, in place of a sensitivity scan.
+        Weights that are zero go first; negative saliencies count as zeros.
+
+        Raises:
+            TypeError, ValueError: a sparsity is no number in [0, 1).
+        """
+        found: dict[str, dict[float, float]] = {}
+        for name, saliency in self.saliency.items():
+            alive = self.alive[name]
+            rise = saliency[alive].double().clamp(min=0).sort().values.cumsum(0)
+            dead = alive.numel() - len(rise)
+            found[name] = {}
+            for sparsity in sparsities:
+                check_number("Saliencies.losses", "sparsities", sparsity, 0, 1)
+                gone = round(sparsity * alive.numel()) - dead
+                found[name][float(sparsity)] = float(rise[gone - 1]) if gone > 0 else 0.0
+        return found
 
 
 @dataclass(frozen=True)
