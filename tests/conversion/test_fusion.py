@@ -106,6 +106,85 @@ def test_nothing_is_fused_where_it_could_show(forward):
     torch.testing.assert_close(fast(x), block(x))
 
 
+def answer(y, skip):
+    return y if skip is None else skip
+
+
+class Skips(Block):
+    def forward(self, x, skip=None):
+        h = self.a(x)
+        return h if skip is None else self.relu(h) + skip
+
+
+class Unpacks(Block):
+    def forward(self, x):
+        if isinstance(x, tuple):
+            return self.a(x[0])
+        return self.relu(self.a(x))
+
+
+class Asks(Block):
+    def forward(self, x):
+        return (self.a, self.b)[isinstance(x, tuple)](x) + self.relu(self.a(x))
+
+
+class Helps(Block):
+    def forward(self, x, skip=None):
+        return self.relu(answer(self.a(x), skip))
+
+
+class Grad(Block):
+    def forward(self, x):
+        return self.relu(self.a(x)) if torch.is_grad_enabled() else self.a(x)
+
+
+class Features(Block):
+    def forward(self, x):
+        return self.relu(self.a(x))
+
+    def features(self, x):
+        return self.a(x)
+
+
+@pytest.mark.parametrize("kind", [Skips, Unpacks, Asks, Helps, Grad, Features])
+@pytest.mark.parametrize("plan", ["sparse", {"b": "csr"}])
+def test_nothing_is_fused_where_another_path_could_show_it(kind, plan):
+    torch.manual_seed(0)
+    block = kind(None).eval()
+    x = torch.randn(5, 6)
+    fast = convert(block, plan=plan)
+    assert not getattr(fast.a, "relu", False)
+    assert type(fast.relu) is nn.ReLU and not fast.relu.inplace
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), block(x))
+
+
+def test_what_the_modules_around_do_by_themselves_counts():
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = Block(chain)
+
+        def forward(self, x):
+            return self.block(x)
+
+    assert convert(Outer(), plan="sparse").block.a.relu
+    Outer.before = lambda self, x: self.block.a(x)
+    assert not convert(Outer(), plan="sparse").block.a.relu
+
+
+def test_bits_that_change_on_the_example_undo_it(monkeypatch):
+    from tersetorch.conversion import fusion
+
+    monkeypatch.setattr(fusion, "_has_one_path", lambda *args: True)
+    torch.manual_seed(0)
+    block, x = Skips(None).eval(), torch.randn(5, 6)
+    fast = convert(block, x, plan="sparse")
+    assert report(fast).in_place == () and type(fast.relu) is nn.ReLU and not fast.a.relu
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), block(x))
+
+
 def test_a_layer_and_its_relu_belong_to_one_module():
     inner = nn.Sequential(nn.Linear(6, 6))
     fast = convert(nn.Sequential(inner, nn.ReLU()), plan="sparse")

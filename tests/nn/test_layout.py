@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 from tersetorch.formats import BlockedCodebookWeight, BlockedWeight
 from tersetorch.nn import SparseCodebookLinear, SparseLinear
@@ -460,3 +461,34 @@ def test_values_can_be_parametrized(layout, fresh_compiler):
     assert layer.state_dict().keys() == keys
     with torch.no_grad():
         assert_near(layer.eval()(x), expected, layout)
+
+
+@pytest.mark.parametrize("layout", ["csr16", "bitmap", "bitmap_columns", "blocked", "blocked_int8", "blocked_bfloat16"])
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
+def test_a_fused_step_in_evaluation_mode_is_noticed(layout, optimizer):
+    """Fused steps change numbers without counting versions."""
+    torch.manual_seed(0)
+    layer = SparseLinear.from_dense(nn.Linear(40, 30)).eval().pack(layout)
+    x = torch.randn(5, 40)
+    stepper = optimizer(layer.parameters(), lr=0.1, fused=True)
+    with torch.no_grad():
+        before = layer(x)
+    for _ in range(2):
+        layer(x).square().sum().backward()
+        stepper.step()
+        with torch.no_grad():
+            after = layer(x)
+        again = copy.deepcopy(layer).pack(layout)
+        with torch.no_grad():
+            assert torch.equal(after, again(x)) and not torch.equal(after, before)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("layout", ["csr", "csr16", "bitmap", "blocked"])
+def test_a_fresh_layer_traces(layout):
+    layer = SparseLinear.from_dense(nn.Linear(10, 5)).eval()
+    if layout != "csr":
+        layer.pack(layout)
+    x = torch.randn(3, 10)
+    with torch.no_grad():
+        assert torch.equal(torch.jit.trace(layer, x)(x), layer(x))

@@ -145,14 +145,14 @@ def _told(source: nn.Module, inputs: Inputs | None, plan: str | Mapping[str, str
     sites = find_sites(source, CANDIDATES)
     groups = groups_of(sites)
     decisions = follow(plan, sites, groups, CANDIDATES, _samples(source, groups, inputs))
-    converted, fusion = assemble(source, groups, decisions)
+    converted, fusion = assemble(source, groups, decisions, inputs)
     difference = None
     if inputs is not None:
         bypassed = _bypassed(source, converted, groups, decisions, inputs)
         if bypassed:
             reason = "undone: the model does not call the layer, but uses it in some other way"
             decisions = [d.undone(reason) if index in bypassed else d for index, d in enumerate(decisions)]
-            converted, fusion = assemble(source, groups, decisions)
+            converted, fusion = assemble(source, groups, decisions, inputs)
         dense, sparse = deep_copy(source).eval(), deep_copy(converted).eval()
         difference = output_difference(seeded_run(dense, inputs), seeded_run(sparse, inputs))
     conversion = ConversionReport(
@@ -215,7 +215,7 @@ def _measured(source: nn.Module, inputs: Inputs, planner: Planner, progress: boo
         decisions, conversion = settle(probe, inputs, groups, decisions, reached, planner)
         bar.advance(task)
     by_name = [[replace(site, module=source.get_submodule(site.name)) for site in group] for group in groups]
-    converted, fusion = assemble(source, by_name, decisions)
+    converted, fusion = assemble(source, by_name, decisions, inputs)
     if conversion.memory_format is not None:
         converted = in_channels_last(converted)
     layers = _layer_reports(sites, groups, decisions, fusion)

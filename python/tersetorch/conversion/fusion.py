@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import dis
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
+from types import CodeType, FrameType, FunctionType
+from typing import Any
 
+import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
@@ -12,6 +19,9 @@ from tersetorch.conversion.swap import deep_copy
 from tersetorch.conversion.walk import carries_hooks
 from tersetorch.nn.sparse_module import SparseModule
 
+_TORCH = str(Path(torch.__file__).parent)
+# Names whose answer on what is traced may not be that on a tensor, or that ask how the model is run.
+_QUESTIONS = {"isinstance", "issubclass", "hasattr", "getattr", "callable", "type", "is_grad_enabled"}
 # What these return is theirs to give away: no input, and nothing that their gradients need.
 _DENSE = (
     nn.Linear,
@@ -46,9 +56,11 @@ def fuse(model: nn.Module, layers: Iterable[nn.Module]) -> Fusion:
     Other nn.ReLUs overwrite what a layer or batch normalisation returned. Outputs keep their bits, and gradients too.
 
     That a ReLU follows is read from the model's graph, as torch.fx sees it in training and in evaluation mode; where it
-    sees none, nothing changes. A layer and its ReLU must be children of one module, nobody else may use what the layer
-    returns, and neither they nor the modules around them may carry hooks. A ReLU that is called in several places is
-    fused where all of its layers are among layers.
+    sees none, nothing changes. A graph shows one path only, that of the arguments it is traced with. So a layer and its
+    ReLU must be children of one module whose forward, with the functions it calls, cannot branch, and no other method
+    of it or of the modules around it may name the layer. Nobody else may use what the layer returns, and neither they
+    nor the modules around them may carry hooks. A ReLU that is called in several places is fused where all of its
+    layers are among layers.
     """
     sparse = {layer for layer in layers if isinstance(layer, SparseModule)}
     for layer in sparse:
@@ -89,8 +101,56 @@ def _takers(model: nn.Module, kind: type[nn.Module]) -> dict[str, list[str]]:
     """The modules of a kind that only ever take what other modules hand to nobody else: name -> those modules."""
     if not any(type(module) is kind for module in model.modules()):
         return {}
-    seen = [_takers_in(graph, model, kind) for graph in _graphs(model)]
-    return {name: before for name, before in seen[0].items() if all(other.get(name) == before for other in seen)}
+    callees: dict[CodeType, set[CodeType]] = {}
+    seen = [_takers_in(graph, model, kind) for graph in _graphs(model, callees)]
+    return {
+        name: before
+        for name, before in seen[0].items()
+        if all(other.get(name) == before for other in seen) and all(_has_one_path(model, n, callees) for n in before)
+    }
+
+
+def _has_one_path(model: nn.Module, name: str, callees: Mapping[CodeType, set[CodeType]]) -> bool:
+    """Whether the module that holds layer `name` always does with it what it did while it was traced."""
+    holder = model.get_submodule(_parent(name))
+    forward: Any = type(holder).forward
+    if "forward" in vars(holder) or not isinstance(forward, FunctionType):
+        return False
+    ran, left = set[CodeType](), [forward.__code__]
+    while left:
+        code = left.pop()
+        if code not in ran:
+            ran.add(code)
+            left.extend(callees.get(code, ()))
+    if any(_branches(code) for code in ran):
+        return False
+    attribute = name.rpartition(".")[2]
+    path = name.split(".")
+    around = [model.get_submodule(".".join(path[:depth])) for depth in range(len(path))]
+    return not any(_names(code, attribute) for module in around for code in _methods(module) - ran)
+
+
+def _branches(code: CodeType) -> bool:
+    """Whether what code does may depend on its arguments, on a flag, or on what kind of value something is."""
+    jumps = any("JUMP" in each.opname and "IF" in each.opname for each in dis.get_instructions(code))
+    return jumps or bool(_QUESTIONS & set(code.co_names)) or any(map(_branches, _inner(code)))
+
+
+def _methods(module: nn.Module) -> set[CodeType]:
+    """The code of the methods that module's classes define, torch's own and what builds and runs it apart."""
+    kinds = [kind for kind in type(module).__mro__ if not kind.__module__.startswith("torch.")]
+    members = [value for kind in kinds for name, value in vars(kind).items() if name not in ("__init__", "forward")]
+    members = [value.fget if isinstance(value, property) else value for value in members]
+    members = [getattr(value, "__func__", value) for value in members]
+    return {value.__code__ for value in members if isinstance(value, FunctionType)}
+
+
+def _names(code: CodeType, attribute: str) -> bool:
+    return attribute in code.co_names or attribute in code.co_consts or any(_names(c, attribute) for c in _inner(code))
+
+
+def _inner(code: CodeType) -> Iterator[CodeType]:
+    return (value for value in code.co_consts if isinstance(value, CodeType))
 
 
 def _takers_in(graph: fx.Graph, model: nn.Module, kind: type[nn.Module]) -> dict[str, list[str]]:
@@ -140,8 +200,11 @@ class _Tracer(fx.Tracer):
         return isinstance(m, SparseModule) or super().is_leaf_module(m, module_qualified_name)
 
 
-def _graphs(model: nn.Module) -> list[fx.Graph]:
-    """What model does in training and in evaluation mode; an empty graph where torch.fx cannot follow it."""
+def _graphs(model: nn.Module, callees: dict[CodeType, set[CodeType]]) -> list[fx.Graph]:
+    """What model does in training and in evaluation mode; an empty graph where torch.fx cannot follow it.
+
+    callees gets, for all code that ran and is not torch's, the code that it called, torch's left out.
+    """
     graphs = []
     # A copy, since forward may keep what it computes; its tensors are the model's own.
     tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
@@ -151,11 +214,29 @@ def _graphs(model: nn.Module) -> list[fx.Graph]:
             # Not by train(), which a module may take as a reason to lay out its weight.
             module.training = training
         try:
-            graph = _Tracer().trace(copied)
+            with _noting(callees):
+                graph = _Tracer().trace(copied)
         except Exception:  # whatever a forward raises that meets no tensor
             return [fx.Graph()]
         graphs.append(fx.Graph() if _keeps_proxies(copied) else graph)
     return graphs
+
+
+@contextmanager
+def _noting(callees: dict[CodeType, set[CodeType]]) -> Iterator[None]:
+    """Notes which code calls which meanwhile; torch's own calls of modules stand between a module and its children."""
+    before = sys.getprofile()
+
+    def note(frame: FrameType, event: str, argument: object) -> None:
+        caller = frame.f_back
+        if event == "call" and caller is not None and not frame.f_code.co_filename.startswith(_TORCH):
+            callees.setdefault(caller.f_code, set()).add(frame.f_code)
+
+    sys.setprofile(note)
+    try:
+        yield
+    finally:
+        sys.setprofile(before)
 
 
 def _keeps_proxies(model: nn.Module) -> bool:

@@ -16,6 +16,7 @@ from tersetorch.conversion.report import ConversionReport
 from tersetorch.conversion.swap import deep_copy, swapped_copy
 from tersetorch.conversion.verify import output_difference
 from tersetorch.conversion.walk import Site
+from tersetorch.nn.sparse_module import SparseModule
 
 # Where the model as a whole is not faster, this share of its swaps is undone before it is timed again.
 UNDONE_SHARE = 0.25
@@ -23,8 +24,13 @@ UNDONE_SHARE = 0.25
 AS_IT_IS, CHANNELS_LAST = "converted model", "converted model in channels_last"
 
 
-def assemble(model: nn.Module, groups: list[list[Site]], decisions: list[Decision]) -> tuple[nn.Module, Fusion]:
-    """A copy of model as decided, and what became of its ReLUs; the replacements themselves go into it."""
+def assemble(
+    model: nn.Module, groups: list[list[Site]], decisions: list[Decision], inputs: Inputs | None = None
+) -> tuple[nn.Module, Fusion]:
+    """A copy of model as decided, and what became of its ReLUs; the replacements themselves go into it.
+
+    Where inputs are given and fused ReLUs change a bit of what comes out, none is fused.
+    """
     replacements = {
         site.module: layer
         for group, decision in zip(groups, decisions, strict=True)
@@ -32,7 +38,30 @@ def assemble(model: nn.Module, groups: list[list[Site]], decisions: list[Decisio
         for site, layer in zip(group, decision.layers, strict=True)
     }
     copied = swapped_copy(model, replacements)
-    return copied, fuse(copied, replacements.values()) if replacements else Fusion()
+    if not replacements:
+        return copied, Fusion()
+    before = None if inputs is None else _output(copied, inputs)
+    fusion = fuse(copied, replacements.values())
+    if inputs is not None and (fusion.fused or fusion.in_place) and not _same(before, _output(copied, inputs)):
+        for layer in replacements.values():
+            if isinstance(layer, SparseModule):
+                layer.relu = False
+        return swapped_copy(model, replacements), Fusion()
+    return copied, fusion
+
+
+def _output(model: nn.Module, inputs: Inputs) -> object:
+    """What model gives in evaluation, or the error that it raises; a copy runs, since a run may change a model."""
+    try:
+        return seeded_run(deep_copy(model).eval(), inputs)
+    except Exception as error:  # whatever the model raises
+        return error
+
+
+def _same(before: object, after: object) -> bool:
+    if isinstance(before, Exception) or isinstance(after, Exception):
+        return type(before) is type(after)
+    return output_difference(before, after) in (0.0, None)
 
 
 def settle(
@@ -66,12 +95,12 @@ def settle(
         given["dense model channels_last"] = inputs.map(last_channels)
     name, model = list(strong.items())[-1]
     in_place = deep_copy(model)
-    if fuse(in_place, ()).in_place:
+    if fuse(in_place, ()).in_place and _same(_output(model, given[name]), _output(in_place, given[name])):
         strong[f"{name} with ReLU in place"], given[f"{name} with ReLU in place"] = in_place, given[name]
     dense = {name: _runner(model, given[name].copy()) for name, model in strong.items()}
     verdict, dense_ms = "not timed", None
     while swapped := [index for index, decision in enumerate(decisions) if decision.layers]:
-        converted, _ = assemble(probe, groups, decisions)
+        converted, _ = assemble(probe, groups, decisions, inputs)
         watched = {
             layer: index
             for index in swapped
@@ -102,7 +131,7 @@ def settle(
         if result.passes(best):
             score = result.scores[best]
             # Both from the same state, which the timed runs may have moved on.
-            again, _ = assemble(probe, groups, decisions)
+            again, _ = assemble(probe, groups, decisions, inputs)
             again = in_channels_last(again) if best == CHANNELS_LAST else again
             expected, got = seeded_run(deep_copy(probe), inputs), seeded_run(again, inputs)
             return decisions, ConversionReport(

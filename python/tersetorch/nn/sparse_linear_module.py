@@ -73,7 +73,7 @@ class SparseLinearBase(SparseModule[Format]):
         # As _run, with the checks after the product where it is fast: they would cost a microsecond before it.
         if is_grad_enabled() or forward_ad._current_level >= 0:
             self._check_input(input)
-            return self._recorded(input)
+            return self._with_gradients(input)
         try:
             if input.shape[-1] == self.in_features:
                 return self._unrecorded(input)

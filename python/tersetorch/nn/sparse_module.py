@@ -19,6 +19,8 @@ FLOATS = (torch.float32, torch.bfloat16)
 
 # A tensor's version (None where it counts none) and address: what tells that its numbers are still the same.
 State = tuple[int | None, int]
+# What packed numbers were made from: names, tensors and their states then.
+Origin = tuple[tuple[str, Tensor | None, State], ...]
 
 # A call that needs little looking: the layout's op and its arguments after x. They hold while the rest does: relu, the
 # layer's own tensors as the dictionaries hold them, and what packed numbers come from, with its state.
@@ -75,7 +77,7 @@ class SparseModule(nn.Module, Generic[Format]):
         self._packed_kind: type[Any] | None = None
         # What the buffers packed_* come from: name, tensor (None in a copy, until it is called), and its state then.
         # Without such buffers, None.
-        self._packed_from: tuple[tuple[str, Tensor | None, State], ...] | None = None
+        self._packed_from: Origin | None = None
         self._ready: Ready | None = None
         # Whether eval(), or another step that must not fail half-way, left it to the next call to pack, or say why not.
         self._pending = False
@@ -278,11 +280,23 @@ class SparseModule(nn.Module, Generic[Format]):
         """The product: with gradients, or without them from the packed layout where there is one."""
         # The twin drops forward-mode tangents, which no_grad does not switch off; the recorded op refuses them.
         if is_grad_enabled() or forward_ad._current_level >= 0:
-            return self._recorded(x)
+            return self._with_gradients(x)
         try:
             return self._unrecorded(x)
         except KeyError:  # a parametrization, or a shallow copy, took a tensor out of the dictionaries
             return self._recorded(x)
+
+    def _with_gradients(self, x: Tensor) -> Tensor:
+        """The product with gradients; a layout made from numbers that train is built anew before it is used again.
+
+        An optimizer's step may follow, and a fused one does not count as a change of a tensor.
+        """
+        if self._packed_from is not None and not is_compiling():
+            numbers = self._own(self.parameter_field)
+            copied = any(name == self.parameter_field for name, _, _ in self._packed_from)
+            if copied and numbers is not None and numbers.requires_grad:
+                self._packed_from, self._ready = _unknown(self._packed_from), None
+        return self._recorded(x)
 
     def _unrecorded(self, x: Tensor) -> Tensor:
         """The product without gradients, from the packed layout where there is one."""
@@ -306,7 +320,8 @@ class SparseModule(nn.Module, Generic[Format]):
         op, arguments = ops.native_op(row.op), row.arguments(self)
         if arguments[-1] is False:  # relu, whose default is sooner filled in than read
             arguments = arguments[:-1]
-        if not is_compiling():
+        # A trace runs twice and compares what it saw.
+        if not is_compiling() and torch._C._get_tracing_state() is None:
             # An op's own _op is what calling it calls.
             self._ready = getattr(op, "_op", op), arguments, self.relu, *self._watched()
         y: Tensor = op(x, *arguments)
@@ -374,9 +389,7 @@ class SparseModule(nn.Module, Generic[Format]):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy's tensors count their versions from 0.
-        packed = self._packed_from
-        unknown = None if packed is None else tuple((name, None, (None, 0)) for name, _, _ in packed)
-        return {**self.__dict__, "_packed_from": unknown, "_ready": None}
+        return {**self.__dict__, "_packed_from": _unknown(self._packed_from), "_ready": None}
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Takes another sparsity too: the positions come with the state, so their number may differ from today's."""
@@ -452,6 +465,11 @@ class CodebookModule(SparseModule[SparseCodebookWeight]):
             self.codebook.grad = None
             self.codebook.data = before.to(self.codebook.device)
             self.codebook.grad = None if grad is None else grad.to(self.codebook.device)
+
+
+def _unknown(origin: Origin | None) -> Origin | None:
+    """The same names with no tensor: what they hold has to be read anew."""
+    return None if origin is None else tuple((name, None, (None, 0)) for name, _, _ in origin)
 
 
 def state_of(tensor: Tensor) -> State:

@@ -49,7 +49,9 @@ def sparse_conv2d(
 
     In mode "bfloat16" x and W are rounded to bfloat16, nearest and ties to even; their products are exact in float32,
     in which they are accumulated (bfloat16 instructions take numbers below 2**-126 as 0). Against the exact result, y
-    is off by at most sum of |w * x| * 2**-7 over the weights of the filter that meet x there.
+    is off by at most sum of |w * x| * 2**-7 over the weights of the filter that meet x there. Channels 2k and 2k + 1 of
+    a group are multiplied together where either has a weight: infinity or NaN in the other then gives NaN, as in a
+    dense convolution.
 
     In mode "int8" both are rounded to 8 bits, filter o with the scale r = max |W[o]| / 127 and image n with
     s = max |x[n]| / 127: y = fma(sum of V * q * r, s, bias[o]) with V = round(W / r) and q = round(x / s), ties to

@@ -110,7 +110,7 @@ def make_layer(kind: str, weight: Any, bias: Tensor | None, config: dict[str, An
             return packed
         layer: Layer = cls(weight, bias, relu=relu, **options).train(training)
         return layer if layout == cls.plain_layout else layer.pack(layout)
-    except (RuntimeError, TypeError, ValueError) as error:
+    except (MemoryError, RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, TerseFileError):
             raise
         refuse(f"hold the weight and the settings of a {kind}", error)

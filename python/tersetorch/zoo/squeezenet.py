@@ -77,8 +77,8 @@ class SqueezeNet(nn.Module):
         x = _pool(self.relu1(self.conv1(images)))
         for number in range(2, len(FIRES) + 2):
             x = self.get_submodule(f"fire{number}")(x)
-            if number in POOLED[self.version]:
-                x = _pool(x)
+            # Not an if: convert fuses ReLUs only where a forward has one path.
+            x = (_keep, _pool)[number in POOLED[self.version]](x)
         logits: Tensor = self.relu10(self.conv10(self.dropout9(x))).mean((2, 3))
         return logits
 
@@ -110,6 +110,10 @@ class Fire(nn.Module):
         """Y of x, both [N, channels, height, width]."""
         s = self.squeeze_relu(self.squeeze(x))
         return torch.cat([self.expand1x1_relu(self.expand1x1(s)), self.expand3x3_relu(self.expand3x3(s))], 1)
+
+
+def _keep(x: Tensor) -> Tensor:
+    return x
 
 
 def _pool(x: Tensor) -> Tensor:
