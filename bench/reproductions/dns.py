@@ -14,10 +14,9 @@ from functools import partial
 from typing import Any
 
 from rich.progress import Progress
-from rich.table import Table
 from torch import nn
 
-from tersetorch.bench.reproductions.han import TITLES, measured, train_dense
+from tersetorch.bench.reproductions.han import FIGURES, TITLES, measured, table, train_dense
 from tersetorch.bench.reproductions.runs import How, Reproduction, over_seeds
 from tersetorch.methods import finalize, prune
 from tersetorch.recipes.deep_compression import Training
@@ -152,34 +151,10 @@ def run(network: str, how: How) -> dict[str, Any]:
         "kept": plan.kept,
         "last": plan.last.model_dump(),
     }
-    figures = {
-        "error_dense": "least",
-        "error_pruned": "least",
-        "error_rise": "least",
-        "nonzeros": "least",
-        "ratio": "most",
-    }
     record: dict[str, Any] = over_seeds(
-        f"dns_{network}", partial(_one, network, plan), how, described, PAPER[network], figures
+        f"dns_{network}", partial(_one, network, plan), how, described, PAPER[network], FIGURES
     )
     return record
-
-
-def table(record: dict[str, Any]) -> Table:
-    """The record beside the paper's row, whose non-zeros are the published model's."""
-    shown = Table("", "error dense", "error pruned", "non-zeros", "smaller", title=TITLES[record["plan"]["network"]])
-    rows = [("paper", record["paper"])]
-    rows += [(f"seed {row['seed']}", row) for row in record["seeds"]]
-    rows += [(name, record[name]) for name in ("mean", "worst")]
-    for name, row in rows:
-        shown.add_row(
-            name,
-            f"{row['error_dense']:.2f} %",
-            f"{row['error_pruned']:.2f} %",
-            f"{row['nonzeros']:,.0f}",
-            f"{row['ratio']:.1f}x",
-        )
-    return shown
 
 
 def _one(network: str, plan: Plan, seed: int, *, progress: Progress | None) -> dict[str, Any]:
