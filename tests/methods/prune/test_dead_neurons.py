@@ -197,12 +197,83 @@ def test_a_live_model_shrinks_and_trains_on(shared):
     again[0].load_state_dict(small[0].state_dict())
 
 
-def test_optimizers_keep_the_same_parameters():
+@pytest.mark.parametrize("masked", [False, True])
+def test_training_goes_on_with_an_old_loss_in_sight(masked):
+    model = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
+    silence(model[2], inputs=(0,))
+    if masked:
+        prune.keep_zeros(model)
+    x = torch.randn(4, 8)
+    loss = model(x).sum()
+    loss.backward()
+    prune.remove_dead_neurons(model, x)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(x).sum().backward()
+    optimizer.step()
+    assert shapes(model) == [(5, 8), (3, 5)] and loss.grad_fn is not None
+
+
+class Reads(nn.Module):
+    """A forward that uses a layer's weight by itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.enc, self.mid = nn.Linear(8, 6), nn.Linear(6, 6)
+
+    def forward(self, x):
+        return functional.linear(self.mid(torch.relu(self.enc(x))), self.enc.weight.t())
+
+
+def test_a_weight_that_the_model_reads_itself_stays():
+    model = Reads()
+    silence(model.mid, inputs=(2,))
+    small = outputs_stay(model, torch.randn(4, 8))
+    assert shapes(small) == [(6, 8), (6, 6)]
+
+
+def test_a_failure_takes_everything_back(monkeypatch):
+    from tersetorch.methods.prune import dead_neurons
+
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4), nn.Linear(4, 4)).eval()
+    for layer in (model[0], model[2]):
+        silence(layer, outputs=(0,))
+    before, run, calls = copy.deepcopy(model), dead_neurons._run, []
+
+    def fail(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return run(*arguments)
+
+    monkeypatch.setattr(dead_neurons, "_run", fail)
+    with pytest.raises(KeyboardInterrupt):
+        prune.remove_dead_neurons(model, torch.randn(2, 4))
+    assert repr(model) == repr(before)
+    assert all(torch.equal(tensor, before.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
+def test_hooks_and_dropout_that_always_drops_stop_it():
+    hooked = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    silence(hooked[0], outputs=(1,))
+    hooked[1].register_forward_hook(lambda module, inputs, output: output.flip(1))
+    assert shapes(outputs_stay(hooked, torch.randn(3, 4))) == [(4, 4), (2, 4)]
+
+    class Drops(Two):
+        def forward(self, x):
+            return self.left(functional.dropout(self.body(x), 0.5, True))
+
+    model = Drops()
+    silence(model.body, outputs=(1,))
+    prune.remove_dead_neurons(model, torch.randn(1, 4))
+    assert shapes(model)[0] == (6, 4)
+
+
+def test_unbatched_and_empty_inputs_change_nothing():
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
-    before = list(model.parameters())
-    silence(model[0], outputs=(0,))
-    prune.remove_dead_neurons(model, torch.randn(2, 4))
-    assert all(first is second for first, second in zip(before, model.parameters(), strict=True))
+    silence(model[0], outputs=(1,))
+    assert shapes(prune.remove_dead_neurons(copy.deepcopy(model), torch.randn(4))) == [(6, 4), (2, 6)]
+    empty = nn.Sequential(nn.Linear(4, 0), nn.ReLU(), nn.Linear(0, 4))
+    assert shapes(prune.remove_dead_neurons(empty, torch.randn(2, 4))) == [(0, 4), (4, 0)]
 
 
 class Twice(nn.Module):

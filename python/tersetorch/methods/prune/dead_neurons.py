@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -64,14 +65,14 @@ def remove_dead_neurons(
       biases of the layers that read it. Where one of these has no bias, or pads with zeros what is not zero, it stays.
 
     Removing one may leave others with nothing: it goes on until none is left to remove, but keeps one in each layer.
-    Weights, biases, masks, codes and batch norms between the layers lose the channel, so that in evaluation mode the
-    outputs are the same within rounding. Parameters stay the same objects with smaller values: build the optimizer
-    anew, its momentum has the old shapes. Retraining with weight decay first empties more of them.
+    Weights, biases, masks, codes and batch norms between the layers lose the channel, so that in evaluation mode, on
+    inputs of the example's size, the outputs are the same within rounding. Their parameters are new, smaller ones:
+    build the optimizer anew. Retraining with weight decay first empties more of them.
 
     A layer is looked at when only activations, pooling, dropout, batch norm, flattening from dimension 1 and means over
     positions stand between it and the Linear and ungrouped Conv layers that read it. A layer whose output is added,
-    concatenated or returned stays as it is; so does one that runs twice, shares its weight, or has a parametrization of
-    someone else.
+    concatenated or returned stays as it is; so does one that runs twice, shares its weight, has a parametrization of
+    someone else, or whose parameters the model reads by itself. A module with hooks stops it.
 
     Args:
         model: what torch.fx can trace; live and finalized models alike.
@@ -92,13 +93,20 @@ def remove_dead_neurons(
     chosen = {id(module) for target in select(where, model, targets, ignore) for module, _ in target.owners}
     with torch.no_grad(), evaluating(model):
         graph = _trace(where, model)  # in evaluation: functional.dropout is traced as it is there
-        changed = True
-        while changed:
-            changed = False
-            for node in graph.graph.nodes:
-                if id(graph.modules.get(node)) in chosen:
-                    values = _run(where, graph, example_inputs)
-                    changed |= _shrink(graph, node, values)
+        undo: list[Callable[[], object]] = []
+        try:
+            changed = True
+            while changed:
+                changed = False
+                for node in graph.graph.nodes:
+                    if id(graph.modules.get(node)) in chosen:
+                        values = _run(where, graph, example_inputs)
+                        changed |= _shrink(graph, node, values, undo)
+            _run(where, graph, example_inputs)
+        except BaseException:
+            for step in reversed(undo):
+                step()
+            raise
     return model
 
 
@@ -166,11 +174,17 @@ def _trace(where: str, model: nn.Module) -> _Graph:
         ) from error
     modules = {node: traced.get_submodule(str(node.target)) for node in graph.nodes if node.op == "call_module"}
     calls = Counter(id(module) for module in modules.values())
+    # What the model reads by itself, as get_attr nodes.
+    read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+    by_name = dict(traced.named_parameters(remove_duplicate=False))
+    own = {id(by_name[name]) for name in read if name in by_name}
     holders = Counter(id(tensor) for module in set(model.modules()) for tensor in module.parameters(recurse=False))
     alone = {
         id(module)
         for module in modules.values()
-        if calls[id(module)] == 1 and all(holders[id(tensor)] == 1 for tensor in module.parameters())
+        if calls[id(module)] == 1
+        and not (module._forward_hooks or module._forward_pre_hooks)
+        and all(holders[id(tensor)] == 1 and id(tensor) not in own for tensor in module.parameters())
     }
     return _Graph(graph, traced, modules, alone)
 
@@ -206,13 +220,15 @@ def _run(where: str, graph: _Graph, example_inputs: object) -> dict[fx.Node, Any
     return record.values
 
 
-def _shrink(graph: _Graph, node: fx.Node, values: Mapping[fx.Node, Any]) -> bool:
-    """Removes the dead neurons of the layer that node calls; whether there were any."""
+def _shrink(graph: _Graph, node: fx.Node, values: Mapping[fx.Node, Any], undo: list[Callable[[], object]]) -> bool:
+    """Removes the dead neurons of the layer that node calls; whether there were any. undo gets what takes it back."""
     layer: Any = graph.modules[node]
     region = _region(graph, node, values)
     if region is None:
         return False
     channels = layer.weight.shape[0]
+    if not channels:
+        return False
     entered = layer.weight.flatten(1).any(1)
     constants = _constants(graph, node, region, values)
     dead = torch.ones_like(entered)
@@ -229,22 +245,17 @@ def _shrink(graph: _Graph, node: fx.Node, values: Mapping[fx.Node, Any]) -> bool
         module = graph.modules[reader]
         repeat = module.weight.shape[1] // channels
         gone = dead.repeat_interleave(repeat)
-        if module.bias is not None:
-            # A neuron that leaves by no weight may have any constant, also one that varies.
-            constant = constants[reader][gone].double()
-            constant = torch.where(constant.isfinite(), constant, 0)
-            weight = module.weight[:, gone].double()
-            module.bias += (weight.flatten(2).sum(2) if weight.ndim > 2 else weight).matmul(constant).to(module.bias)
-        _select(module, "weight", 1, ~gone)
-        _set_size(module, "in", int((~gone).sum()))
+        _move_into_bias(module, gone, constants[reader], undo)
+        _select(module, "weight", 1, ~gone, undo)
+        _set_size(module, "in", int((~gone).sum()), undo)
     for norm in region.norms:
         gone = dead.repeat_interleave(norm.num_features // channels)
         for name in ("weight", "bias", "running_mean", "running_var"):
-            _select(norm, name, 0, ~gone)
-        norm.num_features = int((~gone).sum())
-    _select(layer, "weight", 0, ~dead)
-    _select(layer, "bias", 0, ~dead)
-    _set_size(layer, "out", int((~dead).sum()))
+            _select(norm, name, 0, ~gone, undo)
+        _set(norm, "num_features", int((~gone).sum()), undo)
+    _select(layer, "weight", 0, ~dead, undo)
+    _select(layer, "bias", 0, ~dead, undo)
+    _set_size(layer, "out", int((~dead).sum()), undo)
     return True
 
 
@@ -302,7 +313,7 @@ def _is_plain(graph: _Graph, module: nn.Module) -> bool:
 
 def _fits(layer: nn.Module, output: Tensor) -> bool:
     """Whether output is of a batch: the channels of an unbatched image lie elsewhere."""
-    return not isinstance(layer, _ConvNd) or output.ndim == 2 + len(layer.kernel_size)
+    return output.ndim == 2 + len(layer.kernel_size) if isinstance(layer, _ConvNd) else output.ndim > 1
 
 
 def _reads(module: nn.Module, x: Tensor, layer: nn.Module) -> bool:
@@ -319,8 +330,12 @@ def _keeps_channels(
     if not isinstance(y, Tensor):
         return False
     if module is None:
+        if user.target is functional.dropout and user.kwargs.get("training", (*user.args, 0.5, True)[2]) is not False:
+            return False  # it drops in evaluation too
         if user.target in ELEMENTWISE_FUNCTIONS or (user.op == "call_method" and user.target in ELEMENTWISE_METHODS):
             return True
+    elif module._forward_hooks or module._forward_pre_hooks:
+        return False
     elif isinstance(module, ELEMENTWISE):
         return True
     if isinstance(layer, nn.Linear) and x.ndim != 2:
@@ -376,25 +391,48 @@ def _absorbs(module: Any, constants: Tensor) -> Tensor:
     padded = (
         isinstance(module, _ConvNd) and module.padding_mode == "zeros" and any(module._reversed_padding_repeated_twice)
     )
-    if module.bias is None or padded:
+    if not isinstance(module._parameters.get("bias"), nn.Parameter) or padded:
         return (constants == 0).all(1)
     return constants.isfinite().all(1)
 
 
-def _select(module: nn.Module, name: str, dim: int, kept: Tensor) -> None:
-    """Keeps the entries of one dimension of a parameter or buffer, its mask and codes too."""
-    index = kept.nonzero().flatten()
+def _move_into_bias(module: Any, gone: Tensor, constants: Tensor, undo: list[Callable[[], object]]) -> None:
+    """Adds what the inputs that go have given to the bias."""
+    bias = module._parameters.get("bias")
+    # One that leaves by no weight may have any constant, also one that varies.
+    constant = torch.where(constants[gone].isfinite(), constants[gone], 0).double()
+    if isinstance(bias, nn.Parameter):
+        weight = module.weight[:, gone].double()
+        given = (weight.flatten(2).sum(2) if weight.ndim > 2 else weight).matmul(constant).to(bias)
+        _put(module._parameters, "bias", nn.Parameter(bias + given, bias.requires_grad), undo)
+
+
+def _select(module: nn.Module, name: str, dim: int, kept: Tensor, undo: list[Callable[[], object]]) -> None:
+    """Keeps the entries of one dimension of a parameter or buffer, its mask and codes too.
+
+    A new parameter takes the old one's place: graphs that hold the old one keep its shape.
+    """
     live = live_weight(module, name)
+    places: list[tuple[nn.Module, str]] = [(module, name)]
     if live is not None:
-        compressed = live.compressed
-        compressed.mask = compressed.mask.index_select(dim, index.to(compressed.mask.device))
-        if compressed.codes is not None:
-            compressed.codes = compressed.codes.index_select(dim, index.to(compressed.codes.device))
-    held: Tensor | None = live.original if live is not None else getattr(module, name)
-    if held is not None:
-        held.grad = None
-        held.data = held.data.index_select(dim, index.to(held.device))
+        places = [(live.compressed, "mask"), (live.compressed, "codes"), (live.held, "original")]
+    for holder, key in places:
+        table: dict[str, Any] = holder._parameters if key in holder._parameters else holder._buffers
+        held = table.get(key)
+        if held is not None:
+            new = held.detach().index_select(dim, kept.nonzero().flatten().to(held.device))
+            _put(table, key, nn.Parameter(new, held.requires_grad) if isinstance(held, nn.Parameter) else new, undo)
 
 
-def _set_size(module: Any, side: str, size: int) -> None:
-    setattr(module, f"{side}_features" if isinstance(module, nn.Linear) else f"{side}_channels", size)
+def _put(table: dict[str, Any], key: str, new: Tensor, undo: list[Callable[[], object]]) -> None:
+    undo.append(partial(table.__setitem__, key, table[key]))
+    table[key] = new
+
+
+def _set_size(module: nn.Module, side: str, size: int, undo: list[Callable[[], object]]) -> None:
+    _set(module, f"{side}_features" if isinstance(module, nn.Linear) else f"{side}_channels", size, undo)
+
+
+def _set(module: nn.Module, attribute: str, value: int, undo: list[Callable[[], object]]) -> None:
+    undo.append(partial(setattr, module, attribute, getattr(module, attribute)))
+    setattr(module, attribute, value)
