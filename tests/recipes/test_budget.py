@@ -9,7 +9,8 @@ from torch import nn
 import tersetorch as tt
 from tersetorch.methods.parametrization import is_live
 from tersetorch.methods.selection import select
-from tersetorch.recipes.cost_curves import cost_curves
+from tersetorch.recipes import budget
+from tersetorch.recipes.cost_curves import CostCurves, cost_curves
 
 GRID = (0.0, 0.5, 0.8, 0.9, 0.95)
 
@@ -153,6 +154,42 @@ def test_a_folder_of_another_run_is_refused(model, accuracy, tmp_path):
     (tmp_path / "record.json").write_text("{")
     with pytest.raises(ValueError, match=r"prune_to_budget: folder must hold a run's record"):
         tt.prune_to_budget(model, accuracy, max_drop=1, losses=losses, sparsities=GRID, folder=tmp_path)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_the_cheapest_choice_is_not_refused_for_rounding(model, monkeypatch, seed):
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.rand(4, 2, generator=generator, dtype=torch.float64).tolist()
+    curves = CostCurves(drawn[3][0], {name: {0.0: 1 + a, 0.9: b} for name, (a, b) in zip("024", drawn, strict=False)})
+    monkeypatch.setattr(budget, "cost_curves", lambda *arguments: curves)
+    losses = {name: {0.0: 0.0, 0.9: 1.0} for name in "024"}
+    found = tt.prune_to_budget(model, lambda model: 0.0, max_drop=1, losses=losses, sparsities=[0.0, 0.9])
+    assert found.sparsities == dict.fromkeys("024", 0.9)
+
+
+def test_other_losses_or_inputs_are_another_run(model, accuracy, tmp_path):
+    def go(loss, batch):
+        losses = {name: {0.0: 0.0, 0.5: loss} for name in "024"}
+        return tt.prune_to_budget(
+            copy.deepcopy(model), accuracy, max_drop=1, losses=losses, sparsities=[0.0, 0.5], folder=tmp_path,
+            unit="operations", example_inputs=torch.randn(batch, 16),
+        )  # fmt: skip
+
+    first = go(1.0, 1)
+    assert go(1.0, 1) == first
+    for loss, batch in ((2.0, 1), (1.0, 2)):
+        with pytest.raises(ValueError, match="folder must hold a run with the same model and arguments"):
+            go(loss, batch)
+
+
+def test_layers_with_one_weight_both_compute():
+    model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32))
+    model[2].weight = model[0].weight
+    x = torch.randn(4, 32)
+    curves = cost_curves(model, select("here", model, None, None), (0.0, 0.5), "operations", x)
+    for sparsity in (0.0, 0.5):
+        pruned = tt.finalize(tt.prune.magnitude(copy.deepcopy(model), sparsity))
+        assert curves.total({"0": sparsity}) == tt.costs.count(pruned, x).effective_macs
 
 
 def test_milliseconds_are_those_that_convert_measures():

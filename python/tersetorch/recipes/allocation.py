@@ -22,7 +22,7 @@ def allocate(losses: Curves, costs: Curves, budget: float) -> dict[str, float]:
     Args:
         losses: for each layer, what is lost at each sparsity.
         costs: for the same layers, what it costs at the same sparsities; not negative.
-        budget: positive.
+        budget: at least 0.
 
     Raises:
         ValueError: even the cheapest choice costs more than budget.
@@ -38,6 +38,8 @@ def allocate(losses: Curves, costs: Curves, budget: float) -> dict[str, float]:
         )
     if not losses:
         return {}
+    if not budget > 0:
+        return _cheapest(costs)
     best = np.zeros(STEPS + 1)  # least loss of the layers so far, by steps that may be spent on them
     chosen: list[tuple[str, list[float], np.ndarray]] = []
     for name, curve in losses.items():
@@ -50,10 +52,14 @@ def allocate(losses: Curves, costs: Curves, budget: float) -> dict[str, float]:
         chosen.append((name, sparsities, totals.argmin(0)))
         best = totals.min(0)
     if not np.isfinite(best[STEPS]):  # only rounding stands in the way
-        return {name: min(curve, key=lambda sparsity: (curve[sparsity], sparsity)) for name, curve in costs.items()}
+        return _cheapest(costs)
     left, found = STEPS, {}
     for name, sparsities, rows in reversed(chosen):
         sparsity = sparsities[int(rows[left])]
         found[name] = sparsity
         left -= int(np.ceil(costs[name][sparsity] / budget * STEPS - 1e-9))
     return {name: found[name] for name in losses}
+
+
+def _cheapest(costs: Curves) -> dict[str, float]:
+    return {name: min(curve, key=lambda sparsity: (curve[sparsity], sparsity)) for name, curve in costs.items()}

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from tersetorch.methods import prune
 from tersetorch.methods.arguments import check_choice, check_int, check_number
@@ -198,6 +199,8 @@ def prune_to_budget(
         "max_drop": max_drop,
         "trials": trials,
         "pattern": pattern,
+        "losses": None if losses is None else _digest(losses),
+        "example_inputs": _shapes(example_inputs),
     }
     run = _Run(where, folder, settings)
     told = _scan(run, where, model, evaluate, losses, chosen, grid, pattern, progress)
@@ -291,17 +294,15 @@ class _Search:
 
     def trial(self, limit: float) -> bool:
         """Tries the best sparsities within limit; whether they keep the floor."""
-        room = limit - self.curves.fixed
-        try:
-            sparsities = allocate(self.losses, self.curves.layers, room) if room > 0 else None
-        except ValueError:
-            sparsities = None
-        if sparsities is None:
-            least = self.curves.fixed + sum(min(curve.values()) for curve in self.curves.layers.values())
+        least = sum(min(curve.values()) for curve in self.curves.layers.values())
+        whole = self.curves.fixed + least
+        if limit < whole * (1 - 1e-12):
             raise ValueError(
-                f"{self.where}: budget must be at least {least:.6g}, the cost at the largest sparsities, got "
+                f"{self.where}: budget must be at least {whole:.6g}, the cost at the largest sparsities, got "
                 f"{limit:.6g}; raise it, or add larger sparsities"
             )
+        # Rounding of the sum must not leave less room than the cheapest choice takes.
+        sparsities = allocate(self.losses, self.curves.layers, max(limit - self.curves.fixed, least))
         index = len(self.trials)
         stored = self.run.record["trials"]
         cost = self.curves.total(sparsities)
@@ -435,6 +436,18 @@ def _score(where: str, evaluate: Callable[[nn.Module], float], model: nn.Module 
     if not isinstance(value, Real):
         raise TypeError(f"{where}: evaluate must give a number, got {type(value).__name__}; return a float")
     return float(value)
+
+
+def _digest(losses: Sensitivity | Curves) -> str:
+    """What tells one set of losses from another."""
+    curves = losses.layers if isinstance(losses, Sensitivity) else losses
+    plain = {name: sorted(curve.items()) for name, curve in curves.items()}
+    return hashlib.sha256(json.dumps(plain, sort_keys=True, default=float).encode()).hexdigest()
+
+
+def _shapes(example_inputs: Any) -> list[str]:
+    leaves = pytree.tree_leaves(example_inputs)
+    return [str(tuple(leaf.shape)) if isinstance(leaf, torch.Tensor) else type(leaf).__name__ for leaf in leaves]
 
 
 def _fingerprint(model: nn.Module) -> str:

@@ -78,14 +78,18 @@ def cost_curves(
         measured.append(_MEASURES[unit](pruned, example_inputs))
         if progress is not None and task is not None:
             progress.advance(task)
-    names = {target.name: next(name for name in target.names if name in measured[0].layers) for target in targets}
+    owned = {target.name: [name for name in target.names if name in measured[0].layers] for target in targets}
+    # Each layer that uses a tied weight computes with it; the file holds it once, and a time is that of all of them.
+    names = {name: own if unit == "operations" else own[:1] for name, own in owned.items()}
     layers = {
-        name: {sparsity: found.layers[own] for sparsity, found in zip(sparsities, measured, strict=True)}
+        name: {s: sum(found.layers[each] for each in own) for s, found in zip(sparsities, measured, strict=True)}
         for name, own in names.items()
     }
     if unit == "milliseconds":
         return _quiet(layers, names, measured)
-    return CostCurves(measured[0].whole - sum(measured[0].layers[own] for own in names.values()), layers)
+    return CostCurves(
+        measured[0].whole - sum(measured[0].layers[each] for own in names.values() for each in own), layers
+    )
 
 
 @dataclass(frozen=True)
@@ -122,12 +126,12 @@ def _milliseconds(pruned: nn.Module, example_inputs: Any) -> _Measured:
 
 
 def _quiet(
-    layers: dict[str, dict[float, float]], names: Mapping[str, str], measured: Sequence[_Measured]
+    layers: dict[str, dict[float, float]], names: Mapping[str, list[str]], measured: Sequence[_Measured]
 ) -> CostCurves:
     """Times without what is only noise: where a layer stays dense, its one dense time; none above a sparser one's."""
     dense = {}
     for name, own in names.items():
-        seen = [found.dense[own] for found in measured if not math.isnan(found.dense[own])]
+        seen = [found.dense[own[0]] for found in measured if not math.isnan(found.dense[own[0]])]
         dense[name] = statistics.median(seen) if seen else 0.0  # never worth timing: nothing is faster at any sparsity
     for name, curve in layers.items():
         least = dense[name]
