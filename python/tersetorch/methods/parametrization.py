@@ -44,6 +44,7 @@ class CompressedWeight(nn.Module):
         super().__init__()
         self.register_buffer("mask", mask)
         self.dense_gradient = False
+        self.surgery: int | None = None  # which prune.DynamicSurgery asked for it last
         self.register_buffer("codes", None)
         self.register_parameter("codebook", None)
 

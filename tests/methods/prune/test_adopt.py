@@ -83,3 +83,12 @@ def test_a_tensor_that_two_modules_hold_is_refused():
 def test_what_is_no_model_is_refused():
     with pytest.raises(TypeError, match=r"prune.from_torch: model must be a torch.nn.Module, got int"):
         prune.from_torch(3)
+
+
+def test_a_recurrent_module_deep_copies_afterwards():
+    model = nn.LSTM(4, 3)
+    torch_prune.l1_unstructured(model, "weight_hh_l0", 0.5)
+    x = torch.randn(5, 2, 4)
+    expected = model(x)[0].detach()
+    prune.from_torch(model)
+    assert torch.equal(copy.deepcopy(model)(x)[0], expected)

@@ -493,3 +493,12 @@ def test_parametrizations_on_top_are_refused(mlp):
     parametrize.register_parametrization(mlp[0], "weight", Double())
     with pytest.raises(ValueError, match="the weight of '0' must have no other parametrization, got Double; remove"):
         prune.obs(mlp, batches(), 0.6)
+
+
+def test_a_bias_that_two_layers_share_is_left():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+    model[2].bias = model[0].bias
+    before = model[0].bias.detach().clone()
+    prune.obs(model, [torch.randn(64, 8)], 0.4, solver="layerwise")
+    assert torch.equal(model[0].bias, before) and model[2].bias is model[0].bias

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tersetorch.methods import prune
+from tersetorch.methods import prune, quantize
 
 
 def test_the_others_stand_still_momentum_and_decay_included(mlp):
@@ -48,3 +48,13 @@ def test_a_pattern_that_matches_nothing_freezes_nothing(mlp):
     with pytest.raises(ValueError, match=r"prune.only: targets must match"), prune.only(mlp, "fc"):
         pass
     assert all(parameter.requires_grad for parameter in mlp.parameters())
+
+
+def test_what_is_shared_inside_trains_by_its_codebook_afterwards(mlp):
+    prune.magnitude(mlp, 0.5)
+    with prune.only(mlp, "0"):
+        quantize.kmeans(mlp, bits=2)
+        assert not mlp[2].parametrizations.weight[0].codebook.requires_grad
+    for layer in (mlp[0], mlp[2]):
+        held = layer.parametrizations.weight
+        assert held[0].codebook.requires_grad and not held.original.requires_grad

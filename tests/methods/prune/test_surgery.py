@@ -471,3 +471,20 @@ def test_a_bad_state_is_refused(mlp, change, error, message):
         surgery.load_state_dict(bad)
     assert {**surgery.state_dict(), "generator": 0} == {**state, "generator": 0}
     assert torch.equal(surgery.state_dict()["generator"], state["generator"])
+
+
+def test_a_surgery_that_takes_over_ends_the_one_before():
+    torch.manual_seed(0)
+    model = nn.Linear(10, 10)
+    first = prune.DynamicSurgery(model, 1.0, iter_stop=5)
+    second = prune.DynamicSurgery(model, 1.0, iter_stop=50)
+    first.finish()
+    compressed = model.parametrizations.weight[0]
+    assert second.active and compressed.dense_gradient
+    third = prune.DynamicSurgery(model, 1.0, iter_stop=50)
+    mask = compressed.mask.clone()
+    model.parametrizations.weight.original.data.mul_(100)
+    second.step()
+    assert not second.active and torch.equal(compressed.mask, mask) and compressed.dense_gradient
+    third.finish()
+    assert not compressed.dense_gradient

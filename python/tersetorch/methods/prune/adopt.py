@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 
 from tersetorch.methods.arguments import check_model
-from tersetorch.methods.parametrization import attach
+from tersetorch.methods.parametrization import attach, release_graphs
 from tersetorch.methods.prune.magnitude import apply_masks
 from tersetorch.methods.selection import Patterns, select
 
@@ -76,4 +76,5 @@ def from_torch(model: nn.Module) -> nn.Module:
             delattr(module, tensor)
             module.register_parameter(tensor, original)
             attach([(module, tensor)]).mask.logical_and_(mask)
+    release_graphs(model)
     return model

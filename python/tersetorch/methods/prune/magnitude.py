@@ -36,7 +36,7 @@ def magnitude(
 
     By pattern "N:M", of every M consecutive input channels (dimension 1 of the weight) the N of greatest |w| stay at
     each output and kernel position. By pattern "RxC", whole blocks of R x C of the weight as a matrix [out, rest] go,
-    those of least mean |w|, as many as fit into round(sparsity * n).
+    those of least mean |w|, as many as fit into round(sparsity * n); zeros that lie scattered do not count towards it.
 
     Pruning adds up: weights that are zero or pruned already go first and stay pruned, so asking for a lower sparsity
     than a layer has changes nothing. What survives trains on; the pruned ones have no gradient, keep their former

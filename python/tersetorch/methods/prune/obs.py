@@ -232,7 +232,7 @@ def _prune_layer(
     tick: Callable[[float], None],
 ) -> _Pruned:
     by_position = isinstance(plan.pattern, GroupPattern)
-    held = _bias(target) if plan.solver == "layerwise" else None
+    held = _bias(model, target) if plan.solver == "layerwise" else None
     moments = input_moments(
         where, model, target, data, by_position=by_position, bias=held is not None, dtype=plan.dtype
     )
@@ -289,11 +289,13 @@ def _prune_layer(
     )
 
 
-def _bias(target: Target) -> nn.Parameter | None:
-    """The bias of a layer that shares its weight with no other."""
+def _bias(model: nn.Module, target: Target) -> nn.Parameter | None:
+    """The bias of a layer that shares neither it nor its weight with another."""
     layers = layers_of(target)
     bias = layers[0]._parameters.get("bias") if len(layers) == 1 else None
-    return bias if isinstance(bias, nn.Parameter) else None
+    if bias is None or sum(held is bias for module in model.modules() for held in module._parameters.values()) > 1:
+        return None
+    return bias
 
 
 def _levels(weights: Tensor, keep: Tensor, bits: int, dtype: torch.dtype) -> Tensor:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from tersetorch.methods.parametrization import live_weights
 from tersetorch.methods.selection import Patterns, select
 
 
@@ -47,5 +48,8 @@ def only(model: nn.Module, targets: Patterns, ignore: Patterns | None = None) ->
     try:
         yield model
     finally:
+        # What was shared inside trains by its codebook from then on.
+        shared = {id(live.original): live.compressed.codebook for live in live_weights(model)}
         for parameter in frozen:
-            parameter.requires_grad_(True)
+            codebook = shared.get(id(parameter))
+            (parameter if codebook is None else codebook).requires_grad_(True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -36,6 +37,9 @@ class _Layer:
     tensors: tuple[Owners, ...]
 
 
+_SERIALS = itertools.count()
+
+
 class DynamicSurgery:
     """Masks small weights, which train on unseen and return once they have grown.
 
@@ -54,8 +58,9 @@ class DynamicSurgery:
     surgery is over: the masks stay as they are and pruned weights have no gradient any more. Training can go on.
 
     Every weight of a layer can return, also one that another method pruned before. Building another surgery on the same
-    layers takes them over. A run that is resumed from the states of model, optimizer and surgery gives the same bits as
-    one that was not stopped: build the surgery first, which attaches the masks, then load.
+    layers takes them over and ends the one before at its next step. A run that is resumed from the states of model,
+    optimizer and surgery gives the same bits as one that was not stopped: build the surgery first, which attaches the
+    masks, then load.
 
     Where convolutions and linear layers are cut together, gradients vanish. Cut them in turn; prune.only keeps the
     other layers still meanwhile, if that is wanted.
@@ -130,6 +135,7 @@ class DynamicSurgery:
         self.broadcast = broadcast
         self._iteration = 0
         self._generator = torch.Generator().manual_seed(seed)
+        self._serial = next(_SERIALS)
         for owners in self._tensors():
             attach(owners)
         self._set_active(True)
@@ -158,8 +164,12 @@ class DynamicSurgery:
         Raises:
             ValueError: a weight is no longer finite, or was finalized or shared since; nothing has changed then.
         """
+        where = "prune.DynamicSurgery.step"
+        if self._active and any(
+            live.compressed.surgery != self._serial for held in self._lives(where) for live in held
+        ):
+            self.finish()  # another surgery took a layer over
         if self._active and self._iteration + 1 < self.iter_stop:
-            where = "prune.DynamicSurgery.step"
             lives = self._lives(where)
             before = self._generator.get_state()
             draw = torch.rand(1, generator=self._generator, dtype=torch.float32).item()
@@ -232,8 +242,10 @@ class DynamicSurgery:
         self._active = active
         for owners in self._tensors():
             live = live_weight(*owners[0])
-            if live is not None:  # else it was finalized
+            # Else it was finalized, or another surgery took it over.
+            if live is not None and (active or live.compressed.surgery == self._serial):
                 live.compressed.dense_gradient = active
+                live.compressed.surgery = self._serial if active else None
 
     def _tensors(self) -> list[Owners]:
         return [owners for layer in self._layers for owners in layer.tensors]
