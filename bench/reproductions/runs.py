@@ -158,7 +158,7 @@ def reproduce(
             found = row.run(How(seeds, quick, progress, workers, notes))
     finally:
         torch.set_num_threads(before)
-    console.print(row.table(found))
+    Console(width=max(160, console.width)).print(row.table(found))
     if record is not None and notes is not None:
         record.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         notes.unlink(missing_ok=True)

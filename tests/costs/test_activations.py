@@ -60,7 +60,7 @@ def test_tuples_dicts_pruned_and_sparse_layers():
         ([], ValueError, "data must hold at least one batch, got none"),
         (torch.ones(1, 4), TypeError, "data must hold batches, got Tensor"),
         (3, TypeError, "data must hold batches, got int"),
-        ([[torch.ones(1, 4)]], TypeError, "each batch must be a tensor, a tuple of arguments or a dict"),
+        ([{torch.ones(1, 4)}], TypeError, "each batch must be a tensor, a tuple of arguments or a dict"),
     ],
 )
 def test_bad_data_is_refused_and_leaves_no_hook(data, error, message):

@@ -35,4 +35,6 @@ def reproduce(
         raise typer.BadParameter(f"ROW must be one of {', '.join(ROWS)}, got {row}")
     if json_file is not None and not json_file.parent.is_dir():
         raise typer.BadParameter(f"--json must name a file in a folder that exists, got {json_file}")
+    if quick and json_file is not None and json_file.exists():
+        raise typer.BadParameter(f"--json must name a new file with --quick, got {json_file}, which is there")
     runs.reproduce(ROWS[row], tuple(seed or runs.SEEDS), quick, workers, threads, json_file)

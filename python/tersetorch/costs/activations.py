@@ -42,7 +42,7 @@ def activation_density(
 
     Args:
         model: runs in evaluation mode, without gradients; it is left as it was.
-        data: batches, each a tensor, a tuple of arguments or a dict of keyword arguments of model.
+        data: batches, each a tensor, a tuple or list of arguments or a dict of keyword arguments of model.
 
     Returns:
         By layer, in the model's order, sparse ones too; layers that never ran have a total of 0.
@@ -78,7 +78,7 @@ def activation_density(
                 batches += 1
                 if isinstance(batch, Tensor):
                     model(batch)
-                elif isinstance(batch, tuple):
+                elif isinstance(batch, tuple | list):
                     model(*batch)
                 elif isinstance(batch, Mapping):
                     model(**batch)

@@ -64,6 +64,8 @@ def test_the_two_of_four_form_and_older_names():
 
 
 def test_plain_tensors_pass():
+    spectral = nn.utils.spectral_norm(nn.Linear(3, 4)).state_dict()
+    assert read_pruned_state(spectral) == dict(spectral)
     state = {"fc.weight": sparse(3, 4), "steps": torch.tensor(3), "a.shape": torch.tensor([1])}
     found = read_pruned_state(state)
     assert set(found) == set(state) and all(found[name] is state[name] for name in state)
@@ -92,6 +94,10 @@ def spoiled(**changes):
 @pytest.mark.parametrize(
     ("state", "message"),
     [
+        (
+            {"w": torch.ones(2), "w_orig": torch.ones(2), "w_mask": torch.ones(2)},
+            "hold 'w' once, got it beside 'w_orig' and 'w_mask'",
+        ),
         ({"w_orig": torch.ones(2)}, "hold the mask of 'w_orig', got no 'w_mask'"),
         ({"w_orig": torch.ones(2), "w_mask": torch.ones(3)}, r"hold a mask of 'w' of shape \(2,\), got \(3,\)"),
         ({"w_orig": torch.ones(2), "w_mask": torch.full((2,), 0.5)}, "hold a mask of 'w' of 0 and 1, got other"),

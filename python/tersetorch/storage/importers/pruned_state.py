@@ -51,12 +51,14 @@ def read_pruned_state(source: Mapping[str, Tensor] | str | Path) -> dict[str, Te
             )
     plain: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        if name.endswith(ORIGINAL) and name.removesuffix(ORIGINAL) + MASK in state:
-            stem = name.removesuffix(ORIGINAL)
+        stem = name.removesuffix(ORIGINAL)
+        if name.endswith(ORIGINAL) and stem + MASK in state:
+            if stem in state:
+                _refuse(f"hold {stem!r} once", f"it beside {name!r} and {stem + MASK!r}")
             plain[stem] = _masked(stem, tensor, state[stem + MASK])
         elif name.endswith(MASK) and name.removesuffix(MASK) + ORIGINAL in state:
             continue
-        elif name.endswith(ORIGINAL):
+        elif name.endswith(ORIGINAL) and f"{stem}_u" not in state:  # which torch's spectral norm keeps beside it
             _refuse(f"hold the mask of {name!r}", f"no {name.removesuffix(ORIGINAL) + MASK!r}")
         elif name.endswith(BITS):
             stem = name.removesuffix(BITS)
