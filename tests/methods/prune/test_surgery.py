@@ -488,3 +488,11 @@ def test_a_surgery_that_takes_over_ends_the_one_before():
     assert not second.active and torch.equal(compressed.mask, mask) and compressed.dense_gradient
     third.finish()
     assert not compressed.dense_gradient
+
+
+def test_a_frozen_layer_is_refused_and_changes_nothing(mlp):
+    mlp[2].weight.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"prune.DynamicSurgery: the weight of '2' must train, got one that is frozen"):
+        prune.DynamicSurgery(mlp)
+    assert not is_live(mlp)
+    prune.DynamicSurgery(mlp, ignore="2")

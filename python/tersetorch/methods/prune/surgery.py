@@ -93,8 +93,8 @@ class DynamicSurgery:
 
     Raises:
         TypeError, ValueError: an argument is of another type or outside its range, or as prune.magnitude; a bias that
-            is to be masked must be a plain parameter without NaN too. A weight that is shared cannot be cut. The model
-            is as it was.
+            is to be masked must be a plain parameter without NaN too. A weight that is shared or frozen cannot be cut.
+            The model is as it was.
 
     Source:
         Guo, Yao, Chen, Dynamic Network Surgery for efficient DNNs (2016), equations 2 to 4; the threshold, and the
@@ -297,6 +297,12 @@ def _layer(where: str, target: Target, biases: bool) -> _Layer:
                 f"surgery, or pass ignore=[{target.name!r}]"
             )
         _check_finite(where, target.name, live.tensor, live.original)  # pruned ones too, which may return
+    module, tensor = target.owners[0]
+    if not (module._parameters[tensor] if live is None else live.original).requires_grad:  # type: ignore[union-attr]
+        raise ValueError(
+            f"{where}: the weight of {target.name!r} must train, got one that is frozen; unfreeze it, or pass "
+            f"ignore=[{target.name!r}]"
+        )
     found: dict[int, list[tuple[nn.Module, str]]] = {}
     for module, tensor in target.owners if biases else ():
         name = tensor.replace("weight", "bias")
