@@ -13,7 +13,7 @@ from typing import Any
 
 from .comparisons import MODES, Reached, Record, break_even, by_case, fastest, reached
 from .implementations import Mode
-from .reproductions import ROWS
+from .reproduce import ROWS
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"

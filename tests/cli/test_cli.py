@@ -169,10 +169,10 @@ def test_doctor_fails_when_an_op_is_wrong(monkeypatch):
 
 
 def test_reproduce_lists_runs_and_stores(tersetorch, tmp_path, monkeypatch):
-    from tersetorch.bench import reproductions
+    from tersetorch.bench import reproduce
 
     names = tersetorch("reproduce", "--names").stdout.split()
-    assert names == list(reproductions.ROWS)
+    assert names == list(reproduce.ROWS)
     listed = tersetorch("reproduce")
     assert listed.returncode == 0 and all(name in listed.stdout for name in names)
     seen = []
@@ -181,8 +181,8 @@ def test_reproduce_lists_runs_and_stores(tersetorch, tmp_path, monkeypatch):
         seen.append((tuple(how.seeds), how.quick, how.workers, how.notes, torch.get_num_threads()))
         return {"seeds": list(how.seeds)}
 
-    row = reproductions.runs.Reproduction("small", "", run, lambda record: str(record))
-    monkeypatch.setitem(reproductions.ROWS, "small", row)
+    row = reproduce.runs.Reproduction("small", "", run, lambda record: str(record))
+    monkeypatch.setitem(reproduce.ROWS, "small", row)
     path = tmp_path / "small.json"
     done = tersetorch("reproduce", "small", "--seed", 4, "--seed", 2, "--quick", "--workers", 3, "--json", path)
     assert done.returncode == 0, done.stderr

@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from tersetorch.bench.reproductions import ROWS, runs
+from tersetorch.bench.reproduce import ROWS, runs
 
 
 def reproduce(

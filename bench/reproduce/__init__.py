@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tersetorch.bench.reproductions import (
+from tersetorch.bench.reproduce import (
     dns,
     han,
     lenet_300_100,
@@ -12,7 +12,7 @@ from tersetorch.bench.reproductions import (
     published_densities,
     trade_off,
 )
-from tersetorch.bench.reproductions.runs import Reproduction
+from tersetorch.bench.reproduce.runs import Reproduction
 
 MODULES = (
     lenet_300_100,

@@ -3,8 +3,8 @@ import json
 import pytest
 import torch
 
-from tersetorch.bench.reproductions import optimal_brain_damage as row
-from tersetorch.bench.reproductions.runs import How
+from tersetorch.bench.reproduce import optimal_brain_damage as row
+from tersetorch.bench.reproduce.runs import How
 from tersetorch.methods import prune
 from tersetorch.zoo import load
 

@@ -4,8 +4,8 @@ import json
 import pytest
 import torch
 
-from tersetorch.bench.reproductions import optimal_brain_surgeon
-from tersetorch.bench.reproductions.optimal_brain_surgeon import (
+from tersetorch.bench.reproduce import optimal_brain_surgeon
+from tersetorch.bench.reproduce.optimal_brain_surgeon import (
     METHODS,
     MONKS,
     TwoLayers,
@@ -17,7 +17,7 @@ from tersetorch.bench.reproductions.optimal_brain_surgeon import (
     train,
     xor_table,
 )
-from tersetorch.bench.reproductions.runs import How
+from tersetorch.bench.reproduce.runs import How
 
 
 @pytest.mark.parametrize(("name", "count"), [("monk1", 216), ("monk2", 142), ("monk3", 228)])

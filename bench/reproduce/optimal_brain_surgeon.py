@@ -26,7 +26,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
-from tersetorch.bench.reproductions.runs import How, Reproduction, over_seeds
+from tersetorch.bench.reproduce.runs import How, Reproduction, over_seeds
 from tersetorch.methods import prune
 from tersetorch.methods.prune.magnitude import apply_masks
 from tersetorch.methods.selection import select

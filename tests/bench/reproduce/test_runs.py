@@ -4,8 +4,8 @@ from functools import partial
 import pytest
 from rich.table import Table
 
-from tersetorch.bench.reproductions import ROWS
-from tersetorch.bench.reproductions.runs import How, Reproduction, over_seeds, reproduce
+from tersetorch.bench.reproduce import ROWS
+from tersetorch.bench.reproduce.runs import How, Reproduction, over_seeds, reproduce
 
 FIGURES = {"error": "least", "ratio": "most"}
 

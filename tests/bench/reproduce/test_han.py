@@ -3,8 +3,8 @@ import json
 import pytest
 import torch
 
-from tersetorch.bench.reproductions import han, trade_off
-from tersetorch.bench.reproductions.runs import How
+from tersetorch.bench.reproduce import han, trade_off
+from tersetorch.bench.reproduce.runs import How
 from tersetorch.recipes.deep_compression import Training
 from tersetorch.zoo import LeNet5, LeNet300100, load
 

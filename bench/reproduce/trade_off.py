@@ -14,8 +14,8 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import nn
 
-from tersetorch.bench.reproductions.han import train, train_dense
-from tersetorch.bench.reproductions.runs import How, Reproduction, over_seeds
+from tersetorch.bench.reproduce.han import train, train_dense
+from tersetorch.bench.reproduce.runs import How, Reproduction, over_seeds
 from tersetorch.methods import prune
 from tersetorch.recipes.deep_compression import Training
 from tersetorch.zoo import Dataset, error_rate

@@ -19,8 +19,8 @@ from typing import Any
 from rich.progress import Progress
 from torch import nn
 
-from tersetorch.bench.reproductions.han import FIGURES, TITLES, measured, table, train_dense
-from tersetorch.bench.reproductions.runs import How, Reproduction, over_seeds
+from tersetorch.bench.reproduce.han import FIGURES, TITLES, measured, table, train_dense
+from tersetorch.bench.reproduce.runs import How, Reproduction, over_seeds
 from tersetorch.methods import finalize, prune
 from tersetorch.recipes.deep_compression import Training
 from tersetorch.zoo import Dataset, fit, steps_per_epoch

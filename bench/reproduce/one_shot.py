@@ -22,7 +22,7 @@ from rich.table import Table
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tersetorch.bench.reproductions.runs import How, Reproduction, over_seeds
+from tersetorch.bench.reproduce.runs import How, Reproduction, over_seeds
 from tersetorch.methods import prune
 from tersetorch.zoo import ResNet20, cifar_input, error_rate, read_cifar10
 

@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch.nn import functional
 
-from tersetorch.bench.reproductions import dns
-from tersetorch.bench.reproductions.dns import PAPER, Cut, Plan
-from tersetorch.bench.reproductions.runs import How
+from tersetorch.bench.reproduce import dns
+from tersetorch.bench.reproduce.dns import PAPER, Cut, Plan
+from tersetorch.bench.reproduce.runs import How
 from tersetorch.recipes.deep_compression import Training
 from tersetorch.zoo import load
 

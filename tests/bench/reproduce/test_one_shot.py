@@ -3,8 +3,8 @@ import json
 import pytest
 import torch
 
-from tersetorch.bench.reproductions import one_shot
-from tersetorch.bench.reproductions.runs import How
+from tersetorch.bench.reproduce import one_shot
+from tersetorch.bench.reproduce.runs import How
 from tersetorch.zoo import CifarResNet
 
 

@@ -3,9 +3,9 @@ import json
 import pytest
 import torch
 
-from tersetorch.bench.reproductions import published_densities
-from tersetorch.bench.reproductions.published_densities import PUBLISHED, Published, run, table
-from tersetorch.bench.reproductions.runs import How
+from tersetorch.bench.reproduce import published_densities
+from tersetorch.bench.reproduce.published_densities import PUBLISHED, Published, run, table
+from tersetorch.bench.reproduce.runs import How
 from tersetorch.zoo import VGG16, AlexNet, LeNet5
 
 

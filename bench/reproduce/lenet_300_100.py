@@ -17,7 +17,7 @@ import torch
 from rich.progress import Progress
 from rich.table import Table
 
-from tersetorch.bench.reproductions.runs import How, Reproduction, over_seeds
+from tersetorch.bench.reproduce.runs import How, Reproduction, over_seeds
 from tersetorch.methods import finalize
 from tersetorch.recipes.lenet import LeNetPlan, compress_lenet, full_plan, quick_plan, train_lenet
 from tersetorch.storage import StoredTensor, inspect, load, save

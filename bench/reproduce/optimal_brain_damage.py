@@ -25,7 +25,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tersetorch.bench.reproductions.runs import How, Reproduction, over_seeds
+from tersetorch.bench.reproduce.runs import How, Reproduction, over_seeds
 from tersetorch.methods import prune
 from tersetorch.methods.prune.magnitude import apply_masks, choose, masks
 from tersetorch.methods.prune.second_derivatives import Form

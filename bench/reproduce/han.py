@@ -16,7 +16,7 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor, nn
 
-from tersetorch.bench.reproductions.runs import How, Reproduction, over_seeds
+from tersetorch.bench.reproduce.runs import How, Reproduction, over_seeds
 from tersetorch.costs import activation_density
 from tersetorch.methods import finalize, prune
 from tersetorch.recipes.deep_compression import Training

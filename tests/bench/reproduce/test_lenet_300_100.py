@@ -3,9 +3,9 @@ import json
 import pytest
 import torch
 
-from tersetorch.bench.reproductions import lenet_300_100
-from tersetorch.bench.reproductions.lenet_300_100 import ROWS, run
-from tersetorch.bench.reproductions.runs import How, reproduce
+from tersetorch.bench.reproduce import lenet_300_100
+from tersetorch.bench.reproduce.lenet_300_100 import ROWS, run
+from tersetorch.bench.reproduce.runs import How, reproduce
 from tersetorch.recipes.deep_compression import DeepCompressionRecipe, Training
 from tersetorch.recipes.lenet import LeNetPlan
 from tersetorch.zoo import load

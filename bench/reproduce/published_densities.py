@@ -18,7 +18,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from tersetorch.bench.records import machine_facts
-from tersetorch.bench.reproductions.runs import How, Reproduction
+from tersetorch.bench.reproduce.runs import How, Reproduction
 from tersetorch.costs import count
 from tersetorch.formats import BitmapWeight, CsrWeight
 from tersetorch.storage import inspect, save
