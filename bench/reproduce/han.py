@@ -176,6 +176,8 @@ def train_dense(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         dense: nn.Module = LeNet300100(data.in_features, data.classes, 0.3) if network == "lenet_300_100" else LeNet5()
+    # An epoch of LeNet-5 takes two thirds of the time so.
+    dense.to(memory_format=torch.channels_last)
     train(dense, training, data, batch_size, seed, progress, "train the dense network")
     return dense
 
