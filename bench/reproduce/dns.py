@@ -17,7 +17,7 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import nn
 
-from tersetorch.bench.reproduce.han import FIGURES, TITLES, beside_paper, measured, train_dense
+from tersetorch.bench.reproduce.han import DROPOUT, FIGURES, TITLES, beside_paper, measured, train_dense
 from tersetorch.bench.reproduce.runs import How, Reproduction, over_seeds
 from tersetorch.methods import finalize, prune
 from tersetorch.recipes.deep_compression import Training
@@ -100,7 +100,7 @@ def full_plan(network: str) -> Plan:
     surgery = Training(epochs=6, lr=0.05, weight_decay=2e-4)
     return Plan(
         batch_size=128,
-        dense=Training(epochs=10, lr=0.05, weight_decay=5e-4),
+        dense=Training(epochs=20, lr=0.05, weight_decay=5e-4),
         gamma=1e-4,
         cuts=(
             Cut({"conv1": 0.7, "conv2": 1.5}, surgery),
@@ -145,6 +145,7 @@ def run(network: str, how: How) -> dict[str, Any]:
     described = {
         "network": network,
         "batch_size": plan.batch_size,
+        "dropout": DROPOUT[network],
         "dense": plan.dense.model_dump(),
         "gamma": plan.gamma,
         "rest": REST,
