@@ -146,6 +146,12 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(model, task, accuracy, tmp_
     assert all(torch.equal(tensor, whole.state_dict()[name]) for name, tensor in again.state_dict().items())
 
 
+def test_a_frozen_layer_is_refused_before_anything_is_scored(model):
+    model[2].weight.requires_grad_(False)
+    with pytest.raises(ValueError, match="prune_to_budget: the weight of '2' must not be frozen"):
+        tt.prune_to_budget(model, lambda model: 1 / 0, max_drop=1)
+
+
 def test_a_folder_of_another_run_is_refused(model, accuracy, tmp_path):
     losses = {name: dict.fromkeys(GRID, 0.0) for name in "024"}
     tt.prune_to_budget(model, accuracy, max_drop=1, losses=losses, sparsities=GRID, folder=tmp_path)

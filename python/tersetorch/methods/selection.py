@@ -66,7 +66,9 @@ class Target:
         return any(isinstance(module, pattern) for module, _ in self.owners)
 
 
-def select(where: str, model: nn.Module, targets: Patterns | None, ignore: Patterns | None) -> list[Target]:
+def select(
+    where: str, model: nn.Module, targets: Patterns | None, ignore: Patterns | None, *, frozen: bool = False
+) -> list[Target]:
     """The weights that targets name and ignore does not, in the model's order, checked to be ones a method can handle.
 
     A pattern is the path of a module ("encoder.fc1") or of a tensor ("rnn.weight_hh_l0"), a glob ("encoder.*", where
@@ -76,6 +78,9 @@ def select(where: str, model: nn.Module, targets: Patterns | None, ignore: Patte
 
     A weight tied between modules counts once, under its first name; it is selected when any of its names is, and left
     out when any of them is ignored.
+
+    A weight that is frozen (it, or the codebook that it shares, requires no gradient) is refused, unless frozen says
+    that the caller changes none.
 
     Raises:
         TypeError: model is no module, or targets or ignore hold something that is no pattern.
@@ -102,7 +107,7 @@ def select(where: str, model: nn.Module, targets: Patterns | None, ignore: Patte
             + (f"name layers in targets, such as {_some_names(everything)}" if everything else "pass one with layers")
         )
     for target in chosen:
-        _check_weight(where, target)
+        _check_weight(where, target, frozen)
     return chosen
 
 
@@ -178,7 +183,7 @@ def _is_matrix(tensor: Tensor) -> bool:
     return is_lazy(tensor) or tensor.dim() >= 2
 
 
-def _check_weight(where: str, target: Target) -> None:
+def _check_weight(where: str, target: Target, frozen: bool) -> None:
     weight = _parameter(where, target)
     problem = None
     if is_lazy(weight):
@@ -192,8 +197,15 @@ def _check_weight(where: str, target: Target) -> None:
         problem = f"must be a floating-point tensor, got {weight.dtype}"
     elif not bool(target.weight.isfinite().all()):
         problem = "must be finite, got NaN or infinity; repair the training"
+    elif not frozen and not _trains(target, weight):
+        problem = "must not be frozen, got one that this would change; call requires_grad_(True) on it"
     if problem is not None:
         raise ValueError(f"{where}: the weight of {target.name!r} {problem}, or pass ignore=[{target.name!r}]")
+
+
+def _trains(target: Target, weight: Tensor) -> bool:
+    codebook = None if target.compressed is None else target.compressed.codebook
+    return (weight if codebook is None else codebook).requires_grad
 
 
 def _parameter(where: str, target: Target) -> Tensor:

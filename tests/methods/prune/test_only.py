@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 
@@ -44,6 +46,14 @@ def test_a_tied_layer_trains_with_all_that_hold_its_weight(tied):
         assert all(parameter.requires_grad for module in holders for parameter in module.parameters())
 
 
+def test_what_trains_can_be_pruned_and_the_rest_is_refused(mlp):
+    with prune.only(mlp, "2"):
+        prune.magnitude(mlp, 0.5, targets="2")
+        with pytest.raises(ValueError, match=r"prune.magnitude: the weight of '0' must not be frozen"):
+            prune.magnitude(mlp, 0.5)
+    assert [name for name, layer in prune.density(mlp).items() if layer.kept < layer.total] == ["2"]
+
+
 def test_a_pattern_that_matches_nothing_freezes_nothing(mlp):
     with pytest.raises(ValueError, match=r"prune.only: targets must match"), prune.only(mlp, "fc"):
         pass
@@ -52,8 +62,12 @@ def test_a_pattern_that_matches_nothing_freezes_nothing(mlp):
 
 def test_what_is_shared_inside_trains_by_its_codebook_afterwards(mlp):
     prune.magnitude(mlp, 0.5)
+    shared = quantize.kmeans(copy.deepcopy(mlp), bits=2).state_dict()
     with prune.only(mlp, "0"):
-        quantize.kmeans(mlp, bits=2)
+        with pytest.raises(ValueError, match="the weight of '2' must not be frozen"):
+            quantize.kmeans(mlp, bits=2)
+        quantize.kmeans(mlp, bits=2, targets="0")
+        mlp.load_state_dict(shared)
         assert not mlp[2].parametrizations.weight[0].codebook.requires_grad
     for layer in (mlp[0], mlp[2]):
         held = layer.parametrizations.weight

@@ -17,7 +17,8 @@ def only(model: nn.Module, targets: Patterns, ignore: Patterns | None = None) ->
 
     Layers are pruned group by group this way: prune the convolutions and retrain them alone, then the linear layers.
     The gradients of what is frozen are dropped, so that an optimizer that holds it leaves it as it is, momentum and
-    weight decay included. Afterwards every parameter that was frozen here requires gradients again.
+    weight decay included. Afterwards every parameter that was frozen here requires gradients again. Methods that
+    change weights refuse frozen ones: inside, name in their targets what trains.
 
     Example:
         for group in (torch.nn.Conv2d, torch.nn.Linear):
@@ -37,7 +38,7 @@ def only(model: nn.Module, targets: Patterns, ignore: Patterns | None = None) ->
         Han, Pool, Tran, Dally, Learning both weights and connections (2015), section 3.3 (local pruning and parameter
         co-adaptation); Guo, Yao, Chen, Dynamic network surgery (2016), section 3.3.
     """
-    chosen = select("prune.only", model, targets, ignore)
+    chosen = select("prune.only", model, targets, ignore, frozen=True)
     training = {id(parameter) for target in chosen for module, _ in target.owners for parameter in module.parameters()}
     frozen = [
         parameter for parameter in model.parameters() if parameter.requires_grad and id(parameter) not in training
