@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -86,7 +87,7 @@ def select(
         TypeError: model is no module, or targets or ignore hold something that is no pattern.
         ValueError: a pattern matches nothing, nothing is left, or a selected weight cannot be handled.
     """
-    check_model(where, model)
+    _check_whole(where, model)
     wanted: Sequence[Pattern] = DEFAULT_TARGETS if targets is None else _as_patterns(where, "targets", targets)
     unwanted = () if ignore is None else _as_patterns(where, "ignore", ignore)
     everything = find_weights(model)
@@ -119,7 +120,7 @@ def assign(
     Raises:
         TypeError, ValueError: as select does, with the keys of values in the place of targets.
     """
-    check_model(where, model)
+    _check_whole(where, model)
     if not values:
         raise ValueError(f"{where}: {argument} must name at least one layer, got {{}}; pass pattern: number")
     patterns = _as_patterns(where, argument, tuple(values))
@@ -183,11 +184,29 @@ def _is_matrix(tensor: Tensor) -> bool:
     return is_lazy(tensor) or tensor.dim() >= 2
 
 
+def _check_whole(where: str, model: nn.Module) -> None:
+    """Refuses what is no module, and FullyShardedDataParallel, under which no layer has a weight of its own."""
+    check_model(where, model)
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # what nobody imported wraps nothing
+    if fsdp is not None and any(isinstance(module, fsdp.FullyShardedDataParallel) for module in model.modules()):
+        raise ValueError(
+            f"{where}: model must hold whole weights on each rank, got FullyShardedDataParallel; call this before "
+            "sharding"
+        )
+
+
+def _is_shard(weight: Tensor) -> bool:
+    sharding = sys.modules.get("torch.distributed.tensor")
+    return sharding is not None and isinstance(weight, sharding.DTensor)
+
+
 def _check_weight(where: str, target: Target, frozen: bool) -> None:
     weight = _parameter(where, target)
     problem = None
     if is_lazy(weight):
         problem = "must be initialised, got a lazy one; run the model once"
+    elif _is_shard(weight):
+        problem = "must be whole on each rank, got a DTensor; call this before sharding"
     elif type(weight) is not nn.Parameter or weight.layout != torch.strided:
         kind = type(weight).__name__ if weight.layout == torch.strided else weight.layout
         problem = f"must be a plain dense parameter, got {kind}"
