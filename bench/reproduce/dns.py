@@ -94,7 +94,7 @@ def full_plan(network: str) -> Plan:
                 Cut({"fc1": 3.0, "fc2": 3.0, "fc3": 2.0}, surgery),
                 Cut({"fc1": 0.3, "fc2": 0.3}, surgery),
             ),
-            kept={"fc1": 3_600, "fc2": 680, "fc3": 140},
+            kept={"fc1": 3_800, "fc2": 720, "fc3": 140},
             last=Training(epochs=70, lr=0.1, weight_decay=3e-4, input_dropout=0.1),
         )
     surgery = Training(epochs=6, lr=0.05, weight_decay=3e-4)
