@@ -7,6 +7,7 @@ from tersetorch.bench.reproduce import (
     han,
     lenet_300_100,
     one_shot,
+    one_shot_transformer,
     optimal_brain_damage,
     optimal_brain_surgeon,
     published_densities,
@@ -22,6 +23,7 @@ MODULES = (
     optimal_brain_damage,
     optimal_brain_surgeon,
     one_shot,
+    one_shot_transformer,
     published_densities,
 )
 ROWS: dict[str, Reproduction] = {row.name: row for module in MODULES for row in module.ROWS}
