@@ -358,8 +358,7 @@ def _halves(packed: Bytes, count: int) -> Bytes:
 def _pairs(halves: Bytes) -> Bytes:
     """Two halves a byte, the first low; 0 where one is left over."""
     even = np.append(halves, np.zeros(halves.size % 2, np.uint8))
-    packed: Bytes = even[::2] | even[1::2] << 4
-    return packed
+    return np.bitwise_or(even[::2], np.left_shift(even[1::2], 4)).astype(np.uint8)
 
 
 def _refuse(file: Path, rule: str, came: str) -> None:
