@@ -124,6 +124,31 @@ def test_codebooks_of_blocks(block):
     assert torch.equal(found.to_dense(), expected) and found.groups == grid[0] * grid[1]
 
 
+def opaque(rows=32, columns=64, group=32, dtype=torch.bfloat16, **changes):
+    rng = torch.Generator().manual_seed(3)
+    codes = torch.randint(16, (rows, columns), generator=rng, dtype=torch.int32)
+    parts = {
+        "qdata": torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1),
+        "scale_and_zero": torch.randn(columns // group, rows, 2, generator=rng).to(dtype),
+        "block_size": [1, group],
+    }
+    return pretend("Int4OpaqueTensor", (rows, columns), dtype, parts | changes), codes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("rows", "columns", "group"), [(32, 64, 32), (48, 96, 32), (64, 256, 128)])
+def test_int4_packed_for_this_machine(rows, columns, group, dtype):
+    tensor, codes = opaque(rows, columns, group, dtype)
+    found = read_quantized({"w": tensor})["w"]
+    assert torch.equal(found.codes.int(), codes) and found.codebook.shape == (rows * columns // group, 16)
+    scale, zero = tensor.scale_and_zero.double().repeat_interleave(group, 0).transpose(0, 1).unbind(-1)
+    assert torch.equal(found.to_dense(), ((codes - 8) * scale + zero).float())
+    product = torch.ops.aten._weight_int4pack_mm_for_cpu(
+        torch.eye(columns, dtype=dtype), tensor.qdata, group, tensor.scale_and_zero
+    )
+    torch.testing.assert_close(product.T, found.to_dense().to(dtype))
+
+
 def test_a_live_model_becomes_a_float_one():
     parts, expected = affine((6, 64), (1, 32), 4)
     model = nn.Sequential(nn.Linear(64, 6), nn.ReLU(), nn.Linear(6, 2))
@@ -194,10 +219,10 @@ SCALE, ZERO, CODES = "fc._weight_scale", "fc._weight_zero_point", "fc._weight_qd
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (about(_type="Int4Tensor"), "hold Int8Tensor, .*, got Int4Tensor as 'fc.weight'; their codes are packed"),
-        (about(_type="os.system"), "hold Int8Tensor, .*, got os.system as 'fc.weight'"),
-        (about(_type=["Tensor"]), "hold Int8Tensor, .*"),
-        (about(_type="coreml"), "hold Int8Tensor, .*"),
+        (about(_type="Int4Tensor"), "hold only Int8Tensor, .*, got Int4Tensor as 'fc.weight'; others are packed"),
+        (about(_type="os.system"), "hold only Int8Tensor, .*, got os.system as 'fc.weight'"),
+        (about(_type=["Tensor"]), "hold only Int8Tensor, .*"),
+        (about(_type="coreml"), "hold only Int8Tensor, .*"),
         (about(_data=3), "hold _data and _tensor_data_names of 'fc.weight'"),
         (about(_tensor_data_names=["qdata", "scale", "missing"]), "hold the tensor 'fc._weight_missing', got none"),
         (
@@ -231,7 +256,7 @@ SCALE, ZERO, CODES = "fc._weight_scale", "fc._weight_zero_point", "fc._weight_qd
         (meta("fc.weight", " " * 70000), "hold JSON of 'fc.weight' in the metadata"),
         (meta("tensor_names", "3"), "name each tensor once in the metadata's 'tensor_names'"),
         (meta("tensor_names", '["fc.bias", "fc.bias"]'), "name each tensor once in the metadata's 'tensor_names'"),
-        (meta("tensor_names", "[[]]"), r"hold Int8Tensor, .*, got None as \[\]"),
+        (meta("tensor_names", "[[]]"), r"hold only Int8Tensor, .*, got None as \[\]"),
     ],
 )
 def test_files_that_do_not_fit_are_refused(tmp_path, change, sentence):
@@ -255,8 +280,13 @@ def codebook(home, **changes):
 @pytest.mark.parametrize(
     ("value", "sentence"),
     [
-        (pretend("Int4Tensor", (2, 2), torch.bfloat16, {}), "hold Int8Tensor, .* got Int4Tensor as 'w'"),
-        (pretend("NF4Tensor", (2, 2), torch.bfloat16, {}), "hold Int8Tensor, .* got NF4Tensor as 'w'"),
+        (pretend("Int4Tensor", (2, 2), torch.bfloat16, {}), "hold only Int8Tensor, .* got Int4Tensor as 'w'"),
+        (pretend("NF4Tensor", (2, 2), torch.bfloat16, {}), "hold only Int8Tensor, .* got NF4Tensor as 'w'"),
+        (opaque(act_mapping_type="symmetric")[0], "leave activations as they are before 'w', got"),
+        (opaque(act_pre_scale=torch.ones(64))[0], "leave activations as they are before 'w', got"),
+        (opaque(qdata=torch.ones(31, 32, dtype=torch.uint8))[0], "hold half a byte for each weight of 'w', .* got 992"),
+        (opaque(block_size=[32, 64])[0], "hold half a byte for each weight of 'w', in groups along a row"),
+        (opaque(scale_and_zero=torch.ones(2, 31, 2))[0], r"hold \[2, 32, 2\] scales and zeros of 'w'"),
         (codebook(CODEBOOK, codebook=torch.ones(16, 1, 2)), "hold at most 256 single numbers in the codebook of 'w'"),
         (codebook(CODEBOOK, codebook=torch.ones(257, 1, 1)), "hold at most 256 single numbers in the codebook of 'w'"),
         (codebook(CODEBOOK, scales=torch.ones(4, 3, 1)), r"hold scales \[4, blocks, 1\] of 'w'"),
@@ -277,12 +307,17 @@ def test_tensors_that_do_not_fit_are_refused(value, sentence):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_library_agrees(tmp_path, dtype):
     torchao = pytest.importorskip("torchao")
+    from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
     from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
     from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, quantize_
     from torchao.quantization.granularity import PerGroup
 
     assert torchao
     torch.manual_seed(0)
+    opaque = nn.Sequential(nn.Linear(64, 32)).to(dtype)
+    quantize_(opaque, PrototypeInt4WeightOnlyConfig(group_size=32))
+    floating, outputs = import_quantized(opaque), opaque(torch.eye(64, dtype=dtype))
+    torch.testing.assert_close(outputs, floating[0].weight.T.to(dtype) + opaque[0].bias)
     for config in (Int8WeightOnlyConfig(), IntxWeightOnlyConfig(torch.int4, PerGroup(32))):
         model = nn.Sequential(nn.Linear(64, 6)).to(dtype)
         quantize_(model, config)

@@ -25,8 +25,9 @@ def read_quantized(source: Source) -> dict[str, Tensor | QuantizedWeight]:
 
     - torch.ao.quantization's int8 layers (linear, convolution, embedding; dynamic, static, fused ReLU), per tensor and
       per channel. Scales of activations are left out.
-    - torchao's Int8Tensor, IntxUnpackedToInt8Tensor (int1 to int8, by tensor, row or group) and its two
-      CodebookQuantizedTensor with single numbers. Others, int4 packed for one kernel above all, are refused.
+    - torchao's Int8Tensor, IntxUnpackedToInt8Tensor (int1 to int8, by tensor, row or group), its two
+      CodebookQuantizedTensor with single numbers and, of a live model, Int4OpaqueTensor (int4 packed for this CPU).
+      Others, packed for a GPU above all, are refused.
     - bitsandbytes' 4-bit (NF4, FP4, doubly quantised too) and 8-bit layers, without the library.
 
     Every other tensor is passed on as it is. Nothing of the source is executed: files are safetensors files only, and
@@ -47,7 +48,11 @@ def read_quantized(source: Source) -> dict[str, Tensor | QuantizedWeight]:
     if isinstance(source, nn.Module):
         for name, module in source.named_modules():
             torch_ao.check_module(name, module)
-        return _read_state(source.state_dict(), {})
+        try:
+            state = source.state_dict()
+        except NotImplementedError as error:  # some of bitsandbytes' layers
+            refuse("have a state dict", f"{error}", "import its other layers")
+        return _read_state(state, {})
     if isinstance(source, str | PathLike):
         return _read_state(*_load(path_of(WHERE, source)))
     if not isinstance(source, Mapping):
@@ -65,7 +70,9 @@ def import_quantized(source: Source, model: nn.Module | None = None) -> nn.Modul
 
     Layers are plain torch.nn ones in the dtype that the library computes weights in, or their bias's where that is
     wider; a fused ReLU becomes nn.Sequential(layer, nn.ReLU()), the stubs of torch.ao nn.Identity. Activations are no
-    longer quantised. tersetorch.convert, save and the other methods take the result as any other model.
+    longer quantised. Where that leaves layers of two dtypes (Int4OpaqueTensor computes float32 weights in a bfloat16
+    model), .float() makes one of them and changes no weight. tersetorch.convert, save and the other methods take the
+    result as any other model.
 
     Args:
         source: as read_quantized takes it. A live model is left as it is.
@@ -184,6 +191,9 @@ def _float_copy(model: nn.Module, found: Mapping[str, Tensor | QuantizedWeight])
                     weight = read(prefix + own)
                     assert weight is not None
                     memo[id(parameter)] = nn.Parameter(weight)
+                    bias = module._parameters.get("bias")
+                    if bias is not None and bias.dtype != weight.dtype and not torchao.is_torchao(bias):
+                        memo[id(bias)] = nn.Parameter(bias.detach().to(weight.dtype), bias.requires_grad)
     copied = deep_copy(model, memo, verb="import_quantized")
     for module in copied.modules():
         shown = module.__dict__.get("extra_repr")  # torchao's, which would read a quantised weight
@@ -194,8 +204,8 @@ def _float_copy(model: nn.Module, found: Mapping[str, Tensor | QuantizedWeight])
 
 def _linear(module: nn.Module, weight: Tensor | None, bias: Tensor | None) -> nn.Module:
     assert weight is not None
-    if weight.dim() != 2:
-        refuse("hold linear layers as bitsandbytes' only ones", type(module).__name__)
+    if not isinstance(module, nn.Linear):
+        refuse("hold linear layers as bitsandbytes' only ones", type(module).__name__, "quantise no others")
     # A bias may be wider than the weight; neither is rounded.
     dtype = weight.dtype if bias is None else torch.promote_types(weight.dtype, bias.dtype)
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")

@@ -9,6 +9,7 @@ Blocks of block_size share a scale; scales lie in the order of the blocks, and
     weight = dtype((dtype(qdata) - dtype(zero_point)) scale)     Int8Tensor, IntxUnpackedToInt8Tensor
     weight = dtype(codebook[codes] scales)                       CodebookQuantizedTensor
     weight = dtype(codebook[block, codes])                       CodebookQuantizedTensor of codebook_coreml
+    weight = float32((code - 8) scale + zero)                    Int4OpaqueTensor, rounded once, whatever its dtype
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ FIELDS_CAP = 1 << 16
 LEAST = {f"int{bits}": -(1 << bits - 1) for bits in range(1, 9)}
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
 PRE_SCALE = "act_pre_scale"
+ADVICE = "quantise weights only"
 
 
 def is_torchao(value: object) -> bool:
@@ -104,9 +106,9 @@ def _json(name: str, metadata: Mapping[str, str]) -> Any:
 
 def _refuse_kind(name: object, kind: object) -> NoReturn:
     refuse(
-        "hold Int8Tensor, IntxUnpackedToInt8Tensor and CodebookQuantizedTensor as torchao's only tensors",
+        "hold only Int8Tensor, IntxUnpackedToInt8Tensor, CodebookQuantizedTensor or, live, Int4OpaqueTensor of torchao",
         f"{kind} as {name!r}",
-        "their codes are packed for one kernel, or are no codes; quantise with a config of one of the three",
+        "others are packed for a GPU, or are no codes; quantise with the config of one of these",
     )
 
 
@@ -208,6 +210,50 @@ def _coreml(name: str, parts: _Parts) -> QuantizedWeight:
     return _weight(name, _codes(name, coded, entries), table.reshape(-1, entries).to(dtype).float(), grid, block, dtype)
 
 
+def _opaque(name: str, parts: _Parts) -> QuantizedWeight:
+    """4-bit codes in the order that torch's kernel of this machine wants them in, which is found by packing places."""
+    if parts.get("act_mapping_type") is not None or parts.get(PRE_SCALE) is not None:
+        refuse(f"leave activations as they are before {name!r}", "a tensor that quantises or scales them", ADVICE)
+    shape = parts.get("shape")
+    assert isinstance(shape, torch.Size)
+    block = parts.block(shape)
+    packed = parts.tensor("qdata", [torch.uint8])
+    if len(shape) != 2 or block[0] != 1 or packed.numel() * 2 != prod(shape):
+        refuse(f"hold half a byte for each weight of {name!r}, in groups along a row", f"{packed.numel()} bytes")
+    rows, columns = shape
+    grid = [rows, columns // block[1]]
+    scales = parts.tensor("scale_and_zero", FLOATS)
+    if tuple(scales.shape) != (grid[1], rows, 2):
+        refuse(f"hold {[grid[1], rows, 2]} scales and zeros of {name!r}", f"shape {list(scales.shape)}")
+    codes = torch.empty(rows * columns, dtype=torch.uint8)
+    codes[_places(name, rows, columns)] = _halves(packed)
+    scale, zero = scales.transpose(0, 1).reshape(-1, 2, 1).double().unbind(1)
+    codebook = ((torch.arange(16) - 8) * scale + zero).float()
+    return _weight(name, codes.reshape(rows, columns), codebook, grid, block, torch.float32)
+
+
+def _places(name: str, rows: int, columns: int) -> Tensor:
+    """The weight that each half byte of a packed tensor belongs to, a hexadecimal digit at a time."""
+    weights = torch.arange(rows * columns).reshape(rows, columns)
+    places = torch.zeros(rows * columns, dtype=torch.int64)
+    for shift in range(0, max(1, (rows * columns - 1).bit_length()), 4):
+        try:
+            digits = torch.ops.aten._convert_weight_to_int4pack_for_cpu((weights >> shift & 15).int(), 1)
+        except RuntimeError as error:
+            refuse(f"hold {name!r} in a shape that torch can pack", f"{[rows, columns]} ({error})")
+        places |= _halves(digits).long() << shift
+    seen = torch.zeros(rows * columns, dtype=torch.bool)
+    seen[places] = True
+    if not bool(seen.all()):
+        refuse(f"hold {name!r} as torch packs it", "a packing that keeps other places")
+    return places
+
+
+def _halves(packed: Tensor) -> Tensor:
+    """The halves of bytes, low half first."""
+    return torch.stack([packed.flatten() & 15, packed.flatten() >> 4], 1).flatten()
+
+
 def _codes(name: str, coded: Tensor, entries: int) -> Tensor:
     coded = coded.detach().as_subclass(Tensor).cpu()
     if coded.is_floating_point() or (coded.numel() and (int(coded.min()) < 0 or int(coded.max()) >= entries)):
@@ -238,5 +284,6 @@ READERS: dict[str, Callable[[str, _Parts], QuantizedWeight]] = {
     "IntxUnpackedToInt8Tensor": _affine,
     "CodebookQuantizedTensor": _codebook,
     "coreml": _coreml,
+    "Int4OpaqueTensor": _opaque,
 }
 FILE_KINDS = ("Int8Tensor", "IntxUnpackedToInt8Tensor")
