@@ -44,6 +44,11 @@ NF4 = (
 TABLES = {"nf4": NF4, "fp4": (*HALF_FP4, *(-value for value in HALF_FP4))}
 
 
+def is_mark(name: str) -> bool:
+    """Whether only bitsandbytes names an entry of a state dict so."""
+    return STATE in name or name.rpartition(".")[2] == SCALES
+
+
 def read_state(state: Mapping[str, object]) -> tuple[dict[str, QuantizedWeight], set[str]]:
     """The quantised weights of a state dict by their names, and the names that were read.
 

@@ -114,6 +114,16 @@ def import_quantized(source: Source, model: nn.Module | None = None) -> nn.Modul
     return copied
 
 
+def is_quantized_file(path: Path) -> bool:
+    """Whether a safetensors file that can be read has the marks of a library that read_quantized knows."""
+    try:
+        with safe_open(path, "pt") as file:
+            names, metadata = file.keys(), file.metadata() or {}
+    except (SafetensorError, OSError):
+        return False
+    return torchao.NAMES in metadata or any(bitsandbytes.is_mark(name) for name in names)
+
+
 def _load(path: Path) -> tuple[dict[str, object], dict[str, str]]:
     if path.suffix != ".safetensors":
         raise ValueError(
