@@ -70,7 +70,7 @@ def test_what_is_no_source_is_refused(tmp_path):
     with pytest.raises(TypeError, match="source must name its tensors, got 3"):
         read_quantized({3: torch.ones(1)})
     with pytest.raises(
-        ValueError, match=r"path must name a \.safetensors file, got 'm\.pt'; load another kind yourself"
+        ValueError, match=r"path must name a \.safetensors or \.gguf file, got 'm\.pt'; load another kind yourself"
     ):
         read_quantized("m.pt")
     with pytest.raises(FileNotFoundError, match="path must name a file that can be read"):

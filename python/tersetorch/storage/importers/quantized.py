@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tersetorch.conversion.swap import deep_copy
 from tersetorch.storage.arguments import naming, path_of
-from tersetorch.storage.importers import bitsandbytes, torch_ao, torchao
+from tersetorch.storage.importers import bitsandbytes, gguf, torch_ao, torchao
 from tersetorch.storage.importers.quantized_weight import QuantizedWeight
 from tersetorch.storage.importers.refusal import WHERE, refuse
 
@@ -29,12 +29,14 @@ def read_quantized(source: Source) -> dict[str, Tensor | QuantizedWeight]:
       CodebookQuantizedTensor with single numbers and, of a live model, Int4OpaqueTensor (int4 packed for this CPU).
       Others, packed for a GPU above all, are refused.
     - bitsandbytes' 4-bit (NF4, FP4, doubly quantised too) and 8-bit layers, without the library.
+    - GGUF files in Q4_0, Q4_1, Q4_K, Q5_0, Q5_1 and IQ4_NL, by the file's own names; Q8_0 and Q6_K as float32 weights,
+      since their tables would be larger.
 
-    Every other tensor is passed on as it is. Nothing of the source is executed: files are safetensors files only, and
-    no count in one is believed before it is compared with the tensors that are there. No two libraries are mixed.
+    Every other tensor is passed on as it is. Nothing of the source is executed, no file of another kind is read, and no
+    count in one is believed before it is compared with the tensors that are there. No two libraries are mixed.
 
     Args:
-        source: a live model, its state dict, or the path of a .safetensors file.
+        source: a live model, its state dict, or the path of a .safetensors or .gguf file.
 
     Raises:
         TypeError: source is none of these.
@@ -42,8 +44,8 @@ def read_quantized(source: Source) -> dict[str, Tensor | QuantizedWeight]:
         OSError: the file cannot be read.
 
     Source:
-        Formulas and layouts are in tersetorch.storage.importers' torch_ao, torchao and bitsandbytes. QLoRA (2023),
-        section 3, for NF4 and double quantisation.
+        Formulas and layouts are in tersetorch.storage.importers' torch_ao, torchao, bitsandbytes and gguf. QLoRA
+        (2023), section 3, for NF4 and double quantisation.
     """
     if isinstance(source, nn.Module):
         for name, module in source.named_modules():
@@ -54,7 +56,11 @@ def read_quantized(source: Source) -> dict[str, Tensor | QuantizedWeight]:
             refuse("have a state dict", f"{error}", "import its other layers")
         return _read_state(state, {})
     if isinstance(source, str | PathLike):
-        return _read_state(*_load(path_of(WHERE, source)))
+        path = path_of(WHERE, source)
+        if path.suffix == ".gguf":
+            with naming(WHERE, path, "name a file that can be read", "pass a .gguf file"):
+                return gguf.read_file(path)
+        return _read_state(*_load(path))
     if not isinstance(source, Mapping):
         raise TypeError(
             f"{WHERE}: source must be a model, a state dict or a path, got {type(source).__name__}; pass one"
@@ -127,8 +133,8 @@ def is_quantized_file(path: Path) -> bool:
 def _load(path: Path) -> tuple[dict[str, object], dict[str, str]]:
     if path.suffix != ".safetensors":
         raise ValueError(
-            f"{WHERE}: path must name a .safetensors file, got {str(path)!r}; load another kind yourself, if you trust "
-            "it, and pass the state dict"
+            f"{WHERE}: path must name a .safetensors or .gguf file, got {str(path)!r}; load another kind "
+            "yourself, if you trust it, and pass the state dict"
         )
     with naming(WHERE, path, "name a file that can be read", "pass a .safetensors file"):
         path.open("rb").close()
