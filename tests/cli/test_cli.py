@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import typer
+from safetensors.torch import save_file
 
 import tersetorch as tt
 from tersetorch import _native
@@ -90,6 +91,24 @@ def test_convert_measures_and_reads_a_state_dict(tersetorch, tmp_path):
     assert done.returncode == 0, done.stderr
     x = torch.randn(2, 784, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(tt.load(tmp_path / "lenet.terse")(x), network.eval()(x), rtol=1e-4, atol=1e-4)
+
+
+def test_convert_reads_a_quantised_state_dict(tersetorch, tmp_path):
+    network = tt.zoo.LeNet300100().eval()
+    state = {}
+    for name, tensor in network.state_dict().items():
+        state[name] = tensor
+        if tensor.dim() == 2:
+            scale = tensor.abs().amax(1)
+            state[name] = (tensor / scale[:, None] * 127).round().to(torch.int8)
+            state[name.replace("weight", "SCB")] = scale
+    save_file(state, tmp_path / "lenet.safetensors")
+    arguments = ("convert", tmp_path / "lenet.safetensors", tmp_path / "lenet.terse", "--plan", "sparse")
+    done = tersetorch(*arguments, "--network", "lenet-300-100")
+    assert done.returncode == 0, done.stderr
+    expected = tt.storage.import_quantized(state, network)
+    x = torch.randn(2, 784, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(tt.load(tmp_path / "lenet.terse")(x), expected(x), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

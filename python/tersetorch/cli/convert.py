@@ -11,10 +11,13 @@ from safetensors.torch import load_file
 
 from tersetorch import conversion, storage, zoo
 from tersetorch.cli.shape import parse_shape
+from tersetorch.storage.importers.quantized import is_quantized_file
 
 
 def convert(
-    model: Annotated[Path, typer.Argument(help="A .terse file, or a state dict (.pt, .pth, .safetensors).")],
+    model: Annotated[
+        Path, typer.Argument(help="A .terse file, or a state dict (.pt, .pth, .safetensors), quantised too.")
+    ],
     output: Annotated[Path, typer.Argument(help="The .terse file to write.")],
     input_shape: Annotated[
         str, typer.Option(help="Shape of one input, such as 1x784: what the measuring runs on.", metavar="NxM...")
@@ -54,6 +57,8 @@ def _read(path: Path, network: str) -> torch.nn.Module:
         got = network or "none"
         raise typer.BadParameter(f"a state dict needs --network, one of {', '.join(zoo.NETWORKS)}, got {got}")
     model = zoo.NETWORKS[network]()
+    if path.suffix == ".safetensors" and is_quantized_file(path):
+        return storage.import_quantized(path, model).eval()
     try:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
         wide = [name for name, value in state.items() if isinstance(value, torch.Tensor) and value.is_complex()]
