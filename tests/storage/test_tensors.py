@@ -60,7 +60,7 @@ def test_any_bit_patterns_round_trip(name, data):
 
 @pytest.mark.parametrize(
     "density,levels,form",
-    [(1.0, None, "raw"), (1.0, 4, "codebook"), (0.1, None, "sparse"), (0.1, 4, "sparse-codebook")],
+    [(1.0, None, "raw"), (1.0, 4, "codebook"), (0.1, None, "sparse"), (0.1, 100, "sparse-codebook")],
 )
 def test_the_form_follows_from_the_values(density, levels, form, same_bits):
     weight, mask = random_weight(101, 97, density=density)
@@ -109,8 +109,8 @@ def test_a_sparse_tensor_of_one_value_takes_its_positions(same_bits):
     tensor = torch.where(random_weight(300, 200, density=0.05)[1], 0.25, 0.0)
     _, streams, found = round_trip(tensor)
     same_bits(tensor, found)
-    assert [stream.role for stream in streams] == ["positions", "codebook", "codes"]
-    assert [len(stream.data) for stream in streams[1:]] == [4, 0]
+    # The share of non-zeros is all there is to say: 0.29 bits a weight.
+    assert encoded_bytes(streams) < 1.02 * 60_000 * 0.29 / 8 + 40
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int32, torch.uint8])

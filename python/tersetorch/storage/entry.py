@@ -30,7 +30,14 @@ import torch
 
 from tersetorch.storage import fields
 from tersetorch.storage.errors import refuse
-from tersetorch.storage.streams import CODE_CODERS, MAX_ENTRIES, POSITION_CODERS, Stream
+from tersetorch.storage.streams import (
+    CODE_CODERS,
+    MAX_ENTRIES,
+    MAX_ITEMS_PER_BYTE,
+    POSITION_CODERS,
+    SUBBIT_CODERS,
+    Stream,
+)
 
 DTYPES = {
     "f64": torch.float64,
@@ -202,7 +209,7 @@ class Entry:
             elif spec.coder == "all":
                 if spec.nbytes or self.stored != self.numel:
                     refuse("store every position and no bytes for them", f"{self.stored}, {spec.nbytes} bytes")
-            elif self.stored > spec.nbytes * 8:
+            elif self.stored > spec.nbytes * (MAX_ITEMS_PER_BYTE if spec.coder in SUBBIT_CODERS else 8):
                 refuse(f"hold {self.stored} items in a stream of {spec.role}", f"{spec.nbytes} bytes")
 
 

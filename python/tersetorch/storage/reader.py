@@ -16,7 +16,7 @@ from tersetorch.methods import finalize
 from tersetorch.methods.parametrization import is_live
 from tersetorch.storage import fields
 from tersetorch.storage.arguments import naming, path_of
-from tersetorch.storage.container import START_CAP, check_start, split, unpack
+from tersetorch.storage.container import START_CAP, check_start, split, unpack, version_of
 from tersetorch.storage.entry import Entry
 from tersetorch.storage.errors import reading, refuse
 from tersetorch.storage.rebuild import Builder, Tensors, adopt
@@ -31,6 +31,7 @@ class Contents:
     """A file's parts, every checksum verified.
 
     Attributes:
+        version: of the format.
         file_bytes: size of the file.
         container_bytes: the safetensors head with its length.
         header_bytes: the header tensor, deflated, with its checksum.
@@ -40,6 +41,7 @@ class Contents:
         provenance: what save was given.
     """
 
+    version: int
     file_bytes: int
     container_bytes: int
     header_bytes: int
@@ -107,7 +109,7 @@ def read(where: str, path: str | PathLike[str]) -> Contents:
         refuse("have an object as provenance", type(provenance).__name__)
     streams = iter(split(data, [spec.nbytes for entry in entries for spec in entry.streams]))
     grouped = [[next(streams) for _ in entry.streams] for entry in entries]
-    return Contents(len(raw), container_bytes, header_bytes, header.get("m"), entries, grouped, provenance)
+    return Contents(version_of(raw), len(raw), container_bytes, header_bytes, header.get("m"), entries, grouped, provenance)
 
 
 def _whole(where: str, path: Path) -> bytes:
