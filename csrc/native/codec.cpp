@@ -12,7 +12,9 @@
 #include <vector>
 
 #include "codec/bit_stream.h"
+#include "codec/contexts.h"
 #include "codec/huffman.h"
+#include "codec/numbers.h"
 #include "codec/positions.h"
 #include "codec/rans.h"
 
@@ -214,6 +216,96 @@ Positions BitmapDecode(const py::bytes& data, std::int64_t count, std::int64_t s
   return positions;
 }
 
+using Bytes = py::array_t<std::uint8_t, py::array::c_style>;
+using Patterns = py::array_t<std::uint64_t, py::array::c_style>;
+
+WeightGrid GridOf(const char* function, std::int64_t size, std::int64_t channels, std::int64_t kernel,
+                  std::int64_t kernel_width) {
+  CheckRange(function, "size", size, 1, std::int64_t{1} << 32);
+  CheckRange(function, "channels", channels, 1, size);
+  CheckRange(function, "kernel", kernel, 1, size);
+  CheckRange(function, "kernel_width", kernel_width, 1, kernel);
+  if (kernel % kernel_width != 0 || size % (channels * kernel) != 0) {
+    throw py::value_error(std::string(function) + ": size must be rows of channels of kernels, got " +
+                          std::to_string(size) + " for " + std::to_string(channels) + " channels of " +
+                          std::to_string(kernel) + " places");
+  }
+  return {size, channels, kernel, kernel_width};
+}
+
+SymbolRange RangeOf(const char* function, int width, int center) {
+  CheckRange(function, "width", width, 1, kMaxContextBits);
+  CheckRange(function, "center", center, 0, std::int64_t{1} << width);
+  return {width, center};
+}
+
+// Symbols at all places of the grid, or one for each position.
+void CheckPlaces(const char* function, std::int64_t count, const Positions& positions, const WeightGrid& grid) {
+  const std::int64_t places = positions.size() == 0 ? grid.size : positions.size();
+  if (count != places) {
+    throw py::value_error(std::string(function) + ": there must be a symbol for each of " + std::to_string(places) +
+                          " places, got " + std::to_string(count));
+  }
+}
+
+py::bytes ContextsEncodePositions(const Positions& positions, std::int64_t size, std::int64_t channels,
+                                  std::int64_t kernel, std::int64_t kernel_width) {
+  const WeightGrid grid = GridOf("contexts_encode_positions", size, channels, kernel, kernel_width);
+  return ToBytes(EncodePositionsInContext(ItemsOf(positions), grid));
+}
+
+Positions ContextsDecodePositions(const py::bytes& data, std::int64_t count, std::int64_t size, std::int64_t channels,
+                                  std::int64_t kernel, std::int64_t kernel_width) {
+  const WeightGrid grid = GridOf("contexts_decode_positions", size, channels, kernel, kernel_width);
+  CheckItems("contexts_decode_positions", count, data);
+  Positions positions(count);
+  DecodePositionsInContext(BytesOf(data), grid, {positions.mutable_data(), static_cast<std::size_t>(count)});
+  return positions;
+}
+
+py::bytes ContextsEncodeSymbols(const Bytes& symbols, const Positions& positions, std::int64_t size,
+                                std::int64_t channels, std::int64_t kernel, std::int64_t kernel_width, int width,
+                                int center) {
+  const WeightGrid grid = GridOf("contexts_encode_symbols", size, channels, kernel, kernel_width);
+  const SymbolRange range = RangeOf("contexts_encode_symbols", width, center);
+  CheckPlaces("contexts_encode_symbols", symbols.size(), positions, grid);
+  for (const std::uint8_t symbol : ItemsOf(symbols)) {
+    if (symbol >> width != 0) CheckRange("contexts_encode_symbols", "symbols", symbol, 0, (1 << width) - 1);
+  }
+  return ToBytes(EncodeSymbolsInContext(ItemsOf(symbols), ItemsOf(positions), grid, range));
+}
+
+Bytes ContextsDecodeSymbols(const py::bytes& data, std::int64_t count, const Positions& positions, std::int64_t size,
+                            std::int64_t channels, std::int64_t kernel, std::int64_t kernel_width, int width,
+                            int center) {
+  const WeightGrid grid = GridOf("contexts_decode_symbols", size, channels, kernel, kernel_width);
+  const SymbolRange range = RangeOf("contexts_decode_symbols", width, center);
+  CheckItems("contexts_decode_symbols", count, data);
+  CheckPlaces("contexts_decode_symbols", count, positions, grid);
+  Bytes symbols(count);
+  DecodeSymbolsInContext(BytesOf(data), ItemsOf(positions), grid, range,
+                         {symbols.mutable_data(), static_cast<std::size_t>(count)});
+  return symbols;
+}
+
+py::bytes NumbersEncode(const Patterns& patterns, int width) {
+  CheckRange("numbers_encode", "width", width, 8, 64);
+  for (const std::uint64_t pattern : ItemsOf(patterns)) {
+    if (width < 64 && pattern >> width != 0) {
+      throw py::value_error("numbers_encode: patterns must fit " + std::to_string(width) + " bits, got more");
+    }
+  }
+  return ToBytes(EncodeNumbers(ItemsOf(patterns), width));
+}
+
+Patterns NumbersDecode(const py::bytes& data, int width, std::int64_t count) {
+  CheckRange("numbers_decode", "width", width, 8, 64);
+  CheckItems("numbers_decode", count, data);
+  Patterns patterns(count);
+  DecodeNumbers(BytesOf(data), width, {patterns.mutable_data(), static_cast<std::size_t>(count)});
+  return patterns;
+}
+
 }  // namespace
 
 void BindCodec(py::module_& m) {
@@ -231,6 +323,20 @@ void BindCodec(py::module_& m) {
   m.def("encode_gaps", &GapsEncode, py::arg("positions").noconvert(), py::arg("coder"), py::arg("width"));
   m.def("decode_gaps", &GapsDecode, py::arg("data"), py::arg("coder"), py::arg("width"), py::arg("count"),
         py::arg("size"));
+  const auto size = py::arg("size");
+  const auto channels = py::arg("channels");
+  const auto kernel = py::arg("kernel");
+  const auto kernel_width = py::arg("kernel_width");
+  m.def("contexts_encode_positions", &ContextsEncodePositions, py::arg("positions").noconvert(), size, channels,
+        kernel, kernel_width);
+  m.def("contexts_decode_positions", &ContextsDecodePositions, py::arg("data"), py::arg("count"), size, channels,
+        kernel, kernel_width);
+  m.def("contexts_encode_symbols", &ContextsEncodeSymbols, py::arg("symbols").noconvert(),
+        py::arg("positions").noconvert(), size, channels, kernel, kernel_width, py::arg("width"), py::arg("center"));
+  m.def("contexts_decode_symbols", &ContextsDecodeSymbols, py::arg("data"), py::arg("count"),
+        py::arg("positions").noconvert(), size, channels, kernel, kernel_width, py::arg("width"), py::arg("center"));
+  m.def("numbers_encode", &NumbersEncode, py::arg("patterns").noconvert(), py::arg("width"));
+  m.def("numbers_decode", &NumbersDecode, py::arg("data"), py::arg("width"), py::arg("count"));
   m.def("encode_bitmap", &BitmapEncode, py::arg("positions").noconvert(), py::arg("size"));
   m.def("decode_bitmap", &BitmapDecode, py::arg("data"), py::arg("count"), py::arg("size"));
 }

@@ -109,7 +109,8 @@ def read(where: str, path: str | PathLike[str]) -> Contents:
         refuse("have an object as provenance", type(provenance).__name__)
     streams = iter(split(data, [spec.nbytes for entry in entries for spec in entry.streams]))
     grouped = [[next(streams) for _ in entry.streams] for entry in entries]
-    return Contents(version_of(raw), len(raw), container_bytes, header_bytes, header.get("m"), entries, grouped, provenance)
+    sizes = len(raw), container_bytes, header_bytes
+    return Contents(version_of(raw), *sizes, header.get("m"), entries, grouped, provenance)
 
 
 def _whole(where: str, path: Path) -> bytes:
