@@ -24,7 +24,8 @@ class Logistic {
     // exp(-d / 256) by repeated multiplication, 2^32 being 1.
     std::uint64_t power = std::uint64_t{1} << 32;
     for (std::int32_t odds = 0; odds <= kMostOdds; ++odds) {
-      const auto upper = static_cast<std::uint32_t>((std::uint64_t{kCertain} << 32) / ((std::uint64_t{1} << 32) + power));
+      const auto upper =
+          static_cast<std::uint32_t>((std::uint64_t{kCertain} << 32) / ((std::uint64_t{1} << 32) + power));
       probability_[static_cast<std::size_t>(kMostOdds + odds)] = static_cast<std::uint16_t>(std::min(upper, 65535u));
       probability_[static_cast<std::size_t>(kMostOdds - odds)] = static_cast<std::uint16_t>(kCertain - upper);
       power = power * 4278222805u >> 32;  // 2^32 exp(-1 / 256)
@@ -147,12 +148,11 @@ void CodePositions(Coder& coder, const WeightGrid& grid, IsStored is_stored, Sto
         const std::uint32_t over = place >= line ? row[at - line] : 0;
         const auto clamped = static_cast<std::uint32_t>(std::min<std::size_t>(place, 15));
         const std::uint32_t share_step = ShareSteps(share);
-        const Slots slots = {
-            &bits[0][ShareSteps(row_share) * 12 + share_step],
-            &bits[1][(std::min(in_kernel, 7u) * 16 + clamped) * 4 + left * 2 + over],
-            &bits[2][row[at - kernel] * 32u + row[at - 2 * kernel] * 16u + above[at] * 8u + before_above[at] * 4u +
-                     left * 2 + over],
-            &bits[3][share_step * 16 + std::min(in_kernel, 15u)]};
+        const Slots slots = {&bits[0][ShareSteps(row_share) * 12 + share_step],
+                             &bits[1][(std::min(in_kernel, 7u) * 16 + clamped) * 4 + left * 2 + over],
+                             &bits[2][row[at - kernel] * 32u + row[at - 2 * kernel] * 16u + above[at] * 8u +
+                                      before_above[at] * 4u + left * 2 + over],
+                             &bits[3][share_step * 16 + std::min(in_kernel, 15u)]};
         const std::uint32_t stored = mixers[clamped].Code(coder, slots, is_stored(position));
         if (stored) store(position);
         row[at] = static_cast<std::uint8_t>(stored);
@@ -217,10 +217,10 @@ void CodeSymbols(Coder& coder, std::span<const std::int64_t> positions, const We
       near = Steps(before) * 11 + Steps(before_that);
     }
     std::int32_t& channel_mean = channel_size[channel];
-    const std::array<std::size_t, kContexts> contexts = {
-        Quarters(static_cast<std::uint32_t>(row_size)) * alphabet,
-        Quarters(static_cast<std::uint32_t>(channel_mean)) * alphabet, near * alphabet,
-        (Steps(above[at]) * 11 + Steps(row[at - kernel])) * alphabet};
+    const std::array<std::size_t, kContexts> contexts = {Quarters(static_cast<std::uint32_t>(row_size)) * alphabet,
+                                                         Quarters(static_cast<std::uint32_t>(channel_mean)) * alphabet,
+                                                         near * alphabet,
+                                                         (Steps(above[at]) * 11 + Steps(row[at - kernel])) * alphabet};
     const std::uint32_t given = std::is_const_v<Symbol> ? symbols[item] : 0;
     std::uint32_t node = 1;
     for (int bit = range.width - 1; bit >= 0; --bit) {

@@ -5,17 +5,18 @@
 // own for the bit. They are mixed in the logistic domain, weighted by weights w that follow the gradient of the
 // message's length:
 //   x_i = confidence_i ln(p_i / (1 - p_i)),   p = 1 / (1 + exp(-sum_i w_i x_i)),   w_i += rate x_i (bit - p),
-// with a confidence that rises to 1 with the bits a context has seen. No table is stored: probabilities begin at a half.
-// Mahoney, "Adaptive weighing of context models for lossless data compression" (2005); range_coder.h writes the bits.
+// with a confidence that rises to 1 with the bits a context has seen. No table is stored: probabilities begin at a
+// half. Mahoney, "Adaptive weighing of context models for lossless data compression" (2005); range_coder.h writes the
+// bits.
 //
 // A weight stands in an output row, at an input channel, at a place of a kernel. Contexts of a position: how full its
-// row and its channel are; what is stored to the left, above and elsewhere in its kernel; the same place in the two rows
-// before, and the two channels before; its channel and the number in its kernel. Contexts of a code: how large the codes
-// of its row have been; those of its channel; the codes to the left and above in its kernel (without a kernel, the two
-// codes before); those at its place in the row and in the channel before. Symbols are in the order of their values, so
-// that symbol - center is a size with a sign.
+// row and its channel are; what is stored to the left, above and elsewhere in its kernel; the same place in the two
+// rows before, and the two channels before; its channel and the number in its kernel. Contexts of a code: how large the
+// codes of its row have been; those of its channel; the codes to the left and above in its kernel (without a kernel,
+// the two codes before); those at its place in the row and in the channel before. Symbols are in the order of their
+// values, so that symbol - center is a size with a sign.
 //
-// Decoding takes about 20 nanoseconds for each bit: one for each weight (positions), the symbols' width for each code.
+// Decoding takes about 35 nanoseconds for each bit: one for each weight (positions), the symbols' width for each code.
 #pragma once
 
 #include <cstddef>

@@ -1,7 +1,7 @@
 // A few numbers as they are, to the bit: biases, codebooks, scales.
 //
-// Range coded. First whether the bit patterns rise, and how many zeros all of them end with (16 for float32 numbers that
-// were rounded to bfloat16); those zeros are not written.
+// Range coded. First whether the bit patterns rise, and how many zeros all of them end with (16 for float32 numbers
+// that were rounded to bfloat16); those zeros are not written.
 //   Rising patterns, such as a sorted codebook: the difference to the pattern before, as its width (adaptive, in the
 //   context of the width before), the bit below its highest (adaptive) and the other bits.
 //   Others: as in floating-point numbers, the 8 bits after the sign and the sign, both adaptive, and the other bits.

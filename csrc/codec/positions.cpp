@@ -1,6 +1,5 @@
 #include "codec/positions.h"
 
-#include <algorithm>
 #include <bit>
 #include <map>
 #include <stdexcept>
@@ -15,6 +14,9 @@ namespace {
 
 // Gaps below this are counted in an array, the few above in a map.
 constexpr std::uint64_t kShortGaps = std::uint64_t{1} << 16;
+
+// Wider alphabets are for a few far positions, whose table would cost more than fillers.
+constexpr int kMaxRansGapWidth = 10;
 
 std::uint32_t Filler(int width) { return (std::uint32_t{1} << width) - 1; }
 
@@ -89,7 +91,7 @@ GapCoding BestGapCoding(std::span<const std::int64_t> positions) {
     const std::uint64_t coded = HuffmanBytes(counts, HuffmanLengths(counts));
     if (width == 1 || packed < best.bytes) best = {width, GapCoder::kPacked, packed};
     if (coded < best.bytes) best = {width, GapCoder::kHuffman, coded};
-    if (counts.size() - static_cast<std::size_t>(std::ranges::count(counts, 0)) > kMaxRansSymbols) continue;
+    if (width > kMaxRansGapWidth) continue;
     const std::uint64_t ranged = BestRansCoding(counts).bytes;
     if (ranged < best.bytes && positions.size() / kRansItemsPerByte < ranged) best = {width, GapCoder::kRans, ranged};
   }

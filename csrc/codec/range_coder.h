@@ -27,7 +27,8 @@ inline constexpr std::uint32_t kCertain = 65536;
 class TERSETORCH_API RangeEncoder {
  public:
   std::uint32_t Code(std::uint32_t bit, std::uint32_t probability_of_1) {
-    const std::uint32_t middle = low_ + static_cast<std::uint32_t>(std::uint64_t{high_ - low_} * probability_of_1 >> 16);
+    const std::uint32_t middle =
+        low_ + static_cast<std::uint32_t>(std::uint64_t{high_ - low_} * probability_of_1 >> 16);
     bit ? high_ = middle : low_ = middle + 1;
     for (; (low_ ^ high_) >> 24 == 0; low_ <<= 8, high_ = high_ << 8 | 255) {
       bytes_.push_back(static_cast<std::uint8_t>(high_ >> 24));
@@ -51,7 +52,8 @@ class TERSETORCH_API RangeDecoder {
 
   // The next bit; the first argument is for an encoder. Throws std::invalid_argument when the message has ended.
   std::uint32_t Code(std::uint32_t, std::uint32_t probability_of_1) {
-    const std::uint32_t middle = low_ + static_cast<std::uint32_t>(std::uint64_t{high_ - low_} * probability_of_1 >> 16);
+    const std::uint32_t middle =
+        low_ + static_cast<std::uint32_t>(std::uint64_t{high_ - low_} * probability_of_1 >> 16);
     const std::uint32_t bit = number_ <= middle;
     bit ? high_ = middle : low_ = middle + 1;
     for (; (low_ ^ high_) >> 24 == 0; low_ <<= 8, high_ = high_ << 8 | 255) Shift();

@@ -157,8 +157,7 @@ std::vector<std::uint8_t> RansEncode(std::span<const std::uint16_t> symbols, con
   }
   stream.insert(stream.end(), table.begin(), table.end());
 
-  const std::vector<std::uint32_t> frequencies =
-      Frequencies(coding.levels, coding.levels_an_octave, coding.scale_bits);
+  const std::vector<std::uint32_t> frequencies = Frequencies(coding.levels, coding.levels_an_octave, coding.scale_bits);
   std::vector<std::uint32_t> starts(frequencies.size());
   std::exclusive_scan(frequencies.begin(), frequencies.end(), starts.begin(), std::uint32_t{0});
   const std::size_t states = many ? 4 : 1;

@@ -12,9 +12,10 @@
 // little endian.
 //
 // Table, range coded: for every symbol a level, 0 if it is not used. Level l >= 1 has the weight 2^((l - 1) / 2^e), and
-// the frequencies are the weights, scaled and rounded with the remainder carried on, at least 1 each. Coarse levels cost little: at 4 levels an octave frequencies are within 9 % of the counts, which lengthens
-// the message by about 0.002 bits a symbol. Whether a symbol is used has its probability after the two before; a level is
-// coded as its difference from the mean of the two levels before, sign and all, in Elias's gamma code of adaptive bits.
+// the frequencies are the weights, scaled and rounded with the remainder carried on, at least 1 each. Coarse levels
+// cost little: at 4 levels an octave frequencies are within 9 % of the counts, which lengthens the message by about
+// 0.002 bits a symbol. Whether a symbol is used has its probability after the two before; a level is coded as its
+// difference from the mean of the two levels before, sign and all, in Elias's gamma code of adaptive bits.
 #pragma once
 
 #include <array>

@@ -327,8 +327,8 @@ void BindCodec(py::module_& m) {
   const auto channels = py::arg("channels");
   const auto kernel = py::arg("kernel");
   const auto kernel_width = py::arg("kernel_width");
-  m.def("contexts_encode_positions", &ContextsEncodePositions, py::arg("positions").noconvert(), size, channels,
-        kernel, kernel_width);
+  m.def("contexts_encode_positions", &ContextsEncodePositions, py::arg("positions").noconvert(), size, channels, kernel,
+        kernel_width);
   m.def("contexts_decode_positions", &ContextsDecodePositions, py::arg("data"), py::arg("count"), size, channels,
         kernel, kernel_width);
   m.def("contexts_encode_symbols", &ContextsEncodeSymbols, py::arg("symbols").noconvert(),

@@ -81,7 +81,9 @@ def test_damaged_streams_are_refused_or_give_positions_inside():
     positions = kept_of(grid, 0.3)
     data = _native.contexts_encode_positions(positions, *sizes_of(grid))
     for end in range(0, len(data) - 4):
-        with pytest.raises(ValueError, match=r"contexts: data must mark|range coder: data must hold every bit|items a byte"):
+        with pytest.raises(
+            ValueError, match=r"contexts: data must mark|range coder: data must hold every bit|items a byte"
+        ):
             _native.contexts_decode_positions(data[:end], len(positions), *sizes_of(grid))
     with pytest.raises(ValueError, match="data must end after the last bit"):
         _native.contexts_decode_positions(data + bytes(5), len(positions), *sizes_of(grid))

@@ -10,7 +10,7 @@ from torch.nn.utils import parametrizations
 from tersetorch import methods
 from tersetorch.nn import SparseCodebookLinear, SparseLinear
 from tersetorch.nn.layout import LAYOUTS
-from tersetorch.storage import TerseFileError, inspect, load, save
+from tersetorch.storage import TerseFileError, inspect, load, save, streams
 
 
 class Stateful(nn.Module):
@@ -339,6 +339,21 @@ def test_the_golden_file_of_version_1(same_state):
     assert {tensor.form for tensor in found.tensors} == {"raw", "codebook", "sparse", "sparse-codebook"}
     coders = {coder for tensor in found.tensors for coder in tensor.coders}
     assert coders == {"raw", "packed", "huffman", "constant", "gaps", "gaps-huffman", "bitmap", "all"}
+
+
+def test_the_golden_file_of_version_2(same_state, tmp_path, monkeypatch):
+    path = Path(__file__).parent / "golden" / "version2.terse"
+    namespace = runpy.run_path(path.parent / "make_golden.py", run_name="golden")
+    model = namespace["coders"]()
+    same_state(model, load(path))
+    found = inspect(path)
+    assert found.version == 2
+    coders = {coder for tensor in found.tensors for coder in tensor.coders}
+    assert coders >= {"numbers", "planes", "rans", "contexts", "gaps-rans"}
+    for name, value in namespace["SMALL"].items():
+        monkeypatch.setattr(streams, name, value)
+    save(model, tmp_path / "m.terse")
+    assert (tmp_path / "m.terse").read_bytes() == path.read_bytes()
 
 
 def test_the_golden_file_of_layouts_and_convolutions(same_state):
