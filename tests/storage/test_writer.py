@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.progress import Progress
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -368,6 +369,14 @@ def test_the_golden_file_of_layouts_and_convolutions(same_state):
             given = torch.ones(5, 70) if linear else torch.ones(2, ours.in_channels, *(11, 9)[-ours.dims :])
             assert torch.equal(theirs(given), ours(given))
     assert {layer.layout for layer in loaded[:14]} == set(LAYOUTS)
+
+
+def test_bars_end_with_every_byte(tmp_path):
+    model = nn.Sequential(nn.Linear(30, 20), SparseCodebookLinear.from_dense(nn.Linear(6, 6)))
+    with Progress(disable=True) as progress:
+        save(model, tmp_path / "m.terse", progress=progress)
+        load(tmp_path / "m.terse", progress=progress)
+    assert [(task.description, task.percentage) for task in progress.tasks] == [("saving", 100), ("loading", 100)]
 
 
 def test_a_live_recurrent_module_saves_after_a_forward_pass(tmp_path):

@@ -9,6 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from rich.progress import Progress
 from torch import nn
 
 from tersetorch.conversion.swap import deep_copy
@@ -51,7 +52,13 @@ class Contents:
     provenance: dict[str, Any] | None
 
 
-def load(path: str | PathLike[str], *, model: nn.Module | None = None, max_bytes: int | None = None) -> nn.Module:
+def load(
+    path: str | PathLike[str],
+    *,
+    model: nn.Module | None = None,
+    max_bytes: int | None = None,
+    progress: Progress | None = None,
+) -> nn.Module:
     """Reads what save wrote: the same tensors to the bit, on the CPU, with the same ties and training flags.
 
     Args:
@@ -61,6 +68,7 @@ def load(path: str | PathLike[str], *, model: nn.Module | None = None, max_bytes
             it, zoo networks and trees of torch.nn modules and our layers are built from the file alone.
         max_bytes: the most bytes that the tensors may take; None allows 64 MiB or 4096 times the file's size, whichever
             is more.
+        progress: a bar of the tensors' bytes is added to it.
 
     Raises:
         TypeError: an argument has another type than named here.
@@ -82,7 +90,7 @@ def load(path: str | PathLike[str], *, model: nn.Module | None = None, max_bytes
         needed = sum(entry.decoded_bytes for entry in contents.entries)
         if needed > limit:
             refuse(f"decode to at most {limit} bytes", needed, "pass max_bytes= if you trust the file")
-        tensors = Tensors(contents.entries, contents.data)
+        tensors = Tensors(contents.entries, contents.data, progress)
         if model is None:
             loaded = Builder(tensors, limit).build(contents.root)
         else:
