@@ -7,6 +7,7 @@ from os import PathLike
 from typing import Any
 
 import torch
+from rich.progress import Progress
 from torch import nn
 
 from tersetorch.conversion.swap import deep_copy
@@ -19,7 +20,13 @@ from tersetorch.storage.describe import Describer
 PROVENANCE_CAP = 64 << 10
 
 
-def save(model: nn.Module, path: str | PathLike[str], *, provenance: dict[str, Any] | None = None) -> None:
+def save(
+    model: nn.Module,
+    path: str | PathLike[str],
+    *,
+    provenance: dict[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> None:
     """Writes model to one file, every tensor in its smallest lossless form; the same model gives the same bytes.
 
     A tensor is stored raw, as codebook and codes, or as the positions of its non-zeros with their values or codes;
@@ -38,6 +45,7 @@ def save(model: nn.Module, path: str | PathLike[str], *, provenance: dict[str, A
             and puts everything else into an instance that it is given.
         path: the file to write; its folder must exist.
         provenance: what reports should know of the model (accuracy, latency, sensitivity), JSON of at most 64 KiB.
+        progress: a bar of the tensors' bytes is added to it.
 
     Raises:
         TypeError: model is no nn.Module, path no path, or provenance no dict.
@@ -59,7 +67,7 @@ def save(model: nn.Module, path: str | PathLike[str], *, provenance: dict[str, A
     if is_live(model):
         release_graphs(model)
         model = finalize(deep_copy(model, verb="save"))
-    describer = Describer(model)
+    describer = Describer(model, progress)
     header["m"] = describer.node(model)
     _check_complete(model)
     header["t"] = [entry.to_json() for entry in describer.entries]
