@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from tersetorch.bench.reproduce import (
+    deep_compression,
     dns,
     han,
-    lenet_300_100,
     one_shot,
     optimal_brain_damage,
     optimal_brain_surgeon,
@@ -15,7 +15,7 @@ from tersetorch.bench.reproduce import (
 from tersetorch.bench.reproduce.runs import Reproduction
 
 MODULES = (
-    lenet_300_100,
+    deep_compression,
     han,
     trade_off,
     dns,
