@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tersetorch.bench.reproduce import (
+    accuracy_ratio,
     deep_compression,
     dns,
     han,
@@ -16,6 +17,7 @@ from tersetorch.bench.reproduce.runs import Reproduction
 
 MODULES = (
     deep_compression,
+    accuracy_ratio,
     han,
     trade_off,
     dns,
