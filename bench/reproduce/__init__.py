@@ -10,6 +10,7 @@ from tersetorch.bench.reproduce import (
     one_shot,
     optimal_brain_damage,
     optimal_brain_surgeon,
+    published_bits,
     published_densities,
     trade_off,
 )
@@ -25,5 +26,6 @@ MODULES = (
     optimal_brain_surgeon,
     one_shot,
     published_densities,
+    published_bits,
 )
 ROWS: dict[str, Reproduction] = {row.name: row for module in MODULES for row in module.ROWS}
