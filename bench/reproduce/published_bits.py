@@ -97,8 +97,8 @@ def run(how: How) -> dict[str, Any]:
 
     Returns:
         JSON-able record: for each network, a row for each layer and the total. A row holds weights, those kept,
-        fillers, bits of a code and of a position after Huffman coding (tables and fillers included, for each weight
-        that is kept), bytes pruned and shared, after Huffman coding, and in our file by its best coders, and the
+        fillers, bits of a code and of a position after Huffman coding (tables included, for each weight that is kept
+        and each filler), bytes pruned and shared, after Huffman coding, and in our file by its best coders, and the
         published figures.
 
     Raises:
@@ -216,8 +216,8 @@ def _counted(weight: Tensor, bits: int, gap_bits: int) -> dict[str, Any]:
         "fillers": fillers,
         "value_bits": bits,
         "gap_bits": gap_bits,
-        "code_bits": 8 * codes / kept,
-        "position_bits": 8 * huffman_bytes(gaps) / kept,
+        "code_bits": 8 * codes / (kept + fillers),
+        "position_bits": 8 * huffman_bytes(gaps) / (kept + fillers),
         "dense_bytes": 4 * flat.size,
         "shared_bytes": fixed_bytes(kept + fillers, bits, gap_bits, 1 << bits),
         "huffman_bytes": codes + huffman_bytes(gaps) + codebook,
