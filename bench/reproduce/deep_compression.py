@@ -91,7 +91,7 @@ def lenet_5_plan() -> LeNet5Plan:
     return LeNet5Plan(
         dns.Plan(
             batch_size=128,
-            dense=Training(epochs=15, lr=0.05, weight_decay=5e-4),
+            dense=Training(epochs=20, lr=0.05, weight_decay=5e-4),
             gamma=1e-4,
             cuts=(
                 dns.Cut({"conv1": 0.7, "conv2": 1.5}, surgery),
@@ -142,7 +142,7 @@ def run_lenet_300_100(how: How) -> dict[str, Any]:
 def run_lenet_5(how: How) -> dict[str, Any]:
     """The same for LeNet-5; quick has short trainings."""
     plan = quick_lenet_5_plan() if how.quick else lenet_5_plan()
-    described = {"pruning": dns.describe(plan.pruning), "share": plan.share.model_dump()}
+    described = {"pruning": dns.describe("lenet_5", plan.pruning), "share": plan.share.model_dump()}
     one = partial(_lenet_5, plan)
     record: dict[str, Any] = over_seeds("lenet_5", one, how, described, PAPER["lenet_5"], FIGURES)
     return record

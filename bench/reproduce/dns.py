@@ -146,15 +146,15 @@ def run(network: str, how: How) -> dict[str, Any]:
         FileNotFoundError: MNIST is not in the folder that TERSETORCH_DATA names.
     """
     plan = quick_plan(network) if how.quick else full_plan(network)
-    described = {"network": network, **describe(plan)}
+    described = {"network": network, **describe(network, plan)}
     record: dict[str, Any] = over_seeds(
         f"dns_{network}", partial(_one, network, plan), how, described, PAPER[network], FIGURES
     )
     return record
 
 
-def describe(plan: Plan) -> dict[str, Any]:
-    """A plan as JSON can hold it."""
+def describe(network: str, plan: Plan) -> dict[str, Any]:
+    """A network's plan as JSON can hold it."""
     return {
         "batch_size": plan.batch_size,
         "dropout": DROPOUT[network],
