@@ -69,10 +69,10 @@ class Plan:
 def full_plan() -> Plan:
     """The plan behind the reproduction."""
     return Plan(
-        dense=Training(epochs=20, lr=0.1, weight_decay=1e-4),
-        kept=(0.5, 0.3, 0.2, 0.1, 0.08, 0.05, 0.03, 0.02, 0.01),
+        dense=Training(epochs=15, lr=0.1, weight_decay=1e-4),
+        kept=(0.5, 0.2, 0.1, 0.08, 0.05, 0.03, 0.01),
         bits=(8, 4, 3, 2, 1),
-        ranks=(0.5, 0.2, 0.1, 0.05, 0.03),
+        ranks=(0.5, 0.2, 0.1, 0.05),
         retrain=Training(epochs=4, lr=0.05, weight_decay=1e-4),
         factored=Training(epochs=4, lr=0.02, weight_decay=1e-4),
         share=Training(epochs=2, lr=5e-4, optimizer="adam"),
