@@ -205,19 +205,26 @@ def _measured(dense: nn.Module, compressed: nn.Module, data: Dataset, layers: It
         "bytes_dense": inspection.dense_bytes,
         "ratio": inspection.ratio,
         "file": {key: value for key, value in inspection.to_dict().items() if key != "path"},
-        "layers": {name: _layer(stored[f"{name}.weight"]) for name in layers},
+        "layers": {name: _layer(stored[f"{name}.weight"], _kept(again, name)) for name in layers},
     }
 
 
-def _layer(stored: StoredTensor) -> dict[str, Any]:
-    """The paper's columns: percentage kept, bits a weight and a position after Huffman coding, file percentage."""
+def _kept(model: nn.Module, name: str) -> int:
+    return int(model.get_parameter(f"{name}.weight").count_nonzero())
+
+
+def _layer(stored: StoredTensor, kept: int) -> dict[str, Any]:
+    """The paper's columns: percentage kept, bits of a kept weight's code and position in the file, file percentage.
+
+    Where codes are stored for pruned weights too, without positions, those take no bits and the codes take more.
+    """
     weights = math.prod(stored.shape)
     return {
         "weights": weights,
-        "kept": 100 * stored.stored / weights,
+        "kept": 100 * kept / weights,
         "bits": math.ceil(math.log2(stored.entries)),
-        "huffman_bits": 8 * (stored.parts["codes"] + stored.parts.get("code tables", 0)) / stored.stored,
-        "position_huffman_bits": 8 * stored.parts["positions"] / stored.stored,
+        "huffman_bits": 8 * (stored.parts["codes"] + stored.parts.get("code tables", 0)) / kept,
+        "position_huffman_bits": 8 * stored.parts.get("positions", 0) / kept,
         "file_percent": 100 * stored.nbytes / stored.dense_bytes,
     }
 
