@@ -23,7 +23,7 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 Bits = Annotated[int, Field(ge=1, le=8)]
 Epochs = Annotated[int, Field(ge=0)]
 # The recipes that come with the package, by the names of their files.
-PUBLISHED = {path.stem: path for path in sorted((Path(__file__).parent / "published").glob("*.yaml"))}
+PUBLISHED = {path.stem: path for path in sorted(Path(__file__).parent.glob("*.yaml"))}
 Value = TypeVar("Value", int, float)
 
 
