@@ -186,9 +186,14 @@ def test_bad_arguments_are_refused(arguments, error, sentence):
 def test_a_missing_or_broken_file_is_said(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"recipe must be one of alexnet, lenet_300_100, .* got '.*none\.yaml'"):
         deep_compression(network(), tmp_path / "none.yaml", ignore)
-    with pytest.raises(FileNotFoundError, match=r"path must be in a folder that exists, got .*missing"):
-        plan = {"share": {"bits": 1, "train": TRAINING}}
-        deep_compression(network(), plan, ignore, path=tmp_path / "missing" / "m.terse")
+    plan, model = {"share": {"bits": 1, "train": TRAINING}}, network()
+    with pytest.raises(
+        FileNotFoundError, match=r"deep_compression: path must lie in a folder that exists, got .*missing"
+    ):
+        deep_compression(model, plan, ignore, path=tmp_path / "missing" / "m.terse")
+    with pytest.raises(ValueError, match="deep_compression: path must name a file, got the folder"):
+        deep_compression(model, plan, ignore, path=tmp_path)
+    assert not is_live(model)
     path = tmp_path / "broken.yaml"
     path.write_text("prune: [")
     with pytest.raises(ValueError, match=r"broken\.yaml must be YAML"):

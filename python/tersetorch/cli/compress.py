@@ -31,8 +31,6 @@ def compress(
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON instead of the table.")] = False,
 ) -> None:
     """Prunes a model, shares its weights and stores it: Deep Compression by a recipe, with retraining."""
-    if not output.parent.is_dir():
-        raise typer.BadParameter(f"OUTPUT must name a file in a folder that exists, got {output}")
     if recipe not in PUBLISHED and not Path(recipe).is_file():
         raise typer.BadParameter(f"--recipe must be one of {', '.join(PUBLISHED)} or a YAML file, got {recipe}")
     compressed = read_model("compress", model, network)

@@ -18,6 +18,7 @@ from tersetorch.methods import prune, quantize
 from tersetorch.methods.selection import Pattern, assign, select
 from tersetorch.recipes.run_folder import RunFolder, fingerprint
 from tersetorch.storage import save
+from tersetorch.storage.arguments import target_of
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Bits = Annotated[int, Field(ge=1, le=8)]
@@ -235,7 +236,8 @@ def deep_compression(
         TypeError: model is no module, recipe is no recipe, or train cannot be called.
         ValueError: the recipe is not valid, a pattern matches no layer, steps_per_epoch is missing or not positive,
             folder holds another run, or train did not call stage.after_step() often enough for the ramp to end.
-        FileNotFoundError: recipe names no file, or path's folder does not exist.
+        FileNotFoundError: recipe names no file, or path's folder does not exist. What is wrong with recipe, path and
+            folder is said before anything changes.
 
     Source:
         Han, Mao, Dally, Deep Compression (2016), sections 2 and 3. Where we differ: dropout is scaled, and sparsity
@@ -289,9 +291,8 @@ def _check(
             "deep_compression: steps_per_epoch must be at least 1 where recipe.prune has ramp_epochs, "
             f"got {steps_per_epoch}; pass the optimizer steps that train takes in an epoch"
         )
-    # The file comes last, after hours of training maybe.
-    if path is not None and not Path(path).parent.is_dir():
-        raise FileNotFoundError(f"deep_compression: path must be in a folder that exists, got {path}; make the folder")
+    if path is not None:  # looked at now, since the file comes last, after hours of training maybe
+        target_of("deep_compression", path)
     layers = []
     if plan.prune is not None:
         layers += _layers(model, "recipe.prune.sparsity", plan.prune.sparsity)

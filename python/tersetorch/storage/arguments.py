@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from os import PathLike
 from pathlib import Path
 
@@ -38,3 +39,26 @@ def naming(where: str, path: Path, rule: str, fix: str) -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or error
         raise type(error)(f"{where}: path must {rule}, got {str(path)!r} ({reason}); {fix}") from error
+
+
+def target_of(where: str, path: str | PathLike[str]) -> Path:
+    """The file to write; a link stays, and what it names is replaced.
+
+    Raises:
+        TypeError: path is neither a string nor a path.
+        ValueError: path names a folder, a device or nothing that a file can be called.
+        OSError: no file can be written there; FileNotFoundError where its folder does not exist.
+    """
+    target = Path(os.path.realpath(path_of(where, path)))
+    mode = 0
+    with naming(where, target, "name a file that can be written", "choose another"):
+        folder = target.parent.is_dir()
+        with suppress(FileNotFoundError, NotADirectoryError):
+            mode = target.stat().st_mode
+    if not folder:
+        raise FileNotFoundError(f"{where}: path must lie in a folder that exists, got {target}; create {target.parent}")
+    if stat.S_ISDIR(mode):
+        raise ValueError(f"{where}: path must name a file, got the folder {target}; add a name, such as model.terse")
+    if mode and not stat.S_ISREG(mode):
+        raise ValueError(f"{where}: path must name a regular file, got the device or pipe {target}; choose another")
+    return target

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import stat
-from contextlib import suppress
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from torch import nn
 from tersetorch.conversion.swap import deep_copy
 from tersetorch.methods import finalize
 from tersetorch.methods.parametrization import is_live, release_graphs
-from tersetorch.storage.arguments import naming, path_of
+from tersetorch.storage.arguments import naming, target_of
 from tersetorch.storage.container import pack
 from tersetorch.storage.describe import Describer
 
@@ -57,9 +55,7 @@ def save(model: nn.Module, path: str | PathLike[str], *, provenance: dict[str, A
     """
     if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
         raise TypeError(f"save: model must be an eager nn.Module, got {type(model).__name__}; pass the Python module")
-    target = path_of("save", path)
-    target = Path(os.path.realpath(target))  # a link stays, and what it names is replaced
-    _check_target(target)
+    target = target_of("save", path)
     header: dict[str, Any] = {}
     if provenance is not None:
         header["p"] = _checked_provenance(provenance)
@@ -73,21 +69,6 @@ def save(model: nn.Module, path: str | PathLike[str], *, provenance: dict[str, A
     packed = pack(header, [stream.data for streams in describer.streams for stream in streams])
     with naming("save", target, "name a file that can be written", "choose another, or make room"):
         _write(target, packed)
-
-
-def _check_target(target: Path) -> None:
-    """Refuses what is no place for a file."""
-    mode = 0
-    with naming("save", target, "name a file that can be written", "choose another"):
-        folder = target.parent.is_dir()
-        with suppress(FileNotFoundError, NotADirectoryError):
-            mode = target.stat().st_mode
-    if not folder:
-        raise FileNotFoundError(f"save: path must lie in a folder that exists, got {target}; create {target.parent}")
-    if stat.S_ISDIR(mode):
-        raise ValueError(f"save: path must name a file, got the folder {target}; add a name, such as model.terse")
-    if mode and not stat.S_ISREG(mode):
-        raise ValueError(f"save: path must name a regular file, got the device or pipe {target}; choose another")
 
 
 def _check_complete(model: nn.Module) -> None:
