@@ -104,6 +104,6 @@ def _cluster(target: Target, bits: int, init: Init, iterations: int, seed: int) 
     values = np.zeros(int(zeros))
     if survivors.size:
         clusters = cluster(survivors, 2**bits - zeros, init, iterations=iterations, seed=seed)
-        codes[mask] = torch.from_numpy((clusters.codes(survivors) + zeros).astype(np.uint8)).to(weight.device)
+        codes[mask] = torch.from_numpy(clusters.codes(survivors)).to(weight.device) + int(zeros)
         values = np.concatenate((values, clusters.centroids))
     return mask, codes, torch.from_numpy(values)[None].to(weight.device, wide)
