@@ -17,7 +17,6 @@ Indices = NDArray[np.int64]
 Init = Literal["exact", "linear", "density", "random"]
 Rounding = Callable[[Floats], Floats]
 
-MAX_CLUSTERS = 256
 # More distinct values than this are put into bins before the exact search, whose time grows with them.
 EXACT_VALUES = 100_000
 BINS = 65_536
