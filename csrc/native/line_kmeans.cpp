@@ -19,8 +19,8 @@ using Array = py::array_t<T, py::array::c_style>;
 
 constexpr std::int64_t kMostThresholds = 255;  // codes are bytes
 
-py::array_t<std::int64_t> Runs(const Array<double>& weight, const Array<double>& moment, const Array<double>& square,
-                               std::int64_t clusters) {
+Array<std::int64_t> Runs(const Array<double>& weight, const Array<double>& moment, const Array<double>& square,
+                         std::int64_t clusters) {
   const std::int64_t n = weight.size() - 1;
   if (moment.size() != weight.size() || square.size() != weight.size()) {
     throw py::value_error("optimal_runs: weight, moment and square must have as many sums, got " +
@@ -33,7 +33,7 @@ py::array_t<std::int64_t> Runs(const Array<double>& weight, const Array<double>&
   }
   Array<std::int64_t> starts(clusters);
   std::int64_t* to = starts.mutable_data();
-  const py::gil_scoped_release release;
+  const py::gil_scoped_release release;  // what follows touches no Python object, the return included
   // Not vectors: the choices, hundreds of megabytes of them, are all written before they are read.
   const auto sums = std::make_unique_for_overwrite<double[]>(OptimalRunsSums(n));
   const auto choices = std::make_unique_for_overwrite<std::int32_t[]>(OptimalRunsChoices(n, clusters));
