@@ -7,6 +7,8 @@ from tersetorch.bench.reproduce import (
     deep_compression,
     dns,
     han,
+    initialisation,
+    kmeans_objective,
     one_shot,
     one_shot_transformer,
     optimal_brain_damage,
@@ -20,6 +22,8 @@ from tersetorch.bench.reproduce.runs import Reproduction
 MODULES = (
     deep_compression,
     accuracy_ratio,
+    initialisation,
+    kmeans_objective,
     han,
     trade_off,
     dns,
