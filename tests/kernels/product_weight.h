@@ -59,11 +59,10 @@ struct RandomProduct {
 
 // Around every tile, group, block and lane width.
 inline constexpr ProductShape kProductShapes[] = {
-    {0, 5, 2, 3, 1, false},    {1, 1, 1, 1, 1, false},     {1, 2, 2, 16, 1, false},   {63, 7, 1, 16, 1, false},
-    {64, 16, 2, 16, 1, false}, {65, 18, 2, 15, 1, false},  {131, 67, 4, 2, 1, false}, {10, 41, 3, 17, 1, false},
-    {64, 9, 1, 256, 1, false}, {129, 70, 1, 255, 1, true}, {61, 150, 2, 256, 1, false},
-    {67, 300, 1, 16, 1, true}, {37, 33, 33, 16, 9, true},  {130, 31, 31, 100, 3, true}, {7, 13, 5, 65, 2, false},
-    {200, 66, 3, 9, 2, true},
+    {0, 5, 2, 3, 1, false},    {1, 1, 1, 1, 1, false},      {1, 2, 2, 16, 1, false},     {63, 7, 1, 16, 1, false},
+    {64, 16, 2, 16, 1, false}, {65, 18, 2, 15, 1, false},   {131, 67, 4, 2, 1, false},   {10, 41, 3, 17, 1, false},
+    {64, 9, 1, 256, 1, false}, {129, 70, 1, 255, 1, true},  {61, 150, 2, 256, 1, false}, {67, 300, 1, 16, 1, true},
+    {37, 33, 33, 16, 9, true}, {130, 31, 31, 100, 3, true}, {7, 13, 5, 65, 2, false},    {200, 66, 3, 9, 2, true},
 };
 
 }  // namespace tersetorch::test

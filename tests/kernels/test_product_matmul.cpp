@@ -56,7 +56,7 @@ void TestExact(const Variant& variant, const RandomProduct& w, FloatDtype floats
   Output y(samples * s.rows, floats_as), relu(samples * s.rows, floats_as);
   for (const bool with_relu : {false, true}) {
     Output& out = with_relu ? relu : y;
-    const ProductMatmulArgs args{stored.args, tables.data(), lanes,      sums.data(), stored_bias.data(),
+    const ProductMatmulArgs args{stored.args, tables.data(), lanes,     sums.data(), stored_bias.data(),
                                  with_relu,   out.data(),    floats_as, samples};
     variant.kernels.matmul(args, tiles / 2, tiles);
     variant.kernels.matmul(args, 0, tiles / 2);
@@ -104,15 +104,15 @@ Int8Result RunInt8(const ProductKernels& kernels, const RandomProduct& w, const 
   result.quantized.assign(result.tables.size(), 0xee);
   std::vector<float> lows(in_memory), ranges(in_memory);
   kernels.make_tables({stored.args, panel.data(), 1, result.tables.data()}, 0, in_memory);
-  ProductQuantizeArgs args{stored.args,   result.tables.data(),   lows.data(),
-                           ranges.data(), {}, result.quantized.data()};
+  ProductQuantizeArgs args{stored.args, result.tables.data(), lows.data(), ranges.data(), {}, result.quantized.data()};
   kernels.measure_tables(args, 0, in_memory);
   args.scale = result.scale = ProductScaleOf(args);
   kernels.quantize_tables(args, 0, in_memory);
   std::vector<std::uint32_t> sums(tiles * kProductRows);
   Output y(w.shape.rows, FloatDtype::kFloat32);
-  const ProductInt8Args multiply{stored.args, result.quantized.data(), result.scale, sums.data(), stored_bias.data(),
-                                 false,       y.data(),                FloatDtype::kFloat32};
+  const ProductInt8Args multiply{stored.args, result.quantized.data(), result.scale,
+                                 sums.data(), stored_bias.data(),      false,
+                                 y.data(),    FloatDtype::kFloat32};
   kernels.matmul_int8(multiply, tiles / 2, tiles);
   kernels.matmul_int8(multiply, 0, tiles / 2);
   result.y = y.Values();

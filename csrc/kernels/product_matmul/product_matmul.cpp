@@ -60,8 +60,7 @@ ProductScale ProductScaleOf(const ProductQuantizeArgs& args) noexcept {
   return range < 0x1p-100f ? ProductScale{low, 0, 0} : ProductScale{low, range / 255, 255 / range};
 }
 
-void ProductQuantizeTables(const ProductQuantizeArgs& args, std::int64_t table_begin,
-                           std::int64_t table_end) noexcept {
+void ProductQuantizeTables(const ProductQuantizeArgs& args, std::int64_t table_begin, std::int64_t table_end) noexcept {
   Active().quantize_tables(args, table_begin, table_end);
 }
 

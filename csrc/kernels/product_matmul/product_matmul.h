@@ -11,9 +11,9 @@
 //         little-endian words [tiles][groups][64], nibble j of a row's word (lowest first) is table 8 * group + j.
 //         More entries, a byte each: [tiles][tables][64]. codebooks float32 [stages][books][width][entries], books 1
 //         (shared) or segments; columns <= segments * width, what is past them is not read. x and y row-major
-//         [samples, features]. Tables float32 [tables][table entries][lanes], lanes 1, 8 or 16 samples, table entries 16
-//         or 256, those past the weight's not written; in 4 bits there are as many tables as the groups hold, those past
-//         the weight's all 0.
+//         [samples, features]. Tables float32 [tables][table entries][lanes], lanes 1, 8 or 16 samples, table entries
+//         16 or 256, those past the weight's not written; in 4 bits there are as many tables as the groups hold, those
+//         past the weight's all 0.
 // Limits: a sample costs entries * columns multiply-adds for its tables and rows * tables additions; 16 samples cost
 //         one load and one addition of a vector for each row and table, at best one a cycle.
 // Safety: a table has room for every code that its bits can say; CheckProductCodes finds codes past the entries.
@@ -31,10 +31,10 @@
 
 namespace tersetorch {
 
-inline constexpr std::int64_t kProductRows = 64;    // of a tile
-inline constexpr std::int64_t kProductGroup = 8;    // tables of a 4-bit word
-inline constexpr std::int64_t kProductFew = 16;     // entries that 4 bits can name
-inline constexpr std::int64_t kProductMany = 256;   // and 8
+inline constexpr std::int64_t kProductRows = 64;   // of a tile
+inline constexpr std::int64_t kProductGroup = 8;   // tables of a 4-bit word
+inline constexpr std::int64_t kProductFew = 16;    // entries that 4 bits can name
+inline constexpr std::int64_t kProductMany = 256;  // and 8
 inline constexpr std::int64_t kProductMaxLanes = 16;
 
 struct ProductWeight {
@@ -73,7 +73,7 @@ struct ProductMatmulArgs {
   ProductWeight weight;  // its codebooks are not read
   const float* tables;   // [tables, table entries, lanes]
   std::int64_t lanes;
-  float* sums;  // [tiles, 64, lanes], scratch; each call uses its own tiles' part
+  float* sums;        // [tiles, 64, lanes], scratch; each call uses its own tiles' part
   const float* bias;  // [rows] or null
   bool relu;
   void* y;  // [samples, rows]

@@ -82,8 +82,8 @@ void QuantizeTables(const ProductQuantizeArgs& a, std::int64_t table_begin, std:
     const float* table = a.tables + i * ProductTableEntries(w);
     const float low = LoadAt<float>(a.lows, i, 4);
     const Index j = i % kProductGroup;
-    std::uint8_t* out = a.quantized + (narrow ? ((i / kProductGroup * 2 + j % 2) * 4 + j / 2) * kProductFew
-                                              : i * kProductMany);
+    std::uint8_t* out =
+        a.quantized + (narrow ? ((i / kProductGroup * 2 + j % 2) * 4 + j / 2) * kProductFew : i * kProductMany);
     const Index kept = a.scale.inverse == 0 ? 0 : w.entries, whole = kept / 8 * 8;
     for (Index k = 0; k < whole; k += 8) {
       const __m256i q = _mm256_cvtps_epi32((__m256)((Load<Float8>(table + k) - low) * a.scale.inverse));

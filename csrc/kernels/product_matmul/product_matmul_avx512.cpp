@@ -77,8 +77,8 @@ void QuantizeTables(const ProductQuantizeArgs& a, std::int64_t table_begin, std:
     const float* table = a.tables + i * ProductTableEntries(w);
     const __m512 low = _mm512_set1_ps(LoadAt<float>(a.lows, i, 4));
     const Index j = i % kProductGroup;
-    std::uint8_t* out = a.quantized + (narrow ? ((i / kProductGroup * 2 + j % 2) * 4 + j / 2) * kProductFew
-                                              : i * kProductMany);
+    std::uint8_t* out =
+        a.quantized + (narrow ? ((i / kProductGroup * 2 + j % 2) * 4 + j / 2) * kProductFew : i * kProductMany);
     for (Index k = 0; k < ProductTableEntries(w); k += 16) {
       const Index left = w.entries - k;
       const __mmask16 kept = a.scale.inverse == 0 || left <= 0 ? 0 : left >= 16 ? 0xffff : (1 << left) - 1;

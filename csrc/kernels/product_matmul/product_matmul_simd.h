@@ -17,6 +17,10 @@ constexpr int kFloats = 16;  // of the widest vector
 constexpr int kFloats = 8;
 #endif
 
+// Samples of a panel that one register holds.
+template <int kLanes>
+constexpr int kTogether = kLanes < kFloats ? kLanes : kFloats;
+
 // ---- tables
 
 // What a table is made from: its part of x and of the codebooks.
@@ -25,8 +29,8 @@ struct Segment {
     const Index segment = table % w.segments, book = w.books == 1 ? 0 : segment;
     first = segment * w.width;
     width = w.columns - first < w.width ? w.columns - first : w.width;
-    entries = reinterpret_cast<const char*>(w.codebooks) +
-              4 * (table / w.segments * w.books + book) * w.width * w.entries;
+    entries =
+        reinterpret_cast<const char*>(w.codebooks) + 4 * (table / w.segments * w.books + book) * w.width * w.entries;
   }
   Index first, width;
   const char* entries;  // [width][entries]
@@ -67,12 +71,15 @@ void MakeTablesOfOne(const ProductTablesArgs& a, Index table_begin, Index table_
 // kEntries entries of the tables of kLanes samples.
 template <int kEntries, int kLanes>
 void MakeLanes(const Segment& s, const float* panel, Index entries, Index k, float* table) {
-  Vector<kLanes> sums[kEntries] = {};
-  for (Index j = 0; j < s.width; ++j) {
-    const auto numbers = Load<Vector<kLanes>>(panel + (s.first + j) * kLanes);
-    for (int e = 0; e < kEntries; ++e) sums[e] += numbers * LoadAt<float>(s.entries, j * entries + k + e, 4);
+  using Numbers = Vector<kTogether<kLanes>>;
+  for (int part = 0; part < kLanes; part += kTogether<kLanes>) {
+    Numbers sums[kEntries] = {};
+    for (Index j = 0; j < s.width; ++j) {
+      const auto numbers = Load<Numbers>(panel + (s.first + j) * kLanes + part);
+      for (int e = 0; e < kEntries; ++e) sums[e] += numbers * LoadAt<float>(s.entries, j * entries + k + e, 4);
+    }
+    for (int e = 0; e < kEntries; ++e) Store(table + (k + e) * kLanes + part, sums[e]);
   }
-  for (int e = 0; e < kEntries; ++e) Store(table + (k + e) * kLanes, sums[e]);
 }
 
 template <int kLanes>
@@ -116,35 +123,38 @@ template <int kLanes>
 void StoreTile(const ProductMatmulArgs& a, Index tile, float* sums) {
   const Index first = tile * kProductRows, left = a.weight.rows - first;
   const Index count = left < kProductRows ? left : kProductRows;
+  using Numbers = Vector<kTogether<kLanes>>;
   for (Index r = 0; r < count; ++r) {
-    auto sum = Load<Vector<kLanes>>(sums + r * kLanes);
-    if (a.bias != nullptr) sum += LoadAt<float>(a.bias, first + r, 4);
-    if (a.relu) sum = sum < 0 ? Vector<kLanes>{} : sum;
-    Store(sums + r * kLanes, sum);
+    for (int part = 0; part < kLanes; part += kTogether<kLanes>) {
+      auto sum = Load<Numbers>(sums + r * kLanes + part);
+      if (a.bias != nullptr) sum += LoadAt<float>(a.bias, first + r, 4);
+      if (a.relu) sum = sum < 0 ? Numbers{} : sum;
+      Store(sums + r * kLanes + part, sum);
+    }
   }
   StoreTransposed<kLanes>(sums, count, a.samples, a.y, a.y_stored_as, a.weight.rows, first);
 }
 
 // Adds to 8 rows' sums what 8 tables of 4-bit codes have for them.
 template <int kLanes>
-void AddGroup(const float* tables, const std::uint8_t* words, Vector<kLanes> (&sums)[8]) {
+void AddGroup(const float* tables, const std::uint8_t* words, Vector<kTogether<kLanes>> (&sums)[8]) {
   constexpr Index kTable = kProductFew * kLanes;
 #pragma GCC unroll 8
   for (int r = 0; r < 8; ++r) {
     const auto word = LoadAt<std::uint32_t>(words, r, 4);
 #pragma GCC unroll 8
     for (int j = 0; j < kProductGroup; ++j) {
-      sums[r] += Load<Vector<kLanes>>(tables + j * kTable + (word >> 4 * j & 15) * kLanes);
+      sums[r] += Load<Vector<kTogether<kLanes>>>(tables + j * kTable + (word >> 4 * j & 15) * kLanes);
     }
   }
 }
 
 // The same for one table of 8-bit codes.
 template <int kLanes>
-void AddTable(const float* table, const std::uint8_t* codes, Vector<kLanes> (&sums)[8]) {
+void AddTable(const float* table, const std::uint8_t* codes, Vector<kTogether<kLanes>> (&sums)[8]) {
   const auto word = LoadAt<std::uint64_t>(codes, 0, 8);
 #pragma GCC unroll 8
-  for (int r = 0; r < 8; ++r) sums[r] += Load<Vector<kLanes>>(table + (word >> 8 * r & 255) * kLanes);
+  for (int r = 0; r < 8; ++r) sums[r] += Load<Vector<kTogether<kLanes>>>(table + (word >> 8 * r & 255) * kLanes);
 }
 
 // Tables of one pass over the rows: about half of a first-level cache, so that lookups hit it.
@@ -157,6 +167,7 @@ constexpr Index BlockTables() {
 
 template <bool kNarrow, int kLanes>
 void MatmulOf(const ProductMatmulArgs& a, Index tile_begin, Index tile_end) {
+  using Numbers = Vector<kTogether<kLanes>>;
   constexpr Index kBlock = BlockTables<kNarrow, kLanes>();
   constexpr Index kTable = (kNarrow ? kProductFew : kProductMany) * kLanes;
   const ProductWeight& w = a.weight;
@@ -167,18 +178,22 @@ void MatmulOf(const ProductMatmulArgs& a, Index tile_begin, Index tile_end) {
       const std::uint8_t* codes = w.codes + tile * tile_bytes;
       float* tile_sums = a.sums + tile * kProductRows * kLanes;
       for (Index r = 0; r < kProductRows; r += 8) {
-        Vector<kLanes> sums[8] = {};
-        for (int i = 0; begin != 0 && i < 8; ++i) sums[i] = Load<Vector<kLanes>>(tile_sums + (r + i) * kLanes);
-        if constexpr (kNarrow) {
-          for (Index t = begin; t < end; t += kProductGroup) {
-            AddGroup<kLanes>(a.tables + t * kTable, codes + t / kProductGroup * kProductRows * 4 + r * 4, sums);
+        for (int part = 0; part < kLanes; part += kTogether<kLanes>) {
+          Numbers sums[8] = {};
+          float* row_sums = tile_sums + r * kLanes + part;
+          for (int i = 0; begin != 0 && i < 8; ++i) sums[i] = Load<Numbers>(row_sums + i * kLanes);
+          const float* products = a.tables + part;
+          if constexpr (kNarrow) {
+            for (Index t = begin; t < end; t += kProductGroup) {
+              AddGroup<kLanes>(products + t * kTable, codes + t / kProductGroup * kProductRows * 4 + r * 4, sums);
+            }
+          } else {
+            for (Index t = begin; t < end; ++t) {
+              AddTable<kLanes>(products + t * kTable, codes + t * kProductRows + r, sums);
+            }
           }
-        } else {
-          for (Index t = begin; t < end; ++t) {
-            AddTable<kLanes>(a.tables + t * kTable, codes + t * kProductRows + r, sums);
-          }
+          for (int i = 0; i < 8; ++i) Store(row_sums + i * kLanes, sums[i]);
         }
-        for (int i = 0; i < 8; ++i) Store(tile_sums + (r + i) * kLanes, sums[i]);
       }
       if (end == tables) StoreTile<kLanes>(a, tile, tile_sums);
     }
