@@ -71,7 +71,9 @@ class ProductWeight:
         """
         check_dense("ProductWeight", weight)
         if sub_vector < 1:
-            raise ValueError(f"ProductWeight: sub_vector must be at least 1, got {sub_vector}; pass columns of a segment")
+            raise ValueError(
+                f"ProductWeight: sub_vector must be at least 1, got {sub_vector}; pass columns of a segment"
+            )
         dense = weight.detach().float()
         rows, columns = dense.shape
         segments = ops.product_segments(columns, sub_vector)

@@ -136,7 +136,7 @@ def product_unpack(packed: Tensor, entries: int, *, rows: int, tables: int) -> T
     """The codes uint8 [rows, tables] that product_pack packed."""
     tiles = -(-rows // TILE_ROWS)
     if entries > NARROW_ENTRIES:
-        return packed.view(tiles, tables, TILE_ROWS).transpose(1, 2).reshape(-1, tables)[:rows]
+        return packed.view(tiles, tables, TILE_ROWS).transpose(1, 2).reshape(tiles * TILE_ROWS, tables)[:rows]
     groups = -(-tables // GROUP_TABLES)
     pairs = packed.view(tiles, groups, TILE_ROWS, GROUP_TABLES // 2)
     codes = torch.stack([pairs & 15, pairs >> 4], -1).transpose(1, 2)
@@ -204,9 +204,7 @@ def _check(x: Tensor, codes: Tensor, codebooks: Tensor, bias: Tensor | None, out
             f"{entries}, got {codes.numel()}; pass what product_pack returns"
         )
     if bias is not None and tuple(bias.shape) != (out_features,):
-        raise ValueError(
-            f"{op}: bias must be [{out_features}], got shape {tuple(bias.shape)}; pass one for each row"
-        )
+        raise ValueError(f"{op}: bias must be [{out_features}], got shape {tuple(bias.shape)}; pass one for each row")
 
 
 @torch.library.register_fake("tersetorch::product_matmul")
@@ -282,9 +280,7 @@ def _backward_of_decode(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return None, _grad_codebooks(grad, codes, codebooks), None, None
 
 
-torch.library.register_autograd(
-    "tersetorch::product_decode", _backward_of_decode, setup_context=_setup_decode_context
-)
+torch.library.register_autograd("tersetorch::product_decode", _backward_of_decode, setup_context=_setup_decode_context)
 
 compute_in_float32("product_matmul")
 compute_in_float32("product_matmul_inference")

@@ -67,11 +67,11 @@ def check_entries(where: str, entries: object, rows: int) -> None:
     if not isinstance(entries, int) or isinstance(entries, bool):
         raise TypeError(f"{where}: entries must be an int, got {entries!r}; pass a whole number")
     if not 1 <= entries <= MAX_ENTRIES:
-        raise ValueError(f"{where}: entries must be from 1 to {MAX_ENTRIES}, got {entries}; pass a number in that range")
-    if entries > rows:
         raise ValueError(
-            f"{where}: entries must be at most the {rows} rows that share them, got {entries}; pass fewer"
+            f"{where}: entries must be from 1 to {MAX_ENTRIES}, got {entries}; pass a number in that range"
         )
+    if entries > rows:
+        raise ValueError(f"{where}: entries must be at most the {rows} rows that share them, got {entries}; pass fewer")
 
 
 def check_moments(where: str, moments: object, columns: int) -> None:
