@@ -71,9 +71,7 @@ class ProductWeight:
         """
         check_dense("ProductWeight", weight)
         if sub_vector < 1:
-            raise ValueError(
-                f"ProductWeight: sub_vector must be at least 1, got {sub_vector}; pass columns of a segment"
-            )
+            raise ValueError(f"ProductWeight: sub_vector must be at least 1, got {sub_vector}; pass a width")
         dense = weight.detach().float()
         rows, columns = dense.shape
         segments = ops.product_segments(columns, sub_vector)
@@ -83,8 +81,8 @@ class ProductWeight:
             distinct, named = part.unique(dim=0, return_inverse=True)
             if len(distinct) > MAX_ENTRIES:
                 raise ValueError(
-                    f"ProductWeight: weight must have at most {MAX_ENTRIES} distinct parts in each {sub_vector} columns, "
-                    f"got {len(distinct)}; quantise it first, for example with tt.quantize.product(model)"
+                    f"ProductWeight: weight must have at most {MAX_ENTRIES} distinct parts in each {sub_vector} "
+                    f"columns, got {len(distinct)}; quantise it first, for example with tt.quantize.product(model)"
                 )
             found.append((distinct.T, named.to(torch.uint8)))
         entries = max((table.shape[1] for table, _ in found), default=1) or 1

@@ -213,7 +213,7 @@ def _exchange(points: Tensor, state: _State, moved: int) -> tuple[_State, bool]:
 
 
 def _losses(points: Tensor, state: _State) -> Tensor:
-    """How much the error grows where a centre is left out, float64 [problems, clusters]: second distances less first."""
+    """How much the error grows without a centre, float64 [problems, clusters]: second distances less first."""
     half = state.centres.double().square().sum(-1).float()[:, None] / 2
     clusters = state.centres.shape[1]
     step = max(1, BLOCK // max(1, len(points) * clusters))

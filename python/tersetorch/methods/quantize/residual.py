@@ -11,8 +11,8 @@ from tersetorch.methods.arguments import check_int
 from tersetorch.methods.quantize.kmeans_nd import cluster
 from tersetorch.methods.quantize.vector_codes import VectorCodes, check_moments, check_weight, metric
 
-# How strongly the least squares hold the codebooks back at first, in members of a mean entry: with few members for each,
-# the best codebooks for today's codes are so good that no code would change any more. It falls to LEAST_RIDGE.
+# How strongly the least squares hold the codebooks back at first, in members of a mean entry: with few members for
+# each, the best codebooks for today's codes are so good that no code would change any more. It falls to LEAST_RIDGE.
 RIDGE = 0.2
 LEAST_RIDGE = 1e-4
 # The noise on the codebooks at first, in standard deviations of their entries; it falls to nothing.
@@ -33,8 +33,8 @@ def residual_quantize(
 ) -> VectorCodes:
     """Approximates each row of a weight by a sum of entries: W[r] ~= sum over t of codebooks[t, 0, :, codes[r, t]].
 
-    Each stage clusters by k-means what the stages before it left, then a beam search picks the rows' codes of all stages
-    so far. The refinements at the end anneal: the codebooks become the least-squares ones for the codes, and the codes
+    Each stage clusters by k-means what the stages before it left, then a beam search picks the rows' codes of all
+    stages so far. The refinements at the end anneal: the codebooks become the least-squares ones for the codes, and the codes
     are searched again with codebooks that carry noise, less in each round. The best of all that was met is returned.
 
     Args:
@@ -165,4 +165,5 @@ def _least_squares(points: Tensor, codes: Tensor, anchor: Tensor, ridge: float) 
     normal = members.T @ members
     normal.diagonal().add_(ridge)
     change = torch.linalg.solve(normal, members.T @ left)
-    return (anchor.double() + change.view(stages, entries, columns)).float()
+    moved: Tensor = (anchor.double() + change.view(stages, entries, columns)).float()
+    return moved
