@@ -41,9 +41,9 @@ def test_from_dense_is_exact():
 def test_bad_weights_are_refused():
     codes, codebooks = make()
     weight = ProductWeight.from_codes(codes, codebooks, 11)
-    with pytest.raises(TypeError, match="codes must be uint8, got torch.int64"):
+    with pytest.raises(TypeError, match=r"codes must be uint8, got torch\.int64"):
         ProductWeight.from_codes(codes.long(), codebooks, 11)
-    with pytest.raises(TypeError, match="codebooks must be float32, got torch.float64"):
+    with pytest.raises(TypeError, match=r"codebooks must be float32, got torch\.float64"):
         ProductWeight.from_codes(codes, codebooks.double(), 11)
     with pytest.raises(ValueError, match=r"codes must be \[rows, 4\]"):
         ProductWeight.from_codes(codes[:, :3], codebooks, 11)

@@ -140,5 +140,5 @@ def test_bad_input_is_refused():
         ProductLinear(weight, relu=1)
     with pytest.raises(ValueError, match="weight must have one segment as wide as its 20 columns, got 7"):
         ResidualLinear(weight)
-    with pytest.raises(TypeError, match="module must be an nn.Linear, got Conv2d"):
+    with pytest.raises(TypeError, match=r"module must be an nn\.Linear, got Conv2d"):
         ProductLinear.from_dense(nn.Conv2d(1, 1, 1))

@@ -64,7 +64,6 @@ def test_int8_keeps_to_its_bound(shape):
     packed = ops.product_pack(codes, shape[3])
     exact = ops.product_matmul(x, packed, codebooks, out_features=rows)
     y = ops.product_matmul(x, packed, codebooks, out_features=rows, mode="int8")
-    stages, books, _, entries = codebooks.shape
     segments = -(-columns // width)
     padded = nn.functional.pad(x, (0, segments * width - columns)).view(3, 1, segments, width, 1)
     tables = (padded * codebooks.expand(-1, segments, -1, -1)).sum(3).flatten(1, 2)

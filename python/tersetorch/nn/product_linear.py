@@ -21,8 +21,8 @@ class ProductLinear(nn.Module):
 
     Shapes: input float32 or bfloat16 [..., in_features] -> y [..., out_features], of input's dtype; sums in float32.
     Buffer codes, packed; parameters codebooks float32 [stages, segments or 1, width, entries], and bias [out_features]
-    or None. An entry's gradient is the sum of those of the sub-vectors that are it. Codebooks stay float32 under .half(),
-    .bfloat16() and .double(): rounding them would move every weight.
+    or None. An entry's gradient is the sum of those of the sub-vectors that are it. Codebooks stay float32 under
+    .half(), .bfloat16() and .double(): rounding them would move every weight.
 
     Args:
         weight: the product-quantised weight; its tensors are used, not copied.
@@ -116,7 +116,7 @@ class ProductLinear(nn.Module):
         return ProductWeight.from_dense(weight, sub_vector)
 
     def to_dense(self) -> nn.Linear:
-        """The plain layer with the same weight and bias, of the bias's dtype where that holds the weight, else float32."""
+        """The plain layer with the same weight and bias, of one dtype: float32 where they differ and one needs it."""
         weight, bias = self.weight, None if self.bias is None else self.bias.detach().clone()
         if bias is not None and bias.dtype != weight.dtype:
             narrow = weight.to(bias.dtype)
@@ -220,8 +220,8 @@ class ResidualLinear(ProductLinear):
     @classmethod
     def _from_weight(cls, weight: Tensor, sub_vector: int) -> ProductWeight:
         raise ValueError(
-            f"{cls.__name__}: module must carry the codes that quantize.residual gives it, got a plain weight, whose sums "
-            "nobody can take apart; convert before finalize"
+            f"{cls.__name__}: module must carry the codes that quantize.residual gives it, got a plain weight, "
+            "whose sums nobody can take apart; convert before finalize"
         )
 
 

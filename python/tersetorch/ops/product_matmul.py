@@ -34,9 +34,9 @@ def product_matmul(
 ) -> Tensor:
     """Returns x @ W.T + bias, at least 0 with relu, for a W of shared sub-vectors.
 
-    W[r, s * width + j] = sum over stages t of codebooks[t, s, j, code[r, t * segments + s]]. For each sample the products
-    of every segment of x with every entry are computed once; a row of y then adds up stages * segments of them, instead
-    of as many products as W has columns. Sums are float32. A large batch of a weight with short sub-vectors is
+    W[r, s * width + j] = sum over stages t of codebooks[t, s, j, code[r, t * segments + s]]. For each sample the
+    products of every segment of x with every entry are computed once; a row of y then adds up stages * segments of them,
+    instead of as many products as W has columns. Sums are float32. A large batch of a weight with short sub-vectors is
     multiplied by the decoded weight instead, some rows at a time.
 
     In mode "int8" a sample's products are rounded to 256 steps of s = (the largest spread of a table) / 255; y is then
@@ -46,8 +46,8 @@ def product_matmul(
     Args:
         x: float32 or bfloat16 [..., in], any strides. Under autocast as csr_matmul takes it.
         codes: uint8, what product_pack returns; of the number of entries that codebooks have.
-        codebooks: float32 [stages, segments, width, entries], at most 256 entries, segments = ceil(in / width), or 1 for
-            a codebook that all segments share. Entries past the last column are not read.
+        codebooks: float32 [stages, segments, width, entries], at most 256 entries, segments = ceil(in / width), or 1
+            for a codebook that all segments share. Entries past the last column are not read.
         bias: float32 or bfloat16 [out], or None.
         out_features: rows of W.
         mode: "exact" or "int8".

@@ -34,8 +34,8 @@ def residual_quantize(
     """Approximates each row of a weight by a sum of entries: W[r] ~= sum over t of codebooks[t, 0, :, codes[r, t]].
 
     Each stage clusters by k-means what the stages before it left, then a beam search picks the rows' codes of all
-    stages so far. The refinements at the end anneal: the codebooks become the least-squares ones for the codes, and the codes
-    are searched again with codebooks that carry noise, less in each round. The best of all that was met is returned.
+    stages so far. The refinements at the end anneal: the codebooks become the least-squares ones for the codes, and the
+    codes are searched again with codebooks that carry noise, less in each round. The best of all is returned.
 
     Args:
         weight: float [rows, columns], finite.

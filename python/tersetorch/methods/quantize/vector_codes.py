@@ -94,4 +94,5 @@ def metric(moments: Tensor) -> Tensor:
     diagonal = damped.diagonal(dim1=-2, dim2=-1)
     least = diagonal.mean(-1, keepdim=True) * DAMPING
     added = torch.where(least > 0, least, 1.0)
-    return torch.linalg.cholesky(damped + torch.diag_embed(added.expand_as(diagonal)))
+    root: Tensor = torch.linalg.cholesky(damped + torch.diag_embed(added.expand_as(diagonal)))
+    return root
