@@ -5,6 +5,7 @@ from __future__ import annotations
 from tersetorch.bench.reproduce import (
     dns,
     han,
+    initialisation,
     lenet_300_100,
     one_shot,
     optimal_brain_damage,
@@ -17,6 +18,7 @@ from tersetorch.bench.reproduce.runs import Reproduction
 MODULES = (
     lenet_300_100,
     han,
+    initialisation,
     trade_off,
     dns,
     optimal_brain_damage,

@@ -17,9 +17,10 @@ from functools import partial
 from typing import Any
 
 from rich.progress import Progress
+from rich.table import Table
 from torch import nn
 
-from tersetorch.bench.reproduce.han import FIGURES, TITLES, measured, table, train_dense
+from tersetorch.bench.reproduce.han import FIGURES, TITLES, beside_paper, measured, train_dense
 from tersetorch.bench.reproduce.runs import How, Reproduction, over_seeds
 from tersetorch.methods import finalize, prune
 from tersetorch.recipes.deep_compression import Training
@@ -158,6 +159,12 @@ def run(network: str, how: How) -> dict[str, Any]:
         f"dns_{network}", partial(_one, network, plan), how, described, PAPER[network], FIGURES
     )
     return record
+
+
+def table(record: dict[str, Any]) -> Table:
+    """The record beside the paper's row; what is left of each layer, in the layers' order."""
+    shown: Table = beside_paper(record, ("weights left", "biases left"), "{:,}")
+    return shown
 
 
 def _one(network: str, plan: Plan, seed: int, *, progress: Progress | None) -> dict[str, Any]:
