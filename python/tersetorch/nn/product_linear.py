@@ -53,10 +53,6 @@ class ProductLinear(nn.Module):
         name = type(self).__name__
         if not isinstance(weight, ProductWeight):
             raise TypeError(f"{name}: weight must be a ProductWeight, got {type(weight).__name__}; call from_codes")
-        if not isinstance(relu, bool):
-            raise TypeError(f"{name}: relu must be True or False, got {relu!r}; pass a bool")
-        if mode not in MODES:
-            raise ValueError(f"{name}: mode must be one of {list(MODES)}, got {mode!r}; choose one of them")
         weight.validate()
         self._check_form(weight)
         if bias is not None and (not isinstance(bias, Tensor) or bias.dtype not in FLOATS):
@@ -67,6 +63,14 @@ class ProductLinear(nn.Module):
                 f"{name}: bias must be [{weight.rows}], one for each row of the weight, got shape {tuple(bias.shape)}; "
                 "pass the bias of the same layer"
             )
+        self._hold(weight, bias, mode, relu)
+
+    def _hold(self, weight: ProductWeight, bias: Tensor | None, mode: str, relu: bool) -> None:
+        name = type(self).__name__
+        if not isinstance(relu, bool):
+            raise TypeError(f"{name}: relu must be True or False, got {relu!r}; pass a bool")
+        if mode not in MODES:
+            raise ValueError(f"{name}: mode must be one of {list(MODES)}, got {mode!r}; choose one of them")
         self.out_features, self.in_features = weight.shape
         self.mode, self.relu = mode, relu
         self.register_buffer("codes", weight.codes)
@@ -84,6 +88,43 @@ class ProductLinear(nn.Module):
             TypeError, ValueError: as ProductWeight.from_codes.
         """
         return cls(ProductWeight.from_codes(codes, codebooks, in_features), bias)
+
+    @classmethod
+    def of_sizes(
+        cls,
+        in_features: int,
+        out_features: int,
+        stages: int,
+        segments: int,
+        width: int,
+        entries: int,
+        bias: bool = True,
+        mode: str = "exact",
+        relu: bool = False,
+    ) -> Self:
+        """A layer of zeros, on any device, for tensors that come from elsewhere; only mode and relu are checked."""
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        codes = torch.zeros(out_features, stages * ops.product_segments(in_features, width), dtype=torch.uint8)
+        weight = ProductWeight(
+            ops.product_pack(codes, entries), torch.zeros(stages, segments, width, entries), out_features, in_features
+        )
+        layer._hold(weight, torch.zeros(out_features) if bias else None, mode, relu)
+        return layer
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """What of_sizes takes to make a layer of the same sizes and options."""
+        names = ("stages", "segments", "width", "entries")
+        options = {"mode": self.mode} if self.mode != "exact" else {}
+        return {
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            **dict(zip(names, self.codebooks.shape, strict=True)),
+            **({} if self.bias is not None else {"bias": False}),
+            **options,
+            **({"relu": True} if self.relu else {}),
+        }
 
     @classmethod
     def from_dense(cls, module: nn.Linear, sub_vector: int = 4) -> Self:

@@ -35,9 +35,9 @@ def product_matmul(
     """Returns x @ W.T + bias, at least 0 with relu, for a W of shared sub-vectors.
 
     W[r, s * width + j] = sum over stages t of codebooks[t, s, j, code[r, t * segments + s]]. For each sample the
-    products of every segment of x with every entry are computed once; a row of y then adds up stages * segments of them,
-    instead of as many products as W has columns. Sums are float32. A large batch of a weight with short sub-vectors is
-    multiplied by the decoded weight instead, some rows at a time.
+    products of every segment of x with every entry are computed once; a row of y then adds up stages * segments of
+    them, instead of as many products as W has columns. Sums are float32. A large batch of a weight with short
+    sub-vectors is multiplied by the decoded weight instead, some rows at a time.
 
     In mode "int8" a sample's products are rounded to 256 steps of s = (the largest spread of a table) / 255; y is then
     off by at most stages * segments * s / 2, a hundredth of its size as a rule. A sample with an infinity or NaN gives
