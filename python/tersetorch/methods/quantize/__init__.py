@@ -2,5 +2,8 @@
 
 from tersetorch.methods.adoption import adopt
 from tersetorch.methods.quantize.kmeans import kmeans
+from tersetorch.methods.quantize.product import product_quantize
+from tersetorch.methods.quantize.residual import residual_quantize
+from tersetorch.methods.quantize.vectors import product, residual
 
-__all__ = ["adopt", "kmeans"]
+__all__ = ["adopt", "kmeans", "product", "product_quantize", "residual", "residual_quantize"]

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from tersetorch.methods.arguments import check_flag, check_int
 from tersetorch.methods.quantize.kmeans_nd import cluster, refine
-from tersetorch.methods.quantize.vector_codes import (
+from tersetorch.methods.vector_codes import (
     VectorCodes,
     check_entries,
     check_moments,

@@ -9,12 +9,11 @@ from torch import Tensor
 
 from tersetorch.methods.arguments import check_int
 from tersetorch.methods.quantize.kmeans_nd import cluster
-from tersetorch.methods.quantize.vector_codes import VectorCodes, check_moments, check_weight, metric
+from tersetorch.methods.vector_codes import LEAST_RIDGE, VectorCodes, check_moments, check_weight, metric
 
 # How strongly the least squares hold the codebooks back at first, in members of a mean entry: with few members for
 # each, the best codebooks for today's codes are so good that no code would change any more. It falls to LEAST_RIDGE.
 RIDGE = 0.2
-LEAST_RIDGE = 1e-4
 # The noise on the codebooks at first, in standard deviations of their entries; it falls to nothing.
 NOISE = 0.65
 

@@ -6,10 +6,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 MAX_ENTRIES = 256
 # Added to the diagonal of second moments, in parts of its mean: an input that never varied must not weigh nothing.
 DAMPING = 1e-2
+# Of the members of a mean entry, so that least squares have one solution: codebooks may move against each other.
+LEAST_RIDGE = 1e-4
 
 
 class VectorCodes(NamedTuple):
@@ -41,6 +44,52 @@ def decode(codes: Tensor, codebooks: Tensor, columns: int) -> Tensor:
     source = codebooks.expand(-1, segments, -1, -1) if books != segments else codebooks
     columns_of = source.gather(3, places.expand(-1, -1, width, -1)).sum(0)  # [segments, width, rows]
     return columns_of.reshape(segments * width, -1)[:columns].T.contiguous()
+
+
+@torch.no_grad()
+def nearest_codebooks(weight: Tensor, codes: Tensor, codebooks: Tensor) -> Tensor:
+    """The codebooks that bring the decoded weight nearest to weight [rows, columns] in squared error, with these codes.
+
+    Means of an entry's sub-vectors, or with several stages least squares; entries without members stay as they are.
+    """
+    stages, books, width, entries = codebooks.shape
+    (rows, columns), segments = weight.shape, codes.shape[1] // stages
+    whole = functional.pad(weight.double(), (0, segments * width - columns)).view(rows, segments, width)
+    places = codes.long().view(rows, stages, segments) + entries * torch.arange(stages, device=codes.device)[:, None]
+    wide = codebooks.double()
+    found = []
+    for book in range(books):
+        mine = slice(None) if books == 1 else slice(book, book + 1)
+        parts = whole[:, mine].flatten(0, 1)
+        at = places[:, :, mine].transpose(1, 2).flatten(0, 1)
+        present = wide[:, book].transpose(1, 2).flatten(0, 1)
+        # From the entries as they are, so that what agrees already stays to the bit.
+        left = parts - present[at].sum(1)
+        members = left.new_zeros(len(parts), stages * entries).scatter_(1, at, 1.0)
+        if stages == 1:
+            change = members.T @ left / members.sum(0).clamp(min=1)[:, None]
+        else:
+            normal = members.T @ members
+            normal.diagonal().add_(LEAST_RIDGE * len(parts) / entries)
+            change = torch.linalg.solve(normal, members.T @ left)
+        found.append((present + change).view(stages, entries, width).transpose(1, 2))
+    return torch.stack(found, 1).to(codebooks.dtype)
+
+
+def codes_problem(codes: Tensor, codebooks: Tensor, rows: int, columns: int) -> str | None:
+    """Why codes and codebooks are not those of a weight [rows, columns], or None."""
+    stages, books, width, entries = codebooks.shape
+    if not all(codebooks.shape) or entries > MAX_ENTRIES or books not in (1, -(-columns // width)):
+        return (
+            f"codebook must be [stages, segments, width, entries] with 1 to {MAX_ENTRIES} entries and 1 segment or "
+            f"those of {columns} columns, got {tuple(codebooks.shape)}"
+        )
+    shape = (rows, stages * -(-columns // width))
+    if codes.dtype != torch.uint8 or codes.shape != shape:
+        return f"codes must be uint8 {shape}, got {codes.dtype} {tuple(codes.shape)}"
+    if codes.numel() and int(codes.max()) >= entries:
+        return f"codes must lie in [0, {entries}), got {int(codes.max())}"
+    return None
 
 
 def check_weight(where: str, weight: object, entries: object) -> None:
