@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tersetorch.bench.reproduce import (
     dns,
+    gong,
     han,
     initialisation,
     lenet_300_100,
@@ -21,6 +22,7 @@ MODULES = (
     initialisation,
     trade_off,
     dns,
+    gong,
     optimal_brain_damage,
     optimal_brain_surgeon,
     one_shot,
