@@ -19,16 +19,45 @@ const ProductKernels& Active() {
   return kProductScalar;
 }
 
-// The codes of `count` rows of a tile for a table, one after the other.
-void UnpackCodes(const ProductWeight& w, std::int64_t tile, std::int64_t table, std::uint8_t (&codes)[kProductRows]) {
+// Tables decoded at a time: their columns of a row are a few cache lines, which are written whole.
+constexpr std::int64_t kDecodeTables = 16;
+
+// The codes of a tile's rows for some tables, row after row.
+void UnpackCodes(const ProductWeight& w, std::int64_t tile, std::int64_t table, std::int64_t count,
+                 std::uint8_t (&codes)[kProductRows][kDecodeTables]) {
   const std::uint8_t* packed = w.codes + tile * ProductTileBytes(w);
-  if (!ProductIsNarrow(w)) {
-    __builtin_memcpy(codes, packed + table * kProductRows, kProductRows);
-    return;
+  for (std::int64_t i = 0; i < count; ++i) {
+    for (std::int64_t r = 0; r < kProductRows; ++r) {
+      std::uint32_t code;
+      if (ProductIsNarrow(w)) {
+        code = At<std::uint32_t>(packed, (table + i) / kProductGroup * kProductRows + r);
+        code = code >> 4 * ((table + i) % kProductGroup) & 15;
+      } else {
+        code = packed[(table + i) * kProductRows + r];
+      }
+      codes[r][i] = static_cast<std::uint8_t>(code < w.entries ? code : 0);  // CodesFit tells of others
+    }
   }
-  for (std::int64_t r = 0; r < kProductRows; ++r) {
-    const auto word = At<std::uint32_t>(packed, table / kProductGroup * kProductRows + r);
-    codes[r] = static_cast<std::uint8_t>(word >> 4 * (table % kProductGroup) & 15);
+}
+
+// Some tables' part of a tile's rows: of one stage, the segments from `segment` on.
+void DecodeBlock(const ProductWeight& w, std::int64_t tile, std::int64_t stage, std::int64_t segment,
+                 std::int64_t count, float* rows) {
+  std::uint8_t codes[kProductRows][kDecodeTables];
+  UnpackCodes(w, tile, stage * w.segments + segment, count, codes);
+  const std::int64_t left = w.rows - tile * kProductRows, book_size = w.width * w.entries;
+  const std::int64_t first = w.books == 1 ? stage : stage * w.segments + segment, step = w.books == 1 ? 0 : book_size;
+  for (std::int64_t r = 0; r < kProductRows && r < left; ++r) {
+    for (std::int64_t i = 0; i < count; ++i) {
+      const std::int64_t column = (segment + i) * w.width;
+      const std::int64_t width = w.columns - column < w.width ? w.columns - column : w.width;
+      const std::int64_t entry = first * book_size + i * step + codes[r][i];
+      float* out = rows + r * w.columns + column;
+      for (std::int64_t j = 0; j < width; ++j) {
+        const float number = At<float>(w.codebooks, entry + j * w.entries);
+        Put(out, j, stage == 0 ? number : At<float>(out, j) + number);
+      }
+    }
   }
 }
 
@@ -71,22 +100,11 @@ void ProductMatmulInt8(const ProductInt8Args& args, std::int64_t tile_begin, std
 void ProductDecode(const ProductDecodeArgs& args, std::int64_t tile_begin, std::int64_t tile_end) noexcept {
   const ProductWeight& w = args.weight;
   for (std::int64_t tile = tile_begin; tile < tile_end; ++tile) {
-    const std::int64_t first_row = tile * kProductRows;
-    const std::int64_t count = w.rows - first_row < kProductRows ? w.rows - first_row : kProductRows;
-    float* rows = args.dense + (first_row - tile_begin * kProductRows) * w.columns;
-    for (std::int64_t i = 0; i < w.stages * w.segments; ++i) {
-      std::uint8_t codes[kProductRows];
-      UnpackCodes(w, tile, i, codes);
-      const std::int64_t stage = i / w.segments, segment = i % w.segments, first = segment * w.width;
-      const std::int64_t width = w.columns - first < w.width ? w.columns - first : w.width;
-      const std::int64_t book = (stage * w.books + (w.books == 1 ? 0 : segment)) * w.width * w.entries;
-      for (std::int64_t r = 0; r < count; ++r) {
-        const std::int64_t code = codes[r] < w.entries ? codes[r] : 0;  // CodesFit tells of others
-        float* out = rows + r * w.columns + first;
-        for (std::int64_t j = 0; j < width; ++j) {
-          const float entry = At<float>(w.codebooks, book + j * w.entries + code);
-          Put(out, j, stage == 0 ? entry : At<float>(out, j) + entry);
-        }
+    float* rows = args.dense + (tile - tile_begin) * kProductRows * w.columns;
+    for (std::int64_t stage = 0; stage < w.stages; ++stage) {
+      for (std::int64_t segment = 0; segment < w.segments; segment += kDecodeTables) {
+        const std::int64_t left = w.segments - segment;
+        DecodeBlock(w, tile, stage, segment, left < kDecodeTables ? left : kDecodeTables, rows);
       }
     }
   }
