@@ -7,10 +7,17 @@ namespace tersetorch {
 namespace {
 
 constexpr int kLanes = 8;
-constexpr int kBlock = 64;
+constexpr int kBlock = 32;
+
+// Two lanes, which every x86-64 has: more at a time would wait for the same divider.
+using Pair = double __attribute__((vector_size(16), aligned(8), may_alias));
+constexpr int kPairs = kLanes / 2;
+
+Pair Load(const double* from) { return *reinterpret_cast<const Pair*>(from); }
 
 // One round of the recurrence: c - 1 clusters are solved, and c are asked for.
 struct Round {
+  std::int64_t n;
   const double* weight;
   const double* moment;
   const double* square;
@@ -56,11 +63,44 @@ struct Round {
     best[j] = least + square[j];
   }
 
+  // The same for the kLanes prefixes from `first` on at once, with first > high: no branch depends on a cost.
+  void SearchTogether(std::int64_t first, std::int64_t last, std::int64_t low, std::int64_t high) {
+    const double infinity = std::numeric_limits<double>::infinity();
+    Pair least[kPairs], where[kPairs];  // an index is exact in a double, and so as wide as what it is chosen by
+    for (int pair = 0; pair < kPairs; ++pair) {
+      least[pair] = Pair{infinity, infinity};
+      where[pair] = Pair{} + static_cast<double>(low);
+    }
+    for (std::int64_t i = low; i <= high; ++i) {
+      for (int pair = 0; pair < kPairs; ++pair) {
+        const Pair spread = Load(moment + first + 2 * pair) - moment[i];
+        const Pair cost = base[i] - spread * spread / (Load(weight + first + 2 * pair) - weight[i]);
+        const auto less = cost < least[pair];
+        where[pair] = less ? Pair{} + static_cast<double>(i) : where[pair];
+        least[pair] = less ? cost : least[pair];
+      }
+    }
+    for (std::int64_t j = first; j <= last; ++j) {
+      const std::int64_t lane = j - first;
+      choice[j] = static_cast<std::int32_t>(where[lane / 2][lane % 2]);
+      best[j] = least[lane / 2][lane % 2] + square[j];
+    }
+  }
+
+  std::int64_t Lowest(std::int64_t j, std::int64_t low) const {
+    return std::max<std::int64_t>(low, before == nullptr ? 0 : before[j]);
+  }
+
   // All prefixes in [first, last], whose choices lie in [low, high].
   void Solve(std::int64_t first, std::int64_t last, std::int64_t low, std::int64_t high) {
     while (first <= last) {
+      // Where few are left, all pairs of them and their choices cost less than the branches of a search.
+      if (last - first < kLanes && high < first && first + kLanes <= n + 1) {
+        SearchTogether(first, last, Lowest(first, low), high);
+        return;
+      }
       const std::int64_t j = first + (last - first) / 2;
-      const std::int64_t from = std::max<std::int64_t>(low, before == nullptr ? 0 : before[j]);
+      const std::int64_t from = Lowest(j, low);
       Search(j, from, std::max(from, std::min(high, j - 1)));
       Solve(first, j - 1, low, choice[j]);
       first = j + 1;
@@ -96,7 +136,7 @@ void OptimalRuns(const double* weight, const double* moment, const double* squar
     for (std::int64_t i = 0; i <= n; ++i) base[i] = best[i] - square[i];
     std::int32_t* choice = choices + (c - 2) * (n + 1);
     const std::int64_t last = n - (clusters - c);  // each later run needs a point
-    Round round{weight, moment, square, base, before, choice, best};
+    Round round{n, weight, moment, square, base, before, choice, best};
     round.Solve(c == clusters ? n : c, last, c - 1, n - 1);
     if (last < n) choice[last + 1] = choice[last];  // a lower bound for the next round, which looks at one prefix more
     before = choice;
