@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -25,7 +25,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from tersetorch.bench.reproduce.runs import How, Reproduction, over_seeds
-from tersetorch.methods.quantize import product_quantize, residual_quantize
+from tersetorch.methods.factorize import truncated
+from tersetorch.methods.quantize import binary, product_quantize, residual_quantize
+from tersetorch.methods.quantize.binary import Scale
 from tersetorch.methods.quantize.kmeans_1d import cluster
 from tersetorch.methods.vector_codes import VectorCodes, decode
 from tersetorch.recipes.lenet import LeNetPlan, full_plan, quick_plan, train_lenet
@@ -154,7 +156,7 @@ def methods(quick: bool = False) -> dict[str, list[tuple[str, Method]]]:
             for count in counts
             for turned, words in ways
         ],
-        "BIN": [(words, partial(_signs, words)) for words in ("signs", "scale of a layer", "scales of rows")],
+        "BIN": [(f"scale: {scale}", partial(_signs, scale)) for scale in get_args(Scale)],
         "MF": [(f"rank for {ratio}x", partial(_factors, ratio)) for ratio in (RATIOS[:1] if quick else RATIOS)],
     }
 
@@ -190,22 +192,18 @@ def _vectors(found: VectorCodes, columns: int, turned: bool) -> Approximation:
     return Approximation(dense.T if turned else dense, bits)
 
 
-def _signs(words: str, weight: Tensor, seed: int) -> Approximation:
-    """BIN: signs, and the scale of least squared error, mean |w|, of a layer or of each row."""
-    signs = torch.where(weight >= 0, 1.0, -1.0)
-    if words == "signs":
-        return Approximation(signs, weight.numel())
-    if words == "scale of a layer":
-        return Approximation(signs * weight.abs().mean(), weight.numel() + FLOAT)
-    return Approximation(signs * weight.abs().mean(1, keepdim=True), weight.numel() + FLOAT * len(weight))
+def _signs(scale: Scale, weight: Tensor, seed: int) -> Approximation:
+    """BIN: signs, and the scale of least squared error of a layer or of each row."""
+    scales = {"none": 0, "tensor": 1, "row": len(weight)}
+    return Approximation(binary(weight, scale), weight.numel() + FLOAT * scales[scale])
 
 
 def _factors(ratio: int, weight: Tensor, seed: int) -> Approximation:
     """MF: the nearest matrix of the rank that the ratio leaves, at least 1; k (m + n + 1) numbers."""
     rows, columns = weight.shape
     rank = max(1, int(weight.numel() / (ratio * (rows + columns + 1))))
-    u, s, v = torch.linalg.svd(weight, full_matrices=False)
-    return Approximation((u[:, :rank] * s[:rank]) @ v[:rank], FLOAT * rank * (rows + columns + 1))
+    first, second = truncated(weight, rank)
+    return Approximation(first @ second, FLOAT * rank * (rows + columns + 1))
 
 
 # ---- one seed

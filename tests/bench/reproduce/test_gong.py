@@ -17,8 +17,8 @@ def test_bits_are_the_papers():
         "PQ of inputs": gong._products(4, 16, False, True, weight(), 0),
         "PQ, one codebook": gong._products(4, 16, True, False, weight(), 0),
         "RQ": gong._residuals(2, 16, False, weight(), 0),
-        "BIN": gong._signs("signs", weight(), 0),
-        "BIN, rows": gong._signs("scales of rows", weight(), 0),
+        "BIN": gong._signs("none", weight(), 0),
+        "BIN, rows": gong._signs("row", weight(), 0),
         "MF": gong._factors(4, weight(), 0),
     }
     bits = {name: each.bits for name, each in found.items()}
