@@ -9,6 +9,7 @@ from tersetorch.formats.blocked_codebook_weight import BlockedCodebookWeight
 from tersetorch.formats.blocked_int8_weight import BlockedInt8Weight
 from tersetorch.formats.blocked_weight import BlockedWeight
 from tersetorch.formats.csr_weight import CsrWeight
+from tersetorch.formats.product_weight import ProductWeight
 from tersetorch.formats.sparse_codebook_weight import SparseCodebookWeight
 
 __all__ = [
@@ -21,5 +22,6 @@ __all__ = [
     "BlockedInt8Weight",
     "BlockedWeight",
     "CsrWeight",
+    "ProductWeight",
     "SparseCodebookWeight",
 ]

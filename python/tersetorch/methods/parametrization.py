@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from tersetorch.methods import adoption
+from tersetorch.methods import adoption, vector_codes
 
 MAX_ENTRIES = 256
 # Where torch's list for a tensor keeps the tensor's former place among the module's parameters.
@@ -29,9 +29,11 @@ class CompressedWeight(nn.Module):
         mask: bool, of the weight's shape; what is False is 0.
         dense_gradient: whether pruned positions of original train unseen, as prune.DynamicSurgery wants while it runs;
             no part of the state, a deep copy has it too, and a shared weight does not look at it.
-        codes: uint8, of the weight's shape, or None while the weight is not shared.
+        codes: uint8, of the weight's shape, or None while the weight is not shared. Where sub-vectors are shared, as
+            quantize.product and .residual do: [rows, stages * segments], see methods.vector_codes.VectorCodes.
         codebook: parameter [groups, entries], entries <= 256, or None while the weight is not shared; float64 for a
-            float64 weight, else float32, and of that dtype still after model.half() or .bfloat16().
+            float64 weight, else float32, and of that dtype still after model.half() or .bfloat16(). Where sub-vectors
+            are shared: [stages, segments or 1, width, entries].
         column_block: how many columns share a row of codebook; 0 where its only row is for the tensor, or each for one
             of the weight's rows. Part of the state where it is not 0.
         rounded: whether the weight has the values rounded to bfloat16; codebook trains as if it had its own. Part of
@@ -66,6 +68,10 @@ class CompressedWeight(nn.Module):
 
     def _decoded(self, codebook: Tensor, dtype: torch.dtype) -> Tensor:
         """The value of each code."""
+        if codebook.dim() == 4:
+            assert self.codes is not None
+            shape = self.mask.shape
+            return vector_codes.decode(self.codes, codebook, shape[1:].numel()).view(shape).to(dtype)
         if self.rounded:
             # The difference is exact, and so the sum is the rounded number.
             codebook = codebook + (codebook.to(torch.bfloat16).to(codebook.dtype) - codebook).detach()
@@ -93,6 +99,9 @@ class CompressedWeight(nn.Module):
     def nearest_codebook(self, weight: Tensor) -> Tensor:
         """The codebook that brings the shared weight nearest to weight in squared error, the codes as they are."""
         assert self.codes is not None and self.codebook is not None
+        if self.codebook.dim() == 4:
+            dense = torch.where(self.mask, weight.detach().to(self.mask.device), 0).flatten(1)
+            return vector_codes.nearest_codebooks(dense, self.codes, self.codebook)
         codes = self._places()[self.mask].long()
         values = weight.detach().to(self.mask.device)[self.mask].double()
         entries = self.codebook.numel()
@@ -358,7 +367,7 @@ def _prepare(live: LiveWeight, codes: Any, codebook: Any, column_block: Any, rou
     compressed = live.compressed
     present = compressed.codebook
     if present is None or present.shape != codebook.shape:
-        blank = torch.zeros_like(compressed.mask, dtype=torch.uint8)
+        blank = torch.zeros(codes.shape, dtype=torch.uint8, device=compressed.mask.device)
         wide = torch.float64 if live.original.dtype == torch.float64 else torch.float32
         _share(live, blank, torch.zeros(codebook.shape, dtype=wide, device=blank.device), 0, False)
     compressed.column_block, compressed.rounded = block, rounded is not None and bool(rounded)
@@ -372,8 +381,14 @@ def _share_anew(live: LiveWeight, dense: Tensor) -> None:
     assert compressed.codebook is not None and compressed.codes is not None
     dense = dense.to(compressed.mask.device)
     codebook = compressed.nearest_codebook(dense)
-    if torch.equal(compressed._decoded(codebook, dense.dtype)[compressed.mask], dense[compressed.mask]):
+    decoded = compressed._decoded(codebook, dense.dtype)[compressed.mask]
+    # Sums of several entries agree but for rounding.
+    agrees = torch.allclose if codebook.dim() == 4 else torch.equal
+    if agrees(decoded, dense[compressed.mask]):
         compressed.codebook.copy_(codebook)
+        return
+    if codebook.dim() == 4:
+        _share_vectors_anew(live, torch.where(compressed.mask, dense, 0))
         return
     from tersetorch.methods.quantize.sharing import Per, share_values  # its package imports this module
 
@@ -384,10 +399,28 @@ def _share_anew(live: LiveWeight, dense: Tensor) -> None:
     _share(live, codes, codebook.to(compressed.codebook.dtype), compressed.column_block, compressed.rounded)
 
 
+def _share_vectors_anew(live: LiveWeight, dense: Tensor) -> None:
+    """Quantises a weight anew, to sub-vectors as many and as wide as it has."""
+    from tersetorch.methods.quantize.product import product_quantize  # its package imports this module
+    from tersetorch.methods.quantize.residual import residual_quantize
+
+    present = live.compressed.codebook
+    assert present is not None
+    stages, books, width, entries = present.shape
+    matrix = dense.flatten(1)
+    if stages > 1:
+        found = residual_quantize(matrix, stages, entries)
+    else:
+        found = product_quantize(matrix, entries, sub_vector=width, shared=books == 1 and width < matrix.shape[1])
+    _share(live, found.codes, found.codebooks.to(present.dtype), 0, False)
+
+
 def _codes_problem(codes: Any, codebook: Any, column_block: int, mask: Tensor) -> str | None:
     if not isinstance(codes, Tensor) or not isinstance(codebook, Tensor):
         return "codes and codebook must come together, got only one of them"
     rows, columns = mask.shape[0], mask.shape[1:].numel()
+    if codebook.dim() == 4:
+        return vector_codes.codes_problem(codes, codebook, rows, columns)
     if column_block < 0:
         return f"column_block must be at least 1, got {column_block}"
     groups = [-(-columns // column_block)] if column_block else list(dict.fromkeys((1, rows)))
