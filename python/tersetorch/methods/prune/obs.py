@@ -68,7 +68,7 @@ def obs(
     solver: Solver = "blocked",
     pattern: str | None = None,
     damping: float | None = None,
-    block_size: int = 128,
+    block_size: int = 16,
     bits: int | None = None,
     max_increase: float | None = None,
     dtype: torch.dtype = torch.float64,
@@ -115,7 +115,9 @@ def obs(
         pattern: as in prune.magnitude; not with "full".
         damping: at least 0. Added to the diagonal of H: this part of its mean, 0.01 unless given; with "full" alpha
             itself, more than 0, 1e-4 unless given.
-        block_size: of "blocked", at least 1: columns for which it chooses at a time.
+        block_size: of "blocked", at least 1: columns for which it chooses at a time. SparseGPT has 128 of thousands of
+            columns; a layer of 128 would choose all at once. On one with 128 correlated inputs, 80 % pruned, blocks of
+            16 lost 0.21 of the output's power, of 128 0.27 and magnitude 0.35; smaller ones gain little.
         bits: of "blocked", 1 to 8: the weights that stay are also rounded, in the same sweep, onto 2^bits values with
             zero (as kmeans clusters those that pruning alone would leave), which the layer then shares as
             quantize.kmeans has it.
