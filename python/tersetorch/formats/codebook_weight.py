@@ -103,8 +103,8 @@ class CodebookWeight:
         codes = self.unpacked()
         if codes.numel() and int(codes.max()) >= self.codebook.shape[1]:
             raise ValueError(
-                f"CodebookWeight: codes must lie in [0, {self.codebook.shape[1]}), got {int(codes.max())}; build it with "
-                "from_codes"
+                f"CodebookWeight: codes must lie in [0, {self.codebook.shape[1]}), got {int(codes.max())}; "
+                "build it with from_codes"
             )
 
     def _check_shapes(self) -> None:

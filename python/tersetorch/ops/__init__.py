@@ -29,6 +29,7 @@ from tersetorch.ops.blocked_int8_matmul import (  # noqa: E402
 )
 from tersetorch.ops.blocked_matmul import blocked_matmul, blocked_matmul_inference, blocked_pack  # noqa: E402
 from tersetorch.ops.codebook_matmul import (  # noqa: E402
+    CODEBOOK_MODES,
     codebook_dense,
     codebook_matmul,
     codebook_matmul_inference,
@@ -48,6 +49,7 @@ from tersetorch.ops.sparse_conv2d import (  # noqa: E402
 )
 
 __all__ = [
+    "CODEBOOK_MODES",
     "bitmap_columns_matmul",
     "bitmap_columns_matmul_inference",
     "bitmap_from_rows",

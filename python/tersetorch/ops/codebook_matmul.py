@@ -10,7 +10,7 @@ from tersetorch.ops._autocast import compute_in_float32, enabled_for
 from tersetorch.ops._packing import pack_on_cpu
 
 MAX_ENTRIES = 256
-MODES = ("exact", "bfloat16", "int8")
+CODEBOOK_MODES = ("exact", "bfloat16", "int8")
 CHUNK_BITS = 512
 _FLOATS = (torch.float32, torch.bfloat16)
 
@@ -33,11 +33,11 @@ def codebook_matmul(
 ) -> Tensor:
     """Returns x @ W.T + bias, at least 0 with relu, with W[r, c] = codebook[t, code[r, c]].
 
-    The table t is 0 where the codebook has one, r where it has one for each row, and c // column_block where column_block
-    is not 0. Accumulated in float32. In mode "bfloat16" codebook and x are first rounded to bfloat16: each product is
-    off by at most 2**-7.9 of itself, and exact with a codebook of such values and such x. In mode "int8" x is rounded to
-    q * s with s = max |x[n]| / 127 and int8 q, and a table (all of them together, where blocks of columns have their own)
-    likewise; sums of integers are exact, so that every level of the CPU and CUDA give the same bits. Each product
+    The table t is 0 where the codebook has one, r where it has one for each row, and c // column_block where
+    column_block is not 0. Accumulated in float32. In mode "bfloat16" codebook and x are first rounded to bfloat16: each
+    product is off by at most 2**-7.9 of itself, and exact with a codebook of such values and such x. In mode "int8" x is
+    rounded to q * s with s = max |x[n]| / 127 and int8 q, and a table likewise (all of them together, where blocks of
+    columns have their own); sums of integers are exact, so that every level of the CPU gives the same bits. Each product
     is then off by at most |W[r, c]| s / 2 + |x[n, c]| m / 254 with m the largest magnitude in the table. A sample or
     table that is not finite gives NaN.
 
@@ -70,7 +70,7 @@ def codebook_matmul(
         for name, tensor in (("x", x), ("codebook", codebook), ("bias", bias)):
             if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
                 raise RuntimeError(
-                    f"codebook_matmul: {name} must not carry a forward-mode tangent, got one; use reverse mode (backward)"
+                    f"codebook_matmul: {name} must not carry a forward-mode tangent, got one; use reverse mode"
                 )
     return cast(Tensor, _codebook_matmul(x, codes, codebook, bias, column_block, mode, relu))
 
@@ -96,8 +96,10 @@ def codebook_dense(codes: Tensor, codebook: Tensor, *, columns: int, column_bloc
     """The weight that codebook_matmul multiplies by, float32 [out, columns]; differentiable in codebook.
 
     Args:
-        codes, codebook, column_block: as codebook_matmul takes them.
+        codes: as codebook_matmul takes them.
+        codebook: likewise.
         columns: width of the weight.
+        column_block: as codebook_matmul takes it.
 
     Raises:
         TypeError: an argument is not a tensor or has another dtype than named there.
@@ -165,8 +167,8 @@ def _check_tensor(op: str, name: str, tensor: object, dtypes: tuple[torch.dtype,
 
 def _check(x: Tensor, codes: Tensor, codebook: Tensor, bias: Tensor | None, column_block: int, mode: str) -> None:
     op = "codebook_matmul"
-    if mode not in MODES:
-        raise ValueError(f"{op}: mode must be one of {list(MODES)}, got {mode!r}; choose one of them")
+    if mode not in CODEBOOK_MODES:
+        raise ValueError(f"{op}: mode must be one of {list(CODEBOOK_MODES)}, got {mode!r}; choose one of them")
     for name, tensor, dtypes, hint in (
         ("x", x, (*_FLOATS, torch.float16) if enabled_for(x) else _FLOATS, "convert it"),
         ("codes", codes, (torch.uint8,), "take it from codebook_pack"),
@@ -254,7 +256,8 @@ def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     # Of the weight as a matrix, whose gradients have gradients.
     if ctx.mode != "exact":
         raise RuntimeError(
-            f"codebook_matmul: mode must be 'exact' where gradients are asked for, got {ctx.mode!r}; its rounding has none"
+            f"codebook_matmul: mode must be 'exact' where gradients are asked for, got {ctx.mode!r}; "
+            "its rounding has none"
         )
     x, codes, codebook, y = ctx.saved_tensors
     if y is not None:
