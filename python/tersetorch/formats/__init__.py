@@ -8,7 +8,7 @@ from tersetorch.formats.blocked_bfloat16_weight import BlockedBFloat16Weight
 from tersetorch.formats.blocked_codebook_weight import BlockedCodebookWeight
 from tersetorch.formats.blocked_int8_weight import BlockedInt8Weight
 from tersetorch.formats.blocked_weight import BlockedWeight
-from tersetorch.formats.codebook_weight import CodebookWeight
+from tersetorch.formats.codebook_weight import CodebookWeight, codebook_values
 from tersetorch.formats.csr_weight import CsrWeight
 from tersetorch.formats.sparse_codebook_weight import SparseCodebookWeight
 
@@ -24,4 +24,5 @@ __all__ = [
     "CodebookWeight",
     "CsrWeight",
     "SparseCodebookWeight",
+    "codebook_values",
 ]

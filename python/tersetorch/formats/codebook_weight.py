@@ -71,11 +71,11 @@ class CodebookWeight:
         """
         check_dense("CodebookWeight", weight)
         values = weight.detach().float().contiguous()
-        table = distinct_values(values)
+        table = codebook_values(values)
         if table is None:
             raise ValueError(
-                f"CodebookWeight: weight must have at most {MAX_ENTRIES} distinct values, got more; share it first, for "
-                "example with tt.quantize.kmeans(model, bits=8)"
+                f"CodebookWeight: weight must have at most {MAX_ENTRIES} distinct values, got more; share it first, "
+                "for example with tt.quantize.kmeans(model, bits=8)"
             )
         table = table if table.numel() else values.new_zeros(1)
         keys, order = table.view(torch.int32).sort()
@@ -143,7 +143,7 @@ class CodebookWeight:
         return self.codes.nbytes + self.codebook.nbytes
 
 
-def distinct_values(weight: Tensor) -> Tensor | None:
+def codebook_values(weight: Tensor) -> Tensor | None:
     """The distinct values of weight, float32, sorted, told apart by their bits; None where there are more than 256."""
     bits = weight.reshape(-1).view(torch.int32)
     table = bits.new_empty(0)

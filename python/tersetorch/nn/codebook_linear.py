@@ -142,6 +142,11 @@ class CodebookLinear(nn.Module):
         return CodebookWeight(self.codes, self.codebook, self.in_features, self.column_block)
 
     @property
+    def packed_weight(self) -> CodebookWeight:
+        """The same: every layout computes from the one format."""
+        return self.codebook_weight
+
+    @property
     def weight(self) -> Tensor:
         """The dense weight, built anew at every read; writing to it changes nothing."""
         return self.codebook_weight.to_dense().detach()

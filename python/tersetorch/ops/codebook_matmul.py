@@ -35,9 +35,9 @@ def codebook_matmul(
 
     The table t is 0 where the codebook has one, r where it has one for each row, and c // column_block where
     column_block is not 0. Accumulated in float32. In mode "bfloat16" codebook and x are first rounded to bfloat16: each
-    product is off by at most 2**-7.9 of itself, and exact with a codebook of such values and such x. In mode "int8" x is
-    rounded to q * s with s = max |x[n]| / 127 and int8 q, and a table likewise (all of them together, where blocks of
-    columns have their own); sums of integers are exact, so that every level of the CPU gives the same bits. Each product
+    product is off by at most 2**-7.9 of itself, and exact with a codebook of such values and such x. In mode "int8" x
+    is rounded to q * s with s = max |x[n]| / 127 and int8 q, and a table likewise (all of them together where blocks of
+    columns have their own); sums of integers are exact, so that every level of the CPU gives the same bits. A product
     is then off by at most |W[r, c]| s / 2 + |x[n, c]| m / 254 with m the largest magnitude in the table. A sample or
     table that is not finite gives NaN.
 
@@ -146,7 +146,7 @@ def codebook_row_bytes(entries: int, columns: int, column_block: int = 0) -> int
     """Bytes of a row of codes as codebook_pack lays them out."""
     bits = 2 if entries <= 4 else 4 if entries <= 16 else 8
     block = column_block or max(1, columns)
-    whole, rest = divmod(columns, block)
+    whole, rest = columns // block, columns % block  # no divmod, which sizes of a trace do not know
     return 64 * (whole * -(-block * bits // CHUNK_BITS) + -(-rest * bits // CHUNK_BITS))
 
 
