@@ -18,7 +18,7 @@ from tersetorch import _native
 from .implementations import LeftOut
 from .options import Options
 from .rates import Rates, caches_kib
-from .suites import networks, sparse
+from .suites import networks, product, sparse
 
 Record = dict[str, Any]
 
@@ -40,10 +40,11 @@ class Suite(Protocol):
 
 SUITES: dict[str, tuple[Any, type[Any]]] = {
     "sparse": (sparse.groups, sparse.Sparse),
+    "product": (product.groups, product.Product),
     "networks": (networks.groups, networks.Networks),
 }
 # What peers are versions of.
-PACKAGES = ("tersetorch", "torch", "numpy", "scipy", "onnxruntime", "openvino", "ai-edge-litert")
+PACKAGES = ("tersetorch", "torch", "numpy", "scipy", "onnxruntime", "openvino", "ai-edge-litert", "faiss-cpu")
 
 
 class Run:

@@ -278,7 +278,8 @@ def reproductions() -> str:
         table = _markdown((column.header for column in shown.columns), zip(*cells, strict=True))
         minutes = f"{record['seconds'] / 60:.0f} minutes" if record["seconds"] >= 90 else f"{record['seconds']:.0f} s"
         place = f"{record['machine']['cpu']}, torch {record['machine']['torch']}"
-        parts.append(f"## {row.words}\n`tersetorch reproduce {row.name}`: {minutes} on {place}.\n\n{table}\n")
+        picture = f"\n![{row.words}](plots/{row.name}.svg)\n" if row.draw is not None else ""
+        parts.append(f"## {row.words}\n`tersetorch reproduce {row.name}`: {minutes} on {place}.\n\n{table}{picture}\n")
     return "".join(parts)
 
 
@@ -322,8 +323,17 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 
 
+def draw_plots(folder: Path) -> None:
+    """Draws every row that has a stored record and a picture."""
+    folder.mkdir(exist_ok=True)
+    for row in ROWS.values():
+        if row.draw is not None and (RESULTS / f"{row.name}.json").exists():
+            row.draw(_load(f"{row.name}.json"), folder / f"{row.name}.svg")
+
+
 def main() -> None:
-    """Writes the pages."""
+    """Writes the pages, and the plots they show."""
+    draw_plots(ROOT / "docs" / "plots")
     for page in PAGES:
         path = ROOT / page
         path.write_text(render(path.read_text()))

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from tersetorch.bench.reproduce import (
     dns,
+    gong,
     han,
+    initialisation,
+    kmeans_objective,
     lenet_300_100,
     one_shot,
     optimal_brain_damage,
@@ -17,8 +20,11 @@ from tersetorch.bench.reproduce.runs import Reproduction
 MODULES = (
     lenet_300_100,
     han,
+    initialisation,
+    kmeans_objective,
     trade_off,
     dns,
+    gong,
     optimal_brain_damage,
     optimal_brain_surgeon,
     one_shot,

@@ -58,12 +58,14 @@ class Reproduction:
         words: what it shows, in a line.
         run: the JSON-able record.
         table: the record as a person reads it.
+        draw: the record as a picture in a file, where one says more.
     """
 
     name: str
     words: str
     run: Callable[[How], dict[str, Any]]
     table: Callable[[dict[str, Any]], Table]
+    draw: Callable[[dict[str, Any], Path], None] | None = None
 
 
 def over_seeds(

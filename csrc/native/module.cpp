@@ -3,6 +3,7 @@
 
 #include "kernels/common/cpu_isa.h"
 #include "native/codec.h"
+#include "native/line_kmeans.h"
 #include "native/rates.h"
 
 namespace py = pybind11;
@@ -41,5 +42,6 @@ PYBIND11_MODULE(_native, m) {
   m.def("cpu_levels", &CpuLevels);
   m.def("build_facts", &BuildFacts);
   BindCodec(m);
+  BindLineKmeans(m);
   BindRates(m);
 }

@@ -137,4 +137,16 @@ STABLE_TORCH_LIBRARY(tersetorch, m) {
   m.def(
       "sparse_conv2d_channel_block(int in_channels, int[] kernel_size, int[] stride, int[] dilation, int groups=1, str "
       "mode='exact') -> int");
+
+  // x [..., in] and a weight [out, in] of shared sub-vectors: packed codes uint8 and codebooks float32 [stages,
+  // segments or 1, width, entries]; mode "exact" or "int8" -> [..., out]
+  m.def(
+      "product_matmul(Tensor x, Tensor codes, Tensor codebooks, Tensor? bias, int out_features, str mode='exact', bool "
+      "relu=False) -> Tensor");
+  // The same without autograd: for callers that know gradients to be off.
+  m.def(
+      "product_matmul_inference(Tensor x, Tensor codes, Tensor codebooks, Tensor? bias, int out_features, str "
+      "mode='exact', bool relu=False) -> Tensor");
+  // That weight -> float32 [out, in]
+  m.def("product_decode(Tensor codes, Tensor codebooks, int out_features, int in_features) -> Tensor");
 }

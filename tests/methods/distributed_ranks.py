@@ -107,6 +107,23 @@ def rank_0_alone(rank):
     return train(model, rank), state(network(0))
 
 
+def batch_norm(rank):
+    """Unequal numbers of batches; what no batch reaches keeps its statistics."""
+    model = nn.Sequential(network(0), nn.BatchNorm1d(5)).append(nn.Identity())
+    model[2].unreached = nn.BatchNorm1d(3)
+    alone, whole = copy.deepcopy(model), copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(0)
+    data = [[torch.randn(16, 20, generator=generator) for _ in range(batches)] for batches in (1, 3)]
+    ddp = DistributedDataParallel(model)
+    assert prune.recalibrate_batch_norm(ddp, data[rank]) is ddp
+    prune.recalibrate_batch_norm(whole, data[0] + data[1])
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], value)
+    prune.recalibrate_batch_norm(alone, data[rank])
+    assert not torch.equal(alone[1].running_mean, model[1].running_mean)
+    return torch.tensor(float(rank)), state(model)
+
+
 def any_layout(rank):
     masks = [torch.rand(3, 4, 2, 5, generator=torch.Generator().manual_seed(rank)) < 0.5, torch.tensor(rank == 0)]
     masks[0] = masks[0].to(memory_format=torch.channels_last)
@@ -126,6 +143,7 @@ CASES = (
     each_on_its_own,
     a_group_of_each,
     rank_0_alone,
+    batch_norm,
     any_layout,
 )
 

@@ -55,7 +55,7 @@ def test_ranks_that_train_models_of_their_own_keep_their_masks(outcomes, case):
     assert {"mask 0", "mask 1"} <= differing([ranks[case][1] for ranks in outcomes])
 
 
-@pytest.mark.parametrize("case", ["rank_0_alone", "any_layout"])
+@pytest.mark.parametrize("case", ["rank_0_alone", "batch_norm", "any_layout"])
 def test_the_rest(outcomes, case):
     assert not differing([ranks[case][1] for ranks in outcomes])
 

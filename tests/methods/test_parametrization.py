@@ -114,9 +114,21 @@ def test_masks_and_zeros_survive_optimizer_steps(mlp, train, name):
 
 
 def test_a_frozen_weight_stays_frozen(mlp):
-    mlp[0].weight.requires_grad_(False)
     prune.magnitude(mlp, 0.5)
+    mlp[0].parametrizations.weight.original.requires_grad_(False)
+    with pytest.raises(ValueError, match="the weight of '0' must not be frozen"):
+        quantize.kmeans(mlp, 3)
+    quantize.kmeans(mlp, 3, targets="2")
+    finalize(mlp)
+    assert [mlp[index].weight.requires_grad for index in (0, 2)] == [False, True]
+
+
+def test_a_frozen_codebook_stays_frozen(mlp):
     quantize.kmeans(mlp, 3)
+    compressed(mlp[0]).codebook.requires_grad_(False)
+    for method in (quantize.kmeans, prune.magnitude):
+        with pytest.raises(ValueError, match="the weight of '0' must not be frozen"):
+            method(mlp, *([0.5] if method is prune.magnitude else [2]))
     assert [compressed(mlp[index]).codebook.requires_grad for index in (0, 2)] == [False, True]
     finalize(mlp)
     assert [mlp[index].weight.requires_grad for index in (0, 2)] == [False, True]

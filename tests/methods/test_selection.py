@@ -2,11 +2,14 @@ import re
 
 import pytest
 import torch
-from torch import nn
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.utils import parametrizations
 from torch.nn.utils import prune as torch_prune
 
-from tersetorch.methods import prune
+from tersetorch.methods import prune, quantize
+from tersetorch.methods.parametrization import is_live
 from tersetorch.methods.selection import assign, select
 
 
@@ -170,3 +173,38 @@ def test_a_weight_that_cannot_be_handled_is_refused_before_anything_changes(case
     assert int(model[0].weight.count_nonzero()) == 16
     prune.magnitude(model, 0.5, ignore="1")
     assert int(model[0].weight.count_nonzero()) == 8
+
+
+@pytest.fixture
+def one_rank(tmp_path):
+    distributed.init_process_group("gloo", f"file://{tmp_path / 'meeting'}", world_size=1, rank=0)
+    yield
+    distributed.destroy_process_group()
+
+
+def test_shards_are_refused(one_rank, mlp):
+    mesh = init_device_mesh("cpu", (1,))
+    fully_shard(mlp[2], mesh=mesh)
+    before = mlp[2].weight
+    for method in (
+        lambda: prune.magnitude(mlp, 0.5),
+        lambda: prune.GradualPruner(mlp, 0.5, end_step=2),
+        lambda: prune.DynamicSurgery(mlp),
+        lambda: prune.obs(mlp, [torch.ones(2, 20)], 0.5),
+        lambda: prune.obd(mlp, [(torch.ones(2, 20), torch.zeros(2).long())], "cross_entropy", 0.5),
+        lambda: prune.density(mlp),
+        lambda: quantize.kmeans(mlp, 3),
+    ):
+        with pytest.raises(ValueError, match="the weight of '2' must be whole on each rank, got a DTensor; call this"):
+            method()
+        assert not is_live(mlp) and mlp[2].weight is before
+    prune.magnitude(mlp, 0.5, ignore="2")
+
+
+def test_a_model_in_fully_sharded_data_parallel_is_refused(mlp):
+    wrapper = FullyShardedDataParallel.__new__(FullyShardedDataParallel)  # sharding itself needs an accelerator
+    nn.Module.__init__(wrapper)
+    wrapper.inner = mlp
+    for targets in (None, "inner.0"):
+        with pytest.raises(ValueError, match="here: model must hold whole weights on each rank, got FullySharded"):
+            select("here", nn.Sequential(wrapper), targets, None)

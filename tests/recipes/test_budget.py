@@ -4,6 +4,7 @@ import json
 import pytest
 import torch
 from rich.progress import Progress
+from safetensors.torch import save_file
 from torch import nn
 
 import tersetorch as tt
@@ -144,6 +145,53 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(model, task, accuracy, tmp_
     again = copy.deepcopy(task[0])
     tt.prune_to_budget(again, accuracy, folder=tmp_path / "run", **arguments)
     assert all(torch.equal(tensor, whole.state_dict()[name]) for name, tensor in again.state_dict().items())
+
+
+def replaces_a_layer(model):
+    model[0] = nn.Linear(16, 64)
+
+
+def narrows_a_layer(model):
+    model[2], model[4] = nn.Linear(64, 8), nn.Linear(8, 2)
+
+
+@pytest.mark.parametrize(
+    "retrain", [replaces_a_layer, narrows_a_layer, tt.finalize, tt.quantize.kmeans, lambda model: model.half()]
+)
+def test_a_retraining_that_makes_another_model_is_refused(model, accuracy, retrain):
+    before = copy.deepcopy(model.state_dict())
+    losses = {name: dict.fromkeys(GRID, 0.0) for name in "024"}
+    with pytest.raises(ValueError, match="prune_to_budget: retrain must leave the model's modules, masks and shapes"):
+        tt.prune_to_budget(model, accuracy, max_drop=1, losses=losses, sparsities=GRID, retrain=retrain)
+    assert not is_live(model)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_new_parameters_of_the_same_shapes_are_taken(model, accuracy):
+    def retrain(model):
+        for layer in (model[0], model[2], model[4]):
+            layer.bias = nn.Parameter(layer.bias.detach() + 1)
+
+    before = model[0].bias.detach().clone()
+    losses = {name: dict.fromkeys(GRID, 0.0) for name in "024"}
+    tt.prune_to_budget(model, accuracy, max_drop=1, losses=losses, sparsities=GRID, retrain=retrain)
+    assert torch.equal(model[0].bias, before + 1)
+
+
+def test_stored_weights_that_do_not_fit_are_refused(model, accuracy, tmp_path):
+    losses = {name: dict.fromkeys(GRID, 0.0) for name in "024"}
+    arguments = {"max_drop": 1, "losses": losses, "sparsities": GRID, "folder": tmp_path}
+    tt.prune_to_budget(copy.deepcopy(model), accuracy, **arguments)
+    save_file({"0.weight": torch.zeros(2)}, tmp_path / "best.safetensors")
+    with pytest.raises(ValueError, match=r"folder must hold weights of this model in best[.]safetensors, got others"):
+        tt.prune_to_budget(model, accuracy, **arguments)
+    assert not is_live(model)
+
+
+def test_a_frozen_layer_is_refused_before_anything_is_scored(model):
+    model[2].weight.requires_grad_(False)
+    with pytest.raises(ValueError, match="prune_to_budget: the weight of '2' must not be frozen"):
+        tt.prune_to_budget(model, lambda model: 1 / 0, max_drop=1)
 
 
 def test_a_folder_of_another_run_is_refused(model, accuracy, tmp_path):

@@ -35,7 +35,7 @@ PUBLISHED = [
 
 # The same networks as small as they come, with an input.
 SMALL = [
-    (lambda: zoo.LeNet5(classes=3), (1, 28, 28)),
+    (lambda: zoo.LeNet5(classes=3, dropout=0.5), (1, 28, 28)),
     (lambda: zoo.CifarResNet(8, classes=3), (3, 8, 8)),
     (lambda: zoo.CifarResNet(20), (3, 32, 32)),
     (lambda: zoo.SqueezeNet("1.0", classes=3), (3, 29, 29)),
@@ -263,6 +263,7 @@ def test_wrong_images_are_refused(build, shape, sentence):
     ("build", "error", "sentence"),
     [
         (lambda: zoo.LeNet5(0), ValueError, "LeNet5: classes must be at least 1, got 0"),
+        (lambda: zoo.LeNet5(dropout=1.0), ValueError, r"LeNet5: dropout must be in \[0, 1\), got 1.0"),
         (lambda: zoo.AlexNet(1.0), TypeError, "AlexNet: classes must be an int, got 1.0"),
         (lambda: zoo.VGG16(True), TypeError, "VGG16: classes must be an int, got True"),
         (lambda: zoo.CifarResNet(18), ValueError, r"depth must be 6 n \+ 2 from 8 to 1202, got 18"),

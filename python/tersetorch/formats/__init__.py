@@ -10,6 +10,7 @@ from tersetorch.formats.blocked_int8_weight import BlockedInt8Weight
 from tersetorch.formats.blocked_weight import BlockedWeight
 from tersetorch.formats.codebook_weight import CodebookWeight, codebook_values
 from tersetorch.formats.csr_weight import CsrWeight
+from tersetorch.formats.product_weight import ProductWeight
 from tersetorch.formats.sparse_codebook_weight import SparseCodebookWeight
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "BlockedWeight",
     "CodebookWeight",
     "CsrWeight",
+    "ProductWeight",
     "SparseCodebookWeight",
     "codebook_values",
 ]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from tersetorch.methods import adoption
+from tersetorch.methods import adoption, vector_codes
 
 MAX_ENTRIES = 256
 # Where torch's list for a tensor keeps the tensor's former place among the module's parameters.
@@ -18,19 +18,26 @@ PLACE = "place_among_parameters"
 
 
 class CompressedWeight(nn.Module):
-    """weight = where(mask, codebook[0, codes] or original, 0); never original * mask, which gives -0.0 and keeps NaN.
+    """weight = where(mask, codebook[g, codes] or original, 0); never original * mask, which gives -0.0 and keeps NaN.
 
-    Until it is shared, original trains, and a pruned position has no gradient, unless dense_gradient lets it have
-    dL/dweight as the others do. While it is shared, original is frozen and codebook trains: dL/dcodebook[0, k] is the
-    sum of dL/dweight over the positions with code k that mask keeps.
+    The group g of a position, in the weight as a matrix [rows, columns], is 0, its row, or its block of columns. Until
+    it is shared, original trains, and a pruned position has no gradient, unless dense_gradient lets it have dL/dweight
+    as the others do. While it is shared, original is frozen and codebook trains: dL/dcodebook[g, k] is the sum of
+    dL/dweight over the positions of group g with code k that mask keeps.
 
     Attributes:
         mask: bool, of the weight's shape; what is False is 0.
         dense_gradient: whether pruned positions of original train unseen, as prune.DynamicSurgery wants while it runs;
             no part of the state, a deep copy has it too, and a shared weight does not look at it.
-        codes: uint8, of the weight's shape, or None while the weight is not shared.
-        codebook: parameter [1, entries], entries <= 256, or None while the weight is not shared; float64 for a float64
-            weight, else float32, and of that dtype still after model.half() or .bfloat16().
+        codes: uint8, of the weight's shape, or None while the weight is not shared. Where sub-vectors are shared, as
+            quantize.product and .residual do: [rows, stages * segments], see methods.vector_codes.VectorCodes.
+        codebook: parameter [groups, entries], entries <= 256, or None while the weight is not shared; float64 for a
+            float64 weight, else float32, and of that dtype still after model.half() or .bfloat16(). Where sub-vectors
+            are shared: [stages, segments or 1, width, entries].
+        column_block: how many columns share a row of codebook; 0 where its only row is for the tensor, or each for one
+            of the weight's rows. Part of the state where it is not 0.
+        rounded: whether the weight has the values rounded to bfloat16; codebook trains as if it had its own. Part of
+            the state where it is True.
 
     Source:
         Han et al., Deep Compression (2016), section 3 and equation 3.
@@ -45,6 +52,8 @@ class CompressedWeight(nn.Module):
         self.register_buffer("mask", mask)
         self.dense_gradient = False
         self.surgery: int | None = None  # which prune.DynamicSurgery asked for it last
+        self.column_block = 0
+        self.rounded = False
         self.register_buffer("codes", None)
         self.register_parameter("codebook", None)
 
@@ -54,9 +63,31 @@ class CompressedWeight(nn.Module):
             return cast(Tensor, _KeepWithDenseGradient.apply(self.mask, original))
         kept = original
         if self.codebook is not None and self.codes is not None:
-            shared = self.codebook[0].index_select(0, self.codes.int().flatten())
-            kept = shared.view(self.codes.shape).to(original.dtype)
+            kept = self._decoded(self.codebook, original.dtype)
         return torch.where(self.mask, kept, 0)
+
+    def _decoded(self, codebook: Tensor, dtype: torch.dtype) -> Tensor:
+        """The value of each code."""
+        if codebook.dim() == 4:
+            assert self.codes is not None
+            shape = self.mask.shape
+            return vector_codes.decode(self.codes, codebook, shape[1:].numel()).view(shape).to(dtype)
+        if self.rounded:
+            # The difference is exact, and so the sum is the rounded number.
+            codebook = codebook + (codebook.to(torch.bfloat16).to(codebook.dtype) - codebook).detach()
+        return codebook.flatten().index_select(0, self._places().flatten()).view(self.mask.shape).to(dtype)
+
+    def _places(self) -> Tensor:
+        """Where in the flattened codebook the value of each code stands, int32."""
+        assert self.codes is not None and self.codebook is not None
+        codes, (groups, entries) = self.codes.int(), self.codebook.shape
+        if groups == 1:
+            return codes
+        if self.column_block:
+            group = torch.arange(codes[0].numel(), dtype=torch.int32, device=codes.device) // self.column_block
+            return codes + (group * entries).view(codes.shape[1:])
+        group = torch.arange(groups, dtype=torch.int32, device=codes.device)
+        return codes + (group * entries).view(-1, *[1] * (codes.dim() - 1))
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Takes in a weight that is assigned: the mask stays on, and each shared value becomes its members' mean."""
@@ -68,14 +99,25 @@ class CompressedWeight(nn.Module):
     def nearest_codebook(self, weight: Tensor) -> Tensor:
         """The codebook that brings the shared weight nearest to weight in squared error, the codes as they are."""
         assert self.codes is not None and self.codebook is not None
-        codes = self.codes[self.mask].long()
+        if self.codebook.dim() == 4:
+            dense = torch.where(self.mask, weight.detach().to(self.mask.device), 0).flatten(1)
+            return vector_codes.nearest_codebooks(dense, self.codes, self.codebook)
+        codes = self._places()[self.mask].long()
         values = weight.detach().to(self.mask.device)[self.mask].double()
-        entries = self.codebook.shape[1]
+        entries = self.codebook.numel()
         count = torch.bincount(codes, minlength=entries)
         # Measured from one member of each, so that members that agree give their value to the bit.
         first = values.new_zeros(entries).scatter_(0, codes, values)
         mean = first + torch.bincount(codes, weights=values - first[codes], minlength=entries) / count.clamp(min=1)
-        return torch.where(count > 0, mean, self.codebook[0].double())[None].to(self.codebook.dtype)
+        found = torch.where(count > 0, mean, self.codebook.flatten().double())
+        return found.view_as(self.codebook).to(self.codebook.dtype)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.column_block:
+            destination[prefix + "column_block"] = torch.tensor(self.column_block)
+        if self.rounded:
+            destination[prefix + "rounded"] = torch.tensor(True)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         before = self.codebook
@@ -192,15 +234,21 @@ def attach(owners: Sequence[tuple[nn.Module, str]]) -> CompressedWeight:
     return compressed
 
 
-def share(owners: Sequence[tuple[nn.Module, str]], codes: Tensor, codebook: Tensor) -> None:
-    """Makes the weight of owners codebook[0, codes] where its mask keeps it; the codebook trains where the weight did.
+def share(
+    owners: Sequence[tuple[nn.Module, str]],
+    codes: Tensor,
+    codebook: Tensor,
+    column_block: int = 0,
+    rounded: bool = False,
+) -> None:
+    """Makes the weight of owners codebook[g, codes] where its mask keeps it; the codebook trains where the weight did.
 
     Optimizers that hold the weight take in the codebook, see tersetorch.methods.adoption.
     """
     attach(owners)
     live = live_weight(*owners[0])
     assert live is not None
-    _share(live, codes, codebook)
+    _share(live, codes, codebook, column_block, rounded)
 
 
 def detach(live: LiveWeight) -> None:
@@ -249,10 +297,12 @@ def unshare(live: LiveWeight) -> None:
         adoption.replace(compressed.codebook, None)
         compressed.codes = None
         compressed.codebook = None
+        compressed.column_block, compressed.rounded = 0, False
 
 
-def _share(live: LiveWeight, codes: Tensor, codebook: Tensor) -> None:
+def _share(live: LiveWeight, codes: Tensor, codebook: Tensor, column_block: int, rounded: bool) -> None:
     compressed = live.compressed
+    compressed.column_block, compressed.rounded = column_block, rounded
     former = compressed.codebook
     trains = live.original.requires_grad if former is None else former.requires_grad
     compressed.codes = codes
@@ -277,7 +327,9 @@ def _load_live(self: nn.Module, state_dict: dict[str, Any], prefix: str, *args: 
         inside = f"{prefix}parametrizations.{live.tensor}"
         mask, codes, codebook = (f"{inside}.0.{name}" for name in ("mask", "codes", "codebook"))
         if f"{inside}.original" in state_dict:
-            problem = _prepare(live, state_dict.get(codes), state_dict.get(codebook))
+            # No buffers, so that torch would not expect them.
+            options = [state_dict.pop(f"{inside}.0.{name}", None) for name in ("column_block", "rounded")]
+            problem = _prepare(live, state_dict.get(codes), state_dict.get(codebook), *options)
             if problem is not None:
                 errors.append(f"{inside}.0: {problem}")
                 state_dict.pop(codes, None)
@@ -300,19 +352,25 @@ def _load_live(self: nn.Module, state_dict: dict[str, Any], prefix: str, *args: 
     before._load_from_state_dict(self, state_dict, prefix, *args)
 
 
-def _prepare(live: LiveWeight, codes: Any, codebook: Any) -> str | None:
+def _prepare(live: LiveWeight, codes: Any, codebook: Any, column_block: Any, rounded: Any) -> str | None:
     """Makes room for the codes and the codebook that are about to be loaded, or for none; or says what is wrong."""
     if codes is None and codebook is None:
         unshare(live)
         return None
-    problem = _codes_problem(codes, codebook, live.compressed.mask)
+    for name, value in (("column_block", column_block), ("rounded", rounded)):
+        if value is not None and (not isinstance(value, Tensor) or value.numel() != 1 or value.is_floating_point()):
+            return f"{name} must be one whole number, got {value!r}"
+    block = 0 if column_block is None else int(column_block)
+    problem = _codes_problem(codes, codebook, block, live.compressed.mask)
     if problem is not None:
         return problem
-    present = live.compressed.codebook
+    compressed = live.compressed
+    present = compressed.codebook
     if present is None or present.shape != codebook.shape:
-        blank = torch.zeros_like(live.compressed.mask, dtype=torch.uint8)
+        blank = torch.zeros(codes.shape, dtype=torch.uint8, device=compressed.mask.device)
         wide = torch.float64 if live.original.dtype == torch.float64 else torch.float32
-        _share(live, blank, torch.zeros(codebook.shape, dtype=wide, device=blank.device))
+        _share(live, blank, torch.zeros(codebook.shape, dtype=wide, device=blank.device), 0, False)
+    compressed.column_block, compressed.rounded = block, rounded is not None and bool(rounded)
     return None
 
 
@@ -323,30 +381,52 @@ def _share_anew(live: LiveWeight, dense: Tensor) -> None:
     assert compressed.codebook is not None and compressed.codes is not None
     dense = dense.to(compressed.mask.device)
     codebook = compressed.nearest_codebook(dense)
-    shared = codebook[0].index_select(0, compressed.codes.int().flatten()).view(dense.shape).to(dense.dtype)
-    if torch.equal(shared[compressed.mask], dense[compressed.mask]):
+    decoded = compressed._decoded(codebook, dense.dtype)[compressed.mask]
+    # Sums of several entries agree but for rounding.
+    agrees = torch.allclose if codebook.dim() == 4 else torch.equal
+    if agrees(decoded, dense[compressed.mask]):
         compressed.codebook.copy_(codebook)
         return
-    from tersetorch.methods.quantize.kmeans_1d import cluster  # its package imports this module
+    if codebook.dim() == 4:
+        _share_vectors_anew(live, torch.where(compressed.mask, dense, 0))
+        return
+    from tersetorch.methods.quantize.sharing import Per, share_values  # its package imports this module
 
+    groups, entries = codebook.shape
     kept = compressed.mask & (dense != 0)  # zeros stay zero, as they do when kmeans is called
-    survivors = dense[kept].to("cpu", codebook.dtype).numpy()
-    pruned = survivors.size < dense.numel()
-    values = codebook.new_zeros(int(pruned), device="cpu")
-    codes = torch.zeros_like(compressed.codes)
-    if survivors.size:
-        clusters = cluster(survivors, max(1, codebook.shape[1] - pruned), "exact")
-        found = torch.from_numpy(clusters.codes(survivors)) + int(pruned)
-        codes[kept] = found.to(codes.device, codes.dtype)
-        values = torch.cat([values, torch.from_numpy(clusters.centroids).to(values.dtype)])
-    _share(live, codes, values[None].to(codes.device))
+    per: Per = compressed.column_block or ("tensor" if groups == 1 else "row")
+    codes, codebook = share_values(dense, kept, entries, per, bfloat16=compressed.rounded)
+    _share(live, codes, codebook.to(compressed.codebook.dtype), compressed.column_block, compressed.rounded)
 
 
-def _codes_problem(codes: Any, codebook: Any, mask: Tensor) -> str | None:
+def _share_vectors_anew(live: LiveWeight, dense: Tensor) -> None:
+    """Quantises a weight anew, to sub-vectors as many and as wide as it has."""
+    from tersetorch.methods.quantize.product import product_quantize  # its package imports this module
+    from tersetorch.methods.quantize.residual import residual_quantize
+
+    present = live.compressed.codebook
+    assert present is not None
+    stages, books, width, entries = present.shape
+    matrix = dense.flatten(1)
+    if stages > 1:
+        found = residual_quantize(matrix, stages, entries)
+    else:
+        found = product_quantize(matrix, entries, sub_vector=width, shared=books == 1 and width < matrix.shape[1])
+    _share(live, found.codes, found.codebooks.to(present.dtype), 0, False)
+
+
+def _codes_problem(codes: Any, codebook: Any, column_block: int, mask: Tensor) -> str | None:
     if not isinstance(codes, Tensor) or not isinstance(codebook, Tensor):
         return "codes and codebook must come together, got only one of them"
-    if codebook.dim() != 2 or codebook.shape[0] != 1 or not 1 <= codebook.shape[1] <= MAX_ENTRIES:
-        return f"codebook must be [1, entries] with 1 <= entries <= {MAX_ENTRIES}, got {tuple(codebook.shape)}"
+    rows, columns = mask.shape[0], mask.shape[1:].numel()
+    if codebook.dim() == 4:
+        return vector_codes.codes_problem(codes, codebook, rows, columns)
+    if column_block < 0:
+        return f"column_block must be at least 1, got {column_block}"
+    groups = [-(-columns // column_block)] if column_block else list(dict.fromkeys((1, rows)))
+    if codebook.dim() != 2 or codebook.shape[0] not in groups or not 1 <= codebook.shape[1] <= MAX_ENTRIES:
+        shapes = " or ".join(f"[{count}, entries]" for count in groups)
+        return f"codebook must be {shapes} with 1 <= entries <= {MAX_ENTRIES}, got {tuple(codebook.shape)}"
     if codes.dtype != torch.uint8 or codes.shape != mask.shape:
         return f"codes must be uint8 {tuple(mask.shape)}, got {codes.dtype} {tuple(codes.shape)}"
     if codes.numel() and int(codes.max()) >= codebook.shape[1]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -66,7 +67,9 @@ class Target:
         return any(isinstance(module, pattern) for module, _ in self.owners)
 
 
-def select(where: str, model: nn.Module, targets: Patterns | None, ignore: Patterns | None) -> list[Target]:
+def select(
+    where: str, model: nn.Module, targets: Patterns | None, ignore: Patterns | None, *, frozen: bool = False
+) -> list[Target]:
     """The weights that targets name and ignore does not, in the model's order, checked to be ones a method can handle.
 
     A pattern is the path of a module ("encoder.fc1") or of a tensor ("rnn.weight_hh_l0"), a glob ("encoder.*", where
@@ -77,11 +80,14 @@ def select(where: str, model: nn.Module, targets: Patterns | None, ignore: Patte
     A weight tied between modules counts once, under its first name; it is selected when any of its names is, and left
     out when any of them is ignored.
 
+    A weight that is frozen (it, or the codebook that it shares, requires no gradient) is refused, unless frozen says
+    that the caller changes none.
+
     Raises:
         TypeError: model is no module, or targets or ignore hold something that is no pattern.
         ValueError: a pattern matches nothing, nothing is left, or a selected weight cannot be handled.
     """
-    check_model(where, model)
+    _check_whole(where, model)
     wanted: Sequence[Pattern] = DEFAULT_TARGETS if targets is None else _as_patterns(where, "targets", targets)
     unwanted = () if ignore is None else _as_patterns(where, "ignore", ignore)
     everything = find_weights(model)
@@ -102,7 +108,7 @@ def select(where: str, model: nn.Module, targets: Patterns | None, ignore: Patte
             + (f"name layers in targets, such as {_some_names(everything)}" if everything else "pass one with layers")
         )
     for target in chosen:
-        _check_weight(where, target)
+        _check_weight(where, target, frozen)
     return chosen
 
 
@@ -114,7 +120,7 @@ def assign(
     Raises:
         TypeError, ValueError: as select does, with the keys of values in the place of targets.
     """
-    check_model(where, model)
+    _check_whole(where, model)
     if not values:
         raise ValueError(f"{where}: {argument} must name at least one layer, got {{}}; pass pattern: number")
     patterns = _as_patterns(where, argument, tuple(values))
@@ -178,11 +184,29 @@ def _is_matrix(tensor: Tensor) -> bool:
     return is_lazy(tensor) or tensor.dim() >= 2
 
 
-def _check_weight(where: str, target: Target) -> None:
+def _check_whole(where: str, model: nn.Module) -> None:
+    """Refuses what is no module, and FullyShardedDataParallel, under which no layer has a weight of its own."""
+    check_model(where, model)
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # what nobody imported wraps nothing
+    if fsdp is not None and any(isinstance(module, fsdp.FullyShardedDataParallel) for module in model.modules()):
+        raise ValueError(
+            f"{where}: model must hold whole weights on each rank, got FullyShardedDataParallel; call this before "
+            "sharding"
+        )
+
+
+def _is_shard(weight: Tensor) -> bool:
+    sharding = sys.modules.get("torch.distributed.tensor")
+    return sharding is not None and isinstance(weight, sharding.DTensor)
+
+
+def _check_weight(where: str, target: Target, frozen: bool) -> None:
     weight = _parameter(where, target)
     problem = None
     if is_lazy(weight):
         problem = "must be initialised, got a lazy one; run the model once"
+    elif _is_shard(weight):
+        problem = "must be whole on each rank, got a DTensor; call this before sharding"
     elif type(weight) is not nn.Parameter or weight.layout != torch.strided:
         kind = type(weight).__name__ if weight.layout == torch.strided else weight.layout
         problem = f"must be a plain dense parameter, got {kind}"
@@ -192,8 +216,15 @@ def _check_weight(where: str, target: Target) -> None:
         problem = f"must be a floating-point tensor, got {weight.dtype}"
     elif not bool(target.weight.isfinite().all()):
         problem = "must be finite, got NaN or infinity; repair the training"
+    elif not frozen and not _trains(target, weight):
+        problem = "must not be frozen, got one that this would change; call requires_grad_(True) on it"
     if problem is not None:
         raise ValueError(f"{where}: the weight of {target.name!r} {problem}, or pass ignore=[{target.name!r}]")
+
+
+def _trains(target: Target, weight: Tensor) -> bool:
+    codebook = None if target.compressed is None else target.compressed.codebook
+    return (weight if codebook is None else codebook).requires_grad
 
 
 def _parameter(where: str, target: Target) -> Tensor:

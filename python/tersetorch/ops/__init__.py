@@ -39,6 +39,15 @@ from tersetorch.ops.codebook_matmul import (  # noqa: E402
     codebook_unpack,
 )
 from tersetorch.ops.csr_matmul import csr_matmul, csr_matmul_inference, csr_pack  # noqa: E402
+from tersetorch.ops.product_matmul import (  # noqa: E402
+    product_bytes,
+    product_decode,
+    product_matmul,
+    product_matmul_inference,
+    product_pack,
+    product_segments,
+    product_unpack,
+)
 from tersetorch.ops.sparse_conv2d import (  # noqa: E402
     sparse_conv2d,
     sparse_conv2d_channel_block,
@@ -77,6 +86,13 @@ __all__ = [
     "csr_matmul_inference",
     "csr_pack",
     "native_op",
+    "product_bytes",
+    "product_decode",
+    "product_matmul",
+    "product_matmul_inference",
+    "product_pack",
+    "product_segments",
+    "product_unpack",
     "sparse_conv2d",
     "sparse_conv2d_channel_block",
     "sparse_conv2d_inference",

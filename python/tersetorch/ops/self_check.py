@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import conv2d
+from torch.nn.functional import conv2d, pad
 
 from tersetorch.ops.bitmap_columns_matmul import bitmap_columns_matmul
 from tersetorch.ops.bitmap_matmul import bitmap_from_rows, bitmap_matmul
@@ -13,6 +13,7 @@ from tersetorch.ops.blocked_bfloat16_matmul import blocked_bfloat16_matmul, bloc
 from tersetorch.ops.blocked_int8_matmul import blocked_int8_matmul, blocked_int8_pack
 from tersetorch.ops.blocked_matmul import blocked_matmul, blocked_pack
 from tersetorch.ops.csr_matmul import csr_matmul
+from tersetorch.ops.product_matmul import product_decode, product_matmul, product_pack
 from tersetorch.ops.sparse_conv2d import sparse_conv2d
 
 ROWS, COLUMNS, ENTRIES = 37, 53, 16
@@ -42,6 +43,7 @@ def check_ops() -> list[dict[str, Any]]:
     checked = [_check(op, product, *case) for op, product in products.items() for case in cases]
     checked += [_check_conv(*case) for case in cases]
     checked += [_check_int8("bitmap_matmul", _bitmap_int8), _check_int8("blocked_int8_matmul", _blocked_int8)]
+    checked += _check_product()
     return [*checked, _check_bfloat16_mode(), *_check_conv_modes(), *_check_gradients()]
 
 
@@ -248,6 +250,34 @@ def _check_bfloat16_mode() -> dict[str, Any]:
         worst = max(worst, _largest(y, rounded @ w.T + bias.double(), size))
     # bfloat16 instructions may round a sum twice.
     return _result("blocked_bfloat16_matmul", "bfloat16", worst, 2 * (COLUMNS + 2) * EPSILON)
+
+
+def _check_product() -> list[dict[str, Any]]:
+    """product_matmul with 4-bit and 8-bit codes; in mode int8 the bound is that of the rounded tables."""
+    results = []
+    for entries, width in ((16, 2), (200, 5)):
+        generator = torch.Generator().manual_seed(6)
+        segments = -(-COLUMNS // width)
+        codes = torch.randint(entries, (ROWS, 2 * segments), generator=generator).to(torch.uint8)
+        codebooks = torch.randn(2, segments, width, entries, generator=generator)
+        packed, bias = product_pack(codes, entries), torch.randn(ROWS, generator=generator)
+        dense = product_decode(packed, codebooks, out_features=ROWS, in_features=COLUMNS).double()
+        # Of the products that a row adds up; sums of two entries hide how large they are.
+        sizes = product_decode(packed, codebooks.abs(), out_features=ROWS, in_features=COLUMNS).double()
+        worst, worst_int8 = 0.0, 0.0
+        for batch in BATCHES:
+            x = torch.randn(batch, COLUMNS, generator=generator)
+            reference, size = x.double() @ dense.T + bias.double(), x.double().abs() @ sizes.T + bias.double().abs()
+            y = product_matmul(x, packed, codebooks, bias, out_features=ROWS)
+            worst = max(worst, _largest(y, reference, size))
+            y = product_matmul(x, packed, codebooks, bias, out_features=ROWS, mode="int8")
+            parts = pad(x.double(), (0, segments * width - COLUMNS)).view(batch, 1, segments, width, 1)
+            tables = (parts * codebooks.double()).sum(3).flatten(1, 2)
+            step = (tables.amax(-1) - tables.amin(-1)).amax(-1, keepdim=True) / 255
+            worst_int8 = max(worst_int8, _largest(y, reference, (tables.shape[1] * step).expand_as(reference)))
+        results.append(_result("product_matmul", f"{entries} entries", worst, (COLUMNS + 2) * 2 * EPSILON))
+        results.append(_result("product_matmul", f"{entries} entries, int8", worst_int8, 0.501))
+    return results
 
 
 def _check_gradients() -> list[dict[str, Any]]:

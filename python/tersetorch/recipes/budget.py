@@ -156,7 +156,7 @@ def prune_to_budget(
         budget: what the model may cost, positive; None for as little as the floor allows.
         unit: what is paid, see tersetorch.recipes.cost_curves: "bytes", "operations" or "milliseconds".
         example_inputs: as in tersetorch.convert; not needed for bytes.
-        retrain: trains a pruned model in place; None where it is not retrained.
+        retrain: trains a pruned model in place, keeping its modules and masks; None where it is not retrained.
         losses: what prune.sensitivity gave for these sparsities, or for each layer a loss at each sparsity, in any
             unit; None to scan the sensitivity now.
         sparsities: to choose from, each in [0, 1).
@@ -170,8 +170,9 @@ def prune_to_budget(
 
     Raises:
         TypeError: an argument has another type.
-        ValueError: an argument is out of range, the cheapest choice costs more than budget, folder holds another run,
-            or as prune.magnitude. model is as it was.
+        ValueError: an argument is out of range, the cheapest choice costs more than budget, folder holds another run or
+            weights that do not fit, retrain leaves other tensors in the state than it was given, or as prune.magnitude.
+            model is as it was.
     """
     where = "prune_to_budget"
     chosen = _check(
@@ -327,6 +328,13 @@ class _Search:
             state = self.state if self.state is not None else self.run.best()
             if state is None:  # the run was stored, its weights were deleted
                 state = self._prune(self.trials[self.chosen].sparsities).state_dict()
+            elif self.state is None:
+                ready = prune.magnitude(copy.deepcopy(self.model), 0.0, targets=list(self.curves.layers))
+                if _layout(ready.state_dict()) != _layout(state):
+                    raise ValueError(
+                        f"{self.where}: folder must hold weights of this model in best.safetensors, got others; delete "
+                        "it"
+                    )
             names = list(self.curves.layers)
             prune.magnitude(self.model, 0.0, targets=names)
             self.model.load_state_dict(state)
@@ -347,7 +355,14 @@ class _Search:
         candidate = copy.deepcopy(self.model)
         prune.magnitude(candidate, dict(sparsities), pattern=self.pattern)
         if self.retrain is not None:
+            before = _layout(candidate.state_dict())
             self.retrain(candidate)
+            changed = {name for name, _ in before.items() ^ _layout(candidate.state_dict()).items()}
+            if changed:
+                raise ValueError(
+                    f"{self.where}: retrain must leave the model's modules, masks and shapes, got another "
+                    f"{min(changed)!r}; train in place, and finalize or share weights afterwards"
+                )
         return candidate
 
     def _is_best(self, index: int) -> bool:
@@ -448,6 +463,10 @@ def _digest(losses: Sensitivity | Curves) -> str:
 def _shapes(example_inputs: Any) -> list[str]:
     leaves = pytree.tree_leaves(example_inputs)
     return [str(tuple(leaf.shape)) if isinstance(leaf, torch.Tensor) else type(leaf).__name__ for leaf in leaves]
+
+
+def _layout(state: Mapping[str, torch.Tensor]) -> dict[str, tuple[torch.dtype, torch.Size]]:
+    return {name: (tensor.dtype, tensor.shape) for name, tensor in state.items()}
 
 
 def _fingerprint(model: nn.Module) -> str:

@@ -93,8 +93,8 @@ def cost_curves(
 
 
 @dataclass(frozen=True)
-class _Measured:
-    """The cost of every layer at one sparsity, in its dense form too, and of the whole model; NaN: not measured."""
+class Measured:
+    """The cost of every layer at one setting, in its dense form too, and of the whole model; NaN: not measured."""
 
     layers: Mapping[str, float]
     whole: float
@@ -102,31 +102,32 @@ class _Measured:
     whole_dense: float = math.nan
 
 
-def _bytes(pruned: nn.Module, example_inputs: Any) -> _Measured:
+def file_bytes(model: nn.Module, example_inputs: Any = None) -> Measured:
+    """What the file that tersetorch.save writes holds of each layer, and all of it."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.terse"
-        save(pruned, path)
+        save(model, path)
         inspection = inspect(path)
-    return _Measured({tensor.name: tensor.nbytes for tensor in inspection.tensors}, inspection.file_bytes)
+    return Measured({tensor.name: tensor.nbytes for tensor in inspection.tensors}, inspection.file_bytes)
 
 
-def _operations(pruned: nn.Module, example_inputs: Any) -> _Measured:
+def _operations(pruned: nn.Module, example_inputs: Any) -> Measured:
     counted = count(pruned, example_inputs)
-    return _Measured({layer.name: layer.effective_macs for layer in counted.layers}, counted.effective_macs)
+    return Measured({layer.name: layer.effective_macs for layer in counted.layers}, counted.effective_macs)
 
 
-def _milliseconds(pruned: nn.Module, example_inputs: Any) -> _Measured:
+def _milliseconds(pruned: nn.Module, example_inputs: Any) -> Measured:
     told = report(convert(pruned, example_inputs))
     layers, dense = {}, {}
     for layer in told.layers:
         tried = {trial.format: trial.median_ms for trial in layer.trials}
         layers[layer.name] = tried.get(layer.chosen) or math.nan
         dense[layer.name] = layer.dense_ms or math.nan
-    return _Measured(layers, told.converted_ms or math.nan, dense, told.dense_ms or math.nan)
+    return Measured(layers, told.converted_ms or math.nan, dense, told.dense_ms or math.nan)
 
 
 def _quiet(
-    layers: dict[str, dict[float, float]], names: Mapping[str, list[str]], measured: Sequence[_Measured]
+    layers: dict[str, dict[float, float]], names: Mapping[str, list[str]], measured: Sequence[Measured]
 ) -> CostCurves:
     """Times without what is only noise: where a layer stays dense, its one dense time; none above a sparser one's."""
     dense = {}
@@ -141,8 +142,8 @@ def _quiet(
     return CostCurves(max(0.0, statistics.median(rest)) if rest else 0.0, layers)
 
 
-_MEASURES: dict[Unit, Callable[[nn.Module, Any], _Measured]] = {
-    "bytes": _bytes,
+_MEASURES: dict[Unit, Callable[[nn.Module, Any], Measured]] = {
+    "bytes": file_bytes,
     "operations": _operations,
     "milliseconds": _milliseconds,
 }

@@ -13,6 +13,7 @@ from tersetorch.storage.compare import needs_values
 from tersetorch.storage.entry import Entry
 from tersetorch.storage.errors import TerseFileError, refuse
 from tersetorch.storage.layers import LAYERS, Layer, decode_layer, dense_shape, make_layer
+from tersetorch.storage.product_kinds import KINDS, check_layer
 from tersetorch.storage.tensors import decode_tensor
 
 _NODE_KEYS = set("kcatmeo")
@@ -115,6 +116,7 @@ class Builder:
             self._taken.add(module)
             self._modules.append(module)
             _assign(module, node.get("t", {}), self._tensors, path, refuse)
+            check_layer(module)
             self._open.add(module)
             self._put_children(module, node.get("m", {}), path, training)
             self._open.remove(module)
@@ -185,6 +187,13 @@ def adopt(root: Any, model: nn.Module, tensors: Tensors) -> nn.Module:
             if (getattr(module, "bias", None) is None) != (layer.bias is None):
                 mismatch(f"a layer {'without' if layer.bias is None else 'with'} a bias at {where}", module)
             memo[id(module)] = layer
+        elif node.get("k") in KINDS and type(module) is nn.Linear:
+            # A whole layer, built as it is where no model is given.
+            built = Builder(tensors, limit=0).build(node, path)
+            sizes = [(layer.out_features, layer.in_features, layer.bias is None) for layer in (built, module)]
+            if sizes[0] != sizes[1]:
+                mismatch(f"{built} at {path or 'its root'}", module)
+            memo[id(module)] = built
         elif _stands_for_relu(node, module):
             memo[id(module)] = nn.Identity() if node["k"] == "Identity" else nn.ReLU(inplace=True)
     if not any(node.get("k") in LAYERS and "relu" in node.get("c", {}) for node, _, _ in pairs):
@@ -200,6 +209,7 @@ def adopt(root: Any, model: nn.Module, tensors: Tensors) -> nn.Module:
         flags |= {id(child): training for child in node.get("m", {}).values()}
         if id(module) not in replaced:
             _assign(twin, node.get("t", {}), tensors, path, mismatch)
+            check_layer(twin)
             if "a" in node:
                 _override(twin, registry.named(node["k"]), node)
             twin.training = training
@@ -225,7 +235,7 @@ def _pairs(node: Any, module: nn.Module | None, seen: dict[nn.Module, int], path
     seen[module] = len(seen)
     yield node, module, path
     kind = node.get("k")
-    if kind in LAYERS:
+    if kind in LAYERS or (kind in KINDS and type(module) is nn.Linear):
         return
     if kind is not None:
         known = registry.named(kind)

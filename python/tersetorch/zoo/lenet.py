@@ -34,10 +34,7 @@ class LeNet300100(nn.Module):
         super().__init__()
         check_count("LeNet300100", "in_features", in_features)
         check_count("LeNet300100", "classes", classes)
-        if not isinstance(dropout, int | float) or isinstance(dropout, bool):
-            raise TypeError(f"LeNet300100: dropout must be a number, got {dropout!r}; pass a rate such as 0.3")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"LeNet300100: dropout must be in [0, 1), got {dropout}; pass a rate such as 0.3")
+        _check_dropout("LeNet300100", dropout)
         self.in_features = in_features
         self.classes = classes
         self.dropout = float(dropout)
@@ -69,29 +66,33 @@ class LeNet5(nn.Module):
     """Two 5x5 convolutions and two linear layers, 20-50-500-classes: 431,080 parameters, 2,293,000 MACs an image.
 
     Takes [N, 1, 28, 28]; gives logits [N, classes]. Each convolution is followed by 2x2 max pooling and by no ReLU;
-    the first linear layer is followed by one. fc1 and fc2 are Caffe's ip1 and ip2.
+    the first linear layer is followed by one, and by dropout if that is asked for. fc1 and fc2 are Caffe's ip1 and ip2.
 
     Source:
         Caffe's variant (examples/mnist/lenet.prototxt), which Han et al. (2015) and Guo et al. (2016) prune, of LeCun,
         Bottou, Bengio, Haffner, Gradient-based learning applied to document recognition (1998), section II.B.
     """
 
-    def __init__(self, classes: int = 10) -> None:
+    def __init__(self, classes: int = 10, dropout: float = 0.0) -> None:
         """Draws fresh weights.
 
         Args:
             classes: logits to compute, at least 1.
+            dropout: rate after the hidden layer, in [0, 1).
 
         Raises:
-            TypeError: classes is not an int.
-            ValueError: classes is less than 1.
+            TypeError: classes is not an int, or dropout is no number.
+            ValueError: an argument is outside its range.
         """
         super().__init__()
         check_count("LeNet5", "classes", classes)
+        _check_dropout("LeNet5", dropout)
         self.classes = classes
+        self.dropout = float(dropout)
         self.conv1 = nn.Conv2d(1, 20, 5)
         self.conv2 = nn.Conv2d(20, 50, 5)
         self.fc1 = nn.Linear(800, 500)
+        self.dropout1 = nn.Dropout(dropout)
         self.fc2 = nn.Linear(500, classes)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -103,8 +104,15 @@ class LeNet5(nn.Module):
         check_images("LeNet5", images, 1, 28)
         x = functional.max_pool2d(self.conv1(images), 2)
         x = functional.max_pool2d(self.conv2(x), 2)
-        logits: Tensor = self.fc2(self.fc1(x.flatten(1)).relu())
+        logits: Tensor = self.fc2(self.dropout1(self.fc1(x.flatten(1)).relu()))
         return logits
+
+
+def _check_dropout(where: str, dropout: float) -> None:
+    if not isinstance(dropout, int | float) or isinstance(dropout, bool):
+        raise TypeError(f"{where}: dropout must be a number, got {dropout!r}; pass a rate such as 0.3")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"{where}: dropout must be in [0, 1), got {dropout}; pass a rate such as 0.3")
 
 
 def _config(model: LeNet300100) -> dict[str, int | float]:
@@ -112,4 +120,4 @@ def _config(model: LeNet300100) -> dict[str, int | float]:
 
 
 register_module("zoo.LeNet300100", LeNet300100, _config)
-register_module("zoo.LeNet5", LeNet5, lambda model: {"classes": model.classes})
+register_module("zoo.LeNet5", LeNet5, lambda model: {"classes": model.classes, "dropout": model.dropout})

@@ -1,6 +1,9 @@
+import copy
+
 import pytest
 import torch
 
+from tersetorch.methods import prune
 from tersetorch.methods.prune.layerwise_obs import layerwise_obs
 from tersetorch.methods.prune.patterns import parse
 
@@ -59,3 +62,13 @@ def test_groups_have_each_their_inputs_and_patterns_hold():
         torch.testing.assert_close(moved[group], expected_bias)
     blocks = layerwise_obs(weights, inverse, shift, 0.5, parse("f", "4x1"), lambda part: None)[1]
     assert torch.equal(blocks.all(1), blocks.any(1)) and int(blocks.sum()) == 32
+
+
+def test_a_frozen_bias_stands_still(mlp):
+    other = copy.deepcopy(mlp)
+    mlp[0].bias.requires_grad_(False)
+    data = [torch.randn(64, 20, generator=torch.Generator().manual_seed(0)) + 1]
+    for model in (mlp, other):
+        before = model[0].bias.detach().clone()
+        prune.obs(model, data, 0.5, solver="layerwise", targets="0")
+        assert torch.equal(model[0].bias, before) is (model is mlp)

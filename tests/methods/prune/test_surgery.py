@@ -492,7 +492,11 @@ def test_a_surgery_that_takes_over_ends_the_one_before():
 
 def test_a_frozen_layer_is_refused_and_changes_nothing(mlp):
     mlp[2].weight.requires_grad_(False)
-    with pytest.raises(ValueError, match=r"prune.DynamicSurgery: the weight of '2' must train, got one that is frozen"):
+    with pytest.raises(ValueError, match="DynamicSurgery: the weight of '2' must not be frozen"):
         prune.DynamicSurgery(mlp)
+    assert not is_live(mlp)
+    mlp[0].bias.requires_grad_(False)
+    with pytest.raises(ValueError, match="the bias of '0' must not be frozen, got one that this would change; call"):
+        prune.DynamicSurgery(mlp, ignore="2", biases=True)
     assert not is_live(mlp)
     prune.DynamicSurgery(mlp, ignore="2")

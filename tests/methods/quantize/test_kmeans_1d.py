@@ -86,12 +86,13 @@ def test_a_value_midway_goes_to_the_lower_centroid():
 
 
 def test_initial_centroids():
-    points, weights = np.array([0.0, 1.0, 2.0, 9.0]), np.array([1.0, 5.0, 1.0, 1.0])
-    assert INITIAL["linear"](points, weights, 4, 0).tolist() == [0, 3, 6, 9]
-    assert INITIAL["density"](points, weights, 4, 0).tolist() == [0, 1, 1, 2]
-    drawn = INITIAL["random"](points, weights, 3, 7)
-    assert len(set(drawn)) == 3 and set(drawn) <= set(points)
-    assert np.array_equal(drawn, INITIAL["random"](points, weights, 3, 7))
+    line, distinct = kmeans_1d._line(np.array([2.0, 1.0, 1.0, 9.0, 1.0, 0.0, 1.0, 1.0]), None)
+    assert distinct == 4
+    assert INITIAL["linear"](line, 4, 0).tolist() == [0, 3, 6, 9]
+    assert INITIAL["density"](line, 4, 0).tolist() == [0, 1, 1, 2]
+    drawn = INITIAL["random"](line, 3, 7)
+    assert len(set(drawn)) == 3 and set(drawn) <= {0.0, 1.0, 2.0, 9.0}
+    assert np.array_equal(drawn, INITIAL["random"](line, 3, 7))
 
 
 def test_centroids_without_members_are_left_out():
@@ -107,14 +108,72 @@ def test_iterations_are_a_limit():
     assert many < few
 
 
-@pytest.mark.parametrize("outlier", [None, 1e4])
-def test_more_values_than_the_exact_search_takes(monkeypatch, outlier):
-    values = np.random.default_rng(0).standard_normal(5000)
-    if outlier is not None:
-        values[17] = outlier
-    exact = cluster(values, 12).squared_error(values)
+DISTRIBUTIONS = {
+    "normal": lambda random, n: random.standard_normal(n),
+    "student": lambda random, n: random.standard_t(1.5, n),
+    "two humps": lambda random, n: np.concatenate((random.normal(-1, 0.1, n // 2), random.normal(2, 0.3, n - n // 2))),
+    "pruned": lambda random, n: (values := random.standard_normal(3 * n))[np.abs(values) > 1],
+    "outlier": lambda random, n: np.append(random.standard_normal(n), 1e4),
+}
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("clusters", [2, 16, 255])
+def test_more_values_than_the_exact_search_takes(monkeypatch, distribution, clusters):
+    values = DISTRIBUTIONS[distribution](np.random.default_rng(0), 101_000).astype(np.float32)
+    binned = cluster(values, clusters)
+    monkeypatch.setattr(kmeans_1d, "EXACT_VALUES", 10**6)
+    assert binned.squared_error(values) <= 1.0001 * cluster(values, clusters).squared_error(values)
+    nearest = np.searchsorted((binned.centroids[1:] + binned.centroids[:-1]) / 2, values.astype(np.float64))
+    assert np.array_equal(binned.codes(values), nearest)
+
+
+@pytest.mark.parametrize("init", INITIAL)
+def test_many_values_and_few_distinct_ones_take_the_same_paths(monkeypatch, init):
+    values = np.random.default_rng(0).standard_normal(5000).astype(np.float32)
+    few = cluster(values, 12, init, iterations=3)
     monkeypatch.setattr(kmeans_1d, "EXACT_VALUES", 1000)
-    monkeypatch.setattr(kmeans_1d, "BINS", 512)
-    binned = cluster(values, 12)
-    assert binned.squared_error(values) <= 1.001 * exact
-    assert np.array_equal(binned.codes(values), np.abs(values[:, None] - binned.centroids).argmin(1))
+    many = cluster(values, 12, init, iterations=3)
+    if init != "random":
+        np.testing.assert_allclose(many.centroids, few.centroids, rtol=1e-3 if init == "exact" else 1e-6)
+    assert len(many.centroids) == 12
+    assert many.squared_error(values) < 2 * cluster(values, 12).squared_error(values)
+
+
+def test_weights_count_like_repeated_values():
+    random = np.random.default_rng(0)
+    values, weights = random.standard_normal(300).astype(np.float32), random.integers(1, 9, 300)
+    for init in ("exact", "linear"):
+        weighted = cluster(values, 7, init, weights=weights)
+        repeated = cluster(np.repeat(values, weights), 7, init)
+        np.testing.assert_allclose(weighted.centroids, repeated.centroids, rtol=1e-6)
+        assert weighted.squared_error(values, weights) == pytest.approx(
+            repeated.squared_error(np.repeat(values, weights))
+        )
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_many_weighted_values_are_binned_too(monkeypatch, seed):
+    random = np.random.default_rng(seed)
+    values, weights = random.standard_normal(20_000).astype(np.float32), random.exponential(size=20_000)
+    exact = cluster(values, 16, weights=weights).squared_error(values, weights)
+    monkeypatch.setattr(kmeans_1d, "EXACT_VALUES", 1000)
+    assert cluster(values, 16, weights=weights).squared_error(values, weights) <= 1.001 * exact
+
+
+def to_eighths(values):
+    return np.round(values * 8) / 8
+
+
+def test_rounded_centroids_are_nearest_and_no_neighbour_is_better():
+    values = np.random.default_rng(0).standard_normal(4000).astype(np.float32)
+    found = cluster(values, 6, rounding=to_eighths)
+    assert np.array_equal(found.centroids, to_eighths(found.centroids))
+    assert np.array_equal(found.codes(values), np.abs(values[:, None] - found.centroids).argmin(1))
+    error = found.squared_error(values)
+    for place, step in itertools.product(range(6), (-0.125, 0.125)):
+        moved = found.centroids.copy()
+        moved[place] += step
+        assert error <= np.square(values - moved[found.codes(values)]).sum()
+    # Equal ones become one, also where each value could have had its own.
+    assert cluster(np.array([0.1, 0.11, 0.5]), 3, rounding=to_eighths).centroids.tolist() == [0.125, 0.5]

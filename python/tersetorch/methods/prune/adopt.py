@@ -17,7 +17,8 @@ from tersetorch.methods.selection import Patterns, select
 def keep_zeros(model: nn.Module, *, targets: Patterns | None = None, ignore: Patterns | None = None) -> nn.Module:
     """Prunes exactly the weights that are zero, in place, so that they stay zero while model trains; returns model.
 
-    For models that came pruned as plain numbers, from a checkpoint or after finalize.
+    For models that came pruned as plain numbers, from a checkpoint or after finalize. No value changes, so frozen
+    weights are taken too.
 
     Args:
         model: as in prune.magnitude.
@@ -27,7 +28,7 @@ def keep_zeros(model: nn.Module, *, targets: Patterns | None = None, ignore: Pat
     Raises:
         TypeError, ValueError: as prune.magnitude.
     """
-    chosen = [(target, 0.0) for target in select("prune.keep_zeros", model, targets, ignore)]
+    chosen = [(target, 0.0) for target in select("prune.keep_zeros", model, targets, ignore, frozen=True)]
     apply_masks(chosen, [target.weight != 0 for target, _ in chosen])
     return model
 

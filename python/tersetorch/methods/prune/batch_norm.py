@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import distributed, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 
 from tersetorch.methods.arguments import check_model
 from tersetorch.methods.prune.calibration import call, check_data, evaluating
@@ -21,6 +22,9 @@ def recalibrate_batch_norm(model: nn.Module, data: Iterable[Any]) -> nn.Module:
     While data runs through, batch norms normalise by their batch's own statistics, as in training, and average them,
     each batch counting the same; everything else is in eval mode. A model without running statistics is returned as it
     is, and where anything fails, so is any other.
+
+    Given a DistributedDataParallel, on every rank, the average is over the batches of all ranks, so that all get the
+    same statistics; the bare module takes those of the calling rank's data alone.
 
     Args:
         model: any nn.Module.
@@ -51,6 +55,8 @@ def recalibrate_batch_norm(model: nn.Module, data: Iterable[Any]) -> nn.Module:
             for batch in data:
                 call(model, batch)
                 batches += 1
+        if isinstance(model, DistributedDataParallel):
+            batches = _over_ranks(model, norms, batches)
         if not batches:
             raise ValueError(f"{where}: data must hold at least one batch, got none; pass some inputs of the model")
         if not all(bool(buffer.isfinite().all()) for norm in norms for buffer in norm.buffers()):
@@ -69,3 +75,19 @@ def recalibrate_batch_norm(model: nn.Module, data: Iterable[Any]) -> nn.Module:
         for norm, (_, momentum) in zip(norms, before, strict=True):
             norm.momentum = momentum
     return model
+
+
+def _over_ranks(model: DistributedDataParallel, norms: Sequence[_BatchNorm], batches: int) -> int:
+    """Averages what each rank's batches gave, in place, each batch counting the same; how many there are in all."""
+    for norm in norms:
+        mean, var, count = norm.running_mean, norm.running_var, norm.num_batches_tracked
+        assert mean is not None and var is not None and count is not None
+        total = torch.cat([torch.ones_like(mean[:1]), mean, var]).double() * count
+        distributed.all_reduce(total, group=model.process_group)
+        count.copy_(total[0])
+        if count:
+            for buffer, average in zip((mean, var), (total[1:] / total[0]).chunk(2), strict=True):
+                buffer.copy_(average)
+    everywhere = torch.tensor(batches, device=total.device)
+    distributed.all_reduce(everywhere, group=model.process_group)
+    return int(everywhere)

@@ -178,8 +178,16 @@ def input_moments(
     finally:
         for hook in hooks:
             hook.remove()
+    total, samples = _over_ranks(where, model, target, total, samples, batches)
+    return Moments(total * (2 / samples), samples)
+
+
+def _over_ranks(
+    where: str, model: nn.Module, target: Target, total: Tensor, samples: int, batches: int
+) -> tuple[Tensor, int]:
+    """The sum and its samples over all ranks of a DistributedDataParallel, checked."""
     if isinstance(model, DistributedDataParallel):
-        counts = torch.tensor([samples, batches], device=weight.device)
+        counts = torch.tensor([samples, batches], device=total.device)
         distributed.all_reduce(counts, group=model.process_group)
         distributed.all_reduce(total, group=model.process_group)
         samples, batches = counts.tolist()
@@ -194,7 +202,55 @@ def input_moments(
         raise ValueError(
             f"{where}: data must give finite inputs, got NaN or infinity at the layer {target.name!r}; clean the data"
         )
-    return Moments(total * (2 / samples), samples)
+    return total, samples
+
+
+@torch.no_grad()
+def input_squares(where: str, model: nn.Module, targets: Sequence[Target], data: Iterable[Any]) -> list[Tensor]:
+    """The mean square of what each weight of targets is multiplied with, from one pass of data in eval mode.
+
+    Returns:
+        For each target float64 of a shape that expands to its weight's: [1, in, *kernel], for a convolution of several
+        groups [out, in, *kernel]. Tied layers' inputs count together, and those of all ranks, as in input_moments.
+
+    Raises:
+        ValueError: as input_moments.
+    """
+    totals = [torch.zeros(0)] * len(targets)
+    samples = [0] * len(targets)
+
+    def summing(place: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def add(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            given = arguments[0] if arguments else keywords["input"]
+            for x in layer_inputs(module, given.detach().double(), by_position=False):
+                totals[place] += x.square().sum(1)
+                samples[place] += x.shape[1]
+
+        return add
+
+    hooks = []
+    for place, target in enumerate(targets):
+        layers = layers_of(target)
+        weight = target.weight
+        shape = getattr(layers[0], "groups", 1), weight.shape[1:].numel()
+        totals[place] = torch.zeros(shape, dtype=torch.float64, device=weight.device)
+        hooks += [module.register_forward_pre_hook(summing(place), with_kwargs=True) for module in layers]
+    batches = 0
+    try:
+        with evaluating(model):
+            for batch in data:
+                call(model, batch)
+                batches += 1
+    finally:
+        for hook in hooks:
+            hook.remove()
+    found = []
+    for target, total, count in zip(targets, totals, samples, strict=True):
+        total, count = _over_ranks(where, model, target, total, count, batches)
+        weight = target.weight
+        of_rows = total.repeat_interleave(weight.shape[0] // len(total), 0) if len(total) > 1 else total
+        found.append((of_rows / count).view(-1, *weight.shape[1:]))
+    return found
 
 
 def layer_inputs(module: nn.Module, x: Tensor, by_position: bool) -> Iterator[Tensor]:

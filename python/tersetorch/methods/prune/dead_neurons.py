@@ -90,7 +90,8 @@ def remove_dead_neurons(
     """
     where = "prune.remove_dead_neurons"
     check_model(where, model)
-    chosen = {id(module) for target in select(where, model, targets, ignore) for module, _ in target.owners}
+    selected = select(where, model, targets, ignore, frozen=True)  # the outputs stay, so frozen layers may shrink
+    chosen = {id(module) for target in selected for module, _ in target.owners}
     with torch.no_grad(), evaluating(model):
         graph = _trace(where, model)  # in evaluation: functional.dropout is traced as it is there
         undo: list[Callable[[], object]] = []

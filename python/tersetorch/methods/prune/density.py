@@ -42,5 +42,5 @@ def density(
     """
     return {
         target.name: LayerDensity(int(target.weight.count_nonzero()), target.weight.numel())
-        for target in select("prune.density", model, targets, ignore)
+        for target in select("prune.density", model, targets, ignore, frozen=True)
     }

@@ -77,9 +77,8 @@ def _paired(model: nn.Module) -> list[tuple[_DropoutNd, Target]]:
     dropouts = [module for module in model.modules() if isinstance(module, _DropoutNd)]
     if not dropouts:
         return []
-    layers = {
-        module: target for target in select("prune.rescale_dropout", model, None, None) for module, _ in target.owners
-    }
+    chosen = select("prune.rescale_dropout", model, None, None, frozen=True)
+    layers = {module: target for target in chosen for module, _ in target.owners}
     pairs: list[tuple[_DropoutNd, Target]] = []
     waiting: list[_DropoutNd] = []
     for module in model.modules():
@@ -106,7 +105,7 @@ def _told(where: str, model: nn.Module, pairs: Mapping[str, str]) -> list[tuple[
         if not isinstance(dropout, _DropoutNd):
             kind = type_before_parametrizations(dropout).__name__
             raise TypeError(f"{where}: pairs must name dropout modules, got {name!r}, a {kind}; name another")
-        chosen = select(where, model, layer, None)
+        chosen = select(where, model, layer, None, frozen=True)
         if len(chosen) != 1:
             names = ", ".join(target.name for target in chosen)
             raise ValueError(f"{where}: pairs[{name!r}] must match one weight, got {names}; name one of them")

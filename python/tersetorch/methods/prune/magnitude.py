@@ -57,9 +57,9 @@ def magnitude(
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: a number is outside its range, a pattern matches nothing, or a weight cannot be pruned: it holds NaN
-            or infinity, has another parametrization, is no plain parameter, or its input channels do not divide into
-            groups of M. The model is as it was.
+        ValueError: a number is outside its range, a pattern matches nothing, or a weight cannot be pruned: it is
+            frozen (requires no gradient), holds NaN or infinity, has another parametrization, is no plain parameter, or
+            its input channels do not divide into groups of M. The model is as it was.
 
     Source:
         Han, Pool, Tran, Dally, Learning both weights and connections (2015), section 3, for the threshold. Where we

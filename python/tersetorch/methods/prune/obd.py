@@ -117,7 +117,7 @@ def saliencies(
     """
     where = "prune.saliencies"
     check_pass(where, data, loss, form)
-    return _saliencies(where, model, data, loss, form, select(where, model, targets, ignore), progress)
+    return _saliencies(where, model, data, loss, form, select(where, model, targets, ignore, frozen=True), progress)
 
 
 def obd(
@@ -152,7 +152,7 @@ def obd(
     delete the same weights; the bare module is decided from the data of the calling rank alone.
 
     Args:
-        model: as in prune.diagonal_hessian; its weights may be tied, frozen, pruned or shared.
+        model: as in prune.diagonal_hessian; its weights may be tied, pruned or shared.
         data: as in prune.diagonal_hessian; with more than one round it is read once a round, so an iterator is refused.
         loss: as in prune.diagonal_hessian.
         sparsity: as in prune.magnitude; left out where pattern is "N:M".

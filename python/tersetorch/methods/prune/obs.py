@@ -90,7 +90,7 @@ def obs(
 
     | solver | deletes | for |
     |---|---|---|
-    | "layerwise" | in the order of one ranking, H^-1 as it is; updates the bias too | any layer |
+    | "layerwise" | in the order of one ranking, H^-1 as it is; updates the bias too, if it trains | any layer |
     | "exactobs" | one at a time, the cheapest at each moment | rows x inputs^3 operations: up to 1,000 inputs |
     | "blocked" | column by column, in one sweep | inputs^3 operations: any layer |
 
@@ -290,12 +290,11 @@ def _prune_layer(
 
 
 def _bias(model: nn.Module, target: Target) -> nn.Parameter | None:
-    """The bias of a layer that shares neither it nor its weight with another."""
+    """The bias of a layer that shares neither it nor its weight with another, unless it is frozen."""
     layers = layers_of(target)
     bias = layers[0]._parameters.get("bias") if len(layers) == 1 else None
-    if bias is None or sum(held is bias for module in model.modules() for held in module._parameters.values()) > 1:
-        return None
-    return bias
+    holders = sum(held is bias for module in model.modules() for held in module._parameters.values())
+    return None if bias is None or not bias.requires_grad or holders > 1 else bias
 
 
 def _levels(weights: Tensor, keep: Tensor, bits: int, dtype: torch.dtype) -> Tensor:

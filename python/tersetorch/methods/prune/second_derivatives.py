@@ -99,7 +99,8 @@ def diagonal_hessian(
     """
     where = "prune.diagonal_hessian"
     check_pass(where, data, loss, form)
-    return curvature(where, model, data, loss, form, select(where, model, targets, ignore), progress).second
+    chosen = select(where, model, targets, ignore, frozen=True)
+    return curvature(where, model, data, loss, form, chosen, progress).second
 
 
 def check_pass(where: str, data: object, loss: object, form: object) -> None:

@@ -297,12 +297,6 @@ def _layer(where: str, target: Target, biases: bool) -> _Layer:
                 f"surgery, or pass ignore=[{target.name!r}]"
             )
         _check_finite(where, target.name, live.tensor, live.original)  # pruned ones too, which may return
-    module, tensor = target.owners[0]
-    if not (module._parameters[tensor] if live is None else live.original).requires_grad:  # type: ignore[union-attr]
-        raise ValueError(
-            f"{where}: the weight of {target.name!r} must train, got one that is frozen; unfreeze it, or pass "
-            f"ignore=[{target.name!r}]"
-        )
     found: dict[int, list[tuple[nn.Module, str]]] = {}
     for module, tensor in target.owners if biases else ():
         name = tensor.replace("weight", "bias")
@@ -317,6 +311,11 @@ def _bias(where: str, layer: str, module: nn.Module, name: str) -> Tensor | None
     bias = module._parameters.get(name) if live is None else live.original
     if bias is not None:
         _check_finite(where, layer, name, bias)
+        if not bias.requires_grad:
+            raise ValueError(
+                f"{where}: the {name} of {layer!r} must not be frozen, got one that this would change; call "
+                "requires_grad_(True) on it, or pass biases=False"
+            )
     elif isinstance(getattr(module, name, None), Tensor):
         raise ValueError(
             f"{where}: the {name} of {layer!r} must be a parameter, got a tensor that something else computes; "

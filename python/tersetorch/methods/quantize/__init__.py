@@ -1,6 +1,10 @@
 """How few values a layer's weights share."""
 
 from tersetorch.methods.adoption import adopt
+from tersetorch.methods.quantize.binary import binary
 from tersetorch.methods.quantize.kmeans import kmeans
+from tersetorch.methods.quantize.product import product_quantize
+from tersetorch.methods.quantize.residual import residual_quantize
+from tersetorch.methods.quantize.vectors import product, residual
 
-__all__ = ["adopt", "kmeans"]
+__all__ = ["adopt", "binary", "kmeans", "product", "product_quantize", "residual", "residual_quantize"]

@@ -9,13 +9,19 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from tersetorch import _native
+
 Floats = NDArray[np.float64]
+Numbers = NDArray[np.floating]
 Indices = NDArray[np.int64]
 Init = Literal["exact", "linear", "density", "random"]
+Rounding = Callable[[Floats], Floats]
 
 # More distinct values than this are put into bins before the exact search, whose time grows with them.
 EXACT_VALUES = 100_000
-BINS = 16_384
+BINS = 65_536
+# Sums over prefixes are kept for each so many values; what lies between is added when it is asked for.
+BLOCK = 64
 
 
 @dataclass(frozen=True)
@@ -23,108 +29,182 @@ class Clusters:
     """A partition of numbers into runs.
 
     Attributes:
-        centroids: float64 [clusters], rising; the mean of each cluster's members.
+        centroids: float64 [clusters], rising; the (weighted) mean of each cluster's members, or that rounded.
         starts: float64 [clusters], the lowest member of each cluster.
     """
 
     centroids: Floats
     starts: Floats
 
-    def codes(self, values: NDArray[np.floating]) -> Indices:
-        """The cluster of each of the numbers that were clustered, int64 of their shape."""
-        return np.searchsorted(self.starts[1:], values, side="right")
+    def codes(self, values: Numbers) -> NDArray[np.uint8]:
+        """The cluster of each of the numbers that were clustered, uint8 of their shape."""
+        values = np.ascontiguousarray(values, np.float64 if values.dtype == np.float64 else np.float32)
+        return _native.threshold_codes(values, self.starts[1:].astype(values.dtype)).reshape(values.shape)
 
-    def squared_error(self, values: NDArray[np.floating]) -> float:
-        """The sum of (value - its centroid)^2, in float64."""
-        return float(np.square(np.asarray(values, np.float64) - self.centroids[self.codes(values)]).sum())
+    def squared_error(self, values: Numbers, weights: Numbers | None = None) -> float:
+        """The sum of weight * (value - its centroid)^2, in float64; the weights are 1 where none are given."""
+        squares = np.asarray(values, np.float64) - self.centroids[self.codes(values)]
+        np.square(squares, out=squares)
+        return float((squares if weights is None else squares * weights).sum())
 
 
 def cluster(
-    values: NDArray[np.floating], clusters: int, init: Init = "exact", *, iterations: int = 1000, seed: int = 0
+    values: Numbers,
+    clusters: int,
+    init: Init = "exact",
+    *,
+    iterations: int = 1000,
+    seed: int = 0,
+    weights: Numbers | None = None,
+    rounding: Rounding | None = None,
 ) -> Clusters:
-    """Parts values into at most `clusters` clusters with a small sum of squared distances to their means.
+    """Parts values into at most `clusters` clusters with a small sum of weight * (value - its cluster's centroid)^2.
 
     Lloyd's iteration runs from the initial centroids until nothing moves or for `iterations` rounds. A value midway
     between two centroids goes to the lower one. A centroid without members stays where it is while the iteration
     runs, and is left out of the result. With no more distinct values than clusters, each is its own cluster.
 
     Initial centroids:
-        exact: the least sum of squares there is, by dynamic programming. With more than 100,000 distinct values it is
-            the least for the values in at most 16,384 bins, which the iteration then improves on all values.
+        exact: the least sum there is, by dynamic programming. With more than 100,000 distinct values it is the least
+            for the values in at most 65,536 bins, which the iteration then improves on all values.
         linear: equal steps over [min, max].
         density: equal steps of the cumulative distribution.
         random: distinct values, each as likely as it is frequent (Forgy).
 
     Args:
-        values: finite numbers, any shape, any order; float64 sums.
-        clusters: at least 1.
+        values: finite numbers, float32 or float64, of any shape, in any order; at least one.
+        clusters: 1 to 256.
         init: as above.
         iterations: at least 1.
         seed: of "random".
+        weights: positive, one for each value; None for 1 each.
+        rounding: what centroids must be rounded with, such as to bfloat16: the iteration goes on from the rounded ones
+            and rounds each mean, which gives the best rounded centroid of the members; equal ones become one.
 
     Source:
         Han et al., Deep Compression (2016), section 3.2, for the last three; Wang and Song, Ckmeans.1d.dp (2011), for
         the first, here with divide and conquer over monotone boundaries: O(clusters n log n) for n distinct values.
     """
-    flat = np.asarray(values).ravel()
-    distinct, counts = np.unique(flat, return_counts=True)
-    points = distinct.astype(np.float64)
-    if len(points) <= clusters:
-        return Clusters(points, points)
-    weights = counts.astype(np.float64)
-    bounds = _lloyd(points, weights, INITIAL[init](points, weights, clusters, seed), iterations)
+    line, distinct = _line(values.ravel(), None if weights is None else weights.ravel())
+    if distinct <= clusters:
+        centroids = line.points.astype(np.float64)
+        if rounding is None:
+            return Clusters(centroids, centroids)
+    else:
+        centroids = _lloyd(line, INITIAL[init](line, clusters, seed), iterations)[1]
+    if rounding is not None:
+        centroids = _lloyd(line, rounding(centroids), iterations, rounding)[1]
+    bounds = line.bounds(centroids)
     starts = bounds[:-1][np.diff(bounds) > 0]
-    # Measured from each cluster's lowest member, so that a cluster of one value is that value to the bit.
-    lowest = points[starts]
-    sizes = np.diff(np.append(starts, len(points)))
-    excess = np.add.reduceat(weights * (points - np.repeat(lowest, sizes)), starts)
-    return Clusters(lowest + excess / np.add.reduceat(weights, starts), lowest)
+    lowest = line.points[starts].astype(np.float64)
+    means = line.means(starts)
+    return Clusters(means if rounding is None else rounding(means), lowest)
 
 
-def _lloyd(points: Floats, weights: Floats, centroids: Floats, iterations: int) -> Indices:
-    """The bounds [clusters + 1] of the clusters: points[bounds[c]:bounds[c + 1]] are the members of cluster c."""
-    middle = points.mean()
-    points = points - middle
-    weight, moment, _ = _prefix_sums(points, weights)
-    centroids = np.unique(centroids) - middle
-    bounds = np.zeros(len(centroids) + 1, np.int64)
+@dataclass(frozen=True)
+class _Line:
+    """Sorted numbers with weights.
+
+    Attributes:
+        points: [n], rising, float32 or float64; distinct where they are at most EXACT_VALUES.
+        weights: float64 [n], or None for 1 each.
+        middle: what sums of points are measured from, so that they stay small.
+        weight, moment: float64 [blocks + 1], sums over all blocks before one of weight and weight * (point - middle).
+    """
+
+    points: Numbers
+    weights: Floats | None
+    middle: float
+    weight: Floats
+    moment: Floats
+
+    def bounds(self, centroids: Floats) -> Indices:
+        """The bounds [clusters + 1] of the clusters: points[bounds[c]:bounds[c + 1]] are nearest to centroid c."""
+        between = _no_higher((centroids[:-1] + centroids[1:]) / 2, self.points.dtype)
+        return np.concatenate(([0], np.searchsorted(self.points, between, side="right"), [len(self.points)]))
+
+    def sums(self, bounds: Indices) -> tuple[Floats, Floats]:
+        """Sums over points[:bound] of weight and of weight * (point - middle), for each bound."""
+        block = bounds // BLOCK
+        index = block[:, None] * BLOCK + np.arange(BLOCK)
+        weight = (index < bounds[:, None]).astype(np.float64)
+        index = np.minimum(index, len(self.points) - 1)
+        if self.weights is not None:
+            weight *= self.weights[index]
+        offset = self.points[index].astype(np.float64) - self.middle
+        return self.weight[block] + weight.sum(1), self.moment[block] + (weight * offset).sum(1)
+
+    def means(self, starts: Indices) -> Floats:
+        """The mean of each run that begins at starts; a run of one value has that value to the bit."""
+        ends = np.append(starts[1:], len(self.points))
+        if self.weights is None:
+            means = np.add.reduceat(self.points, starts, dtype=np.float64) / (ends - starts)
+        else:
+            means = np.add.reduceat(self.points * self.weights, starts) / np.add.reduceat(self.weights, starts)
+        return np.clip(means, self.points[starts], self.points[ends - 1])
+
+
+def _line(values: Numbers, weights: Numbers | None) -> tuple[_Line, int]:
+    """The values in order, and how many distinct ones there are."""
+    if weights is None:
+        points, mass = np.sort(values), None
+    else:
+        order = np.argsort(values)
+        points, mass = values[order], weights[order].astype(np.float64)
+    first = np.flatnonzero(np.concatenate(([True], points[1:] != points[:-1])))
+    if len(first) <= EXACT_VALUES:
+        mass = np.diff(np.append(first, len(points))).astype(float) if mass is None else np.add.reduceat(mass, first)
+        points = points[first]
+    blocks = np.arange(0, len(points), BLOCK)
+    if mass is None:
+        weight = np.diff(np.append(blocks, len(points))).astype(np.float64)
+        moment = np.add.reduceat(points, blocks, dtype=np.float64)
+    else:
+        weight, moment = np.add.reduceat(mass, blocks), np.add.reduceat(points * mass, blocks)
+    middle = float(moment.sum() / weight.sum())
+    return _Line(points, mass, middle, _from_zero(weight), _from_zero(moment - middle * weight)), len(first)
+
+
+def _lloyd(line: _Line, centroids: Floats, iterations: int, rounding: Rounding | None = None) -> tuple[Indices, Floats]:
+    """The bounds and the centroids, also those without members, where Lloyd's iteration ends."""
+    centroids = np.unique(centroids)
+    bounds = np.zeros(0, np.int64)
     for _ in range(iterations):
-        before = bounds
-        between = (centroids[:-1] + centroids[1:]) / 2
-        bounds = np.concatenate(([0], np.searchsorted(points, between, side="right"), [len(points)]))
+        before, bounds = bounds, line.bounds(centroids)
         if np.array_equal(bounds, before):
             break
-        members = np.diff(weight[bounds])
-        filled = members > 0
-        centroids = np.where(filled, np.diff(moment[bounds]) / np.where(filled, members, 1), centroids)
-    return bounds
+        weight, moment = line.sums(bounds)
+        filled = np.diff(bounds) > 0
+        means = np.diff(moment) / np.where(filled, np.diff(weight), 1) + line.middle
+        centroids = np.where(filled, means if rounding is None else rounding(means), centroids)
+    return bounds, centroids
 
 
-def _linear(points: Floats, weights: Floats, clusters: int, seed: int) -> Floats:
-    return np.linspace(points[0], points[-1], clusters)
+def _linear(line: _Line, clusters: int, seed: int) -> Floats:
+    return np.linspace(line.points[0], line.points[-1], clusters, dtype=np.float64)
 
 
-def _density(points: Floats, weights: Floats, clusters: int, seed: int) -> Floats:
-    below = np.cumsum(weights)
-    places: Indices = np.searchsorted(below, below[-1] * (np.arange(clusters) + 0.5) / clusters)
-    return points[places]
+def _density(line: _Line, clusters: int, seed: int) -> Floats:
+    return line.points[_quantiles(line, (np.arange(clusters) + 0.5) / clusters)].astype(np.float64)
 
 
-def _random(points: Floats, weights: Floats, clusters: int, seed: int) -> Floats:
-    chances = weights / weights.sum()
-    return np.random.default_rng(seed).choice(points, clusters, replace=False, p=chances)
+def _random(line: _Line, clusters: int, seed: int) -> Floats:
+    random = np.random.default_rng(seed)
+    chances = None if line.weights is None else line.weights / line.weights.sum()
+    drawn = random.choice(len(line.points), clusters, replace=False, p=chances)
+    return line.points[drawn].astype(np.float64)
 
 
-def _exact(points: Floats, weights: Floats, clusters: int, seed: int) -> Floats:
-    if len(points) > EXACT_VALUES:
-        points, weights = _binned(points, weights)
-    bounds = np.append(optimal_starts(points, weights, clusters), len(points))
-    weight, moment, _ = _prefix_sums(points, weights)
-    means: Floats = np.diff(moment[bounds]) / np.diff(weight[bounds])
-    return means
+def _exact(line: _Line, clusters: int, seed: int) -> Floats:
+    if line.weights is None or len(line.points) > EXACT_VALUES:
+        points, weights = _binned(line)
+    else:
+        points, weights = line.points.astype(np.float64), line.weights
+    starts = optimal_starts(points, weights, clusters)
+    return np.add.reduceat(weights * points, starts) / np.add.reduceat(weights, starts)
 
 
-INITIAL: dict[str, Callable[[Floats, Floats, int, int], Floats]] = {
+INITIAL: dict[str, Callable[[_Line, int, int], Floats]] = {
     "exact": _exact,
     "linear": _linear,
     "density": _density,
@@ -132,86 +212,53 @@ INITIAL: dict[str, Callable[[Floats, Floats, int, int], Floats]] = {
 }
 
 
-def _binned(points: Floats, weights: Floats) -> tuple[Floats, Floats]:
-    """The mean and the weight of each bin; half of the edges are evenly spaced, half part the weight evenly.
+def _binned(line: _Line) -> tuple[Floats, Floats]:
+    """The mean and the weight of each bin.
 
-    Evenly spaced edges alone would let one outlier fill a bin with all the rest; even weights alone would merge the
-    outliers.
+    A quarter of the edges are evenly spaced, a quarter part the weight evenly, and half are as dense as good centroids
+    are, whose number grows with the cube root of the density. Evenly spaced edges alone would let one outlier fill a
+    bin with all the rest; even weights alone would merge the outliers.
     """
-    below = np.cumsum(weights)
+    parts = np.arange(1, BINS // 4) / (BINS // 4)
+    low, high = float(line.points[0]), float(line.points[-1])
+    even = np.searchsorted(line.points, (low + (high - low) * parts).astype(line.points.dtype))
+    bounds = np.unique(np.concatenate(([0, len(line.points)], even, _quantiles(line, parts))))
+    spread = line.points[bounds[1:] - 1].astype(np.float64) - line.points[bounds[:-1]]
+    wanted = _from_zero(np.cbrt(np.diff(line.sums(bounds)[0]) * np.square(spread)))
     parts = np.arange(1, BINS // 2) / (BINS // 2)
-    even = np.searchsorted(points, points[0] + (points[-1] - points[0]) * parts)
-    equal = np.searchsorted(below, below[-1] * parts)
-    starts = np.unique(np.concatenate(([0], even, equal)))
-    total = np.add.reduceat(weights, starts)
-    return np.add.reduceat(weights * points, starts) / total, total
+    bounds = np.union1d(bounds, np.interp(parts * wanted[-1], wanted, bounds).astype(np.int64))
+    return line.means(bounds[:-1]), np.diff(line.sums(bounds)[0])
+
+
+def _quantiles(line: _Line, parts: Floats) -> Indices:
+    """The first point up to which these parts of the weight lie."""
+    if line.weights is None:
+        return np.maximum(np.ceil(len(line.points) * parts).astype(np.int64) - 1, 0)
+    below = np.cumsum(line.weights)
+    found: Indices = np.searchsorted(below, below[-1] * parts)
+    return found
 
 
 def optimal_starts(points: Floats, weights: Floats, clusters: int) -> Indices:
     """Where each cluster begins, int64 [clusters], in the partition with the least weighted sum of squares.
-
-    best_c[j] = min over i of best_{c-1}[i] + cost(i, j), with cost(i, j) the sum of squares of points[i:j] around their
-    mean. The minimising i never falls as j grows, nor as c does, which bounds the search of each j by its neighbours'.
 
     Args:
         points: float64 [n], strictly rising.
         weights: float64 [n], positive.
         clusters: 1 <= clusters <= n.
     """
-    count = len(points)
-    weight, moment, square = _prefix_sums(points - points.mean(), weights)
-    best = np.zeros(count + 1)
-    best[1:] = square[1:] - np.square(moment[1:]) / weight[1:]
-    choice = np.zeros(count + 1, np.int32)
-    choices = []
-    for used in range(2, clusters + 1):
-        base = best - square
-        following = np.full(count + 1, np.inf)
-        chosen = choice.copy()
-        rows = count + 1 - used  # j runs over [used, count]
-        stride = 1 << max(rows.bit_length() - 1, 0)
-        while stride:
-            row = np.arange(stride - 1, rows, 2 * stride)
-            j = row + used
-            low = np.maximum(choice[j], used - 1)
-            inner = row >= stride
-            low[inner] = np.maximum(low[inner], chosen[j[inner] - stride])
-            high = j - 1
-            inner = row + stride < rows
-            high[inner] = np.minimum(high[inner], chosen[j[inner] + stride])
-            i, first, lengths = _ranges(low, np.maximum(low, high))
-            spread = np.repeat(moment[j], lengths)
-            spread -= moment[i]
-            np.square(spread, out=spread)
-            spread /= np.repeat(weight[j], lengths) - weight[i]
-            cost = base[i]
-            cost -= spread
-            least = np.minimum.reduceat(cost, first)
-            where = np.flatnonzero(cost == np.repeat(least, lengths))
-            chosen[j] = i[where[np.searchsorted(where, first)]]
-            following[j] = least + square[j]
-            stride //= 2
-        best, choice = following, chosen
-        choices.append(chosen)
-    starts = [count]
-    for chosen in reversed(choices):
-        starts.append(int(chosen[starts[-1]]))
-    return np.array([0, *reversed(starts[1:])], np.int64)
+    offsets = points - np.average(points, weights=weights)
+    moments = weights * offsets
+    sums = (_from_zero(weights), _from_zero(moments), _from_zero(moments * offsets))
+    return _native.optimal_runs(*sums, clusters)
 
 
-def _ranges(low: Indices, high: Indices) -> tuple[Indices, Indices, Indices]:
-    """The ranges low..high one after the other, where each begins, and their lengths."""
-    lengths = high - low + 1
-    first = np.cumsum(lengths) - lengths
-    return np.arange(int(lengths.sum())) + np.repeat(low - first, lengths), first, lengths
+def _from_zero(items: Floats) -> Floats:
+    """Sums over prefixes, the empty one and the whole too."""
+    return np.concatenate((np.zeros(1), np.cumsum(items)))
 
 
-def _prefix_sums(points: Floats, weights: Floats) -> tuple[Floats, Floats, Floats]:
-    """Sums over points[:j] of weight, weight * point and weight * point^2, each float64 [n + 1]."""
-    moments = weights * points
-    zero = np.zeros(1)
-    return (
-        np.concatenate((zero, np.cumsum(weights))),
-        np.concatenate((zero, np.cumsum(moments))),
-        np.concatenate((zero, np.cumsum(moments * points))),
-    )
+def _no_higher(numbers: Floats, dtype: np.dtype[np.floating]) -> Numbers:
+    """The greatest numbers of dtype that are not above: `value <= number` says the same of both."""
+    rounded = numbers.astype(dtype)
+    return np.where(rounded > numbers, np.nextafter(rounded, dtype.type(-np.inf)), rounded)

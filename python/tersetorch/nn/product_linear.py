@@ -1,0 +1,281 @@
+"""Linear layers whose weight is made of shared sub-vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import Tensor, is_grad_enabled, nn
+from torch.autograd import forward_ad
+
+from tersetorch import ops
+from tersetorch.formats import ProductWeight
+
+FLOATS = (torch.float32, torch.bfloat16)
+MODES = ("exact", "int8")
+
+
+class ProductLinear(nn.Module):
+    """y = input @ W.T + bias, at least 0 with relu, with W in product-quantised form; the codebooks train.
+
+    Shapes: input float32 or bfloat16 [..., in_features] -> y [..., out_features], of input's dtype; sums in float32.
+    Buffer codes, packed; parameters codebooks float32 [stages, segments or 1, width, entries], and bias [out_features]
+    or None. An entry's gradient is the sum of those of the sub-vectors that are it. Codebooks stay float32 under
+    .half(), .bfloat16() and .double(): rounding them would move every weight.
+
+    Args:
+        weight: the product-quantised weight; its tensors are used, not copied.
+        bias: float [out_features], or None.
+        mode: "exact", or "int8": tables of products are rounded to 8 bits while gradients are off (see
+            ops.product_matmul).
+        relu: whether negative results become 0.
+
+    Raises:
+        TypeError: weight is not a ProductWeight, or an argument has another type than named here.
+        ValueError: weight is not valid, bias does not fit it, or there is no such mode.
+
+    Source:
+        Gong et al., Compressing deep convolutional networks using vector quantization (2014), section 3.3.
+    """
+
+    format = ProductWeight
+    parameter_field = "codebooks"
+
+    codes: Tensor
+    codebooks: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init__(
+        self, weight: ProductWeight, bias: Tensor | None = None, *, mode: str = "exact", relu: bool = False
+    ) -> None:
+        super().__init__()
+        name = type(self).__name__
+        if not isinstance(weight, ProductWeight):
+            raise TypeError(f"{name}: weight must be a ProductWeight, got {type(weight).__name__}; call from_codes")
+        weight.validate()
+        self._check_form(weight)
+        if bias is not None and (not isinstance(bias, Tensor) or bias.dtype not in FLOATS):
+            got = bias.dtype if isinstance(bias, Tensor) else type(bias).__name__
+            raise TypeError(f"{name}: bias must be float32 or bfloat16, got {got}; convert it")
+        if bias is not None and bias.shape != (weight.rows,):
+            raise ValueError(
+                f"{name}: bias must be [{weight.rows}], one for each row of the weight, got shape {tuple(bias.shape)}; "
+                "pass the bias of the same layer"
+            )
+        self._hold(weight, bias, mode, relu)
+
+    def _hold(self, weight: ProductWeight, bias: Tensor | None, mode: str, relu: bool) -> None:
+        name = type(self).__name__
+        if not isinstance(relu, bool):
+            raise TypeError(f"{name}: relu must be True or False, got {relu!r}; pass a bool")
+        if mode not in MODES:
+            raise ValueError(f"{name}: mode must be one of {list(MODES)}, got {mode!r}; choose one of them")
+        self.out_features, self.in_features = weight.shape
+        self.mode, self.relu = mode, relu
+        self.register_buffer("codes", weight.codes)
+        self.codebooks = _as_parameter(weight.codebooks)
+        self.register_parameter("bias", None if bias is None else _as_parameter(bias))
+
+    def _check_form(self, weight: ProductWeight) -> None:
+        """Refuses a weight that this layer does not hold."""
+
+    @classmethod
+    def from_codes(cls, codes: Tensor, codebooks: Tensor, bias: Tensor | None = None, *, in_features: int) -> Self:
+        """The layer of codes uint8 [out_features, stages * segments], as quantize.product_quantize returns them.
+
+        Raises:
+            TypeError, ValueError: as ProductWeight.from_codes.
+        """
+        return cls(ProductWeight.from_codes(codes, codebooks, in_features), bias)
+
+    @classmethod
+    def of_sizes(
+        cls,
+        in_features: int,
+        out_features: int,
+        stages: int,
+        segments: int,
+        width: int,
+        entries: int,
+        bias: bool = True,
+        mode: str = "exact",
+        relu: bool = False,
+    ) -> Self:
+        """A layer of zeros, on any device, for tensors that come from elsewhere; only mode and relu are checked."""
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        codes = torch.zeros(out_features, stages * ops.product_segments(in_features, width), dtype=torch.uint8)
+        weight = ProductWeight(
+            ops.product_pack(codes, entries), torch.zeros(stages, segments, width, entries), out_features, in_features
+        )
+        layer._hold(weight, torch.zeros(out_features) if bias else None, mode, relu)
+        return layer
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """What of_sizes takes to make a layer of the same sizes and options."""
+        names = ("stages", "segments", "width", "entries")
+        options = {"mode": self.mode} if self.mode != "exact" else {}
+        return {
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            **dict(zip(names, self.codebooks.shape, strict=True)),
+            **({} if self.bias is not None else {"bias": False}),
+            **options,
+            **({"relu": True} if self.relu else {}),
+        }
+
+    @classmethod
+    def from_dense(cls, module: nn.Linear, sub_vector: int = 4) -> Self:
+        """The layer that computes what module computes.
+
+        A module that quantize.product or quantize.residual has made share keeps its codes and codebooks. Another one is
+        searched for the parts that its rows share.
+
+        Args:
+            module: the layer.
+            sub_vector: columns of a segment, where they have to be searched for.
+
+        Raises:
+            TypeError: module is not an nn.Linear, or its weight is neither float32 nor bfloat16.
+            ValueError: the weight has more distinct parts than codes can name.
+        """
+        if not isinstance(module, nn.Linear):
+            raise TypeError(f"{cls.__name__}: module must be an nn.Linear, got {type(module).__name__}; pass a layer")
+        bias = None if module.bias is None else module.bias.detach().clone()
+        shared = shared_vectors(module)
+        if shared is None:
+            weight = cls._from_weight(module.weight, sub_vector)
+        else:
+            codes, codebooks = shared
+            weight = ProductWeight.from_codes(codes, codebooks.detach().float().clone(), module.in_features)
+        return cls(weight, bias).train(module.training)
+
+    @classmethod
+    def _from_weight(cls, weight: Tensor, sub_vector: int) -> ProductWeight:
+        return ProductWeight.from_dense(weight, sub_vector)
+
+    def to_dense(self) -> nn.Linear:
+        """The plain layer with the same weight and bias, of one dtype: float32 where they differ and one needs it."""
+        weight, bias = self.weight, None if self.bias is None else self.bias.detach().clone()
+        if bias is not None and bias.dtype != weight.dtype:
+            narrow = weight.to(bias.dtype)
+            weight, bias = (narrow, bias) if torch.equal(narrow.float(), weight) else (weight, bias.float())
+        dense = nn.Linear(self.in_features, self.out_features, bias is not None, device="meta")
+        dense.weight = nn.Parameter(weight)
+        if bias is not None:
+            dense.bias = nn.Parameter(bias)
+        return dense.train(self.training)
+
+    @property
+    def product_weight(self) -> ProductWeight:
+        """The weight in its format; it shares memory with the layer."""
+        return ProductWeight(self.codes, self.codebooks, self.out_features, self.in_features)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, built anew at every read; writing to it changes nothing."""
+        return self.product_weight.to_dense().detach()
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Applies the layer to input, float [..., in_features]."""
+        if not isinstance(input, Tensor):
+            raise TypeError(
+                f"{type(self).__name__}: input must be a tensor, got {type(input).__name__}; pass a torch.Tensor"
+            )
+        if input.dim() == 0 or input.shape[-1] != self.in_features:
+            raise ValueError(
+                f"{type(self).__name__}: input must be [..., {self.in_features}], got shape {tuple(input.shape)}; "
+                "reshape it"
+            )
+        if is_grad_enabled() or forward_ad._current_level >= 0:
+            return ops.product_matmul(
+                input, self.codes, self.codebooks, self.bias, out_features=self.out_features, relu=self.relu
+            )
+        return ops.product_matmul_inference(
+            input, self.codes, self.codebooks, self.bias, self.out_features, self.mode, self.relu
+        )
+
+    def extra_repr(self) -> str:
+        """What print(module) shows between the parentheses."""
+        stages, _, width, entries = self.codebooks.shape
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"stages={stages}, sub_vector={width}, entries={entries}"
+            + ("" if self.mode == "exact" else f", mode={self.mode}")
+            + ", relu=True" * self.relu
+        )
+
+    # ---- state
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = self.codebooks.data
+        grad = None if self.codebooks.grad is None else self.codebooks.grad.data
+        super()._apply(fn, recurse)
+        if self.codebooks.dtype != before.dtype:
+            self.codebooks.grad = None
+            self.codebooks.data = before.to(self.codebooks.device)
+            self.codebooks.grad = None if grad is None else grad.to(self.codebooks.device)
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Takes other segments, stages and entries too: they come with the state."""
+        errors: list[str] = args[-1]
+        incoming = {field: state_dict.get(prefix + field) for field in ("codes", "codebooks")}
+        if all(isinstance(tensor, Tensor) for tensor in incoming.values()):
+            try:
+                weight = ProductWeight(rows=self.out_features, columns=self.in_features, **incoming)  # type: ignore[arg-type]
+                weight.validate()
+                self._check_form(weight)
+            except (TypeError, ValueError) as error:
+                errors.append(f"{prefix.removesuffix('.') or type(self).__name__}: {error}")
+                return
+            for field, tensor in incoming.items():
+                current = getattr(self, field)
+                if tensor is not None and current.shape != tensor.shape:
+                    # A parameter stays the same object, so that an optimizer that holds it goes on with it.
+                    current.data = current.new_empty(tensor.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class ResidualLinear(ProductLinear):
+    """y = input @ W.T + bias, each row of W a sum of shared rows, one of each stage; the codebooks train.
+
+    As ProductLinear, with one segment as wide as W: codebooks [stages, 1, in_features, entries].
+
+    Raises:
+        TypeError, ValueError: as ProductLinear, and for a weight of several segments.
+
+    Source:
+        Gong et al., Compressing deep convolutional networks using vector quantization (2014), section 3.4.
+    """
+
+    def _check_form(self, weight: ProductWeight) -> None:
+        if weight.segments > 1:
+            raise ValueError(
+                f"{type(self).__name__}: weight must have one segment as wide as its {weight.columns} columns, got "
+                f"{weight.segments} segments; use ProductLinear"
+            )
+
+    @classmethod
+    def _from_weight(cls, weight: Tensor, sub_vector: int) -> ProductWeight:
+        raise ValueError(
+            f"{cls.__name__}: module must carry the codes that quantize.residual gives it, got a plain weight, "
+            "whose sums nobody can take apart; convert before finalize"
+        )
+
+
+def shared_vectors(module: nn.Module) -> tuple[Tensor, Tensor] | None:
+    """Codes [rows, tables] and codebooks [stages, segments, width, entries] of a live weight, or None for another."""
+    lists: Any = getattr(module, "parametrizations", None)
+    held: Any = None if lists is None or "weight" not in lists else lists["weight"][0]
+    codes, codebook = getattr(held, "codes", None), getattr(held, "codebook", None)
+    if isinstance(codes, Tensor) and isinstance(codebook, Tensor) and codebook.dim() == 4:
+        return codes, codebook
+    return None
+
+
+def _as_parameter(tensor: Tensor) -> nn.Parameter:
+    """The tensor itself where it is a parameter already, so that tied layers stay tied."""
+    return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor)

@@ -1,0 +1,70 @@
+"""k-means of short vectors: its objective against plain Lloyd's and scikit-learn's, and its edges."""
+
+import pytest
+import torch
+
+from tersetorch.methods.quantize.kmeans_nd import cluster, nearest, refine
+
+
+def points(problems=3, count=200, width=3, seed=0):
+    return torch.randn(problems, count, width, generator=torch.Generator().manual_seed(seed))
+
+
+def error_of(x, found):
+    centres = found.centres.gather(1, found.codes[..., None].expand(-1, -1, x.shape[2]))
+    return (x - centres).double().square().sum((1, 2))
+
+
+@pytest.mark.parametrize("clusters", [1, 2, 7, 32])
+def test_errors_are_those_of_the_centres_and_means_of_members(clusters):
+    x = points() + 100  # far from 0, where distances cancel
+    found = cluster(x, clusters)
+    assert found.codes.shape == (3, 200) and found.centres.shape == (3, clusters, 3)
+    assert torch.allclose(error_of(x, found), found.errors, rtol=1e-3)
+    distances = (x[:, :, None] - found.centres[:, None]).square().sum(-1)
+    own = distances.gather(2, found.codes[..., None])[..., 0]
+    assert torch.allclose(own, distances.amin(-1), atol=1e-3)
+    for problem in range(3):
+        for c in range(clusters):
+            members = x[problem][found.codes[problem] == c]
+            assert torch.allclose(members.mean(0), found.centres[problem, c], atol=0.05)
+
+
+def test_is_no_worse_than_scikit_learn():
+    sklearn = pytest.importorskip("sklearn.cluster")
+    x = points(2, 300, 4)
+    for clusters in (4, 16, 64):
+        found = cluster(x, clusters, restarts=3)
+        for problem in range(2):
+            peer = sklearn.KMeans(clusters, n_init=3, random_state=0).fit(x[problem].numpy())
+            assert found.errors[problem] <= peer.inertia_ * 1.001
+
+
+def test_exchanges_only_help():
+    x = points(4, 300, 2)
+    plain, mended = cluster(x, 25, exchanges=0), cluster(x, 25)
+    assert (mended.errors <= plain.errors).all() and mended.errors.sum() < 0.98 * plain.errors.sum()
+
+
+def test_a_problem_does_not_depend_on_its_neighbours_nor_on_the_block(monkeypatch):
+    x = points(5, 100, 3)
+    all_of_them = cluster(x, 9)
+    monkeypatch.setattr("tersetorch.methods.quantize.kmeans_nd.BLOCK", 500)
+    alone = cluster(x, 9)
+    assert torch.equal(all_of_them.codes, alone.codes)
+    assert torch.equal(cluster(x, 9, seed=1).codes, cluster(x, 9, seed=1).codes)
+
+
+def test_few_distinct_points_have_no_error():
+    x = torch.tensor([0.0, 1.0, 5.0])[torch.randint(3, (2, 50, 1), generator=torch.Generator().manual_seed(0))]
+    for clusters in (3, 8):
+        assert torch.equal(cluster(x, clusters).errors, torch.zeros(2, dtype=torch.float64))
+    same = cluster(torch.full((1, 9, 2), 0.3), 4)
+    assert torch.equal(same.errors, torch.zeros(1, dtype=torch.float64)) and same.centres.isfinite().all()
+
+
+def test_refine_starts_from_given_centres():
+    x = points(1, 50, 2)
+    found = refine(x, x[:, :5], 20)
+    codes, distances = nearest(x, x[:, :5])
+    assert found.errors.item() <= distances.sum().item() and codes.shape == (1, 50)

@@ -1,0 +1,86 @@
+import copy
+import itertools
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import tersetorch as tt
+from tersetorch.methods import finalize, quantize
+from tersetorch.recipes.bits import share_to_budget
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(30, 40), nn.ReLU(), nn.Linear(40, 12), nn.ReLU(), nn.Linear(12, 5))
+    model[2].weight.data = torch.distributions.StudentT(2.0).sample((12, 40))
+    return model
+
+
+def file_size(model, tmp_path):
+    tt.save(model, tmp_path / "model.terse")
+    return (tmp_path / "model.terse").stat().st_size
+
+
+@pytest.mark.parametrize("nbytes", [1500, 1700, 2000])
+def test_the_file_fits_and_no_choice_that_fits_errs_less(model, tmp_path, nbytes):
+    dense = copy.deepcopy(model)
+    report = share_to_budget(model, nbytes=nbytes, bits=(2, 4, 6))
+    assert file_size(finalize(copy.deepcopy(model)), tmp_path) == report.nbytes <= nbytes
+    assert [len(model[int(name)].weight.unique()) <= 2**width for name, width in report.bits.items()] == [True] * 3
+    again = finalize(quantize.kmeans(copy.deepcopy(dense), report.bits))
+    assert torch.equal(again[2].weight, model[2].weight)
+    errors = {
+        name: float((again[int(name)].weight.detach() - dense[int(name)].weight.detach()).square().sum())
+        / float(dense[int(name)].weight.square().sum())
+        for name in report.bits
+    }
+    assert report.error == pytest.approx(sum(errors.values()), rel=1e-4)
+    for widths in itertools.product((2, 4, 6), repeat=3):
+        choice = dict(zip(report.bits, widths, strict=True))
+        if sum(report.errors[name][width] for name, width in choice.items()) < report.error * 0.999:
+            assert file_size(finalize(quantize.kmeans(copy.deepcopy(dense), choice)), tmp_path) > nbytes - 10
+    json.dumps(report.to_dict())
+
+
+def test_the_smallest_file_within_an_error(model):
+    dense = copy.deepcopy(model)
+    loose = share_to_budget(model, error=0.1)
+    tight = share_to_budget(dense, error=0.01)
+    assert loose.error <= 0.1 and tight.error <= 0.01
+    assert loose.nbytes < tight.nbytes
+    for name, width in tight.bits.items():  # no layer alone could be smaller
+        for fewer in range(1, width):
+            if tight.layer_bytes[name][fewer] < tight.layer_bytes[name][width]:
+                assert tight.error - tight.errors[name][width] + tight.errors[name][fewer] > 0.01 * 0.999
+
+
+def test_data_moves_bits_to_the_layer_whose_inputs_weigh(model):
+    x = torch.randn(64, 30) * torch.logspace(-2, 1, 30)
+    report = share_to_budget(model, error=0.05, data=[x], per="row", bfloat16=True, targets=["0", "2"])
+    h = x.double().square().mean(0)
+    assert set(report.bits) == {"0", "2"}
+    assert torch.equal(model[0].weight, model[0].weight.bfloat16().float())
+    assert report.error <= 0.05 and float(h[0]) < float(h[-1])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({}, ValueError, "exactly one of nbytes and error must be given, got none"),
+        ({"nbytes": 9, "error": 1.0}, ValueError, "exactly one of nbytes and error must be given, got both"),
+        ({"nbytes": 0}, ValueError, "nbytes must be at least 1, got 0"),
+        ({"nbytes": 400}, ValueError, "nbytes must be at least .*, what the layers take at the best, got 400"),
+        ({"error": 1e-12}, ValueError, "error must be at least .*, got 1e-12; raise it"),
+        ({"error": float("nan")}, ValueError, "error must be finite and at least 0, got nan"),
+        ({"error": 0.1, "bits": ()}, ValueError, "bits must hold at least one number, got none"),
+        ({"error": 0.1, "bits": (9,)}, ValueError, "bits must be from 1 to 8, got 9"),
+        ({"error": 0.1, "data": iter([1])}, TypeError, "data must be iterable 10 times"),
+    ],
+)
+def test_bad_arguments_change_nothing(model, arguments, error, message):
+    with pytest.raises(error, match=f"share_to_budget: {message}"):
+        share_to_budget(model, **arguments)
+    assert type(model[0]) is nn.Linear

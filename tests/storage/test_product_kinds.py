@@ -1,0 +1,67 @@
+"""Layers of shared sub-vectors in files: written, read back to the bit, and refused where damaged."""
+
+import pytest
+import torch
+from torch import nn
+
+import tersetorch as tt
+from tersetorch.nn import ProductLinear, ResidualLinear
+from tersetorch.storage import TerseFileError
+
+
+def layers():
+    torch.manual_seed(0)
+    product = ProductLinear.from_codes(
+        torch.randint(20, (30, 7)).to(torch.uint8), torch.randn(1, 7, 3, 20), torch.randn(30), in_features=20
+    )
+    residual = ResidualLinear.from_codes(
+        torch.randint(5, (4, 3)).to(torch.uint8), torch.randn(3, 1, 30, 5), in_features=30
+    )
+    product.mode, product.relu = "int8", True
+    residual.codebooks.requires_grad_(False)
+    return nn.Sequential(product, residual).eval()
+
+
+def test_come_back_to_the_bit(tmp_path):
+    model = layers()
+    tt.save(model, tmp_path / "m.terse")
+    found = tt.load(tmp_path / "m.terse")
+    assert [type(layer) for layer in found] == [ProductLinear, ResidualLinear]
+    assert found[0].mode == "int8" and found[0].relu and not found[1].codebooks.requires_grad
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(found.state_dict()[name], tensor)
+    with torch.no_grad():
+        x = torch.randn(3, 20)
+        assert torch.equal(found(x), model(x))
+    tt.save(found, tmp_path / "again.terse")
+    assert (tmp_path / "again.terse").read_bytes() == (tmp_path / "m.terse").read_bytes()
+
+
+class Net(nn.Module):
+    def __init__(self, hidden=30):
+        super().__init__()
+        self.first, self.second = nn.Linear(20, hidden), nn.Linear(hidden, 4, bias=False)
+
+    def forward(self, x):
+        return self.second(self.first(x))
+
+
+def test_go_into_an_instance(tmp_path):
+    model = Net()
+    model.first, model.second = layers()
+    tt.save(model, tmp_path / "m.terse")
+    dense = Net()
+    found = tt.load(tmp_path / "m.terse", model=dense)
+    assert type(found.first) is ProductLinear and type(dense.first) is nn.Linear
+    x = torch.randn(3, 20)
+    assert torch.equal(found(x), model(x))
+    with pytest.raises(ValueError, match="ProductLinear"):
+        tt.load(tmp_path / "m.terse", model=Net(31))
+
+
+def test_codes_past_the_entries_are_refused(tmp_path):
+    model = layers()
+    model[0].codes[0, 0] = 20
+    tt.save(model, tmp_path / "m.terse")
+    with pytest.raises(TerseFileError, match=r"codes must lie in \[0, 20\), got 20"):
+        tt.load(tmp_path / "m.terse")
