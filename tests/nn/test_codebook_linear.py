@@ -140,11 +140,11 @@ def test_bad_input_is_refused():
     layer = CodebookLinear.from_dense(dense_layer())
     with pytest.raises(ValueError, match=r"input must be \[..., 150\]"):
         layer(inputs(2, 149))
-    with pytest.raises(TypeError, match="input must be float32 or bfloat16"):
+    with pytest.raises(TypeError, match="input must be float32"):
         layer(inputs(2, 150).double())
-    with pytest.raises(ValueError, match="at most 256 distinct values, got more"):
+    with pytest.raises(ValueError, match="at most 256 distinct values"):
         CodebookLinear.from_dense(nn.Linear(100, 100))
-    with pytest.raises(TypeError, match="module must be an nn.Linear"):
+    with pytest.raises(TypeError, match=r"module must be an nn\.Linear"):
         CodebookLinear.from_dense(nn.ReLU())
     with pytest.raises(TypeError, match="weight must be a CodebookWeight"):
         CodebookLinear(torch.zeros(2, 2))

@@ -421,26 +421,30 @@ void ForWidth(const CodebookMatmulArgs& a, Index row_begin, Index row_end, Index
 }
 
 template <int kBits>
-CodebookStatus ForMode(const CodebookMatmulArgs& a, Index row_begin, Index row_end) {
-  const CodebookWeight& w = a.weight;
-  const Index row_bytes = CodeRowBytes(w.columns, w.column_block, kBits);
-  const bool in_doubt = w.entries < Index{1} << kBits;
-  if (in_doubt && LargestCode<kBits>(w.codes + row_begin * row_bytes, (row_end - row_begin) * row_bytes) >= w.entries) {
-    return CodebookStatus::kBadCode;
-  }
-  if (a.mode == CodebookMode::kInt8) {
-    ForWidth<ByteCodes<kBits>, kBits>(a, row_begin, row_end, row_bytes);
-    return CodebookStatus::kOk;
-  }
+void ForMode(const CodebookMatmulArgs& a, Index row_begin, Index row_end, Index row_bytes) {
+  if (a.mode == CodebookMode::kInt8) return ForWidth<ByteCodes<kBits>, kBits>(a, row_begin, row_end, row_bytes);
 #ifdef __AVX512F__
   if constexpr (kBits == 8) {
-    if (w.entries <= 32) {
-      ForWidth<FloatFewCodes, 8>(a, row_begin, row_end, row_bytes);
-      return CodebookStatus::kOk;
-    }
+    if (a.weight.entries <= 32) return ForWidth<FloatFewCodes, 8>(a, row_begin, row_end, row_bytes);
   }
 #endif
   ForWidth<FloatCodes<kBits>, kBits>(a, row_begin, row_end, row_bytes);
+}
+
+// Where not every code of so many bits has an entry, codes are checked before they are used; a few rows at a time, so
+// that memory is read once.
+template <int kBits>
+CodebookStatus Checked(const CodebookMatmulArgs& a, Index row_begin, Index row_end) {
+  const CodebookWeight& w = a.weight;
+  const Index row_bytes = CodeRowBytes(w.columns, w.column_block, kBits);
+  const bool in_doubt = w.entries < Index{1} << kBits;
+  const Index step = in_doubt && a.width <= kCodebookFewSamples ? 16 : row_end - row_begin;
+  for (Index begin = row_begin; begin < row_end; begin += step) {
+    const Index end = begin + step < row_end ? begin + step : row_end;
+    const std::uint8_t* codes = w.codes + begin * row_bytes;
+    if (in_doubt && LargestCode<kBits>(codes, (end - begin) * row_bytes) >= w.entries) return CodebookStatus::kBadCode;
+    ForMode<kBits>(a, begin, end, row_bytes);
+  }
   return CodebookStatus::kOk;
 }
 
@@ -448,11 +452,11 @@ CodebookStatus Matmul(const CodebookMatmulArgs& a, Index row_begin, Index row_en
   if (row_begin >= row_end) return CodebookStatus::kOk;
   switch (CodeBits(a.weight.entries)) {
     case 2:
-      return ForMode<2>(a, row_begin, row_end);
+      return Checked<2>(a, row_begin, row_end);
     case 4:
-      return ForMode<4>(a, row_begin, row_end);
+      return Checked<4>(a, row_begin, row_end);
     default:
-      return ForMode<8>(a, row_begin, row_end);
+      return Checked<8>(a, row_begin, row_end);
   }
 }
 

@@ -1,4 +1,4 @@
-"""Layers of shared values or sub-vectors, rebuilt from their sizes; codes and codebooks are stored as tensors like any other."""
+"""Layers of shared values or sub-vectors, rebuilt from their sizes; their tensors are stored like any other."""
 
 from __future__ import annotations
 
