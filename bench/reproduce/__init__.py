@@ -3,31 +3,37 @@
 from __future__ import annotations
 
 from tersetorch.bench.reproduce import (
+    accuracy_ratio,
+    deep_compression,
     dns,
     gong,
     han,
     initialisation,
     kmeans_objective,
-    lenet_300_100,
     one_shot,
+    one_shot_transformer,
     optimal_brain_damage,
     optimal_brain_surgeon,
+    published_bits,
     published_densities,
     trade_off,
 )
 from tersetorch.bench.reproduce.runs import Reproduction
 
 MODULES = (
-    lenet_300_100,
-    han,
+    deep_compression,
+    accuracy_ratio,
     initialisation,
     kmeans_objective,
+    han,
     trade_off,
     dns,
     gong,
     optimal_brain_damage,
     optimal_brain_surgeon,
     one_shot,
+    one_shot_transformer,
     published_densities,
+    published_bits,
 )
 ROWS: dict[str, Reproduction] = {row.name: row for module in MODULES for row in module.ROWS}

@@ -94,7 +94,7 @@ def full_plan(network: str) -> Plan:
                 Cut({"fc1": 3.0, "fc2": 3.0, "fc3": 2.0}, surgery),
                 Cut({"fc1": 0.3, "fc2": 0.3}, surgery),
             ),
-            kept={"fc1": 3_600, "fc2": 680, "fc3": 140},
+            kept={"fc1": 3_800, "fc2": 720, "fc3": 140},
             last=Training(epochs=70, lr=0.1, weight_decay=3e-4, input_dropout=0.1),
         )
     surgery = Training(epochs=6, lr=0.05, weight_decay=3e-4)
@@ -114,8 +114,12 @@ def full_plan(network: str) -> Plan:
 
 
 def quick_plan(network: str) -> Plan:
-    """The full plan with one epoch where it has more, and each layer's first surgery alone."""
-    plan = full_plan(network)
+    """The full plan, shortened."""
+    return shortened(full_plan(network))
+
+
+def shortened(plan: Plan) -> Plan:
+    """A plan with one epoch where it has more, and each layer's first surgery alone."""
     seen: set[str] = set()
     cuts = []
     for cut in plan.cuts:
@@ -142,8 +146,16 @@ def run(network: str, how: How) -> dict[str, Any]:
         FileNotFoundError: MNIST is not in the folder that TERSETORCH_DATA names.
     """
     plan = quick_plan(network) if how.quick else full_plan(network)
-    described = {
-        "network": network,
+    described = {"network": network, **describe(network, plan)}
+    record: dict[str, Any] = over_seeds(
+        f"dns_{network}", partial(_one, network, plan), how, described, PAPER[network], FIGURES
+    )
+    return record
+
+
+def describe(network: str, plan: Plan) -> dict[str, Any]:
+    """A network's plan as JSON can hold it."""
+    return {
         "batch_size": plan.batch_size,
         "dropout": DROPOUT[network],
         "dense": plan.dense.model_dump(),
@@ -153,10 +165,6 @@ def run(network: str, how: How) -> dict[str, Any]:
         "kept": plan.kept,
         "last": plan.last.model_dump(),
     }
-    record: dict[str, Any] = over_seeds(
-        f"dns_{network}", partial(_one, network, plan), how, described, PAPER[network], FIGURES
-    )
-    return record
 
 
 def table(record: dict[str, Any]) -> Table:
@@ -168,7 +176,18 @@ def table(record: dict[str, Any]) -> Table:
 def _one(network: str, plan: Plan, seed: int, *, progress: Progress | None) -> dict[str, Any]:
     data = load_data("mnist", seed=seed)
     dense = train_dense(network, plan.dense, plan.batch_size, data, seed, progress)
-    pruned = copy.deepcopy(dense)
+    pruned = finalize(operate(copy.deepcopy(dense), plan, data, seed, progress))
+    layers = {
+        name: [int(tensor.count_nonzero()) for tensor in layer.parameters()]
+        for name, layer in pruned.named_children()
+        if name in PAPER[network]["layers"]
+    }
+    row: dict[str, Any] = measured(dense, pruned, data)
+    return row | {"layers": layers}
+
+
+def operate(pruned: nn.Module, plan: Plan, data: Dataset, seed: int, progress: Progress | None) -> nn.Module:
+    """Cuts a dense network by plan, in place; returns it with its parametrizations live."""
     for index, cut in enumerate(plan.cuts, 1):
         steps = cut.train.epochs * steps_per_epoch(len(data.train_images), plan.batch_size)
         surgery = prune.DynamicSurgery(
@@ -186,14 +205,7 @@ def _one(network: str, plan: Plan, seed: int, *, progress: Progress | None) -> d
     prune.magnitude(pruned, {name: 1 - kept / sizes[name] for name, kept in plan.kept.items()})
     prune.rescale_dropout(pruned)
     _train(pruned, plan.last, plan, data, seed + len(plan.cuts) + 1, progress, "train at fixed masks")
-    finalize(pruned)
-    layers = {
-        name: [int(tensor.count_nonzero()) for tensor in layer.parameters()]
-        for name, layer in pruned.named_children()
-        if name in PAPER[network]["layers"]
-    }
-    row: dict[str, Any] = measured(dense, pruned, data)
-    return row | {"layers": layers}
+    return pruned
 
 
 def _train(

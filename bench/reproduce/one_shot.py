@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,29 +32,13 @@ SETTINGS: dict[str, dict[str, Any]] = {"50 %": {"sparsity": 0.5}, "80 %": {"spar
 IGNORE = "conv1"
 BATCH = 128
 
-
-# What the methods are calibrated on: images and their labels.
-Batches = list[tuple[Tensor, Tensor]]
-
-
-def _magnitude(model: nn.Module, data: Batches, setting: Mapping[str, Any]) -> None:
-    prune.magnitude(model, ignore=IGNORE, **setting)
-
-
-def _obd(model: nn.Module, data: Batches, setting: Mapping[str, Any]) -> None:
-    prune.obd(model, data, "cross_entropy", ignore=IGNORE, **setting)
-
-
-def _obs(solver: prune.Solver, model: nn.Module, data: Batches, setting: Mapping[str, Any]) -> None:
-    prune.obs(model, data, solver=solver, ignore=IGNORE, **setting)
-
-
-METHODS: dict[str, Callable[[nn.Module, Batches, Mapping[str, Any]], None]] = {
-    "magnitude": _magnitude,
-    "obd": _obd,
-    "layerwise": partial(_obs, "layerwise"),
-    "exactobs": partial(_obs, "exactobs"),
-    "blocked": partial(_obs, "blocked"),
+# Each prunes a network by calibration batches and the arguments of a setting.
+METHODS: dict[str, Callable[..., nn.Module]] = {
+    "magnitude": lambda model, data, **arguments: prune.magnitude(model, **arguments),
+    "obd": partial(prune.obd, loss="cross_entropy"),
+    "layerwise": partial(prune.obs, solver="layerwise"),
+    "exactobs": partial(prune.obs, solver="exactobs"),
+    "blocked": partial(prune.obs, solver="blocked"),
 }
 
 
@@ -75,8 +59,7 @@ def run(how: How) -> dict[str, Any]:
         "test_per_class": 10 if how.quick else 250,
         "ignore": IGNORE,
     }
-    names = ["dense", *(f"{setting} {method}" for setting in SETTINGS for method in METHODS)]
-    figures = {f"{name}{kind}": "least" for name in names for kind in ("", ", batch norm anew")}
+    figures = {f"{name}{kind}": "least" for name in figure_names() for kind in ("", ", batch norm anew")}
     record: dict[str, Any] = over_seeds("one_shot", partial(_one, plan), how, plan, {}, figures)
     return record
 
@@ -113,12 +96,21 @@ def _one(plan: Mapping[str, Any], seed: int, *, progress: Progress | None) -> di
         bar.advance(task)
 
     measure("dense", copy.deepcopy(dense))
+    for name, model in pruned(dense, data, IGNORE):
+        measure(name, model)
+    return row
+
+
+def figure_names() -> list[str]:
+    """The dense network, then every setting and method."""
+    return ["dense", *(f"{setting} {method}" for setting in SETTINGS for method in METHODS)]
+
+
+def pruned(dense: nn.Module, data: list[tuple[Tensor, Tensor]], ignore: str) -> Iterator[tuple[str, nn.Module]]:
+    """A copy of dense for each setting and method, pruned by calibration data of inputs and targets, with its name."""
     for setting, arguments in SETTINGS.items():
         for method, cut in METHODS.items():
-            model = copy.deepcopy(dense)
-            cut(model, data, arguments)
-            measure(f"{setting} {method}", model)
-    return row
+            yield f"{setting} {method}", cut(copy.deepcopy(dense), data, ignore=ignore, **arguments)
 
 
 ROWS = [Reproduction("one_shot", "One shot at 50 %, 80 % and 2:4: ResNet-20 by magnitude and second order", run, table)]

@@ -17,6 +17,7 @@ import copy
 import statistics
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from tersetorch.bench.reproduce.runs import How, Reproduction, over_seeds
 from tersetorch.methods import prune
 from tersetorch.methods.prune.magnitude import apply_masks, choose, masks
 from tersetorch.methods.prune.second_derivatives import Form
+from tersetorch.reports.figure import figure_class
 from tersetorch.zoo import load as load_data
 
 # LeCun, Denker, Solla, Optimal Brain Damage (1990), figures 1 and 2 and the text beside them.
@@ -130,9 +132,8 @@ def table(record: dict[str, Any]) -> Table:
     rows = record["seeds"]
 
     def cell(part: float, kind: str, method: str, figure: str = "train_error") -> str:
-        curves = [row["curves"][kind][method] for row in rows]
-        values = [curve[figure][curve["deleted"].index(part)] for curve in curves if part in curve["deleted"]]
-        return f"{statistics.mean(values):.3f}" if values else ""
+        means = _means(record, kind, method, figure)
+        return f"{means[part]:.3f}" if part in means else ""
 
     dense = f"{statistics.mean(row['dense']['train_error'] for row in rows):.3f}"
     shown.add_row("0 %", *[dense] * 7)
@@ -142,6 +143,32 @@ def table(record: dict[str, Any]) -> Table:
     for claim in CLAIMS:
         shown.add_row(claim, f"{record['mean'][claim]:.2f}", "worst", f"{record['worst'][claim]:.2f}", *[""] * 4)
     return shown
+
+
+def draw(record: dict[str, Any], path: Path) -> None:
+    """Draws the curves as an SVG or PNG file: left without retraining, right with it.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    figure = figure_class("optimal_brain_damage")(figsize=(9, 4), layout="constrained")
+    titles = {"without": "not retrained", "with": "retrained"}
+    for axes, (kind, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
+        curves = {method: _means(record, kind, method) for method in METHODS}
+        if kind == "without":
+            curves["predicted"] = _means(record, kind, "saliency", "predicted_error")
+        for (name, curve), style in zip(curves.items(), ("^-", "s-", "o-", "k:"), strict=False):
+            axes.plot([100 * part for part in curve], list(curve.values()), style, markersize=4, label=name)
+        axes.set(title=title, xlabel="weights deleted, %", ylabel="squared error on training images", yscale="log")
+        axes.legend(fontsize="small")
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
+def _means(record: dict[str, Any], kind: str, method: str, figure: str = "train_error") -> dict[float, float]:
+    """The mean over the seeds at each part deleted."""
+    curves = [row["curves"][kind][method] for row in record["seeds"]]
+    parts = zip(curves[0]["deleted"], *(curve[figure] for curve in curves), strict=True)
+    return {part: statistics.mean(values) for part, *values in parts}
 
 
 @dataclass(frozen=True)
@@ -317,6 +344,10 @@ def _wrong(net: Net, digits: Digits) -> float:
 
 ROWS = [
     Reproduction(
-        "optimal_brain_damage", "Optimal Brain Damage 1990, figures 1 and 2: which deletion costs least", run, table
+        "optimal_brain_damage",
+        "Optimal Brain Damage 1990, figures 1 and 2: which deletion costs least",
+        run,
+        table,
+        draw,
     )
 ]

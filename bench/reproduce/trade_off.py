@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from rich.progress import Progress
@@ -18,6 +19,7 @@ from tersetorch.bench.reproduce.han import train, train_dense
 from tersetorch.bench.reproduce.runs import How, Reproduction, over_seeds
 from tersetorch.methods import prune
 from tersetorch.recipes.deep_compression import Training
+from tersetorch.reports.figure import figure_class
 from tersetorch.zoo import Dataset, error_rate
 from tersetorch.zoo import load as load_data
 
@@ -61,6 +63,23 @@ def table(record: dict[str, Any]) -> Table:
     for index, sparsity in enumerate(record["plan"]["sparsities"]):
         shown.add_row(f"{100 * sparsity:g} %", *(f"{_rise(record, curve, index):+.2f}" for curve in CURVES))
     return shown
+
+
+def draw(record: dict[str, Any], path: Path) -> None:
+    """Draws the curves as an SVG or PNG file.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    figure = figure_class("trade_off")(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    pruned = [100 * sparsity for sparsity in record["plan"]["sparsities"]]
+    for curve, style in zip(CURVES, ("o--", "s--", "s-", "o-", "^-"), strict=True):
+        axes.plot(pruned, [_rise(record, curve, at) for at in range(len(pruned))], style, markersize=4, label=curve)
+    axes.axhline(0, color="0.6", linewidth=1)
+    axes.set(xlabel="weights pruned, %", ylabel="rise of the held-out error, points", ylim=(-0.5, 5))
+    axes.legend(fontsize="small")
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
 def _rise(record: dict[str, Any], curve: str, index: int) -> float:
@@ -114,4 +133,4 @@ def _error(model: nn.Module, data: Dataset) -> float:
     return 100 * error
 
 
-ROWS = [Reproduction("trade_off", "Han et al. 2015, figure 5: L1, L2, retraining, iteration", run, table)]
+ROWS = [Reproduction("trade_off", "Han et al. 2015, figure 5: L1, L2, retraining, iteration", run, table, draw)]

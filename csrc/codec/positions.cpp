@@ -7,12 +7,16 @@
 
 #include "codec/bit_stream.h"
 #include "codec/huffman.h"
+#include "codec/rans.h"
 
 namespace tersetorch {
 namespace {
 
 // Gaps below this are counted in an array, the few above in a map.
 constexpr std::uint64_t kShortGaps = std::uint64_t{1} << 16;
+
+// Wider alphabets are for a few far positions, whose table would cost more than fillers.
+constexpr int kMaxRansGapWidth = 10;
 
 std::uint32_t Filler(int width) { return (std::uint32_t{1} << width) - 1; }
 
@@ -85,13 +89,16 @@ GapCoding BestGapCoding(std::span<const std::int64_t> positions) {
     for (const std::uint64_t count : counts) symbols += count;
     const std::uint64_t packed = (symbols * static_cast<std::uint64_t>(width) + 7) / 8;
     const std::uint64_t coded = HuffmanBytes(counts, HuffmanLengths(counts));
-    if (width == 1 || packed < best.bytes) best = {width, false, packed};
-    if (coded < best.bytes) best = {width, true, coded};
+    if (width == 1 || packed < best.bytes) best = {width, GapCoder::kPacked, packed};
+    if (coded < best.bytes) best = {width, GapCoder::kHuffman, coded};
+    if (width > kMaxRansGapWidth) continue;
+    const std::uint64_t ranged = BestRansCoding(counts).bytes;
+    if (ranged < best.bytes && positions.size() / kRansItemsPerByte < ranged) best = {width, GapCoder::kRans, ranged};
   }
   return best;
 }
 
-std::vector<std::uint8_t> EncodeGaps(std::span<const std::int64_t> positions, int width, bool huffman) {
+std::vector<std::uint8_t> EncodeGaps(std::span<const std::int64_t> positions, int width, GapCoder coder) {
   const std::uint32_t filler = Filler(width);
   BitWriter writer;
   const auto encode = [&](auto write) {
@@ -100,7 +107,13 @@ std::vector<std::uint8_t> EncodeGaps(std::span<const std::int64_t> positions, in
       write(static_cast<std::uint32_t>(gap % filler));
     });
   };
-  if (huffman) {
+  if (coder == GapCoder::kRans) {
+    std::vector<std::uint16_t> symbols;
+    symbols.reserve(positions.size());
+    encode([&](std::uint32_t symbol) { symbols.push_back(static_cast<std::uint16_t>(symbol)); });
+    return RansEncode(symbols, BestRansCoding(GapHistogram(positions).Counts(width)));
+  }
+  if (coder == GapCoder::kHuffman) {
     const HuffmanEncoder encoder(HuffmanLengths(GapHistogram(positions).Counts(width)));
     encoder.WriteTable(writer);
     encode([&](std::uint32_t symbol) { encoder.Write(symbol, writer); });
@@ -123,11 +136,17 @@ std::vector<std::uint8_t> EncodeBitmap(std::span<const std::int64_t> positions, 
   return bytes;
 }
 
-void DecodeGaps(std::span<const std::uint8_t> stream, int width, bool huffman, std::int64_t size,
+void DecodeGaps(std::span<const std::uint8_t> stream, int width, GapCoder coder, std::int64_t size,
                 std::span<std::int64_t> positions) {
   const std::uint32_t filler = Filler(width);
+  if (coder == GapCoder::kRans) {
+    RansDecoder decoder(std::size_t{filler} + 1, stream);
+    DecodeGapSymbols(filler, size, positions, [&]() -> std::uint32_t { return decoder.Read(); });
+    decoder.Finish();
+    return;
+  }
   BitReader reader(stream.data(), stream.size());
-  if (huffman) {
+  if (coder == GapCoder::kHuffman) {
     const HuffmanDecoder decoder(std::size_t{filler} + 1, reader);
     DecodeGapSymbols(filler, size, positions, [&] { return decoder.Read(reader); });
   } else {

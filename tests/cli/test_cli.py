@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import typer
+from safetensors.torch import save_file
 
 import tersetorch as tt
 from tersetorch import _native
@@ -42,7 +43,7 @@ def terse_file(tmp_path_factory):
 def test_help_names_every_verb(tersetorch):
     done = tersetorch("--help")
     assert done.returncode == 0
-    for verb in ("demo", "convert", "inspect", "doctor", "bench", "reproduce"):
+    for verb in ("demo", "compress", "convert", "inspect", "doctor", "bench", "reproduce"):
         assert verb in done.stdout
 
 
@@ -92,9 +93,56 @@ def test_convert_measures_and_reads_a_state_dict(tersetorch, tmp_path):
     torch.testing.assert_close(tt.load(tmp_path / "lenet.terse")(x), network.eval()(x), rtol=1e-4, atol=1e-4)
 
 
+def test_convert_reads_a_quantised_state_dict(tersetorch, tmp_path):
+    network = tt.zoo.LeNet300100().eval()
+    state = {}
+    for name, tensor in network.state_dict().items():
+        state[name] = tensor
+        if tensor.dim() == 2:
+            scale = tensor.abs().amax(1)
+            state[name] = (tensor / scale[:, None] * 127).round().to(torch.int8)
+            state[name.replace("weight", "SCB")] = scale
+    save_file(state, tmp_path / "lenet.safetensors")
+    arguments = ("convert", tmp_path / "lenet.safetensors", tmp_path / "lenet.terse", "--plan", "sparse")
+    done = tersetorch(*arguments, "--network", "lenet-300-100")
+    assert done.returncode == 0, done.stderr
+    expected = tt.storage.import_quantized(state, network)
+    x = torch.randn(2, 784, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(tt.load(tmp_path / "lenet.terse")(x), expected(x), rtol=1e-4, atol=1e-4)
+
+
+def test_compress_prunes_shares_and_stores(tersetorch, tmp_path):
+    tt.save(tt.zoo.LeNet300100(64), tmp_path / "dense.terse")
+    (tmp_path / "recipe.yaml").write_text(
+        """
+        prune: {sparsity: {fc1: 0.8, fc2: 0.7}, rounds: 1, train: {epochs: 8, lr: 0.1}}
+        share: {bits: {"fc*": 4}, train: {epochs: 1, lr: 0.001, optimizer: adam}}
+        """
+    )
+    arguments = ["compress", tmp_path / "dense.terse", tmp_path / "small.terse", "--recipe", tmp_path / "recipe.yaml"]
+    arguments += ["--data", "digits", "--batch-size", "32", "--folder", tmp_path / "run"]
+    done = tersetorch(*arguments, "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["file"] == tt.inspect(tmp_path / "small.terse").to_dict()
+    assert found["held_out_error_percent"]["after"] < 20 < found["held_out_error_percent"]["before"]
+    small = tt.load(tmp_path / "small.terse")
+    assert small.fc1.weight.count_nonzero() == round(0.2 * 300 * 64) and small.fc1.weight.unique().numel() == 16
+    again = tersetorch(*arguments)
+    assert again.returncode == 0, again.stderr
+    after = f"{found['held_out_error_percent']['after']:.2f} % after"
+    assert after in again.stdout and "fc1.weight" in again.stdout
+
+
 @pytest.mark.parametrize(
     "arguments,match",
     [
+        (
+            ["compress", "m.terse", "o.terse", "--recipe", "lenet", "--data", "digits"],
+            "--recipe must be one of alexnet",
+        ),
+        (["compress", "m.terse", "o.terse", "--recipe", "lenet_5"], "Missing option '--data'"),
+        (["compress", "m.pt", "o.terse", "--recipe", "lenet_5", "--data", "digits"], "a state dict needs --network"),
         (
             ["convert", "model.pt", "out.terse", "--plan", "sparse"],
             "a state dict needs --network, one of lenet-300-100",

@@ -1,13 +1,18 @@
 import copy
+from contextlib import suppress
 
 import pytest
 import torch
+from rich.progress import Progress
 from torch import nn
 
+import tersetorch as tt
 from tersetorch.methods import finalize
 from tersetorch.methods.parametrization import is_live
+from tersetorch.methods.selection import find_weights
 from tersetorch.recipes import DeepCompressionRecipe, deep_compression
-from tersetorch.zoo import LeNet300100, error_rate, fit, load, steps_per_epoch
+from tersetorch.recipes.deep_compression import PUBLISHED
+from tersetorch.zoo import NETWORKS, LeNet5, LeNet300100, error_rate, fit, load, steps_per_epoch
 
 TRAINING = {"epochs": 1, "lr": 0.1}
 
@@ -160,7 +165,7 @@ def test_a_pattern_without_a_layer_is_refused_before_anything_changes(stage):
     ("arguments", "error", "sentence"),
     [
         ({"model": "net"}, TypeError, "model must be an nn.Module, got str"),
-        ({"recipe": 3}, TypeError, "recipe must be a DeepCompressionRecipe, a mapping or the path .* got int"),
+        ({"recipe": 3}, TypeError, "recipe must be a DeepCompressionRecipe, a mapping, a name or the path .* got int"),
         ({"train": None}, TypeError, r"train must be callable as train\(model, stage\), got NoneType"),
         ({"steps_per_epoch": None}, ValueError, "steps_per_epoch must be at least 1 .* got None"),
         ({"steps_per_epoch": 0}, ValueError, "steps_per_epoch must be at least 1 .* got 0"),
@@ -179,8 +184,16 @@ def test_bad_arguments_are_refused(arguments, error, sentence):
 
 
 def test_a_missing_or_broken_file_is_said(tmp_path):
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match=r"recipe must be one of alexnet, lenet_300_100, .* got '.*none\.yaml'"):
         deep_compression(network(), tmp_path / "none.yaml", ignore)
+    plan, model = {"share": {"bits": 1, "train": TRAINING}}, network()
+    with pytest.raises(
+        FileNotFoundError, match=r"deep_compression: path must lie in a folder that exists, got .*missing"
+    ):
+        deep_compression(model, plan, ignore, path=tmp_path / "missing" / "m.terse")
+    with pytest.raises(ValueError, match="deep_compression: path must name a file, got the folder"):
+        deep_compression(model, plan, ignore, path=tmp_path)
+    assert not is_live(model)
     path = tmp_path / "broken.yaml"
     path.write_text("prune: [")
     with pytest.raises(ValueError, match=r"broken\.yaml must be YAML"):
@@ -188,6 +201,135 @@ def test_a_missing_or_broken_file_is_said(tmp_path):
     path.write_text("just words")
     with pytest.raises(ValueError, match=r"recipe must have valid fields, got .*'just words'"):
         deep_compression(network(), path, ignore)
+
+
+# Percentages of each layer's weights that are left, and of all: tables 1 to 5 of Deep Compression (2016), and the file
+# that SqueezeNet's authors published.
+PUBLISHED_PERCENT = {
+    "lenet_300_100": ("lenet-300-100", [8, 9, 26], 8, 0.5),
+    "lenet_5": ("lenet-5", [66, 12, 8, 19], 8, 0.5),
+    "alexnet": ("alexnet", [84, 38, 35, 37, 37, 9, 9, 25], 11, 0.5),
+    "vgg16": ("vgg-16", [58, 22, 34, 36, 53, 24, 42, 32, 27, 34, 35, 29, 36, 4, 4, 23], 7.5, 0.5),
+    "squeezenet": ("squeezenet-1.0", None, 33.4, 0.5),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED_PERCENT)
+def test_published_recipes_keep_what_the_papers_keep(name):
+    known, percent, total, within = PUBLISHED_PERCENT[name]
+    recipe = DeepCompressionRecipe.named(name)
+    with torch.device("meta"):
+        layers = find_weights(NETWORKS[known]())
+    sparsity = recipe.prune.sparsity
+    assert all(any(layer.matches(pattern) for layer in layers) for pattern in sparsity)
+
+    def kept(layer):
+        fitting = [pattern for pattern in sparsity if layer.matches(pattern)]
+        return 1 - sparsity[layer.name if layer.name in fitting else fitting[0]] if fitting else 1.0
+
+    sizes = [layer.weight.numel() for layer in layers]
+    if percent is not None:
+        assert [100 * kept(layer) for layer in layers] == pytest.approx(percent)
+        assert set(recipe.share.bits.values() if isinstance(recipe.share.bits, dict) else [recipe.share.bits]) <= {
+            8,
+            5,
+            6,
+        }
+    left = sum(kept(layer) * size for layer, size in zip(layers, sizes, strict=True)) / sum(sizes)
+    assert 100 * left == pytest.approx(total, abs=within)
+
+
+def test_published_recipes_are_known_by_name():
+    assert set(PUBLISHED) == set(PUBLISHED_PERCENT)
+    with pytest.raises(ValueError, match=r"name must be one of alexnet, .*vgg16, got 'lenet'"):
+        DeepCompressionRecipe.named("lenet")
+    model, seen = LeNet5(), []
+
+    def train(model, stage):
+        seen.append((stage.name, stage.training.epochs))
+        for _ in range(10):
+            stage.after_step()
+
+    deep_compression(model, "lenet_5", train, steps_per_epoch=1)
+    assert seen == [("prune", 25), ("share", 6)]
+    finalize(model)
+    left = [layer.weight.count_nonzero().item() for layer in (model.conv1, model.conv2, model.fc1, model.fc2)]
+    assert left == [330, 3_000, 32_000, 950]
+    assert [layer.weight.unique().numel() for layer in (model.conv1, model.fc1)] == [256, 32]
+
+
+def jitter(model, stage):
+    """A training that depends on the stage and the weights alone."""
+    generator = torch.Generator().manual_seed(stage.round + 10 * (stage.name == "share"))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    for _ in range(4):
+        stage.after_step()
+
+
+TWO_ROUNDS = {
+    "prune": {"sparsity": {"0": 0.8, "3": 0.5}, "rounds": 2, "train": TRAINING},
+    "share": {"bits": 3, "train": TRAINING},
+}
+RAMP = {"prune": {"sparsity": 0.8, "ramp_epochs": 1, "frequency": 1, "train": TRAINING}, "share": TWO_ROUNDS["share"]}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "stopped_at"),
+    [(TWO_ROUNDS, 1), (TWO_ROUNDS, 2), (TWO_ROUNDS, 3), (TWO_ROUNDS, None), (RAMP, 1), (RAMP, 2), (RAMP, None)],
+)
+def test_a_stopped_run_goes_on_to_the_same_bits(recipe, stopped_at, tmp_path):
+    whole, model = network(dropout=0.4), network(dropout=0.4)
+    deep_compression(whole, recipe, jitter, steps_per_epoch=4)
+    calls, stopped = 0, stopped_at
+
+    def train(model, stage):
+        nonlocal calls
+        calls += 1
+        if calls == stopped:
+            raise KeyboardInterrupt
+        jitter(model, stage)
+
+    with suppress(KeyboardInterrupt):
+        deep_compression(model, recipe, train, steps_per_epoch=4, folder=tmp_path / "run")
+    stopped, model = None, network(dropout=0.4)
+    deep_compression(model, recipe, train, steps_per_epoch=4, folder=tmp_path / "run")
+    # Whatever was trained before was not trained again, but for the training that was stopped.
+    assert calls == (3 if recipe is TWO_ROUNDS else 2) + (stopped_at is not None)
+    assert is_live(model) and model[2].p == whole[2].p < 0.4
+    assert model.state_dict().keys() == whole.state_dict().keys()
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in whole.state_dict().items())
+
+
+def test_a_folder_of_another_run_is_refused(tmp_path):
+    deep_compression(network(), TWO_ROUNDS, jitter, folder=tmp_path)
+    other = network()
+    with torch.no_grad():
+        other[0].weight[0, 0] = 3
+    for model, recipe in ((other, TWO_ROUNDS), (network(), RAMP)):
+        with pytest.raises(ValueError, match="folder must hold a run with the same model and arguments, got another"):
+            deep_compression(model, recipe, jitter, steps_per_epoch=4, folder=tmp_path)
+    (tmp_path / "after_3.safetensors").write_bytes(b"nothing of the kind")
+    with pytest.raises(ValueError, match=r"folder must hold whole states, got .*after_3"):
+        deep_compression(network(), TWO_ROUNDS, jitter, folder=tmp_path)
+    (tmp_path / "after_3.safetensors").unlink()
+    with pytest.raises(ValueError, match="folder must hold the state after step 3, got none"):
+        deep_compression(network(), TWO_ROUNDS, jitter, folder=tmp_path)
+
+
+def test_path_stores_what_is_left(tmp_path):
+    model, bars = network(), Progress(disable=True)
+    deep_compression(model, TWO_ROUNDS, jitter, path=tmp_path / "m.terse", progress=bars)
+    again = tt.load(tmp_path / "m.terse")
+    assert [(task.completed, task.total) for task in bars.tasks] == [(3, 3)]
+    assert is_live(model)
+    finalize(model)
+    assert torch.equal(again[0].weight, model[0].weight) and torch.equal(again[3].weight, model[3].weight)
+    stored = {tensor.name: tensor for tensor in tt.inspect(tmp_path / "m.terse").tensors}
+    assert stored["0.weight"].form.endswith("codebook") and stored["0.weight"].nbytes < 200
+    assert again[0].weight.count_nonzero() == 120
 
 
 def test_digits_lose_little():

@@ -33,7 +33,7 @@ def test_the_file_is_what_the_safetensors_library_writes(tmp_path):
     tensors = safetensors.numpy.load(raw)
     assert set(tensors) == {"data", "header"}
     assert all(tensor.dtype == np.uint8 for tensor in tensors.values())
-    assert safetensors.numpy.save(tensors, {"terse": "1"}) == raw
+    assert safetensors.numpy.save(tensors, {"terse": "2"}) == raw
 
 
 def test_every_truncation_is_refused():
@@ -49,8 +49,8 @@ def test_a_file_that_holds_less_than_its_size_is_refused():
 
 
 def test_another_version_is_named():
-    raw = container.pack(HEADER, STREAMS).replace(b'"terse":"1"', b'"terse":"2"')
-    with pytest.raises(TerseFileError, match="have format version 1, got version 2; read it with the tersetorch"):
+    raw = container.pack(HEADER, STREAMS).replace(b'"terse":"2"', b'"terse":"3"')
+    with pytest.raises(TerseFileError, match="have format version 1 or 2, got version 3; read it with the tersetorch"):
         container.unpack(raw)
 
 
@@ -74,7 +74,7 @@ def test_the_leading_length_is_checked_before_anything_is_parsed(length):
     [
         lambda head: head | {"more": head["data"]},
         lambda head: dict(reversed(head.items())),
-        lambda head: head | {"__metadata__": {"terse": "1", "note": "x"}},
+        lambda head: head | {"__metadata__": {"terse": "2", "note": "x"}},
         lambda head: head | {"data": head["data"] | {"dtype": "I8"}},
         lambda head: head | {"data": head["data"] | {"data_offsets": [1, 1 + head["data"]["shape"][0]]}},
         lambda head: head | {"header": head["header"] | {"data_offsets": [0, head["header"]["shape"][0]]}},

@@ -55,7 +55,7 @@ def test_sizes_of_what_will_be_decoded():
         (RAW | {"x": [["raw", 23]]}, "hold 6 items in a stream of values, got 23 bytes"),
         (RAW | {"x": [["raw"]]}, r"have \[coder, bytes\] or"),
         (RAW | {"x": [["raw", 24, 3]]}, "give a width to gaps and to nothing else"),
-        (RAW | {"x": [["bitmap", 24]]}, "have one of raw as the coder of values, got 'bitmap'"),
+        (RAW | {"x": [["bitmap", 24]]}, "have one of raw, numbers, planes as the coder of values, got 'bitmap'"),
         (SPARSE | {"n": 65}, "as a count, got 65"),
         (SPARSE | {"k": 65537}, "as codebook entries, got 65537"),
         (SPARSE | {"n": 41}, "hold 41 items in a stream of positions, got 5 bytes"),

@@ -4,6 +4,7 @@ from torch import nn
 
 from tersetorch.formats import CsrWeight, SparseCodebookWeight
 from tersetorch.nn import SparseCodebookLinear, SparseLinear
+from tersetorch.storage import streams
 from tersetorch.storage.entry import Entry
 from tersetorch.storage.errors import TerseFileError
 from tersetorch.storage.layers import KINDS, config_of, decode_layer, encode_layer
@@ -47,7 +48,7 @@ def test_a_layer_without_zeros_spends_no_bytes_on_positions(same_state):
     entry, found = round_trip(layer)
     same_state(layer, found)
     assert entry.streams[0].coder == "all"
-    assert sum(spec.nbytes for spec in entry.streams) == layer.weight.nbytes
+    assert sum(spec.nbytes for spec in entry.streams) < layer.weight.nbytes
 
 
 def test_the_order_of_a_codebook_and_its_unused_entries_are_kept(same_state):
@@ -67,7 +68,8 @@ def test_stored_zeros_and_negative_zeros_are_kept(same_state):
     same_state(layer, round_trip(layer)[1])
 
 
-def test_column_order_is_undone(same_state):
+def test_column_order_is_undone(same_state, monkeypatch):
+    monkeypatch.setattr(streams, "MAX_CONTEXT_BITS", 0)
     dense = sparse(300, 400, 0.15)
     dense[:, torch.rand(400, generator=torch.Generator().manual_seed(1)) < 0.6] = 0
     entry, found = round_trip(layer := SparseLinear(CsrWeight.from_dense(dense)))

@@ -550,7 +550,22 @@ def changed(value, path, change):
 
 
 NUMBERS = [-1, 0, 1, 2, 7, 16, 1 << 20, 1 << 47, 1 << 70, 1.5]
-WORDS = ["", "raw", "sparse", "huffman", "Linear", "a.b", "tersetorch.SparseLinear", "f32", "f64"]
+WORDS = [
+    "",
+    "raw",
+    "numbers",
+    "planes",
+    "contexts",
+    "rans",
+    "gaps-rans",
+    "sparse",
+    "huffman",
+    "Linear",
+    "a.b",
+    "tersetorch.SparseLinear",
+    "f32",
+    "f64",
+]
 NODES = [{"k": "Linear"}, {"k": "LSTM", "c": {"num_layers": 1 << 40}}]
 ODD = st.sampled_from([None, True, False, [], {}, [0], *NUMBERS, *WORDS, *NODES])
 
@@ -567,7 +582,7 @@ def test_a_header_that_says_something_else_is_refused_or_harmless(data, tmp_path
 
         def change(value, action=action, odd=odd):
             if action == "add" and isinstance(value, dict):
-                return value | {data.draw(st.sampled_from("kcatmeosdfnx01")): odd}
+                return value | {data.draw(st.sampled_from("kcatmeosdfnvx01")): odd}
             if action == "drop" and isinstance(value, dict | list) and value:
                 return type(value)(list(value.items())[1:]) if isinstance(value, dict) else value[1:]
             if action == "nudge" and type(value) is int:
@@ -607,6 +622,8 @@ def _parts(tmp_path_factory):
             nn.Sequential(shared, prune_(nn.Linear(40, 40), 0.1), prune_(nn.Linear(40, 40), 0.1, levels=2)),
             nn.LSTM(40, 3),
             prune_(nn.Linear(40, 20), 1.0, levels=2),
+            SparseCodebookConv2d.from_dense(prune_(nn.Conv2d(6, 9, 3), 0.3, levels=20)),
+            prune_(nn.Linear(120, 80), 0.3, levels=20),
         )
         with torch.no_grad():
             model[3][1].weight *= torch.where(x(40, 40) > 0, 1, -1)

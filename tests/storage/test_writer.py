@@ -4,13 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.progress import Progress
 from torch import nn
 from torch.nn.utils import parametrizations
 
 from tersetorch import methods
 from tersetorch.nn import SparseCodebookLinear, SparseLinear
 from tersetorch.nn.layout import LAYOUTS
-from tersetorch.storage import TerseFileError, inspect, load, save
+from tersetorch.storage import TerseFileError, inspect, load, save, streams
 
 
 class Stateful(nn.Module):
@@ -341,6 +342,21 @@ def test_the_golden_file_of_version_1(same_state):
     assert coders == {"raw", "packed", "huffman", "constant", "gaps", "gaps-huffman", "bitmap", "all"}
 
 
+def test_the_golden_file_of_version_2(same_state, tmp_path, monkeypatch):
+    path = Path(__file__).parent / "golden" / "version2.terse"
+    namespace = runpy.run_path(path.parent / "make_golden.py", run_name="golden")
+    model = namespace["coders"]()
+    same_state(model, load(path))
+    found = inspect(path)
+    assert found.version == 2
+    coders = {coder for tensor in found.tensors for coder in tensor.coders}
+    assert coders >= {"numbers", "planes", "rans", "contexts", "gaps-rans"}
+    for name, value in namespace["SMALL"].items():
+        monkeypatch.setattr(streams, name, value)
+    save(model, tmp_path / "m.terse")
+    assert (tmp_path / "m.terse").read_bytes() == path.read_bytes()
+
+
 def test_the_golden_file_of_layouts_and_convolutions(same_state):
     path = Path(__file__).parent / "golden" / "version1_layouts.terse"
     model = runpy.run_path(path.parent / "make_golden.py", run_name="golden")["layouts"]()
@@ -353,6 +369,14 @@ def test_the_golden_file_of_layouts_and_convolutions(same_state):
             given = torch.ones(5, 70) if linear else torch.ones(2, ours.in_channels, *(11, 9)[-ours.dims :])
             assert torch.equal(theirs(given), ours(given))
     assert {layer.layout for layer in loaded[:14]} == set(LAYOUTS)
+
+
+def test_bars_end_with_every_byte(tmp_path):
+    model = nn.Sequential(nn.Linear(30, 20), SparseCodebookLinear.from_dense(nn.Linear(6, 6)))
+    with Progress(disable=True) as progress:
+        save(model, tmp_path / "m.terse", progress=progress)
+        load(tmp_path / "m.terse", progress=progress)
+    assert [(task.description, task.percentage) for task in progress.tasks] == [("saving", 100), ("loading", 100)]
 
 
 def test_a_live_recurrent_module_saves_after_a_forward_pass(tmp_path):

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -27,6 +28,10 @@ PUBLISHED = [
     ("resnet-110", zoo.ResNet110, (3, 32, 32), 1_727_962, 252_887_680),
     ("squeezenet-1.0", lambda: zoo.SqueezeNet(version="1.0"), (3, 227, 227), 1_248_424, 861_339_936),
     ("squeezenet-1.1", lambda: zoo.SqueezeNet(version="1.1"), (3, 227, 227), 1_235_496, 387_747_520),
+    ("squeezenet-simple-bypass", lambda: zoo.SqueezeNet(bypass="simple"), (3, 227, 227), 1_248_424, 861_339_936),
+    # 1x1 convolutions around fire2, 4, 6 and 8: (96 + 1) 128 + (128 + 1) 256 + (256 + 1) 384 + (384 + 1) 512.
+    ("squeezenet-complex-bypass", lambda: zoo.SqueezeNet(bypass="complex"), (3, 227, 227), 1_589_672, 1_212_625_184),
+    ("", lambda: zoo.SqueezeNet("1.1", bypass="complex"), (3, 227, 227), 1_572_648, 496_930_496),
     ("mobilenet", zoo.MobileNet, (3, 224, 224), 4_231_976, 568_740_352),
     ("", lambda: zoo.MobileNet(0.75), (3, 224, 224), 2_585_560, 325_400_448),
     ("", lambda: zoo.MobileNet(0.5), (3, 224, 224), 1_331_592, 149_497_088),
@@ -40,9 +45,20 @@ SMALL = [
     (lambda: zoo.CifarResNet(20), (3, 32, 32)),
     (lambda: zoo.SqueezeNet("1.0", classes=3), (3, 29, 29)),
     (lambda: zoo.SqueezeNet("1.1", classes=3), (3, 25, 40)),
+    (lambda: zoo.SqueezeNet("1.1", 3, "simple"), (3, 25, 25)),
+    (lambda: zoo.SqueezeNet("1.1", 3, "complex"), (3, 25, 25)),
     (lambda: zoo.MobileNet(0.25, classes=3), (3, 32, 32)),
 ]
-SMALL_NAMES = ["lenet-5", "resnet-8", "resnet-20", "squeezenet-1.0", "squeezenet-1.1", "mobilenet"]
+SMALL_NAMES = [
+    "lenet-5",
+    "resnet-8",
+    "resnet-20",
+    "squeezenet-1.0",
+    "squeezenet-1.1",
+    "simple-bypass",
+    "complex-bypass",
+    "mobilenet",
+]
 small = pytest.mark.parametrize(("build", "shape"), SMALL, ids=SMALL_NAMES)
 
 
@@ -202,6 +218,38 @@ def test_a_fire_module_joins_both_sizes():
     assert torch.equal(y[:, 64:], torch.relu(fire.expand3x3(s)))
 
 
+def test_a_bypass_goes_around_the_fires_of_the_paper():
+    plain, simple, complicated = (zoo.SqueezeNet(bypass=bypass) for bypass in (None, "simple", "complex"))
+    around = {
+        number: [type(getattr(model.get_submodule(f"fire{number}"), "bypass", None)) for model in (simple, complicated)]
+        for number in range(2, 10)
+    }
+    assert around == {n: [nn.Identity, nn.Identity] if n % 2 else [type(None), nn.Conv2d] for n in range(2, 10)}
+    simple.load_state_dict(plain.state_dict())
+    x = torch.rand(1, 128, 5, 5)
+    with torch.no_grad():
+        assert torch.equal(simple.fire3(x), plain.fire3(x) + x)
+        fire, bypass = complicated.fire4, complicated.fire4.bypass
+        both = torch.cat([torch.relu(f(torch.relu(fire.squeeze(x)))) for f in (fire.expand1x1, fire.expand3x3)], 1)
+        matrix = bypass.weight.flatten(1)
+        torch.testing.assert_close(
+            fire(x), both + torch.einsum("oi,nihw->nohw", matrix, x) + bypass.bias[:, None, None]
+        )
+
+
+@pytest.mark.parametrize("bypass", ["simple", "complex"])
+def test_convert_runs_a_bypass(bypass):
+    torch.manual_seed(6)
+    model, x = zoo.SqueezeNet("1.1", 3, bypass).eval(), torch.rand(2, 3, 25, 25)
+    tt.prune.magnitude(model, sparsity=0.7)
+    fast = tt.convert(model, plan="sparse")
+    layers = [module for module in fast.modules() if isinstance(module, tt.nn.SparseConv2d)]
+    assert len(layers) == 26 + 4 * (bypass == "complex")
+    assert sum(layer.relu for layer in layers) == 26
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), tt.finalize(model)(x))
+
+
 @pytest.mark.parametrize(("version", "sides"), [("1.0", (111, 55, 27, 13, 15)), ("1.1", (113, 56, 28, 14, 14))])
 def test_squeezenet_has_the_papers_sides(version, sides):
     model = on_meta(lambda: zoo.SqueezeNet(version))
@@ -227,7 +275,9 @@ def test_mobilenet_is_made_of_pairs_of_depthwise_and_1x1():
 
 
 @pytest.mark.parametrize(
-    ("build", "shape"), [SMALL[0], SMALL[1], SMALL[3], SMALL[5]], ids=["lenet-5", "resnet", "squeezenet", "mobilenet"]
+    ("build", "shape"),
+    [SMALL[0], SMALL[1], SMALL[3], SMALL[6], SMALL[7]],
+    ids=["lenet-5", "resnet", "squeezenet", "complex-bypass", "mobilenet"],
 )
 def test_exports(build, shape):
     model = build().eval()
@@ -272,6 +322,7 @@ def test_wrong_images_are_refused(build, shape, sentence):
         (lambda: zoo.ResNet20(classes=-1), ValueError, "CifarResNet: classes must be at least 1, got -1"),
         (lambda: zoo.SqueezeNet("1.2"), ValueError, r"version must be '1\.0' or '1\.1', got '1\.2'"),
         (lambda: zoo.SqueezeNet(1.0), ValueError, r"version must be '1\.0' or '1\.1', got 1\.0"),
+        (lambda: zoo.SqueezeNet(bypass=True), ValueError, "bypass must be 'simple', 'complex' or None, got True"),
         (lambda: zoo.SqueezeNet(classes=0), ValueError, "SqueezeNet: classes must be at least 1, got 0"),
         (lambda: zoo.MobileNet(0.0), ValueError, r"width must be in \(0, 16\], got 0.0"),
         (lambda: zoo.MobileNet(float("nan")), ValueError, r"width must be in \(0, 16\], got nan"),
@@ -295,7 +346,9 @@ def test_a_file_from_before_the_relus_were_modules_still_loads(tmp_path):
     assert torch.equal(tt.load(tmp_path / "old.terse")(images), want)
 
 
-@pytest.mark.parametrize("make", [zoo.AlexNet, zoo.SqueezeNet, zoo.MobileNet])
+@pytest.mark.parametrize(
+    "make", [zoo.AlexNet, zoo.SqueezeNet, partial(zoo.SqueezeNet, bypass="complex"), zoo.MobileNet]
+)
 def test_convert_finds_every_relu(make):
     network = make(classes=10)
     relus = {name for name, module in network.named_modules() if type(module) is nn.ReLU}

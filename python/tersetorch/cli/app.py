@@ -5,6 +5,7 @@ import sys
 import typer
 
 from tersetorch.cli.bench import bench
+from tersetorch.cli.compress import compress
 from tersetorch.cli.convert import convert
 from tersetorch.cli.demo import demo
 from tersetorch.cli.doctor import doctor
@@ -17,7 +18,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Makes trained PyTorch networks smaller and faster, and measures both.",
 )
-for verb in (demo, convert, inspect, doctor, bench, reproduce):
+for verb in (demo, compress, convert, inspect, doctor, bench, reproduce):
     app.command()(verb)
 
 

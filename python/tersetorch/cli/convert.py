@@ -7,14 +7,16 @@ from typing import Annotated, Literal
 import torch
 import typer
 from rich.console import Console
-from safetensors.torch import load_file
 
-from tersetorch import conversion, storage, zoo
+from tersetorch import conversion, storage
+from tersetorch.cli.model_file import read_model
 from tersetorch.cli.shape import parse_shape
 
 
 def convert(
-    model: Annotated[Path, typer.Argument(help="A .terse file, or a state dict (.pt, .pth, .safetensors).")],
+    model: Annotated[
+        Path, typer.Argument(help="A .terse file, or a state dict (.pt, .pth, .safetensors), quantised too.")
+    ],
     output: Annotated[Path, typer.Argument(help="The .terse file to write.")],
     input_shape: Annotated[
         str, typer.Option(help="Shape of one input, such as 1x784: what the measuring runs on.", metavar="NxM...")
@@ -28,7 +30,7 @@ def convert(
 ) -> None:
     """Moves a pruned or shared model onto the kernels that are faster on this machine, and stores it."""
     console = Console(stderr=True)
-    dense = _read(model, network)
+    dense = read_model("convert", model, network)
     if plan == "measure":
         if not input_shape:
             raise typer.BadParameter("measuring needs --input-shape; or name --plan sparse or codebook")
@@ -41,31 +43,3 @@ def convert(
     report = conversion.report(fast)
     print(json.dumps(report.to_dict(), indent=1) if as_json else report)
     console.print(f"{output}: {output.stat().st_size:,} bytes")
-
-
-def _read(path: Path, network: str) -> torch.nn.Module:
-    if path.exists() and not path.is_file():  # reading a pipe would wait for its writer
-        raise typer.BadParameter(f"MODEL must be a regular file, got {path}")
-    if path.suffix == ".terse":
-        return storage.load(path)
-    if path.suffix not in (".pt", ".pth", ".safetensors"):
-        raise typer.BadParameter(f"MODEL must be a .terse, .pt, .pth or .safetensors file, got {path}")
-    if network not in zoo.NETWORKS:
-        got = network or "none"
-        raise typer.BadParameter(f"a state dict needs --network, one of {', '.join(zoo.NETWORKS)}, got {got}")
-    model = zoo.NETWORKS[network]()
-    try:
-        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
-        wide = [name for name, value in state.items() if isinstance(value, torch.Tensor) and value.is_complex()]
-        if wide:
-            raise ValueError(f"{wide[0]} must be real, got a complex tensor, whose imaginary part would be lost")
-        model.load_state_dict(state)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"convert: MODEL must exist, got {path}; pass a file that does") from None
-    except Exception as error:  # whatever torch makes of a file that holds something else
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"convert: MODEL must hold a state dict of {network}, got {path} ({type(error).__name__}: {reason}); "
-            "write it with torch.save(model.state_dict(), path)"
-        ) from error
-    return model.eval()

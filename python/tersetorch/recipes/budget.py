@@ -11,10 +11,8 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from numbers import Real
-from pathlib import Path
 from typing import Any, get_args
 
-import safetensors.torch
 import torch
 from rich.console import Console
 from rich.progress import Progress
@@ -30,6 +28,7 @@ from tersetorch.methods.prune.patterns import blocks
 from tersetorch.methods.selection import Patterns, Target, select
 from tersetorch.recipes.allocation import Curves, allocate
 from tersetorch.recipes.cost_curves import CostCurves, Unit, cost_curves
+from tersetorch.recipes.run_folder import RunFolder, fingerprint
 
 SPARSITIES = (0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97)
 
@@ -192,7 +191,7 @@ def prune_to_budget(
     )
     grid = sorted({float(sparsity) for sparsity in sparsities})
     settings = {
-        "weights": _fingerprint(model),
+        "weights": fingerprint(model),
         "layers": [target.name for target in chosen],
         "sparsities": grid,
         "unit": unit,
@@ -203,7 +202,7 @@ def prune_to_budget(
         "losses": None if losses is None else _digest(losses),
         "example_inputs": _shapes(example_inputs),
     }
-    run = _Run(where, folder, settings)
+    run = RunFolder(where, folder, settings, sensitivity=None, costs=None, trials=[])
     told = _scan(run, where, model, evaluate, losses, chosen, grid, pattern, progress)
     curves = _costs(run, model, chosen, grid, unit, example_inputs, pattern, progress)
     searched = _Search(where, model, evaluate, retrain, told, curves, max_drop, pattern, run)
@@ -222,54 +221,6 @@ def prune_to_budget(
     return searched.finish(unit, budget, dense)
 
 
-class _Run:
-    """The folder of a run: record.json, and best.safetensors with the state of the best trial."""
-
-    def __init__(self, where: str, folder: str | os.PathLike[str] | None, settings: dict[str, Any]) -> None:
-        self.record: dict[str, Any] = {"settings": settings, "sensitivity": None, "costs": None, "trials": []}
-        self.folder = None if folder is None else Path(folder)
-        if self.folder is None:
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / "record.json"
-        if path.exists():
-            try:
-                found = json.loads(path.read_text(encoding="utf-8"))
-                same = found["settings"] == json.loads(json.dumps(settings))
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(
-                    f"{where}: folder must hold a run's record, got {path} ({error}); delete it"
-                ) from error
-            if not same:
-                raise ValueError(
-                    f"{where}: folder must hold a run with the same model and arguments, got another in {path}; pass "
-                    "another folder, or delete it"
-                )
-            self.record = found
-
-    def store(self, **parts: Any) -> None:
-        """Writes the record with these parts; the file is whole at any time."""
-        self.record |= parts
-        if self.folder is not None:
-            partial = self.folder / "record.json.partial"
-            partial.write_text(json.dumps(self.record, indent=1), encoding="utf-8")
-            partial.replace(self.folder / "record.json")
-
-    def keep(self, model: nn.Module) -> dict[str, torch.Tensor]:
-        """Stores the state of the best trial so far, and gives it."""
-        state = {name: tensor.detach().clone().contiguous() for name, tensor in model.state_dict().items()}
-        if self.folder is not None:
-            partial = self.folder / "best.safetensors.partial"
-            safetensors.torch.save_file(state, partial)
-            partial.replace(self.folder / "best.safetensors")
-        return state
-
-    def best(self) -> dict[str, torch.Tensor] | None:
-        """The state that keep stored."""
-        path = None if self.folder is None else self.folder / "best.safetensors"
-        return None if path is None or not path.exists() else safetensors.torch.load_file(path)
-
-
 class _Search:
     """Trials on copies of a model, and the best of them."""
 
@@ -283,7 +234,7 @@ class _Search:
         curves: CostCurves,
         max_drop: float,
         pattern: str | None,
-        run: _Run,
+        run: RunFolder,
     ) -> None:
         self.where, self.model, self.evaluate, self.retrain = where, model, evaluate, retrain
         self.baseline, self.losses = told
@@ -316,7 +267,7 @@ class _Search:
             score = same.score if same is not None else _score(self.where, self.evaluate, candidate)
             self.trials.append(BudgetTrial(limit, cost, drop, sparsities, score))
             if candidate is not None and self._is_best(index):
-                self.state = self.run.keep(candidate)
+                self.state = self.run.keep(candidate, "best")
             self.run.store(trials=[asdict(each) for each in self.trials])
         if self._is_best(index):
             self.chosen = index
@@ -325,7 +276,7 @@ class _Search:
     def finish(self, unit: str, budget: float | None, dense: float) -> BudgetReport:
         """Loads the chosen trial into the model."""
         if self.chosen is not None:
-            state = self.state if self.state is not None else self.run.best()
+            state = self.state if self.state is not None else self.run.kept("best")
             if state is None:  # the run was stored, its weights were deleted
                 state = self._prune(self.trials[self.chosen].sparsities).state_dict()
             elif self.state is None:
@@ -375,7 +326,7 @@ class _Search:
 
 
 def _scan(
-    run: _Run,
+    run: RunFolder,
     where: str,
     model: nn.Module,
     evaluate: Callable[[nn.Module], float],
@@ -426,7 +377,7 @@ def _scan(
 
 
 def _costs(
-    run: _Run,
+    run: RunFolder,
     model: nn.Module,
     chosen: Sequence[Target],
     grid: Sequence[float],
@@ -467,14 +418,6 @@ def _shapes(example_inputs: Any) -> list[str]:
 
 def _layout(state: Mapping[str, torch.Tensor]) -> dict[str, tuple[torch.dtype, torch.Size]]:
     return {name: (tensor.dtype, tensor.shape) for name, tensor in state.items()}
-
-
-def _fingerprint(model: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _check(

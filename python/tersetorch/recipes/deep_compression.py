@@ -1,23 +1,30 @@
-"""Deep Compression as one plan: prune and retrain, share weights and train the shared values."""
+"""Deep Compression as one plan: prune and retrain, share weights and train the shared values, store."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from rich.progress import Progress
 from torch import nn
 
 from tersetorch.methods import prune, quantize
 from tersetorch.methods.selection import Pattern, assign, select
+from tersetorch.recipes.run_folder import RunFolder, fingerprint
+from tersetorch.storage import save
+from tersetorch.storage.arguments import target_of
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Bits = Annotated[int, Field(ge=1, le=8)]
 Epochs = Annotated[int, Field(ge=0)]
+# The recipes that come with the package, by the names of their files.
+PUBLISHED = {path.stem: path for path in sorted(Path(__file__).parent.glob("*.yaml"))}
 Value = TypeVar("Value", int, float)
 
 
@@ -108,6 +115,21 @@ class DeepCompressionRecipe(_Plan):
         return self
 
     @classmethod
+    def named(cls, name: str) -> Self:
+        """A recipe that comes with the package: "alexnet", "lenet_300_100", "lenet_5", "squeezenet" or "vgg16".
+
+        Densities and bits are the paper's, for the layer names of tersetorch.zoo's networks.
+
+        Raises:
+            ValueError: there is none of that name.
+        """
+        if name not in PUBLISHED:
+            raise ValueError(
+                f"DeepCompressionRecipe: name must be one of {', '.join(PUBLISHED)}, got {name!r}; pass one of these"
+            )
+        return cls.from_yaml(PUBLISHED[name])
+
+    @classmethod
     def from_yaml(cls, path: str | os.PathLike[str]) -> Self:
         """Reads a recipe from a YAML file.
 
@@ -166,43 +188,80 @@ class Stage:
 Train = Callable[[nn.Module, Stage], object]
 
 
+@dataclass(frozen=True)
+class _Step:
+    """One change of the model with the training that follows; words for its bar."""
+
+    words: str
+    run: Callable[[], None]
+
+
 def deep_compression(
     model: nn.Module,
     recipe: DeepCompressionRecipe | Mapping[str, Any] | str | os.PathLike[str],
     train: Train,
     *,
     steps_per_epoch: int | None = None,
+    path: str | os.PathLike[str] | None = None,
+    folder: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
 ) -> nn.Module:
     """Prunes model and shares its weights by the recipe, in place; returns it with its parametrizations live.
 
     After each pruning and after sharing, train(model, stage) retrains what is left; it trains the parameters of model
     that require gradients, with an optimizer of its own, and calls stage.after_step() after every step. The third
-    stage of the paper, entropy coding, is tersetorch.storage.save's.
+    stage of the paper, entropy coding, is tersetorch.save's, which path asks for.
+
+    Example:
+        def train(model, stage):
+            tt.zoo.fit(model, images, labels, **dict(stage.training), after_step=stage.after_step)
+
+        steps = tt.zoo.steps_per_epoch(len(images))
+        tt.deep_compression(model, "lenet_5", train, steps_per_epoch=steps, path="lenet5.terse", folder="run")
+        print(tt.inspect("lenet5.terse"))  # where every byte went
 
     Args:
         model: a trained network.
-        recipe: the plan, a mapping with its fields, or the path of a YAML file.
+        recipe: the plan, a mapping with its fields, the name of a recipe that comes with the package (see
+            DeepCompressionRecipe.named), or the path of a YAML file.
         train: retrains model in place; what it returns is not looked at.
         steps_per_epoch: optimizer steps that train takes in an epoch; needed when recipe.prune.ramp_epochs is given.
+        path: the file to store the compressed model in, as tersetorch.save does; None to store none.
+        folder: where the model's state is kept after each training: the same call, with the model as it came, goes on
+            from there after an interruption and ends with the same bits, if train is deterministic. Made where it is
+            missing.
+        progress: a bar that counts trainings is added to it.
 
     Raises:
         TypeError: model is no module, recipe is no recipe, or train cannot be called.
         ValueError: the recipe is not valid, a pattern matches no layer, steps_per_epoch is missing or not positive,
-            or train did not call stage.after_step() often enough for the ramp to end.
-        FileNotFoundError: recipe names no file.
+            folder holds another run, or train did not call stage.after_step() often enough for the ramp to end.
+        FileNotFoundError: recipe names no file, or path's folder does not exist. What is wrong with recipe, path and
+            folder is said before anything changes.
 
     Source:
         Han, Mao, Dally, Deep Compression (2016), sections 2 and 3. Where we differ: dropout is scaled, and sparsity
         may rise while training (Zhu and Gupta, To prune, or not to prune, 2017, equation 1).
     """
-    plan = _check(model, recipe, train, steps_per_epoch)
-    if plan.prune is not None and plan.prune.rounds is not None:
-        _prune_in_rounds(model, plan.prune, train, plan.prune.rounds)
-    if plan.prune is not None and plan.prune.ramp_epochs is not None and steps_per_epoch is not None:
-        _prune_while_training(model, plan.prune, train, plan.prune.ramp_epochs * steps_per_epoch)
-    if plan.share is not None:
-        quantize.kmeans(model, _by_pattern(plan.share.bits), init=plan.share.init)
-        train(model, _stage("share", plan.share.train))
+    plan, layers = _check(model, recipe, train, steps_per_epoch, path)
+    steps = _steps(model, plan, train, steps_per_epoch)
+    weights = None if folder is None else fingerprint(model)
+    settings = {"recipe": plan.model_dump(), "steps_per_epoch": steps_per_epoch, "weights": weights}
+    run = RunFolder("deep_compression", folder, settings, done=0)
+    done = _resume(model, plan, run, layers, len(steps))
+    task = None if progress is None else progress.add_task("deep compression", total=len(steps), completed=done)
+    for index, step in enumerate(steps[done:], done + 1):
+        if progress is not None and task is not None:
+            progress.update(task, description=f"deep compression: {step.words}")
+        step.run()
+        if folder is not None:
+            run.keep(model, f"after_{index}")
+            run.store(done=index)
+            run.forget(f"after_{index - 1}")
+        if progress is not None and task is not None:
+            progress.advance(task)
+    if path is not None:
+        save(model, path)
     return model
 
 
@@ -211,20 +270,12 @@ def _check(
     recipe: DeepCompressionRecipe | Mapping[str, Any] | str | os.PathLike[str],
     train: Train,
     steps_per_epoch: int | None,
-) -> DeepCompressionRecipe:
+    path: str | os.PathLike[str] | None,
+) -> tuple[DeepCompressionRecipe, list[str]]:
+    """The plan, and the names of the layers that it changes."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"deep_compression: model must be an nn.Module, got {type(model).__name__}; pass the network")
-    if isinstance(recipe, DeepCompressionRecipe):
-        plan = recipe
-    elif isinstance(recipe, Mapping):
-        plan = DeepCompressionRecipe.from_mapping(recipe)
-    elif isinstance(recipe, str | os.PathLike):
-        plan = DeepCompressionRecipe.from_yaml(recipe)
-    else:
-        raise TypeError(
-            "deep_compression: recipe must be a DeepCompressionRecipe, a mapping or the path of a YAML file, "
-            f"got {type(recipe).__name__}; pass one of these"
-        )
+    plan = _plan(recipe)
     if not callable(train):
         raise TypeError(
             f"deep_compression: train must be callable as train(model, stage), got {type(train).__name__}; "
@@ -240,28 +291,83 @@ def _check(
             "deep_compression: steps_per_epoch must be at least 1 where recipe.prune has ramp_epochs, "
             f"got {steps_per_epoch}; pass the optimizer steps that train takes in an epoch"
         )
+    if path is not None:  # looked at now, since the file comes last, after hours of training maybe
+        target_of("deep_compression", path)
+    layers = []
     if plan.prune is not None:
-        _check_layers(model, "recipe.prune.sparsity", plan.prune.sparsity)
+        layers += _layers(model, "recipe.prune.sparsity", plan.prune.sparsity)
     if plan.share is not None:
-        _check_layers(model, "recipe.share.bits", plan.share.bits)
-    return plan
+        layers += _layers(model, "recipe.share.bits", plan.share.bits)
+    return plan, list(dict.fromkeys(layers))
 
 
-def _check_layers(model: nn.Module, name: str, values: float | dict[str, float] | dict[str, int]) -> None:
+def _plan(recipe: DeepCompressionRecipe | Mapping[str, Any] | str | os.PathLike[str]) -> DeepCompressionRecipe:
+    if isinstance(recipe, DeepCompressionRecipe):
+        return recipe
+    if isinstance(recipe, Mapping):
+        return DeepCompressionRecipe.from_mapping(recipe)
+    if isinstance(recipe, str) and recipe in PUBLISHED:
+        return DeepCompressionRecipe.named(recipe)
+    if isinstance(recipe, str | os.PathLike):
+        if not Path(recipe).is_file():
+            raise FileNotFoundError(
+                f"deep_compression: recipe must be one of {', '.join(PUBLISHED)} or the path of a YAML file, "
+                f"got {str(recipe)!r}; pass one that exists"
+            )
+        return DeepCompressionRecipe.from_yaml(recipe)
+    raise TypeError(
+        "deep_compression: recipe must be a DeepCompressionRecipe, a mapping, a name or the path of a YAML file, "
+        f"got {type(recipe).__name__}; pass one of these"
+    )
+
+
+def _layers(model: nn.Module, name: str, values: float | dict[str, float] | dict[str, int]) -> list[str]:
     if isinstance(values, dict):
-        assign("deep_compression", name, model, {**values}, None)
-    else:
-        select("deep_compression", model, None, None)
+        return [target.name for target, _ in assign("deep_compression", name, model, {**values}, None)]
+    return [target.name for target in select("deep_compression", model, None, None)]
 
 
-def _prune_in_rounds(model: nn.Module, plan: PruneStage, train: Train, rounds: int) -> None:
-    def retrain(network: nn.Module, index: int) -> None:
-        if plan.dropout_rule:
-            prune.rescale_dropout(network)
-        train(network, _stage("prune", plan.train, index, rounds))
+def _resume(model: nn.Module, plan: DeepCompressionRecipe, run: RunFolder, layers: list[str], steps: int) -> int:
+    """Loads what the folder keeps into model; how many steps are done."""
+    done = run.record.get("done")
+    if not isinstance(done, int) or not 0 <= done <= steps:
+        raise ValueError(
+            f"deep_compression: folder must hold a record of {steps} steps, got done = {done!r}; delete {run.folder}"
+        )
+    if not done:
+        return 0
+    state = run.kept(f"after_{done}")
+    if state is None:
+        raise ValueError(
+            f"deep_compression: folder must hold the state after step {done}, got none; delete {run.folder}"
+        )
+    prune.magnitude(model, 0.0, targets=layers)  # makes room for the masks
+    model.load_state_dict(state)
+    if plan.prune is not None and plan.prune.dropout_rule:
+        prune.rescale_dropout(model)
+    return done
 
-    parts = [1 - (1 - index / rounds) ** 3 for index in range(1, rounds + 1)]
-    prune.iterative(model, [_scaled(plan.sparsity, part) for part in parts], retrain)
+
+def _steps(model: nn.Module, plan: DeepCompressionRecipe, train: Train, steps_per_epoch: int | None) -> list[_Step]:
+    steps = []
+    if plan.prune is not None and plan.prune.rounds is not None:
+        rounds = plan.prune.rounds
+        for index in range(1, rounds + 1):
+            words = f"prune and retrain, round {index} of {rounds}"
+            steps.append(_Step(words, partial(_prune_round, model, plan.prune, train, index, rounds)))
+    if plan.prune is not None and plan.prune.ramp_epochs is not None and steps_per_epoch is not None:
+        ramp = plan.prune.ramp_epochs * steps_per_epoch
+        steps.append(_Step("prune and retrain", partial(_prune_while_training, model, plan.prune, train, ramp)))
+    if plan.share is not None:
+        steps.append(_Step("share weights and train the shared values", partial(_share, model, plan.share, train)))
+    return steps
+
+
+def _prune_round(model: nn.Module, plan: PruneStage, train: Train, index: int, rounds: int) -> None:
+    prune.magnitude(model, _scaled(plan.sparsity, 1 - (1 - index / rounds) ** 3))
+    if plan.dropout_rule:
+        prune.rescale_dropout(model)
+    train(model, _stage("prune", plan.train, index, rounds))
 
 
 def _prune_while_training(model: nn.Module, plan: PruneStage, train: Train, steps: int) -> None:
@@ -284,6 +390,11 @@ def _prune_while_training(model: nn.Module, plan: PruneStage, train: Train, step
             f"deep_compression: train must call stage.after_step() at least {steps} times, got {taken}; "
             "call it after every optimizer step and check steps_per_epoch"
         )
+
+
+def _share(model: nn.Module, plan: ShareStage, train: Train) -> None:
+    quantize.kmeans(model, _by_pattern(plan.bits), init=plan.init)
+    train(model, _stage("share", plan.train))
 
 
 def _by_pattern(values: Value | dict[str, Value]) -> Value | dict[Pattern, Value]:

@@ -6,16 +6,15 @@ from dataclasses import dataclass
 
 import torch
 from rich.progress import Progress
-from torch import nn
 
 from tersetorch.recipes.deep_compression import (
     DeepCompressionRecipe,
     PruneStage,
     ShareStage,
-    Stage,
     Training,
     deep_compression,
 )
+from tersetorch.recipes.trainer import trainer
 from tersetorch.zoo import Dataset, LeNet300100, fit, steps_per_epoch
 
 # Fewer images than this and a whole batch of MNIST's size would leave too few steps in an epoch.
@@ -89,21 +88,7 @@ def compress_lenet(
     model: LeNet300100, data: Dataset, plan: LeNetPlan, *, seed: int = 0, progress: Progress | None = None
 ) -> LeNet300100:
     """Prunes and shares model by plan, in place, retraining on data.train_images; returns it live."""
-    words = {"prune": "prune and retrain", "share": "share weights and train the shared values"}
-
-    def retrain(network: nn.Module, stage: Stage) -> None:
-        fit(
-            network,
-            data.train_images,
-            data.train_labels,
-            **dict(stage.training),
-            batch_size=plan.batch_size,
-            seed=seed + 1,
-            after_step=stage.after_step,
-            progress=progress,
-            description=words[stage.name],
-        )
-
+    train = trainer(data, batch_size=plan.batch_size, seed=seed + 1, progress=progress)
     steps = steps_per_epoch(len(data.train_images), plan.batch_size)
-    deep_compression(model, plan.recipe, retrain, steps_per_epoch=steps)
+    deep_compression(model, plan.recipe, train, steps_per_epoch=steps)
     return model

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import secrets
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from os import PathLike
 from pathlib import Path
 
@@ -28,6 +30,48 @@ def path_of(where: str, path: str | PathLike[str]) -> Path:
     if not encodable:
         raise ValueError(f"{where}: path must be a name that a file can have, got {str(path)!r}; pass another")
     return target
+
+
+def target_of(where: str, path: str | PathLike[str]) -> Path:
+    """The file to write that the caller gave; a link stays, and what it names is replaced.
+
+    Raises:
+        TypeError: path is neither a string nor a path.
+        ValueError: path is empty or no name that a file can have, or it names a folder, a device or a pipe.
+        OSError: path cannot be looked at; FileNotFoundError where its folder does not exist.
+    """
+    target = Path(os.path.realpath(path_of(where, path)))
+    mode = 0
+    with naming(where, target, "name a file that can be written", "choose another"):
+        folder = target.parent.is_dir()
+        with suppress(FileNotFoundError, NotADirectoryError):
+            mode = target.stat().st_mode
+    if not folder:
+        raise FileNotFoundError(f"{where}: path must lie in a folder that exists, got {target}; create {target.parent}")
+    if stat.S_ISDIR(mode):
+        raise ValueError(f"{where}: path must name a file, got the folder {target}; add a name, such as model.terse")
+    if mode and not stat.S_ISREG(mode):
+        raise ValueError(f"{where}: path must name a regular file, got the device or pipe {target}; choose another")
+    return target
+
+
+def write_whole(where: str, target: Path, data: bytes) -> None:
+    """Puts data at target whole or not at all.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    beside = target.with_name(f".{secrets.token_hex(8)}.tmp")
+    with naming(where, target, "name a file that can be written", "choose another, or make room"):
+        try:
+            with open(beside, "xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, target)
+        except BaseException:
+            beside.unlink(missing_ok=True)
+            raise
 
 
 @contextmanager

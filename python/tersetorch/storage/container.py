@@ -20,7 +20,9 @@ from typing import Any
 
 from tersetorch.storage.errors import refuse
 
-VERSION = 1
+# Files of version 1 lack coders of version 2 and are read as well.
+VERSION = 2
+VERSIONS = ("1", "2")
 HEAD_CAP = 1024
 START_CAP = 8 + HEAD_CAP
 HEADER_CAP = 16 << 20
@@ -50,7 +52,7 @@ def unpack(raw: bytes) -> tuple[dict[str, Any], memoryview, int, int]:
     """The header, the data, and the bytes that the container and the header take.
 
     Raises:
-        TerseFileError: raw is no whole .terse file of this version.
+        TerseFileError: raw is no whole .terse file of these versions.
     """
     start, data_length, header_length = check_start(raw[:START_CAP], len(raw))
     view = memoryview(raw)
@@ -64,7 +66,7 @@ def check_start(raw: bytes, file_bytes: int) -> tuple[int, int, int]:
     """Lengths of head, data and header of a file of file_bytes that begins with raw, its first START_CAP bytes.
 
     Raises:
-        TerseFileError: no whole .terse file of this version begins so and has this size.
+        TerseFileError: no whole .terse file of these versions begins so and has this size.
     """
     if min(len(raw), file_bytes) < 8:  # a file of /sys has fewer than it says
         refuse("be a terse file", f"{min(len(raw), file_bytes)} bytes")
@@ -73,9 +75,10 @@ def check_start(raw: bytes, file_bytes: int) -> tuple[int, int, int]:
         refuse(f"begin with the length of a head of at most {HEAD_CAP} bytes", f"{head_length} in {file_bytes} bytes")
     head = _parse(raw[8 : 8 + head_length], "the head")
     version, data_length, header_length = _places(head)
-    if version != str(VERSION):
-        refuse(f"have format version {VERSION}", f"version {version[:20]}", "read it with the tersetorch it came from")
-    expected = _head(data_length, header_length)
+    if version not in VERSIONS:
+        rule = f"have format version {' or '.join(VERSIONS)}"
+        refuse(rule, f"version {version[:20]}", "read it with the tersetorch it came from")
+    expected = _head(data_length, header_length, version)
     start = len(expected)
     if raw[:start] != expected or file_bytes != start + data_length + header_length:
         refuse("have the head that its two tensors call for, and end with them", f"{file_bytes} other bytes")
@@ -100,10 +103,16 @@ def split(data: memoryview, lengths: Sequence[int]) -> list[bytes]:
     return streams
 
 
-def _head(data_length: int, header_length: int) -> bytes:
+def version_of(raw: bytes) -> int:
+    """The format version in the head of a file that check_start accepted."""
+    (head_length,) = struct.unpack_from("<Q", raw)
+    return int(_places(_parse(raw[8 : 8 + head_length], "the head"))[0])
+
+
+def _head(data_length: int, header_length: int, version: str = str(VERSION)) -> bytes:
     """What the safetensors library writes for these two tensors."""
     places = {
-        "__metadata__": {"terse": str(VERSION)},
+        "__metadata__": {"terse": version},
         "data": {"dtype": "U8", "shape": [data_length], "data_offsets": [0, data_length]},
         "header": {
             "dtype": "U8",

@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from rich.progress import Progress
 from torch import Tensor, nn
 
 from tersetorch.storage import registry
@@ -41,7 +42,7 @@ _SUMMING = (
 class Describer:
     """Walks a model once. Afterwards entries and streams hold its tensors, each stored once."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, progress: Progress | None = None) -> None:
         self.entries: list[Entry] = []
         self.streams: list[list[Stream]] = []
         self._numbers: dict[int, int] = {}
@@ -49,6 +50,15 @@ class Describer:
         self._modules: dict[nn.Module, int] = {}
         self._taken: set[nn.Module] = set()
         self._open: set[nn.Module] = set()
+        self._progress = progress or Progress(disable=True)
+        stored = {
+            id(tensor): tensor.nbytes
+            for module in model.modules()
+            for name, tensor in (*module._parameters.items(), *module._buffers.items())
+            if tensor is not None
+            and not (name in module._buffers and (type(module) in KINDS or name in module._non_persistent_buffers_set))
+        }
+        self._task = self._progress.add_task("saving", total=sum(stored.values()))
         # A parameter that another module uses as well, such as a tied embedding's, does not only enter sums.
         self._exact = {
             id(parameter)
@@ -154,6 +164,7 @@ class Describer:
         number = self._numbers[id(tensor)] = len(self.entries)
         self.entries.append(entry)
         self.streams.append(streams)
+        self._progress.advance(self._task, tensor.nbytes)
         return number
 
 

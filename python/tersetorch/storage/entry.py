@@ -10,6 +10,7 @@
     o  dimensions from outermost to innermost in memory
     g  false: a parameter that does not train
     c  true: the weight of a sparse layer, which is never dense
+    v  kernel of a sparse convolution, whose weight is stored as a matrix
     x  streams: [coder, bytes] or [coder, bytes, width]
 
 Forms and their streams:
@@ -30,7 +31,19 @@ import torch
 
 from tersetorch.storage import fields
 from tersetorch.storage.errors import refuse
-from tersetorch.storage.streams import CODE_CODERS, MAX_ENTRIES, POSITION_CODERS, Stream
+from tersetorch.storage.streams import (
+    CODE_CODERS,
+    MAX_CONTEXT_BITS,
+    MAX_ENTRIES,
+    MAX_ITEMS_PER_BYTE,
+    MAX_NUMBERS,
+    POSITION_CODERS,
+    SUBBIT_CODERS,
+    VALUE_CODERS,
+    Grid,
+    Stream,
+    fits_contexts,
+)
 
 DTYPES = {
     "f64": torch.float64,
@@ -62,8 +75,8 @@ FORMS = {
     "sparse-codebook": ("positions", "codebook", "codes"),
 }
 ROLE_CODERS = {
-    "values": ("raw",),
-    "codebook": ("raw",),
+    "values": VALUE_CODERS,
+    "codebook": VALUE_CODERS,
     "codes": CODE_CODERS,
     "positions": POSITION_CODERS,
 }
@@ -94,6 +107,7 @@ class Entry:
     order: tuple[int, ...] | None = None
     trains: bool = True
     compressed: bool = False
+    kernel: tuple[int, ...] = ()
     streams: tuple[StreamSpec, ...] = ()
 
     @property
@@ -105,6 +119,15 @@ class Entry:
     def numel(self) -> int:
         """Stored numbers of the dense tensor (two for a complex one)."""
         return math.prod(self.shape) * (2 if self.dtype in REAL else 1)
+
+    @property
+    def grid(self) -> Grid:
+        """The tensor as coders in context see it: a tensor without columns is one row."""
+        shape = (*self.shape, 2) if self.dtype in REAL else self.shape
+        rows = shape[0] if len(shape) > 1 else 1
+        kernel = math.prod(self.kernel or shape[2:])
+        width = (self.kernel or shape[2:] or (1,))[-1]
+        return Grid(self.numel, self.numel // max(1, rows * kernel), kernel, width)
 
     @property
     def is_sparse(self) -> bool:
@@ -142,6 +165,8 @@ class Entry:
             data["g"] = False
         if self.compressed:
             data["c"] = True
+        if self.kernel:
+            data["v"] = list(self.kernel)
         data["x"] = [[spec.coder, spec.nbytes] + [spec.width] * (spec.width > 0) for spec in self.streams]
         return data
 
@@ -152,7 +177,7 @@ class Entry:
         Raises:
             TerseFileError: a field is unknown, missing or out of range, or the fields contradict each other.
         """
-        data = fields.check_keys(data, "a tensor", set("sdfnkbtogcx"))
+        data = fields.check_keys(data, "a tensor", set("sdfnkbtogcvx"))
         sizes = fields.items(data.get("s"), "a shape")
         shape = tuple(fields.integer(size, "a dimension", 0, fields.MAX_SIZE) for size in sizes[:65])
         if len(sizes) > 64 or math.prod(shape) >= fields.MAX_SIZE // 2:
@@ -173,6 +198,7 @@ class Entry:
             order=_order(data["o"], len(shape)) if "o" in data else None,
             trains=fields.flag(data.get("g", True), "g"),
             compressed=fields.flag(data.get("c", False), "c"),
+            kernel=_kernel(data["v"], shape) if "v" in data else (),
         )
         roles = FORMS[form]
         specs = fields.items(data.get("x"), "streams")
@@ -191,7 +217,15 @@ class Entry:
         layer = self.is_sparse and len(self.shape) == 2 and self.dtype in (torch.float32, torch.bfloat16)
         if self.compressed and (not layer or self.order or self.base):
             refuse("keep a layer's weight as a sparse float32 or bfloat16 matrix", f"{self.form} {list(self.shape)}")
+        if self.kernel and not self.compressed:
+            refuse("name the kernel of a sparse layer's weight only", list(self.kernel))
         for spec in self.streams:
+            if spec.coder == "contexts":
+                few = 0 < self.numel <= MAX_CONTEXT_BITS
+                if spec.role == "codes":
+                    few = fits_contexts(self.entries, self.stored, self.grid)
+                if not few or self.down_columns:
+                    refuse("code in context a tensor by rows, of few enough weights", f"{spec.role} of {self.numel}")
             if spec.coder == "raw":
                 count = self.entries if spec.role == "codebook" else self.stored
                 if spec.nbytes != count * self.real_dtype.itemsize:
@@ -202,7 +236,12 @@ class Entry:
             elif spec.coder == "all":
                 if spec.nbytes or self.stored != self.numel:
                     refuse("store every position and no bytes for them", f"{self.stored}, {spec.nbytes} bytes")
-            elif self.stored > spec.nbytes * 8:
+            elif spec.role == "codebook":
+                if self.entries > spec.nbytes * MAX_ITEMS_PER_BYTE:
+                    refuse(f"hold {self.entries} items in a stream of {spec.role}", f"{spec.nbytes} bytes")
+            elif spec.coder == "numbers" and self.stored > MAX_NUMBERS:
+                refuse(f"hold at most {MAX_NUMBERS} values in a stream of numbers", self.stored)
+            elif self.stored > spec.nbytes * (MAX_ITEMS_PER_BYTE if spec.coder in SUBBIT_CODERS else 8):
                 refuse(f"hold {self.stored} items in a stream of {spec.role}", f"{spec.nbytes} bytes")
 
 
@@ -211,6 +250,16 @@ def _order(value: Any, dimensions: int) -> tuple[int, ...]:
     if sorted(order) != list(range(dimensions)):
         refuse(f"have an order of {dimensions} dimensions", list(order)[:8])
     return order
+
+
+def _kernel(value: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
+    sizes = fields.items(value, "a kernel")[:3]
+    kernel = tuple(fields.integer(size, "a kernel's size", 1, fields.MAX_SIZE) for size in sizes)
+    if len(shape) != 2 or not 1 <= len(kernel) <= 2 or math.prod(kernel) >= fields.MAX_SIZE:
+        refuse("name one or two sizes of a kernel for a matrix", list(kernel))
+    if shape[1] % math.prod(kernel):
+        refuse(f"have kernels that divide {shape[1]} columns", list(kernel))
+    return kernel
 
 
 def _stream_spec(role: str, data: Any) -> StreamSpec:

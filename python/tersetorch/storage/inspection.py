@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tersetorch.storage import streams
-from tersetorch.storage.container import CHECKSUM_BYTES, VERSION
+from tersetorch.storage.container import CHECKSUM_BYTES
 from tersetorch.storage.entry import Entry
 from tersetorch.storage.errors import reading, refuse
 from tersetorch.storage.reader import read
@@ -196,7 +196,7 @@ def inspect(path: str | PathLike[str]) -> Inspection:
         )
     return Inspection(
         str(path),
-        VERSION,
+        contents.version,
         contents.file_bytes,
         contents.header_bytes,
         contents.container_bytes,

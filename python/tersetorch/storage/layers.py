@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tersetorch.formats import CsrWeight, SparseCodebookWeight
@@ -57,24 +59,26 @@ def encode_layer(name: str, layer: Layer) -> tuple[Entry, list[Stream]]:
     column_of = weight.cols.cpu().numpy()
     by_columns = column_of * rows + row_of
     down = np.argsort(by_columns, kind="stable")
-    positions, coding, down_columns = min(
-        (
-            (positions, streams.best_position_coding(positions, rows * columns), down_columns)
-            for down_columns, positions in ((False, row_of * columns + column_of), (True, by_columns[down]))
-        ),
-        key=lambda choice: choice[1].nbytes,
-    )
-    entries, encoded = _encode_values(weight, down if down_columns else slice(None))
     entry = Entry(
         (rows, columns),
         torch.float32 if isinstance(weight, SparseCodebookWeight) else weight.values.dtype,
-        "sparse-codebook" if len(encoded) == 2 else "sparse",
-        positions.size,
-        entries,
-        down_columns=down_columns,
+        "sparse-codebook",
+        row_of.size,
         trains=getattr(layer, layer.parameter_field).requires_grad,
         compressed=True,
+        kernel=() if isinstance(layer, Linear) else dense_shape(layer)[2:],
     )
+    by_rows = row_of * columns + column_of
+    positions, coding, down_columns = min(
+        (
+            (by_rows, streams.best_position_coding(by_rows, rows * columns, entry.grid), False),
+            (by_columns[down], streams.best_position_coding(by_columns[down], rows * columns), True),
+        ),
+        key=lambda choice: choice[1].nbytes,
+    )
+    entries, encoded = _encode_values(weight, entry, down if down_columns else None, by_rows)
+    form = "sparse-codebook" if len(encoded) == 2 else "sparse"
+    entry = replace(entry, form=form, entries=entries, down_columns=down_columns)
     encoded = [streams.encode_positions("positions", positions, rows * columns, coding), *encoded]
     return entry.with_streams(encoded), encoded
 
@@ -123,19 +127,26 @@ def dense_shape(layer: Layer) -> tuple[int, ...]:
     return layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size
 
 
-def _encode_values(weight: CsrWeight | SparseCodebookWeight, order: Array | slice) -> tuple[int, list[Stream]]:
-    """Entries of the codebook (0 for none), and the streams of the values in this order."""
+def _encode_values(
+    weight: CsrWeight | SparseCodebookWeight, entry: Entry, order: Array | None, positions: NDArray[np.int64]
+) -> tuple[int, list[Stream]]:
+    """Entries of the codebook (0 for none), and the streams of the values, in this order or as they are."""
     if isinstance(weight, SparseCodebookWeight):
         codes: Array = weight.codes.cpu().numpy()
         codebook = tensors.patterns(weight.codebook)
-        coding = streams.best_code_coding(np.bincount(codes, minlength=codebook.size))
+        counts = np.bincount(codes, minlength=codebook.size)
+        context = None if order is not None else tensors.context_of(entry, codebook, positions)
+        coding = streams.best_code_coding(counts, lambda: codes, context)
         return codebook.size, [
-            streams.raw_stream("codebook", codebook),
-            streams.encode_codes(codes[order], codebook.size, coding),
+            streams.value_stream("codebook", codebook),
+            streams.encode_codes(codes if order is None else codes[order], codebook.size, coding),
         ]
     values = tensors.patterns(weight.values)
     table = tensors.count_patterns(values)
-    return tensors.value_streams(values[order], table, tensors.value_coding(table, values.size, values.itemsize)[1])
+    if order is not None:
+        values = values[order]
+    coded = tensors.value_coding(values, table, None if order is not None else entry, positions)
+    return tensors.value_streams(values, table, coded)
 
 
 def decode_layer(
@@ -153,9 +164,9 @@ def decode_layer(
     if codebooks:
         if entry.form != "sparse-codebook" or entry.dtype is not torch.float32:
             refuse(f"hold a float32 codebook and codes for a {kind}", f"{entry.form} of {entry.dtype}")
-        codebook, values = tensors.codebook_and_codes(entry, data, _NUMPY_CODEBOOK)
+        codebook, values = tensors.codebook_and_codes(entry, data, _NUMPY_CODEBOOK, positions)
     else:
-        values = tensors.values_of(entry, data, np.dtype(f"u{entry.dtype.itemsize}"))
+        values = tensors.values_of(entry, data, np.dtype(f"u{entry.dtype.itemsize}"), positions)
     if entry.down_columns and rows:
         positions = positions % rows * columns + positions // rows
         order = np.argsort(positions, kind="stable")

@@ -9,6 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from rich.progress import Progress
 from torch import nn
 
 from tersetorch.conversion.swap import deep_copy
@@ -16,7 +17,7 @@ from tersetorch.methods import finalize
 from tersetorch.methods.parametrization import is_live
 from tersetorch.storage import fields
 from tersetorch.storage.arguments import naming, path_of
-from tersetorch.storage.container import START_CAP, check_start, split, unpack
+from tersetorch.storage.container import START_CAP, check_start, split, unpack, version_of
 from tersetorch.storage.entry import Entry
 from tersetorch.storage.errors import reading, refuse
 from tersetorch.storage.rebuild import Builder, Tensors, adopt
@@ -31,6 +32,7 @@ class Contents:
     """A file's parts, every checksum verified.
 
     Attributes:
+        version: of the format.
         file_bytes: size of the file.
         container_bytes: the safetensors head with its length.
         header_bytes: the header tensor, deflated, with its checksum.
@@ -40,6 +42,7 @@ class Contents:
         provenance: what save was given.
     """
 
+    version: int
     file_bytes: int
     container_bytes: int
     header_bytes: int
@@ -49,7 +52,13 @@ class Contents:
     provenance: dict[str, Any] | None
 
 
-def load(path: str | PathLike[str], *, model: nn.Module | None = None, max_bytes: int | None = None) -> nn.Module:
+def load(
+    path: str | PathLike[str],
+    *,
+    model: nn.Module | None = None,
+    max_bytes: int | None = None,
+    progress: Progress | None = None,
+) -> nn.Module:
     """Reads what save wrote: the same tensors to the bit, on the CPU, with the same ties and training flags.
 
     Args:
@@ -59,6 +68,7 @@ def load(path: str | PathLike[str], *, model: nn.Module | None = None, max_bytes
             it, zoo networks and trees of torch.nn modules and our layers are built from the file alone.
         max_bytes: the most bytes that the tensors may take; None allows 64 MiB or 4096 times the file's size, whichever
             is more.
+        progress: a bar of the tensors' bytes is added to it.
 
     Raises:
         TypeError: an argument has another type than named here.
@@ -80,7 +90,7 @@ def load(path: str | PathLike[str], *, model: nn.Module | None = None, max_bytes
         needed = sum(entry.decoded_bytes for entry in contents.entries)
         if needed > limit:
             refuse(f"decode to at most {limit} bytes", needed, "pass max_bytes= if you trust the file")
-        tensors = Tensors(contents.entries, contents.data)
+        tensors = Tensors(contents.entries, contents.data, progress)
         if model is None:
             loaded = Builder(tensors, limit).build(contents.root)
         else:
@@ -107,7 +117,8 @@ def read(where: str, path: str | PathLike[str]) -> Contents:
         refuse("have an object as provenance", type(provenance).__name__)
     streams = iter(split(data, [spec.nbytes for entry in entries for spec in entry.streams]))
     grouped = [[next(streams) for _ in entry.streams] for entry in entries]
-    return Contents(len(raw), container_bytes, header_bytes, header.get("m"), entries, grouped, provenance)
+    sizes = len(raw), container_bytes, header_bytes
+    return Contents(version_of(raw), *sizes, header.get("m"), entries, grouped, provenance)
 
 
 def _whole(where: str, path: Path) -> bytes:

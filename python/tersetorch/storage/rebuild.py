@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
+from rich.progress import Progress
 from torch import Tensor, nn
 
 from tersetorch.conversion.swap import deep_copy
@@ -22,12 +23,14 @@ _NODE_KEYS = set("kcatmeo")
 class Tensors:
     """Decodes entries when they are asked for, each once, so that what was tied is tied again."""
 
-    def __init__(self, entries: list[Entry], data: list[list[bytes]]) -> None:
+    def __init__(self, entries: list[Entry], data: list[list[bytes]], progress: Progress | None = None) -> None:
         self.entries = entries
         self._data = data
         self._plain: dict[int, Tensor] = {}
         self._parameters: dict[int, nn.Parameter] = {}
         self._layers: dict[int, Layer] = {}
+        self._progress = progress or Progress(disable=True)
+        self._task = self._progress.add_task("loading", total=sum(entry.decoded_bytes for entry in entries))
 
     def entry(self, number: Any, compressed: bool) -> Entry:
         """The entry of this number, which must be (or not be) a layer's sparse weight."""
@@ -41,6 +44,7 @@ class Tensors:
         entry = self.entry(number, compressed=False)
         if number not in self._plain:
             self._plain[number] = decode_tensor(entry, self._data[number])
+            self._progress.advance(self._task, entry.decoded_bytes)
         return self._plain[number]
 
     def parameter(self, number: Any) -> nn.Parameter:
@@ -65,6 +69,7 @@ class Tensors:
         earlier = self._layers.get(number)
         if earlier is None:
             self._layers[number] = layer = decode_layer(kind, entry, self._data[number], bias, config, training)
+            self._progress.advance(self._task, entry.decoded_bytes)
             return layer
         if type(earlier) is not LAYERS[kind]:
             refuse("share a weight among layers of one kind", kind)

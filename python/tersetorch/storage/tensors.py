@@ -19,7 +19,7 @@ from torch import Tensor
 from tersetorch.storage import streams
 from tersetorch.storage.entry import DTYPE_NAMES, REAL, Entry
 from tersetorch.storage.errors import refuse
-from tersetorch.storage.streams import Array, Coding, Stream
+from tersetorch.storage.streams import Array, Coding, Context, Stream
 
 # What a stream costs beside its bytes: its checksum, and about this much of the header.
 STREAM_BYTES = 12
@@ -83,9 +83,9 @@ def decode_tensor(entry: Entry, data: list[bytes]) -> Tensor:
         TerseFileError: a stream does not decode to what the entry says.
     """
     pattern: np.dtype[Any] = np.dtype(_PATTERNS[entry.real_dtype.itemsize])
-    bits = values_of(entry, data, pattern)
-    if entry.is_sparse:
-        positions = positions_of(entry, data)
+    positions = positions_of(entry, data) if entry.is_sparse else None
+    bits = values_of(entry, data, pattern, positions)
+    if positions is not None:
         dense = np.full(entry.numel, entry.base, pattern)
         dense[positions] = bits
         bits = dense.reshape(-1, entry.shape[0]).T.ravel() if entry.down_columns and entry.numel else dense
@@ -104,22 +104,40 @@ def decode_tensor(entry: Entry, data: list[bytes]) -> Tensor:
 def positions_of(entry: Entry, data: list[bytes]) -> NDArray[np.int64]:
     """The stored positions of a sparse form, in the order of its values."""
     spec = entry.streams[0]
-    return streams.decode_positions(data[0], spec.coder, spec.width, entry.stored, entry.numel)
+    return streams.decode_positions(data[0], spec.coder, spec.width, entry.stored, entry.numel, entry.grid)
 
 
-def codebook_and_codes(entry: Entry, data: list[bytes], dtype: np.dtype[Any]) -> tuple[Array, Array]:
-    """Codebook and codes of a codebook form."""
+def codebook_and_codes(
+    entry: Entry, data: list[bytes], dtype: np.dtype[Any], positions: NDArray[np.int64] | None = None
+) -> tuple[Array, Array]:
+    """Codebook and codes of a codebook form, of a sparse one with its positions."""
     at = [spec.role for spec in entry.streams].index("codebook")
-    codebook = streams.decode_raw(data[at], dtype, entry.entries)
-    return codebook, streams.decode_codes(data[at + 1], entry.streams[at + 1].coder, entry.entries, entry.stored)
+    codebook_spec, code_spec = entry.streams[at : at + 2]
+    codebook = streams.decode_values(data[at], codebook_spec.coder, dtype, entry.entries)
+    context = context_of(entry, codebook, positions) if code_spec.coder == "contexts" else None
+    return codebook, streams.decode_codes(data[at + 1], code_spec.coder, entry.entries, entry.stored, context)
 
 
-def values_of(entry: Entry, data: list[bytes], dtype: np.dtype[Any]) -> Array:
-    """The stored values of any form, in their order."""
+def values_of(
+    entry: Entry, data: list[bytes], dtype: np.dtype[Any], positions: NDArray[np.int64] | None = None
+) -> Array:
+    """The stored values of any form, in their order; of a sparse one with its positions."""
     if entry.form.endswith("codebook"):
-        codebook, codes = codebook_and_codes(entry, data, dtype)
+        codebook, codes = codebook_and_codes(entry, data, dtype, positions)
         return codebook[codes] if len(codes) else codebook[:0]
-    return streams.decode_raw(data[entry.is_sparse], dtype, entry.stored)
+    return streams.decode_values(data[entry.is_sparse], entry.streams[entry.is_sparse].coder, dtype, entry.stored)
+
+
+def context_of(entry: Entry, codebook: Array, positions: NDArray[np.int64] | None) -> Context:
+    """What coders in context know of codes; codebook holds bit patterns."""
+    sign = codebook.dtype.type(1 << (8 * codebook.itemsize - 1))
+    keys = codebook
+    if entry.real_dtype.is_floating_point:  # sign and magnitude
+        keys = np.where(codebook & sign, ~codebook, codebook | sign)
+    elif entry.real_dtype.is_signed:
+        keys = codebook ^ sign
+    zero = sign if entry.real_dtype.is_floating_point or entry.real_dtype.is_signed else sign & ~sign
+    return Context(entry.grid, positions, np.argsort(keys, kind="stable"), int(np.count_nonzero(keys < zero)))
 
 
 def patterns(tensor: Tensor) -> Array:
@@ -149,26 +167,41 @@ def count_patterns(bits: Array) -> Table | None:
     return (distinct, counts) if len(distinct) <= streams.MAX_ENTRIES else None
 
 
-def value_coding(table: Table | None, count: int, itemsize: int) -> tuple[int, Coding | None]:
-    """Bytes of `count` values, and the coder of their codes where a codebook is smaller than the values."""
-    raw = count * itemsize + STREAM_BYTES
-    if table is not None:
-        coding = streams.best_code_coding(table[1])
-        shared = len(table[0]) * itemsize + coding.nbytes + 2 * STREAM_BYTES
-        if shared < raw:
-            return shared, coding
-    return raw, None
+@dataclass(frozen=True)
+class ValueCoding:
+    """How values are written: the coder of the values or of the codebook, and that of the codes if there are any."""
+
+    values: Coding
+    codes: Coding | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the streams, with what each of them costs beside."""
+        return self.values.nbytes + STREAM_BYTES + (self.codes.nbytes + STREAM_BYTES if self.codes else 0)
 
 
-def value_streams(values: Array, table: Table | None, coding: Coding | None) -> tuple[int, list[Stream]]:
+def value_coding(
+    values: Array, table: Table | None, entry: Entry | None = None, positions: NDArray[np.int64] | None = None
+) -> ValueCoding:
+    """The smallest form of values, a codebook or none; with an entry, codes are tried in their context, too."""
+    plain = ValueCoding(streams.best_value_coding(values))
+    if table is None:
+        return plain
+    distinct, counts = table
+    context = None if entry is None else context_of(entry, distinct, positions)
+    codes = streams.best_code_coding(counts, lambda: np.searchsorted(distinct, values), context)
+    return min(ValueCoding(streams.best_value_coding(distinct), codes), plain, key=lambda coding: coding.nbytes)
+
+
+def value_streams(values: Array, table: Table | None, coding: ValueCoding) -> tuple[int, list[Stream]]:
     """Entries of the codebook (0 for none), and the streams of values."""
-    if coding is None or table is None:
-        return 0, [streams.raw_stream("values", values)]
+    if coding.codes is None or table is None:
+        return 0, [streams.value_stream("values", values, coding.values)]
     distinct = table[0]
     codes = np.searchsorted(distinct, values)
     return len(distinct), [
-        streams.raw_stream("codebook", distinct),
-        streams.encode_codes(codes, len(distinct), coding),
+        streams.value_stream("codebook", distinct, coding.values),
+        streams.encode_codes(codes, len(distinct), coding.codes),
     ]
 
 
@@ -185,14 +218,14 @@ def check_plain(name: str, tensor: Tensor) -> None:
 
 
 def _dense_choice(plain: Entry, bits: Array, table: Table | None) -> _Choice:
-    nbytes, coding = value_coding(table, bits.size, bits.itemsize)
-    form = "raw" if coding is None else "codebook"
+    coding = value_coding(bits, table, plain)
+    form = "raw" if coding.codes is None else "codebook"
 
     def build() -> tuple[Entry, list[Stream]]:
         entries, encoded = value_streams(bits, table, coding)
         return replace(plain, form=form, entries=entries), encoded
 
-    return _Choice(nbytes, build)
+    return _Choice(coding.nbytes, build)
 
 
 def _sparse_choice(
@@ -202,10 +235,10 @@ def _sparse_choice(
     if down_columns:
         bits, kept = (array.reshape(plain.shape[0], -1).T.ravel() for array in (bits, kept))
     positions = np.flatnonzero(kept)
-    position_coding = streams.best_position_coding(positions, bits.size)
-    nbytes, coding = value_coding(table, positions.size, bits.itemsize)
-    nbytes += position_coding.nbytes + STREAM_BYTES * (2 if plain.base else 1)
-    form = "sparse" if coding is None else "sparse-codebook"
+    position_coding = streams.best_position_coding(positions, bits.size, None if down_columns else plain.grid)
+    coding = value_coding(bits[positions], table, None if down_columns else plain, positions)
+    nbytes = coding.nbytes + position_coding.nbytes + STREAM_BYTES * (2 if plain.base else 1)
+    form = "sparse" if coding.codes is None else "sparse-codebook"
 
     def build() -> tuple[Entry, list[Stream]]:
         entries, encoded = value_streams(bits[positions], table, coding)

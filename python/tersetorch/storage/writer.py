@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import json
-import os
-import secrets
-import stat
-from contextlib import suppress
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import torch
+from rich.progress import Progress
 from torch import nn
 
 from tersetorch.conversion.swap import deep_copy
 from tersetorch.methods import finalize
 from tersetorch.methods.parametrization import is_live, release_graphs
-from tersetorch.storage.arguments import naming, path_of
+from tersetorch.storage.arguments import target_of, write_whole
 from tersetorch.storage.container import pack
 from tersetorch.storage.describe import Describer
 
 PROVENANCE_CAP = 64 << 10
 
 
-def save(model: nn.Module, path: str | PathLike[str], *, provenance: dict[str, Any] | None = None) -> None:
+def save(
+    model: nn.Module,
+    path: str | PathLike[str],
+    *,
+    provenance: dict[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> None:
     """Writes model to one file, every tensor in its smallest lossless form; the same model gives the same bytes.
 
     A tensor is stored raw, as codebook and codes, or as the positions of its non-zeros with their values or codes;
@@ -43,6 +45,7 @@ def save(model: nn.Module, path: str | PathLike[str], *, provenance: dict[str, A
             and puts everything else into an instance that it is given.
         path: the file to write; its folder must exist.
         provenance: what reports should know of the model (accuracy, latency, sensitivity), JSON of at most 64 KiB.
+        progress: a bar of the tensors' bytes is added to it.
 
     Raises:
         TypeError: model is no nn.Module, path no path, or provenance no dict.
@@ -57,37 +60,19 @@ def save(model: nn.Module, path: str | PathLike[str], *, provenance: dict[str, A
     """
     if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
         raise TypeError(f"save: model must be an eager nn.Module, got {type(model).__name__}; pass the Python module")
-    target = path_of("save", path)
-    target = Path(os.path.realpath(target))  # a link stays, and what it names is replaced
-    _check_target(target)
+    target = target_of("save", path)
     header: dict[str, Any] = {}
     if provenance is not None:
         header["p"] = _checked_provenance(provenance)
     if is_live(model):
         release_graphs(model)
         model = finalize(deep_copy(model, verb="save"))
-    describer = Describer(model)
+    describer = Describer(model, progress)
     header["m"] = describer.node(model)
     _check_complete(model)
     header["t"] = [entry.to_json() for entry in describer.entries]
     packed = pack(header, [stream.data for streams in describer.streams for stream in streams])
-    with naming("save", target, "name a file that can be written", "choose another, or make room"):
-        _write(target, packed)
-
-
-def _check_target(target: Path) -> None:
-    """Refuses what is no place for a file."""
-    mode = 0
-    with naming("save", target, "name a file that can be written", "choose another"):
-        folder = target.parent.is_dir()
-        with suppress(FileNotFoundError, NotADirectoryError):
-            mode = target.stat().st_mode
-    if not folder:
-        raise FileNotFoundError(f"save: path must lie in a folder that exists, got {target}; create {target.parent}")
-    if stat.S_ISDIR(mode):
-        raise ValueError(f"save: path must name a file, got the folder {target}; add a name, such as model.terse")
-    if mode and not stat.S_ISREG(mode):
-        raise ValueError(f"save: path must name a regular file, got the device or pipe {target}; choose another")
+    write_whole("save", target, packed)
 
 
 def _check_complete(model: nn.Module) -> None:
@@ -127,17 +112,3 @@ def _checked_provenance(provenance: dict[str, Any]) -> dict[str, Any]:
     if len(text) > PROVENANCE_CAP:
         raise ValueError(f"save: provenance must fit {PROVENANCE_CAP} bytes as JSON, got {len(text)}; store less")
     return provenance
-
-
-def _write(target: Path, data: bytes) -> None:
-    """Puts data at target whole or not at all."""
-    beside = target.with_name(f".{secrets.token_hex(8)}.tmp")
-    try:
-        with open(beside, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, target)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise

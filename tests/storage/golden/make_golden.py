@@ -1,5 +1,5 @@
 """Wrote version1.terse: every form and coder, both sparse layers, ties, flags and overrides; and, when they came,
-version1_layouts.terse: every layout, and the sparse convolutions.
+version1_layouts.terse: every layout, and the sparse convolutions; version2.terse: the coders of version 2.
 
 Run once for each version of the format and each new kind of layer; a file is then never written again.
 """
@@ -17,7 +17,7 @@ from tersetorch.nn import (
     SparseConv2d,
     SparseLinear,
 )
-from tersetorch.storage import save
+from tersetorch.storage import save, streams
 
 PROVENANCE = {"error": {"dense": 0.0164, "compressed": 0.0158}}
 
@@ -102,9 +102,39 @@ def layouts():
     return nn.ModuleList([*packed, *convolutions]).eval()
 
 
+def coders():
+    """The model in the file of version 2."""
+    convolutions = [fill(nn.Conv2d(6, 9, 3), 0.3, levels=20), fill(nn.Conv1d(6, 8, 4, bias=False), 0.4, levels=9)]
+    rounded = fill(nn.Linear(20, 12)).bfloat16().float()
+    crossed = fill(nn.Conv2d(8, 16, 3))
+    with torch.no_grad():
+        crossed.weight[:, :, ::2, ::2] = 0
+    return nn.ModuleList(
+        [
+            *convolutions,
+            SparseCodebookConv2d.from_dense(convolutions[0]),
+            SparseConv1d.from_dense(convolutions[1]),
+            fill(nn.Linear(70, 300), 0.2, levels=90),
+            SparseCodebookLinear.from_dense(fill(nn.Linear(70, 300), 0.1, levels=90)),
+            fill(nn.Linear(300, 40), levels=12),
+            fill(nn.Linear(40, 30)),
+            fill(nn.Linear(40, 30)).double(),
+            rounded,
+            crossed,
+        ]
+    ).eval()
+
+
+# Limits that make small tensors take the coders of large ones.
+SMALL = {"MAX_CONTEXT_BITS": 3000, "MAX_NUMBERS": 300}
+
+
 if __name__ == "__main__":
     folder = Path(__file__).parent
-    for name, network, notes in (("version1", model(), PROVENANCE), ("version1_layouts", layouts(), None)):
+    for name, value in SMALL.items():
+        setattr(streams, name, value)
+    files = {"version1": (model, PROVENANCE), "version1_layouts": (layouts, None), "version2": (coders, None)}
+    for name, (network, notes) in files.items():
         path = folder / f"{name}.terse"
         if not path.exists():
-            save(network, path, provenance=notes)
+            save(network(), path, provenance=notes)

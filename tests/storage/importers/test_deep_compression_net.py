@@ -1,5 +1,6 @@
 import os
 import tracemalloc
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tersetorch.storage import DeepCompressionLayer, read_deep_compression
+from tersetorch.formats import SparseCodebookWeight
+from tersetorch.storage import DeepCompressionLayer, read_deep_compression, write_deep_compression
 
 SHAPES = {"conv1": (3, 2, 3, 3), "fire/conv": (5, 3, 1, 1), "fc": (4, 11), "last": (2, 40)}
 ROOT = Path(os.environ.get("TERSETORCH_DATA") or "/nonexistent")
@@ -313,3 +315,142 @@ def test_the_published_file_with_the_shapes_of_another_network_is_refused():
     shapes = published_shapes() | {"conv_final": (1001, 512, 1, 1)}
     with pytest.raises(ValueError, match=r"must have 675767 bytes, .* got 675763; pass the shapes of its network"):
         read_deep_compression(PUBLISHED, shapes)
+
+
+@pytest.mark.skipif(not PUBLISHED.is_file(), reason="wants TERSETORCH_DATA with models/squeezenet-deep-compression.net")
+def test_the_published_file_comes_out_byte_for_byte(tmp_path):
+    layers = read_deep_compression(PUBLISHED, published_shapes())
+    write_deep_compression(tmp_path / "as_read.net", layers)
+    assert (tmp_path / "as_read.net").read_bytes() == PUBLISHED.read_bytes()
+    through_our_format = {
+        name: DeepCompressionLayer.from_sparse_codebook(layer.to_sparse_codebook(), layer.bias, layer.shape)
+        for name, layer in layers.items()
+    }
+    write_deep_compression(tmp_path / "through_ours.net", through_our_format)
+    assert (tmp_path / "through_ours.net").read_bytes() == PUBLISHED.read_bytes()
+
+
+# AlexNet's kinds of layers, small: 8-bit codes for convolutions (grouped ones too), 4-bit codes for linear layers.
+ALEXNET = {"conv1": (6, 3, 11, 11), "conv2": (8, 3, 5, 5), "fc6": (37, 151), "fc7": (64, 37), "fc8": (10, 64)}
+
+
+@pytest.mark.parametrize("density", [0.0, 0.01, 0.08, 0.35, 1.0])
+def test_writes_what_the_plainest_encoder_does(file, tmp_path, density):
+    weights, codebooks, biases = sample(3, density, ALEXNET)
+    raw = encode(weights, codebooks, biases, ALEXNET)
+    found = read_deep_compression(file(raw), ALEXNET)
+    write_deep_compression(tmp_path / "again.net", found)
+    assert (tmp_path / "again.net").read_bytes() == raw
+    assert [layer.entries for layer in found.values()] == np.frombuffer(raw[:20], "<u4").tolist()
+
+
+@pytest.mark.parametrize("density", [0.0, 0.03, 0.5, 1.0])
+def test_dense_weights_go_in_and_come_back(tmp_path, density):
+    weights, codebooks, biases = sample(4, density)
+    layers = {
+        name: DeepCompressionLayer.from_dense(
+            torch.from_numpy(codebooks[name][weights[name]].reshape(shape)), torch.from_numpy(biases[name])
+        )
+        for name, shape in SHAPES.items()
+    }
+    write_deep_compression(tmp_path / "m.net", layers)
+    expected = {n: (codebooks[n][weights[n]].reshape(shape), biases[n]) for n, shape in SHAPES.items()}
+    found = read_deep_compression(tmp_path / "m.net", SHAPES)
+    assert_exact(found, expected)
+    assert_exact(layers, expected)
+    assert [layer.entries for layer in layers.values()] == [layer.entries for layer in found.values()]
+
+
+@pytest.mark.parametrize("gap", [1, 15, 16, 17, 31, 32, 33, 47, 48, 49])
+def test_gaps_around_the_fillers(file, tmp_path, gap):
+    weight = np.zeros(120, int)
+    weight[[gap - 1, 2 * gap - 1]] = [3, 15]
+    raw = encode({"fc": weight}, {"fc": np.arange(16)}, {"fc": [1]}, {"fc": (1, 120)})
+    write_deep_compression(tmp_path / "again.net", read_deep_compression(file(raw), {"fc": (1, 120)}))
+    assert (tmp_path / "again.net").read_bytes() == raw
+
+
+def layer(**changes):
+    weight = torch.tensor([[0, 1.0, 0, 2.0], [3.0, 0, 0, 0]])
+    return replace(DeepCompressionLayer.from_dense(weight, torch.zeros(2)), **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "sentence"),
+    [
+        ({"shape": (2, 4, 1)}, ValueError, r"shape must be \[out, in\] or .* got \(2, 4, 1\)"),
+        ({"shape": (2, 4, 1, 1)}, ValueError, r"codebook must be \[256\], got \[16\]"),
+        ({"shape": (2, 2)}, ValueError, "positions must lie below 4, got 4"),
+        ({"shape": (1 << 16, 1 << 16)}, ValueError, r"fewer than 2\*\*31 weights"),
+        ({"positions": torch.tensor([1, 3, 3])}, ValueError, "positions must rise from 0 or more"),
+        ({"positions": torch.tensor([-1, 3, 4])}, ValueError, "positions must rise from 0 or more"),
+        ({"positions": torch.tensor([1, 3, 4]).int()}, TypeError, "positions must be torch.int64, got torch.int32"),
+        ({"codes": torch.tensor([1, 2], dtype=torch.uint8)}, ValueError, r"codes must be \[3\], got \[2\]"),
+        ({"codes": torch.tensor([1, 2, 0], dtype=torch.uint8)}, ValueError, r"codes must lie in \[1, 16\), .* from 0"),
+        ({"codes": torch.tensor([1, 2, 16], dtype=torch.uint8)}, ValueError, r"codes must lie in \[1, 16\), .* to 16"),
+        ({"codebook": torch.zeros(17)}, ValueError, r"codebook must be \[16\], got \[17\]"),
+        ({"codebook": torch.ones(16)}, ValueError, "codebook must begin with 0, got 1.0"),
+        ({"codebook": torch.tensor([0.0] + 15 * [np.nan])}, ValueError, "codebook must hold finite numbers, got NaN"),
+        ({"bias": torch.zeros(3)}, ValueError, r"bias must be \[2\], got \[3\]"),
+        ({"bias": None}, TypeError, "bias must be torch.float32, got NoneType"),
+    ],
+)
+def test_layers_that_no_file_can_hold_are_refused(tmp_path, changes, error, sentence):
+    with pytest.raises(error, match=r"write_deep_compression: layers\['fc'\] must fit the file, .*" + sentence):
+        write_deep_compression(tmp_path / "m.net", {"fc": layer(**changes)})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("layers", "error", "sentence"),
+    [
+        ({}, ValueError, "layers must name a layer, got none"),
+        ([layer()], TypeError, "layers must map names to DeepCompressionLayer"),
+        ({"fc": torch.ones(2)}, TypeError, "layers must map names to DeepCompressionLayer"),
+        ({3: layer()}, TypeError, "layers must map names to DeepCompressionLayer"),
+    ],
+)
+def test_what_is_no_layer_is_refused(tmp_path, layers, error, sentence):
+    with pytest.raises(error, match=sentence):
+        write_deep_compression(tmp_path / "m.net", layers)
+
+
+def test_places_that_are_no_file_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="write_deep_compression: path must lie in a folder that exists"):
+        write_deep_compression(tmp_path / "no" / "m.net", {"fc": layer()})
+    with pytest.raises(ValueError, match="write_deep_compression: path must name a file, got the folder"):
+        write_deep_compression(tmp_path, {"fc": layer()})
+
+
+@pytest.mark.parametrize(
+    ("build", "error", "sentence"),
+    [
+        (lambda: DeepCompressionLayer.from_dense([1], torch.zeros(1)), TypeError, "weight must be a tensor, got list"),
+        (lambda: DeepCompressionLayer.from_dense(torch.ones(3), torch.zeros(3)), ValueError, r"weight must be \[out"),
+        (
+            lambda: DeepCompressionLayer.from_dense(torch.arange(17.0)[None], torch.zeros(1)),
+            ValueError,
+            r"at most 16 codebook entries for shape \[1, 17\], got 17; share it",
+        ),
+        (
+            lambda: DeepCompressionLayer.from_dense(torch.arange(257.0).reshape(1, 257, 1, 1), torch.zeros(1)),
+            ValueError,
+            "at most 255 distinct non-zero values",
+        ),
+        (
+            lambda: DeepCompressionLayer.from_sparse_codebook(
+                SparseCodebookWeight.from_dense(torch.ones(2, 6)), torch.zeros(2), (2, 5)
+            ),
+            ValueError,
+            r"shape must be .* of \[2, 6\] rows, columns, got \[2, 5\]",
+        ),
+        (
+            lambda: DeepCompressionLayer.from_sparse_codebook(torch.ones(2, 6), torch.zeros(2)),
+            TypeError,
+            "weight must be a SparseCodebookWeight, got Tensor",
+        ),
+    ],
+)
+def test_weights_that_no_layer_can_hold_are_refused(build, error, sentence):
+    with pytest.raises(error, match=f"DeepCompressionLayer: .*{sentence}|{sentence}"):
+        build()

@@ -10,29 +10,33 @@ Little endian, without magic number, names, shapes or checksum; the shapes come 
     u8 [ceil(entries / 2)]   gaps: zeros skipped before each entry, 4 bits, the first in the low half
 
 The positions run once through the whole weight in C order. An entry of code 0 is a filler, there because a gap was too
-long for 4 bits; where no entry is, the weight is 0 as well, so codebook[0] must be 0.
+long for 4 bits; where no entry is, the weight is 0 as well, so codebook[0] must be 0. The authors' rule puts a filler
+16 places after the entry before as long as the next is further off, and none behind the last.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from os import PathLike
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from tersetorch.formats import SparseCodebookWeight
-from tersetorch.storage.arguments import naming, path_of
+from tersetorch.storage.arguments import naming, path_of, target_of, write_whole
 
 COUNT_BYTES = 4
 FLOAT_BYTES = 4
 # Most weights that one layer may have: VGG-16's largest has 103 million.
 LARGEST_LAYER = 2**31 - 1
+# Places that an entry's 4 bits can lie behind the one before.
+REACH = 16
 
 Bytes = np.ndarray[tuple[int], np.dtype[np.uint8]]
 
@@ -56,6 +60,118 @@ class DeepCompressionLayer:
     codebook: Tensor
     bias: Tensor
     entries: int
+
+    @classmethod
+    def from_sparse_codebook(
+        cls, weight: SparseCodebookWeight, bias: Tensor, shape: Sequence[int] | None = None
+    ) -> DeepCompressionLayer:
+        """The layer of a weight in our format; its codebook keeps its order and is filled up with zeros.
+
+        Args:
+            weight: [rows, columns], with at most 256 entries for a convolution, 16 for a linear layer.
+            bias: float32 [rows].
+            shape: of the layer's weight, of weight.shape's rows and columns; weight.shape where left out.
+
+        Raises:
+            TypeError: weight or bias is of another type or dtype.
+            ValueError: weight is damaged, its codebook is too large, or shape or bias does not fit it.
+        """
+        owner = "DeepCompressionLayer"
+        if not isinstance(weight, SparseCodebookWeight):
+            raise TypeError(
+                f"{owner}: weight must be a SparseCodebookWeight, got {type(weight).__name__}; use from_dense"
+            )
+        weight.validate()
+        shape = tuple(weight.shape if shape is None else shape)
+        if len(shape) not in (2, 4) or (shape[0], prod(shape[1:])) != tuple(weight.shape):
+            raise ValueError(
+                f"{owner}: shape must be [out, in] or [out, in, height, width] of {list(weight.shape)} rows, columns, "
+                f"got {list(shape)}; pass the shape of the layer's weight"
+            )
+        most = 1 << _bits(shape)
+        entries = weight.codebook.shape[1]
+        if entries > most:
+            raise ValueError(
+                f"{owner}: weight must have at most {most} codebook entries for shape {list(shape)}, got {entries}; "
+                "share it with fewer bits"
+            )
+        codebook = torch.zeros(most)
+        codebook[:entries] = weight.codebook[0].detach()
+        positions = weight.rows.long() * weight.columns + weight.cols.long()
+        layer = cls(shape, positions, weight.codes, codebook, bias, 0)
+        layer = replace(layer, entries=layer._gaps()[0].size)
+        layer.validate()
+        return layer
+
+    @classmethod
+    def from_dense(cls, weight: Tensor, bias: Tensor) -> DeepCompressionLayer:
+        """The layer of a weight, float32 [out, in] or [out, in, height, width], with few distinct values.
+
+        Raises:
+            TypeError: weight is no float32 or bfloat16 tensor, or bias no float32 one.
+            ValueError: weight is of another shape or has too many distinct values other than 0: more than 255 for a
+                convolution, 15 for a linear layer; or bias does not fit it.
+        """
+        if not isinstance(weight, Tensor):
+            raise TypeError(f"DeepCompressionLayer: weight must be a tensor, got {type(weight).__name__}; pass one")
+        if weight.dim() not in (2, 4):
+            raise ValueError(
+                f"DeepCompressionLayer: weight must be [out, in] or [out, in, height, width], got shape "
+                f"{list(weight.shape)}; pass the layer's weight"
+            )
+        found = SparseCodebookWeight.from_dense(weight.detach().flatten(1))
+        return cls.from_sparse_codebook(found, bias, tuple(weight.shape))
+
+    def validate(self) -> None:
+        """Checks that a file can hold the layer.
+
+        Raises:
+            TypeError: a tensor has another dtype than the class names.
+            ValueError: a shape or a number does not fit the others.
+        """
+        if len(self.shape) not in (2, 4) or min(self.shape) < 1 or prod(self.shape) > LARGEST_LAYER:
+            self._refuse("shape must be [out, in] or [out, in, height, width] of fewer than 2**31 weights", self.shape)
+        for name, dtype, dims in (
+            ("positions", torch.int64, (self.positions.numel(),)),
+            ("codes", torch.uint8, (self.positions.numel(),)),
+            ("codebook", torch.float32, (1 << _bits(self.shape),)),
+            ("bias", torch.float32, (self.shape[0],)),
+        ):
+            tensor = getattr(self, name)
+            if not isinstance(tensor, Tensor) or tensor.dtype != dtype:
+                got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+                raise TypeError(f"DeepCompressionLayer: {name} must be {dtype}, got {got}; convert it")
+            if tuple(tensor.shape) != dims:
+                self._refuse(f"{name} must be {list(dims)}", list(tensor.shape))
+        for name in ("codebook", "bias"):
+            if not bool(getattr(self, name).isfinite().all()):
+                self._refuse(f"{name} must hold finite numbers", "NaN or infinity")
+        if self.codebook[0] != 0:
+            self._refuse("codebook must begin with 0", self.codebook[0].item())
+        if self.positions.numel():
+            if bool((self.positions.diff() <= 0).any()) or self.positions[0] < 0:
+                self._refuse("positions must rise from 0 or more", "some that do not")
+            if self.positions[-1] >= prod(self.shape):
+                self._refuse(f"positions must lie below {prod(self.shape)}", int(self.positions[-1]))
+            if self.codes.min() < 1 or int(self.codes.max()) >= self.codebook.numel():
+                self._refuse(
+                    f"codes must lie in [1, {self.codebook.numel()})",
+                    f"values from {int(self.codes.min())} to {int(self.codes.max())}",
+                )
+
+    def _refuse(self, rule: str, came: object) -> NoReturn:
+        raise ValueError(f"DeepCompressionLayer: {rule}, got {came}; build it with from_dense")
+
+    def _gaps(self) -> tuple[Bytes, Bytes]:
+        """Gap and code of every entry, fillers included."""
+        steps = np.diff(self.positions.numpy(), prepend=-1)  # 1 to the next weight
+        fillers = (steps - 1) // REACH
+        ends = np.cumsum(fillers + 1) - 1
+        gaps = np.full(int(fillers.sum()) + steps.size, REACH - 1, np.uint8)
+        gaps[ends] = (steps - 1) % REACH
+        codes = np.zeros_like(gaps)
+        codes[ends] = self.codes.numpy()
+        return gaps, codes
 
     @property
     def density(self) -> float:
@@ -132,6 +248,50 @@ def read_deep_compression(
     return found
 
 
+def write_deep_compression(path: str | PathLike[str], layers: Mapping[str, DeepCompressionLayer]) -> None:
+    """Writes layers as a .net file, which read_deep_compression reads back to the same weights, codes and biases.
+
+    Fillers are set by the authors' rule, so that their published files come out as they are, byte for byte. The file
+    is written beside path under another name and moved into place whole.
+
+    Args:
+        path: the file; its folder must exist.
+        layers: in the order of the network's description; the file keeps no names. DeepCompressionLayer.from_dense and
+            from_sparse_codebook make them of weights with few values.
+
+    Raises:
+        TypeError: path is no path, or layers no mapping of names to DeepCompressionLayer.
+        ValueError: layers is empty, or one of them does not fit the file: a codebook of more than 256 values for a
+            convolution or 16 for a linear layer, positions that do not rise, numbers that are not finite.
+        OSError: the file cannot be written.
+
+    Source:
+        Han, Mao, Dally, Deep Compression (2015), section 2 and figure 2, as read_deep_compression says.
+    """
+    where = "write_deep_compression"
+    target = target_of(where, path)
+    if not isinstance(layers, Mapping) or not all(
+        isinstance(name, str) and isinstance(layer, DeepCompressionLayer) for name, layer in layers.items()
+    ):
+        raise TypeError(
+            f"{where}: layers must map names to DeepCompressionLayer, got {layers!r:.80}; build them with from_dense"
+        )
+    if not layers:
+        raise ValueError(f"{where}: layers must name a layer, got none; pass {{name: DeepCompressionLayer}}")
+    counts, bodies = [], []
+    for name, layer in layers.items():
+        try:
+            layer.validate()
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{where}: layers[{name!r}] must fit the file, got {error}") from error
+        gaps, codes = layer._gaps()
+        counts.append(gaps.size)
+        packed = codes if _bits(layer.shape) == 8 else _pairs(codes)
+        numbers = np.concatenate([layer.codebook.numpy(), layer.bias.detach().numpy()])
+        bodies.append(numbers.astype("<f4").tobytes() + packed.tobytes() + _pairs(gaps).tobytes())
+    write_whole(where, target, np.array(counts, "<u4").tobytes() + b"".join(bodies))
+
+
 def _check_shapes(shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
     if not isinstance(shapes, Mapping):
         raise TypeError(
@@ -193,6 +353,12 @@ def _read_layer(file: Path, name: str, shape: tuple[int, ...], entries: int, raw
 def _halves(packed: Bytes, count: int) -> Bytes:
     """The first count halves of bytes, low half first."""
     return np.stack([packed & 15, packed >> 4], 1).reshape(-1)[:count]
+
+
+def _pairs(halves: Bytes) -> Bytes:
+    """Two halves a byte, the first low; 0 where one is left over."""
+    even = np.append(halves, np.zeros(halves.size % 2, np.uint8))
+    return np.bitwise_or(even[::2], np.left_shift(even[1::2], 4)).astype(np.uint8)
 
 
 def _refuse(file: Path, rule: str, came: str) -> None:

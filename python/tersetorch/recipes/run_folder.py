@@ -1,0 +1,103 @@
+"""What a long recipe leaves in a folder, so that it can go on from there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import nn
+
+
+class RunFolder:
+    """A folder with record.json, and with states of the model by name; each file is whole at any time.
+
+    Attributes:
+        where: as it was given.
+        folder: as it was given.
+        record: settings, and what was stored beside them.
+
+    Args:
+        where: the public function, for errors.
+        folder: made where it is missing; None for a run that leaves nothing.
+        settings: what decides the run; JSON-able.
+        **parts: of the record, as they are at the start.
+
+    Raises:
+        ValueError: folder holds a run with other settings, or a file that is no record.
+    """
+
+    def __init__(
+        self, where: str, folder: str | os.PathLike[str] | None, settings: dict[str, Any], **parts: Any
+    ) -> None:
+        self.where = where
+        self.record: dict[str, Any] = {"settings": settings, **parts}
+        self.folder = None if folder is None else Path(folder)
+        if self.folder is None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / "record.json"
+        if path.exists():
+            try:
+                found = json.loads(path.read_text(encoding="utf-8"))
+                same = found["settings"] == json.loads(json.dumps(settings))
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{where}: folder must hold a run's record, got {path} ({error}); delete it"
+                ) from error
+            if not same:
+                raise ValueError(
+                    f"{where}: folder must hold a run with the same model and arguments, got another in {path}; pass "
+                    "another folder, or delete it"
+                )
+            self.record = found
+
+    def store(self, **parts: Any) -> None:
+        """Writes the record with these parts."""
+        self.record |= parts
+        if self.folder is not None:
+            partial = self.folder / "record.json.partial"
+            partial.write_text(json.dumps(self.record, indent=1), encoding="utf-8")
+            partial.replace(self.folder / "record.json")
+
+    def keep(self, model: nn.Module, name: str) -> dict[str, torch.Tensor]:
+        """Stores the state of model under name, and gives it."""
+        state = {key: tensor.detach().clone().contiguous() for key, tensor in model.state_dict().items()}
+        if self.folder is not None:
+            partial = self.folder / f"{name}.safetensors.partial"
+            safetensors.torch.save_file(state, partial)
+            partial.replace(self.folder / f"{name}.safetensors")
+        return state
+
+    def kept(self, name: str) -> dict[str, torch.Tensor] | None:
+        """The state that keep stored under name; None where there is none.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
+        path = None if self.folder is None else self.folder / f"{name}.safetensors"
+        if path is None or not path.exists():
+            return None
+        try:
+            return safetensors.torch.load_file(path)
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{self.where}: folder must hold whole states, got {path} ({error}); delete it") from error
+
+    def forget(self, name: str) -> None:
+        """Deletes the state under name, if there is one."""
+        if self.folder is not None:
+            (self.folder / f"{name}.safetensors").unlink(missing_ok=True)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """What tells the tensors of one model from another's."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

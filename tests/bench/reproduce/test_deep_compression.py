@@ -1,0 +1,96 @@
+import dataclasses
+import json
+
+import pytest
+import torch
+from torch.nn import functional
+
+from tersetorch.bench.reproduce import deep_compression, dns
+from tersetorch.bench.reproduce.deep_compression import PAPER, ROWS, LeNet5Plan, run_lenet_5, run_lenet_300_100, table
+from tersetorch.bench.reproduce.runs import How, reproduce
+from tersetorch.recipes.deep_compression import DeepCompressionRecipe, ShareStage, Training
+from tersetorch.recipes.lenet import LeNetPlan
+from tersetorch.zoo import load
+
+
+def digits(name, seed):
+    return load("digits", seed=seed)
+
+
+def large_digits(name, seed):
+    """A part of the digits, of MNIST's size."""
+    data, parts = load("digits", seed=seed), {}
+    for part, size in {"train": 320, "validation": 64, "test": 64}.items():
+        parts[f"{part}_images"] = functional.interpolate(getattr(data, f"{part}_images")[:size], size=28)
+        parts[f"{part}_labels"] = getattr(data, f"{part}_labels")[:size]
+    return dataclasses.replace(data, **parts)
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    recipe = {
+        "prune": {"sparsity": 0.9, "ramp_epochs": 1, "train": {"epochs": 2, "lr": 0.1}},
+        "share": {"bits": 3, "train": {"epochs": 1, "lr": 3e-4, "optimizer": "adam"}},
+    }
+    plan = LeNetPlan(32, 0.0, Training(epochs=2, lr=0.1), DeepCompressionRecipe.from_mapping(recipe))
+    monkeypatch.setattr(deep_compression, "full_plan", lambda: plan)
+    monkeypatch.setattr(deep_compression, "load_data", digits)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_record_is_whole_and_consistent():
+    record = run_lenet_300_100(How([0, 1]))
+    json.dumps(record)
+    assert record["plan"]["recipe"]["share"]["bits"] == 3
+    assert [row["seed"] for row in record["seeds"]] == [0, 1]
+    for row in record["seeds"]:
+        assert row["ratio"] == row["bytes_dense"] / row["bytes"]
+        assert row["layers"]["fc1"]["kept"] == pytest.approx(10)
+        assert row["layers"]["fc1"]["bits"] == 3
+        assert set(row["layers"]["fc1"]) == {"weights", *record["paper"]["layers"]["fc1"]}
+        assert sum(row["file"]["parts"].values()) == row["bytes"]
+    pairs = [(row["test"]["dense"], row["test"]["compressed"]) for row in record["seeds"]]
+    assert record["mean"]["error_compressed"] == pytest.approx(sum(after for _, after in pairs) / 2)
+    assert record["worst"]["error_rise"] == max(after - before for before, after in pairs)
+    assert record["worst"]["ratio"] == min(row["ratio"] for row in record["seeds"])
+
+
+def test_lenet_5_is_cut_shared_and_stored(monkeypatch):
+    monkeypatch.setattr(deep_compression, "load_data", large_digits)
+    training = Training(epochs=2, lr=0.05)
+    cuts = tuple(dns.Cut(dict.fromkeys(group, 1.0), training) for group in (["conv1", "conv2"], ["fc1", "fc2"]))
+    kept = dict.fromkeys(PAPER["lenet_5"]["layers"], 300)
+    share = ShareStage(bits={"conv*": 4, "fc*": 3}, train=Training(epochs=1, lr=3e-4, optimizer="adam"))
+    pruning = dns.Plan(32, Training(epochs=4, lr=0.05), 1e-4, cuts, kept, training)
+    monkeypatch.setattr(deep_compression, "lenet_5_plan", lambda: LeNet5Plan(pruning, share))
+    record = run_lenet_5(How([0]))
+    json.dumps(record)
+    (row,) = record["seeds"]
+    assert record["reproduction"] == "lenet_5" and record["plan"]["share"]["bits"] == {"conv*": 4, "fc*": 3}
+    assert row["bytes_dense"] == 4 * 431_080 and row["ratio"] == row["bytes_dense"] / row["bytes"] > 300
+    assert all(layer["kept"] <= 100 * 300 / layer["weights"] + 1e-9 for layer in row["layers"].values())
+    assert [layer["bits"] for layer in row["layers"].values()] == [4, 4, 3, 3]
+    assert "LeNet-5 on MNIST" in table(record).title
+
+
+def test_the_plans_are_smaller_than_the_papers():
+    plan = deep_compression.lenet_5_plan()
+    assert plan.pruning.kept.keys() == PAPER["lenet_5"]["layers"].keys()
+    assert sum(plan.pruning.kept.values()) < 36_000
+    quick = deep_compression.quick_lenet_5_plan()
+    assert quick.share.train.epochs == quick.pruning.dense.epochs == quick.pruning.last.epochs == 1
+
+
+def test_it_prints_and_stores(tmp_path, capsys):
+    reproduce(ROWS[0], [5], record=tmp_path / "record.json")
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert record["seeds"][0]["seed"] == 5 and record["machine"]["threads"] == 1
+    assert "paper" in capsys.readouterr().out
+
+
+def test_no_seeds_are_refused():
+    with pytest.raises(ValueError, match="seeds must hold at least one seed, got none"):
+        run_lenet_300_100(How([]))
