@@ -286,10 +286,14 @@ STABLE_TORCH_LIBRARY_IMPL(tersetorch, CPU, m) {
   m.impl("codebook_unpack", TORCH_BOX(&CodebookUnpackOnCpu));
 }
 
+#ifndef TERSETORCH_CUDA
+
 STABLE_TORCH_LIBRARY_IMPL(tersetorch, CUDA, m) {
   for (const char* op : {"codebook_matmul", "codebook_matmul_inference", "codebook_dense", "codebook_reduce"}) {
     m.impl(op, &NotBuiltForCuda);
   }
 }
+
+#endif
 
 }  // namespace tersetorch
