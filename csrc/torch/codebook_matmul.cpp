@@ -10,6 +10,8 @@
 #include <string>
 #include <vector>
 
+#include "kernels/blocked_matmul/blocked_matmul_cuda.h"
+#include "kernels/codebook_matmul/codebook_matmul_cuda.h"
 #include "kernels/panels/panels.h"
 #include "torch/common.h"
 #include "torch/cuda.h"
@@ -51,7 +53,7 @@ void CheckCodes(Place place, const char* op, const Tensor& codes, std::int64_t r
 struct Weight {
   Weight(const char* op, Place place, const Tensor& packed, const std::optional<Tensor>& values, std::int64_t tables,
          std::int64_t entries, const Width& width)
-      : codes(Usable(place, packed)) {
+      : codes(Usable(place, packed, 4)) {
     const int bits = CheckedBits(op, entries);
     row_bytes = CodeRowBytes(width.columns, width.block, bits);
     CheckCodes(place, op, packed, row_bytes);
@@ -199,17 +201,25 @@ Tensor CodebookDenseOnCpu(const Tensor& codes, const Tensor& codebook, std::int6
   return dense;
 }
 
+void CheckGrad(const char* op, const Tensor& grad) {
+  STD_TORCH_CHECK(grad.scalar_type() == ScalarType::Float && grad.dim() == 2, op,
+                  ": grad must be float32 [rows, columns], got ", torch::headeronly::toString(grad.scalar_type()),
+                  " and ", grad.dim(), "-D; convert it");
+}
+
+void CheckRows(const char* op, const Tensor& grad, std::int64_t rows) {
+  STD_TORCH_CHECK(grad.size(0) == rows, op, ": grad must have the ", rows, " rows of codes, got ", grad.size(0),
+                  "; pass the gradient of that weight");
+}
+
 Tensor CodebookReduceOnCpu(const Tensor& grad, const Tensor& codes, std::int64_t tables, std::int64_t entries,
                            std::int64_t column_block) {
   constexpr const char* kOp = "codebook_reduce";
   CheckOnCpu(kOp, grad, "grad");
-  STD_TORCH_CHECK(grad.scalar_type() == ScalarType::Float && grad.dim() == 2, kOp,
-                  ": grad must be float32 [rows, columns], got ", torch::headeronly::toString(grad.scalar_type()),
-                  " and ", grad.dim(), "-D; convert it");
+  CheckGrad(kOp, grad);
   const Weight weight(kOp, kCpu, codes, std::nullopt, tables, entries, Width(kOp, grad.size(1), column_block));
   const CodebookWeight& w = weight.args;
-  STD_TORCH_CHECK(grad.size(0) == w.rows, kOp, ": grad must have the ", w.rows, " rows of codes, got ", grad.size(0),
-                  "; pass the gradient of that weight");
+  CheckRows(kOp, grad, w.rows);
   const Tensor contiguous = Contiguous(grad);
   const float* from = contiguous.const_data_ptr<float>();
   Tensor sums = torch::stable::new_empty(contiguous, {tables, entries});
@@ -275,6 +285,84 @@ Tensor CodebookUnpackOnCpu(const Tensor& packed, std::int64_t entries, std::int6
   return codes;
 }
 
+#ifdef TERSETORCH_CUDA
+
+// Rows of int8 in whole words of four, and their scales.
+struct RoundedRows {
+  RoundedRows(const CudaCall& call, const Tensor& like, const void* x, FloatDtype stored_as, std::int64_t rows,
+              std::int64_t columns)
+      : stride((columns + 3) / 4 * 4),
+        bytes(torch::stable::new_empty(like, {rows, stride}, ScalarType::Char)),
+        scales(torch::stable::new_empty(like, {rows}, ScalarType::Float)) {
+    call.Check(BlockedQuadsCuda({x, stored_as, rows, columns, static_cast<std::uint32_t*>(bytes.mutable_data_ptr()),
+                                 scales.mutable_data_ptr<float>()},
+                                call.Stream()));
+  }
+
+  std::int64_t stride;
+  Tensor bytes, scales;
+};
+
+Tensor CodebookMatmulOnCuda(const Tensor& x, const Tensor& codes, const Tensor& codebook,
+                            const std::optional<Tensor>& bias, std::int64_t column_block, std::string mode, bool relu) {
+  constexpr const char* kOp = "codebook_matmul";
+  const CudaCall call(kOp, x, "x");
+  const Samples samples(kOp, x, "x", call.place());
+  const Weight weight = WeightOf(kOp, call.place(), codes, codebook, Width(kOp, samples.features, column_block));
+  const CodebookWeight& w = weight.args;
+  const Bias of_rows(kOp, bias, w.rows, call.place());
+  const Tensor y = EmptyWithLastDim(x, w.rows);
+  CodebookMatmulCudaArgs args{w,
+                              ModeOf(kOp, mode, samples.features),
+                              samples.At(0),
+                              samples.stored_as,
+                              of_rows.data,
+                              relu,
+                              y.mutable_data_ptr(),
+                              samples.count};
+  std::optional<RoundedRows> of_x, of_tables;
+  if (args.mode == CodebookMode::kInt8) {
+    const std::int64_t tables = weight.codebook->size(0);
+    of_x.emplace(call, x, args.x, samples.stored_as, samples.count, samples.features);
+    of_tables.emplace(call, codebook, w.codebook, FloatDtype::kFloat32, w.per_row ? tables : 1,
+                      w.per_row ? w.entries : tables * w.entries);
+    args.x = of_x->bytes.const_data_ptr();
+    args.x_stride = of_x->stride;
+    args.sample_scales = of_x->scales.const_data_ptr<float>();
+    args.tables = of_tables->bytes.const_data_ptr<std::int8_t>();
+    args.table_stride = w.per_row ? of_tables->stride : w.entries;
+    args.table_scales = of_tables->scales.const_data_ptr<float>();
+  }
+  call.Check(CodebookMatmulCuda(args, call.Stream()));
+  return y;
+}
+
+Tensor CodebookDenseOnCuda(const Tensor& codes, const Tensor& codebook, std::int64_t columns,
+                           std::int64_t column_block) {
+  constexpr const char* kOp = "codebook_dense";
+  const CudaCall call(kOp, codes, "codes");
+  const Weight weight = WeightOf(kOp, call.place(), codes, codebook, Width(kOp, columns, column_block));
+  Tensor dense = torch::stable::new_empty(codebook, {weight.args.rows, columns});
+  call.Check(CodebookDecodeCuda({weight.args, dense.mutable_data_ptr<float>()}, call.Stream()));
+  return dense;
+}
+
+Tensor CodebookReduceOnCuda(const Tensor& grad, const Tensor& codes, std::int64_t tables, std::int64_t entries,
+                            std::int64_t column_block) {
+  constexpr const char* kOp = "codebook_reduce";
+  const CudaCall call(kOp, grad, "grad");
+  CheckGrad(kOp, grad);
+  const Weight weight(kOp, call.place(), codes, std::nullopt, tables, entries, Width(kOp, grad.size(1), column_block));
+  CheckRows(kOp, grad, weight.args.rows);
+  const Tensor contiguous = Usable(call.place(), grad);
+  Tensor sums = torch::stable::new_empty(contiguous, {tables, entries});
+  call.Check(CodebookReduceCuda(
+      {weight.args, contiguous.const_data_ptr<float>(), sums.mutable_data_ptr<float>(), tables}, call.Stream()));
+  return sums;
+}
+
+#endif
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(tersetorch, CPU, m) {
@@ -286,14 +374,17 @@ STABLE_TORCH_LIBRARY_IMPL(tersetorch, CPU, m) {
   m.impl("codebook_unpack", TORCH_BOX(&CodebookUnpackOnCpu));
 }
 
-#ifndef TERSETORCH_CUDA
-
 STABLE_TORCH_LIBRARY_IMPL(tersetorch, CUDA, m) {
+#ifdef TERSETORCH_CUDA
+  m.impl("codebook_matmul", TORCH_BOX(&CodebookMatmulOnCuda));
+  m.impl("codebook_matmul_inference", TORCH_BOX(&CodebookMatmulOnCuda));
+  m.impl("codebook_dense", TORCH_BOX(&CodebookDenseOnCuda));
+  m.impl("codebook_reduce", TORCH_BOX(&CodebookReduceOnCuda));
+#else
   for (const char* op : {"codebook_matmul", "codebook_matmul_inference", "codebook_dense", "codebook_reduce"}) {
     m.impl(op, &NotBuiltForCuda);
   }
-}
-
 #endif
+}
 
 }  // namespace tersetorch
