@@ -227,7 +227,7 @@ def _drawn(shape: tuple[int, ...], published: Bits, index: int, bits: int, gener
     return weight
 
 
-def _shared(values: Floats, bits: int) -> tuple[Floats, NDArray[np.int64]]:
+def _shared(values: Floats, bits: int) -> tuple[Floats, NDArray[np.uint8]]:
     """2^bits - 1 values, since zero is one too, and the code of each number."""
     clusters = cluster(values, (1 << bits) - 1, "linear")
     return clusters.centroids.astype(np.float32), clusters.codes(values)
