@@ -65,6 +65,23 @@ STABLE_TORCH_LIBRARY(tersetorch, m) {
       "blocked_int8_pack(Tensor row_offsets, Tensor col_indices, Tensor values, int columns, int column_block) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor)");
 
+  // x [..., in] and a dense weight [out, in] kept as codes, uint8 [out, bytes] as codebook_pack lays them out, into a
+  // codebook float32 [tables, entries]: one table, one for each row, or one for each block of column_block columns;
+  // mode "exact", "bfloat16" or "int8"; at least 0 with relu -> [..., out]
+  m.def(
+      "codebook_matmul(Tensor x, Tensor codes, Tensor codebook, Tensor? bias=None, int column_block=0, str "
+      "mode='exact', bool relu=False) -> Tensor");
+  // The same without autograd: for callers that know gradients to be off.
+  m.def(
+      "codebook_matmul_inference(Tensor x, Tensor codes, Tensor codebook, Tensor? bias=None, int column_block=0, str "
+      "mode='exact', bool relu=False) -> Tensor");
+  // The weight itself, float32 [out, columns]; and its adjoint in codebook, float32 [tables, entries].
+  m.def("codebook_dense(Tensor codes, Tensor codebook, int columns, int column_block=0) -> Tensor");
+  m.def("codebook_reduce(Tensor grad, Tensor codes, int tables, int entries, int column_block=0) -> Tensor");
+  // Codes uint8 [out, columns] as the kernels read them, and back.
+  m.def("codebook_pack(Tensor codes, int entries, int column_block=0) -> Tensor");
+  m.def("codebook_unpack(Tensor packed, int entries, int columns, int column_block=0) -> Tensor");
+
   // x [..., in] and a weight [out, in] with one bit for each weight; values float32, bfloat16, uint8 codes beside a
   // codebook, or int8 beside scales [out]; mode "exact" or, with int8 values, "int8" -> [..., out]
   m.def(

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tersetorch.formats import codebook_values
 from tersetorch.nn import (
+    CodebookLinear,
     SparseCodebookConv1d,
     SparseCodebookConv2d,
     SparseCodebookLinear,
@@ -96,6 +98,13 @@ def _has_few_values(module: nn.Module) -> str | None:
     if distinct_values(weight_of(module)) is None:
         return f"more than {MAX_DISTINCT} distinct non-zero values"
     return None
+
+
+def _is_shared(module: nn.Module) -> str | None:
+    weight = weight_of(module)
+    if weight.dtype not in (torch.float32, torch.bfloat16):
+        return f"weights of {weight.dtype}"
+    return "more than 256 distinct values" if codebook_values(weight.float().contiguous()) is None else None
 
 
 def _is_narrow(module: nn.Module) -> str | None:
@@ -217,6 +226,9 @@ CANDIDATES: dict[str, Candidate] = {
             exact=False,
             min_samples=4,
         ),
+        _row("codebook_linear", CodebookLinear, 1.0, _is_shared, layout="codebook"),
+        _row("codebook_linear_bfloat16", CodebookLinear, 1.0, _is_shared, layout="codebook_bfloat16", exact=False),
+        _row("codebook_linear_int8", CodebookLinear, 1.0, _is_shared, layout="codebook_int8", exact=False),
         *_convolutions("2d", nn.Conv2d, SparseConv2d, SparseCodebookConv2d),
         *_convolutions("1d", nn.Conv1d, SparseConv1d, SparseCodebookConv1d),
     )

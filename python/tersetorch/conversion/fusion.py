@@ -17,12 +17,16 @@ from torch.utils import _pytree as pytree
 
 from tersetorch.conversion.swap import deep_copy
 from tersetorch.conversion.walk import carries_hooks
+from tersetorch.nn import CodebookLinear
 from tersetorch.nn.sparse_module import SparseModule
 
 _TORCH = str(Path(torch.__file__).parent)
 # Names whose answer on what is traced may not be that on a tensor, or that ask how the model is run.
 _QUESTIONS = {"isinstance", "issubclass", "hasattr", "getattr", "callable", "type", "is_grad_enabled"}
 # What these return is theirs to give away: no input, and nothing that their gradients need.
+# Layers that have a ReLU of their own.
+OURS = (SparseModule, CodebookLinear)
+
 _DENSE = (
     nn.Linear,
     nn.Conv1d,
@@ -62,7 +66,7 @@ def fuse(model: nn.Module, layers: Iterable[nn.Module]) -> Fusion:
     nor the modules around them may carry hooks. A ReLU that is called in several places is fused where all of its
     layers are among layers.
     """
-    sparse = {layer for layer in layers if isinstance(layer, SparseModule)}
+    sparse = {layer for layer in layers if isinstance(layer, OURS)}
     for layer in sparse:
         layer.relu = False
     modules = dict(model.named_modules())
@@ -76,7 +80,7 @@ def fuse(model: nn.Module, layers: Iterable[nn.Module]) -> Fusion:
                 layer.relu = True
                 fused[producer] = name
             _put(model, relu, nn.Identity().train(relu.training))
-        elif not relu.inplace and all(type(p) in _DENSE or isinstance(p, SparseModule) for p in producers):
+        elif not relu.inplace and all(type(p) in _DENSE or isinstance(p, OURS) for p in producers):
             relu.inplace = True
             in_place.append(name)
     return Fusion(fused, tuple(in_place))
@@ -84,14 +88,14 @@ def fuse(model: nn.Module, layers: Iterable[nn.Module]) -> Fusion:
 
 def unfused(model: nn.Module) -> tuple[set[nn.Module], set[nn.Module]]:
     """The sparse layers with a ReLU of their own that fuse made, and the nn.Identitys that stand where it stood."""
-    if not any(isinstance(module, SparseModule) and module.relu for module in model.modules()):
+    if not any(isinstance(module, OURS) and module.relu for module in model.modules()):
         return set(), set()
     modules = dict(model.named_modules())
     layers: set[nn.Module] = set()
     identities = set()
     for name, before in _takers(model, nn.Identity).items():
         producers = {modules[producer] for producer in before}
-        if all(isinstance(producer, SparseModule) and producer.relu for producer in producers):
+        if all(isinstance(producer, OURS) and producer.relu for producer in producers):
             layers |= producers
             identities.add(modules[name])
     return layers, identities
@@ -197,7 +201,7 @@ def _parent(name: str) -> str:
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, SparseModule) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, OURS) or super().is_leaf_module(m, module_qualified_name)
 
 
 def _graphs(model: nn.Module, callees: dict[CodeType, set[CodeType]]) -> list[fx.Graph]:

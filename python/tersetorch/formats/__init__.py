@@ -8,6 +8,7 @@ from tersetorch.formats.blocked_bfloat16_weight import BlockedBFloat16Weight
 from tersetorch.formats.blocked_codebook_weight import BlockedCodebookWeight
 from tersetorch.formats.blocked_int8_weight import BlockedInt8Weight
 from tersetorch.formats.blocked_weight import BlockedWeight
+from tersetorch.formats.codebook_weight import CodebookWeight, codebook_values
 from tersetorch.formats.csr_weight import CsrWeight
 from tersetorch.formats.product_weight import ProductWeight
 from tersetorch.formats.sparse_codebook_weight import SparseCodebookWeight
@@ -21,7 +22,9 @@ __all__ = [
     "BlockedCodebookWeight",
     "BlockedInt8Weight",
     "BlockedWeight",
+    "CodebookWeight",
     "CsrWeight",
     "ProductWeight",
     "SparseCodebookWeight",
+    "codebook_values",
 ]

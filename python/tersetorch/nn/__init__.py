@@ -1,5 +1,6 @@
 """Does it have a forward()? Drop-in modules with buffers and parameters only."""
 
+from tersetorch.nn.codebook_linear import CodebookLinear
 from tersetorch.nn.product_linear import ProductLinear, ResidualLinear
 from tersetorch.nn.sparse_codebook_conv import SparseCodebookConv1d, SparseCodebookConv2d
 from tersetorch.nn.sparse_codebook_linear import SparseCodebookLinear
@@ -7,6 +8,7 @@ from tersetorch.nn.sparse_conv import SparseConv1d, SparseConv2d
 from tersetorch.nn.sparse_linear import SparseLinear
 
 __all__ = [
+    "CodebookLinear",
     "ProductLinear",
     "ResidualLinear",
     "SparseCodebookConv1d",

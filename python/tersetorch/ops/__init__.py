@@ -28,6 +28,16 @@ from tersetorch.ops.blocked_int8_matmul import (  # noqa: E402
     blocked_int8_pack,
 )
 from tersetorch.ops.blocked_matmul import blocked_matmul, blocked_matmul_inference, blocked_pack  # noqa: E402
+from tersetorch.ops.codebook_matmul import (  # noqa: E402
+    CODEBOOK_MODES,
+    codebook_dense,
+    codebook_matmul,
+    codebook_matmul_inference,
+    codebook_pack,
+    codebook_row_bytes,
+    codebook_tables,
+    codebook_unpack,
+)
 from tersetorch.ops.csr_matmul import csr_matmul, csr_matmul_inference, csr_pack  # noqa: E402
 from tersetorch.ops.product_matmul import (  # noqa: E402
     product_bytes,
@@ -48,6 +58,7 @@ from tersetorch.ops.sparse_conv2d import (  # noqa: E402
 )
 
 __all__ = [
+    "CODEBOOK_MODES",
     "bitmap_columns_matmul",
     "bitmap_columns_matmul_inference",
     "bitmap_from_rows",
@@ -64,6 +75,13 @@ __all__ = [
     "blocked_matmul",
     "blocked_matmul_inference",
     "blocked_pack",
+    "codebook_dense",
+    "codebook_matmul",
+    "codebook_matmul_inference",
+    "codebook_pack",
+    "codebook_row_bytes",
+    "codebook_tables",
+    "codebook_unpack",
     "csr_matmul",
     "csr_matmul_inference",
     "csr_pack",

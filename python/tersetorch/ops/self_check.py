@@ -12,6 +12,7 @@ from tersetorch.ops.bitmap_matmul import bitmap_from_rows, bitmap_matmul
 from tersetorch.ops.blocked_bfloat16_matmul import blocked_bfloat16_matmul, blocked_bfloat16_pack
 from tersetorch.ops.blocked_int8_matmul import blocked_int8_matmul, blocked_int8_pack
 from tersetorch.ops.blocked_matmul import blocked_matmul, blocked_pack
+from tersetorch.ops.codebook_matmul import CODEBOOK_MODES, codebook_dense, codebook_matmul, codebook_pack
 from tersetorch.ops.csr_matmul import csr_matmul
 from tersetorch.ops.product_matmul import product_decode, product_matmul, product_pack
 from tersetorch.ops.sparse_conv2d import sparse_conv2d
@@ -44,7 +45,26 @@ def check_ops() -> list[dict[str, Any]]:
     checked += [_check_conv(*case) for case in cases]
     checked += [_check_int8("bitmap_matmul", _bitmap_int8), _check_int8("blocked_int8_matmul", _blocked_int8)]
     checked += _check_product()
+    checked += [_check_codebook(mode, entries) for mode in CODEBOOK_MODES for entries in (4, ENTRIES, 32, 256)]
     return [*checked, _check_bfloat16_mode(), *_check_conv_modes(), *_check_gradients()]
+
+
+def _check_codebook(mode: str, entries: int) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(2)
+    codes = torch.randint(entries, (ROWS, COLUMNS), generator=generator).to(torch.uint8)
+    table = torch.randn(ROWS, entries, generator=generator)
+    packed, bias = codebook_pack(codes, entries=entries), torch.randn(ROWS, generator=generator)
+    dense = codebook_dense(packed, table, columns=COLUMNS)
+    # Both numbers of a product are rounded, to bfloat16 or to a 254th of the largest.
+    bound = (COLUMNS + 2) * EPSILON + {"exact": 0.0, "bfloat16": 3 * BFLOAT16_ROUNDING, "int8": 0.03}[mode]
+    worst = 0.0
+    for batch in BATCHES:
+        x = torch.randn(batch, COLUMNS, generator=generator)
+        y = codebook_matmul(x, packed, table, bias, mode=mode)
+        reference = x.double() @ dense.double().T + bias.double()
+        size = x.double().abs() @ dense.double().abs().T + bias.double().abs()
+        worst = max(worst, _largest(y, reference, size))
+    return _result("codebook_matmul", f"{mode}, {entries} entries", worst, bound)
 
 
 def _blocked(

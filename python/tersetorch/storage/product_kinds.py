@@ -1,14 +1,14 @@
-"""Layers of shared sub-vectors, rebuilt from their sizes; codes and codebooks are stored as tensors like any other."""
+"""Layers of shared values or sub-vectors, rebuilt from their sizes; their tensors are stored like any other."""
 
 from __future__ import annotations
 
 from torch import nn
 
-from tersetorch.nn import ProductLinear, ResidualLinear
+from tersetorch.nn import CodebookLinear, ProductLinear, ResidualLinear
 from tersetorch.storage.errors import refuse
 from tersetorch.storage.registry import Config, Kind, add
 
-KINDS = {f"tersetorch.{cls.__name__}": cls for cls in (ProductLinear, ResidualLinear)}
+KINDS = {f"tersetorch.{cls.__name__}": cls for cls in (CodebookLinear, ProductLinear, ResidualLinear)}
 
 
 def check_layer(module: nn.Module) -> None:
@@ -17,14 +17,15 @@ def check_layer(module: nn.Module) -> None:
     Raises:
         TerseFileError: a tensor has another dtype, or a code names no entry.
     """
-    if isinstance(module, ProductLinear):
+    if isinstance(module, ProductLinear | CodebookLinear):
+        weight = module.product_weight if isinstance(module, ProductLinear) else module.codebook_weight
         try:
-            module.product_weight.validate()
+            weight.validate()
         except (TypeError, ValueError) as error:
             refuse(f"hold the weight of a {type(module).__name__}", error)
 
 
-def _config(layer: ProductLinear) -> Config:
+def _config(layer: ProductLinear | CodebookLinear) -> Config:
     return layer.sizes
 
 

@@ -1,0 +1,390 @@
+// tersetorch::codebook_matmul, its weight as a tensor and the packing of its codes: checks, allocates, splits the work,
+// calls the kernels.
+#include "kernels/codebook_matmul/codebook_matmul.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <atomic>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "kernels/blocked_matmul/blocked_matmul_cuda.h"
+#include "kernels/codebook_matmul/codebook_matmul_cuda.h"
+#include "kernels/panels/panels.h"
+#include "torch/common.h"
+#include "torch/cuda.h"
+#include "torch/samples.h"
+
+namespace tersetorch {
+namespace {
+
+std::int64_t Blocks(std::int64_t columns, std::int64_t column_block) {
+  return (columns + column_block - 1) / column_block;
+}
+
+// Columns, and into how wide blocks codes and tables are cut: all of them for column_block 0.
+struct Width {
+  Width(const char* op, std::int64_t columns, std::int64_t column_block)
+      : columns(columns), block(column_block == 0 ? std::max<std::int64_t>(1, columns) : column_block) {
+    STD_TORCH_CHECK(columns >= 0 && column_block >= 0, op, ": columns and column_block must be at least 0, got ",
+                    columns, " and ", column_block, "; pass the weight's own");
+  }
+
+  std::int64_t columns, block;
+};
+
+int CheckedBits(const char* op, std::int64_t entries) {
+  STD_TORCH_CHECK(entries >= 1 && entries <= kCodesMaxEntries, op, ": codebook must have 1 to ", kCodesMaxEntries,
+                  " entries in a table, got ", entries, "; share the weight with at most 8 bits");
+  return CodeBits(entries);
+}
+
+void CheckCodes(Place place, const char* op, const Tensor& codes, std::int64_t row_bytes) {
+  CheckOn(place, op, codes, "codes");
+  STD_TORCH_CHECK(codes.scalar_type() == ScalarType::Byte && codes.dim() == 2 && codes.size(1) == row_bytes, op,
+                  ": codes must be uint8 [rows, ", row_bytes, "] for such columns and entries, got ",
+                  torch::headeronly::toString(codes.scalar_type()), " and ", codes.dim(), "-D with ", codes.numel(),
+                  " elements; pass what codebook_pack made for them");
+}
+
+// A weight whose tensors live as long as this. Without a codebook it has `tables` tables of `entries`, unread.
+struct Weight {
+  Weight(const char* op, Place place, const Tensor& packed, const std::optional<Tensor>& values, std::int64_t tables,
+         std::int64_t entries, const Width& width)
+      : codes(Usable(place, packed, 4)) {
+    const int bits = CheckedBits(op, entries);
+    row_bytes = CodeRowBytes(width.columns, width.block, bits);
+    CheckCodes(place, op, packed, row_bytes);
+    const std::int64_t rows = packed.size(0), blocks = Blocks(width.columns, width.block);
+    // Where blocks are asked for, there is a table for each; else one for each row, or one.
+    const bool fits = blocks > 1 ? tables == blocks : tables == 1 || tables == rows;
+    STD_TORCH_CHECK(fits, op, ": codebook must have ",
+                    blocks > 1 ? std::to_string(blocks) + " tables, one for each block of columns"
+                               : "1 table or " + std::to_string(rows) + ", one for each row",
+                    ", got ", tables, "; pass the codebook that the codes were made with");
+    if (values.has_value()) codebook = Usable(place, *values);
+    args = {codes.const_data_ptr<std::uint8_t>(),
+            codebook.has_value() ? codebook->const_data_ptr<float>() : nullptr,
+            entries,
+            tables > 1 && blocks <= 1,
+            rows,
+            width.columns,
+            width.block};
+  }
+
+  Tensor codes;
+  std::optional<Tensor> codebook;
+  std::int64_t row_bytes;
+  CodebookWeight args{};
+};
+
+Weight WeightOf(const char* op, Place place, const Tensor& codes, const Tensor& codebook, const Width& width) {
+  CheckOn(place, op, codebook, "codebook");
+  STD_TORCH_CHECK(codebook.scalar_type() == ScalarType::Float && codebook.dim() == 2, op,
+                  ": codebook must be float32 [tables, entries], got ",
+                  torch::headeronly::toString(codebook.scalar_type()), " and ", codebook.dim(), "-D; convert it");
+  return Weight(op, place, codes, codebook, codebook.size(0), codebook.size(1), width);
+}
+
+class SharedStatus {
+ public:
+  void Report(CodebookStatus status) {
+    if (status != CodebookStatus::kOk) status_.store(status, std::memory_order_relaxed);
+  }
+  void Raise(const char* op, std::int64_t entries) const {
+    STD_TORCH_CHECK(status_.load(std::memory_order_relaxed) == CodebookStatus::kOk, op, ": codes must lie in [0, ",
+                    entries, "), got one outside; pass the codebook that the codes were made with");
+  }
+
+ private:
+  std::atomic<CodebookStatus> status_{CodebookStatus::kOk};
+};
+
+CodebookMode ModeOf(const char* op, const std::string& mode, std::int64_t columns) {
+  if (mode == "exact") return CodebookMode::kExact;
+  if (mode == "bfloat16") return CodebookMode::kBFloat16;
+  STD_TORCH_CHECK(mode == "int8", op, ": mode must be \"exact\", \"bfloat16\" or \"int8\", got \"", mode,
+                  "\"; choose one of them");
+  STD_TORCH_CHECK(columns <= kCodebookMaxQuantizedColumns, op, ": x must have at most ", kCodebookMaxQuantizedColumns,
+                  " features in mode \"int8\", got ", columns, "; split the layer or use mode \"exact\"");
+  return CodebookMode::kInt8;
+}
+
+// Columns of a panel for so many samples.
+std::int64_t PanelWidth(std::int64_t samples) {
+  std::int64_t width = 1;
+  while (width < samples) width *= 2;
+  return width;
+}
+
+Tensor CodebookMatmulOnCpu(const Tensor& x, const Tensor& codes, const Tensor& codebook,
+                           const std::optional<Tensor>& bias, std::int64_t column_block, std::string mode, bool relu) {
+  constexpr const char* kOp = "codebook_matmul";
+  const Samples samples(kOp, x, "x");
+  const Weight weight = WeightOf(kOp, kCpu, codes, codebook, Width(kOp, samples.features, column_block));
+  const CodebookWeight& w = weight.args;
+  const Bias of_rows(kOp, bias, w.rows);
+  const CodebookMode how = ModeOf(kOp, mode, samples.features);
+  const int bits = CodeBits(w.entries);
+  const Tensor y = EmptyWithLastDim(x, w.rows);
+  char* y_data = static_cast<char*>(y.mutable_data_ptr());
+
+  float table_scale = 0, table_inverse = 0;
+  if (how == CodebookMode::kInt8 && !w.per_row) {
+    SampleScales({w.codebook, FloatDtype::kFloat32, weight.codebook->numel(), &table_scale, &table_inverse}, 0, 1);
+  }
+  const std::int64_t chunks = weight.row_bytes / kCodeChunkBytes;
+  const std::int64_t at_once = std::min(samples.count, kCodebookMaxWidth);
+  Scratch panel(CodebookPanelBytes(weight.row_bytes, bits, how, PanelWidth(at_once)));
+  SharedStatus status;
+  for (std::int64_t first = 0; first < samples.count; first += kCodebookMaxWidth) {
+    const std::int64_t count = std::min(kCodebookMaxWidth, samples.count - first), width = PanelWidth(count);
+    const void* from = samples.At(first);
+    float scales[kCodebookMaxWidth] = {}, inverses[kCodebookMaxWidth] = {};
+    std::int32_t sums[kCodebookMaxWidth] = {};
+    if (how == CodebookMode::kInt8) {
+      ParallelFor(count, GrainItems(w.columns / 32), [&](std::int64_t begin, std::int64_t end) {
+        SampleScales({from, samples.stored_as, w.columns, scales, inverses}, begin, end);
+      });
+    }
+    const CodebookSamplesArgs pack{from,     samples.stored_as,  count, w.columns, w.column_block, bits, how,
+                                   inverses, panel.Data<char>(), width, sums};
+    ParallelFor(chunks, GrainItems(512 / bits * width / 8),
+                [&](std::int64_t begin, std::int64_t end) { CodebookPackSamples(pack, begin, end); });
+    CodebookMatmulArgs args{w,
+                            how,
+                            panel.Data<char>(),
+                            width,
+                            count,
+                            scales,
+                            sums,
+                            table_scale,
+                            table_inverse,
+                            of_rows.data,
+                            relu,
+                            y_data + first * w.rows * samples.item_bytes,
+                            samples.stored_as,
+                            nullptr};
+    const std::int64_t row_operations = w.columns * (width / 2 + 1) / 16;
+    if (width <= kCodebookFewSamples) {
+      ParallelFor(w.rows, GrainItems(row_operations),
+                  [&](std::int64_t begin, std::int64_t end) { status.Report(CodebookMatmul(args, begin, end)); });
+      continue;
+    }
+    ParallelFor(Blocks(w.rows, kCodebookRows), GrainItems(row_operations * kCodebookRows),
+                [&](std::int64_t begin, std::int64_t end) {
+                  Scratch memory(kCodebookSumRows * width * 4);
+                  CodebookMatmulArgs own = args;
+                  own.sums = memory.Data<float>();
+                  for (std::int64_t b = begin; b < end; ++b) {
+                    status.Report(CodebookMatmul(own, b * kCodebookRows, std::min(w.rows, (b + 1) * kCodebookRows)));
+                  }
+                });
+  }
+  status.Raise(kOp, w.entries);
+  return y;
+}
+
+Tensor CodebookDenseOnCpu(const Tensor& codes, const Tensor& codebook, std::int64_t columns,
+                          std::int64_t column_block) {
+  constexpr const char* kOp = "codebook_dense";
+  const Weight weight = WeightOf(kOp, kCpu, codes, codebook, Width(kOp, columns, column_block));
+  const CodebookWeight& w = weight.args;
+  Tensor dense = torch::stable::new_empty(codebook, {w.rows, columns});
+  auto* to = dense.mutable_data_ptr<float>();
+  SharedStatus status;
+  ParallelFor(w.rows, GrainItems(columns),
+              [&](std::int64_t begin, std::int64_t end) { status.Report(CodebookDecode(w, to, begin, end)); });
+  status.Raise(kOp, w.entries);
+  return dense;
+}
+
+void CheckGrad(const char* op, const Tensor& grad) {
+  STD_TORCH_CHECK(grad.scalar_type() == ScalarType::Float && grad.dim() == 2, op,
+                  ": grad must be float32 [rows, columns], got ", torch::headeronly::toString(grad.scalar_type()),
+                  " and ", grad.dim(), "-D; convert it");
+}
+
+void CheckRows(const char* op, const Tensor& grad, std::int64_t rows) {
+  STD_TORCH_CHECK(grad.size(0) == rows, op, ": grad must have the ", rows, " rows of codes, got ", grad.size(0),
+                  "; pass the gradient of that weight");
+}
+
+Tensor CodebookReduceOnCpu(const Tensor& grad, const Tensor& codes, std::int64_t tables, std::int64_t entries,
+                           std::int64_t column_block) {
+  constexpr const char* kOp = "codebook_reduce";
+  CheckOnCpu(kOp, grad, "grad");
+  CheckGrad(kOp, grad);
+  const Weight weight(kOp, kCpu, codes, std::nullopt, tables, entries, Width(kOp, grad.size(1), column_block));
+  const CodebookWeight& w = weight.args;
+  CheckRows(kOp, grad, w.rows);
+  const Tensor contiguous = Contiguous(grad);
+  const float* from = contiguous.const_data_ptr<float>();
+  Tensor sums = torch::stable::new_empty(contiguous, {tables, entries});
+  auto* to = sums.mutable_data_ptr<float>();
+  SharedStatus status;
+  // Blocks of rows have sums of their own, added in their order: the same for any number of threads. Tables of rows
+  // are nobody else's.
+  const std::int64_t rows_a_block = std::max<std::int64_t>(64, Blocks(w.rows, 64));
+  const std::int64_t blocks = Blocks(w.rows, rows_a_block), size = tables * entries;
+  std::vector<double> partial((w.per_row ? 1 : blocks) * size, 0.0);
+  ParallelFor(blocks, GrainItems(rows_a_block * w.columns), [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t b = begin; b < end; ++b) {
+      double* own = partial.data() + (w.per_row ? 0 : b * size);
+      status.Report(CodebookReduce(w, from, own, b * rows_a_block, std::min(w.rows, (b + 1) * rows_a_block)));
+    }
+  });
+  status.Raise(kOp, entries);
+  for (std::int64_t k = 0; k < size; ++k) {
+    double sum = 0;
+    for (std::size_t i = k; i < partial.size(); i += size) sum += partial[i];
+    to[k] = static_cast<float>(sum);
+  }
+  return sums;
+}
+
+Tensor CodebookPackOnCpu(const Tensor& codes, std::int64_t entries, std::int64_t column_block) {
+  constexpr const char* kOp = "codebook_pack";
+  CheckOnCpu(kOp, codes, "codes");
+  STD_TORCH_CHECK(codes.scalar_type() == ScalarType::Byte && codes.dim() == 2, kOp,
+                  ": codes must be uint8 [rows, columns], got ", torch::headeronly::toString(codes.scalar_type()),
+                  " and ", codes.dim(), "-D; convert them");
+  const Tensor plain = Contiguous(codes);
+  const auto* from = plain.const_data_ptr<std::uint8_t>();
+  const int bits = CheckedBits(kOp, entries);
+  const Width width(kOp, codes.size(1), column_block);
+  const std::int64_t rows = codes.size(0);
+  const std::int64_t size = plain.numel();
+  std::uint8_t largest = 0;
+  for (std::int64_t i = 0; i < size; ++i) largest = std::max(largest, from[i]);
+  STD_TORCH_CHECK(size == 0 || largest < entries, kOp, ": codes must lie in [0, ", entries, "), got ",
+                  static_cast<int>(largest), "; pass the number of entries that the codes were made with");
+  Tensor packed = torch::stable::new_empty(plain, {rows, CodeRowBytes(width.columns, width.block, bits)});
+  auto* to = packed.mutable_data_ptr<std::uint8_t>();
+  ParallelFor(rows, GrainItems(width.columns), [&](std::int64_t begin, std::int64_t end) {
+    CodebookPack(from, width.columns, width.block, bits, to, begin, end);
+  });
+  return packed;
+}
+
+Tensor CodebookUnpackOnCpu(const Tensor& packed, std::int64_t entries, std::int64_t columns,
+                           std::int64_t column_block) {
+  constexpr const char* kOp = "codebook_unpack";
+  const int bits = CheckedBits(kOp, entries);
+  const Width width(kOp, columns, column_block);
+  CheckCodes(kCpu, kOp, packed, CodeRowBytes(width.columns, width.block, bits));
+  const Tensor from = Contiguous(packed);
+  const std::int64_t rows = packed.size(0);
+  Tensor codes = torch::stable::new_empty(from, {rows, columns});
+  auto* to = codes.mutable_data_ptr<std::uint8_t>();
+  ParallelFor(rows, GrainItems(columns), [&](std::int64_t begin, std::int64_t end) {
+    CodebookUnpack(from.const_data_ptr<std::uint8_t>(), columns, width.block, bits, to, begin, end);
+  });
+  return codes;
+}
+
+#ifdef TERSETORCH_CUDA
+
+// Rows of int8 in whole words of four, and their scales.
+struct RoundedRows {
+  RoundedRows(const CudaCall& call, const Tensor& like, const void* x, FloatDtype stored_as, std::int64_t rows,
+              std::int64_t columns)
+      : stride((columns + 3) / 4 * 4),
+        bytes(torch::stable::new_empty(like, {rows, stride}, ScalarType::Char)),
+        scales(torch::stable::new_empty(like, {rows}, ScalarType::Float)) {
+    call.Check(BlockedQuadsCuda({x, stored_as, rows, columns, static_cast<std::uint32_t*>(bytes.mutable_data_ptr()),
+                                 scales.mutable_data_ptr<float>()},
+                                call.Stream()));
+  }
+
+  std::int64_t stride;
+  Tensor bytes, scales;
+};
+
+Tensor CodebookMatmulOnCuda(const Tensor& x, const Tensor& codes, const Tensor& codebook,
+                            const std::optional<Tensor>& bias, std::int64_t column_block, std::string mode, bool relu) {
+  constexpr const char* kOp = "codebook_matmul";
+  const CudaCall call(kOp, x, "x");
+  const Samples samples(kOp, x, "x", call.place());
+  const Weight weight = WeightOf(kOp, call.place(), codes, codebook, Width(kOp, samples.features, column_block));
+  const CodebookWeight& w = weight.args;
+  const Bias of_rows(kOp, bias, w.rows, call.place());
+  const Tensor y = EmptyWithLastDim(x, w.rows);
+  CodebookMatmulCudaArgs args{w,
+                              ModeOf(kOp, mode, samples.features),
+                              samples.At(0),
+                              samples.stored_as,
+                              of_rows.data,
+                              relu,
+                              y.mutable_data_ptr(),
+                              samples.count};
+  std::optional<RoundedRows> of_x, of_tables;
+  if (args.mode == CodebookMode::kInt8) {
+    const std::int64_t tables = weight.codebook->size(0);
+    of_x.emplace(call, x, args.x, samples.stored_as, samples.count, samples.features);
+    of_tables.emplace(call, codebook, w.codebook, FloatDtype::kFloat32, w.per_row ? tables : 1,
+                      w.per_row ? w.entries : tables * w.entries);
+    args.x = of_x->bytes.const_data_ptr();
+    args.x_stride = of_x->stride;
+    args.sample_scales = of_x->scales.const_data_ptr<float>();
+    args.tables = of_tables->bytes.const_data_ptr<std::int8_t>();
+    args.table_stride = w.per_row ? of_tables->stride : w.entries;
+    args.table_scales = of_tables->scales.const_data_ptr<float>();
+  }
+  call.Check(CodebookMatmulCuda(args, call.Stream()));
+  return y;
+}
+
+Tensor CodebookDenseOnCuda(const Tensor& codes, const Tensor& codebook, std::int64_t columns,
+                           std::int64_t column_block) {
+  constexpr const char* kOp = "codebook_dense";
+  const CudaCall call(kOp, codes, "codes");
+  const Weight weight = WeightOf(kOp, call.place(), codes, codebook, Width(kOp, columns, column_block));
+  Tensor dense = torch::stable::new_empty(codebook, {weight.args.rows, columns});
+  call.Check(CodebookDecodeCuda({weight.args, dense.mutable_data_ptr<float>()}, call.Stream()));
+  return dense;
+}
+
+Tensor CodebookReduceOnCuda(const Tensor& grad, const Tensor& codes, std::int64_t tables, std::int64_t entries,
+                            std::int64_t column_block) {
+  constexpr const char* kOp = "codebook_reduce";
+  const CudaCall call(kOp, grad, "grad");
+  CheckGrad(kOp, grad);
+  const Weight weight(kOp, call.place(), codes, std::nullopt, tables, entries, Width(kOp, grad.size(1), column_block));
+  CheckRows(kOp, grad, weight.args.rows);
+  const Tensor contiguous = Usable(call.place(), grad);
+  Tensor sums = torch::stable::new_empty(contiguous, {tables, entries});
+  call.Check(CodebookReduceCuda(
+      {weight.args, contiguous.const_data_ptr<float>(), sums.mutable_data_ptr<float>(), tables}, call.Stream()));
+  return sums;
+}
+
+#endif
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(tersetorch, CPU, m) {
+  m.impl("codebook_matmul", TORCH_BOX(&CodebookMatmulOnCpu));
+  m.impl("codebook_matmul_inference", TORCH_BOX(&CodebookMatmulOnCpu));
+  m.impl("codebook_dense", TORCH_BOX(&CodebookDenseOnCpu));
+  m.impl("codebook_reduce", TORCH_BOX(&CodebookReduceOnCpu));
+  m.impl("codebook_pack", TORCH_BOX(&CodebookPackOnCpu));
+  m.impl("codebook_unpack", TORCH_BOX(&CodebookUnpackOnCpu));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(tersetorch, CUDA, m) {
+#ifdef TERSETORCH_CUDA
+  m.impl("codebook_matmul", TORCH_BOX(&CodebookMatmulOnCuda));
+  m.impl("codebook_matmul_inference", TORCH_BOX(&CodebookMatmulOnCuda));
+  m.impl("codebook_dense", TORCH_BOX(&CodebookDenseOnCuda));
+  m.impl("codebook_reduce", TORCH_BOX(&CodebookReduceOnCuda));
+#else
+  for (const char* op : {"codebook_matmul", "codebook_matmul_inference", "codebook_dense", "codebook_reduce"}) {
+    m.impl(op, &NotBuiltForCuda);
+  }
+#endif
+}
+
+}  // namespace tersetorch

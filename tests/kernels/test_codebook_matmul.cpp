@@ -1,0 +1,179 @@
+// Every variant against sums in double, or the reference's bits in int8, on awkward shapes and unaligned memory, and
+// against codes outside their tables.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <random>
+#include <vector>
+
+#include "kernels/arrays.h"
+#include "kernels/check.h"
+#include "kernels/codebook_matmul/codebook_matmul.h"
+#include "kernels/common/cpu_isa.h"
+#include "kernels/common/scalars.h"
+#include "kernels/panels/panels.h"
+
+using namespace tersetorch;
+using namespace tersetorch::test;
+
+namespace {
+
+struct Variant {
+  const char* name;
+  CpuIsa needs;
+  const CodebookKernels& kernels;
+};
+
+struct Problem {
+  Index rows, columns, column_block, entries;
+  bool per_row;
+  std::vector<std::uint8_t> codes;  // [rows, columns]
+  std::vector<float> codebook;
+  Unaligned<std::uint8_t> packed;
+  Unaligned<float> stored_codebook;
+
+  Problem(Index rows, Index columns, Index column_block, Index entries, bool per_row, std::mt19937& rng)
+      : rows(rows),
+        columns(columns),
+        column_block(column_block),
+        entries(entries),
+        per_row(per_row),
+        codes(Codes(rows * columns, entries, rng)),
+        codebook(
+            Random(entries * std::max(per_row ? rows : (columns + column_block - 1) / column_block, Index{1}), rng)),
+        packed(std::vector<std::uint8_t>(rows * RowBytes(), 0xff)),
+        stored_codebook(codebook) {
+    CodebookPack(codes.data(), columns, column_block, CodeBits(entries), packed.data(), 0, rows);
+  }
+
+  static std::vector<std::uint8_t> Codes(Index count, Index entries, std::mt19937& rng) {
+    std::vector<std::uint8_t> codes(count);
+    for (auto& code : codes) code = static_cast<std::uint8_t>(rng() % entries);
+    return codes;
+  }
+  Index RowBytes() const { return CodeRowBytes(columns, column_block, CodeBits(entries)); }
+  CodebookWeight Weight() {
+    return {packed.data(), stored_codebook.data(), entries, per_row, rows, columns, column_block};
+  }
+  float At(Index r, Index c) const {
+    return codebook[(per_row ? r : c / column_block) * entries + codes[r * columns + c]];
+  }
+};
+
+// y of one panel's samples.
+std::vector<float> Run(const CodebookKernels& kernels, Problem& p, CodebookMode mode, const std::vector<float>& x,
+                       const std::vector<float>& bias, Index samples, Index width, FloatDtype y_as, bool relu,
+                       CodebookStatus* status) {
+  Unaligned<float> stored_x(x), stored_bias(bias);
+  std::vector<float> scales(width), inverses(width);
+  std::vector<std::int32_t> sums(width);
+  kWordPanelsScalar.scales({stored_x.data(), FloatDtype::kFloat32, p.columns, scales.data(), inverses.data()}, 0,
+                           samples);
+  SampleScale table{};
+  SampleScales(
+      {p.codebook.data(), FloatDtype::kFloat32, static_cast<Index>(p.codebook.size()), &table.scale, &table.inverse}, 0,
+      1);
+  const int bits = CodeBits(p.entries);
+  Unaligned<float> panel(std::vector<float>(CodebookPanelBytes(p.RowBytes(), bits, mode, width) / 4 + 1, NAN));
+  const CodebookSamplesArgs pack{stored_x.data(), FloatDtype::kFloat32, samples, p.columns,  p.column_block, bits, mode,
+                                 inverses.data(), panel.data(),         width,   sums.data()};
+  const Index chunks = p.RowBytes() / kCodeChunkBytes;
+  kernels.pack_samples(pack, chunks / 2, chunks);
+  kernels.pack_samples(pack, 0, chunks / 2);
+  Output y(samples * p.rows, y_as);
+  Unaligned<float> scratch(std::vector<float>(kCodebookSumRows * width, NAN));
+  const CodebookMatmulArgs args{p.Weight(),    mode,        panel.data(), width,         samples,
+                                scales.data(), sums.data(), table.scale,  table.inverse, stored_bias.data(),
+                                relu,          y.data(),    y_as,         scratch.data()};
+  *status = kernels.matmul(args, p.rows / 2, p.rows);
+  if (*status == CodebookStatus::kOk) *status = kernels.matmul(args, 0, p.rows / 2);
+  return y.Values();
+}
+
+void TestOne(const Variant& variant, Problem& p, CodebookMode mode, Index samples, Index width, FloatDtype y_as,
+             bool relu, std::mt19937& rng) {
+  const auto x = Random(samples * p.columns, rng), bias = Random(p.rows, rng);
+  CodebookStatus status;
+  const auto got = Run(variant.kernels, p, mode, x, bias, samples, width, y_as, relu, &status);
+  bool right = status == CodebookStatus::kOk;
+  if (mode == CodebookMode::kInt8) {
+    right &= got == Run(kCodebookScalar, p, mode, x, bias, samples, width, y_as, relu, &status);
+  } else {
+    for (Index n = 0; n < samples; ++n) {
+      for (Index r = 0; r < p.rows; ++r) {
+        Sum want;
+        for (Index c = 0; c < p.columns; ++c) want.Add(double{p.At(r, c)} * x[n * p.columns + c]);
+        want.Add(bias[r]);
+        const float y = got[n * p.rows + r];
+        right &= relu && y == 0 ? want.value <= std::ldexp((want.terms + 1) * want.magnitude, -24)
+                                : want.Near(y, y_as) && !(relu && y < 0);
+      }
+    }
+  }
+  Expect(right, "%s: %ld x %ld in blocks of %ld, %ld entries, rows %d, mode %d, %ld of %ld samples", variant.name,
+         long{p.rows}, long{p.columns}, long{p.column_block}, long{p.entries}, static_cast<int>(p.per_row),
+         static_cast<int>(mode), long{samples}, long{width});
+}
+
+void TestDamaged(const Variant& variant, std::mt19937& rng) {
+  for (const Index entries : {3, 11, 30, 200}) {
+    Problem p(5, 150, 150, entries, false, rng);
+    auto bytes = p.packed.Values();
+    bytes[4 * p.RowBytes() + 40] = 0xff;
+    p.packed = Unaligned<std::uint8_t>(bytes);
+    for (const Index width : {1, 8, 16}) {
+      for (const auto mode : {CodebookMode::kExact, CodebookMode::kInt8}) {
+        CodebookStatus status;
+        Run(variant.kernels, p, mode, Random(150, rng), Random(5, rng), 1, width, FloatDtype::kFloat32, false, &status);
+        Expect(status == CodebookStatus::kBadCode, "%s: a code outside %ld entries", variant.name, long{entries});
+      }
+    }
+    std::vector<float> dense(5 * 150);
+    Expect(CodebookDecode(p.Weight(), dense.data(), 0, 5) == CodebookStatus::kBadCode, "decoding a bad code");
+  }
+}
+
+}  // namespace
+
+int main() {
+  std::mt19937 rng(0);
+  const Variant variants[] = {{"scalar", CpuIsa::kScalar, kCodebookScalar},
+                              {"avx2", CpuIsa::kAvx2, kCodebookAvx2},
+                              {"avx512", CpuIsa::kAvx512, kCodebookAvx512}};
+  const Index widths[] = {1, 2, 4, 8, 16, 32, 64};
+  for (const Index entries : {1, 4, 5, 16, 17, 32, 33, 256}) {
+    for (const Index columns : {0, 1, 64, 129, 257, 331}) {
+      for (const Index block : {columns, Index{100}}) {
+        for (const bool per_row : {false, true}) {
+          if (per_row && block < columns) continue;
+          Problem p(13, columns, std::max(block, Index{1}), entries, per_row, rng);
+          std::vector<std::uint8_t> codes(p.codes.size());
+          CodebookUnpack(p.packed.data(), columns, p.column_block, CodeBits(entries), codes.data(), 0, p.rows);
+          Expect(codes == p.codes, "codes of %ld columns come back", long{columns});
+          for (const Variant& variant : variants) {
+            if (ProcessCpuIsa().detected < variant.needs) continue;
+            for (const Index width : widths) {
+              const Index samples = std::max(width - static_cast<Index>(rng() % (width / 2 + 1)), Index{1});
+              const auto y_as = kFloats[rng() % 2];
+              for (const auto mode : {CodebookMode::kExact, CodebookMode::kBFloat16, CodebookMode::kInt8}) {
+                TestOne(variant, p, mode, samples, width, y_as, rng() % 2 == 0, rng);
+              }
+            }
+          }
+        }
+      }
+    }
+  }
+  // Rows around the tiles of each width, and the most that keep their sums.
+  for (const Index rows : {1, 5, 6, 7, 12, 25, 192}) {
+    Problem p(rows, 140, 140, 16, false, rng);
+    for (const Variant& variant : variants) {
+      if (ProcessCpuIsa().detected < variant.needs) continue;
+      for (const Index width : widths) TestOne(variant, p, CodebookMode::kExact, width, width, kFloats[0], false, rng);
+    }
+  }
+  for (const Variant& variant : variants) {
+    if (ProcessCpuIsa().detected >= variant.needs) TestDamaged(variant, rng);
+  }
+  return Failures() != 0;
+}
