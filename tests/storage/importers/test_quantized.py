@@ -41,6 +41,27 @@ def test_a_weight_is_its_formula(shape, groups, run):
     assert torch.equal(weight.to_dense(), naive(weight)) and weight.to_dense().dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize(
+    ("shape", "groups", "run"),
+    [((6, 10), 1, 60), ((6, 10), 6, 10), ((6, 10), 3, 20), ((6, 10), 2, 5), ((4, 3, 2, 2), 4, 12), ((1, 8), 4, 2)],
+)
+def test_a_weight_of_rows_or_columns_has_a_format(shape, groups, run):
+    generator = torch.Generator().manual_seed(run)
+    codes = torch.randint(16, shape, generator=generator, dtype=torch.uint8)
+    weight = QuantizedWeight(codes, torch.randn(groups, 16, generator=generator), run)
+    weight.validate()
+    found = weight.to_codebook_weight()
+    found.validate()
+    assert torch.equal(found.to_dense(), weight.to_dense().flatten(1))
+    assert torch.equal(found.unpacked(), codes.flatten(1))
+
+
+def test_tables_of_parts_of_rows_have_no_format():
+    weight = QuantizedWeight(torch.zeros(4, 6, dtype=torch.uint8), torch.ones(8, 2), 3)
+    with pytest.raises(ValueError, match="run must be whole rows of 6 weights, or tables those of blocks of columns"):
+        weight.to_codebook_weight()
+
+
 CODES, BOOK = torch.zeros(4, 6, dtype=torch.uint8), torch.ones(4, 2)
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import NoReturn
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from tersetorch.formats import CodebookWeight
 
 MAX_ENTRIES = 256
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -52,6 +55,23 @@ class QuantizedWeight:
         places = padded.view(-1, self.groups, self.run).int() + table
         dense = self.codebook.flatten().index_select(0, places.flatten())
         return dense[: flat.numel()].reshape(self.shape).to(self.dtype)
+
+    def to_codebook_weight(self) -> CodebookWeight:
+        """The weight as [out, everything else], with the same codes and tables.
+
+        Raises:
+            ValueError: tables belong to parts of single rows, as those of NF4 do; to_dense gives such a weight.
+        """
+        rows, columns = self.shape[0], prod(self.shape[1:])
+        codes = self.codes.reshape(rows, columns)
+        if self.groups == 1:
+            return CodebookWeight.from_codes(codes, self.codebook)
+        if self.run * self.groups == columns:
+            return CodebookWeight.from_codes(codes, self.codebook, column_block=self.run)
+        if self.run % columns:
+            _refuse(f"run must be whole rows of {columns} weights, or tables those of blocks of columns", self.run)
+        of_rows = self.codebook.repeat_interleave(self.run // columns, 0)[:rows]
+        return CodebookWeight.from_codes(codes, of_rows)
 
     def validate(self) -> None:
         """Checks what to_dense relies on.
