@@ -9,6 +9,13 @@
 
 #include <cstdint>
 
+// The layout is the same for kernels on a GPU.
+#ifdef __CUDACC__
+#define TERSETORCH_EVERYWHERE __host__ __device__
+#else
+#define TERSETORCH_EVERYWHERE
+#endif
+
 namespace tersetorch {
 
 inline constexpr std::int64_t kCodesMaxEntries = 256;
@@ -27,11 +34,13 @@ struct CodebookWeight {
 
 namespace {
 
-constexpr int CodeBits(std::int64_t entries) { return entries <= 4 ? 2 : entries <= 16 ? 4 : 8; }
+TERSETORCH_EVERYWHERE constexpr int CodeBits(std::int64_t entries) { return entries <= 4 ? 2 : entries <= 16 ? 4 : 8; }
 
-constexpr std::int64_t CodeChunks(std::int64_t columns, int bits) { return (columns * bits + 511) / 512; }
+TERSETORCH_EVERYWHERE constexpr std::int64_t CodeChunks(std::int64_t columns, int bits) {
+  return (columns * bits + 511) / 512;
+}
 
-constexpr std::int64_t CodeRowBytes(std::int64_t columns, std::int64_t column_block, int bits) {
+TERSETORCH_EVERYWHERE constexpr std::int64_t CodeRowBytes(std::int64_t columns, std::int64_t column_block, int bits) {
   const std::int64_t whole = columns / column_block;
   return (whole * CodeChunks(column_block, bits) + CodeChunks(columns % column_block, bits)) * kCodeChunkBytes;
 }
