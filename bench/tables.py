@@ -14,6 +14,7 @@ from typing import Any
 from .comparisons import MODES, Reached, Record, break_even, by_case, fastest, reached
 from .implementations import Mode
 from .reproduce import ROWS
+from .reproduce.runs import SEEDS
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -278,8 +279,11 @@ def reproductions() -> str:
         table = _markdown((column.header for column in shown.columns), zip(*cells, strict=True))
         minutes = f"{record['seconds'] / 60:.0f} minutes" if record["seconds"] >= 90 else f"{record['seconds']:.0f} s"
         place = f"{record['machine']['cpu']}, torch {record['machine']['torch']}"
+        seeds = [each["seed"] for each in record.get("seeds", ())]
+        drawn = "" if seeds == list(SEEDS) else "".join(f" --seed {seed}" for seed in seeds)
         picture = f"\n![{row.words}](plots/{row.name}.svg)\n" if row.draw is not None else ""
-        parts.append(f"## {row.words}\n`tersetorch reproduce {row.name}`: {minutes} on {place}.\n\n{table}{picture}\n")
+        parts.append(f"## {row.words}\n`tersetorch reproduce {row.name}{drawn}`: {minutes} on {place}.\n\n")
+        parts.append(f"{table}{picture}\n")
     return "".join(parts)
 
 
@@ -333,7 +337,10 @@ def draw_plots(folder: Path) -> None:
 
 def main() -> None:
     """Writes the pages, and the plots they show."""
-    draw_plots(ROOT / "docs" / "plots")
+    import matplotlib  # the tables alone do without it
+
+    with matplotlib.rc_context({"svg.hashsalt": "tersetorch"}):  # the same record, the same bytes
+        draw_plots(ROOT / "docs" / "plots")
     for page in PAGES:
         path = ROOT / page
         path.write_text(render(path.read_text()))

@@ -2,9 +2,9 @@
 
 The text is Botchan, by Natsume Soseki, as the source archive of the package sentencepiece holds it, without Project
 Gutenberg's words around it. The first 80 % is learned, the next 10 % is held out (of the dense network the record has
-its loss there too), the last 10 % is read once for each network. Every linear layer of the blocks loses the same part of its weights; embeddings and the head stay, as is
-usual for language models. Every method has its default arguments, and each seed trains its own network and draws the
-passages of the training text that the methods are calibrated on.
+its loss there too), the last 10 % is read once for each network. Every linear layer of the blocks loses the same part
+of its weights; embeddings and the head stay, as is usual for language models. Every method has its default arguments,
+and each seed trains its own network and draws the passages of the training text that the methods are calibrated on.
 """
 
 from __future__ import annotations
