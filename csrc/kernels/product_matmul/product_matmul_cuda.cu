@@ -139,8 +139,10 @@ __global__ void __launch_bounds__(Tile::kThreads) ProductDecodeKernel(ProductDec
   if (r >= w.rows) return;
   for (std::int64_t segment = blockIdx.y; segment < w.segments; segment += gridDim.y) {
     float* out = a.dense + r * w.columns + segment * w.width;
-    for (std::int64_t j = 0; j < WidthOf(w, segment); ++j) {
+    const std::int64_t width = WidthOf(w, segment);
+    for (std::int64_t j = 0; j < width; ++j) {
       float sum = 0;
+#pragma unroll 1
       for (std::int64_t stage = 0; stage < w.stages; ++stage) {
         const std::int64_t table = stage * w.segments + segment;
         const int code = CodeAt(w, r, table);
