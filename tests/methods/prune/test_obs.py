@@ -502,3 +502,12 @@ def test_a_bias_that_two_layers_share_is_left():
     before = model[0].bias.detach().clone()
     prune.obs(model, [torch.randn(64, 8)], 0.4, solver="layerwise")
     assert torch.equal(model[0].bias, before) and model[2].bias is model[0].bias
+
+
+def test_a_batch_of_no_samples_adds_nothing_to_a_convolution() -> None:
+    full, mixed = (nn.Sequential(nn.Conv2d(4, 4, 3)) for _ in range(2))
+    mixed.load_state_dict(full.state_dict())
+    x = torch.randn(8, 4, 6, 6)
+    prune.obs(full, [x], 0.5)
+    prune.obs(mixed, [x, x[:0]], 0.5)
+    assert torch.equal(full[0].weight, mixed[0].weight)

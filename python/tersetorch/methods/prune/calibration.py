@@ -255,6 +255,8 @@ def input_squares(where: str, model: nn.Module, targets: Sequence[Target], data:
 
 def layer_inputs(module: nn.Module, x: Tensor, by_position: bool) -> Iterator[Tensor]:
     """The vectors that a Linear or Conv layer multiplies with its weights, [groups, samples, n], some at a time."""
+    if not x.numel():
+        return  # a batch of no samples adds nothing
     if isinstance(module, nn.Linear):
         for some in x.reshape(-1, x.shape[-1]).split(max(1, CHUNK // max(1, x.shape[-1]))):
             yield some[None]
