@@ -20,17 +20,19 @@ from rich.table import Table
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from tersetorch.methods import prune
+from tersetorch.methods import finalize, prune
 from tersetorch.methods.arguments import check_choice, check_int, check_number
 from tersetorch.methods.parametrization import release_graphs
 from tersetorch.methods.prune import Sensitivity
 from tersetorch.methods.prune.patterns import blocks
 from tersetorch.methods.selection import Patterns, Target, select
 from tersetorch.recipes.allocation import Curves, allocate
-from tersetorch.recipes.cost_curves import CostCurves, Unit, cost_curves
+from tersetorch.recipes.cost_curves import CostCurves, Unit, cost_curves, file_bytes
 from tersetorch.recipes.run_folder import RunFolder, fingerprint
 
 SPARSITIES = (0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97)
+# How often sparsities are chosen within a budget of bytes: each time by what the last file took beyond the curves.
+ATTEMPTS = 8
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class BudgetTrial:
 
     Attributes:
         limit: the cost it had to stay within.
-        cost: what it costs by the curves.
+        cost: what it costs by the curves; in bytes, of the file that tersetorch.save writes of it, finalized.
         predicted_drop: the sum of the layers' losses by the curves.
         sparsities: of each layer.
         score: of the model that was pruned so, and retrained.
@@ -102,7 +104,7 @@ class BudgetReport:
             table.add_row(
                 f"{index}{' chosen' if index == self.chosen else ''}",
                 f"{trial.limit:.6g}",
-                f"{trial.cost:.6g}",
+                f"{trial.cost:.6g}{'' if _within(trial.cost, self.budget) else ' too much'}",
                 f"{self.dense_cost / trial.cost:.3g}x" if trial.cost else "",
                 f"{trial.predicted_drop:.4g}",
                 f"{trial.score:.6g}{'' if trial.score >= self.floor else ' too low'}",
@@ -134,11 +136,12 @@ def prune_to_budget(
 ) -> BudgetReport:
     """Chooses a sparsity for each layer, prunes model so in place, and reports what was tried.
 
-    With a budget, one trial: the sparsities that lose least within it. Without one, `trials` of them, which halve the
-    range of limits: the least cost at which the score still keeps the floor, baseline - max_drop. A trial prunes a copy
-    by magnitude, retrains it, and scores it; the chosen one's weights and masks are then loaded into model, which is
-    ready to train on, as after prune.magnitude. When no trial keeps the floor, model stays as it was and the report's
-    chosen is None.
+    With a budget, one trial: the sparsities that lose least within it. Bytes are those of the file that tersetorch.save
+    writes of the pruned, retrained and finalized model: where it exceeds the budget, there is another trial within a
+    lower limit, 8 at most. Without a budget, `trials` of them, which halve the range of limits: the least cost at which
+    the score still keeps the floor, baseline - max_drop. A trial prunes a copy by magnitude, retrains it, and scores
+    it; the chosen one's weights and masks are then loaded into model, which is ready to train on, as after
+    prune.magnitude. When no trial keeps the floor, model stays as it was and the report's chosen is None.
 
     What a layer loses is added up over the layers: by prune.sensitivity the drop of the score when it alone is pruned
     (raised to what a lower sparsity loses already), or numbers of yours, such as what prune.saliencies gives by its
@@ -169,9 +172,9 @@ def prune_to_budget(
 
     Raises:
         TypeError: an argument has another type.
-        ValueError: an argument is out of range, the cheapest choice costs more than budget, folder holds another run or
-            weights that do not fit, retrain leaves other tensors in the state than it was given, or as prune.magnitude.
-            model is as it was.
+        ValueError: an argument is out of range, no choice tried costs as little as budget, folder holds another run
+            or weights that do not fit, retrain leaves other tensors in the state than it was given, or as
+            prune.magnitude. model is as it was.
     """
     where = "prune_to_budget"
     chosen = _check(
@@ -205,20 +208,20 @@ def prune_to_budget(
     run = RunFolder(where, folder, settings, sensitivity=None, costs=None, trials=[])
     told = _scan(run, where, model, evaluate, losses, chosen, grid, pattern, progress)
     curves = _costs(run, model, chosen, grid, unit, example_inputs, pattern, progress)
-    searched = _Search(where, model, evaluate, retrain, told, curves, max_drop, pattern, run)
+    searched = _Search(where, model, evaluate, retrain, told, curves, max_drop, unit, budget, pattern, run)
     dense = curves.total(dict.fromkeys(curves.layers, grid[0]))
     least = curves.total(dict.fromkeys(curves.layers, grid[-1]))
     task = None if progress is None else progress.add_task("trials", total=trials if budget is None else 1)
     low, high = least, dense
     for index in range(trials if budget is None else 1):
-        limit = budget if budget is not None else (low if index == 0 else (low + high) / 2)
-        kept = searched.trial(limit)
+        limit = low if index == 0 else (low + high) / 2
+        kept = searched.trial(limit) if budget is None else searched.within(budget)
         if progress is not None and task is not None:
             progress.advance(task)
         if kept and index == 0:
             break
         low, high = (low, limit) if kept else (limit, high)
-    return searched.finish(unit, budget, dense)
+    return searched.finish(dense)
 
 
 class _Search:
@@ -233,6 +236,8 @@ class _Search:
         told: tuple[float, Curves],
         curves: CostCurves,
         max_drop: float,
+        unit: Unit,
+        budget: float | None,
         pattern: str | None,
         run: RunFolder,
     ) -> None:
@@ -240,31 +245,53 @@ class _Search:
         self.baseline, self.losses = told
         self.floor = self.baseline - max_drop
         self.curves, self.pattern, self.run = curves, pattern, run
+        self.unit, self.budget = unit, budget
+        self.least = sum(min(curve.values()) for curve in curves.layers.values())
         self.trials: list[BudgetTrial] = []
         self.state: dict[str, torch.Tensor] | None = None
         self.chosen: int | None = None
 
+    def within(self, budget: float) -> bool:
+        """Tries the best sparsities within budget, again while the cost exceeds it; whether they keep the floor."""
+        limit, whole = budget, self.curves.fixed + self.least
+        for _ in range(ATTEMPTS):
+            kept = self.trial(limit)
+            cost, expected = self.trials[-1].cost, self.curves.total(self.trials[-1].sparsities)
+            if _within(cost, budget):
+                return kept
+            if _within(expected, whole):
+                break
+            # Below what the curves expected of this choice, so that it is another one each time.
+            limit = max(whole, budget - (cost - expected))
+        raise ValueError(
+            f"{self.where}: budget must be at least {min(trial.cost for trial in self.trials):.6g}, the least that was "
+            f"reached once pruned and retrained, got {budget:.6g}; raise it, or add larger sparsities"
+        )
+
     def trial(self, limit: float) -> bool:
         """Tries the best sparsities within limit; whether they keep the floor."""
-        least = sum(min(curve.values()) for curve in self.curves.layers.values())
-        whole = self.curves.fixed + least
+        whole = self.curves.fixed + self.least
         if limit < whole * (1 - 1e-12):
             raise ValueError(
                 f"{self.where}: budget must be at least {whole:.6g}, the cost at the largest sparsities, got "
                 f"{limit:.6g}; raise it, or add larger sparsities"
             )
         # Rounding of the sum must not leave less room than the cheapest choice takes.
-        sparsities = allocate(self.losses, self.curves.layers, max(limit - self.curves.fixed, least))
+        sparsities = allocate(self.losses, self.curves.layers, max(limit - self.curves.fixed, self.least))
         index = len(self.trials)
         stored = self.run.record["trials"]
-        cost = self.curves.total(sparsities)
         drop = sum(self.losses[name][sparsity] for name, sparsity in sparsities.items())
         if index < len(stored):
             self.trials.append(BudgetTrial(**stored[index]))
         else:
             same = next((each for each in self.trials if each.sparsities == sparsities), None)
-            candidate = None if same is not None else self._prune(sparsities)
-            score = same.score if same is not None else _score(self.where, self.evaluate, candidate)
+            candidate = None
+            if same is not None:
+                cost, score = same.cost, same.score
+            else:
+                candidate = self._prune(sparsities)
+                score = _score(self.where, self.evaluate, candidate)
+                cost = self._cost(candidate, sparsities)
             self.trials.append(BudgetTrial(limit, cost, drop, sparsities, score))
             if candidate is not None and self._is_best(index):
                 self.state = self.run.keep(candidate, "best")
@@ -273,7 +300,7 @@ class _Search:
             self.chosen = index
         return self.trials[index].score >= self.floor
 
-    def finish(self, unit: str, budget: float | None, dense: float) -> BudgetReport:
+    def finish(self, dense: float) -> BudgetReport:
         """Loads the chosen trial into the model."""
         if self.chosen is not None:
             state = self.state if self.state is not None else self.run.kept("best")
@@ -290,8 +317,8 @@ class _Search:
             prune.magnitude(self.model, 0.0, targets=names)
             self.model.load_state_dict(state)
         return BudgetReport(
-            unit=unit,
-            budget=budget,
+            unit=self.unit,
+            budget=self.budget,
             baseline=self.baseline,
             floor=self.floor,
             dense_cost=dense,
@@ -316,10 +343,16 @@ class _Search:
                 )
         return candidate
 
+    def _cost(self, candidate: nn.Module, sparsities: dict[str, float]) -> float:
+        if self.unit != "bytes":
+            return self.curves.total(sparsities)
+        release_graphs(candidate)
+        return file_bytes(finalize(copy.deepcopy(candidate))).whole
+
     def _is_best(self, index: int) -> bool:
-        """Whether a trial keeps the floor at the least cost so far, of equal costs with the best score."""
+        """Whether a trial keeps floor and budget at the least cost so far, of equal costs with the best score."""
         trial = self.trials[index]
-        if not trial.score >= self.floor:
+        if not (trial.score >= self.floor and _within(trial.cost, self.budget)):
             return False
         best = None if self.chosen is None else self.trials[self.chosen]
         return best is None or (trial.cost, -trial.score) < (best.cost, -best.score)
@@ -414,6 +447,11 @@ def _digest(losses: Sensitivity | Curves) -> str:
 def _shapes(example_inputs: Any) -> list[str]:
     leaves = pytree.tree_leaves(example_inputs)
     return [str(tuple(leaf.shape)) if isinstance(leaf, torch.Tensor) else type(leaf).__name__ for leaf in leaves]
+
+
+def _within(cost: float, limit: float | None) -> bool:
+    """Whether cost is at most limit, but for rounding of its sum."""
+    return limit is None or cost <= limit * (1 + 1e-12)
 
 
 def _layout(state: Mapping[str, torch.Tensor]) -> dict[str, tuple[torch.dtype, torch.Size]]:
