@@ -208,3 +208,11 @@ def test_a_model_in_fully_sharded_data_parallel_is_refused(mlp):
     for targets in (None, "inner.0"):
         with pytest.raises(ValueError, match="here: model must hold whole weights on each rank, got FullySharded"):
             select("here", nn.Sequential(wrapper), targets, None)
+
+
+@pytest.mark.parametrize("change", [lambda model: prune.magnitude(model, 0.5), lambda model: quantize.kmeans(model)])
+def test_inference_mode_is_refused_where_tensors_are_made_that_train(change):
+    model = nn.Sequential(nn.Linear(4, 3))
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"outside torch\.inference_mode"):
+        change(model)
+    assert list(model.state_dict()) == ["0.weight", "0.bias"]

@@ -109,6 +109,11 @@ def select(
         )
     for target in chosen:
         _check_weight(where, target, frozen)
+    if not frozen and torch.is_inference_mode_enabled():
+        raise ValueError(
+            f"{where}: model must be changed outside torch.inference_mode, got called inside, where new tensors can "
+            "never train; leave it first, torch.no_grad will do"
+        )
     return chosen
 
 

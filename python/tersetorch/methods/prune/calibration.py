@@ -195,8 +195,8 @@ def _over_ranks(
         raise ValueError(f"{where}: data must hold at least one batch, got none; pass some inputs of the model")
     if not samples:
         raise ValueError(
-            f"{where}: data must reach the layer {target.name!r}, got no input there; pass other data, or "
-            f"ignore=[{target.name!r}]"
+            f"{where}: data must reach the layer {target.name!r}, got no input there; pass samples that do, "
+            f"or ignore=[{target.name!r}] where its parent reads the weight, as nn.MultiheadAttention does out_proj's"
         )
     if not bool(total.isfinite().all()):
         raise ValueError(

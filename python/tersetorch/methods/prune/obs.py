@@ -131,8 +131,8 @@ def obs(
     Raises:
         TypeError: an argument has the wrong type, or data is an iterator and has to be gone through again.
         ValueError: a number is outside its range, a pattern matches nothing, a weight cannot be pruned, data is empty,
-            does not reach a layer or gives NaN or infinity, H cannot be inverted, or the network is too large for
-            "full".
+            does not reach a layer (nn.MultiheadAttention reads its out_proj's weight itself: ignore it) or gives NaN
+            or infinity, H cannot be inverted, or the network is too large for "full".
 
     Source:
         Hassibi and Stork, Optimal Brain Surgeon (1993); Dong, Chen, Pan, layer-wise OBS (2017); Frantar, Singh,

@@ -58,10 +58,12 @@ def diagonal_hessian(
     in memory two to three times what a training step on the same batch does: smaller batches need less.
 
     Where it differs from the diagonal of the true Hessian: second derivatives between units of a layer are left out,
-    and so are those between connections that share a weight. "exact" is therefore exact for the weights of a layer
-    with only element-wise operations between it and a loss that is a sum over its outputs, for the last layer under
-    cross-entropy where its weight is used once for each output of a pattern, and for every layer of a network whose
-    layers above have one unit; elsewhere it is the paper's approximation.
+    and so are those between connections that share a weight, and those between two paths from one unit to the loss: a
+    skip connection and the branch beside it, or h * sigmoid(h) and tanh(h) + h written out (functional.silu is one
+    function, and whole). "exact" is therefore exact, where each unit reaches the loss by one path, for the weights of a
+    layer with only element-wise operations between it and a loss that is a sum over its outputs, for the last layer
+    under cross-entropy where its weight is used once for each output of a pattern, and for every layer of a network
+    whose layers above have one unit; elsewhere it is the paper's approximation.
 
     E averages over the data set, whatever the batches: under a loss with reduction "mean" as if all were one batch;
     with "sum" each pattern's loss is its sum, and E the mean over patterns.
