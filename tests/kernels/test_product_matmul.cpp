@@ -136,7 +136,7 @@ void TestInt8(const Variant& variant, const RandomProduct& w, std::mt19937& rng)
            long{s.columns}, long{s.width}, long{s.entries}, long{s.stages});
   };
   complain(got.quantized == expected.quantized, "tables");
-  complain(std::memcmp(got.y.data(), expected.y.data(), 4 * got.y.size()) == 0, "bits");
+  complain(got.y.empty() || std::memcmp(got.y.data(), expected.y.data(), 4 * got.y.size()) == 0, "bits");
   complain(within, "error");
   for (const float broken : {NAN, INFINITY}) {
     auto damaged = x;
