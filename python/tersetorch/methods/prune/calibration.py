@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
 
 from tersetorch.methods.parametrization import live_weight
 from tersetorch.methods.selection import DEFAULT_TARGETS, Target
@@ -169,6 +170,13 @@ def input_moments(
             samples += x.shape[1]
 
     hooks = [module.register_forward_pre_hook(add, with_kwargs=True) for module in layers]
+    batches = _run(model, data, hooks)
+    total, samples = _over_ranks(where, model, target, total, samples, batches)
+    return Moments(total * (2 / samples), samples)
+
+
+def _run(model: nn.Module, data: Iterable[Any], hooks: Sequence[RemovableHandle]) -> int:
+    """Runs model on data in evaluation mode and takes the hooks off, whatever happens; the batches there were."""
     batches = 0
     try:
         with evaluating(model):
@@ -178,8 +186,7 @@ def input_moments(
     finally:
         for hook in hooks:
             hook.remove()
-    total, samples = _over_ranks(where, model, target, total, samples, batches)
-    return Moments(total * (2 / samples), samples)
+    return batches
 
 
 def _over_ranks(
@@ -235,15 +242,7 @@ def input_squares(where: str, model: nn.Module, targets: Sequence[Target], data:
         shape = getattr(layers[0], "groups", 1), weight.shape[1:].numel()
         totals[place] = torch.zeros(shape, dtype=torch.float64, device=weight.device)
         hooks += [module.register_forward_pre_hook(summing(place), with_kwargs=True) for module in layers]
-    batches = 0
-    try:
-        with evaluating(model):
-            for batch in data:
-                call(model, batch)
-                batches += 1
-    finally:
-        for hook in hooks:
-            hook.remove()
+    batches = _run(model, data, hooks)
     found = []
     for target, total, count in zip(targets, totals, samples, strict=True):
         total, count = _over_ranks(where, model, target, total, count, batches)
