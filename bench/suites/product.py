@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,20 +10,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tersetorch import _native
 from tersetorch.formats import ProductWeight
 from tersetorch.nn import ProductLinear
 
 from ..cases import CASES, Linear
-from ..implementations import Implementation, LeftOut, Packed, max_error_of, refusal
+from ..implementations import Implementation, LeftOut, Packed
+from ..layers import Layers, Row
 from ..options import Options
 from ..peers import PEERS
 from ..rates import Rates
-from ..timing import interleave
 
 SECONDS, QUICK_SECONDS = 0.2, 0.08
-# Columns of a segment and entries of its codebook.
-SETTINGS = ((2, 16), (4, 16), (4, 256), (8, 256))
+# Columns of a segment, entries of its codebook, and whether all segments share one.
+SETTINGS = ((2, 16, False), (4, 16, False), (4, 256, False), (8, 256, False), (8, 256, True))
 
 
 @dataclass(frozen=True)
@@ -35,11 +33,12 @@ class Group:
     batch: int
     width: int
     entries: int
+    shared: bool = False
 
     @property
     def pattern(self) -> str:
         """The form in words, which records keep as their pattern."""
-        return f"{self.width} columns, {self.entries} entries"
+        return f"{self.width} columns, {self.entries} entries" + ", shared" * self.shared
 
     @property
     def label(self) -> str:
@@ -61,101 +60,29 @@ def groups(options: Options) -> list[Group]:
 
 
 class Product:
-    """Measures groups. Every result is compared with float64 before it is timed.
-
-    limit_ms is the least time that the multiply-adds of the tables and the additions of the lookups, or the bytes of
-    codes, codebooks, samples and result, allow at the rates measured in the same run.
-    """
+    """Measures groups. Every result is compared with float64 before it is timed."""
 
     def __init__(self, options: Options, rates: Rates) -> None:
         self._options = options
-        self._rates = rates
+        self._layers = Layers("product", options, rates)
 
     def measure(self, group: Group) -> tuple[list[dict[str, Any]], list[LeftOut]]:
         """The records of a group, and what was left out."""
-        with torch.inference_mode():
-            return self._measure(group)
+        seconds = QUICK_SECONDS if self._options.quick else SECONDS
+        return self._layers.measure(group.case, group.batch, _rows(group), group.label, seconds)
 
-    def _measure(self, group: Group) -> tuple[list[dict[str, Any]], list[LeftOut]]:
-        case, batch, threads = group.case, group.batch, self._options.threads
-        weight = weight_of(group)
-        dense = weight.to_dense()
-        x = case.samples(batch)
-        want = case.reference(x, dense)
-        calls: dict[str, Callable[[], Any]] = {}
-        kept: dict[str, tuple[Implementation, Packed, float, float]] = {}
-        left_out = []
-        peers = [row for row in PEERS["linear"] if row.family == "dense"]
-        for row in (*peers, *_ours(weight), _faiss(weight)):
-            ours = row.family == "ours"
-            if not self._options.takes(row.name, ours) or row.missing(batch, threads):
-                continue
-            try:
-                start = time.perf_counter()
-                packed = row.pack(case, dense, batch, threads)
-                pack_ms = 1e3 * (time.perf_counter() - start)
-                call = packed.bind(x)
-                result = row.result(call())
-            except Exception as problem:  # whatever a library raises where this CPU lacks something
-                if ours:
-                    raise
-                left_out.append(LeftOut(row.name, group.label, str(problem).partition("\n")[0]))
-                continue
-            # A search returns each sample's largest product only.
-            error = max_error_of(result, want.amax(1, keepdim=True) if result.shape == (batch, 1) else want)
-            wrong = refusal(error, row.mode)
-            if wrong:
-                left_out.append(LeftOut(row.name, group.label, wrong, wrong=True))
-                continue
-            calls[row.name], kept[row.name] = call, (row, packed, pack_ms, error)
-        if not calls:
-            return [], left_out
-        times = interleave(calls, len(calls) * (QUICK_SECONDS if self._options.quick else SECONDS))
-        return [self._record(group, weight, x, times[name], *kept[name]) for name in calls], left_out
 
-    def _record(
-        self,
-        group: Group,
-        weight: ProductWeight,
-        x: Tensor,
-        times: dict[str, float],
-        row: Implementation,
-        packed: Packed,
-        pack_ms: float,
-        error: float,
-    ) -> dict[str, Any]:
-        case, batch = group.case, group.batch
-        operations = 2 * case.multiplies(batch, 1.0)
-        if row.family != "dense":
-            operations = batch * (2.0 * case.in_features * weight.entries + case.out_features * weight.tables)
-        moved = packed.nbytes + 4 * (x.numel() + batch * case.out_features)
-        level = _native.cpu_active() if row.family == "ours" else _native.cpu_detected()
-        limit_ms, bound = self._rates.limit_ms(operations, moved, row.mode, level, cold=False)
-        return {
-            "suite": "product",
-            "case": case.name,
-            "kind": case.kind,
-            "shape": list(case.shape),
-            "density": 1.0,
-            "pattern": group.pattern,
-            "batch": batch,
-            "active": 1.0,
-            "cache": "warm",
-            "threads": self._options.threads,
-            "isa": _native.cpu_active(),
-            "implementation": row.name,
-            "family": row.family,
-            "mode": row.mode,
-            "pack_ms": pack_ms,
-            "weight_bytes": packed.nbytes,
-            "bytes": moved,
-            "ops": round(operations),
-            "limit_ms": limit_ms,
-            "limit": bound,
-            "fraction_of_limit": limit_ms / times["p30_ms"],
-            "max_error": error,
-            **times,
-        }
+def _rows(group: Group) -> Iterator[Row]:
+    case = group.case
+    weight = weight_of(group)
+    dense = weight.to_dense()
+    # The multiply-adds of the tables and the additions of the lookups.
+    operations = group.batch * (2.0 * case.in_features * weight.entries + case.out_features * weight.tables)
+    for one in PEERS["linear"]:
+        if one.family == "dense":
+            yield Row(one, dense, (group.pattern,))
+    for one in (*_ours(weight), *peers(weight)):
+        yield Row(one, dense, (group.pattern,), operations)
 
 
 def weight_of(group: Group) -> ProductWeight:
@@ -164,7 +91,8 @@ def weight_of(group: Group) -> ProductWeight:
     rows, columns = group.case.shape
     segments = -(-columns // group.width)
     codes = torch.randint(group.entries, (rows, segments), generator=generator, dtype=torch.uint8)
-    entries = torch.randn(1, segments, group.width, group.entries, generator=generator) / columns**0.5
+    books = 1 if group.shared else segments
+    entries = torch.randn(1, books, group.width, group.entries, generator=generator) / columns**0.5
     return ProductWeight.from_codes(codes, entries, columns)
 
 
@@ -178,32 +106,58 @@ def _ours(weight: ProductWeight) -> Iterator[Implementation]:
         yield Implementation(name, "ours", "float32" if mode == "exact" else "int8", pack)
 
 
-def _faiss(weight: ProductWeight) -> Implementation:
-    """For each sample the row of the largest inner product, by tables as ours.
+def peers(weight: ProductWeight | None = None) -> tuple[Implementation, ...]:
+    """What multiplies by such a weight elsewhere; without one they can only say whether they are there."""
 
-    faiss's fast scan of 4-bit codes sums in 16 bits, which so many segments overflow.
-    """
+    def searched(case: Any, dense: Tensor, batch: int, threads: int) -> Packed:
+        assert weight is not None
+        return _faiss(weight, threads)
 
-    def pack(case: Any, dense: Tensor, batch: int, threads: int) -> Packed:
-        import faiss
+    def multiplied(case: Any, dense: Tensor, batch: int, threads: int) -> Packed:
+        assert weight is not None
+        return _aqlm(weight, threads)
 
-        faiss.omp_set_num_threads(threads)
-        bits = max(1, (weight.entries - 1).bit_length())
-        width = weight.segments * weight.codebooks.shape[2]
-        index = faiss.IndexPQ(width, weight.segments, bits, faiss.METRIC_INNER_PRODUCT)
-        centres = weight.codebooks[0].transpose(1, 2).contiguous().numpy().ravel()
-        faiss.copy_array_to_vector(centres, index.pq.centroids)
-        codes = weight.row_codes.numpy()
-        if bits == 4:
-            codes = codes[:, 0::2] | codes[:, 1::2] << 4
-        faiss.copy_array_to_vector(np.ascontiguousarray(codes).ravel(), index.codes)
-        index.ntotal = weight.rows
-        index.is_trained = True
+    return (
+        Implementation("faiss IndexPQ search", "coded", "float32", searched, needs=("faiss",)),
+        # Its threads would add to the same sums.
+        Implementation("AQLM by numba", "coded", "float32", multiplied, needs=("aqlm", "numba"), threads=1),
+    )
 
-        def bind(x: Tensor) -> Callable[[], Any]:
-            samples = x.numpy()
-            return lambda: index.search(samples, 1)[0]
 
-        return Packed(bind, codes.nbytes + centres.nbytes)
+def _faiss(weight: ProductWeight, threads: int) -> Packed:
+    """For each sample the row of the largest inner product, by tables as ours."""
+    import faiss
 
-    return Implementation("faiss IndexPQ search", "sparse", "float32", pack, needs=("faiss",))
+    faiss.omp_set_num_threads(threads)
+    book = weight.codebooks[0].expand(weight.segments, -1, -1)
+    bits = max(1, (weight.entries - 1).bit_length())
+    width = weight.segments * book.shape[1]
+    index = faiss.IndexPQ(width, weight.segments, bits, faiss.METRIC_INNER_PRODUCT)
+    centres = book.transpose(1, 2).contiguous().numpy().ravel()
+    faiss.copy_array_to_vector(centres, index.pq.centroids)
+    codes = weight.row_codes.numpy()
+    if bits == 4:
+        codes = codes[:, 0::2] | codes[:, 1::2] << 4
+    faiss.copy_array_to_vector(np.ascontiguousarray(codes).ravel(), index.codes)
+    index.ntotal = weight.rows
+    index.is_trained = True
+
+    def bind(x: Tensor) -> Callable[[], Any]:
+        samples = x.numpy()
+        return lambda: index.search(samples, 1)[0]
+
+    return Packed(bind, codes.nbytes + centres.nbytes)
+
+
+def _aqlm(weight: ProductWeight, threads: int) -> Packed:
+    import numba
+    from aqlm.inference_kernels.numba_kernel import numba_gemm_lut
+
+    if weight.codebooks.shape[1:] != (1, 8, 256):
+        raise RuntimeError("its kernel for CPUs takes codebooks of 256 entries for all segments, here of 8 columns")
+    numba.set_num_threads(threads)
+    codebook = weight.codebooks.transpose(2, 3).contiguous().view(1, 256, 1, 8)
+    codes = weight.row_codes.t().contiguous().view(torch.int8)[..., None]
+    scales = torch.ones(weight.rows, 1, 1, 1)
+    nbytes = codes.nbytes + codebook.nbytes + scales.nbytes
+    return Packed(lambda x: lambda: numba_gemm_lut(x, codes, codebook, scales, None), nbytes)

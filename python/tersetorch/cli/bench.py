@@ -1,4 +1,4 @@
-"""tersetorch bench [SUITE]."""
+"""tersetorch bench [SUITE...]."""
 
 from pathlib import Path
 from typing import Annotated
@@ -9,16 +9,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from tersetorch.bench import rates
 from tersetorch.bench.options import Options
-from tersetorch.bench.records import SUITES, Run, table
-from tersetorch.bench.suites.sparse import missing
+from tersetorch.bench.records import SUITES, Run, missing, table
 
 NAMES = (*SUITES, "rates")
 
 
 def bench(
     suite: Annotated[
-        str, typer.Argument(help=f"One of {', '.join(NAMES)} (the machine's limits alone); all when left out.")
-    ] = "",
+        list[str] | None,
+        typer.Argument(help=f"Some of {', '.join(NAMES)} (the machine's limits alone); all when left out."),
+    ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Store machine facts and records here, after every group.")
     ] = None,
@@ -38,8 +38,9 @@ def bench(
     ] = "",
 ) -> None:
     """Times our kernels beside their peers in one process and shows every row, also where we lose."""
-    if suite and suite not in NAMES:
-        raise typer.BadParameter(f"SUITE must be one of {', '.join(NAMES)}, got {suite}")
+    for name in suite or ():
+        if name not in NAMES:
+            raise typer.BadParameter(f"SUITE must be one of {', '.join(NAMES)}, got {name}")
     if json_file:  # before anything is measured
         try:
             json_file.parent.mkdir(parents=True, exist_ok=True)
@@ -61,7 +62,7 @@ def bench(
     notes = Console(stderr=True)
     with notes.status("measuring the machine"):
         measured = rates.measure(threads, quick)
-    names = [name for name in ([suite] if suite else SUITES) if name != "rates"]
+    names = [name for name in suite or SUITES if name != "rates"]
     run = Run(names, options, measured, json_file)
     if not names:
         Console().print(rates.table(measured))
