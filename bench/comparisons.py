@@ -114,9 +114,11 @@ def _codebook_goals() -> Iterator[Goal]:
     linear, packed, dynamic = ("torch F.linear float32",), ("oneDNN packed bfloat16",), ("torch dynamic int8*",)
     fc6 = {"suite": "codebook", "case": "alexnet fc6", "cache": "warm"}
 
-    def one(bits: int, batch: int, mode: Mode, peers: tuple[str, ...], *reach: tuple[float, ...]) -> Goal:
+    def one(
+        bits: int, batch: int, mode: Mode, peers: tuple[str, ...], prototype: tuple[float, ...], goal: tuple[float, ...]
+    ) -> Goal:
         where = fc6 | {"batch": batch, "pattern": f"{bits} bits"}
-        return Goal(f"codes of {bits} bits, 4096x9216, batch {batch}, {mode}", where, peers, (mode,), *reach)
+        return Goal(f"codes of {bits} bits, 4096x9216, batch {batch}, {mode}", where, peers, (mode,), prototype, goal)
 
     yield one(4, 1, "int8", dynamic, (2.4, 3.4), (2.7, 3.6))
     yield one(4, 1, "bfloat16", packed, (3.5, 4.9), (4.5, 5))
