@@ -3,7 +3,15 @@
 import pytest
 import torch
 
+from tersetorch.methods.quantize import kmeans_nd
 from tersetorch.methods.quantize.kmeans_nd import cluster, nearest, refine
+
+
+@pytest.fixture(params=["native", "by GEMM"], autouse=True)
+def way(request, monkeypatch):
+    """Both ways to cluster, whatever the width."""
+    if request.param == "by GEMM":
+        monkeypatch.setattr(kmeans_nd, "NATIVE_WIDTH", 0)
 
 
 def points(problems=3, count=200, width=3, seed=0):
@@ -53,6 +61,19 @@ def test_a_problem_does_not_depend_on_its_neighbours_nor_on_the_block(monkeypatc
     alone = cluster(x, 9)
     assert torch.equal(all_of_them.codes, alone.codes)
     assert torch.equal(cluster(x, 9, seed=1).codes, cluster(x, 9, seed=1).codes)
+
+
+def test_threads_change_nothing():
+    x, before, done = points(9, 100, 4), torch.get_num_threads(), []
+    try:
+        torch.set_num_threads(1)
+        one = cluster(x, 17, restarts=2, advance=done.append)
+        torch.set_num_threads(3)
+        three = cluster(x, 17, restarts=2)
+    finally:
+        torch.set_num_threads(before)
+    assert sum(done) == 9
+    assert all(torch.equal(getattr(one, name), getattr(three, name)) for name in ("codes", "centres", "errors"))
 
 
 def test_few_distinct_points_have_no_error():

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+from tersetorch import _native
 
 # Distances that are in memory at a time.
 BLOCK = 1 << 21
+# Points of so few numbers are clustered natively, a problem at a time; wider ones by GEMM, as many as BLOCK allows.
+NATIVE_WIDTH = 32
+
+# Codes, centres and errors of one problem.
+_Found = tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.float64]]
+
 # Lloyd's iteration stops where a round lowers the error by less than this part of it.
 LEAST_GAIN = 1e-5
 
@@ -80,8 +91,18 @@ def cluster(
     points = points - middle
     generator = torch.Generator().manual_seed(seed)
     draws = torch.rand(restarts, problems, clusters, generator=generator, dtype=torch.float64).to(points.device)
+    if _is_native(points, clusters):
+        around, attempts = points.numpy(), draws.numpy()
+
+        def solve(problem: int) -> _Found:
+            only = slice(problem, problem + 1)
+            tries = (_native.vector_kmeans(around[only], each[only], iterations, exchanges) for each in attempts)
+            return min(tries, key=lambda found: float(found[2][0]))
+
+        found = _side_by_side(solve, problems, advance)
+        return Clusters(found.codes, found.centres + middle, found.errors)
     step = max(1, BLOCK // max(1, count * clusters))
-    parts = []
+    parts: list[_State] = []
     for first in range(0, problems, step):
         part = points[first : first + step]
         best = None
@@ -99,8 +120,34 @@ def cluster(
 @torch.no_grad()
 def refine(points: Tensor, centres: Tensor, iterations: int) -> Clusters:
     """Lloyd's iteration from these centres [problems, clusters, width], at most so many rounds."""
+    if _is_native(points, centres.shape[1]):
+        around, start = points.detach().float().numpy(), centres.detach().float().numpy()
+
+        def solve(problem: int) -> _Found:
+            only = slice(problem, problem + 1)
+            return _native.vector_lloyd(around[only], start[only], iterations)
+
+        return _side_by_side(solve, len(points))
     state = _lloyd(points.float(), centres, iterations)
     return Clusters(state.codes, state.centres, state.errors)
+
+
+def _is_native(points: Tensor, clusters: int) -> bool:
+    return points.device.type == "cpu" and 1 <= points.shape[2] <= NATIVE_WIDTH and clusters <= points.shape[1]
+
+
+def _side_by_side(
+    solve: Callable[[int], _Found], problems: int, advance: Callable[[int], object] | None = None
+) -> Clusters:
+    """What solve finds for each problem; torch's threads share them, and none changes what another finds."""
+    found = []
+    with ThreadPoolExecutor(min(problems, torch.get_num_threads())) as pool:
+        for each in pool.map(solve, range(problems)):
+            found.append(each)
+            if advance is not None:
+                advance(1)
+    codes, centres, errors = (torch.from_numpy(np.concatenate(part)) for part in zip(*found, strict=True))
+    return Clusters(codes.long(), centres, errors)
 
 
 def nearest(points: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
