@@ -79,7 +79,7 @@ bench: venv
 	done
 	for threads in 1_thread 2_threads; do \
 	  run="$(UNDISTURBED) tersetorch bench --threads $${threads%%_*} --json bench/results"; \
-	  $$run/bench_$$threads.json sparse networks && $$run/bench_coded_$$threads.json codebook product || exit 1; \
+	  $$run/bench_$$threads.json sparse networks && $$run/bench_coded_$$threads.json codebook product coders || exit 1; \
 	done
 
 reproduce: venv

@@ -20,7 +20,7 @@ from .implementations import LeftOut
 from .options import Options
 from .peers import PEERS
 from .rates import Rates, caches_kib
-from .suites import codebook, networks, product, sparse
+from .suites import codebook, coders, networks, product, sparse
 
 Record = dict[str, Any]
 
@@ -44,6 +44,7 @@ SUITES: dict[str, tuple[Any, type[Any]]] = {
     "sparse": (sparse.groups, sparse.Sparse),
     "codebook": (codebook.groups, codebook.Codebook),
     "product": (product.groups, product.Product),
+    "coders": (coders.groups, coders.Coders),
     "networks": (networks.groups, networks.Networks),
 }
 # What peers are versions of.

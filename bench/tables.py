@@ -195,6 +195,21 @@ def _coded_table(suite: str, wanted: Callable[[Record], bool] = lambda _: True) 
     return _markdown((*head, "than dense", "than coded", "of our limit", "MiB of ours / dense / coded"), rows)
 
 
+def coder_speeds() -> str:
+    """The file's coders beside general ones: bits a code, and millions of codes a second in both directions."""
+    rows = []
+    for same in by_case(r for r in _records() if r["suite"] == "coders" and r["pattern"] == "encode").values():
+        for encoded in same:
+            names = ("suite", "case", "implementation")
+            decoded = [
+                r for r in _records() if r["pattern"] == "decode" and all(r[name] == encoded[name] for name in names)
+            ]
+            bits = 8 * encoded["weight_bytes"] / encoded["shape"][0]
+            rates = (f"{r['shape'][0] / r['median_ms'] / 1e3:.0f}" for r in (encoded, *decoded))
+            rows.append((encoded["case"], encoded["implementation"], f"{bits:.3f}", *rates))
+    return _markdown(("codes", "coder", "bits a code", "encoded, MB/s", "decoded, MB/s"), rows)
+
+
 def peer_versions() -> str:
     """What the peers of coded layers are versions of, and why some are missing."""
     for name in CODED_BENCHES:
@@ -383,6 +398,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "codebook_headlines": codebook_headlines,
     "product_speeds": product_speeds,
     "peer_versions": peer_versions,
+    "coder_speeds": coder_speeds,
     "machine": machine,
     "machine_rates": machine_rates,
     "goals": goals,
