@@ -125,7 +125,11 @@ def peers(weight: ProductWeight | None = None) -> tuple[Implementation, ...]:
 
 
 def _faiss(weight: ProductWeight, threads: int) -> Packed:
-    """For each sample the row of the largest inner product, by tables as ours."""
+    """For each sample the row of the largest inner product, by tables as ours.
+
+    faiss's fast scan of 4-bit codes is not timed: of random codes its products were within 0.5 % of the largest with
+    256 segments, but off by more than twenty times the largest with 1024 and 2304, which these layers have.
+    """
     import faiss
 
     faiss.omp_set_num_threads(threads)

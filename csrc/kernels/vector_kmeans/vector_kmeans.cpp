@@ -10,6 +10,9 @@ namespace tersetorch {
 namespace {
 
 constexpr std::int64_t kRoundsOfExchange = 12;
+constexpr double kAnything = std::numeric_limits<double>::infinity();
+// Of the last rounds, which an exchange may have left much to do.
+constexpr double kLastGain = 1e-7;
 
 const VectorKmeansFunctions& Active() {
   switch (ProcessCpuIsa().active) {
@@ -64,14 +67,21 @@ class Problem {
     } else {
       std::copy_n(a_.centres, a_.clusters * a_.width, now_.centres);
     }
-    Lloyd(a_.iterations, std::numeric_limits<double>::infinity());
+    Lloyd(a_.iterations, kAnything, kVectorLeastGain);
     std::swap(best_, now_);
-    std::int64_t moved = std::max<std::int64_t>(1, a_.clusters / 6);
-    for (std::int64_t round = 0; round < a_.exchanges && a_.clusters > 1; ++round) {
-      if (Exchange(moved)) continue;
-      if (moved == 1) break;
-      moved = std::max<std::int64_t>(1, moved / 3);
+    std::int64_t moved = std::max<std::int64_t>(1, a_.clusters / 6), failed = 0;
+    for (std::int64_t round = 0; round < a_.exchanges && failed < a_.clusters * (a_.clusters - 1); ++round) {
+      if (Exchange(moved, failed)) {
+        failed = 0;
+      } else if (moved > 1) {
+        moved = std::max<std::int64_t>(1, moved / 3);
+      } else {
+        ++failed;
+      }
     }
+    std::swap(now_, best_);
+    Lloyd(a_.iterations, kAnything, kLastGain);
+    std::swap(now_, best_);
     std::copy_n(best_.codes, a_.count, a_.codes);
     std::copy_n(best_.centres, a_.clusters * a_.width, a_.centres);
     return best_.error;
@@ -132,16 +142,16 @@ class Problem {
 
   // now_ becomes where Lloyd's iteration from its centres ends; it stops early where the error, which falls less and
   // less, will not get below `wanted`.
-  void Lloyd(std::int64_t iterations, double wanted) {
+  void Lloyd(std::int64_t iterations, double wanted, double least_gain) {
     Nearest(now_, nullptr);
     for (std::int64_t left = iterations; left > 0; --left) {
       Means(now_, spare_.centres);
       Nearest(spare_, nullptr);
       const double gain = now_.error - spare_.error;
-      const bool little = gain <= kVectorLeastGain * now_.error;
+      const bool little = gain <= least_gain * now_.error;
       // Rounding may raise the error once nothing moves any more.
       if (gain > 0) std::swap(now_, spare_);
-      if (little || now_.error - static_cast<double>(left - 1) * gain > wanted) break;
+      if (little || now_.error - static_cast<double>(std::min<std::int64_t>(left - 1, 3)) * gain > wanted) break;
     }
   }
 
@@ -172,8 +182,13 @@ class Problem {
     });
   }
 
-  // Moves the centres that are missed least to where the error is greatest; whether that helped.
-  bool Exchange(std::int64_t moved) {
+  // Moves the centres that are missed least to where the error is greatest; whether that helped. Of single centres, the
+  // pairs that are tried after so many that failed are those of ranks whose larger one grows the latest.
+  bool Exchange(std::int64_t moved, std::int64_t failed) {
+    std::int64_t shell = 0;
+    while ((shell + 1) * (shell + 1) <= failed) ++shell;
+    const std::int64_t step = failed - shell * shell;
+    const std::int64_t from = std::min(shell, step), to = std::min(shell, 2 * shell - step);
     Nearest(best_, lost_);
     std::fill_n(errors_, a_.clusters, 0.0);
     std::fill_n(losses_, a_.clusters, 0.0);
@@ -187,18 +202,19 @@ class Problem {
       }
     }
     std::copy_n(best_.centres, a_.clusters * a_.width, now_.centres);
-    Order(moved, a_.clusters, losses_);
+    Order(std::min(from + moved, a_.clusters), a_.clusters, losses_);
     std::int32_t* least = spare_.codes;  // free until Lloyd
-    std::copy_n(order_, moved, least);
+    std::copy_n(order_ + std::min(from, a_.clusters - moved), moved, least);
     for (std::int64_t m = 0; m < moved; ++m) errors_[least[m]] = -1;  // a centre that moves away is no place to move to
-    Order(moved, a_.clusters, errors_);
+    Order(std::min(to + moved, a_.clusters), a_.clusters, errors_);
     for (std::int64_t m = 0; m < moved; ++m) {
-      const float* centre = best_.centres + order_[m] * a_.width;
-      const float* member = Point(sizes_[order_[m]]);
+      const std::int32_t greatest = order_[std::min(to, a_.clusters - moved) + m];
+      const float* centre = best_.centres + greatest * a_.width;
+      const float* member = Point(sizes_[greatest]);
       for (std::int64_t j = 0; j < a_.width; ++j) now_.centres[least[m] * a_.width + j] = (centre[j] + member[j]) / 2;
     }
     const double wanted = best_.error * (1 - kVectorLeastGain);
-    Lloyd(kRoundsOfExchange, wanted);
+    Lloyd(kRoundsOfExchange, wanted, kVectorLeastGain);
     if (!(now_.error < wanted)) return false;
     std::swap(best_, now_);
     return true;

@@ -23,6 +23,14 @@ typedef double Total __attribute__((vector_size(8 * kPointLanes)));
 typedef float Float4 __attribute__((vector_size(16)));
 typedef double Double4 __attribute__((vector_size(32)));
 
+inline Points Gather(const float* from, PointCodes places) {
+#ifdef __AVX512F__
+  return (Points)_mm512_i32gather_ps((__m512i)places, from, 4);
+#else
+  return (Points)_mm256_i32gather_ps(from, (__m256i)places, 4);
+#endif
+}
+
 // Points [i, i + kVectors * kPointLanes); kWidth numbers of each stay in registers, or none of them where it is 0.
 template <int kWidth, int kVectors, bool kLost>
 void NearestBlock(const NearestCentresArgs& a, Index i, Total& total) {
@@ -70,15 +78,12 @@ void NearestBlock(const NearestCentresArgs& a, Index i, Total& total) {
     Store(a.codes + at, codes[v]);
     if constexpr (kLost) Store(a.lost + at, 2 * (second[v] - first[v]));
     Points distance{};
+    const PointCodes places = codes[v] * static_cast<std::int32_t>(width + 1);
     for (Index j = 0; j < width; ++j) {
-      Points own;
-      for (int lane = 0; lane < kPointLanes; ++lane) own[lane] = a.centres[codes[v][lane] * (width + 1) + j];
-      const Points difference = Load<Points>(a.planes + j * a.stride + at) - own;
+      const Points difference = Load<Points>(a.planes + j * a.stride + at) - Gather(a.centres + j, places);
       distance += difference * difference;
     }
-    for (int lane = 0; lane < kPointLanes; ++lane) {
-      if (at + lane >= a.count) distance[lane] = 0;
-    }
+    for (Index lane = a.count > at ? a.count - at : 0; lane < kPointLanes; ++lane) distance[lane] = 0;
     Store(a.distances + at, distance);
     total += __builtin_convertvector(distance, Total);
   }

@@ -19,6 +19,11 @@ BLOCK = 1 << 21
 # Points of so few numbers are clustered natively, a problem at a time; wider ones by GEMM, as many as BLOCK allows.
 NATIVE_WIDTH = 32
 
+# The fewer the clusters, the more an unlucky draw costs and the less another try: rounds of exchange, and restarts from
+# so many clusters on.
+EXCHANGES, FEW_EXCHANGES = 12, 384
+RESTARTS = ((32, 1), (8, 3), (1, 5))
+
 # Codes, centres and errors of one problem.
 _Found = tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.float64]]
 
@@ -60,25 +65,25 @@ def cluster(
     *,
     seed: int = 0,
     iterations: int = 50,
-    exchanges: int = 12,
-    restarts: int = 1,
+    exchanges: int | None = None,
+    restarts: int | None = None,
     advance: Callable[[int], object] | None = None,
 ) -> Clusters:
     """Parts the points of each problem into `clusters` clusters with a small sum of squared distances to their means.
 
-    Greedy k-means++ draws the initial centres, Lloyd's iteration moves them, and exchanges then repair what the draw
-    did badly: the centres whose points have nearly as good a second choice go to where the error is greatest, and that
+    k-means++ draws the initial centres, Lloyd's iteration moves them, and exchanges then repair what the draw did
+    badly: the centres whose points have nearly as good a second choice go to where the error is greatest, and that
     stays where it lowers the error after some rounds of Lloyd. A cluster without members takes the point that lies
     farthest from its centre. Of several restarts each problem keeps its best. The same seed gives the same result, and
-    a problem's result does not depend on the problems beside it.
+    a problem's result depends neither on the problems beside it nor on the number of threads.
 
     Args:
         points: finite [problems, points, width], taken as float32; sums are float64.
         clusters: at least 1.
         seed: of the draws.
-        iterations: most rounds of Lloyd's iteration after the draw.
-        exchanges: most rounds of exchange.
-        restarts: at least 1.
+        iterations: most rounds of Lloyd's iteration after the draw, and again at the end.
+        exchanges: most rounds of exchange; 12, or more for few clusters, where left out.
+        restarts: at least 1; 5 below 8 clusters, 3 below 32 and else 1 where left out.
         advance: called with the number of problems that are done, for a progress bar.
 
     Source:
@@ -86,6 +91,10 @@ def cluster(
         (2017), with several centres at a time.
     """
     problems, count, _ = points.shape
+    if exchanges is None:
+        exchanges = max(EXCHANGES, FEW_EXCHANGES // clusters)
+    if restarts is None:
+        restarts = next((tries for fewest, tries in RESTARTS if clusters >= fewest))
     points = points.float()
     middle = points.mean(1, keepdim=True, dtype=torch.float64).float()
     points = points - middle
