@@ -23,6 +23,10 @@ from torch.nn import functional
 from .cases import Case
 from .implementations import Implementation, Packed
 
+# What dense layers coded ones are shown beside, by the beginnings of their names.
+DENSE = ("torch F.linear", "oneDNN packed", "torch dynamic int8", "openvino")
+# Batches that a slow peer is timed with.
+FEW = (1, 8)
 BLOCK, GROUP = 64, 128  # weights that share a scale in NF4, and in torchao's int4
 
 
@@ -227,7 +231,6 @@ class _Ggml:
 
 _AO = ("torchao",)
 _LLAMA = ("gguf", "llama_cpp")
-FEW = (1, 8)
 CODED = (
     Implementation("bitsandbytes NF4", "coded", "bfloat16", _nf4, needs=("bitsandbytes",), batches=FEW),
     Implementation("torchao int4", "coded", "bfloat16", _int4, needs=_AO, batches=(1, 64)),

@@ -16,7 +16,7 @@ from tersetorch.formats import CodebookWeight
 from tersetorch.nn import CodebookLinear
 
 from ..cases import CASES, Case, Linear
-from ..coded_peers import CODED
+from ..coded_peers import CODED, DENSE
 from ..implementations import Implementation, LeftOut, Mode, Packed
 from ..layers import Layers, Row
 from ..options import Options
@@ -28,7 +28,6 @@ SECONDS, QUICK_SECONDS = 0.1, 0.06
 BITS = (2, 3, 4, 5, 6, 8)
 BATCHES = (1, 8, 64, 256)
 MODES: tuple[tuple[str, Mode], ...] = (("exact", "float32"), ("bfloat16", "bfloat16"), ("int8", "int8"))
-DENSE = ("torch F.linear", "oneDNN packed", "torch dynamic int8", "openvino")
 
 
 @dataclass(frozen=True)

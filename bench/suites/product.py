@@ -14,13 +14,15 @@ from tersetorch.formats import ProductWeight
 from tersetorch.nn import ProductLinear
 
 from ..cases import CASES, Linear
+from ..coded_peers import DENSE, FEW
 from ..implementations import Implementation, LeftOut, Packed
 from ..layers import Layers, Row
 from ..options import Options
 from ..peers import PEERS
 from ..rates import Rates
 
-SECONDS, QUICK_SECONDS = 0.2, 0.08
+# Seconds for each row of a group.
+SECONDS, QUICK_SECONDS = 0.1, 0.06
 # Columns of a segment, entries of its codebook, and whether all segments share one.
 SETTINGS = ((2, 16, False), (4, 16, False), (4, 256, False), (8, 256, False), (8, 256, True))
 
@@ -48,13 +50,15 @@ class Group:
 
 def groups(options: Options) -> list[Group]:
     """The groups that the options ask for; those of one layer follow each other."""
-    names = ("alexnet fc6", "alexnet fc7", "transformer ffn up")
+    batches: dict[str, tuple[int, ...]] = {"alexnet fc7": (1,)}
+    if not options.quick:
+        batches = {"alexnet fc6": (1, 8), "alexnet fc7": (1, 64), "transformer ffn up": (1, 8, 64, 256)}
     chosen = [
         Group(case, batch, *setting)
-        for name in (names[1:2] if options.quick else names)
+        for name, usual in batches.items()
         if isinstance(case := CASES[name], Linear)
         for setting in SETTINGS
-        for batch in options.batches or ((1,) if options.quick else (1, 8, 64, 256))
+        for batch in options.batches or usual
     ]
     return [group for group in chosen if options.takes_case(group.case.name)]
 
@@ -79,9 +83,10 @@ def _rows(group: Group) -> Iterator[Row]:
     # The multiply-adds of the tables and the additions of the lookups.
     operations = group.batch * (2.0 * case.in_features * weight.entries + case.out_features * weight.tables)
     for one in PEERS["linear"]:
-        if one.family == "dense":
+        if one.name.startswith(DENSE) and one.mode != "bfloat16":  # ours have no such mode
             yield Row(one, dense, (group.pattern,))
-    for one in (*_ours(weight), *peers(weight)):
+    peers_here = peers(weight) if group.shared else peers(weight)[:1]
+    for one in (*_ours(weight), *peers_here):
         yield Row(one, dense, (group.pattern,), operations)
 
 
@@ -118,9 +123,11 @@ def peers(weight: ProductWeight | None = None) -> tuple[Implementation, ...]:
         return _aqlm(weight, threads)
 
     return (
-        Implementation("faiss IndexPQ search", "coded", "float32", searched, needs=("faiss",)),
+        Implementation("faiss IndexPQ search", "coded", "float32", searched, needs=("faiss",), batches=FEW),
         # Its threads would add to the same sums.
-        Implementation("AQLM by numba", "coded", "float32", multiplied, needs=("aqlm", "numba"), threads=1),
+        Implementation(
+            "AQLM by numba", "coded", "float32", multiplied, needs=("aqlm", "numba"), threads=1, batches=FEW
+        ),
     )
 
 
@@ -157,8 +164,6 @@ def _aqlm(weight: ProductWeight, threads: int) -> Packed:
     import numba
     from aqlm.inference_kernels.numba_kernel import numba_gemm_lut
 
-    if weight.codebooks.shape[1:] != (1, 8, 256):
-        raise RuntimeError("its kernel for CPUs takes codebooks of 256 entries for all segments, here of 8 columns")
     numba.set_num_threads(threads)
     codebook = weight.codebooks.transpose(2, 3).contiguous().view(1, 256, 1, 8)
     codes = weight.row_codes.t().contiguous().view(torch.int8)[..., None]
