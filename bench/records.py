@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +16,9 @@ from rich.table import Table
 
 from tersetorch import _native
 
+from .cuda import problems
+from .cuda.rates import Rates as CudaRates
+from .cuda.suite import Cuda
 from .implementations import LeftOut
 from .options import Options
 from .rates import Rates, caches_kib
@@ -43,6 +47,10 @@ SUITES: dict[str, tuple[Any, type[Any]]] = {
     "product": (product.groups, product.Product),
     "networks": (networks.groups, networks.Networks),
 }
+# With --device cuda.
+CUDA_SUITES: dict[str, tuple[Any, type[Any]]] = {
+    family: (partial(problems.groups, family), Cuda) for family in problems.FAMILIES
+}
 # What peers are versions of.
 PACKAGES = ("tersetorch", "torch", "numpy", "scipy", "onnxruntime", "openvino", "ai-edge-litert", "faiss-cpu")
 
@@ -50,7 +58,14 @@ PACKAGES = ("tersetorch", "torch", "numpy", "scipy", "onnxruntime", "openvino", 
 class Run:
     """Measures the groups of some suites and stores what it has after each."""
 
-    def __init__(self, names: list[str], options: Options, rates: Rates, path: Path | None = None) -> None:
+    def __init__(
+        self,
+        names: list[str],
+        options: Options,
+        rates: Rates | CudaRates,
+        path: Path | None = None,
+        suites: Mapping[str, tuple[Any, type[Any]]] = SUITES,
+    ) -> None:
         """Chooses the groups; nothing is measured yet.
 
         Args:
@@ -58,11 +73,12 @@ class Run:
             options: what is asked of them.
             rates: of this machine, measured just now.
             path: the file to store into, or None.
+            suites: those that the names are of.
         """
-        self.groups: list[tuple[str, Group]] = [(name, group) for name in names for group in SUITES[name][0](options)]
+        self.groups: list[tuple[str, Group]] = [(name, group) for name in names for group in suites[name][0](options)]
         self.records: list[Record] = []
         self.left_out: list[LeftOut] = []
-        self._suites: dict[str, Suite] = {name: SUITES[name][1](options, rates) for name in names}
+        self._suites: dict[str, Suite] = {name: suites[name][1](options, rates) for name in names}
         self._machine = machine_facts() | {"rates": rates.to_dict()}
         self._threads = options.threads
         self._path = path
@@ -120,7 +136,7 @@ def table(records: list[Record]) -> Table:
     for record in records:
         row = [record["suite"], record["case"], f"{record['density']:.2f}", str(record["batch"])]
         row += [str(record["threads"]), record["cache"], record["implementation"]]
-        row += [f"{record['p30_ms']:.3f}", f"{record['spread_ms']:.3f}", f"{record['fraction_of_limit']:.0%}"]
+        row += [f"{record['p30_ms']:.4g}", f"{record['spread_ms']:.2g}", f"{record['fraction_of_limit']:.0%}"]
         result.add_row(*row, "fastest" if record["p30_ms"] == fastest[case_of(record)] else "")
     return result
 
