@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +17,9 @@ from rich.table import Table
 from tersetorch import _native
 
 from .coded_peers import CODED
+from .cuda import problems
+from .cuda.rates import Rates as CudaRates
+from .cuda.suite import Cuda
 from .implementations import LeftOut
 from .options import Options
 from .peers import PEERS
@@ -47,6 +51,10 @@ SUITES: dict[str, tuple[Any, type[Any]]] = {
     "coders": (coders.groups, coders.Coders),
     "networks": (networks.groups, networks.Networks),
 }
+# With --device cuda.
+CUDA_SUITES: dict[str, tuple[Any, type[Any]]] = {
+    family: (partial(problems.groups, family), Cuda) for family in problems.FAMILIES
+}
 # What peers are versions of.
 PACKAGES = (
     "tersetorch", "torch", "numpy", "scipy", "onnxruntime", "openvino", "ai-edge-litert", "faiss-cpu", "bitsandbytes",
@@ -57,7 +65,14 @@ PACKAGES = (
 class Run:
     """Measures the groups of some suites and stores what it has after each."""
 
-    def __init__(self, names: list[str], options: Options, rates: Rates, path: Path | None = None) -> None:
+    def __init__(
+        self,
+        names: list[str],
+        options: Options,
+        rates: Rates | CudaRates,
+        path: Path | None = None,
+        suites: Mapping[str, tuple[Any, type[Any]]] = SUITES,
+    ) -> None:
         """Chooses the groups; nothing is measured yet.
 
         Args:
@@ -65,12 +80,14 @@ class Run:
             options: what is asked of them.
             rates: of this machine, measured just now.
             path: the file to store into, or None.
+            suites: those that the names are of.
         """
-        self.groups: list[tuple[str, Group]] = [(name, group) for name in names for group in SUITES[name][0](options)]
+        self.groups: list[tuple[str, Group]] = [(name, group) for name in names for group in suites[name][0](options)]
         self.records: list[Record] = []
         self.left_out: list[LeftOut] = []
-        self._suites: dict[str, Suite] = {name: SUITES[name][1](options, rates) for name in names}
+        self._suites: dict[str, Suite] = {name: suites[name][1](options, rates) for name in names}
         self._machine = machine_facts() | {"rates": rates.to_dict()}
+        self._missing = missing(options.threads) if suites is SUITES else {}
         self._threads = options.threads
         self._path = path
         self._store()
@@ -93,11 +110,7 @@ class Run:
         """Writes the file anew beside the old one and puts it in its place: an interruption leaves one of the two."""
         if self._path is None:
             return
-        content = {
-            "machine": self._machine,
-            "missing": missing(self._threads),
-            "left_out": list(map(str, self.left_out)),
-        }
+        content = {"machine": self._machine, "missing": self._missing, "left_out": list(map(str, self.left_out))}
         lines = ",\n".join(json.dumps(_rounded(record)) for record in self.records)
         part = self._path.with_name(self._path.name + ".part")
         part.write_text(f'{json.dumps(content, indent=1)[:-2]},\n "records": [\n{lines}\n ]\n}}\n')
@@ -149,7 +162,7 @@ def table(records: list[Record]) -> Table:
     for record in records:
         row = [record["suite"], record["case"], record["pattern"], f"{record['density']:.2f}", str(record["batch"])]
         row += [str(record["threads"]), record["cache"], record["implementation"]]
-        row += [f"{record['p30_ms']:.3f}", f"{record['spread_ms']:.3f}", f"{record['fraction_of_limit']:.0%}"]
+        row += [f"{record['p30_ms']:.4g}", f"{record['spread_ms']:.2g}", f"{record['fraction_of_limit']:.0%}"]
         result.add_row(*row, "fastest" if record["p30_ms"] == fastest[case_of(record)] else "")
     return result
 

@@ -1,27 +1,33 @@
 """tersetorch bench [SUITE...]."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from tersetorch.bench import rates
+from tersetorch.bench.cuda import rates as cuda_rates
 from tersetorch.bench.options import Options
-from tersetorch.bench.records import SUITES, Run, missing, table
+from tersetorch.bench.records import CUDA_SUITES, SUITES, Run, missing, table
 
-NAMES = (*SUITES, "rates")
+SUITES_OF = {"cpu": SUITES, "cuda": CUDA_SUITES}
+NAMES = {device: (*suites, "rates") for device, suites in SUITES_OF.items()}
 
 
 def bench(
     suite: Annotated[
         list[str] | None,
-        typer.Argument(help=f"Some of {', '.join(NAMES)} (the machine's limits alone); all when left out."),
+        typer.Argument(
+            help=f"Some of {', '.join(NAMES['cpu'])} (the machine's limits alone), with --device cuda of "
+            f"{', '.join(NAMES['cuda'])}; all when left out."
+        ),
     ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Store machine facts and records here, after every group.")
     ] = None,
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where to measure; cuda needs a GPU.")] = "cpu",
     threads: Annotated[int, typer.Option(min=1, max=256, help="Threads of ours and of every peer.")] = 1,
     quick: Annotated[bool, typer.Option(help="Few cases and samples, in a minute.")] = False,
     full: Annotated[bool, typer.Option(help="Every case with every density and batch, in hours.")] = False,
@@ -39,8 +45,8 @@ def bench(
 ) -> None:
     """Times our kernels beside their peers in one process and shows every row, also where we lose."""
     for name in suite or ():
-        if name not in NAMES:
-            raise typer.BadParameter(f"SUITE must be one of {', '.join(NAMES)}, got {name}")
+        if name not in NAMES[device]:
+            raise typer.BadParameter(f"SUITE must be one of {', '.join(NAMES[device])}, got {name}")
     if json_file:  # before anything is measured
         try:
             json_file.parent.mkdir(parents=True, exist_ok=True)
@@ -61,15 +67,16 @@ def bench(
     )
     notes = Console(stderr=True)
     with notes.status("measuring the machine"):
-        measured = rates.measure(threads, quick)
-    names = [name for name in suite or SUITES if name != "rates"]
-    run = Run(names, options, measured, json_file)
+        measured = cuda_rates.measure(quick) if device == "cuda" else rates.measure(threads, quick)
+    names = [name for name in suite or SUITES_OF[device] if name != "rates"]
+    run = Run(names, options, measured, json_file, SUITES_OF[device])
     if not names:
-        Console().print(rates.table(measured))
+        table_of = cuda_rates.table if isinstance(measured, cuda_rates.Rates) else rates.table
+        Console().print(table_of(measured))
         return
     if not run.groups:
         raise typer.BadParameter("--case, --density and --batch must leave something to measure, got no case that fits")
-    for name, reason in missing(threads).items():
+    for name, reason in (missing(threads) if device == "cpu" else {}).items():
         notes.print(f"{name} is left out: {reason}", highlight=False, markup=False)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=notes) as progress:

@@ -1,0 +1,218 @@
+"""The rows of the tables: how ours and torch's hold a weight on the GPU, and the call that is timed."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from tersetorch import ops
+
+from ..cases import Conv
+from ..implementations import Mode
+from .problems import Problem
+
+_QUIET = r"Sparse CSR tensor support|Sparse invariant checks"
+INT4_GROUP = 128
+# torch's tensor-core product of int8 takes no fewer samples.
+INT8_SAMPLES = 17
+
+# The call on one copy of the weight; x is the same for all.
+Bind = Callable[[], Callable[[], Tensor]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a table for one problem.
+
+    Attributes:
+        name: what records call it.
+        family: ours, or what kind of a peer.
+        mode: the arithmetic, which also says how large an error may be.
+        nbytes: bytes of the weight that a call reads.
+        bind: makes the call, on a copy of the weight of its own.
+        operations: multiply-adds it cannot do without, two each.
+        checked: whether the result is compared; not where a peer's call is only a part of the work.
+    """
+
+    name: str
+    family: Literal["ours", "dense", "sparse"]
+    mode: Mode
+    nbytes: int
+    bind: Bind
+    operations: float
+    checked: bool = True
+
+
+def rows(problem: Problem) -> Iterator[Row]:
+    """All rows for a problem, its weight on the GPU already."""
+    case, x = problem.case, problem.x
+    dense = 2 * case.multiplies(len(x), 1.0)
+    if isinstance(case, Conv):
+        yield from _dense_conv(case, problem, dense)
+        yield from _sparse_conv(case, problem, dense * problem.density)
+        return
+    yield from _dense(problem, dense)
+    if problem.family == "codebook":
+        yield from _codebook(problem, dense)
+    elif problem.family == "product":
+        yield from _product(problem)
+    else:
+        yield from _sparse(problem, dense * problem.density)
+
+
+def _fresh(*tensors: Tensor) -> list[Tensor]:
+    return [tensor.clone() for tensor in tensors]
+
+
+def _dense(problem: Problem, operations: float) -> Iterator[Row]:
+    x, weight = problem.x, problem.dense
+    for mode, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        samples, converted = x.to(dtype), weight.to(dtype)
+
+        def bind(samples: Tensor = samples, converted: Tensor = converted) -> Callable[[], Tensor]:
+            (own,) = _fresh(converted)
+            return lambda: functional.linear(samples, own)
+
+        yield Row(f"F.linear {mode}", "dense", _mode(mode), converted.nbytes, bind, operations)
+    if len(x) >= INT8_SAMPLES and weight.shape[1] % 8 == 0 and weight.shape[0] % 8 == 0:
+        quantized, numbers = _random_int8(x), _random_int8(weight)
+
+        def bind_int8() -> Callable[[], Tensor]:
+            (own,) = _fresh(numbers)
+            return lambda: torch._int_mm(quantized, own.T)
+
+        yield Row("int8 product, x given", "dense", "int8", weight.numel(), bind_int8, operations, checked=False)
+    if problem.family == "codebook" and problem.entries == 16 and weight.shape[1] % 1024 == 0:
+        yield _int4(problem, operations)
+
+
+def _int4(problem: Problem, operations: float) -> Row:
+    """The 4-bit product of torch, in groups of 128 columns; the even steps of the codebook are its weights too."""
+    x, codes = problem.x.bfloat16(), problem.codes
+    entries = problem.codebook[0]
+    of_group = torch.stack([entries[1] - entries[0], entries[8]]).bfloat16()  # a step, and what code 8 stands for
+    grid = of_group.expand(codes.shape[1] // INT4_GROUP, len(codes), 2)
+
+    def bind() -> Callable[[], Tensor]:
+        own = torch._convert_weight_to_int4pack((codes[:, ::2] << 4 | codes[:, 1::2]).contiguous(), 8)
+        own_grid = grid.contiguous()
+        return lambda: torch._weight_int4pack_mm(x, own, INT4_GROUP, own_grid)
+
+    nbytes = codes.numel() // 2 + 2 * grid.numel()
+    return Row("int4 product, groups of 128", "dense", "bfloat16", nbytes, bind, operations)
+
+
+def _codebook(problem: Problem, operations: float) -> Iterator[Row]:
+    packed = ops.codebook_pack(problem.codes.cpu(), entries=problem.entries).to(problem.x.device)
+    for mode, dtype in (("exact", torch.float32), ("bfloat16", torch.bfloat16), ("int8", torch.bfloat16)):
+        x, codebook = problem.x.to(dtype), problem.codebook
+
+        def bind(x: Tensor = x, mode: str = mode, codebook: Tensor = codebook) -> Callable[[], Tensor]:
+            (own,) = _fresh(packed)
+            return lambda: ops.codebook_matmul_inference(x, own, codebook, None, 0, mode)
+
+        yield Row(f"tersetorch codebook {mode}", "ours", _mode(mode), packed.nbytes, bind, operations)
+
+
+def _product(problem: Problem) -> Iterator[Row]:
+    x, codes, codebooks = problem.x, problem.codes, problem.codebook
+    out_features, segments = problem.dense.shape[0], codebooks.shape[1]
+    tables = 2.0 * x.numel() * problem.entries + len(x) * out_features * segments
+    operations = min(tables, 2.0 * len(x) * problem.dense.numel())
+    for mode in ("exact", "int8"):
+
+        def bind(mode: str = mode) -> Callable[[], Tensor]:
+            own, entries = _fresh(codes, codebooks)
+            return lambda: ops.product_matmul_inference(x, own, entries, None, out_features, mode)
+
+        yield Row(f"tersetorch product {mode}", "ours", _mode(mode), codes.nbytes + codebooks.nbytes, bind, operations)
+
+
+def _sparse(problem: Problem, operations: float) -> Iterator[Row]:
+    weight, device = problem.dense.cpu(), problem.x.device
+    csr, bitmap = ops.csr_pack(weight), ops.bitmap_pack(weight)
+    for mode, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        x = problem.x.to(dtype)
+        rows_, columns, values = (part.to(device) for part in (*csr[:2], csr[2].to(dtype)))
+        bits, offsets, in_order = (part.to(device) for part in (*bitmap[:2], bitmap[2].to(dtype)))
+
+        def bind_csr(x: Tensor = x, parts: tuple[Tensor, ...] = (rows_, columns, values)) -> Callable[[], Tensor]:
+            offsets, columns, values = _fresh(*parts)
+            return lambda: ops.csr_matmul_inference(x, offsets, columns, values)
+
+        def bind_bitmap(x: Tensor = x, parts: tuple[Tensor, ...] = (bits, offsets, in_order)) -> Callable[[], Tensor]:
+            bits, offsets, values = _fresh(*parts)
+            return lambda: ops.bitmap_matmul_inference(x, bits, offsets, values)
+
+        def bind_cusparse(x: Tensor = x, parts: tuple[Tensor, ...] = (rows_, columns, values)) -> Callable[[], Tensor]:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", _QUIET)
+                offsets, columns, values = _fresh(*parts)
+                own = torch.sparse_csr_tensor(offsets, columns, values, size=weight.shape)
+            by_feature = x.T.contiguous()  # the order that its neighbours of that kind would hand over
+            return lambda: (own @ by_feature).T
+
+        nbytes = rows_.nbytes + columns.nbytes + values.nbytes
+        yield Row(f"tersetorch csr {mode}", "ours", _mode(mode), nbytes, bind_csr, operations)
+        yield Row(f"cuSPARSE csr {mode}", "sparse", _mode(mode), nbytes, bind_cusparse, operations)
+        nbytes = bits.nbytes + offsets.nbytes + in_order.nbytes
+        yield Row(f"tersetorch bitmap {mode}", "ours", _mode(mode), nbytes, bind_bitmap, operations)
+    scales = weight.abs().amax(1).clamp(min=1e-30) / 127
+    row_of_value = torch.repeat_interleave(torch.arange(len(weight)), bitmap[1].diff().long())
+    quantized = (bitmap[2] / scales[row_of_value]).round().clamp(-127, 127).to(torch.int8)
+    parts = [part.to(device) for part in (*bitmap[:2], quantized, scales)]
+
+    def bind_int8() -> Callable[[], Tensor]:
+        bits, offsets, values, of_row = _fresh(*parts)
+        return lambda: ops.bitmap_matmul_inference(problem.x, bits, offsets, values, None, None, of_row, "int8")
+
+    nbytes = sum(part.nbytes for part in parts)
+    yield Row("tersetorch bitmap int8", "ours", "int8", nbytes, bind_int8, operations)
+
+
+def _dense_conv(case: Conv, problem: Problem, operations: float) -> Iterator[Row]:
+    for mode, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        for order, suffix in ((torch.contiguous_format, ""), (torch.channels_last, " channels_last")):
+            x = problem.x.to(dtype).contiguous(memory_format=order)
+            weight = problem.dense.to(dtype).contiguous(memory_format=order)
+
+            def bind(x: Tensor = x, weight: Tensor = weight) -> Callable[[], Tensor]:
+                own = weight.clone(memory_format=torch.preserve_format)
+                return lambda: functional.conv2d(x, own, None, case.stride, case.padding, 1, case.groups)
+
+            yield Row(f"F.conv2d {mode}{suffix}", "dense", _mode(mode), weight.nbytes, bind, operations)
+
+
+def _sparse_conv(case: Conv, problem: Problem, operations: float) -> Iterator[Row]:
+    csr = [part.to(problem.x.device) for part in ops.csr_pack(problem.dense.cpu().flatten(1))]
+    sizes: dict[str, Any] = {
+        "kernel_size": [case.kernel] * 2,
+        "stride": [case.stride] * 2,
+        "padding": [case.padding] * 2,
+        "dilation": [1, 1],
+        "groups": case.groups,
+    }
+    for mode in ("exact", "int8"):
+        x = problem.x
+
+        def bind(x: Tensor = x, mode: str = mode) -> Callable[[], Tensor]:
+            offsets, columns, values = _fresh(*csr)
+            return lambda: ops.sparse_conv2d_inference(x, offsets, columns, values, None, None, **sizes, mode=mode)
+
+        yield Row(f"tersetorch conv {mode}", "ours", _mode(mode), sum(part.nbytes for part in csr), bind, operations)
+
+
+def _mode(name: str) -> Mode:
+    names: dict[str, Mode] = {"exact": "float32", "float32": "float32", "bfloat16": "bfloat16", "int8": "int8"}
+    return names[name]
+
+
+def _random_int8(like: Tensor) -> Tensor:
+    generator = torch.Generator(like.device).manual_seed(2)
+    return torch.randint(-127, 128, like.shape, dtype=torch.int8, device=like.device, generator=generator)

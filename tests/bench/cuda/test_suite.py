@@ -1,0 +1,95 @@
+"""The CUDA bench without a GPU: the same rows on the CPU, with a clock that only calls."""
+
+import json
+
+import pytest
+import torch
+
+from tersetorch.bench.cases import CASES, Conv, Linear
+from tersetorch.bench.cuda import problems, suite
+from tersetorch.bench.cuda.problems import FAMILIES, Problem
+from tersetorch.bench.cuda.rates import Rates, table
+from tersetorch.bench.cuda.suite import Cuda
+from tersetorch.bench.implementations import MAX_ERROR
+from tersetorch.bench.options import Options
+from tersetorch.cli.bench import bench
+
+RATES = Rates("a GPU", 1000, 2000.0, {"float32": 5e4, "bfloat16": 8e5, "int8": 1.5e6}, 1e-3)
+COPIES = {}
+
+
+@pytest.fixture(autouse=True)
+def small_layers(monkeypatch):
+    cases = {"a linear": Linear("a linear", 24, 1024), "a conv": Conv("a conv", 8, 6, 3, 5)}
+    monkeypatch.setattr(problems, "CASES", CASES | cases)
+    monkeypatch.setattr(
+        problems, "LAYERS", {family: ("a conv" if family == "conv" else "a linear",) for family in FAMILIES}
+    )
+
+
+def clock(candidates, seconds):
+    COPIES.update({name: len(calls) for name, calls in candidates.items()})
+    for calls in candidates.values():
+        assert all(torch.equal(call(), calls[0]()) for call in calls)
+    times = {"min_ms": 1.0, "p30_ms": 2.0, "median_ms": 2.0, "spread_ms": 0.1, "samples": 7}
+    return dict.fromkeys(candidates, times)
+
+
+def measured(family, **options):
+    asked = Options(**options)
+    bench_of = Cuda(asked, RATES, "cpu", clock)
+    return [bench_of.measure(group) for group in problems.groups(family, asked)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_row_is_compared_and_recorded(family):
+    ours, groups = {}, measured(family, batches=(1, 20))
+    for records, left_out in groups:
+        assert not any(reason.wrong for reason in left_out)
+        for record in records:
+            assert record["max_error"] is None or record["max_error"] <= MAX_ERROR[record["mode"]]
+            assert record["fraction_of_limit"] == pytest.approx(record["limit_ms"] / 2.0)
+            json.dumps(record)
+        ours |= {r["implementation"]: r["mode"] for r in records if r["family"] == "ours"}
+    names = {
+        "codebook": {"codebook exact", "codebook bfloat16", "codebook int8"},
+        "sparse": {"csr float32", "csr bfloat16", "bitmap float32", "bitmap bfloat16", "bitmap int8"},
+        "product": {"product exact", "product int8"},
+        "conv": {"conv exact", "conv int8"},
+    }
+    assert ours.keys() == {f"tersetorch {name}" for name in names[family]}
+    assert len(groups) == 2 * {"codebook": 4, "sparse": 2, "product": 4, "conv": 1}[family]
+
+
+def test_copies_overflow_the_cache_but_not_the_memory():
+    measured("sparse", batches=(1,), densities=(0.02,))
+    assert COPIES["F.linear float32"] == 1 and COPIES["tersetorch bitmap int8"] == 2
+    assert max(COPIES.values()) <= suite.MAX_COPIES
+
+
+def test_a_wrong_result_of_ours_is_not_timed(monkeypatch):
+    def other(group, device):
+        problem = real(group, device)
+        return Problem(**{**vars(problem), "codebook": problem.codebook + 1})
+
+    real = problems.problem_of
+    monkeypatch.setattr(suite, "problem_of", other)
+    (records, left_out), *_ = measured("codebook", batches=(1,))
+    assert all(record["family"] == "dense" for record in records)
+    assert {reason.implementation for reason in left_out if reason.wrong} == {
+        "tersetorch codebook exact",
+        "tersetorch codebook bfloat16",
+        "tersetorch codebook int8",
+    }
+
+
+def test_the_limit_is_the_larger_of_bytes_and_operations():
+    assert RATES.limit_ms(0, 2 * 10**9, "int8") == (1.0, "bytes")
+    assert RATES.limit_ms(5e10, 10**6, "float32") == (1.0, "arithmetic")
+    assert table(RATES).row_count == 5
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_command_says_so():
+    with pytest.raises(RuntimeError, match="--device cuda needs a GPU"):
+        bench(device="cuda", json_file=None)
