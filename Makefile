@@ -78,7 +78,7 @@ bench: venv
 	  $(PIP) $$peer || echo "$$peer does not install here: the bench goes without it"; \
 	done
 	for threads in 1_thread 2_threads; do \
-	  run="$(UNDISTURBED) tersetorch bench --threads $${threads%%_*} --json bench/results"; \
+	  run="env $(UNDISTURBED) tersetorch bench --threads $${threads%%_*} --json bench/results"; \
 	  $$run/bench_$$threads.json sparse networks && $$run/bench_coded_$$threads.json codebook product coders || exit 1; \
 	done
 
