@@ -1,7 +1,9 @@
 #include "kernels/vector_kmeans/vector_kmeans.h"
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
+#include <numeric>
 #include <utility>
 
 #include "kernels/common/cpu_isa.h"
@@ -10,6 +12,7 @@ namespace tersetorch {
 namespace {
 
 constexpr std::int64_t kRoundsOfExchange = 12;
+constexpr double kGolden = 0.6180339887498949;  // its multiples fall evenly into [0, 1)
 constexpr double kAnything = std::numeric_limits<double>::infinity();
 // Of the last rounds, which an exchange may have left much to do.
 constexpr double kLastGain = 1e-7;
@@ -70,8 +73,8 @@ class Problem {
     Lloyd(a_.iterations, kAnything, kVectorLeastGain);
     std::swap(best_, now_);
     std::int64_t moved = std::max<std::int64_t>(1, a_.clusters / 6), failed = 0;
-    for (std::int64_t round = 0; round < a_.exchanges && failed < a_.clusters * (a_.clusters - 1); ++round) {
-      if (Exchange(moved, failed)) {
+    for (std::int64_t round = 0; round < a_.exchanges && failed < 2 * a_.clusters * (a_.clusters - 1); ++round) {
+      if (Exchange(moved, failed, round)) {
         failed = 0;
       } else if (moved > 1) {
         moved = std::max<std::int64_t>(1, moved / 3);
@@ -182,12 +185,14 @@ class Problem {
     });
   }
 
-  // Moves the centres that are missed least to where the error is greatest; whether that helped. Of single centres, the
-  // pairs that are tried after so many that failed are those of ranks whose larger one grows the latest.
-  bool Exchange(std::int64_t moved, std::int64_t failed) {
+  // Moves the centres that are missed least to where the error is greatest, half the way to the member that lies
+  // farthest; whether that helped. Of single centres, the pairs that are tried after so many that failed are those of
+  // ranks whose larger one grows the latest; after each, the same centre goes to a point drawn as for the start.
+  bool Exchange(std::int64_t moved, std::int64_t failed, std::int64_t round) {
+    const std::int64_t pair = failed / 2;
     std::int64_t shell = 0;
-    while ((shell + 1) * (shell + 1) <= failed) ++shell;
-    const std::int64_t step = failed - shell * shell;
+    while ((shell + 1) * (shell + 1) <= pair) ++shell;
+    const std::int64_t step = pair - shell * shell;
     const std::int64_t from = std::min(shell, step), to = std::min(shell, 2 * shell - step);
     Nearest(best_, lost_);
     std::fill_n(errors_, a_.clusters, 0.0);
@@ -212,6 +217,15 @@ class Problem {
       const float* centre = best_.centres + greatest * a_.width;
       const float* member = Point(sizes_[greatest]);
       for (std::int64_t j = 0; j < a_.width; ++j) now_.centres[least[m] * a_.width + j] = (centre[j] + member[j]) / 2;
+    }
+    if (failed % 2 == 1) {
+      for (std::int64_t block = 0; block < stride_; block += kVectorBlock) {
+        blocks_[block / kVectorBlock] =
+            std::accumulate(best_.distances + block, best_.distances + block + kVectorBlock, 0.0f);
+      }
+      const double part = (a_.draws == nullptr ? 0 : a_.draws[0]) + kGolden * static_cast<double>(round + 1);
+      const std::int64_t drawn = Drawn(best_.distances, part - std::floor(part));
+      std::copy_n(Point(drawn), a_.width, now_.centres + least[0] * a_.width);
     }
     const double wanted = best_.error * (1 - kVectorLeastGain);
     Lloyd(kRoundsOfExchange, wanted, kVectorLeastGain);

@@ -7,7 +7,8 @@
 //         from their centres; rounds go on while the error falls by more than kVectorLeastGain of it.
 //         Clusters: k-means++ draws the centres, Lloyd moves them, and exchanges then move those whose members lose
 //         least next to where the error is greatest, which stays where it lowers the error after some rounds of Lloyd;
-//         at first a sixth of them at a time, then fewer, at last single ones, the next pair after each that failed.
+//         at first a sixth of them at a time, then fewer, at last single ones: the next pair after each that failed,
+//         and in turns with them a point drawn as at the start.
 //         Lloyd's last rounds go on to a hundredth of that gain.
 // Layout: points row-major. The kernels take them as planes [width][stride], stride a multiple of kVectorBlock, zeros
 //         past the last point; centres [clusters][width + 1], each followed by |c|^2 / 2.

@@ -22,7 +22,7 @@ NATIVE_WIDTH = 32
 # The fewer the clusters, the more an unlucky draw costs and the less another try: rounds of exchange, and restarts from
 # so many clusters on.
 EXCHANGES, FEW_EXCHANGES = 12, 384
-RESTARTS = ((32, 1), (8, 3), (1, 5))
+RESTARTS = ((128, 1), (8, 3), (1, 5))
 
 # Codes, centres and errors of one problem.
 _Found = tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.float64]]
@@ -83,7 +83,7 @@ def cluster(
         seed: of the draws.
         iterations: most rounds of Lloyd's iteration after the draw, and again at the end.
         exchanges: most rounds of exchange; 12, or more for few clusters, where left out.
-        restarts: at least 1; 5 below 8 clusters, 3 below 32 and else 1 where left out.
+        restarts: at least 1; 5 below 8 clusters, 3 below 128 and else 1 where left out.
         advance: called with the number of problems that are done, for a progress bar.
 
     Source:
