@@ -62,6 +62,8 @@ def rows(problem: Problem) -> Iterator[Row]:
         yield from _codebook(problem, dense)
     elif problem.family == "product":
         yield from _product(problem)
+    elif problem.family == "xnor":
+        yield from _xnor(problem)
     else:
         yield from _sparse(problem, dense * problem.density)
 
@@ -132,6 +134,26 @@ def _product(problem: Problem) -> Iterator[Row]:
             return lambda: ops.product_matmul_inference(x, own, entries, None, out_features, mode)
 
         yield Row(f"tersetorch product {mode}", "ours", _mode(mode), codes.nbytes + codebooks.nbytes, bind, operations)
+
+
+def _xnor(problem: Problem) -> Iterator[Row]:
+    """Limited by bytes: what torch offers has no product of bits to compare with."""
+    packed = ops.xnor_pack(ops.sign_pack(problem.dense))
+    out_features, in_features = problem.dense.shape
+    scale = torch.ones(out_features, device=packed.device)
+    thresholds = torch.zeros(out_features, dtype=torch.int32, device=packed.device)
+    for name, x, extra in (
+        ("tersetorch xnor", problem.x, {"scale": scale}),
+        ("tersetorch xnor bfloat16", problem.x.bfloat16(), {"scale": scale}),
+        ("tersetorch xnor, packed x", ops.sign_pack(problem.x), {"scale": scale}),
+        ("tersetorch xnor, packed x, signs out", ops.sign_pack(problem.x), {"thresholds": thresholds}),
+    ):
+
+        def bind(x: Tensor = x, extra: dict[str, Tensor] = extra) -> Callable[[], Tensor]:
+            (own,) = _fresh(packed)
+            return lambda: ops.xnor_matmul(x, own, in_features=in_features, out_features=out_features, **extra)
+
+        yield Row(name, "ours", "float32", packed.nbytes, bind, 0.0, checked="scale" in extra)
 
 
 def _sparse(problem: Problem, operations: float) -> Iterator[Row]:

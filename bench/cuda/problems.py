@@ -14,14 +14,21 @@ from tersetorch import ops
 from ..cases import CASES, Case, weight_of
 from ..options import Options
 
-Family = Literal["codebook", "sparse", "product", "conv"]
-FAMILIES: tuple[Family, ...] = ("codebook", "sparse", "product", "conv")
-BATCHES = {"codebook": (1, 8, 64, 256), "sparse": (1, 8, 64, 256), "product": (1, 8, 64), "conv": (1, 32)}
+Family = Literal["codebook", "sparse", "product", "conv", "xnor"]
+FAMILIES: tuple[Family, ...] = ("codebook", "sparse", "product", "conv", "xnor")
+BATCHES = {
+    "codebook": (1, 8, 64, 256),
+    "sparse": (1, 8, 64, 256),
+    "product": (1, 8, 64),
+    "conv": (1, 32),
+    "xnor": (1, 64, 1024),
+}
 LAYERS = {
     "codebook": ("alexnet fc6", "alexnet fc7", "large transformer ffn"),
     "sparse": ("alexnet fc6", "alexnet fc7"),
     "product": ("alexnet fc6", "alexnet fc7"),
     "conv": ("resnet 256 at 14", "resnet 512 at 7", "alexnet conv3"),
+    "xnor": ("alexnet fc6", "alexnet fc7"),
 }
 # Bits of a code; densities; columns of a segment with entries of its codebook.
 BITS, DENSITIES, SEGMENTS, CONV_DENSITIES = (3, 4, 6, 8), (0.1, 0.35), ((4, 256), (8, 256), (4, 16), (2, 16)), (0.2,)
@@ -43,6 +50,8 @@ class Group:
         """The form in words, which records keep as their pattern."""
         if self.family == "codebook":
             return f"{(self.entries - 1).bit_length()} bits"
+        if self.family == "xnor":
+            return "signs"
         return f"{self.width} columns, {self.entries} entries" if self.family == "product" else "random"
 
     @property
@@ -58,6 +67,7 @@ class Problem:
 
     Attributes:
         dense: float32, what the compressed weight stands for.
+        x: of +1 and -1 where the weight is (xnor).
         codes: uint8 [out, in] (codebook), or packed (product); empty otherwise.
         codebook: float32 [1, entries], or [1, segments, width, entries]; empty otherwise.
     """
@@ -89,6 +99,8 @@ def _forms(family: Family, case: Case, batch: int, options: Options) -> Iterator
         yield from (Group(family, case, batch, entries=2**bits) for bits in BITS)
     elif family == "product":
         yield from (Group(family, case, batch, width=width, entries=entries) for width, entries in SEGMENTS)
+    elif family == "xnor":
+        yield Group(family, case, batch)
     else:
         densities = options.densities or (DENSITIES if family == "sparse" else CONV_DENSITIES)
         yield from (Group(family, case, batch, density=density) for density in densities)
@@ -110,7 +122,11 @@ def problem_of(group: Group, device: str) -> Problem:
         codebook = torch.randn(1, segments, group.width, group.entries, generator=generator) / columns**0.5
         codes = ops.product_pack(codes, group.entries)
         dense = ops.product_decode(codes, codebook, out_features=rows, in_features=columns)
+    elif group.family == "xnor":
+        dense = torch.randint(2, (rows, columns), generator=generator) * 2.0 - 1.0
     else:
         dense = weight_of(case, group.density, "random")
-    tensors = [t.to(device) for t in (case.samples(group.batch), dense, codes, codebook)]
+    x = case.samples(group.batch)
+    x = torch.where(x >= 0, 1.0, -1.0) if group.family == "xnor" else x
+    tensors = [t.to(device) for t in (x, dense, codes, codebook)]
     return Problem(group.family, case, group.density, group.entries, *tensors)

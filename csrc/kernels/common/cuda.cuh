@@ -13,6 +13,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
 
 #include "kernels/common/float_dtype.h"
@@ -106,7 +107,14 @@ __device__ T& SharedMemory() {
   __shared__ T memory;
   return memory;
 }
+// The same for a launch with LaunchWithMemory, which takes more than 48 KiB.
+template <typename T>
+__device__ T* DynamicSharedMemory() {
+  extern __shared__ uint4 dynamic_memory[];
+  return reinterpret_cast<T*>(dynamic_memory);
+}
 #else
+using cuda_emulator::DynamicSharedMemory;
 using cuda_emulator::SharedMemory;
 #endif
 
@@ -182,13 +190,27 @@ int WithFloat(FloatDtype stored_as, const Run& run) {
   return stored_as == FloatDtype::kFloat32 ? run(float{}) : run(BFloat16{});
 }
 
+// With so many bytes of dynamic shared memory; sm_75 has 65,536 for a block.
 template <typename... Parameters, typename... Arguments>
-int Launch(void (*kernel)(Parameters...), dim3 blocks, dim3 threads, void* stream, const Arguments&... arguments) {
+int LaunchWithMemory(void (*kernel)(Parameters...), dim3 blocks, dim3 threads, std::size_t bytes, void* stream,
+                     const Arguments&... arguments) {
+  constexpr std::size_t kWithoutAsking = 48 * 1024;
+  if (bytes > kWithoutAsking) {
+    const int error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+    if (error != cudaSuccess) return error;
+  }
   cudaLaunchConfig_t config{};
   config.gridDim = blocks;
   config.blockDim = threads;
+  config.dynamicSmemBytes = bytes;
   config.stream = static_cast<cudaStream_t>(stream);
   return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+template <typename... Parameters, typename... Arguments>
+int Launch(void (*kernel)(Parameters...), dim3 blocks, dim3 threads, void* stream, const Arguments&... arguments) {
+  return LaunchWithMemory(kernel, blocks, threads, 0, stream, arguments...);
 }
 
 }  // namespace

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from tersetorch.methods.arguments import check_model
+from tersetorch.methods.binarize.binary_connect import bake
 from tersetorch.methods.parametrization import detach, live_weights, unshare
 
 
@@ -19,6 +20,9 @@ def finalize(model: nn.Module) -> nn.Module:
 
     The masks end here: zeros are zeros like any other, and training goes on from them as from any other value. To
     train at fixed sparsity, finalize afterwards, or convert to SparseLinear layers.
+
+    Weights that tt.binarize made signs become those signs, stochastic ones the real values that they are evaluated
+    with.
 
     Where other parametrizations were registered on top of ours, only ours is baked in, and they stay.
 
@@ -34,4 +38,5 @@ def finalize(model: nn.Module) -> nn.Module:
         # Before detach, which may leave the list without our parametrization.
         unshare(weight)
         detach(weight)
+    bake(model)
     return model

@@ -263,8 +263,13 @@ def detach(live: LiveWeight) -> None:
         del held[0]
         return
     parametrize.remove_parametrizations(module, tensor, leave_parametrized=False)
+    move_parameter(module, tensor, getattr(held, PLACE))
+
+
+def move_parameter(module: nn.Module, tensor: str, place: int) -> None:
+    """Gives a parameter that place among the module's parameters, by which optimizers and state dicts count."""
     order = [name for name in module._parameters if name != tensor]
-    order.insert(getattr(held, PLACE), tensor)
+    order.insert(place, tensor)
     for name in order:
         module._parameters[name] = module._parameters.pop(name)
 

@@ -48,6 +48,7 @@ from tersetorch.ops.product_matmul import (  # noqa: E402
     product_segments,
     product_unpack,
 )
+from tersetorch.ops.sign_pack import sign_pack, sign_unpack, sign_words  # noqa: E402
 from tersetorch.ops.sparse_conv2d import (  # noqa: E402
     sparse_conv2d,
     sparse_conv2d_channel_block,
@@ -56,6 +57,7 @@ from tersetorch.ops.sparse_conv2d import (  # noqa: E402
     sparse_conv2d_pack_words,
     sparse_conv2d_packed,
 )
+from tersetorch.ops.xnor_matmul import xnor_matmul, xnor_pack, xnor_unpack  # noqa: E402
 
 __all__ = [
     "CODEBOOK_MODES",
@@ -93,10 +95,16 @@ __all__ = [
     "product_pack",
     "product_segments",
     "product_unpack",
+    "sign_pack",
+    "sign_unpack",
+    "sign_words",
     "sparse_conv2d",
     "sparse_conv2d_channel_block",
     "sparse_conv2d_inference",
     "sparse_conv2d_pack",
     "sparse_conv2d_pack_words",
     "sparse_conv2d_packed",
+    "xnor_matmul",
+    "xnor_pack",
+    "xnor_unpack",
 ]

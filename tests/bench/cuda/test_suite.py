@@ -56,9 +56,10 @@ def test_every_row_is_compared_and_recorded(family):
         "sparse": {"csr float32", "csr bfloat16", "bitmap float32", "bitmap bfloat16", "bitmap int8"},
         "product": {"product exact", "product int8"},
         "conv": {"conv exact", "conv int8"},
+        "xnor": {f"xnor{way}" for way in ("", " bfloat16", ", packed x", ", packed x, signs out")},
     }
     assert ours.keys() == {f"tersetorch {name}" for name in names[family]}
-    assert len(groups) == 2 * {"codebook": 4, "sparse": 2, "product": 4, "conv": 1}[family]
+    assert len(groups) == 2 * {"codebook": 4, "sparse": 2, "product": 4, "conv": 1, "xnor": 1}[family]
 
 
 def test_copies_overflow_the_cache_but_not_the_memory():

@@ -1,0 +1,59 @@
+// tersetorch::sign_pack: checks, allocates, splits the work, calls the kernels.
+#include "kernels/sign_pack/sign_pack.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include "kernels/sign_pack/sign_pack_cuda.h"
+#include "torch/cuda.h"
+#include "torch/samples.h"
+
+namespace tersetorch {
+namespace {
+
+constexpr const char* kOp = "sign_pack";
+
+// int64 of x's shape, but the last dimension.
+Tensor EmptyWords(const Tensor& x) {
+  std::vector<std::int64_t> shape(x.sizes().begin(), x.sizes().end());
+  shape.back() = SignWords(x.size(-1));
+  return torch::stable::new_empty(x, shape, ScalarType::Long);
+}
+
+std::uint64_t* WordsOf(const Tensor& bits) {
+  return reinterpret_cast<std::uint64_t*>(bits.mutable_data_ptr<std::int64_t>());
+}
+
+Tensor SignPackOnCpu(const Tensor& x) {
+  const Samples samples(kOp, x, "x");
+  const Tensor bits = EmptyWords(x);
+  const SignPackArgs args{samples.tensor.const_data_ptr(), samples.stored_as, samples.features, WordsOf(bits)};
+  ParallelFor(bits.numel(), GrainItems(4), [&](std::int64_t begin, std::int64_t end) { SignPack(args, begin, end); });
+  return bits;
+}
+
+#ifdef TERSETORCH_CUDA
+
+Tensor SignPackOnCuda(const Tensor& x) {
+  const CudaCall call(kOp, x, "x");
+  const Samples samples(kOp, x, "x", call.place());
+  const Tensor bits = EmptyWords(x);
+  const SignPackArgs args{samples.tensor.const_data_ptr(), samples.stored_as, samples.features, WordsOf(bits)};
+  call.Check(SignPackCuda(args, samples.count, call.Stream()));
+  return bits;
+}
+
+#endif
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(tersetorch, CPU, m) { m.impl("sign_pack", TORCH_BOX(&SignPackOnCpu)); }
+
+STABLE_TORCH_LIBRARY_IMPL(tersetorch, CUDA, m) {
+#ifdef TERSETORCH_CUDA
+  m.impl("sign_pack", TORCH_BOX(&SignPackOnCuda));
+#else
+  m.impl("sign_pack", &NotBuiltForCuda);
+#endif
+}
+
+}  // namespace tersetorch

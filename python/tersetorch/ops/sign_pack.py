@@ -1,0 +1,53 @@
+"""Signs as bits: what the binary products take."""
+
+from typing import cast
+
+import torch
+from torch import Tensor
+
+WORD_BITS = 64
+_FLOATS = (torch.float32, torch.bfloat16)
+_sign_pack = torch.ops.tersetorch.sign_pack.default
+
+
+def sign_pack(x: Tensor) -> Tensor:
+    """The signs of x as bits: 1 (for +1) where x >= 0, -0 too; 0 (for -1) elsewhere, NaN too.
+
+    Args:
+        x: float32 or bfloat16 [..., n], any strides.
+
+    Returns:
+        int64 [..., ceil(n / 64)]; element c is bit c % 64 of word c // 64, bits past the last are 0. It has no
+        gradients.
+
+    Raises:
+        TypeError: x is no such tensor.
+        ValueError: x is a scalar.
+
+    Source:
+        Hubara et al., Binarized Neural Networks (2016), equation 1.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"sign_pack: x must be a tensor, got {type(x).__name__}; pass a torch.Tensor")
+    if x.dtype not in _FLOATS:
+        raise TypeError(f"sign_pack: x must be float32 or bfloat16, got {x.dtype}; convert it")
+    if x.dim() == 0:
+        raise ValueError("sign_pack: x must be [..., n], got a scalar; reshape it")
+    return cast(Tensor, _sign_pack(x))
+
+
+def sign_unpack(bits: Tensor, n: int) -> Tensor:
+    """The signs +1 and -1, float32 [..., n], that sign_pack packed."""
+    places = torch.arange(WORD_BITS, device=bits.device)
+    signs = (bits.unsqueeze(-1) >> places & 1).flatten(-2)[..., :n]
+    return 2.0 * signs - 1.0
+
+
+def sign_words(n: int) -> int:
+    """Words that n signs take."""
+    return -(-n // WORD_BITS)
+
+
+@torch.library.register_fake("tersetorch::sign_pack")
+def _fake(x: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], sign_words(x.shape[-1])), dtype=torch.int64)

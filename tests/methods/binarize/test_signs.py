@@ -1,0 +1,43 @@
+"""Signs, their gradients, and powers of two."""
+
+import pytest
+import torch
+
+from tersetorch.methods.binarize import Sign, ap2, sign
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_sign_is_the_step_and_passes_gradients_inside_one(dtype):
+    x = torch.tensor([-2.0, -1.0, -0.5, -0.0, 0.0, 0.3, 1.0, 1.5], dtype=dtype, requires_grad=True)
+    y = sign(x)
+    assert y.dtype == dtype and y.tolist() == [-1, -1, -1, 1, 1, 1, 1, 1]
+    y.backward(torch.arange(1, 9, dtype=dtype))
+    assert x.grad.tolist() == [0, 2, 3, 4, 5, 6, 7, 0]
+    assert sign(torch.tensor(float("nan"))) == -1
+
+
+def test_stochastic_signs_are_plus_one_with_their_probability():
+    torch.manual_seed(0)
+    for x, probability in ((-1.5, 0), (-0.5, 0.25), (0.2, 0.6), (1.0, 1)):
+        drawn = sign(torch.full((20000,), x), stochastic=True)
+        assert set(drawn.tolist()) <= {-1.0, 1.0}
+        assert (drawn == 1).float().mean().item() == pytest.approx(probability, abs=0.015)
+
+
+def test_the_module_draws_in_training_only():
+    torch.manual_seed(0)
+    x = torch.full((1000,), 0.1)
+    module = Sign(stochastic=True)
+    assert len(module(x).unique()) == 2
+    assert torch.equal(module.eval()(x), torch.ones(1000))
+    assert torch.equal(Sign()(x), torch.ones(1000))
+    with pytest.raises(TypeError, match="stochastic must be True or False"):
+        Sign(stochastic=1)
+
+
+def test_ap2_is_the_next_power_of_two():
+    x = torch.tensor([0.0, 1.0, 1.4, 1.42, 3.0, -0.3, -6.0, 2.0**-30], requires_grad=True)
+    y = ap2(x)
+    assert y.tolist() == [0, 1, 1, 2, 4, -0.25, -8, 2.0**-30]
+    y.sum().backward()
+    assert x.grad.tolist() == [1] * 8
