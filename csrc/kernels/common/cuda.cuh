@@ -152,6 +152,35 @@ struct SampleTile {
   };
 };
 
+// Samples side by side: whoever needs a column reads all of them in one go.
+constexpr int kPanelSamples = 8;
+
+template <typename X>
+struct alignas(kPanelSamples * sizeof(X) < 16 ? kPanelSamples * sizeof(X) : 16) PanelColumn {
+  X of_sample[kPanelSamples];
+};
+
+struct PanelPackTile {
+  static constexpr int kThreads = 256;
+};
+
+// Panels [CeilDiv(samples, 8), columns] of x [samples, columns]; 0 for samples past the last.
+template <typename Tile, typename X>
+__global__ void __launch_bounds__(Tile::kThreads)
+    PackPanels(const X* x, PanelColumn<X>* panels, std::int64_t samples, std::int64_t columns) {
+  const std::int64_t c = std::int64_t{blockIdx.x} * Tile::kThreads + threadIdx.x;
+  if (c >= columns) return;
+  for (std::int64_t panel = blockIdx.y; panel * kPanelSamples < samples; panel += gridDim.y) {
+    PanelColumn<X> numbers;
+#pragma unroll
+    for (int s = 0; s < kPanelSamples; ++s) {
+      const std::int64_t n = panel * kPanelSamples + s;
+      numbers.of_sample[s] = n < samples ? x[n * columns + c] : X{};
+    }
+    panels[panel * columns + c] = numbers;
+  }
+}
+
 // The bits of the largest |x| of a sample, in every thread of the block; all of them call it, once. Compared as
 // integers: infinities are above all numbers, and NaN above them.
 template <typename Tile, typename Float>
@@ -211,6 +240,14 @@ int LaunchWithMemory(void (*kernel)(Parameters...), dim3 blocks, dim3 threads, s
 template <typename... Parameters, typename... Arguments>
 int Launch(void (*kernel)(Parameters...), dim3 blocks, dim3 threads, void* stream, const Arguments&... arguments) {
   return LaunchWithMemory(kernel, blocks, threads, 0, stream, arguments...);
+}
+
+template <typename X>
+int LaunchPackPanels(const void* x, void* panels, std::int64_t samples, std::int64_t columns, void* stream) {
+  if (columns == 0) return cudaSuccess;
+  const dim3 grid(static_cast<unsigned>(CeilDiv(columns, PanelPackTile::kThreads)), BlocksOnY(samples, kPanelSamples));
+  return Launch(PackPanels<PanelPackTile, X>, grid, PanelPackTile::kThreads, stream, static_cast<const X*>(x),
+                static_cast<PanelColumn<X>*>(panels), samples, columns);
 }
 
 }  // namespace
