@@ -203,6 +203,19 @@ __device__ std::uint32_t LargestBits(const Float* x, std::int64_t features) {
 
 // ---- launch
 
+// A kernel that was launched with LaunchEarly may begin while the one ahead of it on the stream runs, if that one calls
+// LetNextBegin: what that one writes it reads after WaitForPrevious. Elsewhere both are nothing.
+__device__ inline void LetNextBegin() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+__device__ inline void WaitForPrevious() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // Blocks on the y axis, which walks the parts of `size`, several times where there are more than fill any GPU.
 inline unsigned BlocksOnY(std::int64_t size, std::int64_t part) {
   constexpr std::int64_t kMost = 8192;  // of the 65,535 that CUDA takes
@@ -219,10 +232,9 @@ int WithFloat(FloatDtype stored_as, const Run& run) {
   return stored_as == FloatDtype::kFloat32 ? run(float{}) : run(BFloat16{});
 }
 
-// With so many bytes of dynamic shared memory; sm_75 has 65,536 for a block.
 template <typename... Parameters, typename... Arguments>
-int LaunchWithMemory(void (*kernel)(Parameters...), dim3 blocks, dim3 threads, std::size_t bytes, void* stream,
-                     const Arguments&... arguments) {
+int LaunchConfigured(void (*kernel)(Parameters...), dim3 blocks, dim3 threads, std::size_t bytes, bool early,
+                     void* stream, const Arguments&... arguments) {
   constexpr std::size_t kWithoutAsking = 48 * 1024;
   if (bytes > kWithoutAsking) {
     const int error =
@@ -234,7 +246,29 @@ int LaunchWithMemory(void (*kernel)(Parameters...), dim3 blocks, dim3 threads, s
   config.blockDim = threads;
   config.dynamicSmemBytes = bytes;
   config.stream = static_cast<cudaStream_t>(stream);
+  int device = 0, major = 0;
+  cudaLaunchAttribute attribute{};
+  if (early && cudaGetDevice(&device) == cudaSuccess &&
+      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= 9) {
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+  }
   return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+// With so many bytes of dynamic shared memory; sm_75 has 65,536 for a block.
+template <typename... Parameters, typename... Arguments>
+int LaunchWithMemory(void (*kernel)(Parameters...), dim3 blocks, dim3 threads, std::size_t bytes, void* stream,
+                     const Arguments&... arguments) {
+  return LaunchConfigured(kernel, blocks, threads, bytes, false, stream, arguments...);
+}
+// The same, early if it may be.
+template <typename... Parameters, typename... Arguments>
+int LaunchEarly(void (*kernel)(Parameters...), dim3 blocks, dim3 threads, std::size_t bytes, void* stream,
+                const Arguments&... arguments) {
+  return LaunchConfigured(kernel, blocks, threads, bytes, true, stream, arguments...);
 }
 
 template <typename... Parameters, typename... Arguments>
