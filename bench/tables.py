@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .comparisons import MODES, Reached, Record, break_even, by_case, fastest, reached
+from .cuda import tables as cuda_tables
 from .implementations import Mode
 from .records import PACKAGES
 from .reproduce import ROWS
@@ -19,7 +20,7 @@ from .reproduce.runs import SEEDS
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-PAGES = ("README.md", "docs/results.md", "docs/break_even.md", "docs/reproductions.md")
+PAGES = ("README.md", "docs/results.md", "docs/break_even.md", "docs/reproductions.md", "docs/gpu.md")
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 # What `make bench` writes; one that is not there adds no rows.
@@ -388,6 +389,8 @@ def _markdown(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "gpu_machine": lambda: cuda_tables.machine(_load("bench_cuda.json")),
+    "gpu_speeds": lambda: cuda_tables.all_speeds(_load("bench_cuda.json")),
     "sizes": sizes,
     "seeds": seeds,
     "sparser_seeds": sparser_seeds,

@@ -39,8 +39,13 @@ class Cuda:
 
     def measure(self, group: Group) -> tuple[list[dict[str, Any]], list[LeftOut]]:
         """The records of a group, and what was left out."""
-        with torch.inference_mode():
-            return self._measure(group)
+        tf32 = torch.backends.cudnn.allow_tf32
+        torch.backends.cudnn.allow_tf32 = False  # float32 means float32, as it does for matrices
+        try:
+            with torch.inference_mode():
+                return self._measure(group)
+        finally:
+            torch.backends.cudnn.allow_tf32 = tf32
 
     def _measure(self, group: Group) -> tuple[list[dict[str, Any]], list[LeftOut]]:
         problem = problem_of(group, self._device)

@@ -224,7 +224,7 @@ struct ManyTileOf {
     std::uint64_t weight[kWords][kRows + 4];
   };
 };
-using ManyTile = ManyTileOf<2, 8, 3, 2, 4>;
+using ManyTile = ManyTileOf<4, 8, 3, 2, 4>;
 
 // What a lane needs to know of its rows: two neighbours in each of kParts fragments.
 template <int kParts>
