@@ -60,7 +60,7 @@ struct Problem {
   }
 };
 
-// y of one panel's samples.
+// y of one panel's samples, which some calls want sample by sample and others row by row.
 std::vector<float> Run(const CodebookKernels& kernels, Problem& p, CodebookMode mode, const std::vector<float>& x,
                        const std::vector<float>& bias, Index samples, Index width, FloatDtype y_as, bool relu,
                        CodebookStatus* status) {
@@ -82,12 +82,24 @@ std::vector<float> Run(const CodebookKernels& kernels, Problem& p, CodebookMode 
   kernels.pack_samples(pack, 0, chunks / 2);
   Output y(samples * p.rows, y_as);
   Unaligned<float> scratch(std::vector<float>(kCodebookSumRows * width, NAN));
-  const CodebookMatmulArgs args{p.Weight(),    mode,        panel.data(), width,         samples,
-                                scales.data(), sums.data(), table.scale,  table.inverse, stored_bias.data(),
-                                relu,          y.data(),    y_as,         scratch.data()};
+  CodebookMatmulArgs args{p.Weight(),    mode,        panel.data(), width,         samples,
+                          scales.data(), sums.data(), table.scale,  table.inverse, stored_bias.data(),
+                          relu,          y.data(),    y_as,         scratch.data()};
+  // Two samples change places, so that not all lie side by side.
+  std::vector<Index> places(samples);
+  for (Index n = 0; n < samples; ++n) places[n] = n;
+  std::swap(places.front(), places[samples / 2]);
+  const bool by_rows = (p.columns + samples) % 2 == 0;
+  if (by_rows) args.places = places.data(), args.place_step = samples;
   *status = kernels.matmul(args, p.rows / 2, p.rows);
   if (*status == CodebookStatus::kOk) *status = kernels.matmul(args, 0, p.rows / 2);
-  return y.Values();
+  const auto stored = y.Values();
+  if (!by_rows) return stored;
+  std::vector<float> values;
+  for (Index n = 0; n < samples; ++n) {
+    for (Index r = 0; r < p.rows; ++r) values.push_back(stored[places[n] + r * samples]);
+  }
+  return values;
 }
 
 void TestOne(const Variant& variant, Problem& p, CodebookMode mode, Index samples, Index width, FloatDtype y_as,
@@ -140,7 +152,7 @@ int main() {
   const Variant variants[] = {{"scalar", CpuIsa::kScalar, kCodebookScalar},
                               {"avx2", CpuIsa::kAvx2, kCodebookAvx2},
                               {"avx512", CpuIsa::kAvx512, kCodebookAvx512}};
-  const Index widths[] = {1, 2, 4, 8, 16, 32, 64};
+  const Index widths[] = {1, 2, 4, 8, 16, 32, 48, 64};
   for (const Index entries : {1, 4, 5, 16, 17, 32, 33, 256}) {
     for (const Index columns : {0, 1, 64, 129, 257, 331}) {
       for (const Index block : {columns, Index{100}}) {

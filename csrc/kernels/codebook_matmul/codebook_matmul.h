@@ -9,9 +9,9 @@
 //         the smaller and hi the larger scale: the same bits at every level. A table or sample that is not finite gives
 //         NaN.
 // Layout: codes as kernels/common/codes.h says. x comes in panels of 4-byte words that CodebookPackSamples makes:
-//         [vectors][width][16] for width 1, 2, 4 or 8, [vectors][16][width] for 16, 32 or 64. A chunk has one vector
-//         for each field of a word, the columns in their order (float32); in int8 one for each field of a byte, byte j
-//         of word l in vector f being column 16 (j * 8 / bits + f) + l.
+//         [vectors][width][16] for width 1, 2, 4 or 8, [vectors][16][width] for 16, 32, 48 or 64. A chunk has one
+//         vector for each field of a word, the columns in their order (float32); in int8 one for each field of a byte,
+//         byte j of word l in vector f being column 16 (j * 8 / bits + f) + l.
 // Limits: AVX-512 on Intel (permutations on port 5, two FMA a cycle), 4 bits, one sample: 128 codes cost 7 shifts, 8
 //         permutations and 8 FMA, 11.5 cycles for 64 bytes in float32; 1 shift, 2 permutations and 2 products, 2.5
 //         cycles, in int8, where memory is the limit. 8 bits, float32: 4 byte planes of 2 permutations and a blend, 16
@@ -69,12 +69,19 @@ struct CodebookMatmulArgs {
   float table_inverse;
   const float* bias;  // [rows] or null
   bool relu;
-  void* y;  // [samples, rows]
+  void* y;  // [samples, rows], or as `places` says
   FloatDtype y_stored_as;
   float* sums;  // [kCodebookSumRows, width], scratch where width is more than kCodebookFewSamples
+  // Null, or where y[n][0] lies, [samples]; y[n][r] then lies r * place_step further. In numbers.
+  const std::int64_t* places = nullptr;
+  std::int64_t place_step = 0;
 };
 
 namespace {
+
+[[maybe_unused]] std::int64_t CodebookPlace(const CodebookMatmulArgs& args, std::int64_t n, std::int64_t row) {
+  return args.places == nullptr ? n * args.weight.rows + row : args.places[n] + row * args.place_step;
+}
 
 // Vectors of 16 words in a chunk of x.
 constexpr int CodebookVectors(int bits, CodebookMode mode) { return (mode == CodebookMode::kInt8 ? 8 : 32) / bits; }

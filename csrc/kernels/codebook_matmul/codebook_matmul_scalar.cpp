@@ -95,7 +95,7 @@ CodebookStatus Matmul(const CodebookMatmulArgs& a, std::int64_t row_begin, std::
         const float hi = of_sample < scale.scale ? scale.scale : of_sample;
         y = __builtin_fmaf(static_cast<float>(integer_sum) * lo, hi, bias);
       }
-      Store(a.y, a.y_stored_as, n * w.rows + r, a.relu && y < 0 ? 0.0f : y);
+      Store(a.y, a.y_stored_as, CodebookPlace(a, n, r), a.relu && y < 0 ? 0.0f : y);
     }
   }
   return CodebookStatus::kOk;

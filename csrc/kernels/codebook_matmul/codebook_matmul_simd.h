@@ -274,7 +274,7 @@ void FewRows(const CodebookMatmulArgs& a, const Tables<Codes, kBits>& tables, In
       } else {
         y = Total(sum) + bias;
       }
-      StoreFloat(a.y, a.y_stored_as, n * w.rows + row + r, a.relu && y < 0 ? 0.0f : y);
+      StoreFloat(a.y, a.y_stored_as, CodebookPlace(a, n, row + r), a.relu && y < 0 ? 0.0f : y);
     }
   }
 }
@@ -348,11 +348,30 @@ void Finish(const CodebookMatmulArgs& a, bool integer, Index row, float scale, f
   }
 }
 
+// Rows of sums [rows][width] to where the samples' places are, eight at once where they lie side by side.
+inline void StoreAtPlaces(const CodebookMatmulArgs& a, const float* sums, Index width, Index row_begin, Index rows) {
+  for (Index n = 0; n < a.samples; n += 8) {
+    const Index count = a.samples - n < 8 ? a.samples - n : 8;
+    bool whole = count == 8;
+    for (Index i = 1; i < count; ++i) whole &= a.places[n + i] - a.places[n] == i;
+    for (Index r = 0; r < rows; ++r) {
+      const float* from = sums + r * width + n;
+      if (whole) {
+        StoreFloats(a.y, a.y_stored_as, CodebookPlace(a, n, row_begin + r), Load<Float8>(from));
+        continue;
+      }
+      for (Index i = 0; i < count; ++i) {
+        StoreFloat(a.y, a.y_stored_as, CodebookPlace(a, n + i, row_begin + r), from[i]);
+      }
+    }
+  }
+}
+
 template <typename Codes, int kBits, int kWidth>
 void Many(const CodebookMatmulArgs& a, Index row_begin, Index row_end, Index row_bytes) {
   constexpr int kMost = kCodeLanes == 16 ? 4 : 2, kOfWidth = kWidth / kCodeLanes;
   constexpr int kVectors = kOfWidth < kMost ? kOfWidth : kMost;
-  constexpr int kRows = kCodeLanes == 8 ? (Codes::kInteger ? 4 : 6) : kVectors == 4 ? 6 : 12;
+  constexpr int kRows = kCodeLanes == 8 ? (Codes::kInteger ? 4 : 6) : kVectors == 4 ? 6 : kVectors == 3 ? 8 : 12;
   // Chunks whose part of the panel takes about half of the first cache level.
   constexpr Index kChunkWords = Codes::kVectors * 16, kColumns = 512 / kBits;
   constexpr Index kDepth = kChunkWords * kWidth * 4 > 16384 ? 1 : 32768 / (kChunkWords * kWidth * 4);
@@ -361,7 +380,7 @@ void Many(const CodebookMatmulArgs& a, Index row_begin, Index row_end, Index row
   const CodebookWeight& w = a.weight;
   const Tables<Codes, kBits> tables(a);
   const Index rows = row_end - row_begin;
-  for (Index i = 0; i < kCodebookSumRows * kWidth; i += 8) Store(a.sums + i, Float8{});
+  for (Index i = 0; i < (rows + kRows - 1) * kWidth; i += 8) Store(a.sums + i, Float8{});
   const std::uint8_t* codes = w.codes + row_begin * row_bytes;
   const char* panel = static_cast<const char*>(a.panel);
   for (Index block = 0, first = 0; first < w.columns; ++block, first += w.column_block) {
@@ -395,7 +414,11 @@ void Many(const CodebookMatmulArgs& a, Index row_begin, Index row_end, Index row
     Finish<kWidth>(a, Codes::kInteger, row_begin + r, Codes::kInteger ? tables.Scale(row_begin + r) : 0.0f,
                    a.sums + r * kWidth);
   }
-  StoreTransposed<kWidth>(a.sums, rows, a.samples, a.y, a.y_stored_as, w.rows, row_begin);
+  if (a.places == nullptr) {
+    StoreTransposed<kWidth>(a.sums, rows, a.samples, a.y, a.y_stored_as, w.rows, row_begin);
+  } else {
+    StoreAtPlaces(a, a.sums, kWidth, row_begin, rows);
+  }
 }
 
 // ---- from the arguments to the templates
@@ -415,6 +438,8 @@ void ForWidth(const CodebookMatmulArgs& a, Index row_begin, Index row_end, Index
       return Many<Codes, kBits, 16>(a, row_begin, row_end, row_bytes);
     case 32:
       return Many<Codes, kBits, 32>(a, row_begin, row_end, row_bytes);
+    case 48:
+      return Many<Codes, kBits, 48>(a, row_begin, row_end, row_bytes);
     default:
       return Many<Codes, kBits, 64>(a, row_begin, row_end, row_bytes);
   }

@@ -1,0 +1,307 @@
+// The algorithm of every vector level, written once over pieces of kLanes words. Everything here is local to the
+// including file.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "kernels/codebook_conv2d/codebook_conv2d.h"
+#include "kernels/common/vectors.h"
+
+namespace tersetorch {
+namespace {
+
+#ifdef __AVX512F__
+constexpr Index kLanes = 16;
+#else
+constexpr Index kLanes = 8;
+#endif
+
+inline Index Smaller(Index a, Index b) { return a < b ? a : b; }
+
+// ---- borders
+
+// Whether a tap reads rows or columns that leave `phase` when divided by the stride.
+inline bool TapReads(Index phase, Index kernel, Index stride, Index dilation) {
+  for (Index k = 0; k < Smaller(kernel, stride); ++k) {
+    if (k * dilation % stride == phase) return true;
+  }
+  return false;
+}
+
+// Eight numbers from x[i] on, `step` apart.
+inline Float8 LoadApart(const CodebookPadArgs& a, Index i, Index step) {
+  if (step == 1) return LoadFloats(a.x, a.stored_as, i);
+  Float8 x;
+  for (Index l = 0; l < 8; ++l) x[l] = LoadFloat(a.x, a.stored_as, i + l * step);
+  return x;
+}
+
+struct Numbers {
+  explicit Numbers(const CodebookPadArgs& a) : inverse(Splat<8>(a.inverse)), none(a.inverse == 0), integer(a.integer) {}
+
+  void Put(void* to, Index i, Float8 x) const {
+    if (!integer) return Store(static_cast<float*>(to) + i, x);
+    const __m256i q = none ? _mm256_setzero_si256() : _mm256_cvtps_epi32((__m256)(x * inverse));
+    const __m128i halves = _mm_packs_epi32(_mm256_castsi256_si128(q), _mm256_extracti128_si256(q, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(static_cast<char*>(to) + i), _mm_packs_epi16(halves, halves));
+  }
+  void PutOne(void* to, Index i, float x) const {
+    if (!integer) return Store(static_cast<float*>(to) + i, x);
+    const int q = none ? 0 : _mm_cvtss_si32(_mm_set_ss(x * inverse[0]));
+    static_cast<char*>(to)[i] = static_cast<char>(q);
+  }
+  void PutZeros(void* to, Index i, Index count) const {
+    const Index size = integer ? 1 : 4;
+    __builtin_memset(static_cast<char*>(to) + i * size, 0, static_cast<std::size_t>(count > 0 ? count * size : 0));
+  }
+
+  Float8 inverse;
+  bool none, integer;
+};
+
+void Pad(const CodebookPadArgs& args, Index channel_begin, Index channel_end) noexcept {
+  const CodebookPadArgs a = args;
+  const CodebookWindowShape& s = a.shape;
+  const Numbers numbers(a);
+  const Index columns = CodebookPhaseColumns(a.width, a.pad_w, s.stride_w), rows = a.height + 2 * a.pad_h;
+  for (Index c = channel_begin; c < channel_end; ++c) {
+    for (Index h = 0; h < rows; ++h) {
+      if (s.stride_h > 1 && !TapReads(h % s.stride_h, s.kernel_h, s.stride_h, s.dilation_h)) continue;
+      for (Index phase = 0; phase < s.stride_w; ++phase) {
+        if (s.stride_w > 1 && !TapReads(phase, s.kernel_w, s.stride_w, s.dilation_w)) continue;
+        const Index to = ((c * rows + h) * s.stride_w + phase) * columns;
+        if (h < a.pad_h || h >= a.pad_h + a.height) {
+          numbers.PutZeros(a.padded, to, columns);
+          continue;
+        }
+        // Column i of the phase is column i * stride_w + left of the image.
+        const Index left = phase - a.pad_w, row = (c * a.height + h - a.pad_h) * a.width + left;
+        const Index begin = Smaller(left < 0 ? (-left + s.stride_w - 1) / s.stride_w : 0, columns);
+        Index end = left < a.width ? (a.width - left + s.stride_w - 1) / s.stride_w : 0;
+        end = end < begin ? begin : Smaller(end, columns);
+        numbers.PutZeros(a.padded, to, begin);
+        Index i = begin;
+        for (; i + 8 <= end; i += 8) numbers.Put(a.padded, to + i, LoadApart(a, row + i * s.stride_w, s.stride_w));
+        for (; i < end; ++i) numbers.PutOne(a.padded, to + i, LoadFloat(a.x, a.stored_as, row + i * s.stride_w));
+        numbers.PutZeros(a.padded, to + end, columns - end);
+      }
+    }
+  }
+}
+
+// ---- windows
+
+// Outputs of a panel that lie side by side, at most kLanes: their first number at a window's first tap, and their
+// lanes.
+struct Piece {
+  Index from, lane, count;
+};
+
+// The pieces of a panel, and one of nothing for what is left of its width.
+struct Pieces {
+  explicit Pieces(const CodebookWindowsArgs& a) {
+    for (Index lane = 0; lane < a.count;) {
+      const Index output = a.first + lane, row = output / a.out_width, column = output % a.out_width;
+      const Index count = Smaller(Smaller(a.out_width - column, a.count - lane), kLanes);
+      const Index down = row % a.out_height * a.shape.stride_h;
+      pieces[size++] = {row / a.out_height * a.image_step + down * a.row_step + column, lane, count};
+      lane += count;
+    }
+    for (Index lane = a.count; lane < a.width; lane += kLanes) pieces[size++] = {0, lane, 0};
+  }
+
+  Index size = 0;
+  Piece pieces[kCodebookMaxWidth + kCodebookMaxWidth / kLanes];
+};
+
+// Where one column of W after the other finds its numbers, from an output's first tap.
+class Columns {
+ public:
+  Columns(const CodebookWindowsArgs& a, Index column)
+      : kernel_h_(a.shape.kernel_h),
+        kernel_w_(a.shape.kernel_w),
+        stride_w_(a.shape.stride_w),
+        dilation_w_(a.shape.dilation_w),
+        channel_step_(a.channel_step),
+        tap_row_step_(a.shape.dilation_h * a.row_step),
+        phase_step_(a.phase_step),
+        c_(column / (kernel_h_ * kernel_w_)),
+        kh_(column / kernel_w_ % kernel_h_),
+        kw_(column % kernel_w_) {
+    SetRow();
+  }
+
+  Index Next() {
+    const Index right = kw_ * dilation_w_;
+    const Index at = stride_w_ == 1 ? row_ + right : row_ + right % stride_w_ * phase_step_ + right / stride_w_;
+    if (++kw_ == kernel_w_) {
+      kw_ = 0;
+      if (++kh_ == kernel_h_) kh_ = 0, ++c_;
+      SetRow();
+    }
+    return at;
+  }
+
+ private:
+  void SetRow() { row_ = c_ * channel_step_ + kh_ * tap_row_step_; }
+
+  Index kernel_h_, kernel_w_, stride_w_, dilation_w_, channel_step_, tap_row_step_, phase_step_;
+  Index c_, kh_, kw_, row_ = 0;
+};
+
+// Some of a piece's words, the others 0 or left alone.
+#ifdef __AVX512F__
+using Words = Vector<16>;
+struct Part {
+  explicit Part(Index count) : mask(static_cast<__mmask16>((1u << count) - 1)) {}
+  Words Load(const float* p) const { return (Words)_mm512_maskz_loadu_ps(mask, p); }
+  void Store(float* p, Words v) const { _mm512_mask_storeu_ps(p, mask, (__m512)v); }
+
+  __mmask16 mask;
+};
+inline Words RoundedToBFloat16(Words v) {
+  alignas(64) float numbers[16];
+  Store(numbers, v);
+  for (int i = 0; i < 16; i += 8) Store(numbers + i, FromBFloat16(ToBFloat16(Load<Float8>(numbers + i))));
+  return Load<Words>(numbers);
+}
+#else
+using Words = Float8;
+struct Part {
+  explicit Part(Index count) : mask(Int8{0, 1, 2, 3, 4, 5, 6, 7} < static_cast<std::int32_t>(count)) {}
+  Words Load(const float* p) const { return (Words)_mm256_maskload_ps(p, (__m256i)mask); }
+  void Store(float* p, Words v) const { _mm256_maskstore_ps(p, (__m256i)mask, (__m256)v); }
+
+  Int8 mask;
+};
+inline Words RoundedToBFloat16(Words v) { return FromBFloat16(ToBFloat16(v)); }
+#endif
+
+// A piece of a row of the panel; what it writes past its lanes the next piece writes again.
+inline void PutWords(const CodebookWindowsArgs& a, float* row, const Piece& piece, Words words) {
+  if (piece.lane + kLanes <= a.width) {
+    Store(row + piece.lane, words);
+  } else {
+    Part(a.width - piece.lane).Store(row + piece.lane, words);
+  }
+}
+
+// Columns of a chunk, which has `count` of them.
+template <bool kRounded>
+void PackFloats(const CodebookWindowsArgs& a, const Pieces& pieces, Index column, Index count, float* panel) {
+  const auto* images = static_cast<const float*>(a.images);
+  Columns columns(a, column);
+  for (Index c = 0; c < count; ++c, panel += a.width) {
+    const float* from = images + columns.Next();
+    for (Index i = 0; i < pieces.size; ++i) {
+      const Piece& piece = pieces.pieces[i];
+      Words words = Part(piece.count).Load(from + piece.from);
+      if (kRounded) words = RoundedToBFloat16(words);
+      PutWords(a, panel, piece, words);
+    }
+  }
+  __builtin_memset(panel, 0, static_cast<std::size_t>((512 / a.bits - count) * a.width * 4));
+}
+
+// Four rows of bytes into one of words, the first row lowest.
+inline void Interleave(const __m128i (&rows)[4], float (&words)[16]) {
+  const __m128i low01 = _mm_unpacklo_epi8(rows[0], rows[1]), high01 = _mm_unpackhi_epi8(rows[0], rows[1]);
+  const __m128i low23 = _mm_unpacklo_epi8(rows[2], rows[3]), high23 = _mm_unpackhi_epi8(rows[2], rows[3]);
+  Store(words, _mm_unpacklo_epi16(low01, low23));
+  Store(words + 4, _mm_unpackhi_epi16(low01, low23));
+  Store(words + 8, _mm_unpacklo_epi16(high01, high23));
+  Store(words + 12, _mm_unpackhi_epi16(high01, high23));
+}
+
+// The sum of the four bytes of every word.
+inline Int8 SumOfBytes(Bits8 words) {
+  const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), (__m256i)words);
+  return (Int8)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+}
+
+void PackBytes(const CodebookWindowsArgs& a, const Pieces& pieces, Index column, Index count, float* panel,
+               std::int32_t* sums) {
+  const auto* images = static_cast<const char*>(a.images);
+  const Index of_byte = 8 / a.bits;
+  Index offsets[256];
+  Columns columns(a, column);
+  for (Index c = 0; c < count; ++c) offsets[c] = columns.Next();
+  for (Index word = 0; word < 16 * of_byte; ++word, panel += a.width) {
+    for (Index i = 0; i < pieces.size; ++i) {
+      const Piece& piece = pieces.pieces[i];
+      __m128i rows[4] = {};
+      for (Index j = 0; j < 4 && piece.count > 0; ++j) {
+        const Index c = 16 * (j * of_byte + word / 16) + word % 16;
+        if (c < count) rows[j] = LoadAt<__m128i>(images, offsets[c] + piece.from, 1);
+      }
+      float words[16];
+      Interleave(rows, words);
+      PutWords(a, panel, piece, Load<Words>(words));
+    }
+    for (Index n = 0; n < a.width; n += 8) {
+      Store(sums + n, LoadAt<Int8>(sums, n, 4) + SumOfBytes(LoadAt<Bits8>(panel, n, 4)));
+    }
+  }
+}
+
+// Columns of a chunk for few outputs, number after number.
+void PackFew(const CodebookWindowsArgs& a, const Index (&outputs)[kCodebookFewSamples], Index column, Index count,
+             char* panel, std::int32_t* sums) {
+  const bool integer = a.mode == CodebookMode::kInt8;
+  const Index of_byte = integer ? 8 / a.bits : 1;
+  __builtin_memset(panel, 0, static_cast<std::size_t>(CodebookVectors(a.bits, a.mode) * a.width * 64));
+  Columns columns(a, column);
+  for (Index c = 0; c < count; ++c) {
+    const Index offset = columns.Next(), vector = integer ? c / 16 % of_byte : c / 16;
+    for (Index n = 0; n < a.count; ++n) {
+      const Index word = (vector * a.width + n) * 16 + c % 16, from = offset + outputs[n];
+      if (integer) {
+        const char q = static_cast<const char*>(a.images)[from];
+        panel[4 * word + c / 16 / of_byte] = q;
+        sums[n] += static_cast<signed char>(q);
+        continue;
+      }
+      const float x = LoadAt<float>(a.images, from, 4);
+      StoreFloat(panel, FloatDtype::kFloat32, word,
+                 a.mode == CodebookMode::kExact ? x : FromBFloat16(ToBFloat16(Splat<8>(x)))[0]);
+    }
+  }
+}
+
+void PackWindows(const CodebookWindowsArgs& args, Index chunk_begin, Index chunk_end) noexcept {
+  const CodebookWindowsArgs a = args;
+  const Index columns = a.channels * a.shape.kernel_h * a.shape.kernel_w;
+  const Index of_block = CodeChunks(a.column_block, a.bits), of_chunk = 512 / a.bits;
+  const Index chunk_words = CodebookVectors(a.bits, a.mode) * 16 * a.width;
+  const Pieces pieces(a);
+  std::int32_t sums[kCodebookMaxWidth] = {};
+  Index few[kCodebookFewSamples] = {};
+  if (a.width <= kCodebookFewSamples) {
+    for (Index i = 0; i < pieces.size; ++i) {
+      const Piece& piece = pieces.pieces[i];
+      for (Index n = 0; n < piece.count; ++n) few[piece.lane + n] = piece.from + n;
+    }
+  }
+  for (Index i = chunk_begin; i < chunk_end; ++i) {
+    const Index in_block = i % of_block * of_chunk, begin = i / of_block * a.column_block + in_block;
+    const Index count = Smaller(Smaller(of_chunk, a.column_block - in_block), columns - begin);
+    float* panel = static_cast<float*>(a.panel) + i * chunk_words;
+    if (a.width <= kCodebookFewSamples) {
+      PackFew(a, few, begin, count, reinterpret_cast<char*>(panel), sums);
+    } else if (a.mode == CodebookMode::kInt8) {
+      PackBytes(a, pieces, begin, count, panel, sums);
+    } else if (a.mode == CodebookMode::kBFloat16) {
+      PackFloats<true>(a, pieces, begin, count, panel);
+    } else {
+      PackFloats<false>(a, pieces, begin, count, panel);
+    }
+  }
+  for (Index n = 0; a.mode == CodebookMode::kInt8 && n < a.count; ++n) {
+    __atomic_fetch_add(a.sums + n, sums[n], __ATOMIC_RELAXED);
+  }
+}
+
+}  // namespace
+}  // namespace tersetorch
