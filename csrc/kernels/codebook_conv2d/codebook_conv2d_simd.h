@@ -93,28 +93,79 @@ void Pad(const CodebookPadArgs& args, Index channel_begin, Index channel_end) no
 
 // ---- windows
 
+// kLanes words, and a part of them: the others are 0, or left alone.
+#ifdef __AVX512F__
+using Words = Vector<16>;
+typedef std::uint32_t WordBits __attribute__((vector_size(64)));
+struct Part {
+  Part() = default;
+  explicit Part(Index count) : mask(static_cast<__mmask16>((1u << count) - 1)) {}
+  Words Load(const float* p) const { return (Words)_mm512_maskz_loadu_ps(mask, p); }
+  void Store(float* p, Words v) const { _mm512_mask_storeu_ps(p, mask, (__m512)v); }
+
+  __mmask16 mask;
+};
+#else
+using Words = Float8;
+using WordBits = Bits8;
+struct Part {
+  Part() = default;
+  explicit Part(Index count) : mask(Int8{0, 1, 2, 3, 4, 5, 6, 7} < static_cast<std::int32_t>(count)) {}
+  Words Load(const float* p) const { return (Words)_mm256_maskload_ps(p, (__m256i)mask); }
+  void Store(float* p, Words v) const { _mm256_maskstore_ps(p, (__m256i)mask, (__m256)v); }
+
+  Int8 mask;
+};
+#endif
+
+// As ToBFloat16 and back.
+inline Words RoundedToBFloat16(Words v) {
+  const auto bits = (WordBits)v;
+  const WordBits rounded = bits + 0x7fff + (bits >> 16 & 1);
+  return (Words)((v != v ? bits | 0x400000 : rounded) & 0xffff0000);
+}
+
 // Outputs of a panel that lie side by side, at most kLanes: their first number at a window's first tap, and their
 // lanes.
 struct Piece {
   Index from, lane, count;
+  Part there;
 };
 
-// The pieces of a panel, and one of nothing for what is left of its width.
+// The pieces of a panel, and one of nothing for what is left of its width. What a whole piece writes past its lanes the
+// next one writes again; the others would write past the panel's width.
 struct Pieces {
   explicit Pieces(const CodebookWindowsArgs& a) {
     for (Index lane = 0; lane < a.count;) {
       const Index output = a.first + lane, row = output / a.out_width, column = output % a.out_width;
-      const Index count = Smaller(Smaller(a.out_width - column, a.count - lane), kLanes);
       const Index down = row % a.out_height * a.shape.stride_h;
-      pieces[size++] = {row / a.out_height * a.image_step + down * a.row_step + column, lane, count};
+      const Index count = Smaller(Smaller(a.out_width - column, a.count - lane), kLanes);
+      Add(a, row / a.out_height * a.image_step + down * a.row_step + column, lane, count);
       lane += count;
     }
-    for (Index lane = a.count; lane < a.width; lane += kLanes) pieces[size++] = {0, lane, 0};
+    for (Index lane = a.count; lane < a.width; lane += kLanes) Add(a, 0, lane, 0);
   }
 
-  Index size = 0;
+  Index size = 0, whole = 0;
   Piece pieces[kCodebookMaxWidth + kCodebookMaxWidth / kLanes];
+
+ private:
+  void Add(const CodebookWindowsArgs& a, Index from, Index lane, Index count) {
+    pieces[size++] = {from, lane, count, Part(count)};
+    if (lane + kLanes <= a.width) whole = size;
+  }
 };
+
+// Calls words(piece) for every piece and writes what it gives into a row of a panel.
+template <typename Get>
+inline __attribute__((always_inline)) void PutRow(const CodebookWindowsArgs& a, const Pieces& pieces, float* row,
+                                                  const Get& words) {
+  for (Index i = 0; i < pieces.whole; ++i) Store(row + pieces.pieces[i].lane, words(pieces.pieces[i]));
+  for (Index i = pieces.whole; i < pieces.size; ++i) {
+    const Piece& piece = pieces.pieces[i];
+    Part(a.width - piece.lane).Store(row + piece.lane, words(piece));
+  }
+}
 
 // Where one column of W after the other finds its numbers, from an output's first tap.
 class Columns {
@@ -151,43 +202,6 @@ class Columns {
   Index c_, kh_, kw_, row_ = 0;
 };
 
-// Some of a piece's words, the others 0 or left alone.
-#ifdef __AVX512F__
-using Words = Vector<16>;
-struct Part {
-  explicit Part(Index count) : mask(static_cast<__mmask16>((1u << count) - 1)) {}
-  Words Load(const float* p) const { return (Words)_mm512_maskz_loadu_ps(mask, p); }
-  void Store(float* p, Words v) const { _mm512_mask_storeu_ps(p, mask, (__m512)v); }
-
-  __mmask16 mask;
-};
-inline Words RoundedToBFloat16(Words v) {
-  alignas(64) float numbers[16];
-  Store(numbers, v);
-  for (int i = 0; i < 16; i += 8) Store(numbers + i, FromBFloat16(ToBFloat16(Load<Float8>(numbers + i))));
-  return Load<Words>(numbers);
-}
-#else
-using Words = Float8;
-struct Part {
-  explicit Part(Index count) : mask(Int8{0, 1, 2, 3, 4, 5, 6, 7} < static_cast<std::int32_t>(count)) {}
-  Words Load(const float* p) const { return (Words)_mm256_maskload_ps(p, (__m256i)mask); }
-  void Store(float* p, Words v) const { _mm256_maskstore_ps(p, (__m256i)mask, (__m256)v); }
-
-  Int8 mask;
-};
-inline Words RoundedToBFloat16(Words v) { return FromBFloat16(ToBFloat16(v)); }
-#endif
-
-// A piece of a row of the panel; what it writes past its lanes the next piece writes again.
-inline void PutWords(const CodebookWindowsArgs& a, float* row, const Piece& piece, Words words) {
-  if (piece.lane + kLanes <= a.width) {
-    Store(row + piece.lane, words);
-  } else {
-    Part(a.width - piece.lane).Store(row + piece.lane, words);
-  }
-}
-
 // Columns of a chunk, which has `count` of them.
 template <bool kRounded>
 void PackFloats(const CodebookWindowsArgs& a, const Pieces& pieces, Index column, Index count, float* panel) {
@@ -195,31 +209,47 @@ void PackFloats(const CodebookWindowsArgs& a, const Pieces& pieces, Index column
   Columns columns(a, column);
   for (Index c = 0; c < count; ++c, panel += a.width) {
     const float* from = images + columns.Next();
-    for (Index i = 0; i < pieces.size; ++i) {
-      const Piece& piece = pieces.pieces[i];
-      Words words = Part(piece.count).Load(from + piece.from);
-      if (kRounded) words = RoundedToBFloat16(words);
-      PutWords(a, panel, piece, words);
-    }
+    PutRow(a, pieces, panel, [&](const Piece& piece) {
+      const Words words = piece.there.Load(from + piece.from);
+      return kRounded ? RoundedToBFloat16(words) : words;
+    });
   }
   __builtin_memset(panel, 0, static_cast<std::size_t>((512 / a.bits - count) * a.width * 4));
 }
 
-// Four rows of bytes into one of words, the first row lowest.
-inline void Interleave(const __m128i (&rows)[4], float (&words)[16]) {
-  const __m128i low01 = _mm_unpacklo_epi8(rows[0], rows[1]), high01 = _mm_unpackhi_epi8(rows[0], rows[1]);
-  const __m128i low23 = _mm_unpacklo_epi8(rows[2], rows[3]), high23 = _mm_unpackhi_epi8(rows[2], rows[3]);
-  Store(words, _mm_unpacklo_epi16(low01, low23));
-  Store(words + 4, _mm_unpackhi_epi16(low01, low23));
-  Store(words + 8, _mm_unpacklo_epi16(high01, high23));
-  Store(words + 12, _mm_unpackhi_epi16(high01, high23));
+// kLanes words of the bytes that follow four addresses, the first lowest; null gives 0.
+inline __attribute__((always_inline)) Words Interleaved(const char* const (&from)[4], Index at) {
+  alignas(16) static constexpr char kNothing[16] = {};
+  __m128i rows[4];
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) rows[j] = LoadAt<__m128i>(from[j] == nullptr ? kNothing : from[j] + at, 0, 1);
+#ifdef __AVX512F__
+  const auto low = _mm256_inserti128_si256(_mm256_castsi128_si256(rows[0]), rows[1], 1);
+  const auto high = _mm256_inserti128_si256(_mm256_castsi128_si256(rows[2]), rows[3], 1);
+  const auto bytes = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+  // Byte j of word l is byte 16 j + l.
+  WordBits order;
+  for (int l = 0; l < 16; ++l) order[l] = 0x30201000u + 0x01010101u * static_cast<std::uint32_t>(l);
+  return (Words)_mm512_permutexvar_epi8((__m512i)order, bytes);
+#else
+  const __m128i low = _mm_unpacklo_epi8(rows[0], rows[1]), high = _mm_unpacklo_epi8(rows[2], rows[3]);
+  return (Words)_mm256_set_m128i(_mm_unpackhi_epi16(low, high), _mm_unpacklo_epi16(low, high));
+#endif
 }
 
-// The sum of the four bytes of every word.
-inline Int8 SumOfBytes(Bits8 words) {
-  const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), (__m256i)words);
-  return (Int8)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+// Sums of the four bytes of words, added up.
+#ifdef __AVX512F__
+using ByteSums = __m512i;
+inline ByteSums AddBytes(ByteSums sums, WordBits words) {
+  return _mm512_dpbusd_epi32(sums, _mm512_set1_epi8(1), (__m512i)words);
 }
+#else
+using ByteSums = __m256i;
+inline ByteSums AddBytes(ByteSums sums, WordBits words) {
+  const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), (__m256i)words);
+  return _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+#endif
 
 void PackBytes(const CodebookWindowsArgs& a, const Pieces& pieces, Index column, Index count, float* panel,
                std::int32_t* sums) {
@@ -228,21 +258,25 @@ void PackBytes(const CodebookWindowsArgs& a, const Pieces& pieces, Index column,
   Index offsets[256];
   Columns columns(a, column);
   for (Index c = 0; c < count; ++c) offsets[c] = columns.Next();
-  for (Index word = 0; word < 16 * of_byte; ++word, panel += a.width) {
-    for (Index i = 0; i < pieces.size; ++i) {
-      const Piece& piece = pieces.pieces[i];
-      __m128i rows[4] = {};
-      for (Index j = 0; j < 4 && piece.count > 0; ++j) {
-        const Index c = 16 * (j * of_byte + word / 16) + word % 16;
-        if (c < count) rows[j] = LoadAt<__m128i>(images, offsets[c] + piece.from, 1);
-      }
-      float words[16];
-      Interleave(rows, words);
-      PutWords(a, panel, piece, Load<Words>(words));
+  for (Index word = 0; word < 16 * of_byte; ++word) {
+    const char* from[4];
+    for (Index j = 0; j < 4; ++j) {
+      const Index c = 16 * (j * of_byte + word / 16) + word % 16;
+      from[j] = c < count ? images + offsets[c] : nullptr;
     }
-    for (Index n = 0; n < a.width; n += 8) {
-      Store(sums + n, LoadAt<Int8>(sums, n, 4) + SumOfBytes(LoadAt<Bits8>(panel, n, 4)));
+    PutRow(a, pieces, panel + word * a.width, [&](const Piece& piece) {
+      const Words words = Interleaved(from, piece.from);
+      return piece.count == 0 ? Words{} : words;
+    });
+  }
+  for (Index n = 0; n < a.width; n += kLanes) {
+    ByteSums total{};
+    for (Index word = 0; word < 16 * of_byte; ++word) {
+      total = AddBytes(total, LoadAt<WordBits>(panel, word * a.width + n, 4));
     }
+    alignas(64) std::int32_t added[kLanes];
+    Store(added, total);
+    for (Index l = 0; l < kLanes; ++l) sums[n + l] += added[l];
   }
 }
 
