@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "kernels/codebook_conv2d/codebook_conv2d_cuda.h"
 #include "kernels/codebook_matmul/codebook_matmul.h"
 #include "kernels/panels/panels.h"
 #include "kernels/sparse_conv2d/sparse_conv2d.h"
@@ -219,11 +220,70 @@ Tensor ConvOnCpu(const Tensor& x, const Tensor& codes, const Tensor& codebook, c
   return y;
 }
 
+#ifdef TERSETORCH_CUDA
+
+Tensor ConvOnCuda(const Tensor& x, const Tensor& codes, const Tensor& codebook, const std::optional<Tensor>& bias,
+                  std::int64_t column_block, Ints kernel_size, Ints stride, Ints padding, Ints dilation,
+                  std::int64_t groups, bool relu, std::string mode) {
+  constexpr const char* kOp = "codebook_conv2d";
+  const CudaCall call(kOp, x, "x");
+  const Place place = call.place();
+  CheckImages(kOp, x, place);
+  const Filters filters(kOp, x, codes, codebook, column_block, kernel_size, stride, dilation, groups, place);
+  const ConvShape& s = filters.shape;
+  const CodebookWeight& w = filters.weight.args;
+  const Images images(kOp, x, s, padding, place);
+  const Bias of_filters(kOp, bias, w.rows, place);
+  const Tensor y = images.Outputs(w.rows);
+
+  CodebookConvCudaArgs args{};
+  args.weight = w;
+  args.shape = s;
+  args.images = images.count;
+  args.height = images.height, args.width = images.width;
+  args.out_height = images.out_height, args.out_width = images.out_width;
+  args.pad_h = padding[0], args.pad_w = padding[1];
+  args.x = images.tensor.const_data_ptr();
+  args.x_steps = StepsOf(s.in_channels, images.height, images.width, images.channels_last);
+  args.stored_as = images.stored_as;
+  args.bias = of_filters.data;
+  args.relu = relu;
+  args.y = y.mutable_data_ptr();
+  args.y_steps = StepsOf(w.rows, images.out_height, images.out_width, images.channels_last);
+  args.mode = CodebookModeOf(kOp, mode, w.columns);
+  std::optional<RoundedRows> of_x, of_tables;
+  if (args.mode == CodebookMode::kInt8) {
+    const std::int64_t tables = filters.weight.codebook->size(0), image = args.x_steps.image;
+    of_x.emplace(call, x, args.x, images.stored_as, images.count, image);
+    of_tables.emplace(call, codebook, w.codebook, FloatDtype::kFloat32, w.per_row ? tables : 1,
+                      w.per_row ? w.entries : tables * w.entries);
+    args.x = of_x->bytes.const_data_ptr();
+    args.x_steps.image = of_x->stride;
+    args.image_scales = of_x->scales.const_data_ptr<float>();
+    args.tables = of_tables->bytes.const_data_ptr<std::int8_t>();
+    args.table_stride = w.per_row ? of_tables->stride : w.entries;
+    args.table_scales = of_tables->scales.const_data_ptr<float>();
+  }
+  call.Check(CodebookConvCuda(args, call.Stream()));
+  return y;
+}
+
+#endif
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(tersetorch, CPU, m) {
   m.impl("codebook_conv2d", TORCH_BOX(&ConvOnCpu));
   m.impl("codebook_conv2d_inference", TORCH_BOX(&ConvOnCpu));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(tersetorch, CUDA, m) {
+#ifdef TERSETORCH_CUDA
+  m.impl("codebook_conv2d", TORCH_BOX(&ConvOnCuda));
+  m.impl("codebook_conv2d_inference", TORCH_BOX(&ConvOnCuda));
+#else
+  for (const char* op : {"codebook_conv2d", "codebook_conv2d_inference"}) m.impl(op, &NotBuiltForCuda);
+#endif
 }
 
 }  // namespace tersetorch

@@ -9,7 +9,6 @@
 #include <string>
 #include <vector>
 
-#include "kernels/blocked_matmul/blocked_matmul_cuda.h"
 #include "kernels/codebook_matmul/codebook_matmul_cuda.h"
 #include "kernels/panels/panels.h"
 #include "torch/codebook_weight.h"
@@ -195,22 +194,6 @@ Tensor CodebookUnpackOnCpu(const Tensor& packed, std::int64_t entries, std::int6
 }
 
 #ifdef TERSETORCH_CUDA
-
-// Rows of int8 in whole words of four, and their scales.
-struct RoundedRows {
-  RoundedRows(const CudaCall& call, const Tensor& like, const void* x, FloatDtype stored_as, std::int64_t rows,
-              std::int64_t columns)
-      : stride((columns + 3) / 4 * 4),
-        bytes(torch::stable::new_empty(like, {rows, stride}, ScalarType::Char)),
-        scales(torch::stable::new_empty(like, {rows}, ScalarType::Float)) {
-    call.Check(BlockedQuadsCuda({x, stored_as, rows, columns, static_cast<std::uint32_t*>(bytes.mutable_data_ptr()),
-                                 scales.mutable_data_ptr<float>()},
-                                call.Stream()));
-  }
-
-  std::int64_t stride;
-  Tensor bytes, scales;
-};
 
 Tensor CodebookMatmulOnCuda(const Tensor& x, const Tensor& codes, const Tensor& codebook,
                             const std::optional<Tensor>& bias, std::int64_t column_block, std::string mode, bool relu) {

@@ -10,7 +10,9 @@
 #include <optional>
 #include <string>
 
+#include "kernels/blocked_matmul/blocked_matmul_cuda.h"
 #include "kernels/codebook_matmul/codebook_matmul.h"
+#include "torch/cuda.h"
 #include "torch/samples.h"
 
 namespace tersetorch {
@@ -104,5 +106,25 @@ inline CodebookMode CodebookModeOf(const char* op, const std::string& mode, std:
                   "; split the layer or use mode \"exact\"");
   return CodebookMode::kInt8;
 }
+
+#ifdef TERSETORCH_CUDA
+
+// Rows of int8 in whole words of four, and their scales.
+struct RoundedRows {
+  RoundedRows(const CudaCall& call, const Tensor& like, const void* x, FloatDtype stored_as, std::int64_t rows,
+              std::int64_t columns)
+      : stride((columns + 3) / 4 * 4),
+        bytes(torch::stable::new_empty(like, {rows, stride}, ScalarType::Char)),
+        scales(torch::stable::new_empty(like, {rows}, ScalarType::Float)) {
+    call.Check(BlockedQuadsCuda({x, stored_as, rows, columns, static_cast<std::uint32_t*>(bytes.mutable_data_ptr()),
+                                 scales.mutable_data_ptr<float>()},
+                                call.Stream()));
+  }
+
+  std::int64_t stride;
+  Tensor bytes, scales;
+};
+
+#endif
 
 }  // namespace tersetorch

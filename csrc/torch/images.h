@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "kernels/sparse_conv2d/sparse_conv2d.h"
+#include "kernels/sparse_conv2d/sparse_conv2d_cuda.h"
 #include "torch/samples.h"
 
 namespace tersetorch {
@@ -87,6 +88,12 @@ struct Images {
 inline void CheckImages(const char* op, const Tensor& x, Place place = kCpu) {
   CheckOn(place, op, x, "x");
   STD_TORCH_CHECK(x.dim() == 4, op, ": x must be [N, C, H, W], got ", x.dim(), "-D; reshape it");
+}
+
+inline ConvSteps StepsOf(std::int64_t channels, std::int64_t height, std::int64_t width, bool channels_last) {
+  const std::int64_t image = channels * height * width;
+  if (channels_last) return {image, 1, width * channels, channels};
+  return {image, height * width, width, 1};
 }
 
 }  // namespace tersetorch

@@ -552,12 +552,6 @@ Tensor ConvOnCpu(const Tensor& x, const Tensor& row_offsets, const Tensor& col_i
 
 #ifdef TERSETORCH_CUDA
 
-ConvSteps StepsOf(std::int64_t channels, std::int64_t height, std::int64_t width, bool channels_last) {
-  const std::int64_t image = channels * height * width;
-  if (channels_last) return {image, 1, width * channels, channels};
-  return {image, height * width, width, 1};
-}
-
 Tensor ConvOnCuda(const Tensor& x, const Tensor& row_offsets, const Tensor& col_indices, const Tensor& values,
                   const std::optional<Tensor>& bias, const std::optional<Tensor>& codebook, Ints kernel_size,
                   Ints stride, Ints padding, Ints dilation, std::int64_t groups, bool relu, std::string mode) {
