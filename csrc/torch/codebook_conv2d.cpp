@@ -88,10 +88,11 @@ Tensor ConvOnCpu(const Tensor& x, const Tensor& codes, const Tensor& codebook, c
   const CodebookWindowShape shape{s.kernel_h,   s.kernel_w,  s.stride_h, out_width == 1 ? 1 : s.stride_w,
                                   s.dilation_h, s.dilation_w};
 
-  // Images that windows cannot be read from are laid out anew, so many at a time as fill panels for all threads.
-  const bool transposed = input.channels_last;
+  // Pixels with the channels last are samples of codebook_matmul, where a window is a pixel. Other images that windows
+  // cannot be read from are laid out anew, so many at a time as fill panels for all threads.
+  const bool last = input.channels_last, samples = last && line && groups == 1, transposed = last && !samples;
   const bool plain = !integer && padding[0] + padding[1] == 0 && shape.stride_w == 1;
-  const bool padded = !plain || (!transposed && input.stored_as != FloatDtype::kFloat32);
+  const bool padded = !samples && (!plain || (!transposed && input.stored_as != FloatDtype::kFloat32));
   const std::int64_t phase = padded ? CodebookPhaseColumns(width, padding[1], shape.stride_w) : 0;
   const std::int64_t row = padded ? phase * shape.stride_w : width, rows = height + (padded ? 2 * padding[0] : 0);
   constexpr std::int64_t kMostNumbers = std::numeric_limits<std::int32_t>::max();
@@ -102,8 +103,29 @@ Tensor ConvOnCpu(const Tensor& x, const Tensor& codes, const Tensor& codebook, c
   const auto threads = static_cast<std::int64_t>(torch::stable::get_num_threads());
   const std::int64_t enough = Blocks(8 * kCodebookMaxWidth * threads, pixels);
   const std::int64_t wave = transposed || padded ? std::min(input.count, enough) : input.count;
-  Scratch planes(transposed ? wave * image * 4 : 0);
-  Scratch stored(padded ? wave * stored_image * (integer ? 1 : 4) + kCodebookWindowSlack : 0);
+  // In one piece: of several, the C library gives some back to the system at every call.
+  const std::int64_t planes_bytes = transposed ? Blocks(wave * image * 4, 64) * 64 : 0;
+  Scratch memory(planes_bytes + (padded ? wave * stored_image * (integer ? 1 : 4) + kCodebookWindowSlack : 0));
+  char* const planes = memory.Data<char>();
+  char* const stored = planes + planes_bytes;
+
+  // With a stride of 1 windows need not be made: outputs count as if rows of y were as long as stored rows of x, and a
+  // column of W multiplies what follows one number. That pays where the outputs that nobody wants cost less than
+  // windows do, 32 cycles for 64 outputs beside 2 for each filter; unless rows that a tile of weights reads share the
+  // sets of the first cache level.
+  const std::int64_t positions = ((line ? 1 : input.out_height) - 1) * row + out_width;
+  const std::int64_t unwanted = Blocks(positions, kCodebookMaxWidth) * kCodebookMaxWidth - pixels;
+  const bool apart = how == CodebookMode::kExact && !last && shape.stride_w * s.stride_h == 1 &&
+                     positions >= kCodebookMaxWidth && unwanted * w.rows / groups < 14 * pixels &&
+                     rows * row % 256 != 0;
+  std::vector<std::int64_t> offsets;
+  for (std::int64_t c = 0; apart && c < s.in_channels / groups; ++c) {
+    for (std::int64_t kh = 0; kh < s.kernel_h; ++kh) {
+      for (std::int64_t kw = 0; kw < s.kernel_w; ++kw) {
+        offsets.push_back((c * rows + kh * s.dilation_h) * row + kw * s.dilation_w);
+      }
+    }
+  }
 
   std::vector<float> scales(integer ? input.count : 0), inverses(scales.size());
   float table_scale = 0, table_inverse = 0;
@@ -128,92 +150,119 @@ Tensor ConvOnCpu(const Tensor& x, const Tensor& codes, const Tensor& codebook, c
       ParallelRanges(images, height * width, GrainItems(s.in_channels / 4),
                      [&](std::int64_t n, std::int64_t begin, std::int64_t end) {
                        ConvPlanes({of_wave + n * image * item_bytes, stored_as, true, s.in_channels, height * width,
-                                   planes.Data<float>() + n * image},
+                                   reinterpret_cast<float*>(planes) + n * image},
                                   begin, end);
                      });
-      of_wave = planes.Data<char>();
+      of_wave = planes;
       stored_as = FloatDtype::kFloat32;
     }
     if (padded) {
       const std::int64_t bytes = stored_as == FloatDtype::kFloat32 ? 4 : 2;
-      ParallelRanges(images, s.in_channels, GrainItems(rows * row / 4),
-                     [&](std::int64_t n, std::int64_t begin, std::int64_t end) {
-                       CodebookPad({of_wave + n * image * bytes, stored_as, s.in_channels, height, width, padding[0],
-                                    padding[1], shape, integer, integer ? inverses[first + n] : 0.0f,
-                                    stored.Data<char>() + n * stored_image * (integer ? 1 : 4)},
-                                   begin, end);
-                     });
-      of_wave = stored.Data<char>();
+      ParallelRanges(
+          images, s.in_channels, GrainItems(rows * row / 4), [&](std::int64_t n, std::int64_t begin, std::int64_t end) {
+            CodebookPad(
+                {of_wave + n * image * bytes, stored_as, s.in_channels, height, width, padding[0], padding[1], shape,
+                 integer, integer ? inverses[first + n] : 0.0f, stored + n * stored_image * (integer ? 1 : 4)},
+                begin, end);
+          });
+      of_wave = stored;
     }
 
-    const std::vector<Outputs> panels = Cut(images * pixels);
     const std::int64_t first_image = first * w.rows * pixels;
-    // The outputs of one panel for the filters of one group.
-    const auto run = [&](std::int64_t g, const Outputs& p, char* panel) {
-      float of_sample[kCodebookMaxWidth] = {};
-      std::int32_t sums[kCodebookMaxWidth] = {};
-      std::int64_t places[kCodebookMaxWidth];
-      for (std::int64_t n = 0; n < p.count; ++n) {
-        const std::int64_t output = p.first + n;
-        if (integer) of_sample[n] = scales[first + output / pixels];
-        places[n] = first_image + output / pixels * w.rows * pixels + output % pixels;
-      }
-      const CodebookWindowsArgs windows{of_wave + g * channels * rows * row * (integer ? 1 : 4),
-                                        stored_image,
-                                        rows * row,
-                                        row,
-                                        phase,
-                                        shape,
-                                        channels,
-                                        line ? 1 : input.out_height,
-                                        out_width,
-                                        p.first,
-                                        p.count,
-                                        w.column_block,
-                                        bits,
-                                        how,
-                                        panel,
-                                        p.width,
-                                        sums};
-      ParallelFor(chunks, GrainItems(512 / bits * p.width / 4),
-                  [&](std::int64_t begin, std::int64_t end) { CodebookPackWindows(windows, begin, end); });
-      // With the channels last an output's filters lie side by side, as codebook_matmul has it.
-      const std::int64_t y_first = transposed ? first_image + p.first * w.rows : 0;
-      CodebookMatmulArgs args{w,
-                              how,
-                              panel,
-                              p.width,
-                              p.count,
-                              of_sample,
-                              sums,
-                              table_scale,
-                              table_inverse,
-                              of_filters.data,
-                              relu,
-                              static_cast<char*>(y.mutable_data_ptr()) + y_first * item_bytes,
-                              input.stored_as,
-                              nullptr};
-      if (!transposed) args.places = places, args.place_step = pixels;
-      const bool few = p.width <= kCodebookFewSamples;
+    const std::int64_t number_bytes = integer ? 1 : samples ? item_bytes : 4;
+    CodebookMatmulArgs common{};
+    common.weight = w;
+    common.mode = how;
+    common.table_scale = table_scale, common.table_inverse = table_inverse;
+    common.bias = of_filters.data;
+    common.relu = relu;
+    common.y = y.mutable_data_ptr();
+    common.y_stored_as = input.stored_as;
+    // The filters of group g for one panel.
+    const auto multiply = [&](const CodebookMatmulArgs& args, std::int64_t g) {
+      const bool few = args.width <= kCodebookFewSamples;
       // Rows of a tile are 6, 8 or 12; threads get equally many.
       const std::int64_t parts = Blocks(of_group, kCodebookRows * threads) * threads;
       const std::int64_t block = few ? 16 : std::min(kCodebookRows, Blocks(Blocks(of_group, parts), 12) * 12);
-      ParallelFor(Blocks(of_group, block), GrainItems(block * w.columns * (p.width / 2 + 1) / 16),
+      ParallelFor(Blocks(of_group, block), GrainItems(block * w.columns * (args.width / 2 + 1) / 16),
                   [&](std::int64_t begin, std::int64_t end) {
-                    Scratch memory(few ? 0 : kCodebookSumRows * p.width * 4);
+                    Scratch sums(few ? 0 : kCodebookSumRows * args.width * 4);
                     CodebookMatmulArgs own = args;
-                    own.sums = memory.Data<float>();
+                    own.sums = sums.Data<float>();
                     for (std::int64_t b = begin; b < end; ++b) {
                       status.Report(CodebookMatmul(own, g * of_group + b * block,
                                                    g * of_group + std::min(of_group, (b + 1) * block)));
                     }
                   });
     };
+
+    if (apart) {
+      // The last panel of an image begins early enough to end with it.
+      const std::int64_t of_image = Blocks(positions, kCodebookMaxWidth), tasks = groups * images * of_image;
+      ParallelFor(tasks, tasks < 2 * threads ? tasks : 1, [&](std::int64_t begin, std::int64_t end) {
+        for (std::int64_t task = begin; task < end; ++task) {
+          const std::int64_t g = task / of_image / images, n = task / of_image % images;
+          const std::int64_t own = task % of_image * kCodebookMaxWidth;
+          const std::int64_t from_position = std::min(own, positions - kCodebookMaxWidth);
+          std::int64_t places[kCodebookMaxWidth];
+          for (std::int64_t lane = 0; lane < kCodebookMaxWidth; ++lane) {
+            const std::int64_t position = from_position + lane, i = position / row, j = position % row;
+            const bool wanted = position >= own && j < out_width;
+            places[lane] = wanted ? first_image + n * w.rows * pixels + i * out_width + j : -1;
+          }
+          CodebookMatmulArgs args = common;
+          args.panel = of_wave + 4 * (n * stored_image + g * channels * rows * row + from_position);
+          args.width = args.samples = kCodebookMaxWidth;
+          args.places = places, args.place_step = pixels;
+          args.offsets = offsets.data();
+          multiply(args, g);
+        }
+      });
+      continue;
+    }
+
+    const std::vector<Outputs> panels = Cut(images * pixels);
     const auto count = static_cast<std::int64_t>(panels.size()), tasks = groups * count;
-    const std::int64_t grain = tasks < 2 * threads ? tasks : 1;
-    ParallelFor(tasks, grain, [&](std::int64_t begin, std::int64_t end) {
-      Scratch memory(CodebookPanelBytes(filters.weight.row_bytes, bits, how, panels[0].width));
-      for (std::int64_t task = begin; task < end; ++task) run(task / count, panels[task % count], memory.Data<char>());
+    ParallelFor(tasks, tasks < 2 * threads ? tasks : 1, [&](std::int64_t begin, std::int64_t end) {
+      Scratch windows(CodebookPanelBytes(filters.weight.row_bytes, bits, how, panels[0].width));
+      char* const panel = windows.Data<char>();
+      for (std::int64_t task = begin; task < end; ++task) {
+        const std::int64_t g = task / count;
+        const Outputs& p = panels[task % count];
+        float of_sample[kCodebookMaxWidth] = {}, inverse_of_sample[kCodebookMaxWidth] = {};
+        std::int32_t sums[kCodebookMaxWidth] = {};
+        std::int64_t places[kCodebookMaxWidth];
+        for (std::int64_t n = 0; n < p.count; ++n) {
+          const std::int64_t output = p.first + n, image_of = output / pixels;
+          places[n] = first_image + image_of * w.rows * pixels + output % pixels;
+          if (!integer) continue;
+          of_sample[n] = scales[first + image_of];
+          inverse_of_sample[n] = inverses[first + image_of];
+        }
+        const char* from_group = of_wave + g * channels * rows * row * number_bytes;
+        ParallelFor(chunks, GrainItems(512 / bits * p.width / 4), [&](std::int64_t from_chunk, std::int64_t to_chunk) {
+          if (samples) {
+            const void* pixels_from = of_wave + p.first * w.columns * item_bytes;
+            return CodebookPackSamples({pixels_from, input.stored_as, p.count, w.columns, w.column_block, bits, how,
+                                        inverse_of_sample, panel, p.width, sums},
+                                       from_chunk, to_chunk);
+          }
+          CodebookPackWindows(
+              {from_group, stored_image, rows * row, row, phase, shape, channels, line ? 1 : input.out_height,
+               out_width, p.first, p.count, w.column_block, bits, how, panel, p.width, sums},
+              from_chunk, to_chunk);
+        });
+        CodebookMatmulArgs args = common;
+        args.panel = panel;
+        args.width = p.width, args.samples = p.count;
+        args.sample_scales = of_sample, args.sample_sums = sums;
+        if (last) {  // an output's filters lie side by side, as codebook_matmul has it
+          args.y = static_cast<char*>(args.y) + (first_image + p.first * w.rows) * item_bytes;
+        } else {
+          args.places = places, args.place_step = pixels;
+        }
+        multiply(args, g);
+      }
     });
   }
   status.Raise(kOp, w.entries);

@@ -127,6 +127,35 @@ void TestOne(const Variant& variant, Problem& p, CodebookMode mode, Index sample
          static_cast<int>(mode), long{samples}, long{width});
 }
 
+// Samples that are no panel, of which some are not wanted.
+void TestApart(const Variant& variant, Problem& p, std::mt19937& rng) {
+  constexpr Index kWidth = kCodebookMaxWidth, kNumbers = 500;
+  const auto numbers = Random(kNumbers, rng);
+  Unaligned<float> x(numbers);
+  std::vector<Index> offsets(p.columns), places(kWidth);
+  for (Index& offset : offsets) offset = static_cast<Index>(rng() % (kNumbers - kWidth + 1));
+  Index wanted = 0;
+  for (Index n = 0; n < kWidth; ++n) places[n] = n % 20 < 17 ? wanted++ : -1;
+  Output y(p.rows * wanted, FloatDtype::kFloat32);
+  std::vector<float> scratch(kCodebookSumRows * kWidth, NAN);
+  CodebookMatmulArgs args{};
+  args.weight = p.Weight(), args.panel = x.data(), args.width = args.samples = kWidth;
+  args.y = y.data(), args.sums = scratch.data();
+  args.places = places.data(), args.place_step = wanted, args.offsets = offsets.data();
+  bool right = variant.kernels.matmul(args, 0, p.rows) == CodebookStatus::kOk;
+  const auto got = y.Values();
+  for (Index r = 0; r < p.rows; ++r) {
+    for (Index n = 0; n < kWidth; ++n) {
+      if (places[n] < 0) continue;
+      Sum want;
+      for (Index c = 0; c < p.columns; ++c) want.Add(double{p.At(r, c)} * numbers[offsets[c] + n]);
+      right &= want.Near(got[r * wanted + places[n]], FloatDtype::kFloat32);
+    }
+  }
+  Expect(right, "%s: %ld columns apart, %ld entries, rows %d", variant.name, long{p.columns}, long{p.entries},
+         static_cast<int>(p.per_row));
+}
+
 void TestDamaged(const Variant& variant, std::mt19937& rng) {
   for (const Index entries : {3, 11, 30, 200}) {
     Problem p(5, 150, 150, entries, false, rng);
@@ -164,6 +193,7 @@ int main() {
           Expect(codes == p.codes, "codes of %ld columns come back", long{columns});
           for (const Variant& variant : variants) {
             if (ProcessCpuIsa().detected < variant.needs) continue;
+            TestApart(variant, p, rng);
             for (const Index width : widths) {
               const Index samples = std::max(width - static_cast<Index>(rng() % (width / 2 + 1)), Index{1});
               const auto y_as = kFloats[rng() % 2];

@@ -10,6 +10,8 @@ EPSILON = torch.finfo(torch.float32).eps
 # Images [N, C, H, W], filters, and the sizes of the convolution.
 CASES = {
     "7x7": ((1, 24, 7, 7), 37, {"kernel_size": 3, "padding": 1}),
+    "images": ((2, 5, 12, 13), 9, {"kernel_size": 3, "padding": 1}),
+    "line": ((3, 20, 9, 11), 8, {"kernel_size": 1}),
     "batch": ((9, 8, 5, 6), 12, {"kernel_size": 3, "padding": 1, "stride": 2}),
     "wide": ((2, 3, 9, 80), 9, {"kernel_size": (1, 5), "padding": (0, 2)}),
     "point": ((2, 70, 6, 9), 13, {"kernel_size": 1}),

@@ -76,7 +76,8 @@ namespace {
 TERSETORCH_API void CodebookPad(const CodebookPadArgs& args, std::int64_t channel_begin,
                                 std::int64_t channel_end) noexcept;
 
-// Chunks [chunk_begin, chunk_end) of the panel, of those that a row of W has.
+// Chunks [chunk_begin, chunk_end) of the panel, of those that a row of W has. What is left over of a block's last chunk
+// is 0, or for more than kCodebookFewSamples windows of floats not written, since CodebookMatmul does not read it.
 TERSETORCH_API void CodebookPackWindows(const CodebookWindowsArgs& args, std::int64_t chunk_begin,
                                         std::int64_t chunk_end) noexcept;
 

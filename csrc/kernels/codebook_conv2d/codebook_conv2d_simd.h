@@ -33,6 +33,10 @@ inline bool TapReads(Index phase, Index kernel, Index stride, Index dilation) {
 // Eight numbers from x[i] on, `step` apart.
 inline Float8 LoadApart(const CodebookPadArgs& a, Index i, Index step) {
   if (step == 1) return LoadFloats(a.x, a.stored_as, i);
+  if (step == 2 && i + 16 <= a.channels * a.height * a.width) {
+    const Float8 low = LoadFloats(a.x, a.stored_as, i), high = LoadFloats(a.x, a.stored_as, i + 8);
+    return __builtin_shuffle(low, high, Int8{0, 2, 4, 6, 8, 10, 12, 14});
+  }
   Float8 x;
   for (Index l = 0; l < 8; ++l) x[l] = LoadFloat(a.x, a.stored_as, i + l * step);
   return x;
@@ -202,31 +206,25 @@ class Columns {
   Index c_, kh_, kw_, row_ = 0;
 };
 
-// Columns of a chunk, which has `count` of them.
+// The `count` columns that a chunk has; what is left over of it nobody reads.
 template <bool kRounded>
-void PackFloats(const CodebookWindowsArgs& a, const Pieces& pieces, Index column, Index count, float* panel) {
-  const auto* images = static_cast<const float*>(a.images);
-  Columns columns(a, column);
+void PackFloats(const CodebookWindowsArgs& a, const Pieces& pieces, const Index* offsets, Index count, float* panel) {
   for (Index c = 0; c < count; ++c, panel += a.width) {
-    const float* from = images + columns.Next();
+    const float* from = static_cast<const float*>(a.images) + offsets[c];
     PutRow(a, pieces, panel, [&](const Piece& piece) {
       const Words words = piece.there.Load(from + piece.from);
       return kRounded ? RoundedToBFloat16(words) : words;
     });
   }
-  __builtin_memset(panel, 0, static_cast<std::size_t>((512 / a.bits - count) * a.width * 4));
 }
 
-// kLanes words of the bytes that follow four addresses, the first lowest; null gives 0.
-inline __attribute__((always_inline)) Words Interleaved(const char* const (&from)[4], Index at) {
-  alignas(16) static constexpr char kNothing[16] = {};
-  __m128i rows[4];
-#pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j) rows[j] = LoadAt<__m128i>(from[j] == nullptr ? kNothing : from[j] + at, 0, 1);
+// kLanes words of the bytes of four rows, the first lowest.
+inline __attribute__((always_inline)) Words Interleaved(const __m128i (&rows)[4]) {
 #ifdef __AVX512F__
-  const auto low = _mm256_inserti128_si256(_mm256_castsi128_si256(rows[0]), rows[1], 1);
-  const auto high = _mm256_inserti128_si256(_mm256_castsi128_si256(rows[2]), rows[3], 1);
-  const auto bytes = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+  __m512i bytes = _mm512_castsi128_si512(rows[0]);
+  bytes = _mm512_mask_broadcast_i32x4(bytes, 0x00f0, rows[1]);
+  bytes = _mm512_mask_broadcast_i32x4(bytes, 0x0f00, rows[2]);
+  bytes = _mm512_mask_broadcast_i32x4(bytes, 0xf000, rows[3]);
   // Byte j of word l is byte 16 j + l.
   WordBits order;
   for (int l = 0; l < 16; ++l) order[l] = 0x30201000u + 0x01010101u * static_cast<std::uint32_t>(l);
@@ -251,21 +249,25 @@ inline ByteSums AddBytes(ByteSums sums, WordBits words) {
 }
 #endif
 
-void PackBytes(const CodebookWindowsArgs& a, const Pieces& pieces, Index column, Index count, float* panel,
+// Words of a chunk. Not all of them have columns for all bytes unless it is whole.
+template <bool kWhole>
+void PackBytes(const CodebookWindowsArgs& a, const Pieces& pieces, const Index* offsets, Index count, float* panel,
                std::int32_t* sums) {
   const auto* images = static_cast<const char*>(a.images);
   const Index of_byte = 8 / a.bits;
-  Index offsets[256];
-  Columns columns(a, column);
-  for (Index c = 0; c < count; ++c) offsets[c] = columns.Next();
   for (Index word = 0; word < 16 * of_byte; ++word) {
     const char* from[4];
     for (Index j = 0; j < 4; ++j) {
       const Index c = 16 * (j * of_byte + word / 16) + word % 16;
-      from[j] = c < count ? images + offsets[c] : nullptr;
+      from[j] = kWhole || c < count ? images + offsets[c] : nullptr;
     }
     PutRow(a, pieces, panel + word * a.width, [&](const Piece& piece) {
-      const Words words = Interleaved(from, piece.from);
+      __m128i rows[4];
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+        rows[j] = kWhole || from[j] != nullptr ? LoadAt<__m128i>(from[j], piece.from, 1) : _mm_setzero_si128();
+      }
+      const Words words = Interleaved(rows);
       return piece.count == 0 ? Words{} : words;
     });
   }
@@ -281,14 +283,13 @@ void PackBytes(const CodebookWindowsArgs& a, const Pieces& pieces, Index column,
 }
 
 // Columns of a chunk for few outputs, number after number.
-void PackFew(const CodebookWindowsArgs& a, const Index (&outputs)[kCodebookFewSamples], Index column, Index count,
-             char* panel, std::int32_t* sums) {
+void PackFew(const CodebookWindowsArgs& a, const Index (&outputs)[kCodebookFewSamples], const Index* offsets,
+             Index count, char* panel, std::int32_t* sums) {
   const bool integer = a.mode == CodebookMode::kInt8;
   const Index of_byte = integer ? 8 / a.bits : 1;
   __builtin_memset(panel, 0, static_cast<std::size_t>(CodebookVectors(a.bits, a.mode) * a.width * 64));
-  Columns columns(a, column);
   for (Index c = 0; c < count; ++c) {
-    const Index offset = columns.Next(), vector = integer ? c / 16 % of_byte : c / 16;
+    const Index offset = offsets[c], vector = integer ? c / 16 % of_byte : c / 16;
     for (Index n = 0; n < a.count; ++n) {
       const Index word = (vector * a.width + n) * 16 + c % 16, from = offset + outputs[n];
       if (integer) {
@@ -322,14 +323,15 @@ void PackWindows(const CodebookWindowsArgs& args, Index chunk_begin, Index chunk
     const Index in_block = i % of_block * of_chunk, begin = i / of_block * a.column_block + in_block;
     const Index count = Smaller(Smaller(of_chunk, a.column_block - in_block), columns - begin);
     float* panel = static_cast<float*>(a.panel) + i * chunk_words;
+    Index offsets[256];
+    Columns next(a, begin);
+    for (Index c = 0; c < count; ++c) offsets[c] = next.Next();
     if (a.width <= kCodebookFewSamples) {
-      PackFew(a, few, begin, count, reinterpret_cast<char*>(panel), sums);
+      PackFew(a, few, offsets, count, reinterpret_cast<char*>(panel), sums);
     } else if (a.mode == CodebookMode::kInt8) {
-      PackBytes(a, pieces, begin, count, panel, sums);
-    } else if (a.mode == CodebookMode::kBFloat16) {
-      PackFloats<true>(a, pieces, begin, count, panel);
+      (count == of_chunk ? PackBytes<true> : PackBytes<false>)(a, pieces, offsets, count, panel, sums);
     } else {
-      PackFloats<false>(a, pieces, begin, count, panel);
+      (a.mode == CodebookMode::kBFloat16 ? PackFloats<true> : PackFloats<false>)(a, pieces, offsets, count, panel);
     }
   }
   for (Index n = 0; a.mode == CodebookMode::kInt8 && n < a.count; ++n) {

@@ -72,9 +72,12 @@ struct CodebookMatmulArgs {
   void* y;  // [samples, rows], or as `places` says
   FloatDtype y_stored_as;
   float* sums;  // [kCodebookSumRows, width], scratch where width is more than kCodebookFewSamples
-  // Null, or where y[n][0] lies, [samples]; y[n][r] then lies r * place_step further. In numbers.
+  // Null, or where y[n][0] lies, [samples], negative for none; y[n][r] then lies r * place_step further. In numbers.
   const std::int64_t* places = nullptr;
   std::int64_t place_step = 0;
+  // Null, or for exact samples that are no panel: sample n of column c is number offsets[c] + n of `panel`, [columns].
+  // For kCodebookMaxWidth samples only.
+  const std::int64_t* offsets = nullptr;
 };
 
 namespace {

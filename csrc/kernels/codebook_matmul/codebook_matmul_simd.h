@@ -33,12 +33,26 @@ void PackChunk(const CodebookSamplesArgs& a, Index chunk, Index begin, Index cou
   const int vectors = CodebookVectors(kBits, a.mode);
   const Index vector_bytes = 64 * a.width;
   char* to = static_cast<char*>(a.panel) + chunk * vectors * vector_bytes;
-  for (Index n = a.samples; n < a.width; ++n) {
+  for (Index rest = a.samples; rest < a.width; ++rest) {
     for (int v = 0; v < vectors; ++v) {
-      for (int half = 0; half < 2; ++half) PanelVector{to + v * vector_bytes}.Put(n, a.width, half, Bits8{});
+      for (int half = 0; half < 2; ++half) PanelVector{to + v * vector_bytes}.Put(rest, a.width, half, Bits8{});
     }
   }
-  for (Index n = 0; n < a.samples; ++n) {
+  Index n = 0;
+  if (a.width > kCodebookFewSamples && a.mode != CodebookMode::kInt8 && count == kColumns) {
+    for (; n + 8 <= a.samples; n += 8) {
+      for (Index c = 0; c < kColumns; c += 8) {
+        Float8 block[8];
+        for (Index i = 0; i < 8; ++i) {
+          block[i] = LoadFloats(a.x, a.stored_as, (n + i) * a.columns + begin + c);
+          if (a.mode == CodebookMode::kBFloat16) block[i] = FromBFloat16(ToBFloat16(block[i]));
+        }
+        Transpose(block);
+        for (Index i = 0; i < 8; ++i) Store(to + ((c + i) * a.width + n) * 4, block[i]);
+      }
+    }
+  }
+  for (; n < a.samples; ++n) {
     alignas(64) float x[kColumns];
     Index c = 0;
     for (; c + 8 <= count; c += 8) Store(x + c, LoadFloats(a.x, a.stored_as, n * a.columns + begin + c));
@@ -292,8 +306,10 @@ void Few(const CodebookMatmulArgs& a, Index row_begin, Index row_end, Index row_
 
 // ---- many samples: tiles of decoded rows, whose words meet panels
 
-template <typename Codes, int kRows, int kVectors, int kWidth>
-void AddTile(const char* tile, Index tile_bytes, const char* panel, Index words, float* sums) {
+// Word k of x is the panel's k-th row, or lies offsets[k] words from its begin.
+template <typename Codes, int kRows, int kVectors, int kWidth, bool kApart = false>
+void AddTile(const char* tile, Index tile_bytes, const char* panel, Index words, float* sums,
+             const Index* offsets = nullptr) {
   typename Codes::Sum acc[kRows][kVectors];
 #pragma GCC unroll 12
   for (int r = 0; r < kRows; ++r) {
@@ -304,7 +320,7 @@ void AddTile(const char* tile, Index tile_bytes, const char* panel, Index words,
     typename Codes::Sum x[kVectors];
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
-      x[v] = LoadAt<typename Codes::Sum>(panel, k * kWidth + v * kCodeLanes, 4);
+      x[v] = LoadAt<typename Codes::Sum>(panel, (kApart ? offsets[k] : k * kWidth) + v * kCodeLanes, 4);
     }
 #pragma GCC unroll 12
     for (int r = 0; r < kRows; ++r) {
@@ -352,7 +368,7 @@ void Finish(const CodebookMatmulArgs& a, bool integer, Index row, float scale, f
 inline void StoreAtPlaces(const CodebookMatmulArgs& a, const float* sums, Index width, Index row_begin, Index rows) {
   for (Index n = 0; n < a.samples; n += 8) {
     const Index count = a.samples - n < 8 ? a.samples - n : 8;
-    bool whole = count == 8;
+    bool whole = count == 8 && a.places[n] >= 0;
     for (Index i = 1; i < count; ++i) whole &= a.places[n + i] - a.places[n] == i;
     for (Index r = 0; r < rows; ++r) {
       const float* from = sums + r * width + n;
@@ -361,13 +377,14 @@ inline void StoreAtPlaces(const CodebookMatmulArgs& a, const float* sums, Index 
         continue;
       }
       for (Index i = 0; i < count; ++i) {
+        if (a.places[n + i] < 0) continue;
         StoreFloat(a.y, a.y_stored_as, CodebookPlace(a, n + i, row_begin + r), from[i]);
       }
     }
   }
 }
 
-template <typename Codes, int kBits, int kWidth>
+template <typename Codes, int kBits, int kWidth, bool kApart = false>
 void Many(const CodebookMatmulArgs& a, Index row_begin, Index row_end, Index row_bytes) {
   constexpr int kMost = kCodeLanes == 16 ? 4 : 2, kOfWidth = kWidth / kCodeLanes;
   constexpr int kVectors = kOfWidth < kMost ? kOfWidth : kMost;
@@ -383,6 +400,7 @@ void Many(const CodebookMatmulArgs& a, Index row_begin, Index row_end, Index row
   for (Index i = 0; i < (rows + kRows - 1) * kWidth; i += 8) Store(a.sums + i, Float8{});
   const std::uint8_t* codes = w.codes + row_begin * row_bytes;
   const char* panel = static_cast<const char*>(a.panel);
+  const Index* offsets = a.offsets;
   for (Index block = 0, first = 0; first < w.columns; ++block, first += w.column_block) {
     Index left = w.columns - first < w.column_block ? w.columns - first : w.column_block;
     while (left > 0) {
@@ -401,13 +419,17 @@ void Many(const CodebookMatmulArgs& a, Index row_begin, Index row_end, Index row
         }
 #pragma GCC unroll 1
         for (Index v = 0; v < kOfWidth; v += kVectors) {
-          AddTile<Codes, kRows, kVectors, kWidth>(tile, kTileBytes, panel + v * kCodeLanes * 4, words,
-                                                  a.sums + i * kWidth + v * kCodeLanes);
+          AddTile<Codes, kRows, kVectors, kWidth, kApart>(tile, kTileBytes, panel + v * kCodeLanes * 4, words,
+                                                          a.sums + i * kWidth + v * kCodeLanes, offsets);
         }
       }
       left -= columns;
       codes += chunks * kCodeChunkBytes;
-      panel += chunks * kChunkWords * kWidth * 4;
+      if constexpr (kApart) {
+        offsets += columns;
+      } else {
+        panel += chunks * kChunkWords * kWidth * 4;
+      }
     }
   }
   for (Index r = 0; r < rows; ++r) {
@@ -441,6 +463,9 @@ void ForWidth(const CodebookMatmulArgs& a, Index row_begin, Index row_end, Index
     case 48:
       return Many<Codes, kBits, 48>(a, row_begin, row_end, row_bytes);
     default:
+      if constexpr (!Codes::kInteger) {
+        if (a.offsets != nullptr) return Many<Codes, kBits, 64, true>(a, row_begin, row_end, row_bytes);
+      }
       return Many<Codes, kBits, 64>(a, row_begin, row_end, row_bytes);
   }
 }
