@@ -70,7 +70,11 @@ Tensor ConvOnCpu(const Tensor& x, const Tensor& codes, const Tensor& codebook, c
                  std::int64_t groups, bool relu, std::string mode) {
   constexpr const char* kOp = "codebook_conv2d";
   CheckImages(kOp, x);
-  const Filters filters(kOp, x, codes, codebook, column_block, kernel_size, stride, dilation, groups, kCpu);
+  // Windows are rounded to bfloat16 as float32, as they then multiply a rounded codebook at every level.
+  const bool rounded = mode == "bfloat16" && codebook.scalar_type() == ScalarType::Float;
+  const Tensor table =
+      rounded ? torch::stable::to(torch::stable::to(codebook, ScalarType::BFloat16), ScalarType::Float) : codebook;
+  const Filters filters(kOp, x, codes, table, column_block, kernel_size, stride, dilation, groups, kCpu);
   const ConvShape& s = filters.shape;
   const CodebookWeight& w = filters.weight.args;
   const CodebookMode how = CodebookModeOf(kOp, mode, w.columns);
@@ -90,7 +94,8 @@ Tensor ConvOnCpu(const Tensor& x, const Tensor& codes, const Tensor& codebook, c
 
   // Pixels with the channels last are samples of codebook_matmul, where a window is a pixel. Other images that windows
   // cannot be read from are laid out anew, so many at a time as fill panels for all threads.
-  const bool last = input.channels_last, samples = last && line && groups == 1, transposed = last && !samples;
+  const bool last = input.channels_last, samples = last && line && groups == 1 && how != CodebookMode::kBFloat16;
+  const bool transposed = last && !samples;
   const bool plain = !integer && padding[0] + padding[1] == 0 && shape.stride_w == 1;
   const bool padded = !samples && (!plain || (!transposed && input.stored_as != FloatDtype::kFloat32));
   const std::int64_t phase = padded ? CodebookPhaseColumns(width, padding[1], shape.stride_w) : 0;
@@ -172,7 +177,7 @@ Tensor ConvOnCpu(const Tensor& x, const Tensor& codes, const Tensor& codebook, c
     const std::int64_t number_bytes = integer ? 1 : samples ? item_bytes : 4;
     CodebookMatmulArgs common{};
     common.weight = w;
-    common.mode = how;
+    common.mode = rounded ? CodebookMode::kExact : how;
     common.table_scale = table_scale, common.table_inverse = table_inverse;
     common.bias = of_filters.data;
     common.relu = relu;
@@ -186,7 +191,7 @@ Tensor ConvOnCpu(const Tensor& x, const Tensor& codes, const Tensor& codebook, c
       const std::int64_t block = few ? 16 : std::min(kCodebookRows, Blocks(Blocks(of_group, parts), 12) * 12);
       ParallelFor(Blocks(of_group, block), GrainItems(block * w.columns * (args.width / 2 + 1) / 16),
                   [&](std::int64_t begin, std::int64_t end) {
-                    Scratch sums(few ? 0 : kCodebookSumRows * args.width * 4);
+                    Scratch sums(few ? 0 : CodebookScratchBytes(args.width, w.per_row));
                     CodebookMatmulArgs own = args;
                     own.sums = sums.Data<float>();
                     for (std::int64_t b = begin; b < end; ++b) {

@@ -3,20 +3,25 @@
 // Math:   y[n][o][i][j] = sum over c, kh, kw of W[o][(c * kernel_h + kh) * kernel_w + kw] * x[n][c of o's group]
 //         [i * stride_h + kh * dilation_h - pad_h][j * stride_w + kw * dilation_w - pad_w] + bias[o], x being 0
 //         outside. A window is one output's share of x, in the order of W's columns; W times 64 windows is
-//         codebook_matmul, whose modes these are; in int8 an image has one scale.
+//         codebook_matmul, whose modes these are. In int8 an image has one scale; in BFloat16 windows are rounded but
+//         stay float32, for a product in mode Exact with rounded tables.
 // Method: CodebookPad gives an image its border, splits its columns by what they leave when divided by the stride, and
 //         rounds it for int8: then a tap of neighbouring outputs is neighbouring numbers, and no border needs a test.
 //         CodebookPackWindows copies them into a panel in codebook_matmul's order, for up to 64 outputs, which may lie
-//         in several rows and images. Images that have no border and a stride of 1 are read as they are.
+//         in several rows and images. Images that have no border and a stride of 1 are read as they are. In mode Exact
+//         with a stride of 1 and large images no windows are made: CodebookMatmulArgs::offsets says where columns lie.
 // Layout: padded images [channels][height + 2 pad_h][stride_w][columns of a phase], float32 or int8; number j of phase
 //         p is column stride_w * j + p of the image with its border. Rows and phases that no tap reads may be left
 //         alone.
-// Limits: for 64 outputs a column of W is 4 vectors in a panel, about 10 cycles, and 2 cycles of FMA for each filter;
-//         what codebook_matmul loses to decoding comes to it. So 512 filters lose 1 %, 64 about 8 %, and 1 filter,
-//         as of a depthwise convolution, nearly all. A 4-bit weight moves an eighth of float32's bytes (512 x 512 x 3 x
-//         3: 1.2 MB for 9.4), once for each 64 outputs, which matters where there are few: at 7 x 7 outputs 462 million
-//         operations, 2.4 ms of FMA at 98 of them a nanosecond and core, meet 0.1 ms of codes or 0.9 ms of float32 at
-//         10 GB/s. Larger images are bound by FMA alone, and then memory is what codes save.
+// Limits: for 64 outputs a column of W costs 2 cycles of FMA for each filter (half a cycle in int8) and, to be copied
+//         into a panel in the second cache level, 30 to 40 cycles (17 in int8): 256 filters lose a fifteenth, 64 a
+//         quarter, and 1 filter, as of a depthwise convolution, nearly all. What codebook_matmul loses to decoding
+//         comes to it. A weight of 512 x 512 x 3 x 3 takes 1.2 MB at 4 bits where float32 takes 9.4, read once for each
+//         64 outputs; at 7 x 7 outputs it does 231 million operations, 1.2 ms at 196 a nanosecond, while float32's
+//         bytes alone take 0.9 ms at 10 GB/s. Measured there, on one core: 1.5 ms, 78 % of the FMA limit, for
+//         oneDNN's 2.1; at 14 x 14 of 256 channels 1.45 ms for 1.36, at 28 x 28 of 128 1.55 for 1.25, at 56 x 56 of
+//         64 1.65 for 1.26, all at an eighth of the memory. int8: 0.48 ms for torch's quantised 0.53 at 7 x 7, 0.73 for
+//         0.36 at 56 x 56, where rounding and copying the images is most of it.
 // Source: Chellapilla et al., High performance convolutional neural networks (2006), for windows as a matrix; Han et
 //         al., Deep Compression (2016), section 3.2, for shared weights.
 //
