@@ -69,15 +69,18 @@ test-cuda: venv
 test-newest-torch: venv
 	python .ci/test_newest_torch.py '$(TORCH_INDEX)'
 
-# Measures on this machine, which should do nothing else, and stores the records the tables are made of: about ten minutes
-# for each number of threads. TERSETORCH_DATA names the folder with published networks; without it the
-# suite `networks` is empty.
+# Measures on this machine, which should do nothing else, and stores the records the tables are made of: about a quarter
+# of an hour for each number of threads, and ten minutes once to build llama.cpp for this CPU. TERSETORCH_DATA names the
+# folder with published networks; without it the suite `networks` is empty. aqlm comes without what trains it.
 bench: venv
-	for peer in scipy onnx onnxruntime openvino ai-edge-litert; do \
+	for peer in scipy onnx onnxruntime openvino ai-edge-litert faiss-cpu bitsandbytes torchao gguf llama-cpp-python numba \
+	  '--no-deps aqlm'; do \
 	  $(PIP) $$peer || echo "$$peer does not install here: the bench goes without it"; \
 	done
-	$(UNDISTURBED) tersetorch bench --threads 1 --json bench/results/bench_1_thread.json
-	$(UNDISTURBED) tersetorch bench --threads 2 --json bench/results/bench_2_threads.json
+	for threads in 1_thread 2_threads; do \
+	  run="env $(UNDISTURBED) tersetorch bench --threads $${threads%%_*} --json bench/results"; \
+	  $$run/bench_$$threads.json sparse networks && $$run/bench_coded_$$threads.json codebook product coders || exit 1; \
+	done
 
 reproduce: venv
 	for row in $$(tersetorch reproduce --names); do \

@@ -104,9 +104,30 @@ def _goals() -> Iterator[Goal]:
     half = ("torch F.conv2d bfloat16 channels_last",)
     yield one("conv VGG 3_1, batch 16, bfloat16", vgg, 0.35, half, ("bfloat16",), (1.09,), (1.3,))
     yield one("conv VGG 3_1, batch 16, bfloat16", vgg, 0.1, half, ("bfloat16",), (2.6,), (3.5,))
+    yield from _codebook_goals()
     for batch in (1, 16):
         where = {"case": "SqueezeNet of Deep Compression", "batch": batch}
         yield Goal(f"SqueezeNet as published, batch {batch}", where, ("torch dense*",), plain, (), (1.3,))
+
+
+def _codebook_goals() -> Iterator[Goal]:
+    linear, packed, dynamic = ("torch F.linear float32",), ("oneDNN packed bfloat16",), ("torch dynamic int8*",)
+    fc6 = {"suite": "codebook", "case": "alexnet fc6", "cache": "warm"}
+
+    def one(
+        bits: int, batch: int, mode: Mode, peers: tuple[str, ...], prototype: tuple[float, ...], goal: tuple[float, ...]
+    ) -> Goal:
+        where = fc6 | {"batch": batch, "pattern": f"{bits} bits"}
+        return Goal(f"codes of {bits} bits, 4096x9216, batch {batch}, {mode}", where, peers, (mode,), prototype, goal)
+
+    yield one(4, 1, "int8", dynamic, (2.4, 3.4), (2.7, 3.6))
+    yield one(4, 1, "bfloat16", packed, (3.5, 4.9), (4.5, 5))
+    yield one(4, 1, "float32", linear, (3.4, 7.7), (5, 10))
+    yield one(4, 8, "int8", dynamic, (1.3, 1.66), (1.6, 1.8))
+    yield one(4, 8, "bfloat16", packed, (2.1, 2.5), (2.4,))
+    yield one(4, 256, "bfloat16", packed, (0.97,), (1,))
+    yield one(8, 256, "bfloat16", packed, (0.95,), (1,))
+    yield one(8, 1, "int8", dynamic, (0.88,), (1.3,))
 
 
 GOALS = tuple(_goals())

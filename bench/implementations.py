@@ -26,10 +26,12 @@ class Packed:
         bind: given samples, returns the call that is timed. What bind itself does (a session's start, samples of
             another dtype where the implementation's neighbours would hand over such) is not timed.
         nbytes: bytes of the weight that a call reads.
+        held: the weight that it multiplies by, float32, where it cannot hold the one that it was given.
     """
 
     bind: Callable[[Tensor], Callable[[], Any]]
     nbytes: int
+    held: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Implementation:
 
     Attributes:
         name: what records call it.
-        family: ours, or what kind of a peer.
+        family: ours, or what kind of a peer; coded ones keep weights of few bits.
         mode: the arithmetic, which also says how large an error may be.
         pack: (case, weight, batch, threads) -> the packed weight.
         needs: modules without which it is not there.
@@ -49,7 +51,7 @@ class Implementation:
     """
 
     name: str
-    family: Literal["ours", "dense", "sparse"]
+    family: Literal["ours", "dense", "sparse", "coded"]
     mode: Mode
     pack: Callable[[Case, Tensor, int, int], Packed]
     needs: tuple[str, ...] = ()
@@ -62,7 +64,7 @@ class Implementation:
         """Why it cannot run here, or None."""
         absent = [name for name in self.needs if find_spec(name) is None]
         if absent:
-            return f"{', '.join(absent)} not installed (pip install 'tersetorch[bench]')"
+            return f"{', '.join(absent)} not installed (make bench installs what does)"
         if self.threads is not None and threads > self.threads:
             return f"uses {self.threads} thread"
         if not self.batches[0] <= batch <= self.batches[1]:

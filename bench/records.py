@@ -16,13 +16,15 @@ from rich.table import Table
 
 from tersetorch import _native
 
+from .coded_peers import CODED
 from .cuda import problems
 from .cuda.rates import Rates as CudaRates
 from .cuda.suite import Cuda
 from .implementations import LeftOut
 from .options import Options
+from .peers import PEERS
 from .rates import Rates, caches_kib
-from .suites import networks, product, sparse
+from .suites import codebook, coders, networks, product, sparse
 
 Record = dict[str, Any]
 
@@ -44,7 +46,9 @@ class Suite(Protocol):
 
 SUITES: dict[str, tuple[Any, type[Any]]] = {
     "sparse": (sparse.groups, sparse.Sparse),
+    "codebook": (codebook.groups, codebook.Codebook),
     "product": (product.groups, product.Product),
+    "coders": (coders.groups, coders.Coders),
     "networks": (networks.groups, networks.Networks),
 }
 # With --device cuda.
@@ -52,7 +56,10 @@ CUDA_SUITES: dict[str, tuple[Any, type[Any]]] = {
     family: (partial(problems.groups, family), Cuda) for family in problems.FAMILIES
 }
 # What peers are versions of.
-PACKAGES = ("tersetorch", "torch", "numpy", "scipy", "onnxruntime", "openvino", "ai-edge-litert", "faiss-cpu")
+PACKAGES = (
+    "tersetorch", "torch", "numpy", "scipy", "onnxruntime", "openvino", "ai-edge-litert", "faiss-cpu", "bitsandbytes",
+    "torchao", "llama-cpp-python", "gguf", "aqlm", "numba",
+)  # fmt: skip
 
 
 class Run:
@@ -80,6 +87,7 @@ class Run:
         self.left_out: list[LeftOut] = []
         self._suites: dict[str, Suite] = {name: suites[name][1](options, rates) for name in names}
         self._machine = machine_facts() | {"rates": rates.to_dict()}
+        self._missing = missing(options.threads) if suites is SUITES else {}
         self._threads = options.threads
         self._path = path
         self._store()
@@ -102,11 +110,18 @@ class Run:
         """Writes the file anew beside the old one and puts it in its place: an interruption leaves one of the two."""
         if self._path is None:
             return
-        content = {"machine": self._machine, "left_out": list(map(str, self.left_out))}
+        content = {"machine": self._machine, "missing": self._missing, "left_out": list(map(str, self.left_out))}
         lines = ",\n".join(json.dumps(_rounded(record)) for record in self.records)
         part = self._path.with_name(self._path.name + ".part")
         part.write_text(f'{json.dumps(content, indent=1)[:-2]},\n "records": [\n{lines}\n ]\n}}\n')
         part.replace(self._path)
+
+
+def missing(threads: int) -> dict[str, str]:
+    """Peers that cannot run here, and why."""
+    rows = (*PEERS["linear"], *PEERS["conv"], *CODED, *product.peers())
+    reasons = {row.name: row.missing(row.batches[0], threads) for row in rows}
+    return {name: reason for name, reason in reasons.items() if reason}
 
 
 def machine_facts() -> dict[str, Any]:
@@ -127,14 +142,25 @@ def machine_facts() -> dict[str, Any]:
 
 def table(records: list[Record]) -> Table:
     """One row for each record, the fastest of its case marked."""
-    columns = ("suite", "case", "density", "batch", "threads", "cache", "implementation", "p30 ms", "spread ms")
+    columns = (
+        "suite",
+        "case",
+        "weight",
+        "density",
+        "batch",
+        "threads",
+        "cache",
+        "implementation",
+        "p30 ms",
+        "spread ms",
+    )
     result = Table(*columns, "of its limit", "")
     fastest: dict[tuple[Any, ...], float] = {}
     for record in records:
         case = case_of(record)
         fastest[case] = min(fastest.get(case, float("inf")), record["p30_ms"])
     for record in records:
-        row = [record["suite"], record["case"], f"{record['density']:.2f}", str(record["batch"])]
+        row = [record["suite"], record["case"], record["pattern"], f"{record['density']:.2f}", str(record["batch"])]
         row += [str(record["threads"]), record["cache"], record["implementation"]]
         row += [f"{record['p30_ms']:.4g}", f"{record['spread_ms']:.2g}", f"{record['fraction_of_limit']:.0%}"]
         result.add_row(*row, "fastest" if record["p30_ms"] == fastest[case_of(record)] else "")

@@ -13,6 +13,7 @@ from typing import Any
 
 from .comparisons import MODES, Reached, Record, break_even, by_case, fastest, reached
 from .implementations import Mode
+from .records import PACKAGES
 from .reproduce import ROWS
 from .reproduce.runs import SEEDS
 
@@ -22,7 +23,8 @@ PAGES = ("README.md", "docs/results.md", "docs/break_even.md", "docs/reproductio
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 # What `make bench` writes; one that is not there adds no rows.
-BENCHES = ("bench_1_thread.json", "bench_2_threads.json")
+CODED_BENCHES = ("bench_coded_1_thread.json", "bench_coded_2_threads.json")
+BENCHES = ("bench_1_thread.json", "bench_2_threads.json", *CODED_BENCHES)
 # (case, density, batch) of the README's rows.
 HEADLINES = (
     ("alexnet fc6", 0.09, 1),
@@ -140,8 +142,83 @@ def speeds() -> str:
 
 
 def all_speeds() -> str:
-    """Every case that was measured, also where we lose."""
-    return _speed_table(_records(), MODES)
+    """Every case of sparse layers and of networks that was measured, also where we lose."""
+    return _speed_table([record for record in _records() if record["suite"] in ("sparse", "networks")], MODES)
+
+
+def codebook_speeds() -> str:
+    """Every case of dense codes, also where we lose."""
+    return _coded_table("codebook")
+
+
+def product_speeds() -> str:
+    """Every case of product quantisation, also where we lose."""
+    return _coded_table("product")
+
+
+def codebook_headlines() -> str:
+    """Codes of 4 and 8 bits of one large layer."""
+    return _coded_table("codebook", lambda r: r["case"] == "alexnet fc6" and r["pattern"] in ("4 bits", "8 bits"))
+
+
+def _coded_table(suite: str, wanted: Callable[[Record], bool] = lambda _: True) -> str:
+    """One row for each mode of ours: the median and its spread, beside the fastest dense and the fastest coded peer."""
+    rows = []
+    for same in by_case(r for r in _records() if r["suite"] == suite and wanted(r)).values():
+        rivals = [r for r in same if r["family"] != "ours"]
+        for ours in (r for r in same if r["family"] == "ours"):
+            dense = [r for r in rivals if r["family"] == "dense" and r["mode"] in ("float32", ours["mode"])]
+            coded = [r for r in rivals if r["family"] == "coded"]
+            cells, ratios, sizes = [], [], [f"{ours['weight_bytes'] / 2**20:.1f}"]
+            for found in (dense, coded):
+                best = fastest(found) if found else None
+                cells.append("-" if best is None else f"{best['implementation']} {best['median_ms']:.3f}")
+                ratios.append("-" if best is None else f"{best['median_ms'] / ours['median_ms']:.2f}x")
+                sizes.append("-" if best is None else f"{best['weight_bytes'] / 2**20:.1f}")
+            words = [ours["case"]] + ["cold"] * (ours["cache"] == "cold")
+            rows.append(
+                (
+                    ", ".join(words),
+                    "x".join(map(str, ours["shape"])),
+                    ours["pattern"],
+                    ours["batch"],
+                    ours["threads"],
+                    ours["mode"],
+                    f"{ours['median_ms']:.3f} ± {ours['spread_ms']:.3f}",
+                    *cells,
+                    *ratios,
+                    f"{100 * ours['fraction_of_limit']:.0f} % ({ours['limit']})",
+                    " / ".join(sizes),
+                )
+            )
+    head = ("layer", "weight", "form", "batch", "threads", "mode", "ours, ms", "best dense, ms", "best coded, ms")
+    return _markdown((*head, "than dense", "than coded", "of our limit", "MiB of ours / dense / coded"), rows)
+
+
+def coder_speeds() -> str:
+    """The file's coders beside general ones: bits a code, and millions of codes a second in both directions."""
+    rows = []
+    for same in by_case(r for r in _records() if r["suite"] == "coders" and r["pattern"] == "encode").values():
+        for encoded in same:
+            names = ("suite", "case", "implementation")
+            decoded = [
+                r for r in _records() if r["pattern"] == "decode" and all(r[name] == encoded[name] for name in names)
+            ]
+            bits = 8 * encoded["weight_bytes"] / encoded["shape"][0]
+            rates = (f"{r['shape'][0] / r['median_ms'] / 1e3:.0f}" for r in (encoded, *decoded))
+            rows.append((encoded["case"], encoded["implementation"], f"{bits:.3f}", *rates))
+    return _markdown(("codes", "coder", "bits a code", "encoded, MB/s", "decoded, MB/s"), rows)
+
+
+def peer_versions() -> str:
+    """What the peers of coded layers are versions of, and why some are missing."""
+    for name in CODED_BENCHES:
+        if (RESULTS / name).exists():
+            record = _load(name)
+            found = [f"{package} {record['machine'][package]}" for package in PACKAGES if package in record["machine"]]
+            left_out = [f"{peer}: {reason}" for peer, reason in record.get("missing", {}).items()]
+            return f"{', '.join(found)}.\n" + "".join(f"- {line}\n" for line in left_out)
+    return "nothing yet.\n"
 
 
 def goals() -> str:
@@ -225,7 +302,7 @@ def machine() -> str:
 def machine_rates() -> str:
     """What that machine can do at most."""
     rows = []
-    for name in BENCHES:
+    for name in BENCHES[:2]:
         if (RESULTS / name).exists():
             rates = _load(name)["machine"]["rates"]
             for level, found in rates["gops"].items():
@@ -317,6 +394,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "layers": layers,
     "speeds": speeds,
     "all_speeds": all_speeds,
+    "codebook_speeds": codebook_speeds,
+    "codebook_headlines": codebook_headlines,
+    "product_speeds": product_speeds,
+    "peer_versions": peer_versions,
+    "coder_speeds": coder_speeds,
     "machine": machine,
     "machine_rates": machine_rates,
     "goals": goals,

@@ -53,7 +53,7 @@ def includes(file):
 
 def ops():
     """Folders of kernels, but for what all of them share and what is no op: loops for benches, clusters for methods."""
-    shared = ("common", "panels", "planes", "machine_rates", "line_kmeans")
+    shared = ("common", "panels", "planes", "machine_rates", "line_kmeans", "vector_kmeans")
     return sorted(folder.name for folder in KERNELS.iterdir() if folder.name not in shared)
 
 

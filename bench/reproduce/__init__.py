@@ -16,6 +16,7 @@ from tersetorch.bench.reproduce import (
     optimal_brain_surgeon,
     published_bits,
     published_densities,
+    published_squeezenet,
     trade_off,
 )
 from tersetorch.bench.reproduce.runs import Reproduction
@@ -35,5 +36,6 @@ MODULES = (
     one_shot_transformer,
     published_densities,
     published_bits,
+    published_squeezenet,
 )
 ROWS: dict[str, Reproduction] = {row.name: row for module in MODULES for row in module.ROWS}

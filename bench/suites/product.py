@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,20 +10,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tersetorch import _native
 from tersetorch.formats import ProductWeight
 from tersetorch.nn import ProductLinear
 
 from ..cases import CASES, Linear
-from ..implementations import Implementation, LeftOut, Packed, max_error_of, refusal
+from ..coded_peers import DENSE, FEW
+from ..implementations import Implementation, LeftOut, Packed
+from ..layers import Layers, Row
 from ..options import Options
 from ..peers import PEERS
 from ..rates import Rates
-from ..timing import interleave
 
-SECONDS, QUICK_SECONDS = 0.2, 0.08
-# Columns of a segment and entries of its codebook.
-SETTINGS = ((2, 16), (4, 16), (4, 256), (8, 256))
+# Seconds for each row of a group.
+SECONDS, QUICK_SECONDS = 0.1, 0.06
+# Columns of a segment, entries of its codebook, and whether all segments share one.
+SETTINGS = ((2, 16, False), (4, 16, False), (4, 256, False), (8, 256, False), (8, 256, True))
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,12 @@ class Group:
     batch: int
     width: int
     entries: int
+    shared: bool = False
 
     @property
     def pattern(self) -> str:
         """The form in words, which records keep as their pattern."""
-        return f"{self.width} columns, {self.entries} entries"
+        return f"{self.width} columns, {self.entries} entries" + ", shared" * self.shared
 
     @property
     def label(self) -> str:
@@ -49,113 +50,44 @@ class Group:
 
 def groups(options: Options) -> list[Group]:
     """The groups that the options ask for; those of one layer follow each other."""
-    names = ("alexnet fc6", "alexnet fc7", "transformer ffn up")
+    batches: dict[str, tuple[int, ...]] = {"alexnet fc7": (1,)}
+    if not options.quick:
+        batches = {"alexnet fc6": (1, 8), "alexnet fc7": (1, 64), "transformer ffn up": (1, 8, 64, 256)}
     chosen = [
         Group(case, batch, *setting)
-        for name in (names[1:2] if options.quick else names)
+        for name, usual in batches.items()
         if isinstance(case := CASES[name], Linear)
         for setting in SETTINGS
-        for batch in options.batches or ((1,) if options.quick else (1, 8, 64, 256))
+        for batch in options.batches or usual
     ]
     return [group for group in chosen if options.takes_case(group.case.name)]
 
 
 class Product:
-    """Measures groups. Every result is compared with float64 before it is timed.
-
-    limit_ms is the least time that the multiply-adds of the tables and the additions of the lookups, or the bytes of
-    codes, codebooks, samples and result, allow at the rates measured in the same run.
-    """
+    """Measures groups. Every result is compared with float64 before it is timed."""
 
     def __init__(self, options: Options, rates: Rates) -> None:
         self._options = options
-        self._rates = rates
+        self._layers = Layers("product", options, rates)
 
     def measure(self, group: Group) -> tuple[list[dict[str, Any]], list[LeftOut]]:
         """The records of a group, and what was left out."""
-        with torch.inference_mode():
-            return self._measure(group)
+        seconds = QUICK_SECONDS if self._options.quick else SECONDS
+        return self._layers.measure(group.case, group.batch, _rows(group), group.label, seconds)
 
-    def _measure(self, group: Group) -> tuple[list[dict[str, Any]], list[LeftOut]]:
-        case, batch, threads = group.case, group.batch, self._options.threads
-        weight = weight_of(group)
-        dense = weight.to_dense()
-        x = case.samples(batch)
-        want = case.reference(x, dense)
-        calls: dict[str, Callable[[], Any]] = {}
-        kept: dict[str, tuple[Implementation, Packed, float, float]] = {}
-        left_out = []
-        peers = [row for row in PEERS["linear"] if row.family == "dense"]
-        for row in (*peers, *_ours(weight), _faiss(weight)):
-            ours = row.family == "ours"
-            if not self._options.takes(row.name, ours) or row.missing(batch, threads):
-                continue
-            try:
-                start = time.perf_counter()
-                packed = row.pack(case, dense, batch, threads)
-                pack_ms = 1e3 * (time.perf_counter() - start)
-                call = packed.bind(x)
-                result = row.result(call())
-            except Exception as problem:  # whatever a library raises where this CPU lacks something
-                if ours:
-                    raise
-                left_out.append(LeftOut(row.name, group.label, str(problem).partition("\n")[0]))
-                continue
-            # A search returns each sample's largest product only.
-            error = max_error_of(result, want.amax(1, keepdim=True) if result.shape == (batch, 1) else want)
-            wrong = refusal(error, row.mode)
-            if wrong:
-                left_out.append(LeftOut(row.name, group.label, wrong, wrong=True))
-                continue
-            calls[row.name], kept[row.name] = call, (row, packed, pack_ms, error)
-        if not calls:
-            return [], left_out
-        times = interleave(calls, len(calls) * (QUICK_SECONDS if self._options.quick else SECONDS))
-        return [self._record(group, weight, x, times[name], *kept[name]) for name in calls], left_out
 
-    def _record(
-        self,
-        group: Group,
-        weight: ProductWeight,
-        x: Tensor,
-        times: dict[str, float],
-        row: Implementation,
-        packed: Packed,
-        pack_ms: float,
-        error: float,
-    ) -> dict[str, Any]:
-        case, batch = group.case, group.batch
-        operations = 2 * case.multiplies(batch, 1.0)
-        if row.family != "dense":
-            operations = batch * (2.0 * case.in_features * weight.entries + case.out_features * weight.tables)
-        moved = packed.nbytes + 4 * (x.numel() + batch * case.out_features)
-        level = _native.cpu_active() if row.family == "ours" else _native.cpu_detected()
-        limit_ms, bound = self._rates.limit_ms(operations, moved, row.mode, level, cold=False)
-        return {
-            "suite": "product",
-            "case": case.name,
-            "kind": case.kind,
-            "shape": list(case.shape),
-            "density": 1.0,
-            "pattern": group.pattern,
-            "batch": batch,
-            "active": 1.0,
-            "cache": "warm",
-            "threads": self._options.threads,
-            "isa": _native.cpu_active(),
-            "implementation": row.name,
-            "family": row.family,
-            "mode": row.mode,
-            "pack_ms": pack_ms,
-            "weight_bytes": packed.nbytes,
-            "bytes": moved,
-            "ops": round(operations),
-            "limit_ms": limit_ms,
-            "limit": bound,
-            "fraction_of_limit": limit_ms / times["p30_ms"],
-            "max_error": error,
-            **times,
-        }
+def _rows(group: Group) -> Iterator[Row]:
+    case = group.case
+    weight = weight_of(group)
+    dense = weight.to_dense()
+    # The multiply-adds of the tables and the additions of the lookups.
+    operations = group.batch * (2.0 * case.in_features * weight.entries + case.out_features * weight.tables)
+    for one in PEERS["linear"]:
+        if one.name.startswith(DENSE) and one.mode != "bfloat16":  # ours have no such mode
+            yield Row(one, dense, (group.pattern,))
+    peers_here = peers(weight) if group.shared else peers(weight)[:1]
+    for one in (*_ours(weight), *peers_here):
+        yield Row(one, dense, (group.pattern,), operations)
 
 
 def weight_of(group: Group) -> ProductWeight:
@@ -164,7 +96,8 @@ def weight_of(group: Group) -> ProductWeight:
     rows, columns = group.case.shape
     segments = -(-columns // group.width)
     codes = torch.randint(group.entries, (rows, segments), generator=generator, dtype=torch.uint8)
-    entries = torch.randn(1, segments, group.width, group.entries, generator=generator) / columns**0.5
+    books = 1 if group.shared else segments
+    entries = torch.randn(1, books, group.width, group.entries, generator=generator) / columns**0.5
     return ProductWeight.from_codes(codes, entries, columns)
 
 
@@ -178,32 +111,62 @@ def _ours(weight: ProductWeight) -> Iterator[Implementation]:
         yield Implementation(name, "ours", "float32" if mode == "exact" else "int8", pack)
 
 
-def _faiss(weight: ProductWeight) -> Implementation:
+def peers(weight: ProductWeight | None = None) -> tuple[Implementation, ...]:
+    """What multiplies by such a weight elsewhere; without one they can only say whether they are there."""
+
+    def searched(case: Any, dense: Tensor, batch: int, threads: int) -> Packed:
+        assert weight is not None
+        return _faiss(weight, threads)
+
+    def multiplied(case: Any, dense: Tensor, batch: int, threads: int) -> Packed:
+        assert weight is not None
+        return _aqlm(weight, threads)
+
+    return (
+        Implementation("faiss IndexPQ search", "coded", "float32", searched, needs=("faiss",), batches=FEW),
+        # Its threads would add to the same sums.
+        Implementation(
+            "AQLM by numba", "coded", "float32", multiplied, needs=("aqlm", "numba"), threads=1, batches=FEW
+        ),
+    )
+
+
+def _faiss(weight: ProductWeight, threads: int) -> Packed:
     """For each sample the row of the largest inner product, by tables as ours.
 
-    faiss's fast scan of 4-bit codes sums in 16 bits, which so many segments overflow.
+    faiss's fast scan of 4-bit codes is not timed: of random codes its products were within 0.5 % of the largest with
+    256 segments, but off by more than twenty times the largest with 1024 and 2304, which these layers have.
     """
+    import faiss
 
-    def pack(case: Any, dense: Tensor, batch: int, threads: int) -> Packed:
-        import faiss
+    faiss.omp_set_num_threads(threads)
+    book = weight.codebooks[0].expand(weight.segments, -1, -1)
+    bits = max(1, (weight.entries - 1).bit_length())
+    width = weight.segments * book.shape[1]
+    index = faiss.IndexPQ(width, weight.segments, bits, faiss.METRIC_INNER_PRODUCT)
+    centres = book.transpose(1, 2).contiguous().numpy().ravel()
+    faiss.copy_array_to_vector(centres, index.pq.centroids)
+    codes = weight.row_codes.numpy()
+    if bits == 4:
+        codes = codes[:, 0::2] | codes[:, 1::2] << 4
+    faiss.copy_array_to_vector(np.ascontiguousarray(codes).ravel(), index.codes)
+    index.ntotal = weight.rows
+    index.is_trained = True
 
-        faiss.omp_set_num_threads(threads)
-        bits = max(1, (weight.entries - 1).bit_length())
-        width = weight.segments * weight.codebooks.shape[2]
-        index = faiss.IndexPQ(width, weight.segments, bits, faiss.METRIC_INNER_PRODUCT)
-        centres = weight.codebooks[0].transpose(1, 2).contiguous().numpy().ravel()
-        faiss.copy_array_to_vector(centres, index.pq.centroids)
-        codes = weight.row_codes.numpy()
-        if bits == 4:
-            codes = codes[:, 0::2] | codes[:, 1::2] << 4
-        faiss.copy_array_to_vector(np.ascontiguousarray(codes).ravel(), index.codes)
-        index.ntotal = weight.rows
-        index.is_trained = True
+    def bind(x: Tensor) -> Callable[[], Any]:
+        samples = x.numpy()
+        return lambda: index.search(samples, 1)[0]
 
-        def bind(x: Tensor) -> Callable[[], Any]:
-            samples = x.numpy()
-            return lambda: index.search(samples, 1)[0]
+    return Packed(bind, codes.nbytes + centres.nbytes)
 
-        return Packed(bind, codes.nbytes + centres.nbytes)
 
-    return Implementation("faiss IndexPQ search", "sparse", "float32", pack, needs=("faiss",))
+def _aqlm(weight: ProductWeight, threads: int) -> Packed:
+    import numba
+    from aqlm.inference_kernels.numba_kernel import numba_gemm_lut
+
+    numba.set_num_threads(threads)
+    codebook = weight.codebooks.transpose(2, 3).contiguous().view(1, 256, 1, 8)
+    codes = weight.row_codes.t().contiguous().view(torch.int8)[..., None]
+    scales = torch.ones(weight.rows, 1, 1, 1)
+    nbytes = codes.nbytes + codebook.nbytes + scales.nbytes
+    return Packed(lambda x: lambda: numba_gemm_lut(x, codes, codebook, scales, None), nbytes)

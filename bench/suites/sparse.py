@@ -271,10 +271,3 @@ def _shared(group: Group, density: float, weight: Tensor, threads: int) -> dict[
         "threads": threads,
         "isa": _native.cpu_active(),
     }
-
-
-def missing(threads: int) -> dict[str, str]:
-    """Peers that cannot run here, and why."""
-    rows = (*PEERS["linear"], *PEERS["conv"])
-    reasons = {row.name: row.missing(row.batches[0], threads) for row in rows}
-    return {name: reason for name, reason in reasons.items() if reason}

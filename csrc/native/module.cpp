@@ -5,6 +5,7 @@
 #include "native/codec.h"
 #include "native/line_kmeans.h"
 #include "native/rates.h"
+#include "native/vector_kmeans.h"
 
 namespace py = pybind11;
 
@@ -44,4 +45,5 @@ PYBIND11_MODULE(_native, m) {
   BindCodec(m);
   BindLineKmeans(m);
   BindRates(m);
+  BindVectorKmeans(m);
 }

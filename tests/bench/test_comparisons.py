@@ -2,6 +2,7 @@ import pytest
 
 from tersetorch.bench import tables
 from tersetorch.bench.cases import CASES
+from tersetorch.bench.coded_peers import CODED
 from tersetorch.bench.comparisons import GOALS, Goal, Reached, break_even, by_case, reached
 from tersetorch.bench.ours import OURS
 from tersetorch.bench.peers import PEERS
@@ -37,7 +38,7 @@ def test_goals_show_wins_losses_and_what_is_not_measured():
 
 
 def test_goals_name_cases_and_peers_that_exist():
-    peers = [row.name for rows in PEERS.values() for row in rows] + ["torch dense"]
+    peers = [row.name for rows in PEERS.values() for row in rows] + [row.name for row in CODED] + ["torch dense"]
     for goal in GOALS:
         assert goal.where["case"] in CASES or goal.where["case"] == "SqueezeNet of Deep Compression"
         for pattern in goal.peers:
@@ -82,3 +83,21 @@ def test_tables_without_results_are_empty(monkeypatch, tmp_path):
     assert tables.machine() == "nothing yet.\n"
     for make in (tables.speeds, tables.all_speeds, tables.break_evens, tables.ratios, tables.machine_rates):
         assert make().count("\n") == 2
+
+
+def test_coded_layers_show_medians_and_both_kinds_of_peers(monkeypatch):
+    coded = {"suite": "codebook", "density": 1.0, "pattern": "4 bits", "median_ms": 2.0, "spread_ms": 0.1}
+    records = [
+        record("oneDNN packed float32", "dense", 8.0, **coded | {"median_ms": 8.0}),
+        record("oneDNN packed bfloat16", "dense", 1.0, "bfloat16", **coded),
+        record("llama.cpp Q4_0", "coded", 3.0, "int8", **coded | {"median_ms": 3.0}),
+        record("tersetorch codebook exact", "ours", 2.0, **coded),
+        record("tersetorch csr", "ours", 2.0),
+    ]
+    monkeypatch.setattr(tables, "_records", lambda: records)
+    (row,) = tables.codebook_speeds().splitlines()[2:]
+    assert row == (
+        "| alexnet fc6 | 4096x9216 | 4 bits | 1 | 1 | float32 | 2.000 ± 0.100 | oneDNN packed float32 8.000 | "
+        "llama.cpp Q4_0 3.000 | 4.00x | 1.50x | 50 % (bytes) | 1.0 / 1.0 / 1.0 |"
+    )
+    assert tables.product_speeds().count("\n") == 2 and "codebook" not in tables.all_speeds()

@@ -1,4 +1,4 @@
-"""tersetorch bench [SUITE]."""
+"""tersetorch bench [SUITE...]."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -10,8 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tersetorch.bench import rates
 from tersetorch.bench.cuda import rates as cuda_rates
 from tersetorch.bench.options import Options
-from tersetorch.bench.records import CUDA_SUITES, SUITES, Run, table
-from tersetorch.bench.suites.sparse import missing
+from tersetorch.bench.records import CUDA_SUITES, SUITES, Run, missing, table
 
 SUITES_OF = {"cpu": SUITES, "cuda": CUDA_SUITES}
 NAMES = {device: (*suites, "rates") for device, suites in SUITES_OF.items()}
@@ -19,12 +18,12 @@ NAMES = {device: (*suites, "rates") for device, suites in SUITES_OF.items()}
 
 def bench(
     suite: Annotated[
-        str,
+        list[str] | None,
         typer.Argument(
-            help=f"One of {', '.join(NAMES['cpu'])} (the machine's limits alone), with --device cuda of "
+            help=f"Some of {', '.join(NAMES['cpu'])} (the machine's limits alone), with --device cuda of "
             f"{', '.join(NAMES['cuda'])}; all when left out."
         ),
-    ] = "",
+    ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Store machine facts and records here, after every group.")
     ] = None,
@@ -45,8 +44,9 @@ def bench(
     ] = "",
 ) -> None:
     """Times our kernels beside their peers in one process and shows every row, also where we lose."""
-    if suite and suite not in NAMES[device]:
-        raise typer.BadParameter(f"SUITE must be one of {', '.join(NAMES[device])}, got {suite}")
+    for name in suite or ():
+        if name not in NAMES[device]:
+            raise typer.BadParameter(f"SUITE must be one of {', '.join(NAMES[device])}, got {name}")
     if json_file:  # before anything is measured
         try:
             json_file.parent.mkdir(parents=True, exist_ok=True)
@@ -68,7 +68,7 @@ def bench(
     notes = Console(stderr=True)
     with notes.status("measuring the machine"):
         measured = cuda_rates.measure(quick) if device == "cuda" else rates.measure(threads, quick)
-    names = [name for name in ([suite] if suite else SUITES_OF[device]) if name != "rates"]
+    names = [name for name in suite or SUITES_OF[device] if name != "rates"]
     run = Run(names, options, measured, json_file, SUITES_OF[device])
     if not names:
         table_of = cuda_rates.table if isinstance(measured, cuda_rates.Rates) else rates.table

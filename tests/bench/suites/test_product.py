@@ -23,3 +23,10 @@ def test_records_are_verified_and_whole(measured, entries):
     assert ours["max_error"] < 1e-5 and ours["suite"] == "product" and ours["p30_ms"] > 0
     assert ours["weight_bytes"] == 320 * (8 if entries == 16 else 10) + 10 * 4 * 4 * entries
     assert ours["ops"] == 2 * (2 * 40 * entries + 300 * 10)
+
+
+def test_segments_may_share_a_codebook(measured):
+    suite = Product(Options(quick=True, peers=("faiss", "AQLM")), measured)
+    records, left_out = suite.measure(Group(Linear("small", 304, 64), 2, 8, 256, shared=True))
+    assert not left_out and {record["pattern"] for record in records} == {"8 columns, 256 entries, shared"}
+    assert {"tersetorch product", "tersetorch product int8"} <= {record["implementation"] for record in records}

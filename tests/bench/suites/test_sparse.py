@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from tersetorch.bench import peers
+from tersetorch.bench import peers, records
 from tersetorch.bench.cases import CASES, Conv, Linear
 from tersetorch.bench.implementations import Implementation, Packed, max_error_of
 from tersetorch.bench.options import Options
@@ -144,11 +144,11 @@ def test_filters_choose_groups_and_rows():
 
 def test_what_is_missing_is_said(monkeypatch):
     row = Implementation("x", "dense", "float32", None, needs=("nothing_of_the_kind",), threads=1, batches=(4, 8))
-    assert row.missing(4, 1) == "nothing_of_the_kind not installed (pip install 'tersetorch[bench]')"
+    assert row.missing(4, 1) == "nothing_of_the_kind not installed (make bench installs what does)"
     assert dataclasses.replace(row, needs=()).missing(4, 2) == "uses 1 thread"
     assert dataclasses.replace(row, needs=()).missing(3, 1) == "meant for 4 to 8 samples"
     assert dataclasses.replace(row, needs=()).missing(4, 1) is None
-    assert "scipy CSR" in sparse.missing(2)
+    assert "scipy CSR" in records.missing(2)
 
 
 def test_errors_are_relative_to_the_largest_result():

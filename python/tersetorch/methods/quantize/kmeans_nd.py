@@ -3,14 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+from tersetorch import _native
 
 # Distances that are in memory at a time.
 BLOCK = 1 << 21
+# Points of so few numbers are clustered natively, a problem at a time; wider ones by GEMM, as many as BLOCK allows.
+NATIVE_WIDTH = 32
+
+# The fewer the clusters, the more an unlucky draw costs and the less another try: rounds of exchange, and restarts from
+# so many clusters on.
+EXCHANGES, FEW_EXCHANGES = 12, 384
+RESTARTS = ((128, 1), (8, 3), (1, 5))
+
+# Codes, centres and errors of one problem.
+_Found = tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.float64]]
+
 # Lloyd's iteration stops where a round lowers the error by less than this part of it.
 LEAST_GAIN = 1e-5
 
@@ -49,25 +65,25 @@ def cluster(
     *,
     seed: int = 0,
     iterations: int = 50,
-    exchanges: int = 12,
-    restarts: int = 1,
+    exchanges: int | None = None,
+    restarts: int | None = None,
     advance: Callable[[int], object] | None = None,
 ) -> Clusters:
     """Parts the points of each problem into `clusters` clusters with a small sum of squared distances to their means.
 
-    Greedy k-means++ draws the initial centres, Lloyd's iteration moves them, and exchanges then repair what the draw
-    did badly: the centres whose points have nearly as good a second choice go to where the error is greatest, and that
+    k-means++ draws the initial centres, Lloyd's iteration moves them, and exchanges then repair what the draw did
+    badly: the centres whose points have nearly as good a second choice go to where the error is greatest, and that
     stays where it lowers the error after some rounds of Lloyd. A cluster without members takes the point that lies
     farthest from its centre. Of several restarts each problem keeps its best. The same seed gives the same result, and
-    a problem's result does not depend on the problems beside it.
+    a problem's result depends neither on the problems beside it nor on the number of threads.
 
     Args:
         points: finite [problems, points, width], taken as float32; sums are float64.
         clusters: at least 1.
         seed: of the draws.
-        iterations: most rounds of Lloyd's iteration after the draw.
-        exchanges: most rounds of exchange.
-        restarts: at least 1.
+        iterations: most rounds of Lloyd's iteration after the draw, and again at the end.
+        exchanges: most rounds of exchange; 12, or more for few clusters, where left out.
+        restarts: at least 1; 5 below 8 clusters, 3 below 128 and else 1 where left out.
         advance: called with the number of problems that are done, for a progress bar.
 
     Source:
@@ -75,13 +91,27 @@ def cluster(
         (2017), with several centres at a time.
     """
     problems, count, _ = points.shape
+    if exchanges is None:
+        exchanges = max(EXCHANGES, FEW_EXCHANGES // clusters)
+    if restarts is None:
+        restarts = next((tries for fewest, tries in RESTARTS if clusters >= fewest))
     points = points.float()
     middle = points.mean(1, keepdim=True, dtype=torch.float64).float()
     points = points - middle
     generator = torch.Generator().manual_seed(seed)
     draws = torch.rand(restarts, problems, clusters, generator=generator, dtype=torch.float64).to(points.device)
+    if _is_native(points, clusters):
+        around, attempts = points.numpy(), draws.numpy()
+
+        def solve(problem: int) -> _Found:
+            only = slice(problem, problem + 1)
+            tries = (_native.vector_kmeans(around[only], each[only], iterations, exchanges) for each in attempts)
+            return min(tries, key=lambda found: float(found[2][0]))
+
+        found = _side_by_side(solve, problems, advance)
+        return Clusters(found.codes, found.centres + middle, found.errors)
     step = max(1, BLOCK // max(1, count * clusters))
-    parts = []
+    parts: list[_State] = []
     for first in range(0, problems, step):
         part = points[first : first + step]
         best = None
@@ -99,8 +129,34 @@ def cluster(
 @torch.no_grad()
 def refine(points: Tensor, centres: Tensor, iterations: int) -> Clusters:
     """Lloyd's iteration from these centres [problems, clusters, width], at most so many rounds."""
+    if _is_native(points, centres.shape[1]):
+        around, start = points.detach().float().numpy(), centres.detach().float().numpy()
+
+        def solve(problem: int) -> _Found:
+            only = slice(problem, problem + 1)
+            return _native.vector_lloyd(around[only], start[only], iterations)
+
+        return _side_by_side(solve, len(points))
     state = _lloyd(points.float(), centres, iterations)
     return Clusters(state.codes, state.centres, state.errors)
+
+
+def _is_native(points: Tensor, clusters: int) -> bool:
+    return points.device.type == "cpu" and 1 <= points.shape[2] <= NATIVE_WIDTH and clusters <= points.shape[1]
+
+
+def _side_by_side(
+    solve: Callable[[int], _Found], problems: int, advance: Callable[[int], object] | None = None
+) -> Clusters:
+    """What solve finds for each problem; torch's threads share them, and none changes what another finds."""
+    found = []
+    with ThreadPoolExecutor(min(problems, torch.get_num_threads())) as pool:
+        for each in pool.map(solve, range(problems)):
+            found.append(each)
+            if advance is not None:
+                advance(1)
+    codes, centres, errors = (torch.from_numpy(np.concatenate(part)) for part in zip(*found, strict=True))
+    return Clusters(codes.long(), centres, errors)
 
 
 def nearest(points: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:

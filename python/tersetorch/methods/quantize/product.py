@@ -18,8 +18,6 @@ from tersetorch.methods.vector_codes import (
     metric,
 )
 
-# With fewer entries than this an unlucky draw costs more, and another one less.
-FEW_ENTRIES = 32
 # Sub-vectors that a codebook shared by all segments is clustered from at first.
 SAMPLE = 1 << 16
 
@@ -76,16 +74,15 @@ def product_quantize(
         raise ValueError(f"{where}: shared must be False where moments are given, got both; leave one of them out")
     padded = functional.pad(weight.detach().float(), (0, count * width - columns))
     points = padded.view(rows, count, width).transpose(0, 1).contiguous()
-    restarts = 3 if entries < FEW_ENTRIES else 1
     if shared:
-        return _share(points.reshape(1, -1, width), rows, entries, restarts, seed, advance)
+        return _share(points.reshape(1, -1, width), rows, entries, seed, advance)
     if moments is None:
-        found = cluster(points, entries, seed=seed, restarts=restarts, advance=advance)
+        found = cluster(points, entries, seed=seed, advance=advance)
         centres = found.centres
     else:
         blocks = functional.pad(moments.double(), (0, count * width - columns) * 2)
         roots = metric(blocks.view(count, width, count, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1))
-        found = cluster((points.double() @ roots).float(), entries, seed=seed, restarts=restarts, advance=advance)
+        found = cluster((points.double() @ roots).float(), entries, seed=seed, advance=advance)
         centres = torch.linalg.solve_triangular(roots, found.centres.double(), upper=False, left=False).float()
     return VectorCodes(found.codes.T.to(torch.uint8).contiguous(), centres.transpose(1, 2).contiguous()[None])
 
@@ -112,14 +109,12 @@ def segment_width(where: str, columns: int, segments: int | None, sub_vector: in
     return width
 
 
-def _share(
-    points: Tensor, rows: int, entries: int, restarts: int, seed: int, advance: Callable[[int], object] | None
-) -> VectorCodes:
+def _share(points: Tensor, rows: int, entries: int, seed: int, advance: Callable[[int], object] | None) -> VectorCodes:
     sample = points
     if points.shape[1] > SAMPLE:
         chosen = torch.randperm(points.shape[1], generator=torch.Generator().manual_seed(seed))[:SAMPLE]
         sample = points[:, chosen.to(points.device)]
-    start = cluster(sample, entries, seed=seed, restarts=restarts).centres
+    start = cluster(sample, entries, seed=seed).centres
     found = refine(points, start, 10)
     count = points.shape[1] // rows
     if advance is not None:
