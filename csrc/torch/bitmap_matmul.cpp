@@ -346,8 +346,9 @@ Tensor BitmapMatmulOnCuda(const Tensor& x, const Tensor& bitmap, const Tensor& r
   const MatmulInputs inputs(kOp, call.place(), x, bitmap, row_offsets, values, bias, codebook, scales, mode);
   const Samples& samples = inputs.samples;
   const Tensor y = EmptyWithLastDim(x, inputs.weight.args.rows);
-  BitmapMatmulCudaArgs args{inputs.weight.args, samples.At(0), samples.stored_as,    nullptr,
-                            inputs.bias.data,   relu,          y.mutable_data_ptr(), samples.count};
+  BitmapMatmulCudaArgs args{
+      inputs.weight.args, samples.At(0), samples.stored_as, nullptr, inputs.bias.data, relu, y.mutable_data_ptr(),
+      samples.count,      nullptr};
   Tensor quantized, x_scales;
   if (inputs.quantized) {
     quantized = torch::stable::new_empty(x, {samples.count, samples.features}, ScalarType::Char);
@@ -362,6 +363,10 @@ Tensor BitmapMatmulOnCuda(const Tensor& x, const Tensor& bitmap, const Tensor& r
     args.x = quantize.quantized;
     args.x_scales = quantize.x_scales;
   }
+  const std::int64_t item_bytes = inputs.quantized ? 1 : samples.item_bytes;
+  const Tensor panels =
+      torch::stable::new_empty(x, {PanelBytes(samples.count, samples.features, item_bytes)}, ScalarType::Byte);
+  args.panels = panels.mutable_data_ptr();
   call.Check(BitmapMatmulCuda(args, call.Stream()));
   return y;
 }

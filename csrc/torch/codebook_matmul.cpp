@@ -214,14 +214,29 @@ Tensor CodebookMatmulOnCuda(const Tensor& x, const Tensor& codes, const Tensor& 
                               y.mutable_data_ptr(),
                               samples.count};
   std::optional<RoundedRows> of_x, of_tables;
-  if (args.mode == CodebookMode::kInt8) {
+  std::optional<Tensor> packed, scales, parts;
+  const CodebookPlan plan = CodebookPlanCuda(args);
+  args.packed_stride = plan.packed_stride;
+  args.part_count = plan.part_count;
+  if (args.part_count > 1) {
+    parts = torch::stable::new_empty(x, {args.part_count, samples.count, w.rows}, ScalarType::Float);
+    args.parts = parts->mutable_data_ptr();
+  }
+  if (args.packed_stride > 0) {
+    packed = torch::stable::new_empty(x, {samples.count, args.packed_stride}, ScalarType::Byte);
+    args.packed = packed->mutable_data_ptr();
+    if (args.mode == CodebookMode::kInt8) {
+      scales = torch::stable::new_empty(x, {samples.count}, ScalarType::Float);
+      args.sample_scales = scales->mutable_data_ptr<float>();
+    }
+  } else if (args.mode == CodebookMode::kInt8) {
     const std::int64_t tables = weight.codebook->size(0);
     of_x.emplace(call, x, args.x, samples.stored_as, samples.count, samples.features);
     of_tables.emplace(call, codebook, w.codebook, FloatDtype::kFloat32, w.per_row ? tables : 1,
                       w.per_row ? w.entries : tables * w.entries);
     args.x = of_x->bytes.const_data_ptr();
     args.x_stride = of_x->stride;
-    args.sample_scales = of_x->scales.const_data_ptr<float>();
+    args.sample_scales = of_x->scales.mutable_data_ptr<float>();
     args.tables = of_tables->bytes.const_data_ptr<std::int8_t>();
     args.table_stride = w.per_row ? of_tables->stride : w.entries;
     args.table_scales = of_tables->scales.const_data_ptr<float>();
@@ -250,8 +265,14 @@ Tensor CodebookReduceOnCuda(const Tensor& grad, const Tensor& codes, std::int64_
   CheckRows(kOp, grad, weight.args.rows);
   const Tensor contiguous = Usable(call.place(), grad);
   Tensor sums = torch::stable::new_empty(contiguous, {tables, entries});
-  call.Check(CodebookReduceCuda(
-      {weight.args, contiguous.const_data_ptr<float>(), sums.mutable_data_ptr<float>(), tables}, call.Stream()));
+  CodebookReduceCudaArgs args{weight.args, contiguous.const_data_ptr<float>(), sums.mutable_data_ptr<float>(), tables};
+  args.parts = CodebookReducePartsCuda(args.weight, tables);
+  std::optional<Tensor> partial;
+  if (args.parts > 1) {
+    partial = torch::stable::new_empty(contiguous, {args.parts, tables, entries}, ScalarType::Double);
+    args.partial = partial->mutable_data_ptr<double>();
+  }
+  call.Check(CodebookReduceCuda(args, call.Stream()));
   return sums;
 }
 

@@ -376,8 +376,10 @@ Tensor CsrMatmulOnCuda(const Tensor& x, const Tensor& row_offsets, const Tensor&
   const MatmulInputs inputs(kOp, call.place(), x, row_offsets, col_indices, values, bias, codebook);
   const Samples& samples = inputs.samples;
   const Tensor y = EmptyWithLastDim(x, inputs.weight.args.rows);
+  const std::int64_t panel_bytes = PanelBytes(samples.count, samples.features, samples.item_bytes);
+  const Tensor panels = torch::stable::new_empty(x, {panel_bytes}, ScalarType::Byte);
   call.Check(CsrMatmulCuda({inputs.weight.args, samples.At(0), samples.stored_as, inputs.bias.data, relu,
-                            y.mutable_data_ptr(), samples.count},
+                            y.mutable_data_ptr(), samples.count, panels.mutable_data_ptr()},
                            call.Stream()));
   return y;
 }

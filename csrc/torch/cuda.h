@@ -48,6 +48,11 @@ class CudaCall {
   torch::stable::accelerator::DeviceGuard guard_;
 };
 
+// Bytes of the panels that a sparse product makes of its samples, by eights.
+inline std::int64_t PanelBytes(std::int64_t samples, std::int64_t features, std::int64_t item_bytes) {
+  return samples == 1 ? 0 : (samples + 7) / 8 * 8 * features * item_bytes;
+}
+
 #else
 
 // Stands in for every op on CUDA tensors where the build has no CUDA kernels.

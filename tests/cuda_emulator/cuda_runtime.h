@@ -86,7 +86,14 @@ inline cudaError_t cudaGetDeviceCount(int* count) {
   return cudaSuccess;
 }
 
-struct cudaLaunchAttribute;
+// One kernel after the other here, whatever is allowed.
+enum cudaLaunchAttributeID : int { cudaLaunchAttributeProgrammaticStreamSerialization = 6 };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  union {
+    int programmaticStreamSerializationAllowed;
+  } val;
+};
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   std::size_t dynamicSmemBytes = 0;
@@ -129,6 +136,8 @@ void WarpBarrier(unsigned mask, Site site);
 // Each lane of the mask gives its value and the lane that it reads.
 std::uint64_t Shuffle(unsigned mask, std::uint64_t value, int source_lane, Site site);
 unsigned Ballot(unsigned mask, bool predicate, Site site);
+// Each lane of the mask gives `bytes` bytes and gets those of all 32 lanes, of which the mask's are set.
+void Gather(unsigned mask, const void* own, std::size_t bytes, void* all, Site site);
 int Lane();
 
 template <typename T>

@@ -345,6 +345,14 @@ void Complete(WarpOperation& operation, Warp& warp) {
         operation.results[lane] = operation.operands[source].value;
         break;
       }
+      case WarpOperation::Kind::kGather:
+        for (int from = 0; from < warpSize; ++from) {
+          if ((operation.mask >> from & 1) == 0) continue;
+          const WarpOperation::Operand& operand = operation.operands[from];
+          std::memcpy(static_cast<char*>(operation.operands[lane].all) + from * operand.bytes, operand.own,
+                      operand.bytes);
+        }
+        break;
       case WarpOperation::Kind::kBarrier: {
         // What any of these lanes had seen, all of them have seen now. Shuffles and votes order no memory.
         for (int other = 0; other < warpSize; ++other) {
@@ -416,10 +424,14 @@ std::uint64_t RunWarpOperation(WarpOperation::Kind kind, unsigned mask, WarpOper
 
 void WarpBarrier(unsigned mask, Site site) { RunWarpOperation(WarpOperation::Kind::kBarrier, mask, {}, site); }
 std::uint64_t Shuffle(unsigned mask, std::uint64_t value, int source_lane, Site site) {
-  return RunWarpOperation(WarpOperation::Kind::kShuffle, mask, {value, source_lane}, site);
+  return RunWarpOperation(WarpOperation::Kind::kShuffle, mask, {value, source_lane, nullptr, nullptr, 0}, site);
 }
 unsigned Ballot(unsigned mask, bool predicate, Site site) {
-  return static_cast<unsigned>(RunWarpOperation(WarpOperation::Kind::kBallot, mask, {predicate, 0}, site));
+  return static_cast<unsigned>(
+      RunWarpOperation(WarpOperation::Kind::kBallot, mask, {predicate, 0, nullptr, nullptr, 0}, site));
+}
+void Gather(unsigned mask, const void* own, std::size_t bytes, void* all, Site site) {
+  RunWarpOperation(WarpOperation::Kind::kGather, mask, {0, 0, own, all, bytes}, site);
 }
 
 void* StaticSharedMemory(const void* key, std::size_t bytes, std::size_t, Site site) {

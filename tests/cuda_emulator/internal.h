@@ -32,10 +32,14 @@ struct Thread {
 
 // A warp operation that some lanes have reached.
 struct WarpOperation {
-  enum class Kind : int { kBarrier, kShuffle, kBallot };
+  enum class Kind : int { kBarrier, kShuffle, kBallot, kGather };
   struct Operand {
     std::uint64_t value;
     int source;  // lane, of a shuffle
+    // Of a gathering.
+    const void* own;
+    void* all;
+    std::size_t bytes;
   };
   Kind kind{};
   unsigned mask = 0, arrived = 0;

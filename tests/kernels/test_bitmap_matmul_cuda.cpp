@@ -48,8 +48,10 @@ std::vector<float> Multiply(const RandomBitmap& w, FloatDtype floats_as, Index s
   DeviceArray<float> bias("bias", bias_numbers == nullptr ? std::vector<float>() : *bias_numbers);
   DeviceArray<std::int8_t> quantized("quantized", samples * w.columns);
   DeviceArray<float> x_scales("x_scales", samples);
-  BitmapMatmulCudaArgs args{weight.args, x.data(), floats_as, nullptr, bias_numbers == nullptr ? nullptr : bias.data(),
-                            relu,        y.data(), samples};
+  DeviceArray<float> panels("panels", (samples + 7) / 8 * 8 * w.columns);
+  BitmapMatmulCudaArgs args{
+      weight.args, x.data(), floats_as, nullptr,      bias_numbers == nullptr ? nullptr : bias.data(),
+      relu,        y.data(), samples,   panels.data()};
   if (w.way.quantized) {
     ExpectLaunched(
         BitmapQuantizeCuda({x.data(), floats_as, samples, w.columns, quantized.data(), x_scales.data()}, nullptr),

@@ -85,8 +85,9 @@ Results Run(const Weight& w, CsrValues values_as, FloatDtype floats_as, Index sa
   DeviceArray<float> bias("bias", bias_numbers == nullptr ? std::vector<float>() : *bias_numbers);
   DeviceFloats y("y", floats_as, samples * w.rows), grad_x("grad_x", floats_as, samples * w.columns);
   DeviceArray<float> sums("sums", samples * w.columns), grad_values("grad_values", w.nnz());
+  DeviceArray<float> panels("panels", (samples + 7) / 8 * 8 * w.columns);
   ExpectLaunched(CsrMatmulCuda({weight.args, x.data(), floats_as, bias_numbers == nullptr ? nullptr : bias.data(), relu,
-                                y.data(), samples},
+                                y.data(), samples, panels.data()},
                                nullptr),
                  "CsrMatmulCuda");
   float* scratch = floats_as == FloatDtype::kFloat32 ? grad_x.floats.data() : sums.data();

@@ -26,6 +26,21 @@ __device__ int SetBefore(std::uint64_t word, int bit) { return __popcll(word & (
 
 // ---- tiles
 
+// A warp multiplies one row with some samples. It lists the columns of 32 words at a time: their values then lie one
+// after the other, and every lane has as many.
+template <int kSamplesOfTile>
+struct ListTile {
+  static constexpr int kWarps = 8;
+  static constexpr int kSamples = kSamplesOfTile;
+  static constexpr int kThreads = kWarps * kWarpSize;
+  static constexpr int kChunk = kWarpSize * kWordBits;
+  static_assert(kSamples <= kWarpSize, "lane s stores sample s");
+
+  struct Memory {
+    std::uint16_t columns[kWarps][kChunk];
+  };
+};
+
 // A warp computes the outputs of some words for one sample, a lane two of each word.
 struct WordsTile {
   static constexpr int kWarps = 4;
@@ -45,43 +60,71 @@ __device__ float Widened(float x) { return x; }
 __device__ float Widened(BFloat16 x) { return ToFloat(x); }
 __device__ int Widened(std::int8_t x) { return x; }
 
+// The columns of a chunk's set bits, one word of each lane, as places in the chunk; all lanes call it. How many.
+template <typename Tile>
+__device__ int ListColumns(std::uint64_t word, int lane, std::uint16_t (&list)[Tile::kChunk]) {
+  const int count = __popcll(word);
+  int until = count;
+#pragma unroll
+  for (int distance = 1; distance < kWarpSize; distance *= 2) {
+    const int before = __shfl_up_sync(kWholeWarp, until, distance);
+    if (lane >= distance) until += before;
+  }
+  for (int place = until - count; word != 0; ++place, word &= word - 1) {
+    list[place] = static_cast<std::uint16_t>(lane * kWordBits + __ffsll(static_cast<long long>(word)) - 1);
+  }
+  __syncwarp();
+  return __shfl_sync(kWholeWarp, until, kWarpSize - 1);
+}
+
+// Two blocks a multiprocessor: left to itself, ptxas spills a register to fit more of them.
 template <typename Tile, typename Values, typename X, typename Y>
-__global__ void __launch_bounds__(Tile::kThreads) BitmapMatmulKernel(BitmapMatmulCudaArgs a) {
+__global__ void __launch_bounds__(Tile::kThreads, 2) BitmapMatmulKernel(BitmapMatmulCudaArgs a) {
   using Sum = decltype(Widened(X{}));
   const BitmapWeight& w = a.weight;
-  const std::int64_t r = Tile::RowOfWarp();
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize, warp = static_cast<int>(threadIdx.x) / kWarpSize;
+  auto& list = SharedMemory<typename Tile::Memory>().columns[warp];
+  const std::int64_t r = std::int64_t{blockIdx.x} * Tile::kWarps + warp;
   if (r >= w.rows) return;
-  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   const Row row = RowAt(w, r);
   const std::int64_t words = CeilDiv(w.columns, kWordBits);
   const std::uint64_t* bits = w.bitmap + r * words;
   const float scale = w.stored_as == BitmapValues::kInt8 ? w.scales[r] : 1.0f;
   const float bias = a.bias == nullptr ? 0.0f : a.bias[r];
-  const X* x = static_cast<const X*>(a.x);
+  [[maybe_unused]] const X* x = static_cast<const X*>(a.x);
+  [[maybe_unused]] const auto* panels = static_cast<const PanelColumn<X>*>(a.panels);
   Y* y = static_cast<Y*>(a.y);
   const std::int64_t step = std::int64_t{gridDim.y} * Tile::kSamples;
   for (std::int64_t first = std::int64_t{blockIdx.y} * Tile::kSamples; first < a.samples; first += step) {
     const int count = static_cast<int>(min(std::int64_t{Tile::kSamples}, a.samples - first));
     Sum sums[Tile::kSamples] = {};
     bool damaged = row.damaged;
-    std::int64_t next = row.begin;  // the value of the word's first bit
-    for (std::int64_t i = 0; i < words; ++i) {
-      const std::uint64_t word = bits[i];
-      for (int bit = lane; bit < kWordBits; bit += kWarpSize) {
-        if (!IsSet(word, bit)) continue;
-        const std::int64_t k = next + SetBefore(word, bit), column = i * kWordBits + bit;
-        if (k >= row.end || column >= w.columns || Values::Damaged(w, k)) {
-          damaged = true;
-          continue;
-        }
-        const auto value = Values::At(w, k);
-        const X* x_of_column = x + first * w.columns + column;
+    std::int64_t next = row.begin;  // the value of the chunk's first bit
+    for (std::int64_t i = 0; i < words; i += kWarpSize) {
+      const std::int64_t mine = i + lane;
+      const std::uint64_t word = mine < words ? bits[mine] : 0;
+      const std::int64_t left = w.columns - mine * kWordBits;
+      damaged |= left < kWordBits && left > 0 && word >> left != 0;
+      const int listed = ListColumns<Tile>(word, lane, list);
+      damaged = __any_sync(kWholeWarp, damaged || next + listed > row.end) != 0;
+      if (damaged) break;
+      const std::int64_t of_chunk = first / Tile::kSamples * w.columns + i * kWordBits;
+#pragma unroll 4
+      for (int j = lane; j < listed; j += kWarpSize) {
+        const std::int64_t k = next + j;
+        const bool outside = Values::Damaged(w, k);
+        damaged |= outside;
+        const auto value = outside ? 0 : Values::At(w, k);
+        if constexpr (Tile::kSamples == 1) {
+          sums[0] += value * Widened(x[of_chunk + list[j]]);
+        } else {
+          const PanelColumn<X> numbers = panels[of_chunk + list[j]];
 #pragma unroll
-        for (int s = 0; s < Tile::kSamples; ++s) {
-          if (s < count) sums[s] += value * Widened(x_of_column[s * w.columns]);
+          for (int s = 0; s < Tile::kSamples; ++s) sums[s] += value * Widened(numbers.of_sample[s]);
         }
       }
-      next += __popcll(word);
+      __syncwarp();
+      next += listed;
     }
     damaged = __any_sync(kWholeWarp, damaged || next != row.end) != 0;
 #pragma unroll
@@ -190,22 +233,29 @@ int WithFloatValues(BitmapValues stored_as, const Run& run) {
   }
 }
 
+template <typename Tile, typename Values, typename X, typename Y>
+int LaunchTile(const BitmapMatmulCudaArgs& a, void* stream) {
+  const dim3 grid(static_cast<unsigned>(CeilDiv(a.weight.rows, Tile::kWarps)), BlocksOnY(a.samples, Tile::kSamples));
+  return Launch(BitmapMatmulKernel<Tile, Values, X, Y>, grid, Tile::kThreads, stream, a);
+}
+
+template <typename Values, typename X, typename Y>
+int LaunchRows(const BitmapMatmulCudaArgs& a, void* stream) {
+  if (a.samples == 1) return LaunchTile<ListTile<1>, Values, X, Y>(a, stream);
+  const int packed = LaunchPackPanels<X>(a.x, a.panels, a.samples, a.weight.columns, stream);
+  return packed != cudaSuccess ? packed : LaunchTile<ListTile<kPanelSamples>, Values, X, Y>(a, stream);
+}
+
 }  // namespace
 
 int BitmapMatmulCuda(const BitmapMatmulCudaArgs& a, void* stream) noexcept {
   if (a.weight.rows == 0 || a.samples == 0) return cudaSuccess;
-  const dim3 grid = RowGrid(a.weight.rows, a.samples);
   return WithFloat(a.stored_as, [&](auto number) {
     using Float = decltype(number);
-    if (a.x_scales != nullptr) {
-      return Launch(BitmapMatmulKernel<RowTile, Int8Values, std::int8_t, Float>, grid, RowTile::kThreads, stream, a);
-    }
-    if (a.weight.stored_as == BitmapValues::kInt8) {
-      return Launch(BitmapMatmulKernel<RowTile, Int8Values, Float, Float>, grid, RowTile::kThreads, stream, a);
-    }
-    return WithFloatValues(a.weight.stored_as, [&](auto values) {
-      return Launch(BitmapMatmulKernel<RowTile, decltype(values), Float, Float>, grid, RowTile::kThreads, stream, a);
-    });
+    if (a.x_scales != nullptr) return LaunchRows<Int8Values, std::int8_t, Float>(a, stream);
+    if (a.weight.stored_as == BitmapValues::kInt8) return LaunchRows<Int8Values, Float, Float>(a, stream);
+    return WithFloatValues(a.weight.stored_as,
+                           [&](auto values) { return LaunchRows<decltype(values), Float, Float>(a, stream); });
   });
 }
 

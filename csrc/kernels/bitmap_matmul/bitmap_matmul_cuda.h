@@ -26,6 +26,8 @@ struct BitmapMatmulCudaArgs {
   bool relu;
   void* y;  // [samples, rows], stored as stored_as says
   std::int64_t samples;
+  // [CeilDiv(samples, 8), columns, 8] of x's type, aligned to 16 bytes: scratch; not used for one sample.
+  void* panels;
 };
 
 struct BitmapQuantizeCudaArgs {

@@ -1,7 +1,9 @@
 #include <cmath>
 
 #include "kernels/codebook_matmul/codebook_matmul_cuda.h"
+#include "kernels/codebook_matmul/codebook_paths_cuda.h"
 #include "kernels/common/cuda.cuh"
+#include "kernels/common/tensor_cores.cuh"
 
 namespace tersetorch {
 namespace {
@@ -114,47 +116,180 @@ __global__ void __launch_bounds__(Tile::kThreads) CodebookMatmulKernel(CodebookM
   }
 }
 
-template <typename Tile>
+// A block decodes one row, its warps the chunks in turn: lane l reads word l % 16, and half-warps take fields in turn.
+struct DecodeTile {
+  static constexpr int kWarps = 8, kThreads = kWarps * kWarpSize;
+};
+
+// Where a chunk's columns lie: in which block of columns, and how many there are.
+struct ChunkPlace {
+  __device__ ChunkPlace(const CodebookWeight& w, int bits, std::int64_t chunk) {
+    const std::int64_t of_block = CodeChunks(w.column_block, bits);
+    block = chunk / of_block;
+    const std::int64_t in_block = (chunk - block * of_block) * (512 / bits);
+    first = block * w.column_block + in_block;
+    columns = static_cast<int>(min(min(w.column_block - in_block, w.columns - first), std::int64_t{512 / bits}));
+  }
+  std::int64_t block, first;
+  int columns;
+};
+
+template <typename Tile, int kBits>
 __global__ void __launch_bounds__(Tile::kThreads) CodebookDecodeKernel(CodebookDecodeCudaArgs a) {
   const CodebookWeight& w = a.weight;
-  const std::int64_t r = Tile::RowOfWarp();
-  if (r >= w.rows) return;
-  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
-  const Codes codes(w, r);
+  const std::int64_t r = blockIdx.x, chunks = CodeRowBytes(w.columns, w.column_block, kBits) / kCodeChunkBytes;
+  const auto* words = reinterpret_cast<const std::uint32_t*>(w.codes + r * chunks * kCodeChunkBytes);
+  const int warp = static_cast<int>(threadIdx.x) / kWarpSize, lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  constexpr std::uint32_t kMask = (1u << kBits) - 1;
   bool damaged = false;
-  for (std::int64_t c = lane; c < w.columns; c += kWarpSize) damaged |= codes.At(c) >= w.entries;
-  damaged = __any_sync(kWholeWarp, damaged) != 0;
-  for (std::int64_t c = lane; c < w.columns; c += kWarpSize) {
-    a.dense[r * w.columns + c] = damaged ? DamagedWeight() : w.codebook[TableOf(w, r, c) * w.entries + codes.At(c)];
+  if (w.entries <= kMask) {
+    for (std::int64_t chunk = warp; chunk < chunks; chunk += Tile::kWarps) {
+      const ChunkPlace place(w, kBits, chunk);
+      const std::uint32_t word = words[chunk * 16 + lane % 16];
+#pragma unroll
+      for (int column = lane; column < 512 / kBits; column += kWarpSize) {
+        damaged |= column < place.columns && (word >> kBits * (column / 16) & kMask) >= w.entries;
+      }
+    }
+    damaged = __syncthreads_or(damaged) != 0;
+  }
+  for (std::int64_t chunk = warp; chunk < chunks; chunk += Tile::kWarps) {
+    const ChunkPlace place(w, kBits, chunk);
+    const std::uint32_t word = words[chunk * 16 + lane % 16];
+    const float* table = w.codebook + (w.per_row ? r : place.block) * w.entries;
+    float* dense = a.dense + r * w.columns + place.first;
+#pragma unroll
+    for (int column = lane; column < 512 / kBits; column += kWarpSize) {
+      if (column >= place.columns) continue;
+      dense[column] = damaged ? DamagedWeight() : __ldg(table + (word >> kBits * (column / 16) & kMask));
+    }
   }
 }
 
-// A warp for each entry, which looks at all of its table's codes: atomics would give sums of no one order.
+// A block adds up a part of the rows of one table: every lane has a sum of its own for each entry, so that nothing is
+// added in an order that chance decides.
+template <int kCodeBits>
+struct ReduceTile {
+  static constexpr int kBits = kCodeBits, kEntries = 1 << kBits;
+  static constexpr int kWarps = kBits == 8 ? 1 : 8, kThreads = kWarps * kWarpSize;
+
+  struct Memory {
+    float sums[kWarps][kEntries][kWarpSize];
+  };
+};
+
 template <typename Tile>
 __global__ void __launch_bounds__(Tile::kThreads) CodebookReduceKernel(CodebookReduceCudaArgs a) {
+  constexpr int kBits = Tile::kBits, kFields = 32 / kBits / 2;  // of a half-warp
+  auto& memory = SharedMemory<typename Tile::Memory>();
   const CodebookWeight& w = a.weight;
-  const std::int64_t entry = Tile::RowOfWarp();
-  if (entry >= a.tables * w.entries) return;
-  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
-  const std::int64_t table = entry / w.entries;
-  const std::uint32_t wanted = static_cast<std::uint32_t>(entry % w.entries);
-  const std::int64_t row_begin = w.per_row ? table : 0, row_end = w.per_row ? table + 1 : w.rows;
+  const int warp = static_cast<int>(threadIdx.x) / kWarpSize, lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  const std::int64_t table = blockIdx.x, part = blockIdx.y;
+  const std::int64_t rows = w.per_row ? 1 : w.rows, first_row = w.per_row ? table : 0;
+  const std::int64_t row_begin = first_row + rows * part / a.parts;
+  const std::int64_t row_end = first_row + rows * (part + 1) / a.parts;
+  // The table's columns and their chunks.
   const std::int64_t begin = w.per_row ? 0 : table * w.column_block, end = min(w.columns, begin + w.column_block);
-  double sum = 0;
-  for (std::int64_t r = row_begin; r < row_end; ++r) {
-    const Codes codes(w, r);
-    for (std::int64_t c = begin + lane; c < end; c += kWarpSize) {
-      if (codes.At(c) == wanted) sum += static_cast<double>(a.grad[r * w.columns + c]);
+  const std::int64_t chunks = CodeChunks(end - begin, kBits);
+  const std::int64_t row_bytes = CodeRowBytes(w.columns, w.column_block, kBits);
+  const std::int64_t first_byte = w.per_row ? 0 : table * CodeChunks(w.column_block, kBits) * kCodeChunkBytes;
+  float (*sums)[kWarpSize] = memory.sums[warp];
+  for (int k = 0; k < Tile::kEntries; ++k) sums[k][lane] = 0;
+
+  std::int64_t row = row_begin, chunk = warp;
+  for (; row < row_end && chunk >= chunks && chunks > 0; chunk -= chunks) ++row;
+  while (row < row_end && chunks > 0) {
+    const auto* words = reinterpret_cast<const std::uint32_t*>(w.codes + row * row_bytes + first_byte);
+    const std::uint32_t word = words[chunk * 16 + lane % 16];
+    const std::int64_t c = chunk * (512 / kBits) + lane;
+    const float* grad = a.grad + row * w.columns + begin + c;
+    float numbers[kFields];
+#pragma unroll
+    for (int i = 0; i < kFields; ++i) numbers[i] = c + i * kWarpSize < end - begin ? grad[i * kWarpSize] : 0.0f;
+#pragma unroll
+    for (int i = 0; i < kFields; ++i) {
+      const std::uint32_t code = word >> kBits * (2 * i + lane / 16) & ((1u << kBits) - 1);
+      if (c + i * kWarpSize < end - begin) sums[code][lane] += numbers[i];
+    }
+    for (chunk += Tile::kWarps; row < row_end && chunk >= chunks; chunk -= chunks) ++row;
+  }
+  __syncthreads();
+  for (int k = warp; k < w.entries; k += Tile::kWarps) {
+    double sum = 0;
+    for (int i = 0; i < Tile::kWarps; ++i) sum += static_cast<double>(memory.sums[i][k][lane]);
+    sum = WarpSum(sum);
+    if (lane != 0) continue;
+    if (a.parts == 1) {
+      a.sums[table * w.entries + k] = static_cast<float>(sum);
+    } else {
+      a.partial[(part * a.tables + table) * w.entries + k] = sum;
     }
   }
+}
+
+// A warp adds the parts of one entry up.
+template <typename Tile>
+__global__ void __launch_bounds__(Tile::kThreads) CodebookAddReducedKernel(CodebookReduceCudaArgs a) {
+  const std::int64_t entry = Tile::RowOfWarp(), entries = a.tables * a.weight.entries;
+  if (entry >= entries) return;
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  double sum = 0;
+  for (std::int64_t part = lane; part < a.parts; part += kWarpSize) sum += a.partial[part * entries + entry];
   sum = WarpSum(sum);
   if (lane == 0) a.sums[entry] = static_cast<float>(sum);
 }
 
+// ---- launchers
+
+template <typename Run>
+int WithBits(const CodebookWeight& w, const Run& run) {
+  switch (CodeBits(w.entries)) {
+    case 2:
+      return run(std::integral_constant<int, 2>{});
+    case 4:
+      return run(std::integral_constant<int, 4>{});
+    default:
+      return run(std::integral_constant<int, 8>{});
+  }
+}
+
+enum class Path : int { kAnyTables, kFew, kTiles };
+
+Path PathOf(const CodebookMatmulCudaArgs& a) {
+  const CodebookWeight& w = a.weight;
+  if (!HasFewTables(w) || w.columns == 0 || !IsAligned(w.codes, 16)) return Path::kAnyTables;
+  if (a.mode == CodebookMode::kExact) {
+    if (a.samples > kCodebookFewExact) return Path::kTiles;
+    return w.columns % 4 == 0 ? Path::kFew : Path::kAnyTables;
+  }
+  if (!HasTensorCores()) return Path::kAnyTables;
+  return a.samples > kCodebookFewFragments ? Path::kTiles : Path::kFew;
+}
+
 }  // namespace
+
+CodebookPlan CodebookPlanCuda(const CodebookMatmulCudaArgs& a) noexcept {
+  const Path path = PathOf(a);
+  CodebookPlan plan{0, path == Path::kTiles ? CodebookTilePartsCuda(a) : 1};
+  if (path == Path::kAnyTables) return plan;
+  const std::int64_t columns = a.weight.columns;
+  if (a.mode == CodebookMode::kExact) {
+    if (!TakesFourNumbers(a) || a.stored_as != FloatDtype::kFloat32) plan.packed_stride = CeilDiv(columns, 4) * 16;
+  } else if (a.mode == CodebookMode::kInt8 || a.samples > 8 || !TakesFourNumbers(a)) {
+    const int bits = KernelBits(a.weight.entries), bytes = a.mode == CodebookMode::kInt8 ? 1 : 2;
+    plan.packed_stride = CodeChunks(columns, bits) * (512 / bits) * bytes;
+  }
+  return plan;
+}
 
 int CodebookMatmulCuda(const CodebookMatmulCudaArgs& a, void* stream) noexcept {
   if (a.weight.rows == 0 || a.samples == 0) return cudaSuccess;
+  if (const Path path = PathOf(a); path != Path::kAnyTables) {
+    if (a.packed != nullptr) {
+      if (const int error = CodebookPackCuda(a, stream); error != cudaSuccess) return error;
+    }
+    return path == Path::kFew ? CodebookFewCuda(a, stream) : CodebookTilesCuda(a, stream);
+  }
   const dim3 grid = RowGrid(a.weight.rows, a.samples);
   return WithFloat(a.stored_as, [&](auto number) {
     using Float = decltype(number);
@@ -171,12 +306,27 @@ int CodebookMatmulCuda(const CodebookMatmulCudaArgs& a, void* stream) noexcept {
 
 int CodebookDecodeCuda(const CodebookDecodeCudaArgs& a, void* stream) noexcept {
   if (a.weight.rows == 0 || a.weight.columns == 0) return cudaSuccess;
-  return Launch(CodebookDecodeKernel<RowTile>, RowGrid(a.weight.rows, 1), RowTile::kThreads, stream, a);
+  return WithBits(a.weight, [&](auto bits) {
+    return Launch(CodebookDecodeKernel<DecodeTile, decltype(bits)::value>, static_cast<unsigned>(a.weight.rows),
+                  DecodeTile::kThreads, stream, a);
+  });
+}
+
+std::int64_t CodebookReducePartsCuda(const CodebookWeight& w, std::int64_t tables) noexcept {
+  constexpr std::int64_t kBlocks = 1056;  // eight for each processor of a large GPU
+  return w.per_row || tables == 0 ? 1 : std::max<std::int64_t>(1, std::min(w.rows, kBlocks / tables));
 }
 
 int CodebookReduceCuda(const CodebookReduceCudaArgs& a, void* stream) noexcept {
   if (a.tables == 0) return cudaSuccess;
-  return Launch(CodebookReduceKernel<RowTile>, RowGrid(a.tables * a.weight.entries, 1), RowTile::kThreads, stream, a);
+  const dim3 grid(static_cast<unsigned>(a.tables), static_cast<unsigned>(a.parts));
+  const int error = WithBits(a.weight, [&](auto bits) {
+    using Tile = ReduceTile<decltype(bits)::value>;
+    return Launch(CodebookReduceKernel<Tile>, grid, Tile::kThreads, stream, a);
+  });
+  if (error != cudaSuccess || a.parts == 1) return error;
+  return Launch(CodebookAddReducedKernel<RowTile>, RowGrid(a.tables * a.weight.entries, 1), RowTile::kThreads, stream,
+                a);
 }
 
 }  // namespace tersetorch

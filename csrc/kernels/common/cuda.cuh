@@ -152,6 +152,35 @@ struct SampleTile {
   };
 };
 
+// Samples side by side: whoever needs a column reads all of them in one go.
+constexpr int kPanelSamples = 8;
+
+template <typename X>
+struct alignas(kPanelSamples * sizeof(X) < 16 ? kPanelSamples * sizeof(X) : 16) PanelColumn {
+  X of_sample[kPanelSamples];
+};
+
+struct PanelPackTile {
+  static constexpr int kThreads = 256;
+};
+
+// Panels [CeilDiv(samples, 8), columns] of x [samples, columns]; 0 for samples past the last.
+template <typename Tile, typename X>
+__global__ void __launch_bounds__(Tile::kThreads)
+    PackPanels(const X* x, PanelColumn<X>* panels, std::int64_t samples, std::int64_t columns) {
+  const std::int64_t c = std::int64_t{blockIdx.x} * Tile::kThreads + threadIdx.x;
+  if (c >= columns) return;
+  for (std::int64_t panel = blockIdx.y; panel * kPanelSamples < samples; panel += gridDim.y) {
+    PanelColumn<X> numbers;
+#pragma unroll
+    for (int s = 0; s < kPanelSamples; ++s) {
+      const std::int64_t n = panel * kPanelSamples + s;
+      numbers.of_sample[s] = n < samples ? x[n * columns + c] : X{};
+    }
+    panels[panel * columns + c] = numbers;
+  }
+}
+
 // The bits of the largest |x| of a sample, in every thread of the block; all of them call it, once. Compared as
 // integers: infinities are above all numbers, and NaN above them.
 template <typename Tile, typename Float>
@@ -174,6 +203,19 @@ __device__ std::uint32_t LargestBits(const Float* x, std::int64_t features) {
 
 // ---- launch
 
+// A kernel that was launched with LaunchEarly may begin while the one ahead of it on the stream runs, if that one calls
+// LetNextBegin: what that one writes it reads after WaitForPrevious. Elsewhere both are nothing.
+__device__ inline void LetNextBegin() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+__device__ inline void WaitForPrevious() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // Blocks on the y axis, which walks the parts of `size`, several times where there are more than fill any GPU.
 inline unsigned BlocksOnY(std::int64_t size, std::int64_t part) {
   constexpr std::int64_t kMost = 8192;  // of the 65,535 that CUDA takes
@@ -190,10 +232,9 @@ int WithFloat(FloatDtype stored_as, const Run& run) {
   return stored_as == FloatDtype::kFloat32 ? run(float{}) : run(BFloat16{});
 }
 
-// With so many bytes of dynamic shared memory; sm_75 has 65,536 for a block.
 template <typename... Parameters, typename... Arguments>
-int LaunchWithMemory(void (*kernel)(Parameters...), dim3 blocks, dim3 threads, std::size_t bytes, void* stream,
-                     const Arguments&... arguments) {
+int LaunchConfigured(void (*kernel)(Parameters...), dim3 blocks, dim3 threads, std::size_t bytes, bool early,
+                     void* stream, const Arguments&... arguments) {
   constexpr std::size_t kWithoutAsking = 48 * 1024;
   if (bytes > kWithoutAsking) {
     const int error =
@@ -205,12 +246,42 @@ int LaunchWithMemory(void (*kernel)(Parameters...), dim3 blocks, dim3 threads, s
   config.blockDim = threads;
   config.dynamicSmemBytes = bytes;
   config.stream = static_cast<cudaStream_t>(stream);
+  int device = 0, major = 0;
+  cudaLaunchAttribute attribute{};
+  if (early && cudaGetDevice(&device) == cudaSuccess &&
+      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= 9) {
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+  }
   return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+// With so many bytes of dynamic shared memory; sm_75 has 65,536 for a block.
+template <typename... Parameters, typename... Arguments>
+int LaunchWithMemory(void (*kernel)(Parameters...), dim3 blocks, dim3 threads, std::size_t bytes, void* stream,
+                     const Arguments&... arguments) {
+  return LaunchConfigured(kernel, blocks, threads, bytes, false, stream, arguments...);
+}
+// The same, early if it may be.
+template <typename... Parameters, typename... Arguments>
+int LaunchEarly(void (*kernel)(Parameters...), dim3 blocks, dim3 threads, std::size_t bytes, void* stream,
+                const Arguments&... arguments) {
+  return LaunchConfigured(kernel, blocks, threads, bytes, true, stream, arguments...);
 }
 
 template <typename... Parameters, typename... Arguments>
 int Launch(void (*kernel)(Parameters...), dim3 blocks, dim3 threads, void* stream, const Arguments&... arguments) {
   return LaunchWithMemory(kernel, blocks, threads, 0, stream, arguments...);
+}
+
+template <typename X>
+int LaunchPackPanels(const void* x, void* panels, std::int64_t samples, std::int64_t columns, void* stream) {
+  if (columns == 0) return cudaSuccess;
+  const dim3 grid(static_cast<unsigned>(CeilDiv(columns, PanelPackTile::kThreads)), BlocksOnY(samples, kPanelSamples));
+  return Launch(PackPanels<PanelPackTile, X>, grid, PanelPackTile::kThreads, stream, static_cast<const X*>(x),
+                static_cast<PanelColumn<X>*>(panels), samples, columns);
 }
 
 }  // namespace

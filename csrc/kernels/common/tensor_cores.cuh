@@ -106,23 +106,21 @@ inline std::uint32_t RoundedPair(float low, float high) {
   return FromFloat<BFloat16>(low).bits | std::uint32_t{FromFloat<BFloat16>(high).bits} << 16;
 }
 
-// Lane 4 g + t collects rows g and g + 8 of A and columns 2 t and 2 t + 1 of B from the lanes that hold them.
+// The lanes' fragments come together, and each lane takes the rows and columns of its part of C.
 template <typename Number, typename ProductOfWords>
 void MultiplyOnHost(Number (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1,
                     const ProductOfWords& product) {
+  struct Fragment {
+    std::uint32_t a[4], b[2];
+  };
+  const Fragment own{{a[0], a[1], a[2], a[3]}, {b0, b1}};
+  Fragment of[kWarpSize];
+  cuda_emulator::Gather(kWholeWarp, &own, sizeof own, of, cuda_emulator::Site::current());
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize, g = lane / 4, t = lane % 4;
-  const auto both = [](std::uint32_t low, std::uint32_t high) { return std::uint64_t{high} << 32 | low; };
-  const std::uint64_t a_words[2] = {both(a[0], a[2]), both(a[1], a[3])}, b_words = both(b0, b1);
-  for (int word = 0; word < 4; ++word) {
-    std::uint64_t rows[2], columns[2];
-    for (int i = 0; i < 2; ++i) {
-      rows[i] = __shfl_sync(kWholeWarp, a_words[i], 4 * g + word);
-      columns[i] = __shfl_sync(kWholeWarp, b_words, 4 * (2 * t + i) + word);
-    }
-    for (int i = 0; i < 4; ++i) {
-      for (int half = 0; half < 64; half += 32) {
-        c[i] += product(static_cast<std::uint32_t>(rows[i / 2] >> half),
-                        static_cast<std::uint32_t>(columns[i % 2] >> half));
+  for (int i = 0; i < 4; ++i) {
+    for (int half = 0; half < 2; ++half) {
+      for (int word = 0; word < 4; ++word) {
+        c[i] += product(of[4 * g + word].a[i / 2 + 2 * half], of[4 * (2 * t + i % 2) + word].b[half]);
       }
     }
   }

@@ -7,6 +7,11 @@ namespace {
 
 // ---- tiles
 
+// As RowTile, for one sample.
+struct OneSampleTile : RowTile {
+  static constexpr int kSamples = 1;
+};
+
 // A thread computes one number.
 struct ElementTile {
   static constexpr int kThreads = 256;
@@ -28,20 +33,28 @@ __global__ void __launch_bounds__(Tile::kThreads, 4) CsrMatmulKernel(CsrMatmulCu
   if (r >= w.rows) return;
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   const Row row = RowAt(w, r);
-  const Float* x = static_cast<const Float*>(a.x);
+  [[maybe_unused]] const Float* x = static_cast<const Float*>(a.x);
+  [[maybe_unused]] const auto* panels = static_cast<const PanelColumn<Float>*>(a.panels);
   Float* y = static_cast<Float*>(a.y);
   const std::int64_t step = std::int64_t{gridDim.y} * Tile::kSamples;
   for (std::int64_t first = std::int64_t{blockIdx.y} * Tile::kSamples; first < a.samples; first += step) {
     const int count = static_cast<int>(min(std::int64_t{Tile::kSamples}, a.samples - first));
     float sums[Tile::kSamples] = {};
+    // Four at a time, so that as many loads are on their way.
+#pragma unroll 4
     for (std::int32_t k = row.begin + lane; k < row.end; k += kWarpSize) {
       const std::int32_t column = ColumnAt(w, k);
       const bool damaged = Outside(w, column) || Values::Damaged(w, k);
       const float value = damaged ? DamagedWeight() : Values::At(w, k);
-      const Float* x_of_column = x + first * w.columns + (damaged ? 0 : column);
+      const std::int64_t at = first / Tile::kSamples * w.columns + (damaged ? 0 : column);
+      if constexpr (Tile::kSamples == 1) {
+        sums[0] += damaged ? value : value * ToFloat(x[at]);
+      } else {
+        const PanelColumn<Float> numbers = panels[at];
 #pragma unroll
-      for (int s = 0; s < Tile::kSamples; ++s) {
-        if (s < count) sums[s] += damaged ? value : value * ToFloat(x_of_column[s * w.columns]);
+        for (int s = 0; s < Tile::kSamples; ++s) {
+          sums[s] += damaged ? value : value * ToFloat(numbers.of_sample[s]);
+        }
       }
     }
     float sum = 0;  // of sample `lane`
@@ -137,8 +150,15 @@ int CsrMatmulCuda(const CsrMatmulCudaArgs& a, void* stream) noexcept {
   if (a.weight.rows == 0 || a.samples == 0) return cudaSuccess;
   return WithValues(a.weight.stored_as, [&](auto values) {
     return WithFloat(a.stored_as, [&](auto number) {
-      return Launch(CsrMatmulKernel<RowTile, decltype(values), decltype(number)>, RowGrid(a.weight.rows, a.samples),
-                    RowTile::kThreads, stream, a);
+      using Values = decltype(values);
+      using Float = decltype(number);
+      if (a.samples > 1) {
+        const int packed = LaunchPackPanels<Float>(a.x, a.panels, a.samples, a.weight.columns, stream);
+        if (packed != cudaSuccess) return packed;
+      }
+      const auto kernel =
+          a.samples == 1 ? CsrMatmulKernel<OneSampleTile, Values, Float> : CsrMatmulKernel<RowTile, Values, Float>;
+      return Launch(kernel, RowGrid(a.weight.rows, a.samples), RowTile::kThreads, stream, a);
     });
   });
 }

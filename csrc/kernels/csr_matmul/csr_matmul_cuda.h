@@ -27,6 +27,8 @@ struct CsrMatmulCudaArgs {
   bool relu;
   void* y;  // [samples, rows], stored as x is
   std::int64_t samples;
+  // [CeilDiv(samples, 8), columns, 8] of x's type, aligned to 16 bytes: scratch; not used for one sample.
+  void* panels;
 };
 
 struct CsrGradXCudaArgs {
