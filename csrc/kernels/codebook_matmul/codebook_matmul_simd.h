@@ -146,53 +146,58 @@ class Tables {
   Table first_;
 };
 
-// ---- results
+// ---- what codes a call met
 
-inline float Number(const CodebookMatmulArgs& a, std::int32_t sum, Index n, float scale, float bias) {
-  const float other = LoadAt<float>(a.sample_scales, n, 4);
-  const float smaller = scale < other ? scale : other, larger = scale < other ? other : scale;
-  const auto whole = static_cast<float>(sum - kCodeByteOffset * LoadAt<std::int32_t>(a.sample_sums, n, 4));
-  return __builtin_fmaf(whole * smaller, larger, bias);
-}
-
-inline float Total(CodeFloats sums) {
+// The largest of 8-bit codes. Of shorter ones all bits together, no less than the largest and the same where the table
+// has a power of two entries.
+template <int kBits>
+struct CodesMet {
+  TERSETORCH_INLINE void Add(CodeWords words) {
 #ifdef __AVX512F__
-  return _mm512_reduce_add_ps((__m512)sums);
+    if constexpr (kBits == 8) words = (CodeWords)_mm512_max_epu8((__m512i)met, (__m512i)words);
 #else
-  const __m128 quads = _mm_add_ps(_mm256_castps256_ps128((__m256)sums), _mm256_extractf128_ps((__m256)sums, 1));
-  const __m128 pairs = _mm_add_ps(quads, _mm_movehl_ps(quads, quads));
-  return _mm_cvtss_f32(_mm_add_ss(pairs, _mm_movehdup_ps(pairs)));
+    if constexpr (kBits == 8) words = (CodeWords)_mm256_max_epu8((__m256i)met, (__m256i)words);
 #endif
-}
+    met = kBits == 8 ? words : met | words;
+  }
+  std::uint32_t Largest() const {
+    std::uint8_t bytes[sizeof met];
+    Store(bytes, met);
+    return LargestCode<kBits>(bytes, sizeof met);
+  }
 
-inline std::int32_t Total(CodeInts sums) {
-#ifdef __AVX512F__
-  return _mm512_reduce_add_epi32((__m512i)sums);
-#else
-  std::int32_t total = 0;
-  for (int l = 0; l < 8; ++l) total += sums[l];
-  return total;
-#endif
-}
+  CodeWords met;
+};
 
 // ---- few samples: weights decoded in registers, used for all of them
+
+// Rows whose sums are kept while the panel is walked through, in parts that the first cache level holds.
+constexpr Index kFewRows = 16;
 
 // One sample has two sums a row, since an addition waits for the one before.
 template <int kSamples>
 constexpr int kSplit = kSamples == 1 ? 2 : 1;
 
+// Rows taken together: as many sums as registers leave room for.
+template <typename Codes, int kSamples>
+constexpr int kTogether = Codes::kRows * kSamples * kSplit<kSamples> > kCodeLanes
+                              ? kCodeLanes / (kSamples * kSplit<kSamples>)
+                              : Codes::kRows;
+
 // A chunk of kRows rows. Past its `count` columns, unless it is whole, a weight counts as 0: the first entry may be
 // NaN.
-template <typename Codes, int kRows, int kSamples, bool kWhole>
+template <typename Codes, int kBits, int kRows, int kSamples, bool kWhole>
 TERSETORCH_INLINE void AddChunk(const typename Codes::Table (&tables)[kRows], const std::uint8_t* codes, Index stride,
                                 const char* panel, Index count,
-                                typename Codes::Sum (&sums)[kRows][kSamples][kSplit<kSamples>]) {
+                                typename Codes::Sum (&sums)[kRows][kSamples][kSplit<kSamples>], CodesMet<kBits>& met) {
 #pragma GCC unroll 2
   for (int piece = 0; piece < kPieces; ++piece) {
     typename Codes::State states[kRows];
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
-      states[r] = Codes::Begin(tables[r], LoadAt<CodeWords>(codes + r * stride, piece * kCodeLanes, 4));
+      const auto words = LoadAt<CodeWords>(codes + r * stride, piece * kCodeLanes, 4);
+      met.Add(words);
+      states[r] = Codes::Begin(tables[r], words);
     }
 #pragma GCC unroll 16
     for (int s = 0; s < Codes::kVectors; ++s) {
@@ -201,27 +206,7 @@ TERSETORCH_INLINE void AddChunk(const typename Codes::Table (&tables)[kRows], co
       for (int r = 0; r < kRows; ++r) {
         weights[r] = Codes::At(tables[r], states[r], s);
         if constexpr (!kWhole && !Codes::kInteger) {
-          const auto lane = CodeInts{0,
-                                     1,
-                                     2,
-                                     3,
-                                     4,
-                                     5,
-                                     6,
-                                     7
-#ifdef __AVX512F__
-                                     ,
-                                     8,
-                                     9,
-                                     10,
-                                     11,
-                                     12,
-                                     13,
-                                     14,
-                                     15
-#endif
-          };
-          const CodeInts there = lane + (16 * s + piece * kCodeLanes) < static_cast<std::int32_t>(count);
+          const CodeInts there = CodeLane() + (16 * s + piece * kCodeLanes) < static_cast<std::int32_t>(count);
           weights[r] = (typename Codes::Sum)((CodeInts)weights[r] & there);
         }
       }
@@ -238,55 +223,165 @@ TERSETORCH_INLINE void AddChunk(const typename Codes::Table (&tables)[kRows], co
   }
 }
 
+// Adds `columns` columns of kRows rows to `sums`; `ahead` is where the codes begin that are wanted next.
 template <typename Codes, int kBits, int kRows, int kSamples>
-void FewRows(const CodebookMatmulArgs& a, const Tables<Codes, kBits>& tables, Index row, Index row_bytes) {
-  constexpr Index kColumns = 512 / kBits, kAhead = 1024;
-  constexpr Index kPanelBytes = Codes::kVectors * kSamples * 64;
-  const CodebookWeight& w = a.weight;
-  typename Codes::Sum sums[kRows][kSamples][kSplit<kSamples>] = {};
-  const std::uint8_t* codes = w.codes + row * row_bytes;
-  const char* panel = static_cast<const char*>(a.panel);
-  for (Index block = 0, first = 0; first < w.columns; ++block, first += w.column_block) {
-    typename Codes::Table of_rows[kRows];
+void AddColumns(const typename Codes::Table* tables, bool per_row, const std::uint8_t* codes, Index stride,
+                const std::uint8_t* ahead, const char* panel, Index columns, typename Codes::Sum (*sums)[kSamples],
+                CodesMet<kBits>& met) {
+  constexpr Index kColumns = 512 / kBits, kPanelBytes = Codes::kVectors * kSamples * 64;
+  typename Codes::Table of_rows[kRows];
+  typename Codes::Sum acc[kRows][kSamples][kSplit<kSamples>];
 #pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) of_rows[r] = r == 0 || w.per_row ? tables.At(row + r, block) : of_rows[0];
-    Index left = w.columns - first < w.column_block ? w.columns - first : w.column_block;
-    for (; left >= kColumns; left -= kColumns, codes += kCodeChunkBytes, panel += kPanelBytes) {
-#pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) __builtin_prefetch(codes + r * row_bytes + kAhead);
-      AddChunk<Codes, kRows, kSamples, true>(of_rows, codes, row_bytes, panel, kColumns, sums);
-    }
-    if (left > 0) {
-      AddChunk<Codes, kRows, kSamples, false>(of_rows, codes, row_bytes, panel, left, sums);
-      codes += kCodeChunkBytes;
-      panel += kPanelBytes;
+  for (int r = 0; r < kRows; ++r) {
+    of_rows[r] = tables[per_row ? r : 0];
+#pragma GCC unroll 8
+    for (int n = 0; n < kSamples; ++n) {
+      acc[r][n][0] = sums[r][n];
+      if constexpr (kSamples == 1) acc[r][n][1] = typename Codes::Sum{};
     }
   }
+  CodesMet<kBits> here = met;
+  for (; columns >= kColumns; columns -= kColumns) {
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) __builtin_prefetch(ahead + r * stride);
+    AddChunk<Codes, kBits, kRows, kSamples, true>(of_rows, codes, stride, panel, kColumns, acc, here);
+    codes += kCodeChunkBytes;
+    ahead += kCodeChunkBytes;
+    panel += kPanelBytes;
+  }
+  if (columns > 0) AddChunk<Codes, kBits, kRows, kSamples, false>(of_rows, codes, stride, panel, columns, acc, here);
+  met = here;
+#pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
-    const float bias = a.bias == nullptr ? 0.0f : LoadAt<float>(a.bias, row + r, 4);
-    const float scale = Codes::kInteger ? tables.Scale(row + r) : 0.0f;
-    for (Index n = 0; n < a.samples; ++n) {
-      auto sum = sums[r][n][0];
-      if constexpr (kSamples == 1) sum += sums[r][n][1];
-      float y;
-      if constexpr (Codes::kInteger) {
-        y = Number(a, Total(sum), n, scale, bias);
-      } else {
-        y = Total(sum) + bias;
-      }
-      StoreFloat(a.y, a.y_stored_as, n * w.rows + row + r, a.relu && y < 0 ? 0.0f : y);
+#pragma GCC unroll 8
+    for (int n = 0; n < kSamples; ++n) {
+      if constexpr (kSamples == 1) acc[r][n][0] += acc[r][n][1];
+      sums[r][n] = acc[r][n][0];
     }
   }
 }
 
+// Lane l of the result is the sum of the lanes of m[l].
+template <typename Sum>
+Sum Totals(Sum (&m)[kCodeLanes]) {
+#ifdef __AVX512F__
+  const auto ps = [](Sum v) { return (__m512)v; };
+  const auto pd = [](Sum v) { return (__m512d)v; };
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    m[i] = (Sum)_mm512_unpacklo_ps(ps(m[2 * i]), ps(m[2 * i + 1])) +
+           (Sum)_mm512_unpackhi_ps(ps(m[2 * i]), ps(m[2 * i + 1]));
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    m[i] = (Sum)_mm512_unpacklo_pd(pd(m[2 * i]), pd(m[2 * i + 1])) +
+           (Sum)_mm512_unpackhi_pd(pd(m[2 * i]), pd(m[2 * i + 1]));
+  }
+#pragma GCC unroll 3
+  for (int i = 0; i < 3; ++i) {  // the third pair are the first two results
+    const Sum a = m[i == 2 ? 0 : 2 * i], b = m[i == 2 ? 1 : 2 * i + 1];
+    m[i == 2 ? 0 : i] =
+        (Sum)_mm512_shuffle_f32x4(ps(a), ps(b), 0x88) + (Sum)_mm512_shuffle_f32x4(ps(a), ps(b), 0xdd);
+  }
+  return m[0];
+#else
+  const auto ps = [](Sum v) { return (__m256)v; };
+  const auto pd = [](Sum v) { return (__m256d)v; };
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    m[i] = (Sum)_mm256_unpacklo_ps(ps(m[2 * i]), ps(m[2 * i + 1])) +
+           (Sum)_mm256_unpackhi_ps(ps(m[2 * i]), ps(m[2 * i + 1]));
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    m[i] = (Sum)_mm256_unpacklo_pd(pd(m[2 * i]), pd(m[2 * i + 1])) +
+           (Sum)_mm256_unpackhi_pd(pd(m[2 * i]), pd(m[2 * i + 1]));
+  }
+  return (Sum)_mm256_permute2f128_ps(ps(m[0]), ps(m[1]), 0x20) + (Sum)_mm256_permute2f128_ps(ps(m[0]), ps(m[1]), 0x31);
+#endif
+}
+
+// y of an integer sum: the scales in an order that does not depend on which is the table's.
+template <typename Ints, typename Floats>
+TERSETORCH_INLINE Floats Scaled(Ints sum, Ints sample_sum, Floats one, Floats other, Floats bias) {
+  const Floats smaller = one < other ? one : other, larger = one < other ? other : one;
+  return __builtin_convertvector(sum - kCodeByteOffset * sample_sum, Floats) * smaller * larger + bias;
+}
+
 template <typename Codes, int kBits, int kSamples>
-void Few(const CodebookMatmulArgs& a, Index row_begin, Index row_end, Index row_bytes) {
-  constexpr int kRows = kSamples == 8 && Codes::kRows > 2 ? 2 : Codes::kRows;
+void StoreFew(const CodebookMatmulArgs& a, const Tables<Codes, kBits>& tables,
+              const typename Codes::Sum (*sums)[kSamples], Index row, Index rows) {
+  alignas(64) float bias[kFewRows] = {}, scales[kFewRows] = {}, y[kFewRows];
+  for (Index r = 0; r < rows; ++r) {
+    if (a.bias != nullptr) bias[r] = LoadAt<float>(a.bias, row + r, 4);
+    if constexpr (Codes::kInteger) scales[r] = tables.Scale(row + r);
+  }
+  for (Index n = 0; n < a.samples; ++n) {
+    for (Index i = 0; i < kFewRows; i += kCodeLanes) {
+      typename Codes::Sum m[kCodeLanes];
+#pragma GCC unroll 16
+      for (int l = 0; l < kCodeLanes; ++l) m[l] = sums[i + l][n];
+      const auto total = Totals(m);
+      CodeFloats value;
+      if constexpr (Codes::kInteger) {
+        const CodeInts sample_sum = LoadAt<std::int32_t>(a.sample_sums, n, 4) - CodeInts{};
+        value = Scaled(total, sample_sum, Load<CodeFloats>(scales + i),
+                       Splat<kCodeLanes>(LoadAt<float>(a.sample_scales, n, 4)), Load<CodeFloats>(bias + i));
+      } else {
+        value = total + Load<CodeFloats>(bias + i);
+      }
+      Store(y + i, a.relu ? (value < 0 ? CodeFloats{} : value) : value);  // keeps NaN
+    }
+    const Index to = n * a.weight.rows + row;
+    Index r = 0;
+    for (; r + 8 <= rows; r += 8) StoreFloats(a.y, a.y_stored_as, to + r, Load<Float8>(y + r));
+    for (; r < rows; ++r) StoreFloat(a.y, a.y_stored_as, to + r, y[r]);
+  }
+}
+
+template <typename Codes, int kBits, int kSamples>
+void Few(const CodebookMatmulArgs& a, Index row_begin, Index row_end, Index row_bytes, CodesMet<kBits>& met) {
+  constexpr int kRows = kTogether<Codes, kSamples>;
+  constexpr Index kColumns = 512 / kBits, kPanelBytes = Codes::kVectors * kSamples * 64;
+  constexpr Index kDepth = kPanelBytes > 24576 ? 1 : 24576 / kPanelBytes;
+  const CodebookWeight& w = a.weight;
   const Tables<Codes, kBits> tables(a);
-  Index row = row_begin;
-  for (; row + kRows <= row_end; row += kRows) FewRows<Codes, kBits, kRows, kSamples>(a, tables, row, row_bytes);
-  if constexpr (kRows > 1) {
-    for (; row < row_end; ++row) FewRows<Codes, kBits, 1, kSamples>(a, tables, row, row_bytes);
+  for (Index row = row_begin; row < row_end; row += kFewRows) {
+    const Index rows = row_end - row < kFewRows ? row_end - row : kFewRows;
+    typename Codes::Table of_rows[kFewRows];
+    for (Index r = 0; w.per_row && r < rows; ++r) of_rows[r] = tables.At(row + r, 0);
+    typename Codes::Sum sums[kFewRows][kSamples] = {};
+    const std::uint8_t* codes = w.codes + row * row_bytes;
+    const std::uint8_t* const next_rows = codes + kFewRows * row_bytes;
+    const char* panel = static_cast<const char*>(a.panel);
+    for (Index block = 0, first = 0; first < w.columns; ++block, first += w.column_block) {
+      if (!w.per_row) of_rows[0] = tables.At(row, block);
+      Index left = w.columns - first < w.column_block ? w.columns - first : w.column_block;
+      while (left > 0) {
+        const Index columns = left < kDepth * kColumns ? left : kDepth * kColumns;
+        const Index chunks = (columns + kColumns - 1) / kColumns;
+        const std::uint8_t* const next = codes + chunks * kCodeChunkBytes;
+        const std::uint8_t* const ahead = next + kFewRows * row_bytes < next_rows + row_bytes ? next : next_rows;
+        Index r = 0;
+        for (; r + kRows <= rows; r += kRows) {
+          const std::uint8_t* const here = codes + r * row_bytes;
+          AddColumns<Codes, kBits, kRows, kSamples>(of_rows + (w.per_row ? r : 0), w.per_row, here, row_bytes,
+                                                    r + kRows < rows ? here + kRows * row_bytes : ahead, panel, columns,
+                                                    sums + r, met);
+        }
+        if constexpr (kRows > 1) {
+          for (; r < rows; ++r) {
+            const std::uint8_t* const here = codes + r * row_bytes;
+            AddColumns<Codes, kBits, 1, kSamples>(of_rows + (w.per_row ? r : 0), w.per_row, here, row_bytes,
+                                                  here + row_bytes, panel, columns, sums + r, met);
+          }
+        }
+        left -= columns;
+        codes = next;
+        panel += chunks * kPanelBytes;
+      }
+    }
+    StoreFew<Codes, kBits, kSamples>(a, tables, sums, row, rows);
   }
 }
 
@@ -321,11 +416,14 @@ void AddTile(const char* tile, Index tile_bytes, const char* panel, Index words,
   }
 }
 
-template <typename Codes>
-TERSETORCH_INLINE void DecodeChunk(const typename Codes::Table& table, const std::uint8_t* codes, char* to) {
+template <typename Codes, int kBits>
+TERSETORCH_INLINE void DecodeChunk(const typename Codes::Table& table, const std::uint8_t* codes, char* to,
+                                   CodesMet<kBits>& met) {
 #pragma GCC unroll 2
   for (int piece = 0; piece < kPieces; ++piece) {
-    const auto state = Codes::Begin(table, LoadAt<CodeWords>(codes, piece * kCodeLanes, 4));
+    const auto words = LoadAt<CodeWords>(codes, piece * kCodeLanes, 4);
+    met.Add(words);
+    const auto state = Codes::Begin(table, words);
 #pragma GCC unroll 16
     for (int s = 0; s < Codes::kVectors; ++s) Store(to + s * 64 + piece * kCodeLanes * 4, Codes::At(table, state, s));
   }
@@ -337,10 +435,8 @@ void Finish(const CodebookMatmulArgs& a, bool integer, Index row, float scale, f
   for (Index n = 0; n < kWidth; n += 8) {
     Float8 y = Load<Float8>(sums + n);
     if (integer) {
-      const Int8 whole = (Int8)y - kCodeByteOffset * LoadAt<Int8>(a.sample_sums, n, 4);
-      const Float8 one = Splat<8>(scale), other = LoadAt<Float8>(a.sample_scales, n, 4);
-      const Float8 smaller = one < other ? one : other, larger = one < other ? other : one;
-      y = __builtin_convertvector(whole, Float8) * smaller * larger + bias;
+      y = Scaled((Int8)y, LoadAt<Int8>(a.sample_sums, n, 4), Splat<8>(scale), LoadAt<Float8>(a.sample_scales, n, 4),
+                 bias);
     } else {
       y += bias;
     }
@@ -349,7 +445,7 @@ void Finish(const CodebookMatmulArgs& a, bool integer, Index row, float scale, f
 }
 
 template <typename Codes, int kBits, int kWidth>
-void Many(const CodebookMatmulArgs& a, Index row_begin, Index row_end, Index row_bytes) {
+void Many(const CodebookMatmulArgs& a, Index row_begin, Index row_end, Index row_bytes, CodesMet<kBits>& met) {
   constexpr int kMost = kCodeLanes == 16 ? 4 : 2, kOfWidth = kWidth / kCodeLanes;
   constexpr int kVectors = kOfWidth < kMost ? kOfWidth : kMost;
   constexpr int kRows = kCodeLanes == 8 ? (Codes::kInteger ? 4 : 6) : kVectors == 4 ? 6 : 12;
@@ -377,7 +473,7 @@ void Many(const CodebookMatmulArgs& a, Index row_begin, Index row_end, Index row
           for (Index c = 0; c < chunks; ++c) {
             const std::uint8_t* chunk = codes + r * row_bytes + c * kCodeChunkBytes;
             __builtin_prefetch(chunk + 2 * kRows * row_bytes);
-            DecodeChunk<Codes>(table, chunk, tile + (r - i) * kTileBytes + c * kChunkWords * 4);
+            DecodeChunk<Codes>(table, chunk, tile + (r - i) * kTileBytes + c * kChunkWords * 4, met);
           }
         }
 #pragma GCC unroll 1
@@ -401,49 +497,52 @@ void Many(const CodebookMatmulArgs& a, Index row_begin, Index row_end, Index row
 // ---- from the arguments to the templates
 
 template <typename Codes, int kBits>
-void ForWidth(const CodebookMatmulArgs& a, Index row_begin, Index row_end, Index row_bytes) {
+void ForWidth(const CodebookMatmulArgs& a, Index row_begin, Index row_end, Index row_bytes, CodesMet<kBits>& met) {
   switch (a.width) {
     case 1:
-      return Few<Codes, kBits, 1>(a, row_begin, row_end, row_bytes);
+      return Few<Codes, kBits, 1>(a, row_begin, row_end, row_bytes, met);
     case 2:
-      return Few<Codes, kBits, 2>(a, row_begin, row_end, row_bytes);
+      return Few<Codes, kBits, 2>(a, row_begin, row_end, row_bytes, met);
     case 4:
-      return Few<Codes, kBits, 4>(a, row_begin, row_end, row_bytes);
+      return Few<Codes, kBits, 4>(a, row_begin, row_end, row_bytes, met);
     case 8:
-      return Few<Codes, kBits, 8>(a, row_begin, row_end, row_bytes);
+      return Few<Codes, kBits, 8>(a, row_begin, row_end, row_bytes, met);
     case 16:
-      return Many<Codes, kBits, 16>(a, row_begin, row_end, row_bytes);
+      return Many<Codes, kBits, 16>(a, row_begin, row_end, row_bytes, met);
     case 32:
-      return Many<Codes, kBits, 32>(a, row_begin, row_end, row_bytes);
+      return Many<Codes, kBits, 32>(a, row_begin, row_end, row_bytes, met);
     default:
-      return Many<Codes, kBits, 64>(a, row_begin, row_end, row_bytes);
+      return Many<Codes, kBits, 64>(a, row_begin, row_end, row_bytes, met);
   }
 }
 
 template <int kBits>
-void ForMode(const CodebookMatmulArgs& a, Index row_begin, Index row_end, Index row_bytes) {
-  if (a.mode == CodebookMode::kInt8) return ForWidth<ByteCodes<kBits>, kBits>(a, row_begin, row_end, row_bytes);
+void ForMode(const CodebookMatmulArgs& a, Index row_begin, Index row_end, Index row_bytes, CodesMet<kBits>& met) {
+  if (a.mode == CodebookMode::kInt8) return ForWidth<ByteCodes<kBits>, kBits>(a, row_begin, row_end, row_bytes, met);
 #ifdef __AVX512F__
   if constexpr (kBits == 8) {
-    if (a.weight.entries <= 32) return ForWidth<FloatFewCodes, 8>(a, row_begin, row_end, row_bytes);
+    if (a.weight.entries <= 32) return ForWidth<FloatFewCodes, 8>(a, row_begin, row_end, row_bytes, met);
   }
 #endif
-  ForWidth<FloatCodes<kBits>, kBits>(a, row_begin, row_end, row_bytes);
+  ForWidth<FloatCodes<kBits>, kBits>(a, row_begin, row_end, row_bytes, met);
 }
 
-// Where not every code of so many bits has an entry, codes are checked before they are used; a few rows at a time, so
-// that memory is read once.
+// Where not every code of so many bits has an entry and the codes met do not say whether all fit, they are read again;
+// a few rows at a time, while a cache still has them.
 template <int kBits>
 CodebookStatus Checked(const CodebookMatmulArgs& a, Index row_begin, Index row_end) {
   const CodebookWeight& w = a.weight;
   const Index row_bytes = CodeRowBytes(w.columns, w.column_block, kBits);
-  const bool in_doubt = w.entries < Index{1} << kBits;
-  const Index step = in_doubt && a.width <= kCodebookFewSamples ? 16 : row_end - row_begin;
+  const bool again = kBits < 8 && (w.entries & (w.entries - 1)) != 0;
+  const Index step = again && a.width <= kCodebookFewSamples ? kFewRows : row_end - row_begin;
   for (Index begin = row_begin; begin < row_end; begin += step) {
     const Index end = begin + step < row_end ? begin + step : row_end;
-    const std::uint8_t* codes = w.codes + begin * row_bytes;
-    if (in_doubt && LargestCode<kBits>(codes, (end - begin) * row_bytes) >= w.entries) return CodebookStatus::kBadCode;
-    ForMode<kBits>(a, begin, end, row_bytes);
+    CodesMet<kBits> met{};
+    ForMode<kBits>(a, begin, end, row_bytes, met);
+    if (met.Largest() < w.entries) continue;
+    if (!again || LargestCode<kBits>(w.codes + begin * row_bytes, (end - begin) * row_bytes) >= w.entries) {
+      return CodebookStatus::kBadCode;
+    }
   }
   return CodebookStatus::kOk;
 }

@@ -27,6 +27,15 @@ typedef std::int32_t CodeInts __attribute__((vector_size(32)));
 #endif
 using CodeFloats = Vector<kCodeLanes>;
 
+// The number of each lane.
+inline CodeInts CodeLane() {
+#ifdef __AVX512F__
+  return CodeInts{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+#else
+  return CodeInts{0, 1, 2, 3, 4, 5, 6, 7};
+#endif
+}
+
 #define TERSETORCH_INLINE inline __attribute__((always_inline))
 
 // The entries of a table, repeated up to 32 where there are fewer codes than that, 0 where a code has none.
