@@ -184,6 +184,14 @@ constexpr int kTogether = Codes::kRows * kSamples * kSplit<kSamples> > kCodeLane
                               ? kCodeLanes / (kSamples * kSplit<kSamples>)
                               : Codes::kRows;
 
+// Loads once what several instructions take: the compiler would rather give each a load of its own, which are more than
+// two a cycle.
+template <typename T>
+TERSETORCH_INLINE T InRegister(T value) {
+  __asm__("" : "+v"(value));
+  return value;
+}
+
 // A chunk of kRows rows. Past its `count` columns, unless it is whole, a weight counts as 0: the first entry may be
 // NaN.
 template <typename Codes, int kBits, int kRows, int kSamples, bool kWhole>
@@ -195,7 +203,7 @@ TERSETORCH_INLINE void AddChunk(const typename Codes::Table (&tables)[kRows], co
     typename Codes::State states[kRows];
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
-      const auto words = LoadAt<CodeWords>(codes + r * stride, piece * kCodeLanes, 4);
+      const auto words = InRegister(LoadAt<CodeWords>(codes + r * stride, piece * kCodeLanes, 4));
       met.Add(words);
       states[r] = Codes::Begin(tables[r], words);
     }
@@ -212,7 +220,8 @@ TERSETORCH_INLINE void AddChunk(const typename Codes::Table (&tables)[kRows], co
       }
 #pragma GCC unroll 8
       for (int n = 0; n < kSamples; ++n) {
-        const auto x = LoadAt<typename Codes::Sum>(panel, (s * kSamples + n) * 16 + piece * kCodeLanes, 4);
+        auto x = LoadAt<typename Codes::Sum>(panel, (s * kSamples + n) * 16 + piece * kCodeLanes, 4);
+        if constexpr (kRows > 1) x = InRegister(x);
 #pragma GCC unroll 4
         for (int r = 0; r < kRows; ++r) {
           auto& sum = sums[r][n][s % kSplit<kSamples>];
@@ -241,12 +250,16 @@ void AddColumns(const typename Codes::Table* tables, bool per_row, const std::ui
     }
   }
   CodesMet<kBits> here = met;
+  // Chunks until memory answers: few of 8 samples, of fewer ones so many that what comes next here must be asked for.
+  constexpr Index kAhead = 16;
+  Index before = kSamples <= 4 && columns > kAhead * kColumns ? columns / kColumns - kAhead : 0;
+  const std::uint8_t* wanted = before > 0 ? codes + kAhead * kCodeChunkBytes : ahead;
   for (; columns >= kColumns; columns -= kColumns) {
 #pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) __builtin_prefetch(ahead + r * stride);
+    for (int r = 0; r < kRows; ++r) __builtin_prefetch(wanted + r * stride);
+    wanted = --before == 0 ? ahead : wanted + kCodeChunkBytes;
     AddChunk<Codes, kBits, kRows, kSamples, true>(of_rows, codes, stride, panel, kColumns, acc, here);
     codes += kCodeChunkBytes;
-    ahead += kCodeChunkBytes;
     panel += kPanelBytes;
   }
   if (columns > 0) AddChunk<Codes, kBits, kRows, kSamples, false>(of_rows, codes, stride, panel, columns, acc, here);
@@ -352,7 +365,7 @@ void Few(const CodebookMatmulArgs& a, Index row_begin, Index row_end, Index row_
     for (Index r = 0; w.per_row && r < rows; ++r) of_rows[r] = tables.At(row + r, 0);
     typename Codes::Sum sums[kFewRows][kSamples] = {};
     const std::uint8_t* codes = w.codes + row * row_bytes;
-    const std::uint8_t* const next_rows = codes + kFewRows * row_bytes;
+    const std::uint8_t* const last = codes + row_bytes;
     const char* panel = static_cast<const char*>(a.panel);
     for (Index block = 0, first = 0; first < w.columns; ++block, first += w.column_block) {
       if (!w.per_row) of_rows[0] = tables.At(row, block);
@@ -361,21 +374,17 @@ void Few(const CodebookMatmulArgs& a, Index row_begin, Index row_end, Index row_
         const Index columns = left < kDepth * kColumns ? left : kDepth * kColumns;
         const Index chunks = (columns + kColumns - 1) / kColumns;
         const std::uint8_t* const next = codes + chunks * kCodeChunkBytes;
-        const std::uint8_t* const ahead = next + kFewRows * row_bytes < next_rows + row_bytes ? next : next_rows;
-        Index r = 0;
-        for (; r + kRows <= rows; r += kRows) {
+        // What is wanted after the last rows here: the first ones' next columns, or the rows after them.
+        const std::uint8_t* const first_rows = next < last ? next : last + (kFewRows - 1) * row_bytes;
+        const auto add = [&]<int kCount>(Index r) {
           const std::uint8_t* const here = codes + r * row_bytes;
-          AddColumns<Codes, kBits, kRows, kSamples>(of_rows + (w.per_row ? r : 0), w.per_row, here, row_bytes,
-                                                    r + kRows < rows ? here + kRows * row_bytes : ahead, panel, columns,
-                                                    sums + r, met);
-        }
-        if constexpr (kRows > 1) {
-          for (; r < rows; ++r) {
-            const std::uint8_t* const here = codes + r * row_bytes;
-            AddColumns<Codes, kBits, 1, kSamples>(of_rows + (w.per_row ? r : 0), w.per_row, here, row_bytes,
-                                                  here + row_bytes, panel, columns, sums + r, met);
-          }
-        }
+          const std::uint8_t* const ahead = r + kCount < rows ? here + kCount * row_bytes : first_rows;
+          AddColumns<Codes, kBits, kCount, kSamples>(of_rows + (w.per_row ? r : 0), w.per_row, here, row_bytes, ahead,
+                                                     panel, columns, sums + r, met);
+        };
+        Index r = 0;
+        for (; r + kRows <= rows; r += kRows) add.template operator()<kRows>(r);
+        for (; r < rows; ++r) add.template operator()<1>(r);
         left -= columns;
         codes = next;
         panel += chunks * kPanelBytes;
@@ -518,12 +527,18 @@ void ForWidth(const CodebookMatmulArgs& a, Index row_begin, Index row_end, Index
 
 template <int kBits>
 void ForMode(const CodebookMatmulArgs& a, Index row_begin, Index row_end, Index row_bytes, CodesMet<kBits>& met) {
-  if (a.mode == CodebookMode::kInt8) return ForWidth<ByteCodes<kBits>, kBits>(a, row_begin, row_end, row_bytes, met);
+  const bool bytes = a.mode == CodebookMode::kInt8;
 #ifdef __AVX512F__
   if constexpr (kBits == 8) {
-    if (a.weight.entries <= 32) return ForWidth<FloatFewCodes, 8>(a, row_begin, row_end, row_bytes, met);
+    const Index entries = a.weight.entries;
+    if (bytes && entries <= 64) return ForWidth<ByteCodes<8, 1>, 8>(a, row_begin, row_end, row_bytes, met);
+    if (bytes) return ForWidth<ByteCodes<8>, 8>(a, row_begin, row_end, row_bytes, met);
+    if (entries <= 32) return ForWidth<FloatFewCodes, 8>(a, row_begin, row_end, row_bytes, met);
+    if (entries <= 64) return ForWidth<PlaneCodes<1>, 8>(a, row_begin, row_end, row_bytes, met);
+    return ForWidth<PlaneCodes<4>, 8>(a, row_begin, row_end, row_bytes, met);
   }
 #endif
+  if (bytes) return ForWidth<ByteCodes<kBits>, kBits>(a, row_begin, row_end, row_bytes, met);
   ForWidth<FloatCodes<kBits>, kBits>(a, row_begin, row_end, row_bytes, met);
 }
 

@@ -116,18 +116,18 @@ struct FloatFewCodes {
   static TERSETORCH_INLINE Sum Mac(Sum sum, Sum w, Sum x) { return sum + w * x; }
 };
 
-// Any 8-bit codes: the four bytes of the entries are looked up on their own, each in 4 registers of 64, and then put
+// 8-bit codes of at most 64 kRegisters entries: the four bytes of the entries are looked up on their own, and then put
 // together.
-template <>
-struct FloatCodes<8> {
+template <int kRegisters>
+struct PlaneCodes {
   static constexpr bool kInteger = false;
-  static constexpr int kVectors = 4, kRows = 1;
+  static constexpr int kVectors = 4, kRows = kRegisters == 1 ? 2 : 1;
   using Sum = CodeFloats;
 
   struct Table {
     Table() = default;
     explicit Table(const CodeEntries& e) {
-      for (int q = 0; q < 4; ++q) {
+      for (int q = 0; q < kRegisters; ++q) {
         for (int b = 0; b < 4; ++b) {
           alignas(64) char bytes[64];
           for (int i = 0; i < 4; ++i) {
@@ -139,20 +139,26 @@ struct FloatCodes<8> {
         }
       }
     }
-    __m512i planes[4][4];
+    __m512i planes[4][kRegisters];
   };
   struct State {
     __m512i vectors[4];
   };
 
   static TERSETORCH_INLINE State Begin(const Table& t, CodeWords words) {
-    const auto e = (__m512i)words;
-    const __mmask64 upper = _mm512_movepi8_mask(e);
+    // A permutation looks at the low 6 bits of a byte only. The upper two choose the registers, each of which overwrites
+    // what those before it gave: one operation, where a permutation of two registers takes three.
+    const auto index = (__m512i)words;
+    const __mmask64 upper = _mm512_movepi8_mask(index), lower = _mm512_movepi8_mask(_mm512_add_epi8(index, index));
     __m512i b[4];
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
-      b[i] = _mm512_mask_blend_epi8(upper, _mm512_permutex2var_epi8(t.planes[i][0], e, t.planes[i][1]),
-                                    _mm512_permutex2var_epi8(t.planes[i][2], e, t.planes[i][3]));
+      b[i] = _mm512_permutexvar_epi8(index, t.planes[i][0]);
+      if constexpr (kRegisters == 4) {
+        b[i] = _mm512_mask_permutexvar_epi8(b[i], lower, index, t.planes[i][1]);
+        b[i] = _mm512_mask_permutexvar_epi8(b[i], upper, index, t.planes[i][2]);
+        b[i] = _mm512_mask_permutexvar_epi8(b[i], upper & lower, index, t.planes[i][3]);
+      }
     }
     // Byte s of each of the four planes' words belongs to vector s: first pairs of bytes, then pairs of pairs.
     const __m512i low_bytes = _mm512_set1_epi16(0xff), low_halves = _mm512_set1_epi32(0xffff);
@@ -220,7 +226,7 @@ TERSETORCH_INLINE CodeInts MacBytes(CodeInts sum, CodeInts w, CodeInts x) {
   return (CodeInts)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, (__m512i)x);
 }
 
-template <int kBits>
+template <int kBits, int kRegisters = kBits == 8 ? 4 : 1>
 struct ByteCodes {
   static constexpr bool kInteger = true;
   static constexpr int kVectors = 8 / kBits, kRows = 4;
@@ -239,7 +245,6 @@ struct ByteCodes {
         values[q] = _mm512_add_epi8(values[q], offset);
       }
     }
-    static constexpr int kRegisters = kBits == 8 ? 4 : 1;
     __m512i values[kRegisters];
   };
 
@@ -247,7 +252,7 @@ struct ByteCodes {
   // A permutation looks at the low 6 bits of a byte only, and the table is repeated where a code has fewer.
   static TERSETORCH_INLINE CodeInts At(const Table& t, CodeWords words, int f) {
     const auto index = (__m512i)(words >> kBits * f);
-    if constexpr (kBits < 8) return (CodeInts)_mm512_permutexvar_epi8(index, t.values[0]);
+    if constexpr (kRegisters == 1) return (CodeInts)_mm512_permutexvar_epi8(index, t.values[0]);
     return (CodeInts)_mm512_mask_blend_epi8(_mm512_movepi8_mask(index),
                                             _mm512_permutex2var_epi8(t.values[0], index, t.values[1]),
                                             _mm512_permutex2var_epi8(t.values[2], index, t.values[3]));
