@@ -17,78 +17,102 @@ constexpr int kPieces = 16 / kCodeLanes;
 
 // ---- samples
 
-// 16 words of sample n, the first of them at `words`, into a panel's vector.
-struct PanelVector {
-  void Put(Index n, Index width, int half, Bits8 words) const {
-    if (width <= kCodebookFewSamples) return Store(vector + n * 64 + 32 * half, words);
-    for (int l = 0; l < 8; ++l) Store(vector + ((8 * half + l) * width + n) * 4, words[l]);
-  }
-
-  char* vector;
-};
-
-template <int kBits>
-void PackChunk(const CodebookSamplesArgs& a, Index chunk, Index begin, Index count) {
-  constexpr int kColumns = 512 / kBits, kBytes = 8 / kBits;
-  const int vectors = CodebookVectors(kBits, a.mode);
-  const Index vector_bytes = 64 * a.width;
-  char* to = static_cast<char*>(a.panel) + chunk * vectors * vector_bytes;
-  for (Index n = a.samples; n < a.width; ++n) {
-    for (int v = 0; v < vectors; ++v) {
-      for (int half = 0; half < 2; ++half) PanelVector{to + v * vector_bytes}.Put(n, a.width, half, Bits8{});
-    }
-  }
-  for (Index n = 0; n < a.samples; ++n) {
-    alignas(64) float x[kColumns];
-    Index c = 0;
-    for (; c + 8 <= count; c += 8) Store(x + c, LoadFloats(a.x, a.stored_as, n * a.columns + begin + c));
-    for (; c < kColumns; ++c) x[c] = c < count ? LoadFloat(a.x, a.stored_as, n * a.columns + begin + c) : 0.0f;
-    if (a.mode != CodebookMode::kInt8) {
-      for (int v = 0; v < kColumns / 16; ++v) {
-        for (int half = 0; half < 2; ++half) {
-          Float8 words = Load<Float8>(x + 16 * v + 8 * half);
-          if (a.mode == CodebookMode::kBFloat16) words = FromBFloat16(ToBFloat16(words));
-          PanelVector{to + v * vector_bytes}.Put(n, a.width, half, (Bits8)words);
-        }
-      }
-      continue;
-    }
-    const float inverse = LoadAt<float>(a.inverses, n, 4);
-    Int8 sums{};
-    for (int f = 0; f < kBytes; ++f) {
-      for (int half = 0; half < 2; ++half) {
-        Bits8 words{};
-        for (int j = 0; j < 4; ++j) {
-          const Float8 scaled = Load<Float8>(x + 16 * (j * kBytes + f) + 8 * half) * Splat<8>(inverse);
-          const Int8 q = inverse == 0 ? Int8{} : (Int8)_mm256_cvtps_epi32((__m256)scaled);
-          sums += q;
-          words |= ((Bits8)q & 0xff) << 8 * j;
-        }
-        PanelVector{to + f * vector_bytes}.Put(n, a.width, half, words);
-      }
-    }
-    std::int32_t sum = 0;
-    for (int l = 0; l < 8; ++l) sum += sums[l];
-    __atomic_fetch_add(a.sums + n, sum, __ATOMIC_RELAXED);
-  }
+// kColumns columns of sample n, 0 past its `count` columns and past the last sample.
+template <int kColumns>
+void LoadColumns(const CodebookSamplesArgs& a, Index n, Index begin, Index count, float* x) {
+  if (n >= a.samples) count = 0;
+  Index c = 0;
+  for (; c + 8 <= count; c += 8) Store(x + c, LoadFloats(a.x, a.stored_as, n * a.columns + begin + c));
+  for (; c < kColumns; ++c) x[c] = c < count ? LoadFloat(a.x, a.stored_as, n * a.columns + begin + c) : 0.0f;
 }
 
-template <int kBits>
+// The words [8 half, 8 half + 8) of vector v of a chunk, of one sample's columns; in int8 they are added to `sum`.
+template <int kBits, CodebookMode kMode>
+TERSETORCH_INLINE Bits8 WordsOf(const float* x, float inverse, int v, int half, Int8& sum) {
+  constexpr int kBytes = 8 / kBits;
+  if constexpr (kMode != CodebookMode::kInt8) {
+    const Float8 words = Load<Float8>(x + 16 * v + 8 * half);
+    return (Bits8)(kMode == CodebookMode::kBFloat16 ? FromBFloat16(ToBFloat16(words)) : words);
+  }
+  Bits8 words{};
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    const Float8 scaled = Load<Float8>(x + 16 * (j * kBytes + v) + 8 * half) * Splat<8>(inverse);
+    const Int8 q = inverse == 0 ? Int8{} : (Int8)_mm256_cvtps_epi32((__m256)scaled);  // 0 times infinity is NaN
+    sum += q;
+    words |= ((Bits8)q & 0xff) << 8 * j;
+  }
+  return words;
+}
+
+template <int kBits, CodebookMode kMode, bool kFew>
 void PackChunks(const CodebookSamplesArgs& a, Index chunk_begin, Index chunk_end) {
   constexpr Index kColumns = 512 / kBits;
+  constexpr int kVectors = CodebookVectors(kBits, kMode);
+  constexpr int kPacked = kFew ? 1 : 8;  // samples whose words lie beside each other are transposed
+  constexpr bool kInteger = kMode == CodebookMode::kInt8;
   const Index of_block = CodeChunks(a.column_block, kBits);
+  Int8 sums[kFew ? kCodebookFewSamples : kCodebookMaxWidth] = {};
   for (Index i = chunk_begin; i < chunk_end; ++i) {
     const Index in_block = i % of_block * kColumns, begin = i / of_block * a.column_block + in_block;
     Index count = a.columns - begin < a.column_block - in_block ? a.columns - begin : a.column_block - in_block;
     count = count < kColumns ? count : kColumns;
-    PackChunk<kBits>(a, i, begin, count);
+    for (Index n = 0; n < a.width; n += kPacked) {
+      alignas(64) float x[kPacked][kColumns];
+      float inverses[kPacked] = {};
+      for (int j = 0; j < kPacked; ++j) {
+        LoadColumns<kColumns>(a, n + j, begin, count, x[j]);
+        if (kInteger && n + j < a.samples) inverses[j] = LoadAt<float>(a.inverses, n + j, 4);
+      }
+      char* to = static_cast<char*>(a.panel) + i * kVectors * 64 * a.width;
+      for (int v = 0; v < kVectors; ++v, to += 64 * a.width) {
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; ++half) {
+          if constexpr (kFew) {
+            Store(to + n * 64 + 32 * half, WordsOf<kBits, kMode>(x[0], inverses[0], v, half, sums[n]));
+          } else {
+            Float8 words[8];
+#pragma GCC unroll 8
+            for (int j = 0; j < 8; ++j) {
+              words[j] = (Float8)WordsOf<kBits, kMode>(x[j], inverses[j], v, half, sums[n + j]);
+            }
+            Transpose(words);
+#pragma GCC unroll 8
+            for (int l = 0; l < 8; ++l) Store(to + ((8 * half + l) * a.width + n) * 4, words[l]);
+          }
+        }
+      }
+    }
+  }
+  for (Index n = 0; kInteger && n < a.samples; ++n) {
+    std::int32_t sum = 0;
+    for (int l = 0; l < 8; ++l) sum += sums[n][l];
+    __atomic_fetch_add(a.sums + n, sum, __ATOMIC_RELAXED);
+  }
+}
+
+template <int kBits, CodebookMode kMode>
+void PackForWidth(const CodebookSamplesArgs& a, Index chunk_begin, Index chunk_end) {
+  if (a.width <= kCodebookFewSamples) return PackChunks<kBits, kMode, true>(a, chunk_begin, chunk_end);
+  PackChunks<kBits, kMode, false>(a, chunk_begin, chunk_end);
+}
+
+template <int kBits>
+void PackForMode(const CodebookSamplesArgs& a, Index chunk_begin, Index chunk_end) {
+  switch (a.mode) {
+    case CodebookMode::kExact:
+      return PackForWidth<kBits, CodebookMode::kExact>(a, chunk_begin, chunk_end);
+    case CodebookMode::kBFloat16:
+      return PackForWidth<kBits, CodebookMode::kBFloat16>(a, chunk_begin, chunk_end);
+    case CodebookMode::kInt8:
+      return PackForWidth<kBits, CodebookMode::kInt8>(a, chunk_begin, chunk_end);
   }
 }
 
 void PackSamples(const CodebookSamplesArgs& a, Index chunk_begin, Index chunk_end) noexcept {
-  if (a.bits == 2) return PackChunks<2>(a, chunk_begin, chunk_end);
-  if (a.bits == 4) return PackChunks<4>(a, chunk_begin, chunk_end);
-  PackChunks<8>(a, chunk_begin, chunk_end);
+  if (a.bits == 2) return PackForMode<2>(a, chunk_begin, chunk_end);
+  if (a.bits == 4) return PackForMode<4>(a, chunk_begin, chunk_end);
+  PackForMode<8>(a, chunk_begin, chunk_end);
 }
 
 // ---- tables
@@ -396,8 +420,9 @@ void Few(const CodebookMatmulArgs& a, Index row_begin, Index row_end, Index row_
 
 // ---- many samples: tiles of decoded rows, whose words meet panels
 
+// A call of its own: where it is part of another the compiler leaves sums in memory.
 template <typename Codes, int kRows, int kVectors, int kWidth>
-void AddTile(const char* tile, Index tile_bytes, const char* panel, Index words, float* sums) {
+__attribute__((noinline)) void AddTile(const char* tile, Index tile_bytes, const char* panel, Index words, float* sums) {
   typename Codes::Sum acc[kRows][kVectors];
 #pragma GCC unroll 12
   for (int r = 0; r < kRows; ++r) {
@@ -458,9 +483,9 @@ void Many(const CodebookMatmulArgs& a, Index row_begin, Index row_end, Index row
   constexpr int kMost = kCodeLanes == 16 ? 4 : 2, kOfWidth = kWidth / kCodeLanes;
   constexpr int kVectors = kOfWidth < kMost ? kOfWidth : kMost;
   constexpr int kRows = kCodeLanes == 8 ? (Codes::kInteger ? 4 : 6) : kVectors == 4 ? 6 : 12;
-  // Chunks whose part of the panel takes about half of the first cache level.
+  // Chunks whose part of the panel and whose decoded rows leave a quarter of the first cache level.
   constexpr Index kChunkWords = Codes::kVectors * 16, kColumns = 512 / kBits;
-  constexpr Index kDepth = kChunkWords * kWidth * 4 > 16384 ? 1 : 32768 / (kChunkWords * kWidth * 4);
+  constexpr Index kFitting = 36864 / ((kWidth + kRows) * kChunkWords * 4), kDepth = kFitting > 0 ? kFitting : 1;
   constexpr Index kTileBytes = kDepth * kChunkWords * 4;
   alignas(64) char tile[kRows * kTileBytes] = {};
   const CodebookWeight& w = a.weight;
@@ -476,7 +501,12 @@ void Many(const CodebookMatmulArgs& a, Index row_begin, Index row_end, Index row
       const Index chunks = (columns + kColumns - 1) / kColumns;
       // Past the last column x is 0 and a decoded weight may be NaN; bytes are never.
       const Index words = Codes::kInteger ? chunks * kChunkWords : columns;
+      // The next part of the panel comes nearer meanwhile.
+      const Index part = chunks * kChunkWords * kWidth * 4, share = part * kRows / rows + 1;
       for (Index i = 0; i < rows; i += kRows) {
+        for (Index at = i / kRows * share; at < (i / kRows + 1) * share; at += 64) {
+          __builtin_prefetch(panel + part + at, 0, 2);
+        }
         for (Index r = i; r < i + kRows && r < rows; ++r) {
           const typename Codes::Table table = tables.At(row_begin + r, block);
           for (Index c = 0; c < chunks; ++c) {
@@ -493,7 +523,7 @@ void Many(const CodebookMatmulArgs& a, Index row_begin, Index row_end, Index row
       }
       left -= columns;
       codes += chunks * kCodeChunkBytes;
-      panel += chunks * kChunkWords * kWidth * 4;
+      panel += part;
     }
   }
   for (Index r = 0; r < rows; ++r) {

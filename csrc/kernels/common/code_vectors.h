@@ -307,20 +307,24 @@ struct ByteCodes {
 
 #endif
 
-// The largest code in `bytes` bytes of chunks.
+// The largest code in `bytes` bytes, a whole number of CodeWords.
 template <int kBits>
 std::uint32_t LargestCode(const std::uint8_t* codes, Index bytes) {
-  Bytes32 largest{};
-  for (Index i = 0; i < bytes; i += 32) {
-    const auto piece = LoadAt<Bytes32>(codes, i, 1);
+  typedef std::uint8_t Bytes __attribute__((vector_size(sizeof(CodeWords))));
+  constexpr int kFields = 8 / kBits;
+  Bytes largest[kFields] = {};
+  for (Index i = 0; i < bytes; i += sizeof(CodeWords)) {
+    const auto words = LoadAt<CodeWords>(codes, i, 1);
 #pragma GCC unroll 4
-    for (int f = 0; f < 8 / kBits; ++f) {
-      const Bytes32 here = (Bytes32)((Bits8)piece >> kBits * f) & static_cast<std::uint8_t>((1 << kBits) - 1);
-      largest = here > largest ? here : largest;
+    for (int f = 0; f < kFields; ++f) {
+      const Bytes here = (Bytes)(words >> kBits * f) & static_cast<std::uint8_t>((1 << kBits) - 1);
+      largest[f] = here > largest[f] ? here : largest[f];
     }
   }
   std::uint32_t result = 0;
-  for (int i = 0; i < 32; ++i) result = largest[i] > result ? largest[i] : result;
+  for (const Bytes& of_field : largest) {
+    for (std::size_t i = 0; i < sizeof of_field; ++i) result = of_field[i] > result ? of_field[i] : result;
+  }
   return result;
 }
 
