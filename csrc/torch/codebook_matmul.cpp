@@ -175,7 +175,7 @@ Tensor CodebookMatmulOnCpu(const Tensor& x, const Tensor& codes, const Tensor& c
     }
     ParallelFor(Blocks(w.rows, kCodebookRows), GrainItems(row_operations * kCodebookRows),
                 [&](std::int64_t begin, std::int64_t end) {
-                  Scratch memory(kCodebookSumRows * width * 4);
+                  Scratch memory(CodebookScratchBytes(width, w.per_row));
                   CodebookMatmulArgs own = args;
                   own.sums = memory.Data<float>();
                   for (std::int64_t b = begin; b < end; ++b) {

@@ -81,7 +81,7 @@ std::vector<float> Run(const CodebookKernels& kernels, Problem& p, CodebookMode 
   kernels.pack_samples(pack, chunks / 2, chunks);
   kernels.pack_samples(pack, 0, chunks / 2);
   Output y(samples * p.rows, y_as);
-  Unaligned<float> scratch(std::vector<float>(kCodebookSumRows * width, NAN));
+  Unaligned<float> scratch(std::vector<float>(CodebookScratchBytes(width, p.per_row) / 4, NAN));
   const CodebookMatmulArgs args{p.Weight(),    mode,        panel.data(), width,         samples,
                                 scales.data(), sums.data(), table.scale,  table.inverse, stored_bias.data(),
                                 relu,          y.data(),    y_as,         scratch.data()};

@@ -36,9 +36,10 @@ namespace tersetorch {
 // The most samples whose weights are decoded in registers, and that a panel has.
 inline constexpr std::int64_t kCodebookFewSamples = 8;
 inline constexpr std::int64_t kCodebookMaxWidth = 64;
-// Rows whose sums a call with more samples keeps, and those past them that it may write.
+// Rows whose sums a call with more samples keeps, and those past them that it may write; and what a table takes.
 inline constexpr std::int64_t kCodebookRows = 192;
 inline constexpr std::int64_t kCodebookSumRows = kCodebookRows + 12;
+inline constexpr std::int64_t kCodebookTableBytes = 1024;
 // As many products of 8-bit numbers surely fit int32.
 inline constexpr std::int64_t kCodebookMaxQuantizedColumns = 131072;
 
@@ -71,7 +72,7 @@ struct CodebookMatmulArgs {
   bool relu;
   void* y;  // [samples, rows]
   FloatDtype y_stored_as;
-  float* sums;  // [kCodebookSumRows, width], scratch where width is more than kCodebookFewSamples
+  float* sums;  // CodebookScratchBytes, where width is more than kCodebookFewSamples
 };
 
 namespace {
@@ -82,6 +83,11 @@ constexpr int CodebookVectors(int bits, CodebookMode mode) { return (mode == Cod
 [[maybe_unused]] std::int64_t CodebookPanelBytes(std::int64_t row_bytes, int bits, CodebookMode mode,
                                                  std::int64_t width) {
   return row_bytes * CodebookVectors(bits, mode) * width;
+}
+
+// Sums [kCodebookSumRows, width], and the tables of as many rows as have their sums kept.
+[[maybe_unused]] constexpr std::int64_t CodebookScratchBytes(std::int64_t width, bool per_row) {
+  return kCodebookSumRows * width * 4 + (per_row ? kCodebookRows * kCodebookTableBytes : 0);
 }
 
 }  // namespace

@@ -204,9 +204,8 @@ constexpr int kSplit = kSamples == 1 ? 2 : 1;
 
 // Rows taken together: as many sums as registers leave room for.
 template <typename Codes, int kSamples>
-constexpr int kTogether = Codes::kRows * kSamples * kSplit<kSamples> > kCodeLanes
-                              ? kCodeLanes / (kSamples * kSplit<kSamples>)
-                              : Codes::kRows;
+constexpr int kTogether =
+    Codes::kRows * kSamples * kSplit<kSamples> > kCodeLanes ? kCodeLanes / (kSamples * kSplit<kSamples>) : Codes::kRows;
 
 // Loads once what several instructions take: the compiler would rather give each a load of its own, which are more than
 // two a cycle.
@@ -317,8 +316,7 @@ Sum Totals(Sum (&m)[kCodeLanes]) {
 #pragma GCC unroll 3
   for (int i = 0; i < 3; ++i) {  // the third pair are the first two results
     const Sum a = m[i == 2 ? 0 : 2 * i], b = m[i == 2 ? 1 : 2 * i + 1];
-    m[i == 2 ? 0 : i] =
-        (Sum)_mm512_shuffle_f32x4(ps(a), ps(b), 0x88) + (Sum)_mm512_shuffle_f32x4(ps(a), ps(b), 0xdd);
+    m[i == 2 ? 0 : i] = (Sum)_mm512_shuffle_f32x4(ps(a), ps(b), 0x88) + (Sum)_mm512_shuffle_f32x4(ps(a), ps(b), 0xdd);
   }
   return m[0];
 #else
@@ -422,7 +420,8 @@ void Few(const CodebookMatmulArgs& a, Index row_begin, Index row_end, Index row_
 
 // A call of its own: where it is part of another the compiler leaves sums in memory.
 template <typename Codes, int kRows, int kVectors, int kWidth>
-__attribute__((noinline)) void AddTile(const char* tile, Index tile_bytes, const char* panel, Index words, float* sums) {
+__attribute__((noinline)) void AddTile(const char* tile, Index tile_bytes, const char* panel, Index words,
+                                       float* sums) {
   typename Codes::Sum acc[kRows][kVectors];
 #pragma GCC unroll 12
   for (int r = 0; r < kRows; ++r) {
@@ -488,31 +487,35 @@ void Many(const CodebookMatmulArgs& a, Index row_begin, Index row_end, Index row
   constexpr Index kFitting = 36864 / ((kWidth + kRows) * kChunkWords * 4), kDepth = kFitting > 0 ? kFitting : 1;
   constexpr Index kTileBytes = kDepth * kChunkWords * 4;
   alignas(64) char tile[kRows * kTileBytes] = {};
+  using Table = typename Codes::Table;
+  static_assert(sizeof(Table) <= kCodebookTableBytes);
   const CodebookWeight& w = a.weight;
   const Tables<Codes, kBits> tables(a);
   const Index rows = row_end - row_begin;
   for (Index i = 0; i < kCodebookSumRows * kWidth; i += 8) Store(a.sums + i, Float8{});
+  float* const of_rows = a.sums + kCodebookSumRows * kWidth;
+  for (Index r = 0; w.per_row && r < rows; ++r) {
+    Store(reinterpret_cast<char*>(of_rows) + r * sizeof(Table), tables.At(row_begin + r, 0));
+  }
+  Table table;
   const std::uint8_t* codes = w.codes + row_begin * row_bytes;
   const char* panel = static_cast<const char*>(a.panel);
   for (Index block = 0, first = 0; first < w.columns; ++block, first += w.column_block) {
+    if (!w.per_row) table = tables.At(row_begin, block);
     Index left = w.columns - first < w.column_block ? w.columns - first : w.column_block;
     while (left > 0) {
       const Index columns = left < kDepth * kColumns ? left : kDepth * kColumns;
       const Index chunks = (columns + kColumns - 1) / kColumns;
       // Past the last column x is 0 and a decoded weight may be NaN; bytes are never.
       const Index words = Codes::kInteger ? chunks * kChunkWords : columns;
-      // The next part of the panel comes nearer meanwhile.
-      const Index part = chunks * kChunkWords * kWidth * 4, share = part * kRows / rows + 1;
       for (Index i = 0; i < rows; i += kRows) {
-        for (Index at = i / kRows * share; at < (i / kRows + 1) * share; at += 64) {
-          __builtin_prefetch(panel + part + at, 0, 2);
-        }
         for (Index r = i; r < i + kRows && r < rows; ++r) {
-          const typename Codes::Table table = tables.At(row_begin + r, block);
-          for (Index c = 0; c < chunks; ++c) {
-            const std::uint8_t* chunk = codes + r * row_bytes + c * kCodeChunkBytes;
+          if (w.per_row) table = LoadAt<Table>(of_rows, r, sizeof(Table));
+          const std::uint8_t* chunk = codes + r * row_bytes;
+          char* to = tile + (r - i) * kTileBytes;
+          for (Index c = 0; c < chunks; ++c, chunk += kCodeChunkBytes, to += kChunkWords * 4) {
             __builtin_prefetch(chunk + 2 * kRows * row_bytes);
-            DecodeChunk<Codes>(table, chunk, tile + (r - i) * kTileBytes + c * kChunkWords * 4, met);
+            DecodeChunk<Codes>(table, chunk, to, met);
           }
         }
 #pragma GCC unroll 1
@@ -523,7 +526,7 @@ void Many(const CodebookMatmulArgs& a, Index row_begin, Index row_end, Index row
       }
       left -= columns;
       codes += chunks * kCodeChunkBytes;
-      panel += part;
+      panel += chunks * kChunkWords * kWidth * 4;
     }
   }
   for (Index r = 0; r < rows; ++r) {

@@ -146,8 +146,8 @@ struct PlaneCodes {
   };
 
   static TERSETORCH_INLINE State Begin(const Table& t, CodeWords words) {
-    // A permutation looks at the low 6 bits of a byte only. The upper two choose the registers, each of which overwrites
-    // what those before it gave: one operation, where a permutation of two registers takes three.
+    // A permutation looks at the low 6 bits of a byte only. The upper two choose the registers, each of which
+    // overwrites what those before it gave: one operation, where a permutation of two registers takes three.
     const auto index = (__m512i)words;
     const __mmask64 upper = _mm512_movepi8_mask(index), lower = _mm512_movepi8_mask(_mm512_add_epi8(index, index));
     __m512i b[4];
