@@ -11,7 +11,8 @@
 // Layout: codes as kernels/common/codes.h says. x comes in panels of 4-byte words that CodebookPackSamples makes:
 //         [vectors][width][16] for width 1, 2, 4 or 8, [vectors][16][width] for 16, 32 or 64. A chunk has one vector
 //         for each field of a word, the columns in their order (float32); in int8 one for each field of a byte, byte j
-//         of word l in vector f being column 16 (j * 8 / bits + f) + l.
+//         of word l in vector f being column 16 (j * 8 / bits + f) + l. Level avx512bf16 has pairs in mode BFloat16,
+//         half as many vectors: half j of word l in vector f is column 16 (j * 16 / bits + f) + l.
 // Limits: AVX-512 on Intel (permutations on port 5, two FMA a cycle), 4 bits, one sample: 128 codes cost 7 shifts, 8
 //         permutations and 8 FMA, 11.5 cycles for 64 bytes in float32; 1 shift, 2 permutations and 2 products, 2.5
 //         cycles, in int8, where memory is the limit. 8 bits, float32: 4 byte planes of 2 permutations and a blend, 16
@@ -125,5 +126,6 @@ struct CodebookKernels {
 extern const CodebookKernels kCodebookScalar;
 extern const CodebookKernels kCodebookAvx2;
 extern const CodebookKernels kCodebookAvx512;
+extern const CodebookKernels kCodebookAvx512Bf16;  // mode bfloat16 only
 
 }  // namespace tersetorch

@@ -15,6 +15,14 @@ namespace {
 
 constexpr int kPieces = 16 / kCodeLanes;
 
+// Whether a mode takes the products of two bfloat16 at once.
+#ifdef __AVX512BF16__
+constexpr bool kLevelHasPairs = true;
+#else
+constexpr bool kLevelHasPairs = false;
+#endif
+constexpr bool HasPairs(CodebookMode mode) { return kLevelHasPairs && mode == CodebookMode::kBFloat16; }
+
 // ---- samples
 
 // kColumns columns of sample n, 0 past its `count` columns and past the last sample.
@@ -30,7 +38,12 @@ void LoadColumns(const CodebookSamplesArgs& a, Index n, Index begin, Index count
 template <int kBits, CodebookMode kMode>
 TERSETORCH_INLINE Bits8 WordsOf(const float* x, float inverse, int v, int half, Int8& sum) {
   constexpr int kBytes = 8 / kBits;
-  if constexpr (kMode != CodebookMode::kInt8) {
+  if constexpr (HasPairs(kMode)) {
+    const auto at = [&](int vector) {
+      return __builtin_convertvector(ToBFloat16(Load<Float8>(x + 16 * vector + 8 * half)), Bits8);
+    };
+    return at(v) | at(v + 16 / kBits) << 16;
+  } else if constexpr (kMode != CodebookMode::kInt8) {
     const Float8 words = Load<Float8>(x + 16 * v + 8 * half);
     return (Bits8)(kMode == CodebookMode::kBFloat16 ? FromBFloat16(ToBFloat16(words)) : words);
   }
@@ -48,7 +61,7 @@ TERSETORCH_INLINE Bits8 WordsOf(const float* x, float inverse, int v, int half, 
 template <int kBits, CodebookMode kMode, bool kFew>
 void PackChunks(const CodebookSamplesArgs& a, Index chunk_begin, Index chunk_end) {
   constexpr Index kColumns = 512 / kBits;
-  constexpr int kVectors = CodebookVectors(kBits, kMode);
+  constexpr int kVectors = HasPairs(kMode) ? 16 / kBits : CodebookVectors(kBits, kMode);
   constexpr int kPacked = kFew ? 1 : 8;  // samples whose words lie beside each other are transposed
   constexpr bool kInteger = kMode == CodebookMode::kInt8;
   const Index of_block = CodeChunks(a.column_block, kBits);
@@ -99,14 +112,11 @@ void PackForWidth(const CodebookSamplesArgs& a, Index chunk_begin, Index chunk_e
 
 template <int kBits>
 void PackForMode(const CodebookSamplesArgs& a, Index chunk_begin, Index chunk_end) {
-  switch (a.mode) {
-    case CodebookMode::kExact:
-      return PackForWidth<kBits, CodebookMode::kExact>(a, chunk_begin, chunk_end);
-    case CodebookMode::kBFloat16:
-      return PackForWidth<kBits, CodebookMode::kBFloat16>(a, chunk_begin, chunk_end);
-    case CodebookMode::kInt8:
-      return PackForWidth<kBits, CodebookMode::kInt8>(a, chunk_begin, chunk_end);
-  }
+#ifndef __AVX512BF16__
+  if (a.mode == CodebookMode::kExact) return PackForWidth<kBits, CodebookMode::kExact>(a, chunk_begin, chunk_end);
+  if (a.mode == CodebookMode::kInt8) return PackForWidth<kBits, CodebookMode::kInt8>(a, chunk_begin, chunk_end);
+#endif
+  PackForWidth<kBits, CodebookMode::kBFloat16>(a, chunk_begin, chunk_end);
 }
 
 void PackSamples(const CodebookSamplesArgs& a, Index chunk_begin, Index chunk_end) noexcept {
@@ -215,8 +225,20 @@ TERSETORCH_INLINE T InRegister(T value) {
   return value;
 }
 
-// A chunk of kRows rows. Past its `count` columns, unless it is whole, a weight counts as 0: the first entry may be
-// NaN.
+// The vector `s` of a chunk's weights with 0 past its `count` columns, where the first entry would be and may be NaN.
+template <typename Codes, int kBits>
+TERSETORCH_INLINE typename Codes::Sum Existing(typename Codes::Sum weights, int s, int piece, Index count) {
+  if constexpr (Codes::kInteger) return weights;
+  const CodeInts column = CodeLane() + (16 * s + piece * kCodeLanes);
+  CodeInts there = column < static_cast<std::int32_t>(count);
+  if constexpr (Codes::kVectors * kBits == 16) {  // pairs
+    const CodeInts upper = column < static_cast<std::int32_t>(count) - 16 * Codes::kVectors;
+    there = (there & 0xffff) | upper << 16;
+  }
+  return (typename Codes::Sum)((CodeInts)weights & there);
+}
+
+// A chunk of kRows rows, of which `count` columns exist unless it is whole.
 template <typename Codes, int kBits, int kRows, int kSamples, bool kWhole>
 TERSETORCH_INLINE void AddChunk(const typename Codes::Table (&tables)[kRows], const std::uint8_t* codes, Index stride,
                                 const char* panel, Index count,
@@ -236,10 +258,7 @@ TERSETORCH_INLINE void AddChunk(const typename Codes::Table (&tables)[kRows], co
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) {
         weights[r] = Codes::At(tables[r], states[r], s);
-        if constexpr (!kWhole && !Codes::kInteger) {
-          const CodeInts there = CodeLane() + (16 * s + piece * kCodeLanes) < static_cast<std::int32_t>(count);
-          weights[r] = (typename Codes::Sum)((CodeInts)weights[r] & there);
-        }
+        if constexpr (!kWhole) weights[r] = Existing<Codes, kBits>(weights[r], s, piece, count);
       }
 #pragma GCC unroll 8
       for (int n = 0; n < kSamples; ++n) {
@@ -450,7 +469,7 @@ __attribute__((noinline)) void AddTile(const char* tile, Index tile_bytes, const
 }
 
 template <typename Codes, int kBits>
-TERSETORCH_INLINE void DecodeChunk(const typename Codes::Table& table, const std::uint8_t* codes, char* to,
+TERSETORCH_INLINE void DecodeChunk(const typename Codes::Table& table, const std::uint8_t* codes, Index count, char* to,
                                    CodesMet<kBits>& met) {
 #pragma GCC unroll 2
   for (int piece = 0; piece < kPieces; ++piece) {
@@ -458,7 +477,11 @@ TERSETORCH_INLINE void DecodeChunk(const typename Codes::Table& table, const std
     met.Add(words);
     const auto state = Codes::Begin(table, words);
 #pragma GCC unroll 16
-    for (int s = 0; s < Codes::kVectors; ++s) Store(to + s * 64 + piece * kCodeLanes * 4, Codes::At(table, state, s));
+    for (int s = 0; s < Codes::kVectors; ++s) {
+      typename Codes::Sum weights = Codes::At(table, state, s);
+      if (count < 512 / kBits) weights = Existing<Codes, kBits>(weights, s, piece, count);
+      Store(to + s * 64 + piece * kCodeLanes * 4, weights);
+    }
   }
 }
 
@@ -506,17 +529,19 @@ void Many(const CodebookMatmulArgs& a, Index row_begin, Index row_end, Index row
     while (left > 0) {
       const Index columns = left < kDepth * kColumns ? left : kDepth * kColumns;
       const Index chunks = (columns + kColumns - 1) / kColumns;
-      // Past the last column x is 0 and a decoded weight may be NaN; bytes are never.
-      const Index words = Codes::kInteger ? chunks * kChunkWords : columns;
+      const Index of_last = columns - (chunks - 1) * kColumns;
+      const Index words = (chunks - 1) * kChunkWords + (of_last < kChunkWords ? of_last : kChunkWords);
       for (Index i = 0; i < rows; i += kRows) {
         for (Index r = i; r < i + kRows && r < rows; ++r) {
           if (w.per_row) table = LoadAt<Table>(of_rows, r, sizeof(Table));
           const std::uint8_t* chunk = codes + r * row_bytes;
           char* to = tile + (r - i) * kTileBytes;
-          for (Index c = 0; c < chunks; ++c, chunk += kCodeChunkBytes, to += kChunkWords * 4) {
+          for (Index c = 1; c < chunks; ++c, chunk += kCodeChunkBytes, to += kChunkWords * 4) {
             __builtin_prefetch(chunk + 2 * kRows * row_bytes);
-            DecodeChunk<Codes>(table, chunk, to, met);
+            DecodeChunk<Codes, kBits>(table, chunk, kColumns, to, met);
           }
+          __builtin_prefetch(chunk + 2 * kRows * row_bytes);
+          DecodeChunk<Codes, kBits>(table, chunk, of_last, to, met);
         }
 #pragma GCC unroll 1
         for (Index v = 0; v < kOfWidth; v += kVectors) {
@@ -560,6 +585,13 @@ void ForWidth(const CodebookMatmulArgs& a, Index row_begin, Index row_end, Index
 
 template <int kBits>
 void ForMode(const CodebookMatmulArgs& a, Index row_begin, Index row_end, Index row_bytes, CodesMet<kBits>& met) {
+#ifdef __AVX512BF16__
+  if constexpr (kBits == 8) {
+    if (a.weight.entries > 64) return ForWidth<PlaneCodes<4, 2>, 8>(a, row_begin, row_end, row_bytes, met);
+    if (a.weight.entries > 32) return ForWidth<PlaneCodes<1, 2>, 8>(a, row_begin, row_end, row_bytes, met);
+  }
+  ForWidth<PairCodes<kBits>, kBits>(a, row_begin, row_end, row_bytes, met);
+#else
   const bool bytes = a.mode == CodebookMode::kInt8;
 #ifdef __AVX512F__
   if constexpr (kBits == 8) {
@@ -573,6 +605,7 @@ void ForMode(const CodebookMatmulArgs& a, Index row_begin, Index row_end, Index 
 #endif
   if (bytes) return ForWidth<ByteCodes<kBits>, kBits>(a, row_begin, row_end, row_bytes, met);
   ForWidth<FloatCodes<kBits>, kBits>(a, row_begin, row_end, row_bytes, met);
+#endif
 }
 
 // Where not every code of so many bits has an entry and the codes met do not say whether all fit, they are read again;

@@ -116,33 +116,65 @@ struct FloatFewCodes {
   static TERSETORCH_INLINE Sum Mac(Sum sum, Sum w, Sum x) { return sum + w * x; }
 };
 
-// 8-bit codes of at most 64 kRegisters entries: the four bytes of the entries are looked up on their own, and then put
-// together.
-template <int kRegisters>
+#ifdef __AVX512BF16__
+TERSETORCH_INLINE CodeFloats MacPairs(CodeFloats sum, CodeFloats w, CodeFloats x) {
+  return (CodeFloats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)x);
+}
+
+// Pairs of bfloat16, for codes of at most 32 entries: word l of vector f has the columns 16 f + l and, in its upper
+// half, 16 (f + kVectors) + l.
+template <int kBits>
+struct PairCodes {
+  static constexpr bool kInteger = false;
+  static constexpr int kVectors = 16 / kBits, kRows = 4;
+  using Sum = CodeFloats;
+  using State = CodeWords;
+
+  struct Table {
+    Table() = default;
+    explicit Table(const CodeEntries& e) {
+      alignas(64) std::uint16_t halves[32];
+      for (int k = 0; k < 32; k += 8) Store(halves + k, ToBFloat16(Load<Float8>(e.values + k)));
+      values = _mm512_load_si512(halves);
+    }
+    __m512i values;
+  };
+  static State Begin(const Table&, CodeWords words) { return words; }
+  // A permutation looks at the low 5 bits of each half of a word only, and the table is repeated.
+  static TERSETORCH_INLINE CodeFloats At(const Table& t, CodeWords words, int f) {
+    return (CodeFloats)_mm512_permutexvar_epi16((__m512i)(words >> kBits * f), t.values);
+  }
+  static TERSETORCH_INLINE Sum Mac(Sum sum, Sum w, Sum x) { return MacPairs(sum, w, x); }
+};
+#endif
+
+// 8-bit codes of at most 64 kRegisters entries: the bytes of the entries are looked up on their own, and then put
+// together. All four of them make float32, the upper two pairs of bfloat16 as those of PairCodes.
+template <int kRegisters, int kPlanes = 4>
 struct PlaneCodes {
   static constexpr bool kInteger = false;
-  static constexpr int kVectors = 4, kRows = kRegisters == 1 ? 2 : 1;
+  static constexpr int kVectors = kPlanes, kRows = kRegisters == 1 ? 2 : 1;
   using Sum = CodeFloats;
 
   struct Table {
     Table() = default;
     explicit Table(const CodeEntries& e) {
       for (int q = 0; q < kRegisters; ++q) {
-        for (int b = 0; b < 4; ++b) {
+        for (int b = 0; b < kPlanes; ++b) {
           alignas(64) char bytes[64];
           for (int i = 0; i < 4; ++i) {
             const auto words = _mm512_load_si512(e.values + 64 * q + 16 * i);
             _mm_store_si128(reinterpret_cast<__m128i*>(bytes + 16 * i),
-                            _mm512_cvtepi32_epi8(_mm512_srl_epi32(words, _mm_cvtsi32_si128(8 * b))));
+                            _mm512_cvtepi32_epi8(_mm512_srl_epi32(words, _mm_cvtsi32_si128(8 * (b + 4 - kPlanes)))));
           }
           planes[b][q] = _mm512_load_si512(bytes);
         }
       }
     }
-    __m512i planes[4][kRegisters];
+    __m512i planes[kPlanes][kRegisters];
   };
   struct State {
-    __m512i vectors[4];
+    __m512i vectors[kPlanes];
   };
 
   static TERSETORCH_INLINE State Begin(const Table& t, CodeWords words) {
@@ -150,9 +182,9 @@ struct PlaneCodes {
     // overwrites what those before it gave: one operation, where a permutation of two registers takes three.
     const auto index = (__m512i)words;
     const __mmask64 upper = _mm512_movepi8_mask(index), lower = _mm512_movepi8_mask(_mm512_add_epi8(index, index));
-    __m512i b[4];
+    __m512i b[kPlanes];
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < kPlanes; ++i) {
       b[i] = _mm512_permutexvar_epi8(index, t.planes[i][0]);
       if constexpr (kRegisters == 4) {
         b[i] = _mm512_mask_permutexvar_epi8(b[i], lower, index, t.planes[i][1]);
@@ -160,22 +192,31 @@ struct PlaneCodes {
         b[i] = _mm512_mask_permutexvar_epi8(b[i], upper & lower, index, t.planes[i][3]);
       }
     }
-    // Byte s of each of the four planes' words belongs to vector s: first pairs of bytes, then pairs of pairs.
+    // Byte s of each of the planes' words belongs to vector s: first pairs of bytes, then pairs of pairs.
     const __m512i low_bytes = _mm512_set1_epi16(0xff), low_halves = _mm512_set1_epi32(0xffff);
     const auto select = [](__m512i mask, __m512i a, __m512i b) { return _mm512_ternarylogic_epi32(mask, a, b, 0xca); };
     const __m512i even01 = select(low_bytes, b[0], _mm512_slli_epi16(b[1], 8));
     const __m512i odd01 = select(low_bytes, _mm512_srli_epi16(b[0], 8), b[1]);
-    const __m512i even23 = select(low_bytes, b[2], _mm512_slli_epi16(b[3], 8));
-    const __m512i odd23 = select(low_bytes, _mm512_srli_epi16(b[2], 8), b[3]);
-    return {{select(low_halves, even01, _mm512_slli_epi32(even23, 16)),
-             select(low_halves, odd01, _mm512_slli_epi32(odd23, 16)),
-             select(low_halves, _mm512_srli_epi32(even01, 16), even23),
-             select(low_halves, _mm512_srli_epi32(odd01, 16), odd23)}};
+    if constexpr (kPlanes == 2) {
+      return {{even01, odd01}};
+    } else {
+      const __m512i even23 = select(low_bytes, b[2], _mm512_slli_epi16(b[3], 8));
+      const __m512i odd23 = select(low_bytes, _mm512_srli_epi16(b[2], 8), b[3]);
+      return {{select(low_halves, even01, _mm512_slli_epi32(even23, 16)),
+               select(low_halves, odd01, _mm512_slli_epi32(odd23, 16)),
+               select(low_halves, _mm512_srli_epi32(even01, 16), even23),
+               select(low_halves, _mm512_srli_epi32(odd01, 16), odd23)}};
+    }
   }
   static TERSETORCH_INLINE CodeFloats At(const Table&, const State& state, int s) {
     return (CodeFloats)state.vectors[s];
   }
-  static TERSETORCH_INLINE Sum Mac(Sum sum, Sum w, Sum x) { return sum + w * x; }
+  static TERSETORCH_INLINE Sum Mac(Sum sum, Sum w, Sum x) {
+#ifdef __AVX512BF16__
+    if constexpr (kPlanes == 2) return MacPairs(sum, w, x);
+#endif
+    return sum + w * x;
+  }
 };
 
 #else
