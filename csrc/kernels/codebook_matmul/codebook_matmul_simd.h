@@ -238,7 +238,13 @@ TERSETORCH_INLINE typename Codes::Sum Existing(typename Codes::Sum weights, int 
   return (typename Codes::Sum)((CodeInts)weights & there);
 }
 
-// A chunk of kRows rows, of which `count` columns exist unless it is whole.
+// Whether words whose codes begin at a byte are loaded there, which spares a shift. The last of them end past the
+// chunk. Not for 8 samples, beside whose products shifts are few.
+template <typename Codes, int kBits, int kSamples>
+constexpr bool kLoadsAtBytes = !Codes::kInteger && Codes::kVectors * kBits == 32 && kSamples < 8 &&
+                               sizeof(typename Codes::State) == sizeof(CodeWords);
+
+// A chunk of kRows rows that is whole and followed by another, or of which `count` columns exist.
 template <typename Codes, int kBits, int kRows, int kSamples, bool kWhole>
 TERSETORCH_INLINE void AddChunk(const typename Codes::Table (&tables)[kRows], const std::uint8_t* codes, Index stride,
                                 const char* panel, Index count,
@@ -257,7 +263,14 @@ TERSETORCH_INLINE void AddChunk(const typename Codes::Table (&tables)[kRows], co
       typename Codes::Sum weights[kRows];
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) {
-        weights[r] = Codes::At(tables[r], states[r], s);
+        if constexpr (kWhole && kLoadsAtBytes<Codes, kBits, kSamples>) {
+          constexpr int kOfByte = 8 / kBits;
+          const std::uint8_t* const at = codes + r * stride + s / kOfByte;
+          if (s % kOfByte == 0 && s > 0) states[r] = InRegister(LoadAt<CodeWords>(at, piece * kCodeLanes, 4));
+          weights[r] = Codes::At(tables[r], states[r], s % kOfByte);
+        } else {
+          weights[r] = Codes::At(tables[r], states[r], s);
+        }
         if constexpr (!kWhole) weights[r] = Existing<Codes, kBits>(weights[r], s, piece, count);
       }
 #pragma GCC unroll 8
@@ -296,7 +309,8 @@ void AddColumns(const typename Codes::Table* tables, bool per_row, const std::ui
   constexpr Index kAhead = 16;
   Index before = kSamples <= 4 && columns > kAhead * kColumns ? columns / kColumns - kAhead : 0;
   const std::uint8_t* wanted = before > 0 ? codes + kAhead * kCodeChunkBytes : ahead;
-  for (; columns >= kColumns; columns -= kColumns) {
+  constexpr Index kFollowing = kLoadsAtBytes<Codes, kBits, kSamples> ? 1 : 0;
+  for (; columns >= kColumns + kFollowing; columns -= kColumns) {
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) __builtin_prefetch(wanted + r * stride);
     wanted = --before == 0 ? ahead : wanted + kCodeChunkBytes;
