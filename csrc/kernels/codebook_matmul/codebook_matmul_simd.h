@@ -239,9 +239,9 @@ TERSETORCH_INLINE typename Codes::Sum Existing(typename Codes::Sum weights, int 
 }
 
 // Whether words whose codes begin at a byte are loaded there, which spares a shift. The last of them end past the
-// chunk. Not for 8 samples, beside whose products shifts are few.
+// chunk. Not for 8 samples, beside whose products shifts are few, nor with few registers.
 template <typename Codes, int kBits, int kSamples>
-constexpr bool kLoadsAtBytes = !Codes::kInteger && Codes::kVectors * kBits == 32 && kSamples < 8 &&
+constexpr bool kLoadsAtBytes = !Codes::kInteger && Codes::kVectors * kBits == 32 && kSamples < 8 && kCodeLanes == 16 &&
                                sizeof(typename Codes::State) == sizeof(CodeWords);
 
 // A chunk of kRows rows that is whole and followed by another, or of which `count` columns exist.
