@@ -18,9 +18,9 @@
 //         quarter, and 1 filter, as of a depthwise convolution, nearly all. What codebook_matmul loses to decoding
 //         comes to it. A weight of 512 x 512 x 3 x 3 takes 1.2 MB at 4 bits where float32 takes 9.4, read once for each
 //         64 outputs; at 7 x 7 outputs it does 231 million operations, 1.2 ms at 196 a nanosecond, while float32's
-//         bytes alone take 0.9 ms at 10 GB/s. Measured there, on one core: 1.5 ms, 78 % of the FMA limit, for
-//         oneDNN's 2.1; at 14 x 14 of 256 channels 1.45 ms for 1.36, at 28 x 28 of 128 1.55 for 1.25, at 56 x 56 of
-//         64 1.65 for 1.26, all at an eighth of the memory. int8: 0.48 ms for torch's quantised 0.53 at 7 x 7, 0.73 for
+//         bytes alone take 0.9 ms at 10 GB/s. Measured there, on one core: 1.55 ms, 76 % of the FMA limit, for
+//         oneDNN's 2.2; at 14 x 14 of 256 channels 1.50 ms for 1.39, at 28 x 28 of 128 1.60 for 1.25, at 56 x 56 of
+//         64 1.69 for 1.29, all at an eighth of the memory. int8: 0.49 ms for torch's quantised 0.53 at 7 x 7, 0.76 for
 //         0.36 at 56 x 56, where rounding and copying the images is most of it.
 // Source: Chellapilla et al., High performance convolutional neural networks (2006), for windows as a matrix; Han et
 //         al., Deep Compression (2016), section 3.2, for shared weights.
