@@ -32,7 +32,8 @@ FRAMEWORKS = r"torch|ATen|c10|Python|pybind11"
 FORBIDDEN_INCLUDES = {
     "kernels": FRAMEWORKS + r"|codec|native|thread|mutex|string>|vector|memory|stdexcept|iostream|new>",
     "codec": FRAMEWORKS + r"|native",
-    "torch": r"Python|pybind11|ATen|c10|torch/(?!csrc/stable|headeronly|common|cuda|samples)|native|codec",
+    "torch": r"Python|pybind11|ATen|c10|native|codec"
+    r"|torch/(?!csrc/stable|headeronly|codebook_weight|common|cuda|images|samples)",
     "native": r"torch|ATen|c10",
 }
 

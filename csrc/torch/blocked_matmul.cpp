@@ -42,8 +42,6 @@ void CheckInt8Columns(const char* op, std::int64_t columns) {
                   "; split the layer by columns");
 }
 
-std::int64_t Blocks(std::int64_t size, std::int64_t block) { return (size + block - 1) / block; }
-
 // group: consecutive columns that a value holds.
 void CheckColumnBlock(const char* op, std::int64_t column_block, std::int64_t group) {
   STD_TORCH_CHECK(1 <= column_block && column_block <= kBlockedMaxColumnBlock && column_block % group == 0, op,

@@ -5,112 +5,19 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <atomic>
 #include <optional>
 #include <string>
 #include <vector>
 
-#include "kernels/blocked_matmul/blocked_matmul_cuda.h"
 #include "kernels/codebook_matmul/codebook_matmul_cuda.h"
 #include "kernels/panels/panels.h"
+#include "torch/codebook_weight.h"
 #include "torch/common.h"
 #include "torch/cuda.h"
 #include "torch/samples.h"
 
 namespace tersetorch {
 namespace {
-
-std::int64_t Blocks(std::int64_t columns, std::int64_t column_block) {
-  return (columns + column_block - 1) / column_block;
-}
-
-// Columns, and into how wide blocks codes and tables are cut: all of them for column_block 0.
-struct Width {
-  Width(const char* op, std::int64_t columns, std::int64_t column_block)
-      : columns(columns), block(column_block == 0 ? std::max<std::int64_t>(1, columns) : column_block) {
-    STD_TORCH_CHECK(columns >= 0 && column_block >= 0, op, ": columns and column_block must be at least 0, got ",
-                    columns, " and ", column_block, "; pass the weight's own");
-  }
-
-  std::int64_t columns, block;
-};
-
-int CheckedBits(const char* op, std::int64_t entries) {
-  STD_TORCH_CHECK(entries >= 1 && entries <= kCodesMaxEntries, op, ": codebook must have 1 to ", kCodesMaxEntries,
-                  " entries in a table, got ", entries, "; share the weight with at most 8 bits");
-  return CodeBits(entries);
-}
-
-void CheckCodes(Place place, const char* op, const Tensor& codes, std::int64_t row_bytes) {
-  CheckOn(place, op, codes, "codes");
-  STD_TORCH_CHECK(codes.scalar_type() == ScalarType::Byte && codes.dim() == 2 && codes.size(1) == row_bytes, op,
-                  ": codes must be uint8 [rows, ", row_bytes, "] for such columns and entries, got ",
-                  torch::headeronly::toString(codes.scalar_type()), " and ", codes.dim(), "-D with ", codes.numel(),
-                  " elements; pass what codebook_pack made for them");
-}
-
-// A weight whose tensors live as long as this. Without a codebook it has `tables` tables of `entries`, unread.
-struct Weight {
-  Weight(const char* op, Place place, const Tensor& packed, const std::optional<Tensor>& values, std::int64_t tables,
-         std::int64_t entries, const Width& width)
-      : codes(Usable(place, packed, 16)) {
-    const int bits = CheckedBits(op, entries);
-    row_bytes = CodeRowBytes(width.columns, width.block, bits);
-    CheckCodes(place, op, packed, row_bytes);
-    const std::int64_t rows = packed.size(0), blocks = Blocks(width.columns, width.block);
-    // Where blocks are asked for, there is a table for each; else one for each row, or one.
-    const bool fits = blocks > 1 ? tables == blocks : tables == 1 || tables == rows;
-    STD_TORCH_CHECK(fits, op, ": codebook must have ",
-                    blocks > 1 ? std::to_string(blocks) + " tables, one for each block of columns"
-                               : "1 table or " + std::to_string(rows) + ", one for each row",
-                    ", got ", tables, "; pass the codebook that the codes were made with");
-    if (values.has_value()) codebook = Usable(place, *values);
-    args = {codes.const_data_ptr<std::uint8_t>(),
-            codebook.has_value() ? codebook->const_data_ptr<float>() : nullptr,
-            entries,
-            tables > 1 && blocks <= 1,
-            rows,
-            width.columns,
-            width.block};
-  }
-
-  Tensor codes;
-  std::optional<Tensor> codebook;
-  std::int64_t row_bytes;
-  CodebookWeight args{};
-};
-
-Weight WeightOf(const char* op, Place place, const Tensor& codes, const Tensor& codebook, const Width& width) {
-  CheckOn(place, op, codebook, "codebook");
-  STD_TORCH_CHECK(codebook.scalar_type() == ScalarType::Float && codebook.dim() == 2, op,
-                  ": codebook must be float32 [tables, entries], got ",
-                  torch::headeronly::toString(codebook.scalar_type()), " and ", codebook.dim(), "-D; convert it");
-  return Weight(op, place, codes, codebook, codebook.size(0), codebook.size(1), width);
-}
-
-class SharedStatus {
- public:
-  void Report(CodebookStatus status) {
-    if (status != CodebookStatus::kOk) status_.store(status, std::memory_order_relaxed);
-  }
-  void Raise(const char* op, std::int64_t entries) const {
-    STD_TORCH_CHECK(status_.load(std::memory_order_relaxed) == CodebookStatus::kOk, op, ": codes must lie in [0, ",
-                    entries, "), got one outside; pass the codebook that the codes were made with");
-  }
-
- private:
-  std::atomic<CodebookStatus> status_{CodebookStatus::kOk};
-};
-
-CodebookMode ModeOf(const char* op, const std::string& mode, std::int64_t columns) {
-  if (mode == "exact") return CodebookMode::kExact;
-  if (mode == "bfloat16") return CodebookMode::kBFloat16;
-  STD_TORCH_CHECK(mode == "int8", op, ": mode must be \"exact\", \"bfloat16\" or \"int8\", got \"", mode,
-                  "\"; choose one of them");
-  STD_TORCH_CHECK(columns <= kCodebookMaxQuantizedColumns, op, ": x must have at most ", kCodebookMaxQuantizedColumns,
-                  " features in mode \"int8\", got ", columns, "; split the layer or use mode \"exact\"");
-  return CodebookMode::kInt8;
-}
 
 // Columns of a panel for so many samples.
 std::int64_t PanelWidth(std::int64_t samples) {
@@ -123,10 +30,10 @@ Tensor CodebookMatmulOnCpu(const Tensor& x, const Tensor& codes, const Tensor& c
                            const std::optional<Tensor>& bias, std::int64_t column_block, std::string mode, bool relu) {
   constexpr const char* kOp = "codebook_matmul";
   const Samples samples(kOp, x, "x");
-  const Weight weight = WeightOf(kOp, kCpu, codes, codebook, Width(kOp, samples.features, column_block));
+  const CodedWeight weight = CodedWeightOf(kOp, kCpu, codes, codebook, CodedWidth(kOp, samples.features, column_block));
   const CodebookWeight& w = weight.args;
   const Bias of_rows(kOp, bias, w.rows);
-  const CodebookMode how = ModeOf(kOp, mode, samples.features);
+  const CodebookMode how = CodebookModeOf(kOp, mode, samples.features);
   const int bits = CodeBits(w.entries);
   const Tensor y = EmptyWithLastDim(x, w.rows);
   char* y_data = static_cast<char*>(y.mutable_data_ptr());
@@ -138,7 +45,7 @@ Tensor CodebookMatmulOnCpu(const Tensor& x, const Tensor& codes, const Tensor& c
   const std::int64_t chunks = weight.row_bytes / kCodeChunkBytes;
   const std::int64_t at_once = std::min(samples.count, kCodebookMaxWidth);
   Scratch panel(CodebookPanelBytes(weight.row_bytes, bits, how, PanelWidth(at_once)));
-  SharedStatus status;
+  SharedCodebookStatus status;
   for (std::int64_t first = 0; first < samples.count; first += kCodebookMaxWidth) {
     const std::int64_t count = std::min(kCodebookMaxWidth, samples.count - first), width = PanelWidth(count);
     const void* from = samples.At(first);
@@ -175,7 +82,7 @@ Tensor CodebookMatmulOnCpu(const Tensor& x, const Tensor& codes, const Tensor& c
     }
     ParallelFor(Blocks(w.rows, kCodebookRows), GrainItems(row_operations * kCodebookRows),
                 [&](std::int64_t begin, std::int64_t end) {
-                  Scratch memory(kCodebookSumRows * width * 4);
+                  Scratch memory(CodebookScratchBytes(width, w.per_row));
                   CodebookMatmulArgs own = args;
                   own.sums = memory.Data<float>();
                   for (std::int64_t b = begin; b < end; ++b) {
@@ -190,11 +97,11 @@ Tensor CodebookMatmulOnCpu(const Tensor& x, const Tensor& codes, const Tensor& c
 Tensor CodebookDenseOnCpu(const Tensor& codes, const Tensor& codebook, std::int64_t columns,
                           std::int64_t column_block) {
   constexpr const char* kOp = "codebook_dense";
-  const Weight weight = WeightOf(kOp, kCpu, codes, codebook, Width(kOp, columns, column_block));
+  const CodedWeight weight = CodedWeightOf(kOp, kCpu, codes, codebook, CodedWidth(kOp, columns, column_block));
   const CodebookWeight& w = weight.args;
   Tensor dense = torch::stable::new_empty(codebook, {w.rows, columns});
   auto* to = dense.mutable_data_ptr<float>();
-  SharedStatus status;
+  SharedCodebookStatus status;
   ParallelFor(w.rows, GrainItems(columns),
               [&](std::int64_t begin, std::int64_t end) { status.Report(CodebookDecode(w, to, begin, end)); });
   status.Raise(kOp, w.entries);
@@ -217,14 +124,15 @@ Tensor CodebookReduceOnCpu(const Tensor& grad, const Tensor& codes, std::int64_t
   constexpr const char* kOp = "codebook_reduce";
   CheckOnCpu(kOp, grad, "grad");
   CheckGrad(kOp, grad);
-  const Weight weight(kOp, kCpu, codes, std::nullopt, tables, entries, Width(kOp, grad.size(1), column_block));
+  const CodedWeight weight(kOp, kCpu, codes, std::nullopt, tables, entries,
+                           CodedWidth(kOp, grad.size(1), column_block));
   const CodebookWeight& w = weight.args;
   CheckRows(kOp, grad, w.rows);
   const Tensor contiguous = Contiguous(grad);
   const float* from = contiguous.const_data_ptr<float>();
   Tensor sums = torch::stable::new_empty(contiguous, {tables, entries});
   auto* to = sums.mutable_data_ptr<float>();
-  SharedStatus status;
+  SharedCodebookStatus status;
   // Blocks of rows have sums of their own, added in their order: the same for any number of threads. Tables of rows
   // are nobody else's.
   const std::int64_t rows_a_block = std::max<std::int64_t>(64, Blocks(w.rows, 64));
@@ -254,7 +162,7 @@ Tensor CodebookPackOnCpu(const Tensor& codes, std::int64_t entries, std::int64_t
   const Tensor plain = Contiguous(codes);
   const auto* from = plain.const_data_ptr<std::uint8_t>();
   const int bits = CheckedBits(kOp, entries);
-  const Width width(kOp, codes.size(1), column_block);
+  const CodedWidth width(kOp, codes.size(1), column_block);
   const std::int64_t rows = codes.size(0);
   const std::int64_t size = plain.numel();
   std::uint8_t largest = 0;
@@ -273,7 +181,7 @@ Tensor CodebookUnpackOnCpu(const Tensor& packed, std::int64_t entries, std::int6
                            std::int64_t column_block) {
   constexpr const char* kOp = "codebook_unpack";
   const int bits = CheckedBits(kOp, entries);
-  const Width width(kOp, columns, column_block);
+  const CodedWidth width(kOp, columns, column_block);
   CheckCodes(kCpu, kOp, packed, CodeRowBytes(width.columns, width.block, bits));
   const Tensor from = Contiguous(packed);
   const std::int64_t rows = packed.size(0);
@@ -287,33 +195,18 @@ Tensor CodebookUnpackOnCpu(const Tensor& packed, std::int64_t entries, std::int6
 
 #ifdef TERSETORCH_CUDA
 
-// Rows of int8 in whole words of four, and their scales.
-struct RoundedRows {
-  RoundedRows(const CudaCall& call, const Tensor& like, const void* x, FloatDtype stored_as, std::int64_t rows,
-              std::int64_t columns)
-      : stride((columns + 3) / 4 * 4),
-        bytes(torch::stable::new_empty(like, {rows, stride}, ScalarType::Char)),
-        scales(torch::stable::new_empty(like, {rows}, ScalarType::Float)) {
-    call.Check(BlockedQuadsCuda({x, stored_as, rows, columns, static_cast<std::uint32_t*>(bytes.mutable_data_ptr()),
-                                 scales.mutable_data_ptr<float>()},
-                                call.Stream()));
-  }
-
-  std::int64_t stride;
-  Tensor bytes, scales;
-};
-
 Tensor CodebookMatmulOnCuda(const Tensor& x, const Tensor& codes, const Tensor& codebook,
                             const std::optional<Tensor>& bias, std::int64_t column_block, std::string mode, bool relu) {
   constexpr const char* kOp = "codebook_matmul";
   const CudaCall call(kOp, x, "x");
   const Samples samples(kOp, x, "x", call.place());
-  const Weight weight = WeightOf(kOp, call.place(), codes, codebook, Width(kOp, samples.features, column_block));
+  const CodedWeight weight =
+      CodedWeightOf(kOp, call.place(), codes, codebook, CodedWidth(kOp, samples.features, column_block));
   const CodebookWeight& w = weight.args;
   const Bias of_rows(kOp, bias, w.rows, call.place());
   const Tensor y = EmptyWithLastDim(x, w.rows);
   CodebookMatmulCudaArgs args{w,
-                              ModeOf(kOp, mode, samples.features),
+                              CodebookModeOf(kOp, mode, samples.features),
                               samples.At(0),
                               samples.stored_as,
                               of_rows.data,
@@ -356,7 +249,7 @@ Tensor CodebookDenseOnCuda(const Tensor& codes, const Tensor& codebook, std::int
                            std::int64_t column_block) {
   constexpr const char* kOp = "codebook_dense";
   const CudaCall call(kOp, codes, "codes");
-  const Weight weight = WeightOf(kOp, call.place(), codes, codebook, Width(kOp, columns, column_block));
+  const CodedWeight weight = CodedWeightOf(kOp, call.place(), codes, codebook, CodedWidth(kOp, columns, column_block));
   Tensor dense = torch::stable::new_empty(codebook, {weight.args.rows, columns});
   call.Check(CodebookDecodeCuda({weight.args, dense.mutable_data_ptr<float>()}, call.Stream()));
   return dense;
@@ -367,7 +260,8 @@ Tensor CodebookReduceOnCuda(const Tensor& grad, const Tensor& codes, std::int64_
   constexpr const char* kOp = "codebook_reduce";
   const CudaCall call(kOp, grad, "grad");
   CheckGrad(kOp, grad);
-  const Weight weight(kOp, call.place(), codes, std::nullopt, tables, entries, Width(kOp, grad.size(1), column_block));
+  const CodedWeight weight(kOp, call.place(), codes, std::nullopt, tables, entries,
+                           CodedWidth(kOp, grad.size(1), column_block));
   CheckRows(kOp, grad, weight.args.rows);
   const Tensor contiguous = Usable(call.place(), grad);
   Tensor sums = torch::stable::new_empty(contiguous, {tables, entries});

@@ -47,6 +47,8 @@ inline torch::stable::Tensor Contiguous(const torch::stable::Tensor& t) {
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }
 
+inline std::int64_t Blocks(std::int64_t size, std::int64_t block) { return (size + block - 1) / block; }
+
 // Items of one thread's task: fewer than about 32 Ki vector operations cost less than waking a thread.
 inline std::int64_t GrainItems(std::int64_t vector_operations_per_item) {
   constexpr std::int64_t kVectorOperationsPerTask = 32 * 1024;

@@ -106,6 +106,17 @@ STABLE_TORCH_LIBRARY(tersetorch, m) {
   // bitmap and row_offsets -> col_indices int32 [nnz]
   m.def("bitmap_to_rows(Tensor bitmap, Tensor row_offsets, int columns, int nnz) -> Tensor");
 
+  // x [N, C, H, W] and a dense weight [O, C / groups * kh * kw] kept as codes, as codebook_matmul takes it; mode
+  // "exact", "bfloat16" or "int8"; at least 0 with relu -> [N, O, H', W']
+  m.def(
+      "codebook_conv2d(Tensor x, Tensor codes, Tensor codebook, Tensor? bias, int column_block, int[] kernel_size, "
+      "int[] stride, int[] padding, int[] dilation, int groups, bool relu=False, str mode='exact') -> Tensor");
+  // The same without autograd: for callers that know gradients to be off.
+  m.def(
+      "codebook_conv2d_inference(Tensor x, Tensor codes, Tensor codebook, Tensor? bias, int column_block, int[] "
+      "kernel_size, int[] stride, int[] padding, int[] dilation, int groups, bool relu=False, str mode='exact') -> "
+      "Tensor");
+
   // x [N, C, H, W] and a weight [O, C / groups * kh * kw] in compressed sparse rows, at least 0 with relu; mode
   // "exact", "bfloat16" or "int8" -> [N, O, H', W']
   m.def(

@@ -20,12 +20,11 @@
 #include "kernels/sparse_conv2d/sparse_conv2d_cuda.h"
 #include "torch/common.h"
 #include "torch/cuda.h"
+#include "torch/images.h"
 #include "torch/samples.h"
 
 namespace tersetorch {
 namespace {
-
-using Ints = std::vector<std::int64_t>;
 
 void CheckVector(const char* op, const Tensor& t, const char* name, ScalarType dtype, std::int64_t dim = 1,
                  Place place = kCpu) {
@@ -35,26 +34,9 @@ void CheckVector(const char* op, const Tensor& t, const char* name, ScalarType d
                   torch::headeronly::toString(t.scalar_type()), " and ", t.dim(), "-D; convert it");
 }
 
-std::int64_t Blocks(std::int64_t size, std::int64_t block) { return (size + block - 1) / block; }
-
-void CheckPair(const char* op, const Ints& pair, const char* name, std::int64_t least) {
-  constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();  // so that products of them fit int64
-  const auto fits = [&](std::int64_t n) { return least <= n && n <= kMost; };
-  STD_TORCH_CHECK(pair.size() == 2 && fits(pair[0]) && fits(pair[1]), op, ": ", name, " must be two numbers from ",
-                  least, " to ", kMost, ", got ", pair.size(),
-                  " of them or one outside; pass one for the height and one for the width");
-}
-
 ConvShape ShapeOf(const char* op, std::int64_t in_channels, std::int64_t out_channels, const Ints& kernel_size,
                   const Ints& stride, const Ints& dilation, std::int64_t groups) {
-  CheckPair(op, kernel_size, "kernel_size", 1);
-  CheckPair(op, stride, "stride", 1);
-  CheckPair(op, dilation, "dilation", 1);
-  STD_TORCH_CHECK(groups >= 1 && in_channels % groups == 0 && out_channels % groups == 0, op,
-                  ": groups must divide the channels, got ", groups, " groups of ", in_channels, " channels in and ",
-                  out_channels, " out; pass the groups of the weight");
-  const ConvShape shape{in_channels, out_channels, groups,      kernel_size[0], kernel_size[1],
-                        stride[0],   stride[1],    dilation[0], dilation[1]};
+  const ConvShape shape = ConvShapeOf(op, in_channels, out_channels, kernel_size, stride, dilation, groups);
   // The first two bound what the third multiplies.
   STD_TORCH_CHECK(kernel_size[0] < kConvMaxIndex && kernel_size[1] < kConvMaxIndex &&
                       kernel_size[1] * ConvSlots(shape).Count() <= kConvMaxIndex,
@@ -194,53 +176,6 @@ void Raise(const char* op, ConvStatus status, const ConvWeight& w) {
   }
 }
 
-// The dimensions of an image's planes follow each other as channels_last has them, and not as the default has them.
-bool IsChannelsLast(const Tensor& t) {
-  if (t.is_contiguous()) return false;
-  std::int64_t expected = 1;
-  for (const int d : {1, 3, 2, 0}) {
-    if (t.size(d) != 1 && t.stride(d) != expected) return false;
-    expected *= t.size(d);
-  }
-  return true;
-}
-
-// Images [N, C, H, W], checked, and the sizes of what a convolution makes of them.
-struct Images {
-  Images(const char* op, const Tensor& x, const ConvShape& s, const Ints& padding, Place place = kCpu)
-      : stored_as(DtypeOf(op, x, "x")), count(x.size(0)), height(x.size(2)), width(x.size(3)) {
-    CheckPair(op, padding, "padding", 0);
-    STD_TORCH_CHECK(height + 2 * padding[0] > s.dilation_h * (s.kernel_h - 1) &&
-                        width + 2 * padding[1] > s.dilation_w * (s.kernel_w - 1),
-                    op, ": x must be as large as the kernel, got ", height, " x ", width,
-                    " before padding; pass larger images or more padding");
-    out_height = (height + 2 * padding[0] - s.dilation_h * (s.kernel_h - 1) - 1) / s.stride_h + 1;
-    out_width = (width + 2 * padding[1] - s.dilation_w * (s.kernel_w - 1) - 1) / s.stride_w + 1;
-    // So that the products of what the caller allocates fit.
-    constexpr std::int64_t kMostPixels = std::numeric_limits<std::int32_t>::max();
-    STD_TORCH_CHECK(out_height <= kMostPixels && out_width <= kMostPixels / std::max<std::int64_t>(1, out_height), op,
-                    ": an image of y must have at most ", kMostPixels, " pixels, got ", out_height, " x ", out_width,
-                    "; pass less padding");
-    channels_last = IsChannelsLast(x);
-    tensor = channels_last ? x : Contiguous(x);
-    // As Usable does, which knows contiguous tensors only.
-    const auto address = reinterpret_cast<std::uintptr_t>(tensor.const_data_ptr());
-    if (place != kCpu && address % tensor.element_size() != 0) tensor = torch::stable::clone(tensor);
-  }
-
-  // Outputs, uninitialised, in the memory format of the images.
-  Tensor Outputs(std::int64_t channels) const {
-    return torch::stable::empty(
-        {count, channels, out_height, out_width}, tensor.scalar_type(), std::nullopt, tensor.device(), std::nullopt,
-        channels_last ? torch::headeronly::MemoryFormat::ChannelsLast : torch::headeronly::MemoryFormat::Contiguous);
-  }
-
-  FloatDtype stored_as;
-  std::int64_t count, height, width, out_height = 0, out_width = 0;
-  bool channels_last = false;
-  Tensor tensor;
-};
-
 // Threads share out tiles, and filters too where there are few tiles.
 std::int64_t FilterChunks(std::int64_t tiles, std::int64_t row_blocks) {
   const auto threads = static_cast<std::int64_t>(torch::stable::get_num_threads());
@@ -368,11 +303,6 @@ Tensor Convolve(const char* op, const Tensor& x, const Weight& weight, const std
     });
   }
   return y;
-}
-
-void CheckImages(const char* op, const Tensor& x, Place place = kCpu) {
-  CheckOn(place, op, x, "x");
-  STD_TORCH_CHECK(x.dim() == 4, op, ": x must be [N, C, H, W], got ", x.dim(), "-D; reshape it");
 }
 
 // The positions of a weight in compressed sparse rows, valid and in memory of their own.
@@ -621,12 +551,6 @@ Tensor ConvOnCpu(const Tensor& x, const Tensor& row_offsets, const Tensor& col_i
 }
 
 #ifdef TERSETORCH_CUDA
-
-ConvSteps StepsOf(std::int64_t channels, std::int64_t height, std::int64_t width, bool channels_last) {
-  const std::int64_t image = channels * height * width;
-  if (channels_last) return {image, 1, width * channels, channels};
-  return {image, height * width, width, 1};
-}
 
 Tensor ConvOnCuda(const Tensor& x, const Tensor& row_offsets, const Tensor& col_indices, const Tensor& values,
                   const std::optional<Tensor>& bias, const std::optional<Tensor>& codebook, Ints kernel_size,

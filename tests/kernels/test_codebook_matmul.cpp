@@ -1,5 +1,8 @@
 // Every variant against sums in double, or the reference's bits in int8, on awkward shapes and unaligned memory, and
 // against codes outside their tables.
+#include <setjmp.h>
+#include <signal.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -21,7 +24,8 @@ namespace {
 struct Variant {
   const char* name;
   CpuIsa needs;
-  const CodebookKernels& kernels;
+  CodebookKernels kernels;
+  std::vector<CodebookMode> modes;
 };
 
 struct Problem {
@@ -60,7 +64,7 @@ struct Problem {
   }
 };
 
-// y of one panel's samples.
+// y of one panel's samples, which some calls want sample by sample and others row by row.
 std::vector<float> Run(const CodebookKernels& kernels, Problem& p, CodebookMode mode, const std::vector<float>& x,
                        const std::vector<float>& bias, Index samples, Index width, FloatDtype y_as, bool relu,
                        CodebookStatus* status) {
@@ -81,13 +85,25 @@ std::vector<float> Run(const CodebookKernels& kernels, Problem& p, CodebookMode 
   kernels.pack_samples(pack, chunks / 2, chunks);
   kernels.pack_samples(pack, 0, chunks / 2);
   Output y(samples * p.rows, y_as);
-  Unaligned<float> scratch(std::vector<float>(kCodebookSumRows * width, NAN));
-  const CodebookMatmulArgs args{p.Weight(),    mode,        panel.data(), width,         samples,
-                                scales.data(), sums.data(), table.scale,  table.inverse, stored_bias.data(),
-                                relu,          y.data(),    y_as,         scratch.data()};
+  Unaligned<float> scratch(std::vector<float>(CodebookScratchBytes(width, p.per_row) / 4, NAN));
+  CodebookMatmulArgs args{p.Weight(),    mode,        panel.data(), width,         samples,
+                          scales.data(), sums.data(), table.scale,  table.inverse, stored_bias.data(),
+                          relu,          y.data(),    y_as,         scratch.data()};
+  // Two samples change places, so that not all lie side by side.
+  std::vector<Index> places(samples);
+  for (Index n = 0; n < samples; ++n) places[n] = n;
+  std::swap(places.front(), places[samples / 2]);
+  const bool by_rows = (p.columns + samples) % 2 == 0;
+  if (by_rows) args.places = places.data(), args.place_step = samples;
   *status = kernels.matmul(args, p.rows / 2, p.rows);
   if (*status == CodebookStatus::kOk) *status = kernels.matmul(args, 0, p.rows / 2);
-  return y.Values();
+  const auto stored = y.Values();
+  if (!by_rows) return stored;
+  std::vector<float> values;
+  for (Index n = 0; n < samples; ++n) {
+    for (Index r = 0; r < p.rows; ++r) values.push_back(stored[places[n] + r * samples]);
+  }
+  return values;
 }
 
 void TestOne(const Variant& variant, Problem& p, CodebookMode mode, Index samples, Index width, FloatDtype y_as,
@@ -115,33 +131,104 @@ void TestOne(const Variant& variant, Problem& p, CodebookMode mode, Index sample
          static_cast<int>(mode), long{samples}, long{width});
 }
 
+// Samples that are no panel, of which some are not wanted.
+void TestApart(const Variant& variant, Problem& p, std::mt19937& rng) {
+  constexpr Index kWidth = kCodebookMaxWidth, kNumbers = 500;
+  const auto numbers = Random(kNumbers, rng);
+  Unaligned<float> x(numbers);
+  std::vector<Index> offsets(p.columns), places(kWidth);
+  for (Index& offset : offsets) offset = static_cast<Index>(rng() % (kNumbers - kWidth + 1));
+  Index wanted = 0;
+  for (Index n = 0; n < kWidth; ++n) places[n] = n % 20 < 17 ? wanted++ : -1;
+  Output y(p.rows * wanted, FloatDtype::kFloat32);
+  std::vector<float> scratch(CodebookScratchBytes(kWidth, p.per_row) / 4, NAN);
+  CodebookMatmulArgs args{};
+  args.weight = p.Weight(), args.panel = x.data(), args.width = args.samples = kWidth;
+  args.y = y.data(), args.sums = scratch.data();
+  args.places = places.data(), args.place_step = wanted, args.offsets = offsets.data();
+  bool right = variant.kernels.matmul(args, 0, p.rows) == CodebookStatus::kOk;
+  const auto got = y.Values();
+  for (Index r = 0; r < p.rows; ++r) {
+    for (Index n = 0; n < kWidth; ++n) {
+      if (places[n] < 0) continue;
+      Sum want;
+      for (Index c = 0; c < p.columns; ++c) want.Add(double{p.At(r, c)} * numbers[offsets[c] + n]);
+      right &= want.Near(got[r * wanted + places[n]], FloatDtype::kFloat32);
+    }
+  }
+  Expect(right, "%s: %ld columns apart, %ld entries, rows %d", variant.name, long{p.columns}, long{p.entries},
+         static_cast<int>(p.per_row));
+}
+
 void TestDamaged(const Variant& variant, std::mt19937& rng) {
-  for (const Index entries : {3, 11, 30, 200}) {
-    Problem p(5, 150, 150, entries, false, rng);
-    auto bytes = p.packed.Values();
-    bytes[4 * p.RowBytes() + 40] = 0xff;
-    p.packed = Unaligned<std::uint8_t>(bytes);
-    for (const Index width : {1, 8, 16}) {
-      for (const auto mode : {CodebookMode::kExact, CodebookMode::kInt8}) {
-        CodebookStatus status;
-        Run(variant.kernels, p, mode, Random(150, rng), Random(5, rng), 1, width, FloatDtype::kFloat32, false, &status);
-        Expect(status == CodebookStatus::kBadCode, "%s: a code outside %ld entries", variant.name, long{entries});
+  for (const Index entries : {3, 8, 11, 30, 40, 200}) {
+    for (const Index row : {0, 4, 18}) {
+      Problem p(19, 150, 150, entries, false, rng);
+      auto bytes = p.packed.Values();
+      bytes[row * p.RowBytes() + 40] = 0xff;
+      p.packed = Unaligned<std::uint8_t>(bytes);
+      for (const Index width : {1, 8, 16}) {
+        for (const CodebookMode mode : variant.modes) {
+          CodebookStatus status;
+          Run(variant.kernels, p, mode, Random(150, rng), Random(19, rng), 1, width, kFloats[0], false, &status);
+          Expect(status == CodebookStatus::kBadCode, "%s: a code outside %ld entries", variant.name, long{entries});
+        }
+      }
+      std::vector<float> dense(19 * 150);
+      Expect(CodebookDecode(p.Weight(), dense.data(), 0, 19) == CodebookStatus::kBadCode, "decoding a bad code");
+    }
+  }
+}
+
+// The first entry, which what is left over of a chunk names, is not a number and no column has it.
+void TestUnusedNan(const Variant& variant, std::mt19937& rng) {
+  for (const Index entries : {4, 16, 32, 64, 256}) {
+    for (const Index columns : {1, 31, 40, 130, 250}) {
+      Problem p(7, columns, columns, entries, false, rng);
+      for (auto& code : p.codes) code = std::max<std::uint8_t>(code, 1);
+      CodebookPack(p.codes.data(), columns, columns, CodeBits(entries), p.packed.data(), 0, 7);
+      p.codebook[0] = NAN;
+      p.stored_codebook = Unaligned<float>(p.codebook);
+      for (const Index width : {1, 8, 16, 64}) {
+        for (const CodebookMode mode : variant.modes) {
+          if (mode != CodebookMode::kInt8) TestOne(variant, p, mode, width, width, kFloats[0], false, rng);
+        }
       }
     }
-    std::vector<float> dense(5 * 150);
-    Expect(CodebookDecode(p.Weight(), dense.data(), 0, 5) == CodebookStatus::kBadCode, "decoding a bad code");
   }
+}
+
+sigjmp_buf after_illegal_instruction;
+
+// Whether this machine executes the variant's instructions, whatever it says of itself.
+bool Executes(const Variant& variant) {
+  struct sigaction before, during{};
+  during.sa_handler = [](int) { siglongjmp(after_illegal_instruction, 1); };
+  sigaction(SIGILL, &during, &before);
+  bool executed = false;
+  if (sigsetjmp(after_illegal_instruction, 1) == 0) {
+    std::mt19937 rng(1);
+    Problem p(1, 1, 1, 16, false, rng);
+    TestOne(variant, p, variant.modes[0], 1, 1, kFloats[0], false, rng);
+    executed = true;
+  }
+  sigaction(SIGILL, &before, nullptr);
+  return executed;
 }
 
 }  // namespace
 
 int main() {
   std::mt19937 rng(0);
-  const Variant variants[] = {{"scalar", CpuIsa::kScalar, kCodebookScalar},
-                              {"avx2", CpuIsa::kAvx2, kCodebookAvx2},
-                              {"avx512", CpuIsa::kAvx512, kCodebookAvx512}};
-  const Index widths[] = {1, 2, 4, 8, 16, 32, 64};
-  for (const Index entries : {1, 4, 5, 16, 17, 32, 33, 256}) {
+  const std::vector<CodebookMode> all = {CodebookMode::kExact, CodebookMode::kBFloat16, CodebookMode::kInt8};
+  std::vector<Variant> variants = {{"scalar", CpuIsa::kScalar, kCodebookScalar, all},
+                                   {"avx2", CpuIsa::kAvx2, kCodebookAvx2, all},
+                                   {"avx512", CpuIsa::kAvx512, kCodebookAvx512, all}};
+  std::erase_if(variants, [](const Variant& v) { return v.needs > ProcessCpuIsa().detected; });
+  const Variant pairs{"avx512bf16", CpuIsa::kAvx512Bf16, kCodebookAvx512Bf16, {CodebookMode::kBFloat16}};
+  if (ProcessCpuIsa().detected >= CpuIsa::kAvx512 && Executes(pairs)) variants.push_back(pairs);
+  const Index widths[] = {1, 2, 4, 8, 16, 32, 48, 64};
+  for (const Index entries : {1, 4, 5, 16, 17, 32, 33, 64, 65, 256}) {
     for (const Index columns : {0, 1, 64, 129, 257, 331}) {
       for (const Index block : {columns, Index{100}}) {
         for (const bool per_row : {false, true}) {
@@ -151,11 +238,11 @@ int main() {
           CodebookUnpack(p.packed.data(), columns, p.column_block, CodeBits(entries), codes.data(), 0, p.rows);
           Expect(codes == p.codes, "codes of %ld columns come back", long{columns});
           for (const Variant& variant : variants) {
-            if (ProcessCpuIsa().detected < variant.needs) continue;
+            if (variant.modes[0] == CodebookMode::kExact) TestApart(variant, p, rng);
             for (const Index width : widths) {
               const Index samples = std::max(width - static_cast<Index>(rng() % (width / 2 + 1)), Index{1});
               const auto y_as = kFloats[rng() % 2];
-              for (const auto mode : {CodebookMode::kExact, CodebookMode::kBFloat16, CodebookMode::kInt8}) {
+              for (const CodebookMode mode : variant.modes) {
                 TestOne(variant, p, mode, samples, width, y_as, rng() % 2 == 0, rng);
               }
             }
@@ -165,15 +252,27 @@ int main() {
     }
   }
   // Rows around the tiles of each width, and the most that keep their sums.
-  for (const Index rows : {1, 5, 6, 7, 12, 25, 192}) {
+  for (const Index rows : {1, 5, 6, 7, 12, 16, 17, 25, 192}) {
     Problem p(rows, 140, 140, 16, false, rng);
     for (const Variant& variant : variants) {
-      if (ProcessCpuIsa().detected < variant.needs) continue;
-      for (const Index width : widths) TestOne(variant, p, CodebookMode::kExact, width, width, kFloats[0], false, rng);
+      for (const Index width : widths) TestOne(variant, p, variant.modes[0], width, width, kFloats[0], false, rng);
+    }
+  }
+  // More columns than the part of a panel that all rows meet at once, in one block of them and in several.
+  for (const Index entries : {4, 16, 200}) {
+    for (const Index block : {7001, 3300}) {
+      Problem p(19, 7001, block, entries, block == 7001 && entries == 16, rng);
+      for (const Variant& variant : variants) {
+        for (const Index width : {1, 4, 8, 16}) {
+          for (const CodebookMode mode : variant.modes) TestOne(variant, p, mode, 1, width, kFloats[0], true, rng);
+        }
+      }
     }
   }
   for (const Variant& variant : variants) {
-    if (ProcessCpuIsa().detected >= variant.needs) TestDamaged(variant, rng);
+    TestDamaged(variant, rng);
+    TestUnusedNan(variant, rng);
+    std::printf("tested %s\n", variant.name);
   }
   return Failures() != 0;
 }

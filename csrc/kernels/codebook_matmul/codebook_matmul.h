@@ -9,9 +9,10 @@
 //         the smaller and hi the larger scale: the same bits at every level. A table or sample that is not finite gives
 //         NaN.
 // Layout: codes as kernels/common/codes.h says. x comes in panels of 4-byte words that CodebookPackSamples makes:
-//         [vectors][width][16] for width 1, 2, 4 or 8, [vectors][16][width] for 16, 32 or 64. A chunk has one vector
-//         for each field of a word, the columns in their order (float32); in int8 one for each field of a byte, byte j
-//         of word l in vector f being column 16 (j * 8 / bits + f) + l.
+//         [vectors][width][16] for width 1, 2, 4 or 8, [vectors][16][width] for 16, 32, 48 or 64. A chunk has one
+//         vector for each field of a word, the columns in their order (float32); in int8 one for each field of a byte,
+//         byte j of word l in vector f being column 16 (j * 8 / bits + f) + l. Level avx512bf16 has pairs in mode
+//         BFloat16, half as many vectors: half j of word l in vector f is column 16 (j * 16 / bits + f) + l.
 // Limits: AVX-512 on Intel (permutations on port 5, two FMA a cycle), 4 bits, one sample: 128 codes cost 7 shifts, 8
 //         permutations and 8 FMA, 11.5 cycles for 64 bytes in float32; 1 shift, 2 permutations and 2 products, 2.5
 //         cycles, in int8, where memory is the limit. 8 bits, float32: 4 byte planes of 2 permutations and a blend, 16
@@ -36,9 +37,10 @@ namespace tersetorch {
 // The most samples whose weights are decoded in registers, and that a panel has.
 inline constexpr std::int64_t kCodebookFewSamples = 8;
 inline constexpr std::int64_t kCodebookMaxWidth = 64;
-// Rows whose sums a call with more samples keeps, and those past them that it may write.
+// Rows whose sums a call with more samples keeps, and those past them that it may write; and what a table takes.
 inline constexpr std::int64_t kCodebookRows = 192;
 inline constexpr std::int64_t kCodebookSumRows = kCodebookRows + 12;
+inline constexpr std::int64_t kCodebookTableBytes = 1024;
 // As many products of 8-bit numbers surely fit int32.
 inline constexpr std::int64_t kCodebookMaxQuantizedColumns = 131072;
 
@@ -69,12 +71,22 @@ struct CodebookMatmulArgs {
   float table_inverse;
   const float* bias;  // [rows] or null
   bool relu;
-  void* y;  // [samples, rows]
+  void* y;  // [samples, rows], or as `places` says
   FloatDtype y_stored_as;
-  float* sums;  // [kCodebookSumRows, width], scratch where width is more than kCodebookFewSamples
+  float* sums;  // CodebookScratchBytes, where width is more than kCodebookFewSamples
+  // Null, or where y[n][0] lies, [samples], negative for none; y[n][r] then lies r * place_step further. In numbers.
+  const std::int64_t* places = nullptr;
+  std::int64_t place_step = 0;
+  // Null, or for exact samples that are no panel: sample n of column c is number offsets[c] + n of `panel`, [columns].
+  // For kCodebookMaxWidth samples only.
+  const std::int64_t* offsets = nullptr;
 };
 
 namespace {
+
+[[maybe_unused]] std::int64_t CodebookPlace(const CodebookMatmulArgs& args, std::int64_t n, std::int64_t row) {
+  return args.places == nullptr ? n * args.weight.rows + row : args.places[n] + row * args.place_step;
+}
 
 // Vectors of 16 words in a chunk of x.
 constexpr int CodebookVectors(int bits, CodebookMode mode) { return (mode == CodebookMode::kInt8 ? 8 : 32) / bits; }
@@ -82,6 +94,11 @@ constexpr int CodebookVectors(int bits, CodebookMode mode) { return (mode == Cod
 [[maybe_unused]] std::int64_t CodebookPanelBytes(std::int64_t row_bytes, int bits, CodebookMode mode,
                                                  std::int64_t width) {
   return row_bytes * CodebookVectors(bits, mode) * width;
+}
+
+// Sums [kCodebookSumRows, width], and the tables of as many rows as have their sums kept.
+[[maybe_unused]] constexpr std::int64_t CodebookScratchBytes(std::int64_t width, bool per_row) {
+  return kCodebookSumRows * width * 4 + (per_row ? kCodebookRows * kCodebookTableBytes : 0);
 }
 
 }  // namespace
@@ -119,5 +136,6 @@ struct CodebookKernels {
 extern const CodebookKernels kCodebookScalar;
 extern const CodebookKernels kCodebookAvx2;
 extern const CodebookKernels kCodebookAvx512;
+extern const CodebookKernels kCodebookAvx512Bf16;  // mode bfloat16 only
 
 }  // namespace tersetorch

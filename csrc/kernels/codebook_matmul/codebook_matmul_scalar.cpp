@@ -68,6 +68,7 @@ CodebookStatus Matmul(const CodebookMatmulArgs& a, std::int64_t row_begin, std::
       scale = ScaleOf(largest);
     }
     for (std::int64_t n = 0; n < a.samples; ++n) {
+      if (a.places != nullptr && a.places[n] < 0) continue;
       float sum = 0;
       std::int32_t integer_sum = 0;
       for (std::int64_t i = 0; i < chunks; ++i) {
@@ -79,7 +80,8 @@ CodebookStatus Matmul(const CodebookMatmulArgs& a, std::int64_t row_begin, std::
           if (code >= w.entries) return CodebookStatus::kBadCode;
           const float value = At<float>(table, code);
           const Place place(c, bits, a.mode);
-          const std::int64_t word = WordOf(i * vectors + place.vector, n, place.word, a.width);
+          const std::int64_t word = a.offsets == nullptr ? WordOf(i * vectors + place.vector, n, place.word, a.width)
+                                                         : a.offsets[chunk.begin + c] + n;
           if (a.mode == CodebookMode::kExact) sum += value * At<float>(a.panel, word);
           if (a.mode == CodebookMode::kBFloat16) sum += FromBFloat16(ToBFloat16(value)) * At<float>(a.panel, word);
           if (a.mode != CodebookMode::kInt8) continue;
@@ -95,7 +97,7 @@ CodebookStatus Matmul(const CodebookMatmulArgs& a, std::int64_t row_begin, std::
         const float hi = of_sample < scale.scale ? scale.scale : of_sample;
         y = __builtin_fmaf(static_cast<float>(integer_sum) * lo, hi, bias);
       }
-      Store(a.y, a.y_stored_as, n * w.rows + r, a.relu && y < 0 ? 0.0f : y);
+      Store(a.y, a.y_stored_as, CodebookPlace(a, n, r), a.relu && y < 0 ? 0.0f : y);
     }
   }
   return CodebookStatus::kOk;

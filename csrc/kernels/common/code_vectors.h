@@ -27,6 +27,15 @@ typedef std::int32_t CodeInts __attribute__((vector_size(32)));
 #endif
 using CodeFloats = Vector<kCodeLanes>;
 
+// The number of each lane.
+inline CodeInts CodeLane() {
+#ifdef __AVX512F__
+  return CodeInts{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+#else
+  return CodeInts{0, 1, 2, 3, 4, 5, 6, 7};
+#endif
+}
+
 #define TERSETORCH_INLINE inline __attribute__((always_inline))
 
 // The entries of a table, repeated up to 32 where there are fewer codes than that, 0 where a code has none.
@@ -107,60 +116,107 @@ struct FloatFewCodes {
   static TERSETORCH_INLINE Sum Mac(Sum sum, Sum w, Sum x) { return sum + w * x; }
 };
 
-// Any 8-bit codes: the four bytes of the entries are looked up on their own, each in 4 registers of 64, and then put
-// together.
-template <>
-struct FloatCodes<8> {
+#ifdef __AVX512BF16__
+TERSETORCH_INLINE CodeFloats MacPairs(CodeFloats sum, CodeFloats w, CodeFloats x) {
+  return (CodeFloats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)x);
+}
+
+// Pairs of bfloat16, for codes of at most 32 entries: word l of vector f has the columns 16 f + l and, in its upper
+// half, 16 (f + kVectors) + l.
+template <int kBits>
+struct PairCodes {
   static constexpr bool kInteger = false;
-  static constexpr int kVectors = 4, kRows = 1;
+  static constexpr int kVectors = 16 / kBits, kRows = 4;
+  using Sum = CodeFloats;
+  using State = CodeWords;
+
+  struct Table {
+    Table() = default;
+    explicit Table(const CodeEntries& e) {
+      alignas(64) std::uint16_t halves[32];
+      for (int k = 0; k < 32; k += 8) Store(halves + k, ToBFloat16(Load<Float8>(e.values + k)));
+      values = _mm512_load_si512(halves);
+    }
+    __m512i values;
+  };
+  static State Begin(const Table&, CodeWords words) { return words; }
+  // A permutation looks at the low 5 bits of each half of a word only, and the table is repeated.
+  static TERSETORCH_INLINE CodeFloats At(const Table& t, CodeWords words, int f) {
+    return (CodeFloats)_mm512_permutexvar_epi16((__m512i)(words >> kBits * f), t.values);
+  }
+  static TERSETORCH_INLINE Sum Mac(Sum sum, Sum w, Sum x) { return MacPairs(sum, w, x); }
+};
+#endif
+
+// 8-bit codes of at most 64 kRegisters entries: the bytes of the entries are looked up on their own, and then put
+// together. All four of them make float32, the upper two pairs of bfloat16 as those of PairCodes.
+template <int kRegisters, int kPlanes = 4>
+struct PlaneCodes {
+  static constexpr bool kInteger = false;
+  static constexpr int kVectors = kPlanes, kRows = kRegisters == 1 ? 2 : 1;
   using Sum = CodeFloats;
 
   struct Table {
     Table() = default;
     explicit Table(const CodeEntries& e) {
-      for (int q = 0; q < 4; ++q) {
-        for (int b = 0; b < 4; ++b) {
+      for (int q = 0; q < kRegisters; ++q) {
+        for (int b = 0; b < kPlanes; ++b) {
           alignas(64) char bytes[64];
           for (int i = 0; i < 4; ++i) {
             const auto words = _mm512_load_si512(e.values + 64 * q + 16 * i);
             _mm_store_si128(reinterpret_cast<__m128i*>(bytes + 16 * i),
-                            _mm512_cvtepi32_epi8(_mm512_srl_epi32(words, _mm_cvtsi32_si128(8 * b))));
+                            _mm512_cvtepi32_epi8(_mm512_srl_epi32(words, _mm_cvtsi32_si128(8 * (b + 4 - kPlanes)))));
           }
           planes[b][q] = _mm512_load_si512(bytes);
         }
       }
     }
-    __m512i planes[4][4];
+    __m512i planes[kPlanes][kRegisters];
   };
   struct State {
-    __m512i vectors[4];
+    __m512i vectors[kPlanes];
   };
 
   static TERSETORCH_INLINE State Begin(const Table& t, CodeWords words) {
-    const auto e = (__m512i)words;
-    const __mmask64 upper = _mm512_movepi8_mask(e);
-    __m512i b[4];
+    // A permutation looks at the low 6 bits of a byte only. The upper two choose the registers, each of which
+    // overwrites what those before it gave: one operation, where a permutation of two registers takes three.
+    const auto index = (__m512i)words;
+    const __mmask64 upper = _mm512_movepi8_mask(index), lower = _mm512_movepi8_mask(_mm512_add_epi8(index, index));
+    __m512i b[kPlanes];
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      b[i] = _mm512_mask_blend_epi8(upper, _mm512_permutex2var_epi8(t.planes[i][0], e, t.planes[i][1]),
-                                    _mm512_permutex2var_epi8(t.planes[i][2], e, t.planes[i][3]));
+    for (int i = 0; i < kPlanes; ++i) {
+      b[i] = _mm512_permutexvar_epi8(index, t.planes[i][0]);
+      if constexpr (kRegisters == 4) {
+        b[i] = _mm512_mask_permutexvar_epi8(b[i], lower, index, t.planes[i][1]);
+        b[i] = _mm512_mask_permutexvar_epi8(b[i], upper, index, t.planes[i][2]);
+        b[i] = _mm512_mask_permutexvar_epi8(b[i], upper & lower, index, t.planes[i][3]);
+      }
     }
-    // Byte s of each of the four planes' words belongs to vector s: first pairs of bytes, then pairs of pairs.
+    // Byte s of each of the planes' words belongs to vector s: first pairs of bytes, then pairs of pairs.
     const __m512i low_bytes = _mm512_set1_epi16(0xff), low_halves = _mm512_set1_epi32(0xffff);
     const auto select = [](__m512i mask, __m512i a, __m512i b) { return _mm512_ternarylogic_epi32(mask, a, b, 0xca); };
     const __m512i even01 = select(low_bytes, b[0], _mm512_slli_epi16(b[1], 8));
     const __m512i odd01 = select(low_bytes, _mm512_srli_epi16(b[0], 8), b[1]);
-    const __m512i even23 = select(low_bytes, b[2], _mm512_slli_epi16(b[3], 8));
-    const __m512i odd23 = select(low_bytes, _mm512_srli_epi16(b[2], 8), b[3]);
-    return {{select(low_halves, even01, _mm512_slli_epi32(even23, 16)),
-             select(low_halves, odd01, _mm512_slli_epi32(odd23, 16)),
-             select(low_halves, _mm512_srli_epi32(even01, 16), even23),
-             select(low_halves, _mm512_srli_epi32(odd01, 16), odd23)}};
+    if constexpr (kPlanes == 2) {
+      return {{even01, odd01}};
+    } else {
+      const __m512i even23 = select(low_bytes, b[2], _mm512_slli_epi16(b[3], 8));
+      const __m512i odd23 = select(low_bytes, _mm512_srli_epi16(b[2], 8), b[3]);
+      return {{select(low_halves, even01, _mm512_slli_epi32(even23, 16)),
+               select(low_halves, odd01, _mm512_slli_epi32(odd23, 16)),
+               select(low_halves, _mm512_srli_epi32(even01, 16), even23),
+               select(low_halves, _mm512_srli_epi32(odd01, 16), odd23)}};
+    }
   }
   static TERSETORCH_INLINE CodeFloats At(const Table&, const State& state, int s) {
     return (CodeFloats)state.vectors[s];
   }
-  static TERSETORCH_INLINE Sum Mac(Sum sum, Sum w, Sum x) { return sum + w * x; }
+  static TERSETORCH_INLINE Sum Mac(Sum sum, Sum w, Sum x) {
+#ifdef __AVX512BF16__
+    if constexpr (kPlanes == 2) return MacPairs(sum, w, x);
+#endif
+    return sum + w * x;
+  }
 };
 
 #else
@@ -211,7 +267,7 @@ TERSETORCH_INLINE CodeInts MacBytes(CodeInts sum, CodeInts w, CodeInts x) {
   return (CodeInts)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, (__m512i)x);
 }
 
-template <int kBits>
+template <int kBits, int kRegisters = kBits == 8 ? 4 : 1>
 struct ByteCodes {
   static constexpr bool kInteger = true;
   static constexpr int kVectors = 8 / kBits, kRows = 4;
@@ -230,7 +286,6 @@ struct ByteCodes {
         values[q] = _mm512_add_epi8(values[q], offset);
       }
     }
-    static constexpr int kRegisters = kBits == 8 ? 4 : 1;
     __m512i values[kRegisters];
   };
 
@@ -238,7 +293,7 @@ struct ByteCodes {
   // A permutation looks at the low 6 bits of a byte only, and the table is repeated where a code has fewer.
   static TERSETORCH_INLINE CodeInts At(const Table& t, CodeWords words, int f) {
     const auto index = (__m512i)(words >> kBits * f);
-    if constexpr (kBits < 8) return (CodeInts)_mm512_permutexvar_epi8(index, t.values[0]);
+    if constexpr (kRegisters == 1) return (CodeInts)_mm512_permutexvar_epi8(index, t.values[0]);
     return (CodeInts)_mm512_mask_blend_epi8(_mm512_movepi8_mask(index),
                                             _mm512_permutex2var_epi8(t.values[0], index, t.values[1]),
                                             _mm512_permutex2var_epi8(t.values[2], index, t.values[3]));
@@ -293,20 +348,24 @@ struct ByteCodes {
 
 #endif
 
-// The largest code in `bytes` bytes of chunks.
+// The largest code in `bytes` bytes, a whole number of CodeWords.
 template <int kBits>
 std::uint32_t LargestCode(const std::uint8_t* codes, Index bytes) {
-  Bytes32 largest{};
-  for (Index i = 0; i < bytes; i += 32) {
-    const auto piece = LoadAt<Bytes32>(codes, i, 1);
+  typedef std::uint8_t Bytes __attribute__((vector_size(sizeof(CodeWords))));
+  constexpr int kFields = 8 / kBits;
+  Bytes largest[kFields] = {};
+  for (Index i = 0; i < bytes; i += sizeof(CodeWords)) {
+    const auto words = LoadAt<CodeWords>(codes, i, 1);
 #pragma GCC unroll 4
-    for (int f = 0; f < 8 / kBits; ++f) {
-      const Bytes32 here = (Bytes32)((Bits8)piece >> kBits * f) & static_cast<std::uint8_t>((1 << kBits) - 1);
-      largest = here > largest ? here : largest;
+    for (int f = 0; f < kFields; ++f) {
+      const Bytes here = (Bytes)(words >> kBits * f) & static_cast<std::uint8_t>((1 << kBits) - 1);
+      largest[f] = here > largest[f] ? here : largest[f];
     }
   }
   std::uint32_t result = 0;
-  for (int i = 0; i < 32; ++i) result = largest[i] > result ? largest[i] : result;
+  for (const Bytes& of_field : largest) {
+    for (std::size_t i = 0; i < sizeof of_field; ++i) result = of_field[i] > result ? of_field[i] : result;
+  }
   return result;
 }
 

@@ -45,5 +45,17 @@ TERSETORCH_EVERYWHERE constexpr std::int64_t CodeRowBytes(std::int64_t columns, 
   return (whole * CodeChunks(column_block, bits) + CodeChunks(columns % column_block, bits)) * kCodeChunkBytes;
 }
 
+// The code of a weight; its row of codes is aligned to a word.
+[[maybe_unused]] TERSETORCH_EVERYWHERE inline std::uint32_t CodeAt(const CodebookWeight& w, std::int64_t row,
+                                                                   std::int64_t column) {
+  const int bits = CodeBits(w.entries);
+  const std::int64_t of_chunk = 512 / bits, in_block = column % w.column_block;
+  const std::int64_t chunk = column / w.column_block * CodeChunks(w.column_block, bits) + in_block / of_chunk;
+  const int in_chunk = static_cast<int>(in_block % of_chunk);
+  const std::uint8_t* codes = w.codes + row * CodeRowBytes(w.columns, w.column_block, bits) + chunk * kCodeChunkBytes;
+  const std::uint32_t word = reinterpret_cast<const std::uint32_t*>(codes)[in_chunk % 16];
+  return word >> bits * (in_chunk / 16) & ((1u << bits) - 1);
+}
+
 }  // namespace
 }  // namespace tersetorch

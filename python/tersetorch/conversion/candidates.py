@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from tersetorch.formats import codebook_values
 from tersetorch.nn import (
+    CodebookConv2d,
     CodebookLinear,
     SparseCodebookConv1d,
     SparseCodebookConv2d,
@@ -21,6 +22,7 @@ from tersetorch.nn import (
 MAX_DISTINCT = 255
 MAX_NARROW = 2**16
 MAX_INT8_WEIGHTS = 128 * 1024
+MIN_CODED = 16
 # Non-zeros looked at first: a weight that nobody shared is recognised without sorting all of it.
 SAMPLE = 65536
 
@@ -107,6 +109,16 @@ def _is_shared(module: nn.Module) -> str | None:
     return "more than 256 distinct values" if codebook_values(weight.float().contiguous()) is None else None
 
 
+def _is_shared_in_filters(module: nn.Module) -> str | None:
+    # A filter's codes take whole chunks: of one with few weights they are more bytes than it is.
+    weights = weight_of(module)[:1].numel()
+    return f"fewer than {MIN_CODED} weights in a filter" if weights < MIN_CODED else _is_shared(module)
+
+
+def _both(*checks: Callable[[nn.Module], str | None]) -> Callable[[nn.Module], str | None]:
+    return lambda module: next((why for why in (check(module) for check in checks) if why), None)
+
+
 def _is_narrow(module: nn.Module) -> str | None:
     columns = weight_of(module)[:1].numel()
     return f"more than {MAX_NARROW} columns" if columns > MAX_NARROW else None
@@ -168,6 +180,17 @@ def _convolutions(
     )
 
 
+def _coded(
+    name: str, layer: type[Any], applies: Callable[[nn.Module], str | None], **more: Any
+) -> tuple[Candidate, ...]:
+    in_int8 = _both(applies, _has_small_filters)
+    return (
+        _row(name, layer, 1.0, applies, layout="codebook", **more),
+        _row(f"{name}_bfloat16", layer, 1.0, applies, layout="codebook_bfloat16", exact=False, **more),
+        _row(f"{name}_int8", layer, 1.0, in_int8, layout="codebook_int8", exact=False, **more),
+    )
+
+
 # Below max_density a format is smaller than the dense weight, 32 bits each: with b bits a value, csr takes 32 + b of
 # them a non-zero, csr16 and blocked 16 + b, a bitmap b and 1 for each weight. Bounds on samples are measured.
 CANDIDATES: dict[str, Candidate] = {
@@ -226,10 +249,9 @@ CANDIDATES: dict[str, Candidate] = {
             exact=False,
             min_samples=4,
         ),
-        _row("codebook_linear", CodebookLinear, 1.0, _is_shared, layout="codebook"),
-        _row("codebook_linear_bfloat16", CodebookLinear, 1.0, _is_shared, layout="codebook_bfloat16", exact=False),
-        _row("codebook_linear_int8", CodebookLinear, 1.0, _is_shared, layout="codebook_int8", exact=False),
+        *_coded("codebook_linear", CodebookLinear, _is_shared),
         *_convolutions("2d", nn.Conv2d, SparseConv2d, SparseCodebookConv2d),
+        *_coded("codebook_conv2d", CodebookConv2d, _is_shared_in_filters, source=nn.Conv2d),
         *_convolutions("1d", nn.Conv1d, SparseConv1d, SparseCodebookConv1d),
     )
 }

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from tersetorch.conversion.swap import deep_copy
 from tersetorch.conversion.walk import carries_hooks
-from tersetorch.nn import CodebookLinear
+from tersetorch.nn.codebook_module import CodedModule
 from tersetorch.nn.sparse_module import SparseModule
 
 _TORCH = str(Path(torch.__file__).parent)
@@ -25,7 +25,7 @@ _TORCH = str(Path(torch.__file__).parent)
 _QUESTIONS = {"isinstance", "issubclass", "hasattr", "getattr", "callable", "type", "is_grad_enabled"}
 # What these return is theirs to give away: no input, and nothing that their gradients need.
 # Layers that have a ReLU of their own.
-OURS = (SparseModule, CodebookLinear)
+OURS = (SparseModule, CodedModule)
 
 _DENSE = (
     nn.Linear,

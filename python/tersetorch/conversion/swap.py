@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tersetorch.conversion.candidates import Candidate
-from tersetorch.nn import CodebookLinear
+from tersetorch.nn.codebook_module import CodedModule
 from tersetorch.nn.sparse_conv_module import SparseConvBase
 from tersetorch.nn.sparse_linear_module import SparseLinearBase
 from tersetorch.nn.sparse_module import SparseModule
@@ -27,7 +27,7 @@ def build(candidate: Candidate, modules: list[nn.Module], samples: int | None = 
                 setattr(layer, name, tensor)
     for layer in layers:
         if candidate.layout != getattr(layer, "plain_layout", "csr"):
-            assert isinstance(layer, SparseModule | CodebookLinear)
+            assert isinstance(layer, SparseModule | CodedModule)
             layer.pack(candidate.layout, **candidate.options(samples))
     return layers
 

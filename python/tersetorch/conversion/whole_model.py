@@ -16,7 +16,7 @@ from tersetorch.conversion.report import ConversionReport
 from tersetorch.conversion.swap import deep_copy, swapped_copy
 from tersetorch.conversion.verify import output_difference
 from tersetorch.conversion.walk import Site
-from tersetorch.nn import CodebookLinear
+from tersetorch.nn.codebook_module import CodedModule
 from tersetorch.nn.sparse_module import SparseModule
 
 # Where the model as a whole is not faster, this share of its swaps is undone before it is timed again.
@@ -45,7 +45,7 @@ def assemble(
     fusion = fuse(copied, replacements.values())
     if inputs is not None and (fusion.fused or fusion.in_place) and not _same(before, _output(copied, inputs)):
         for layer in replacements.values():
-            if isinstance(layer, SparseModule | CodebookLinear):
+            if isinstance(layer, SparseModule | CodedModule):
                 layer.relu = False
         return swapped_copy(model, replacements), Fusion()
     return copied, fusion

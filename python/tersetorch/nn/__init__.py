@@ -1,5 +1,6 @@
 """Does it have a forward()? Drop-in modules with buffers and parameters only."""
 
+from tersetorch.nn.codebook_conv import CodebookConv2d
 from tersetorch.nn.codebook_linear import CodebookLinear
 from tersetorch.nn.product_linear import ProductLinear, ResidualLinear
 from tersetorch.nn.sparse_codebook_conv import SparseCodebookConv1d, SparseCodebookConv2d
@@ -8,6 +9,7 @@ from tersetorch.nn.sparse_conv import SparseConv1d, SparseConv2d
 from tersetorch.nn.sparse_linear import SparseLinear
 
 __all__ = [
+    "CodebookConv2d",
     "CodebookLinear",
     "ProductLinear",
     "ResidualLinear",

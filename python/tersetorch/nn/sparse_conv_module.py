@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
 from typing import Any, ClassVar, Self, cast
 
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from tersetorch import ops
+from tersetorch.nn.conv_sizes import ConvSizes, Sizes
 from tersetorch.nn.layout import Layout
 from tersetorch.nn.sparse_module import Format, SparseModule
-
-PADDING_MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "replicate", "circular": "circular"}
-
-Sizes = int | Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -121,7 +116,7 @@ LAYOUTS = {
 }
 
 
-class SparseConvBase(SparseModule[Format]):
+class SparseConvBase(ConvSizes, SparseModule[Format]):
     """A convolution whose weight, flattened to [out_channels, in_channels / groups * taps], is kept in a sparse format.
 
     Its sizes have the names that torch.nn.Conv2d gives them. In evaluation mode it computes without gradients from the
@@ -131,16 +126,6 @@ class SparseConvBase(SparseModule[Format]):
     layouts = LAYOUTS
     plain_layout = "direct"
     dense_type: ClassVar[type[nn.Conv1d] | type[nn.Conv2d]]
-    dims: ClassVar[int]
-
-    kernel_size: tuple[int, ...]
-    stride: tuple[int, ...]
-    padding: tuple[int, ...] | str
-    dilation: tuple[int, ...]
-    padding_mode: str
-    in_channels: int
-    out_channels: int
-    groups: int
 
     def __init__(
         self,
@@ -156,27 +141,10 @@ class SparseConvBase(SparseModule[Format]):
         relu: bool = False,
     ) -> None:
         super().__init__(weight, bias, relu)
-        self.kernel_size = self._checked_sizes("kernel_size", kernel_size, 1)
-        self.stride = self._checked_sizes("stride", stride, 1)
-        self.dilation = self._checked_sizes("dilation", dilation, 1)
-        self.padding = self._check_padding(padding)
-        self.padding_mode = self._check_padding_mode(padding_mode)
-        self.out_channels, columns = weight.shape
-        self.groups = self._check_groups(groups, columns)
-        self.in_channels = columns // prod(self.kernel_size) * self.groups
-        # As the op takes them: always two-dimensional, the padding the same on both sides and of zeros. Where the
-        # layer's is not, forward pads first.
-        self._kernel = self._as_pair(self.kernel_size)
-        self._stride = self._as_pair(self.stride)
-        self._dilation = self._as_pair(self.dilation)
-        sides = self._pad_sides()
-        native = self.padding_mode == "zeros" and sides[0::2] == sides[1::2]
-        self._padding = [0] * (2 - self.dims) + (sides[-1::-2] if native else [0] * self.dims)
-        self._pad_first = [] if native or not any(sides) else sides
+        self._set_sizes(weight.shape, kernel_size, stride, padding, dilation, groups, padding_mode)
         self._channel_block = ops.sparse_conv2d_channel_block(
             self.in_channels, self._kernel, self._stride, self._dilation
         )
-        self._geometry = (self._kernel, self._stride, self._padding, self._dilation, self.groups)
 
     @classmethod
     def from_dense(cls, module: nn.Conv1d | nn.Conv2d) -> Self:
@@ -207,19 +175,7 @@ class SparseConvBase(SparseModule[Format]):
 
     def to_dense(self) -> nn.Conv1d | nn.Conv2d:
         """The plain layer with the same weight and bias, of one dtype: float32 where they differ and one needs it."""
-        make: Any = self.dense_type
-        dense: nn.Conv1d | nn.Conv2d = make(
-            self.in_channels,
-            self.out_channels,
-            self.kernel_size,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.groups,
-            self.bias is not None,
-            self.padding_mode,
-            device="meta",
-        )
+        dense: nn.Conv1d | nn.Conv2d = self._dense(self.dense_type)
         return self._filled(dense)
 
     @property
@@ -258,17 +214,8 @@ class SparseConvBase(SparseModule[Format]):
 
     def forward(self, input: Tensor) -> Tensor:
         """Applies the layer to input, float [N, in_channels, *sizes] or [in_channels, *sizes]."""
-        self._check_input(input)
-        x = pad(input, self._pad_first, PADDING_MODES[self.padding_mode]) if self._pad_first else input
-        batched = input.dim() == self.dims + 2
-        if not batched:
-            x = x.unsqueeze(0)
-        if self.dims == 1:
-            x = x.unsqueeze(2)
-        y = self._run(x)
-        if self.dims == 1:
-            y = y.squeeze(2)
-        return y if batched else y.squeeze(0)
+        self._check_tensor(input)
+        return self._convolve(input, self._run)
 
     def _recorded(self, x: Tensor) -> Tensor:
         values, codebook = self._numbers()
@@ -293,86 +240,9 @@ class SparseConvBase(SparseModule[Format]):
             x, self.row_offsets, self.col_indices, values, self.bias, codebook, *self._geometry, self.relu
         )
 
-    # ---- checks
-
-    def _checked_sizes(self, name: str, value: Sizes, least: int) -> tuple[int, ...]:
-        sizes = (value,) * self.dims if isinstance(value, int) else tuple(value)
-        if len(sizes) != self.dims or any(isinstance(n, bool) or not isinstance(n, int) for n in sizes):
-            raise TypeError(
-                f"{type(self).__name__}: {name} must be an int or {self.dims} of them, got {value!r}; "
-                "pass that of the dense layer"
-            )
-        if min(sizes) < least:
-            raise ValueError(
-                f"{type(self).__name__}: {name} must be at least {least}, got {value!r}; pass that of the dense layer"
-            )
-        return sizes
-
-    def _as_pair(self, sizes: Sequence[int]) -> list[int]:
-        return [1] * (2 - self.dims) + list(sizes)
-
-    def _check_padding(self, padding: Sizes | str) -> tuple[int, ...] | str:
-        if not isinstance(padding, str):
-            return self._checked_sizes("padding", padding, 0)
-        if padding not in ("same", "valid") or (padding == "same" and any(n != 1 for n in self.stride)):
-            raise ValueError(
-                f"{type(self).__name__}: padding must be numbers, 'valid', or 'same' for a stride of 1, got "
-                f"{padding!r} with stride {self.stride}; pass that of the dense layer"
-            )
-        return padding
-
-    def _check_padding_mode(self, mode: str) -> str:
-        if mode not in PADDING_MODES:
-            raise ValueError(
-                f"{type(self).__name__}: padding_mode must be one of {list(PADDING_MODES)}, got {mode!r}; choose one"
-            )
-        return mode
-
-    def _check_groups(self, groups: int, columns: int) -> int:
-        taps = prod(self.kernel_size)
-        if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1 or self.out_channels % groups:
-            raise ValueError(
-                f"{type(self).__name__}: groups must divide out_channels, got {groups!r} for {self.out_channels}; "
-                "pass that of the dense layer"
-            )
-        if columns % taps:
-            raise ValueError(
-                f"{type(self).__name__}: weight must have a multiple of {taps} columns, the taps of kernel_size "
-                f"{self.kernel_size}, got {columns}; flatten the dense weight from its second dimension on"
-            )
-        return groups
-
-    def _pad_sides(self) -> list[int]:
-        """Padding on both sides of each dimension, the last dimension first, as F.pad takes it."""
-        sides: list[int] = []
-        for i in reversed(range(self.dims)):
-            if isinstance(self.padding, tuple):
-                sides += [self.padding[i]] * 2
-            else:
-                total = self.dilation[i] * (self.kernel_size[i] - 1) if self.padding == "same" else 0
-                sides += [total // 2, total - total // 2]
-        return sides
-
-    def _check_input(self, x: Any) -> None:
-        self._check_tensor(x)
-        if x.dim() not in (self.dims + 1, self.dims + 2) or x.shape[-1 - self.dims] != self.in_channels:
-            sizes = ", ".join("LHW"[:1] if self.dims == 1 else "HW")
-            raise ValueError(
-                f"{type(self).__name__}: input must be [N, {self.in_channels}, {sizes}] or [{self.in_channels}, "
-                f"{sizes}], got shape {tuple(x.shape)}; reshape it"
-            )
-
     def extra_repr(self) -> str:
         """What print(module) shows between the parentheses."""
-        one = (1,) * self.dims
-        shown: list[str] = [f"{self.in_channels}, {self.out_channels}"]
-        shown += [f"kernel_size={self.kernel_size}", f"stride={self.stride}"]
-        if self.padding not in ((0,) * self.dims, "valid"):
-            shown.append(f"padding={self.padding!r}")
-        shown += [f"dilation={self.dilation}"] * (self.dilation != one) + [f"groups={self.groups}"] * (self.groups != 1)
-        if self.padding_mode != "zeros":
-            shown.append(f"padding_mode={self.padding_mode!r}")
-        shown += [f"bias={self.bias is not None}", f"nnz={self.col_indices.numel()}"]
+        shown = [*self._shown_sizes(), f"bias={self.bias is not None}", f"nnz={self.col_indices.numel()}"]
         if self._layout != self.plain_layout:
             shown.append(f"layout={self._layout}")
         return ", ".join(shown + ["relu=True"] * self.relu)

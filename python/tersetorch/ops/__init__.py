@@ -28,6 +28,7 @@ from tersetorch.ops.blocked_int8_matmul import (  # noqa: E402
     blocked_int8_pack,
 )
 from tersetorch.ops.blocked_matmul import blocked_matmul, blocked_matmul_inference, blocked_pack  # noqa: E402
+from tersetorch.ops.codebook_conv2d import codebook_conv2d, codebook_conv2d_inference  # noqa: E402
 from tersetorch.ops.codebook_matmul import (  # noqa: E402
     CODEBOOK_MODES,
     codebook_dense,
@@ -77,6 +78,8 @@ __all__ = [
     "blocked_matmul",
     "blocked_matmul_inference",
     "blocked_pack",
+    "codebook_conv2d",
+    "codebook_conv2d_inference",
     "codebook_dense",
     "codebook_matmul",
     "codebook_matmul_inference",

@@ -65,13 +65,10 @@ def codebook_matmul(
     Source:
         Han et al., Deep Compression (2016), section 3, whose authors left the kernel as future work.
     """
-    _check(x, codes, codebook, bias, column_block, mode)
-    if forward_ad._current_level >= 0:
-        for name, tensor in (("x", x), ("codebook", codebook), ("bias", bias)):
-            if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
-                raise RuntimeError(
-                    f"codebook_matmul: {name} must not carry a forward-mode tangent, got one; use reverse mode"
-                )
+    if isinstance(x, Tensor) and x.dim() == 0:
+        raise ValueError("codebook_matmul: x must be [..., in], got a scalar; reshape it")
+    columns = x.shape[-1] if isinstance(x, Tensor) else 0
+    check_coded("codebook_matmul", x, codes, codebook, bias, column_block, mode, columns, "features")
     return cast(Tensor, _codebook_matmul(x, codes, codebook, bias, column_block, mode, relu))
 
 
@@ -165,8 +162,18 @@ def _check_tensor(op: str, name: str, tensor: object, dtypes: tuple[torch.dtype,
         raise TypeError(f"{op}: {name} must be {allowed}, got {tensor.dtype}; {hint}")
 
 
-def _check(x: Tensor, codes: Tensor, codebook: Tensor, bias: Tensor | None, column_block: int, mode: str) -> None:
-    op = "codebook_matmul"
+def check_coded(
+    op: str,
+    x: Tensor,
+    codes: Tensor,
+    codebook: Tensor,
+    bias: Tensor | None,
+    column_block: int,
+    mode: str,
+    columns: int,
+    of_row: str,
+) -> None:
+    """Checks what a product with a weight of so many columns takes; of_row says what a row of it has."""
     if mode not in CODEBOOK_MODES:
         raise ValueError(f"{op}: mode must be one of {list(CODEBOOK_MODES)}, got {mode!r}; choose one of them")
     for name, tensor, dtypes, hint in (
@@ -183,8 +190,6 @@ def _check(x: Tensor, codes: Tensor, codebook: Tensor, bias: Tensor | None, colu
                 f"{op}: {name} must be on the device of x, {x.device}, got {cast(Tensor, tensor).device}; "
                 "move one of them"
             )
-    if x.dim() == 0:
-        raise ValueError(f"{op}: x must be [..., in], got a scalar; reshape it")
     if codebook.dim() != 2 or not 1 <= codebook.shape[1] <= MAX_ENTRIES:
         raise ValueError(
             f"{op}: codebook must be [tables, entries] with 1 to {MAX_ENTRIES} entries, got shape "
@@ -192,13 +197,13 @@ def _check(x: Tensor, codes: Tensor, codebook: Tensor, bias: Tensor | None, colu
         )
     if column_block < 0:
         raise ValueError(f"{op}: column_block must be at least 0, got {column_block}; pass 0 for none")
-    row_bytes = codebook_row_bytes(codebook.shape[1], x.shape[-1], column_block)
+    row_bytes = codebook_row_bytes(codebook.shape[1], columns, column_block)
     if codes.dim() != 2 or codes.shape[1] != row_bytes:
         raise ValueError(
-            f"{op}: codes must be [out, {row_bytes}] for {x.shape[-1]} features and {codebook.shape[1]} entries, got "
-            f"shape {tuple(codes.shape)}; pass what codebook_pack made of a weight that x's features fit"
+            f"{op}: codes must be [out, {row_bytes}] for {columns} {of_row} and {codebook.shape[1]} entries, got "
+            f"shape {tuple(codes.shape)}; pass what codebook_pack made of a weight that x fits"
         )
-    tables = codebook_tables(codes.shape[0], x.shape[-1], column_block)
+    tables = codebook_tables(codes.shape[0], columns, column_block)
     if codebook.shape[0] not in tables:
         raise ValueError(
             f"{op}: codebook must have {' or '.join(map(str, dict.fromkeys(tables)))} tables, got {codebook.shape[0]}; "
@@ -208,6 +213,10 @@ def _check(x: Tensor, codes: Tensor, codebook: Tensor, bias: Tensor | None, colu
         raise ValueError(
             f"{op}: bias must be [{codes.shape[0]}], got shape {tuple(bias.shape)}; pass one for each row of the weight"
         )
+    if forward_ad._current_level >= 0:
+        for name, tensor in (("x", x), ("codebook", codebook), ("bias", bias)):
+            if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+                raise RuntimeError(f"{op}: {name} must not carry a forward-mode tangent, got one; use reverse mode")
 
 
 @torch.library.register_fake("tersetorch::codebook_matmul")

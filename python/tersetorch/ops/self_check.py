@@ -12,6 +12,7 @@ from tersetorch.ops.bitmap_matmul import bitmap_from_rows, bitmap_matmul
 from tersetorch.ops.blocked_bfloat16_matmul import blocked_bfloat16_matmul, blocked_bfloat16_pack
 from tersetorch.ops.blocked_int8_matmul import blocked_int8_matmul, blocked_int8_pack
 from tersetorch.ops.blocked_matmul import blocked_matmul, blocked_pack
+from tersetorch.ops.codebook_conv2d import codebook_conv2d
 from tersetorch.ops.codebook_matmul import CODEBOOK_MODES, codebook_dense, codebook_matmul, codebook_pack
 from tersetorch.ops.csr_matmul import csr_matmul
 from tersetorch.ops.product_matmul import product_decode, product_matmul, product_pack
@@ -46,6 +47,7 @@ def check_ops() -> list[dict[str, Any]]:
     checked += [_check_int8("bitmap_matmul", _bitmap_int8), _check_int8("blocked_int8_matmul", _blocked_int8)]
     checked += _check_product()
     checked += [_check_codebook(mode, entries) for mode in CODEBOOK_MODES for entries in (4, ENTRIES, 32, 256)]
+    checked += [_check_codebook_conv(mode) for mode in CODEBOOK_MODES]
     return [*checked, _check_bfloat16_mode(), *_check_conv_modes(), *_check_gradients()]
 
 
@@ -65,6 +67,25 @@ def _check_codebook(mode: str, entries: int) -> dict[str, Any]:
         size = x.double().abs() @ dense.double().abs().T + bias.double().abs()
         worst = max(worst, _largest(y, reference, size))
     return _result("codebook_matmul", f"{mode}, {entries} entries", worst, bound)
+
+
+def _check_codebook_conv(mode: str) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(3)
+    terms = CHANNELS * KERNEL**2
+    codes = torch.randint(ENTRIES, (ROWS, terms), generator=generator).to(torch.uint8)
+    table, bias = torch.randn(1, ENTRIES, generator=generator), torch.randn(ROWS, generator=generator)
+    packed = codebook_pack(codes, entries=ENTRIES)
+    weight = codebook_dense(packed, table, columns=terms).double().view(ROWS, CHANNELS, KERNEL, KERNEL)
+    bound = (terms + 2) * EPSILON + {"exact": 0.0, "bfloat16": 3 * BFLOAT16_ROUNDING, "int8": 0.03}[mode]
+    worst = 0.0
+    for height, width, stride in IMAGES:
+        for memory_format in (torch.contiguous_format, torch.channels_last):
+            x = torch.randn(2, CHANNELS, height, width, generator=generator).contiguous(memory_format=memory_format)
+            y = codebook_conv2d(x, packed, table, bias, kernel_size=KERNEL, stride=stride, padding=1, mode=mode)
+            reference = conv2d(x.double(), weight, bias.double(), stride, 1)
+            size = conv2d(x.double().abs(), weight.abs(), bias.double().abs(), stride, 1)
+            worst = max(worst, _largest(y, reference, size))
+    return _result("codebook_conv2d", f"{mode}, {ENTRIES} entries", worst, bound)
 
 
 def _blocked(

@@ -8,16 +8,14 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from tersetorch.ops._autocast import compute_in_float32, enabled_for
+from tersetorch.ops._images import Pair, conv_sizes, empty_images
 
 MODES = ("exact", "bfloat16", "int8")
 MAX_ENTRIES = 256
-MAX_SIZE = 2**31 - 1
 MAX_INT8_WEIGHTS = 128 * 1024
 _FLOATS = (torch.float32, torch.bfloat16)
 _INT32 = torch.iinfo(torch.int32)
 _OPS = torch.ops.tersetorch
-
-Pair = int | Sequence[int]
 
 
 def sparse_conv2d(
@@ -96,7 +94,7 @@ def sparse_conv2d(
     """
     _check_mode(mode)
     _check(x, row_offsets, col_indices, values, bias, codebook)
-    sizes = _sizes(x, row_offsets.shape[0] - 1, kernel_size, stride, padding, dilation, groups)
+    sizes = conv_sizes("sparse_conv2d", x, row_offsets.shape[0] - 1, kernel_size, stride, padding, dilation, groups)
     weights = x.shape[-3] // groups * sizes[0][0] * sizes[0][1]
     if mode == "int8" and weights > MAX_INT8_WEIGHTS:
         raise ValueError(
@@ -312,41 +310,9 @@ def sparse_conv2d_pack_words(
 # ---- checks
 
 
-def _pair(name: str, value: Pair, least: int) -> list[int]:
-    pair = list(value) if isinstance(value, Sequence) else [value, value]
-    if len(pair) != 2 or any(isinstance(n, bool) or not isinstance(n, int | torch.SymInt) for n in pair):
-        raise TypeError(f"sparse_conv2d: {name} must be an int or two ints, got {value!r}; pass (height, width)")
-    if min(pair) < least:
-        raise ValueError(f"sparse_conv2d: {name} must be at least {least}, got {value!r}; pass that of the layer")
-    if max(pair) > MAX_SIZE:
-        raise ValueError(f"sparse_conv2d: {name} must be at most {MAX_SIZE}, got {value!r}; pass that of the layer")
-    return pair
-
-
 def _check_mode(mode: str) -> None:
     if mode not in MODES:
         raise ValueError(f"sparse_conv2d: mode must be one of {list(MODES)}, got {mode!r}; choose one of them")
-
-
-def _sizes(
-    x: Tensor, out_channels: int, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair, groups: int
-) -> tuple[list[int], list[int], list[int], list[int], int]:
-    kernel, steps = _pair("kernel_size", kernel_size, 1), _pair("stride", stride, 1)
-    pads, gaps = _pair("padding", padding, 0), _pair("dilation", dilation, 1)
-    channels = x.shape[-3]
-    if groups < 1 or channels % groups or out_channels % groups:
-        raise ValueError(
-            f"sparse_conv2d: groups must divide the channels, got {groups} groups of {channels} channels in and "
-            f"{out_channels} out; pass the groups of the weight"
-        )
-    for i, axis in enumerate(("high", "wide")):
-        size, reach = x.shape[i - 2], gaps[i] * (kernel[i] - 1) + 1
-        if size + 2 * pads[i] < reach:
-            raise ValueError(
-                f"sparse_conv2d: x must be at least {reach - 2 * pads[i]} {axis} for this kernel and padding, got "
-                f"{size}; pass larger images or more padding"
-            )
-    return kernel, steps, pads, gaps, groups
 
 
 def _check(
@@ -419,22 +385,6 @@ def _as_int32(indices: Tensor) -> Tensor:
 # ---- shapes
 
 
-def _empty_y(
-    x: Tensor,
-    out_channels: int,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> Tensor:
-    size = [
-        (x.shape[i + 2] + 2 * padding[i] - dilation[i] * (kernel_size[i] - 1) - 1) // stride[i] + 1 for i in range(2)
-    ]
-    last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-    memory_format = torch.channels_last if last else torch.contiguous_format
-    return torch.empty((x.shape[0], out_channels, *size), dtype=x.dtype, device=x.device, memory_format=memory_format)
-
-
 @torch.library.register_fake("tersetorch::sparse_conv2d")
 @torch.library.register_fake("tersetorch::sparse_conv2d_inference")
 def _fake(
@@ -452,7 +402,7 @@ def _fake(
     relu: bool = False,
     mode: str = "exact",
 ) -> Tensor:
-    return _empty_y(x, row_offsets.shape[0] - 1, kernel_size, stride, padding, dilation)
+    return empty_images(x, row_offsets.shape[0] - 1, kernel_size, stride, padding, dilation)
 
 
 @torch.library.register_fake("tersetorch::sparse_conv2d_packed")
@@ -475,7 +425,7 @@ def _fake_packed(
     row_scales: Tensor | None = None,
     row_sums: Tensor | None = None,
 ) -> Tensor:
-    return _empty_y(x, out_channels, kernel_size, stride, padding, dilation)
+    return empty_images(x, out_channels, kernel_size, stride, padding, dilation)
 
 
 # ---- gradients

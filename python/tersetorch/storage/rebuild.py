@@ -14,7 +14,7 @@ from tersetorch.storage.compare import needs_values
 from tersetorch.storage.entry import Entry
 from tersetorch.storage.errors import TerseFileError, refuse
 from tersetorch.storage.layers import LAYERS, Layer, decode_layer, dense_shape, make_layer
-from tersetorch.storage.product_kinds import KINDS, check_layer
+from tersetorch.storage.product_kinds import check_layer, dense_sizes, replaces
 from tersetorch.storage.tensors import decode_tensor
 
 _NODE_KEYS = set("kcatmeo")
@@ -192,11 +192,10 @@ def adopt(root: Any, model: nn.Module, tensors: Tensors) -> nn.Module:
             if (getattr(module, "bias", None) is None) != (layer.bias is None):
                 mismatch(f"a layer {'without' if layer.bias is None else 'with'} a bias at {where}", module)
             memo[id(module)] = layer
-        elif node.get("k") in KINDS and type(module) is nn.Linear:
+        elif replaces(node.get("k"), module):
             # A whole layer, built as it is where no model is given.
             built = Builder(tensors, limit=0).build(node, path)
-            sizes = [(layer.out_features, layer.in_features, layer.bias is None) for layer in (built, module)]
-            if sizes[0] != sizes[1]:
+            if dense_sizes(built) != dense_sizes(module):
                 mismatch(f"{built} at {path or 'its root'}", module)
             memo[id(module)] = built
         elif _stands_for_relu(node, module):
@@ -240,7 +239,7 @@ def _pairs(node: Any, module: nn.Module | None, seen: dict[nn.Module, int], path
     seen[module] = len(seen)
     yield node, module, path
     kind = node.get("k")
-    if kind in LAYERS or (kind in KINDS and type(module) is nn.Linear):
+    if kind in LAYERS or replaces(kind, module):
         return
     if kind is not None:
         known = registry.named(kind)

@@ -1,0 +1,72 @@
+"""What ops on images share: sizes of convolutions, and the images that come out."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+MAX_SIZE = 2**31 - 1
+
+Pair = int | Sequence[int]
+
+
+def _pair(op: str, name: str, value: Pair, least: int) -> list[int]:
+    pair = list(value) if isinstance(value, Sequence) else [value, value]
+    if len(pair) != 2 or any(isinstance(n, bool) or not isinstance(n, int | torch.SymInt) for n in pair):
+        raise TypeError(f"{op}: {name} must be an int or two ints, got {value!r}; pass (height, width)")
+    if min(pair) < least:
+        raise ValueError(f"{op}: {name} must be at least {least}, got {value!r}; pass that of the layer")
+    if max(pair) > MAX_SIZE:
+        raise ValueError(f"{op}: {name} must be at most {MAX_SIZE}, got {value!r}; pass that of the layer")
+    return pair
+
+
+def conv_sizes(
+    op: str,
+    x: Tensor,
+    out_channels: int,
+    kernel_size: Pair,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+) -> tuple[list[int], list[int], list[int], list[int], int]:
+    """The sizes of a convolution as its op takes them: two numbers each, and the groups.
+
+    Raises:
+        TypeError: a size is not a number or two.
+        ValueError: a size is out of range, or x is smaller than the kernel.
+    """
+    kernel, steps = _pair(op, "kernel_size", kernel_size, 1), _pair(op, "stride", stride, 1)
+    pads, gaps = _pair(op, "padding", padding, 0), _pair(op, "dilation", dilation, 1)
+    channels = x.shape[-3]
+    if groups < 1 or channels % groups or out_channels % groups:
+        raise ValueError(
+            f"{op}: groups must divide the channels, got {groups} groups of {channels} channels in and "
+            f"{out_channels} out; pass the groups of the weight"
+        )
+    for i, axis in enumerate(("high", "wide")):
+        size, reach = x.shape[i - 2], gaps[i] * (kernel[i] - 1) + 1
+        if size + 2 * pads[i] < reach:
+            raise ValueError(
+                f"{op}: x must be at least {reach - 2 * pads[i]} {axis} for this kernel and padding, got "
+                f"{size}; pass larger images or more padding"
+            )
+    return kernel, steps, pads, gaps, groups
+
+
+def empty_images(
+    x: Tensor,
+    out_channels: int,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    """What a convolution makes of x, uninitialised and in its memory format."""
+    size = [
+        (x.shape[i + 2] + 2 * padding[i] - dilation[i] * (kernel_size[i] - 1) - 1) // stride[i] + 1 for i in range(2)
+    ]
+    last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    memory_format = torch.channels_last if last else torch.contiguous_format
+    return torch.empty((x.shape[0], out_channels, *size), dtype=x.dtype, device=x.device, memory_format=memory_format)
