@@ -7,32 +7,46 @@
 #include <algorithm>
 #include <cstdint>
 #include <memory>
+#include <utility>
 #include <vector>
 
 namespace tersetorch {
 
-// A tensor of t's dtype and device and of its shape with the last dimension replaced. Past the dispatcher, which looks
-// an op up by its name at every call.
-inline torch::stable::Tensor EmptyWithLastDim(const torch::stable::Tensor& t, std::int64_t last) {
-  const std::int64_t dim = t.dim();
-  std::vector<std::int64_t> shape_and_strides(2 * dim);
-  std::int64_t* shape = shape_and_strides.data();
-  std::int64_t* strides = shape + dim;
-  std::copy(t.sizes().begin(), t.sizes().end(), shape);
-  shape[dim - 1] = last;
+// An uninitialised tensor on t's device. Past the dispatcher, which looks an op up by its name at every call.
+inline torch::stable::Tensor EmptyOnDeviceOf(const torch::stable::Tensor& t, std::vector<std::int64_t> shape,
+                                             std::int32_t dtype) {
+  const auto dim = static_cast<std::int64_t>(shape.size());
+  shape.resize(2 * dim);
+  std::int64_t* strides = shape.data() + dim;
   std::int64_t stride = 1;
   for (std::int64_t d = dim; d-- > 0;) {
     strides[d] = stride;
     stride *= std::max<std::int64_t>(1, shape[d]);
   }
-  std::int32_t dtype, device_type, device_index;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
+  std::int32_t device_type, device_index;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &device_type));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(t.get(), &device_index));
   AtenTensorHandle empty;
   STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(dim, shape, strides, dtype, device_type, device_index, &empty));
+      aoti_torch_empty_strided(dim, shape.data(), strides, dtype, device_type, device_index, &empty));
   return torch::stable::Tensor(empty);
+}
+
+// t's sizes, with room for so many numbers that Empty... of this many dimensions needs no more memory.
+inline std::vector<std::int64_t> SizesOf(const torch::stable::Tensor& t, std::int64_t dim) {
+  std::vector<std::int64_t> sizes;
+  sizes.reserve(2 * dim);
+  sizes.assign(t.sizes().begin(), t.sizes().end());
+  return sizes;
+}
+
+// A tensor of t's dtype and device and of its shape with the last dimension replaced.
+inline torch::stable::Tensor EmptyWithLastDim(const torch::stable::Tensor& t, std::int64_t last) {
+  std::vector<std::int64_t> shape = SizesOf(t, t.dim());
+  shape.back() = last;
+  std::int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
+  return EmptyOnDeviceOf(t, std::move(shape), dtype);
 }
 
 // The product of the leading dimensions; unlike numel() / size(-1) it is right for an empty last dimension too.

@@ -81,6 +81,19 @@ STABLE_TORCH_LIBRARY(tersetorch, m) {
   // Codes uint8 [out, columns] as the kernels read them, and back.
   m.def("codebook_pack(Tensor codes, int entries, int column_block=0) -> Tensor");
   m.def("codebook_unpack(Tensor packed, int entries, int columns, int column_block=0) -> Tensor");
+  // Rows of such a weight [rows, columns] by indices int32 or int64 [...], as float32 or bfloat16 [..., columns]; the
+  // row padding_idx (-1 for none) gives the codebook no gradient
+  m.def(
+      "codebook_embedding(Tensor indices, Tensor codes, Tensor codebook, int columns, int column_block=0, int "
+      "padding_idx=-1, ScalarType? dtype=None) -> Tensor");
+  // The same without autograd: for callers that know gradients to be off.
+  m.def(
+      "codebook_embedding_inference(Tensor indices, Tensor codes, Tensor codebook, int columns, int column_block=0, "
+      "int padding_idx=-1, ScalarType? dtype=None) -> Tensor");
+  // Its adjoint in codebook: grad float32 [..., columns] -> float32 [tables, entries]
+  m.def(
+      "codebook_embedding_reduce(Tensor grad, Tensor indices, Tensor codes, int tables, int entries, int "
+      "column_block=0, int padding_idx=-1) -> Tensor");
 
   // x [..., in] and a weight [out, in] with one bit for each weight; values float32, bfloat16, uint8 codes beside a
   // codebook, or int8 beside scales [out]; mode "exact" or, with int8 values, "int8" -> [..., out]

@@ -8,7 +8,9 @@ from tersetorch.conversion.swap import build
 
 def test_names_and_aliases_are_unique():
     assert all(name == row.name for name, row in CANDIDATES.items())
-    assert len({(row.alias, row.source) for row in CANDIDATES.values()}) == len(CANDIDATES)
+    several = [(row.alias, row.source) for row in CANDIDATES.values()]
+    # Of two with one alias the smaller is taken.
+    assert {pair for pair in several if several.count(pair) > 1} == {("codebook", nn.Linear), ("codebook", nn.Conv2d)}
     assert "dense" not in CANDIDATES
 
 
@@ -17,9 +19,10 @@ def test_what_is_built_has_the_same_weight(name, sparse_linear):
     row = CANDIDATES[name]
     layer = sparse_linear(distinct=9).eval()
     if row.source is not nn.Linear:
-        convolution = row.source(10, 30, 4 if row.source is nn.Conv1d else 2).eval()
-        convolution.weight.data = layer.weight.data.reshape(convolution.weight.shape)
-        layer = convolution
+        sizes = {nn.Conv1d: (10, 30, 4), nn.Conv2d: (10, 30, 2), nn.Embedding: (30, 40)}
+        other = row.source(*sizes[row.source]).eval()
+        other.weight.data = layer.weight.data.reshape(other.weight.shape)
+        layer = other
     assert row.applies(layer) is None
     for samples in (None, 0, 1, 64):
         (built,) = build(row, [layer], samples)

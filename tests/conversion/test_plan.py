@@ -42,8 +42,26 @@ def test_codebook_says_what_it_cannot_take(model):
         "other": nn.ConvTranspose2d,
     }
     reasons = {layer.name: layer.reason for layer in report(fast).layers}
-    assert reasons["plain"] == "sparse_codebook: more than 255 distinct non-zero values"
+    assert reasons["plain"] == (
+        "sparse_codebook: more than 255 distinct non-zero values; codebook_linear: more than 256 distinct values"
+    )
     assert reasons["other"] == "no format runs a ConvTranspose2d"
+
+
+@pytest.mark.parametrize(("density", "levels", "chosen"), [(0.05, 3, 0), (0.3, 3, 1), (0.05, 40, 0), (0.3, 40, 1)])
+def test_codebook_takes_the_smaller_of_two(density, levels, chosen):
+    model = nn.ModuleDict({"linear": nn.Linear(512, 40), "conv": nn.Conv2d(64, 40, 3)})
+    for layer in model.values():
+        kept = torch.rand(layer.weight.shape, generator=torch.Generator().manual_seed(0)) < density
+        with torch.no_grad():
+            layer.weight.copy_((layer.weight / layer.weight.abs().max() * levels).round() * kept)
+    fast = convert(model, plan="codebook")
+    names = [("sparse_codebook", "codebook_linear"), ("sparse_codebook_conv2d", "codebook_conv2d")]
+    assert list(report(fast).plan.values()) == [pair[chosen] for pair in names]
+    weights = [layer.codebook_weight if chosen else layer.sparse_weight for layer in fast.values()]
+    others = convert(model, plan={name: pair[1 - chosen] for name, pair in zip(model, names, strict=True)}).values()
+    for weight, other in zip(weights, others, strict=True):
+        assert weight.nbytes < (other.sparse_weight if chosen else other.codebook_weight).nbytes
 
 
 def test_by_name_and_the_others_stay(model):

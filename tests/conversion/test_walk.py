@@ -45,7 +45,7 @@ def test_plain_linear_may_be_swapped():
     [
         (lambda: OwnLinear(3, 2), "OwnLinear is a subclass of Linear, which may compute something else"),
         (lambda: nn.Conv3d(3, 2, 1), "no format runs a Conv3d"),
-        (lambda: nn.Embedding(3, 2), "no format runs a Embedding"),
+        (lambda: nn.EmbeddingBag(3, 2), "no format runs a EmbeddingBag"),
         (lambda: nn.Linear(3, 2).double(), "its weight is torch.float64"),
         (lambda: nn.Linear(3, 2).half(), "its weight is torch.float16"),
         (lambda: nn.Linear(3, 2, device="meta"), "its weight is on meta"),

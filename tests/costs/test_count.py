@@ -112,6 +112,43 @@ def test_sparse_layers_count_by_what_they_store(cls):
     assert found.bytes == layer.sparse_weight.nbytes + 30 * 4
 
 
+def shared(dense, levels=5):
+    with torch.no_grad():
+        dense.weight.copy_((dense.weight * 2).round().clamp(-levels // 2, levels // 2))
+    return dense
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_layers_of_codes_count_by_the_weight_they_stand_for(device):
+    quantised = nn.Sequential(nn.Linear(40, 30))
+    tt.quantize.residual(quantised, stages=2, entries=4)
+    parts = tt.nn.ProductLinear.from_codes(
+        torch.randint(16, (30, 10)).to(torch.uint8), torch.randn(1, 10, 4, 16), torch.randn(30), in_features=40
+    )
+    for layer, shape, positions in (
+        (tt.nn.CodebookLinear.from_dense(shared(nn.Linear(40, 30))), (5, 40), 5),
+        (parts, (5, 40), 5),
+        (tt.nn.ResidualLinear.from_dense(quantised[0]), (5, 40), 5),
+        (tt.nn.CodebookConv2d.from_dense(shared(nn.Conv2d(4, 6, 3, padding=1))), (2, 4, 5, 7), 70),
+    ):
+        held = sum(tensor.nbytes for tensor in (*layer.parameters(), *layer.buffers()))
+        size, kept = layer.weight.numel(), int(layer.weight.count_nonzero())
+        kept = size if device == "meta" else kept
+        bias = layer.bias.numel()
+        (found,) = count(layer.to(device), torch.randn(shape, device=device)).layers
+        assert (found.parameters, found.nonzeros) == (size + bias, kept + bias)
+        assert (found.macs, found.effective_macs) == (positions * size, positions * kept)
+        assert found.bytes == held
+
+
+def test_an_embedding_of_codes_counts_its_weight_and_no_work():
+    layer = tt.nn.CodebookEmbedding.from_dense(shared(nn.Embedding(40, 30)))
+    counted = count(layer, torch.zeros(3, dtype=torch.long))
+    (found,) = counted.layers
+    assert (found.parameters, found.nonzeros) == (1200, int(layer.weight.count_nonzero()))
+    assert (found.macs, found.bytes, counted.uncounted) == (0, layer.codebook_weight.nbytes, ())
+
+
 def test_a_sparse_layer_without_gradients_counts_too():
     dense = nn.Linear(8, 4, bias=False)
     layer = tt.nn.SparseLinear.from_dense(dense)

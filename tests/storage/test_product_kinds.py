@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 import tersetorch as tt
-from tersetorch.nn import ProductLinear, ResidualLinear
+from tersetorch.formats import CodebookWeight
+from tersetorch.nn import CodebookLinear, ProductLinear, ResidualLinear
 from tersetorch.storage import TerseFileError
 
 
@@ -64,4 +65,45 @@ def test_codes_past_the_entries_are_refused(tmp_path):
     model[0].codes[0, 0] = 20
     tt.save(model, tmp_path / "m.terse")
     with pytest.raises(TerseFileError, match=r"codes must lie in \[0, 20\), got 20"):
+        tt.load(tmp_path / "m.terse")
+
+
+def test_codes_are_stored_without_what_pads_them(tmp_path):
+    g = torch.Generator().manual_seed(0)
+    codes = torch.randint(16, (50, 30), generator=g).to(torch.uint8)
+    layer = CodebookLinear(CodebookWeight.from_codes(codes, torch.randn(1, 16, generator=g)))
+    assert layer.codes.nbytes == 50 * 64
+    tied = CodebookLinear(layer.codebook_weight)
+    tied.codes, tied.codebook = layer.codes, layer.codebook
+    tt.save(nn.Sequential(layer, tied), tmp_path / "m.terse")
+    (stored,) = [tensor for tensor in tt.inspect(tmp_path / "m.terse").tensors if "codes" in tensor.name]
+    assert stored.shape == (50, 30) and stored.nbytes < 50 * 30 / 2 + 40
+    loaded = tt.load(tmp_path / "m.terse")
+    assert torch.equal(loaded[0].codes, layer.codes) and loaded[1].codes is loaded[0].codes
+    # Padding that no pack function wrote is kept as it is.
+    layer.codes[0, 63] = 0xF0
+    tt.save(layer, tmp_path / "m.terse")
+    assert torch.equal(tt.load(tmp_path / "m.terse").codes, layer.codes)
+
+
+def test_padding_counts_for_the_limit(tmp_path):
+    layer = CodebookLinear(CodebookWeight.from_codes(torch.zeros(9000, 1, dtype=torch.uint8), torch.zeros(1, 2)))
+    tt.save(layer, tmp_path / "m.terse")
+    with pytest.raises(TerseFileError, match="decode to at most 20000 bytes, got 576000"):
+        tt.load(tmp_path / "m.terse", max_bytes=20_000)
+
+
+@pytest.mark.parametrize(
+    ("codes", "message"),
+    [
+        (torch.full((50, 30), 16, dtype=torch.uint8), r"codes must lie in \[0, 16\), got 16"),
+        (torch.zeros(50, 31, dtype=torch.uint8), r"hold uint8 codes \[50, 30\] in a CodebookLinear"),
+        (torch.zeros(50, 30), r"got torch.float32 \[50, 30\]"),
+    ],
+)
+def test_plain_codes_of_another_layer_are_refused(tmp_path, monkeypatch, codes, message):
+    layer = CodebookLinear(CodebookWeight.from_codes(torch.zeros(50, 30, dtype=torch.uint8), torch.randn(1, 16)))
+    monkeypatch.setattr("tersetorch.storage.describe.plain_codes", lambda module: codes)
+    tt.save(layer, tmp_path / "m.terse")
+    with pytest.raises(TerseFileError, match=message):
         tt.load(tmp_path / "m.terse")

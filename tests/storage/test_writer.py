@@ -357,6 +357,21 @@ def test_the_golden_file_of_version_2(same_state, tmp_path, monkeypatch):
     assert (tmp_path / "m.terse").read_bytes() == path.read_bytes()
 
 
+@pytest.mark.parametrize(("name", "made_by"), [("packed", "products"), ("plain", "coded")])
+def test_the_golden_files_of_codes(same_state, tmp_path, monkeypatch, name, made_by):
+    path = Path(__file__).parent / "golden" / f"version2_{name}_codes.terse"
+    namespace = runpy.run_path(path.parent / "make_golden.py", run_name="golden")
+    model = namespace[made_by]()
+    loaded = load(path)
+    same_state(model, loaded)
+    assert [layer.extra_repr() for layer in loaded] == [layer.extra_repr() for layer in model]
+    if name == "plain":
+        for limit, value in namespace["SMALL"].items():
+            monkeypatch.setattr(streams, limit, value)
+        save(model, tmp_path / "again.terse")
+        assert (tmp_path / "again.terse").read_bytes() == path.read_bytes()
+
+
 def test_the_golden_file_of_layouts_and_convolutions(same_state):
     path = Path(__file__).parent / "golden" / "version1_layouts.terse"
     model = runpy.run_path(path.parent / "make_golden.py", run_name="golden")["layouts"]()

@@ -45,9 +45,12 @@ struct CodeEntries {
   template <int kBits>
   void Fill(const float* table, Index entries, bool rounded) {
     constexpr Index kCodes = Index{1} << kBits, kFilled = kCodes < 32 ? 32 : kCodes;
-    for (Index k = 0; k < kFilled; ++k) {
-      values[k] = k % kCodes < entries ? LoadAt<float>(table, k % kCodes, 4) : 0.0f;
+    if (entries == kCodes) {  // many small tables are filled as often as they are used
+      __builtin_memcpy(values, table, 4 * kCodes);
+    } else {
+      for (Index k = 0; k < kCodes; ++k) values[k] = k < entries ? LoadAt<float>(table, k, 4) : 0.0f;
     }
+    for (Index k = kCodes; k < kFilled; ++k) values[k] = values[k - kCodes];
     if (!rounded) return;
     for (Index k = 0; k < kFilled; k += 8) {
       const Float8 narrow = FromBFloat16(ToBFloat16(Load<Float8>(values + k)));

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tersetorch import ops
 from tersetorch.formats import codebook_values
 from tersetorch.nn import (
     CodebookConv2d,
+    CodebookEmbedding,
     CodebookLinear,
     SparseCodebookConv1d,
     SparseCodebookConv2d,
@@ -18,6 +20,7 @@ from tersetorch.nn import (
     SparseConv2d,
     SparseLinear,
 )
+from tersetorch.nn.codebook_embedding import why_not
 
 MAX_DISTINCT = 255
 MAX_NARROW = 2**16
@@ -33,7 +36,8 @@ class Candidate:
 
     Attributes:
         name: the format's name in plans and reports.
-        alias: what plan= calls it for a whole model; one for each kind of layer may have the same.
+        alias: what plan= calls it for a whole model. Several may have the same: the smallest that can hold a layer's
+            weight is taken.
         source: the layer it replaces; exactly this class, since a subclass may compute something else.
         layer: the class it builds.
         max_density: above this share of non-zeros the format is larger than the dense weight, and is not measured.
@@ -43,6 +47,7 @@ class Candidate:
         options: of pack(), for a number of samples multiplied at once, or for None, a number nobody told.
         exact: whether only the order of sums differs from the dense layer's; the others are measured only where the
             caller allows an error, or told by plan.
+        nbytes: of the new layer's weight; told only where another candidate for the same layer has the same alias.
         min_samples, max_samples: with fewer or more at once another candidate is always faster, and this one is not
             measured.
     """
@@ -57,6 +62,7 @@ class Candidate:
     layout: str = "csr"
     options: Callable[[int | None], dict[str, Any]] = lambda samples: {}
     exact: bool = True
+    nbytes: Callable[[nn.Module], int] = lambda module: 0
     min_samples: int = 0
     max_samples: int | None = None
 
@@ -107,6 +113,23 @@ def _is_shared(module: nn.Module) -> str | None:
     if weight.dtype not in (torch.float32, torch.bfloat16):
         return f"weights of {weight.dtype}"
     return "more than 256 distinct values" if codebook_values(weight.float().contiguous()) is None else None
+
+
+def _is_shared_embedding(module: nn.Module) -> str | None:
+    assert isinstance(module, nn.Embedding)
+    return why_not(module) or _is_shared(module)
+
+
+def _bytes_of_nonzeros(module: nn.Module) -> int:
+    weight = weight_of(module)
+    return 5 * int(torch.count_nonzero(weight)) + 4 * weight.shape[0]
+
+
+def _bytes_of_codes(module: nn.Module) -> int:
+    weight = weight_of(module)
+    values = codebook_values(weight.float().contiguous())
+    entries = 0 if values is None else values.numel()
+    return weight.shape[0] * ops.codebook_row_bytes(entries, weight[:1].numel()) + 4 * entries
 
 
 def _is_shared_in_filters(module: nn.Module) -> str | None:
@@ -163,6 +186,7 @@ def _convolutions(
             alias="codebook",
             source=source,
             layout="direct",
+            nbytes=_bytes_of_nonzeros,
         ),
         *(
             _row(
@@ -185,7 +209,7 @@ def _coded(
 ) -> tuple[Candidate, ...]:
     in_int8 = _both(applies, _has_small_filters)
     return (
-        _row(name, layer, 1.0, applies, layout="codebook", **more),
+        _row(name, layer, 1.0, applies, alias="codebook", layout="codebook", nbytes=_bytes_of_codes, **more),
         _row(f"{name}_bfloat16", layer, 1.0, applies, layout="codebook_bfloat16", exact=False, **more),
         _row(f"{name}_int8", layer, 1.0, in_int8, layout="codebook_int8", exact=False, **more),
     )
@@ -197,7 +221,14 @@ CANDIDATES: dict[str, Candidate] = {
     row.name: row
     for row in (
         _row("csr", SparseLinear, 0.5, _always, alias="sparse"),
-        _row("sparse_codebook", SparseCodebookLinear, 0.8, _has_few_values, alias="codebook"),
+        _row(
+            "sparse_codebook",
+            SparseCodebookLinear,
+            0.8,
+            _has_few_values,
+            alias="codebook",
+            nbytes=_bytes_of_nonzeros,
+        ),
         _row("csr16", SparseLinear, 0.66, _is_narrow, layout="csr16", max_samples=16),
         _row(
             "csr16_codebook",
@@ -250,6 +281,15 @@ CANDIDATES: dict[str, Candidate] = {
             min_samples=4,
         ),
         *_coded("codebook_linear", CodebookLinear, _is_shared),
+        _row(
+            "codebook_embedding",
+            CodebookEmbedding,
+            1.0,
+            _is_shared_embedding,
+            alias="codebook",
+            source=nn.Embedding,
+            layout="codebook",
+        ),
         *_convolutions("2d", nn.Conv2d, SparseConv2d, SparseCodebookConv2d),
         *_coded("codebook_conv2d", CodebookConv2d, _is_shared_in_filters, source=nn.Conv2d),
         *_convolutions("1d", nn.Conv1d, SparseConv1d, SparseCodebookConv1d),

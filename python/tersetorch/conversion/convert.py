@@ -83,8 +83,11 @@ def convert(
             plan, only for the report's largest output difference.
         plan: "sparse" or "codebook", every layer that can; or format names by layer name, the others stay dense:
             "dense", "csr", "sparse_codebook", "sparse_conv2d" and the other names in
-            tersetorch.conversion.candidates.CANDIDATES. Nothing is measured and max_error does not apply: formats with
-            int8 or bfloat16 in their name round.
+            tersetorch.conversion.candidates.CANDIDATES. "codebook" keeps codes of at most 8 bits, of a weight's
+            non-zeros ("sparse_codebook") or of all its weights ("codebook_linear"), whichever takes fewer bytes: at 4
+            bits that of all from a tenth of non-zeros on; an nn.Embedding's are always those of all
+            ("codebook_embedding"). Nothing is measured and max_error does not apply: formats with int8 or bfloat16 in
+            their name round.
         max_error: largest |output difference| of a layer, as a share of its largest |output|; formats that round are
             tried then too. Default: what another order of summation explains (see
             tersetorch.conversion.verify.rounding_bound).

@@ -45,9 +45,15 @@ def _for_all(plan: str, groups: list[list[Site]], table: Table) -> list[tuple[st
         )
     choices = []
     for group in groups:
-        row = next((row for row in rows if type(group[0].module) is row.source), rows[0])
-        why_not = _why_not(row, group)
-        choices.append(("dense", f"{row.name}: {why_not}") if why_not else (row.name, "asked for by plan"))
+        mine = [row for row in rows if type(group[0].module) is row.source] or rows[:1]
+        refused = {row.name: _why_not(row, group) for row in mine}
+        able = [row for row in mine if refused[row.name] is None]
+        if able:
+            module = group[0].module
+            smallest = min(able, key=lambda row: row.nbytes(module)) if len(able) > 1 else able[0]
+            choices.append((smallest.name, "asked for by plan"))
+        else:
+            choices.append(("dense", "; ".join(f"{name}: {reason}" for name, reason in refused.items())))
     return choices
 
 

@@ -203,7 +203,8 @@ class Planner:
 
 def samples_of(calls: list[Call]) -> int:
     """The most samples that one of the calls multiplies at once."""
-    return max(x.numel() // max(1, x.shape[-1]) for _, x in calls)
+    # An index is a sample of its own.
+    return max(x.numel() // max(1, x.shape[-1]) if x.is_floating_point() else x.numel() for _, x in calls)
 
 
 def _with_score(trial: Trial, result: Contest) -> Trial:

@@ -202,7 +202,8 @@ def _tie(sites: list[Site], names: Mapping[nn.Module, list[str]]) -> list[Site]:
         kept = site.kept
         for module, attribute in users:
             other = site_of.get(module)
-            if kept is None and (attribute != "weight" or other is None or other.kept is not None):
+            apart = other is None or other.kept is not None or type(module) is not type(site.module)
+            if kept is None and (attribute != "weight" or apart):
                 path = f"{names[module][0]}.{attribute}".removeprefix(".")
                 kept = f"its weight is tied to {path}, which stays as it is"
         group = min((site_of[module].group for module, _ in users if module in site_of), default=site.group)

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from tersetorch.methods.modes import evaluating
+from tersetorch.nn import CodebookEmbedding
+from tersetorch.nn.shared_module import SharedModule, SharedProduct
 
 # What has a matrix of parameters and multiplies by none of it.
-_LOOKUPS = (nn.Embedding, nn.EmbeddingBag)
+_LOOKUPS = (nn.Embedding, nn.EmbeddingBag, CodebookEmbedding)
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,8 @@ def count(model: nn.Module, example_inputs: Tensor | tuple[Any, ...] | Mapping[s
     positions x (non-zero weights): positions are the rows of a linear layer's input, the output pixels of a
     convolution, the input pixels of a transposed one, over the whole batch. Padding counts as input, biases,
     normalisation, activations and pooling count nothing, as in the papers' tables; give a batch of one to compare with
-    those. Sparse layers and layers that are being pruned or shared count by the weight they compute with.
+    those. Sparse layers, layers of codes and layers that are being pruned or shared count by the weight they compute
+    with; an embedding multiplies nothing.
 
     Args:
         model: on any device; on meta, with inputs there, nothing is computed and no memory taken.
@@ -122,7 +125,9 @@ def count(model: nn.Module, example_inputs: Tensor | tuple[Any, ...] | Mapping[s
     seen: set[int] = set()
     layers = []
     for name, module in modules:
-        parameters, nonzeros, held = _holds(module, sizes.get(module), seen)
+        # Codes stand for parameters, looked up ones too.
+        own = _weight_size(module) if isinstance(module, SharedModule) else sizes.get(module)
+        parameters, nonzeros, held = _holds(module, own, seen)
         size, left = sizes.get(module, (0, 0))
         if held or parameters or module in sizes:
             here = positions.get(module, 0)
@@ -162,8 +167,8 @@ def _own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def multiplies(module: nn.Module) -> bool:
-    """Whether module is a linear or convolutional layer, a sparse one too."""
-    return isinstance(module, nn.Linear | _ConvNd) or hasattr(type(module), "sparse_weight")
+    """Whether module is a linear or convolutional layer, one of ours too."""
+    return isinstance(module, nn.Linear | _ConvNd | SharedProduct) or hasattr(type(module), "sparse_weight")
 
 
 def _weight_size(module: nn.Module) -> tuple[int, int]:
@@ -171,6 +176,9 @@ def _weight_size(module: nn.Module) -> tuple[int, int]:
     if hasattr(type(module), "sparse_weight"):
         sparse: Any = module.sparse_weight
         return prod(sparse.shape), sparse.nnz
+    if isinstance(module, SharedModule) and module.codes.is_meta:
+        size = prod(module.shared_weight.shape)
+        return size, size
     weight: Any = module.weight
     return weight.numel(), _nonzeros(weight)
 

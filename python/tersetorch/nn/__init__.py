@@ -1,6 +1,7 @@
 """Does it have a forward()? Drop-in modules with buffers and parameters only."""
 
 from tersetorch.nn.codebook_conv import CodebookConv2d
+from tersetorch.nn.codebook_embedding import CodebookEmbedding
 from tersetorch.nn.codebook_linear import CodebookLinear
 from tersetorch.nn.product_linear import ProductLinear, ResidualLinear
 from tersetorch.nn.sparse_codebook_conv import SparseCodebookConv1d, SparseCodebookConv2d
@@ -10,6 +11,7 @@ from tersetorch.nn.sparse_linear import SparseLinear
 
 __all__ = [
     "CodebookConv2d",
+    "CodebookEmbedding",
     "CodebookLinear",
     "ProductLinear",
     "ResidualLinear",

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from tersetorch import ops
 from tersetorch.formats import CodebookWeight
-from tersetorch.nn.codebook_module import CodedModule, records, zero_weight
+from tersetorch.nn.codebook_module import CodedModule, zero_weight
 from tersetorch.nn.conv_sizes import ConvSizes, Sizes
+from tersetorch.nn.shared_module import records
 
 
 class CodebookConv2d(ConvSizes, CodedModule):

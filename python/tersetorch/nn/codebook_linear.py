@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from tersetorch import ops
 from tersetorch.formats import CodebookWeight
-from tersetorch.nn.codebook_module import CodedModule, records, zero_weight
+from tersetorch.nn.codebook_module import CodedModule, zero_weight
+from tersetorch.nn.shared_module import records
 
 
 class CodebookLinear(CodedModule):
@@ -84,12 +85,7 @@ class CodebookLinear(CodedModule):
 
     def forward(self, input: Tensor) -> Tensor:
         """Applies the layer to input, float [..., in_features]."""
-        self._check_tensor(input)
-        if input.dim() == 0 or input.shape[-1] != self.in_features:
-            raise ValueError(
-                f"{type(self).__name__}: input must be [..., {self.in_features}], got shape {tuple(input.shape)}; "
-                "reshape it"
-            )
+        self._check_features(input, self.in_features)
         parts = (input, self.codes, self.codebook, self.bias, self.column_block)
         if records():
             return ops.codebook_matmul(*parts, "exact", self.relu)

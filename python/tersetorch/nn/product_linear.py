@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Self
 
 import torch
-from torch import Tensor, is_grad_enabled, nn
-from torch.autograd import forward_ad
+from torch import Tensor, nn
 
 from tersetorch import ops
 from tersetorch.formats import ProductWeight
+from tersetorch.nn.shared_module import SharedProduct, records
 
-FLOATS = (torch.float32, torch.bfloat16)
 MODES = ("exact", "int8")
 
 
-class ProductLinear(nn.Module):
+class ProductLinear(SharedProduct):
     """y = input @ W.T + bias, at least 0 with relu, with W in product-quantised form; the codebooks train.
 
     Shapes: input float32 or bfloat16 [..., in_features] -> y [..., out_features], of input's dtype; sums in float32.
@@ -42,43 +40,26 @@ class ProductLinear(nn.Module):
     format = ProductWeight
     parameter_field = "codebooks"
 
-    codes: Tensor
     codebooks: nn.Parameter
-    bias: nn.Parameter | None
 
     def __init__(
         self, weight: ProductWeight, bias: Tensor | None = None, *, mode: str = "exact", relu: bool = False
     ) -> None:
-        super().__init__()
-        name = type(self).__name__
-        if not isinstance(weight, ProductWeight):
-            raise TypeError(f"{name}: weight must be a ProductWeight, got {type(weight).__name__}; call from_codes")
-        weight.validate()
-        self._check_form(weight)
-        if bias is not None and (not isinstance(bias, Tensor) or bias.dtype not in FLOATS):
-            got = bias.dtype if isinstance(bias, Tensor) else type(bias).__name__
-            raise TypeError(f"{name}: bias must be float32 or bfloat16, got {got}; convert it")
-        if bias is not None and bias.shape != (weight.rows,):
-            raise ValueError(
-                f"{name}: bias must be [{weight.rows}], one for each row of the weight, got shape {tuple(bias.shape)}; "
-                "pass the bias of the same layer"
-            )
-        self._hold(weight, bias, mode, relu)
+        self._check_mode(mode)
+        super().__init__(weight, bias, relu)
+        self.mode = mode
 
-    def _hold(self, weight: ProductWeight, bias: Tensor | None, mode: str, relu: bool) -> None:
-        name = type(self).__name__
-        if not isinstance(relu, bool):
-            raise TypeError(f"{name}: relu must be True or False, got {relu!r}; pass a bool")
+    def _check_mode(self, mode: str) -> None:
         if mode not in MODES:
+            name = type(self).__name__
             raise ValueError(f"{name}: mode must be one of {list(MODES)}, got {mode!r}; choose one of them")
-        self.out_features, self.in_features = weight.shape
-        self.mode, self.relu = mode, relu
-        self.register_buffer("codes", weight.codes)
-        self.codebooks = _as_parameter(weight.codebooks)
-        self.register_parameter("bias", None if bias is None else _as_parameter(bias))
 
-    def _check_form(self, weight: ProductWeight) -> None:
-        """Refuses a weight that this layer does not hold."""
+    def _hold(self, weight: ProductWeight, bias: Tensor | None, relu: bool) -> None:
+        self.out_features, self.in_features = weight.shape
+        super()._hold(weight, bias, relu)
+
+    def _weight_of(self, codes: Tensor, values: Tensor) -> ProductWeight:
+        return ProductWeight(codes, values, self.out_features, self.in_features)
 
     @classmethod
     def from_codes(cls, codes: Tensor, codebooks: Tensor, bias: Tensor | None = None, *, in_features: int) -> Self:
@@ -109,7 +90,9 @@ class ProductLinear(nn.Module):
         weight = ProductWeight(
             ops.product_pack(codes, entries), torch.zeros(stages, segments, width, entries), out_features, in_features
         )
-        layer._hold(weight, torch.zeros(out_features) if bias else None, mode, relu)
+        layer._check_mode(mode)
+        layer._hold(weight, torch.zeros(out_features) if bias else None, relu)
+        layer.mode = mode
         return layer
 
     @property
@@ -158,38 +141,17 @@ class ProductLinear(nn.Module):
 
     def to_dense(self) -> nn.Linear:
         """The plain layer with the same weight and bias, of one dtype: float32 where they differ and one needs it."""
-        weight, bias = self.weight, None if self.bias is None else self.bias.detach().clone()
-        if bias is not None and bias.dtype != weight.dtype:
-            narrow = weight.to(bias.dtype)
-            weight, bias = (narrow, bias) if torch.equal(narrow.float(), weight) else (weight, bias.float())
-        dense = nn.Linear(self.in_features, self.out_features, bias is not None, device="meta")
-        dense.weight = nn.Parameter(weight)
-        if bias is not None:
-            dense.bias = nn.Parameter(bias)
-        return dense.train(self.training)
+        return self._filled(nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta"))
 
     @property
     def product_weight(self) -> ProductWeight:
         """The weight in its format; it shares memory with the layer."""
-        return ProductWeight(self.codes, self.codebooks, self.out_features, self.in_features)
-
-    @property
-    def weight(self) -> Tensor:
-        """The dense weight, built anew at every read; writing to it changes nothing."""
-        return self.product_weight.to_dense().detach()
+        return self._weight_of(self.codes, self.codebooks)
 
     def forward(self, input: Tensor) -> Tensor:
         """Applies the layer to input, float [..., in_features]."""
-        if not isinstance(input, Tensor):
-            raise TypeError(
-                f"{type(self).__name__}: input must be a tensor, got {type(input).__name__}; pass a torch.Tensor"
-            )
-        if input.dim() == 0 or input.shape[-1] != self.in_features:
-            raise ValueError(
-                f"{type(self).__name__}: input must be [..., {self.in_features}], got shape {tuple(input.shape)}; "
-                "reshape it"
-            )
-        if is_grad_enabled() or forward_ad._current_level >= 0:
+        self._check_features(input, self.in_features)
+        if records():
             return ops.product_matmul(
                 input, self.codes, self.codebooks, self.bias, out_features=self.out_features, relu=self.relu
             )
@@ -206,37 +168,6 @@ class ProductLinear(nn.Module):
             + ("" if self.mode == "exact" else f", mode={self.mode}")
             + ", relu=True" * self.relu
         )
-
-    # ---- state
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        before = self.codebooks.data
-        grad = None if self.codebooks.grad is None else self.codebooks.grad.data
-        super()._apply(fn, recurse)
-        if self.codebooks.dtype != before.dtype:
-            self.codebooks.grad = None
-            self.codebooks.data = before.to(self.codebooks.device)
-            self.codebooks.grad = None if grad is None else grad.to(self.codebooks.device)
-        return self
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Takes other segments, stages and entries too: they come with the state."""
-        errors: list[str] = args[-1]
-        incoming = {field: state_dict.get(prefix + field) for field in ("codes", "codebooks")}
-        if all(isinstance(tensor, Tensor) for tensor in incoming.values()):
-            try:
-                weight = ProductWeight(rows=self.out_features, columns=self.in_features, **incoming)  # type: ignore[arg-type]
-                weight.validate()
-                self._check_form(weight)
-            except (TypeError, ValueError) as error:
-                errors.append(f"{prefix.removesuffix('.') or type(self).__name__}: {error}")
-                return
-            for field, tensor in incoming.items():
-                current = getattr(self, field)
-                if tensor is not None and current.shape != tensor.shape:
-                    # A parameter stays the same object, so that an optimizer that holds it goes on with it.
-                    current.data = current.new_empty(tensor.shape)
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class ResidualLinear(ProductLinear):
@@ -274,8 +205,3 @@ def shared_vectors(module: nn.Module) -> tuple[Tensor, Tensor] | None:
     if isinstance(codes, Tensor) and isinstance(codebook, Tensor) and codebook.dim() == 4:
         return codes, codebook
     return None
-
-
-def _as_parameter(tensor: Tensor) -> nn.Parameter:
-    """The tensor itself where it is a parameter already, so that tied layers stay tied."""
-    return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor)

@@ -29,6 +29,7 @@ from tersetorch.ops.blocked_int8_matmul import (  # noqa: E402
 )
 from tersetorch.ops.blocked_matmul import blocked_matmul, blocked_matmul_inference, blocked_pack  # noqa: E402
 from tersetorch.ops.codebook_conv2d import codebook_conv2d, codebook_conv2d_inference  # noqa: E402
+from tersetorch.ops.codebook_embedding import codebook_embedding, codebook_embedding_inference  # noqa: E402
 from tersetorch.ops.codebook_matmul import (  # noqa: E402
     CODEBOOK_MODES,
     codebook_dense,
@@ -81,6 +82,8 @@ __all__ = [
     "codebook_conv2d",
     "codebook_conv2d_inference",
     "codebook_dense",
+    "codebook_embedding",
+    "codebook_embedding_inference",
     "codebook_matmul",
     "codebook_matmul_inference",
     "codebook_pack",

@@ -13,6 +13,7 @@ from tersetorch.ops.blocked_bfloat16_matmul import blocked_bfloat16_matmul, bloc
 from tersetorch.ops.blocked_int8_matmul import blocked_int8_matmul, blocked_int8_pack
 from tersetorch.ops.blocked_matmul import blocked_matmul, blocked_pack
 from tersetorch.ops.codebook_conv2d import codebook_conv2d
+from tersetorch.ops.codebook_embedding import codebook_embedding
 from tersetorch.ops.codebook_matmul import CODEBOOK_MODES, codebook_dense, codebook_matmul, codebook_pack
 from tersetorch.ops.csr_matmul import csr_matmul
 from tersetorch.ops.product_matmul import product_decode, product_matmul, product_pack
@@ -47,6 +48,11 @@ def check_ops() -> list[dict[str, Any]]:
     checked += [_check_int8("bitmap_matmul", _bitmap_int8), _check_int8("blocked_int8_matmul", _blocked_int8)]
     checked += _check_product()
     checked += [_check_codebook(mode, entries) for mode in CODEBOOK_MODES for entries in (4, ENTRIES, 32, 256)]
+    checked += [
+        _check_embedding(dtype, entries)
+        for dtype in (torch.float32, torch.bfloat16)
+        for entries in (4, ENTRIES, 32, 256)
+    ]
     checked += [_check_codebook_conv(mode) for mode in CODEBOOK_MODES]
     return [*checked, _check_bfloat16_mode(), *_check_conv_modes(), *_check_gradients()]
 
@@ -67,6 +73,19 @@ def _check_codebook(mode: str, entries: int) -> dict[str, Any]:
         size = x.double().abs() @ dense.double().abs().T + bias.double().abs()
         worst = max(worst, _largest(y, reference, size))
     return _result("codebook_matmul", f"{mode}, {entries} entries", worst, bound)
+
+
+def _check_embedding(dtype: torch.dtype, entries: int) -> dict[str, Any]:
+    """Rows are the entries themselves, rounded once to bfloat16."""
+    generator = torch.Generator().manual_seed(7)
+    codes = torch.randint(entries, (ROWS, COLUMNS), generator=generator).to(torch.uint8)
+    table = torch.randn(ROWS, entries, generator=generator)
+    indices = torch.randint(ROWS, (max(BATCHES),), generator=generator)
+    rows = codebook_embedding(indices, codebook_pack(codes, entries=entries), table, columns=COLUMNS, dtype=dtype)
+    reference = table.double().gather(1, codes.long())[indices]
+    bound = 0.0 if dtype == torch.float32 else BFLOAT16_ROUNDING
+    case = f"{str(dtype).removeprefix('torch.')}, {entries} entries"
+    return _result("codebook_embedding", case, _largest(rows, reference, reference.abs()), bound)
 
 
 def _check_codebook_conv(mode: str) -> dict[str, Any]:

@@ -5,7 +5,7 @@ A node is an object with
     k  kind (a registered torch.nn class, a zoo network, or one of our layers)
     c  its constructor's arguments
     a  attributes set after construction
-    t  tensors: name -> number of an entry
+    t  tensors: name -> number of an entry; of a layer of codes "plain_codes" (product_kinds.py)
     m  children: name -> node, the number of an earlier node (a shared module, counted in this order), or null
     e  training flag, where it differs from the parent's (the model's is compared with false)
     o  [class, reason]: tt.load cannot rebuild this module by itself
@@ -21,10 +21,12 @@ from typing import Any
 from rich.progress import Progress
 from torch import Tensor, nn
 
+from tersetorch.nn.shared_module import SharedModule
 from tersetorch.storage import registry
 from tersetorch.storage.compare import difference, needs_values
 from tersetorch.storage.entry import Entry
 from tersetorch.storage.layers import KINDS, Layer, config_of, encode_layer, make_layer
+from tersetorch.storage.product_kinds import PLAIN_CODES, packing, plain_codes
 from tersetorch.storage.streams import Stream
 from tersetorch.storage.tensors import encode_tensor
 
@@ -46,6 +48,7 @@ class Describer:
         self.entries: list[Entry] = []
         self.streams: list[list[Stream]] = []
         self._numbers: dict[int, int] = {}
+        self._codes: dict[tuple[int, ...], int] = {}
         self._layers: dict[int, Layer] = {}
         self._modules: dict[nn.Module, int] = {}
         self._taken: set[nn.Module] = set()
@@ -146,11 +149,23 @@ class Describer:
 
     def _own_tensors(self, module: nn.Module, path: str) -> dict[str, int]:
         """Numbers of the parameters and persistent buffers of module itself."""
-        return {
-            name: self._number(tensor, _join(path, name))
-            for name, tensor in (*module._parameters.items(), *module._buffers.items())
-            if tensor is not None and name not in module._non_persistent_buffers_set
-        }
+        numbers = {}
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is None or name in module._non_persistent_buffers_set:
+                continue
+            if name == "codes" and isinstance(module, SharedModule):
+                plain = plain_codes(module)
+                if plain is not None:
+                    numbers[PLAIN_CODES] = self._number_of_codes(module, plain, _join(path, name))
+                    continue
+            numbers[name] = self._number(tensor, _join(path, name))
+        return numbers
+
+    def _number_of_codes(self, layer: SharedModule, plain: Tensor, path: str) -> int:
+        key = id(layer.codes), *packing(layer)
+        if key not in self._codes:
+            self._codes[key] = self._append(*encode_tensor(path, plain, trains=True), layer.codes.nbytes)
+        return self._codes[key]
 
     def _number(self, tensor: Tensor, path: str) -> int:
         if id(tensor) in self._layers:
@@ -161,11 +176,14 @@ class Describer:
         return self._numbers[id(tensor)]
 
     def _add(self, tensor: Tensor, entry: Entry, streams: list[Stream]) -> int:
-        number = self._numbers[id(tensor)] = len(self.entries)
+        self._numbers[id(tensor)] = len(self.entries)
+        return self._append(entry, streams, tensor.nbytes)
+
+    def _append(self, entry: Entry, streams: list[Stream], nbytes: int) -> int:
         self.entries.append(entry)
         self.streams.append(streams)
-        self._progress.advance(self._task, tensor.nbytes)
-        return number
+        self._progress.advance(self._task, nbytes)
+        return len(self.entries) - 1
 
 
 def _identity(module: nn.Module, made: nn.Module | None) -> dict[str, Any]:

@@ -90,7 +90,7 @@ def load(
         needed = sum(entry.decoded_bytes for entry in contents.entries)
         if needed > limit:
             refuse(f"decode to at most {limit} bytes", needed, "pass max_bytes= if you trust the file")
-        tensors = Tensors(contents.entries, contents.data, progress)
+        tensors = Tensors(contents.entries, contents.data, limit, progress)
         if model is None:
             loaded = Builder(tensors, limit).build(contents.root)
         else:

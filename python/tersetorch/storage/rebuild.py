@@ -9,12 +9,13 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from tersetorch.conversion.swap import deep_copy
+from tersetorch.nn.shared_module import SharedModule
 from tersetorch.storage import fields, registry
 from tersetorch.storage.compare import needs_values
 from tersetorch.storage.entry import Entry
 from tersetorch.storage.errors import TerseFileError, refuse
 from tersetorch.storage.layers import LAYERS, Layer, decode_layer, dense_shape, make_layer
-from tersetorch.storage.product_kinds import check_layer, dense_sizes, replaces
+from tersetorch.storage.product_kinds import PLAIN_CODES, check_layer, dense_sizes, pack_codes, packing, replaces
 from tersetorch.storage.tensors import decode_tensor
 
 _NODE_KEYS = set("kcatmeo")
@@ -23,10 +24,14 @@ _NODE_KEYS = set("kcatmeo")
 class Tensors:
     """Decodes entries when they are asked for, each once, so that what was tied is tied again."""
 
-    def __init__(self, entries: list[Entry], data: list[list[bytes]], progress: Progress | None = None) -> None:
+    def __init__(
+        self, entries: list[Entry], data: list[list[bytes]], limit: int, progress: Progress | None = None
+    ) -> None:
         self.entries = entries
+        self._limit = limit
         self._data = data
         self._plain: dict[int, Tensor] = {}
+        self._packed: dict[tuple[int, ...], Tensor] = {}
         self._parameters: dict[int, nn.Parameter] = {}
         self._layers: dict[int, Layer] = {}
         self._progress = progress or Progress(disable=True)
@@ -46,6 +51,17 @@ class Tensors:
             self._plain[number] = decode_tensor(entry, self._data[number])
             self._progress.advance(self._task, entry.decoded_bytes)
         return self._plain[number]
+
+    def codes(self, number: Any, layer: SharedModule) -> Tensor:
+        """The tensor of this number as layer packs its codes; layers of the same sizes share it."""
+        key = fields.integer(number, "the number of a tensor", 0, len(self.entries) - 1), *packing(layer)
+        if key not in self._packed:
+            # Of a few columns, padding is the most.
+            size = layer.codes.nbytes + sum(packed.nbytes for packed in self._packed.values())
+            if size > self._limit:
+                refuse(f"decode to at most {self._limit} bytes", size, "pass max_bytes= if you trust the file")
+            self._packed[key] = pack_codes(layer, self.plain(number))
+        return self._packed[key]
 
     def parameter(self, number: Any) -> nn.Parameter:
         """The tensor of this number as a parameter, always the same object."""
@@ -311,10 +327,16 @@ def _assign(module: nn.Module, names: dict[str, Any], tensors: Tensors, path: st
         if tensor is not None and name not in module._non_persistent_buffers_set
     }
     where = path or "its root"
+    packed = None
+    if isinstance(module, SharedModule) and PLAIN_CODES in names:
+        packed = "codes"
+        names = {packed if name == PLAIN_CODES else name: number for name, number in names.items()}
     if names.keys() != own.keys():
         complain(f"tensors {sorted(names)} at {where}", sorted(own))
     for name, number in names.items():
         entry = tensors.entry(number, compressed=False)
+        if name == packed:
+            continue
         if entry.shape != tuple(own[name].shape):
             complain(f"shape {list(entry.shape)} for {name} at {where}", str(list(own[name].shape)))
         if not own[name].is_meta and complain is not refuse and entry.dtype != own[name].dtype:
@@ -324,5 +346,7 @@ def _assign(module: nn.Module, names: dict[str, Any], tensors: Tensors, path: st
             setattr(module, name, tensors.parameter(number))
             # The file's order is that of state dicts and optimizers.
             module._parameters[name] = module._parameters.pop(name)
+        elif name == packed and isinstance(module, SharedModule):
+            module._buffers[name] = tensors.codes(number, module)
         else:
             module._buffers[name] = tensors.plain(number)

@@ -1,5 +1,6 @@
 """Wrote version1.terse: every form and coder, both sparse layers, ties, flags and overrides; and, when they came,
-version1_layouts.terse: every layout, and the sparse convolutions; version2.terse: the coders of version 2.
+version1_layouts.terse: every layout, and the sparse convolutions; version2.terse: the coders of version 2;
+version2_packed_codes.terse: layers of codes as first written; version2_plain_codes.terse: as written now.
 
 Run once for each version of the format and each new kind of layer; a file is then never written again.
 """
@@ -9,7 +10,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from tersetorch.formats import CodebookWeight
 from tersetorch.nn import (
+    CodebookConv2d,
+    CodebookEmbedding,
+    CodebookLinear,
+    ProductLinear,
+    ResidualLinear,
     SparseCodebookConv1d,
     SparseCodebookConv2d,
     SparseCodebookLinear,
@@ -125,6 +132,36 @@ def coders():
     ).eval()
 
 
+def codes(rows, columns, entries):
+    """Codes uint8 [rows, columns] below entries."""
+    return (torch.arange(rows * columns) * 7919 % 1009 % entries).to(torch.uint8).reshape(rows, columns)
+
+
+def coded_weight(rows, columns, entries, tables=1, block=0):
+    return CodebookWeight.from_codes(codes(rows, columns, entries), numbers(tables, entries), column_block=block)
+
+
+def products():
+    """The model in the file of packed codes."""
+    relu = CodebookLinear(coded_weight(12, 30, 16, 12), numbers(12), relu=True)
+    return nn.ModuleList(
+        [
+            CodebookLinear(coded_weight(20, 70, 3), numbers(20)),
+            relu,
+            CodebookLinear(coded_weight(10, 70, 40, 3, 30)).pack("codebook_int8"),
+            ProductLinear.from_codes(codes(70, 7, 20), numbers(1, 7, 3, 20), numbers(70), in_features=20),
+            ResidualLinear.from_codes(codes(4, 3, 5), numbers(3, 1, 30, 5), in_features=30),
+        ]
+    ).eval()
+
+
+def coded():
+    """The model in the file of plain codes."""
+    convolution = CodebookConv2d(coded_weight(6, 18, 9), numbers(6), kernel_size=3, padding=1)
+    embedding = CodebookEmbedding(coded_weight(15, 33, 6), padding_idx=3, dtype=torch.bfloat16)
+    return nn.ModuleList([*products(), convolution, embedding]).eval()
+
+
 # Limits that make small tensors take the coders of large ones.
 SMALL = {"MAX_CONTEXT_BITS": 3000, "MAX_NUMBERS": 300}
 
@@ -134,6 +171,7 @@ if __name__ == "__main__":
     for name, value in SMALL.items():
         setattr(streams, name, value)
     files = {"version1": (model, PROVENANCE), "version1_layouts": (layouts, None), "version2": (coders, None)}
+    files |= {"version2_packed_codes": (products, None), "version2_plain_codes": (coded, None)}
     for name, (network, notes) in files.items():
         path = folder / f"{name}.terse"
         if not path.exists():

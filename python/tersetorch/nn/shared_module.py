@@ -1,0 +1,153 @@
+"""What layers share whose weight is codes into values that train: tensors, dense weight, state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, Self, TypeVar
+
+import torch
+from torch import Tensor, is_grad_enabled, nn
+from torch.autograd import forward_ad
+
+from tersetorch.formats import CodebookWeight, ProductWeight
+
+FLOATS = (torch.float32, torch.bfloat16)
+
+Dense = TypeVar("Dense", nn.Linear, nn.Conv2d)
+
+
+class SharedModule(nn.Module):
+    """A layer with a buffer codes, packed, and a parameter of float32 values, both fields of its format.
+
+    Values stay float32 under .half(), .bfloat16() and .double(): rounding them would move every weight.
+    """
+
+    format: ClassVar[type[CodebookWeight] | type[ProductWeight]]
+    parameter_field: ClassVar[str]
+
+    codes: Tensor
+
+    def _weight_of(self, codes: Tensor, values: Tensor) -> Any:
+        """The weight of this layer's sizes that has these tensors, unchecked."""
+        raise NotImplementedError
+
+    def _check_form(self, weight: Any) -> None:
+        """Refuses, with ValueError, a valid weight that this layer does not hold."""
+
+    def _check_weight(self, weight: Any) -> None:
+        name, kind = type(self).__name__, self.format.__name__
+        if not isinstance(weight, self.format):
+            raise TypeError(f"{name}: weight must be a {kind}, got {type(weight).__name__}; call from_dense")
+        weight.validate()
+        self._check_form(weight)
+
+    def _hold_weight(self, weight: Any) -> None:
+        self.register_buffer("codes", weight.codes)
+        self.register_parameter(self.parameter_field, _as_parameter(getattr(weight, self.parameter_field)))
+
+    @property
+    def shared_weight(self) -> Any:
+        """The weight in its format; it shares memory with the layer."""
+        return self._weight_of(self.codes, getattr(self, self.parameter_field))
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, built anew at every read; writing to it changes nothing."""
+        dense: Tensor = self.shared_weight.to_dense().detach()
+        return dense
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        values: nn.Parameter = getattr(self, self.parameter_field)
+        before, grad = values.data, None if values.grad is None else values.grad.data
+        super()._apply(fn, recurse)
+        values = getattr(self, self.parameter_field)
+        if values.dtype != before.dtype:
+            values.grad = None
+            values.data = before.to(values.device)
+            values.grad = None if grad is None else grad.to(values.device)
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Takes other numbers of values too: they come with the state."""
+        errors: list[str] = args[-1]
+        incoming = {field: state_dict.get(prefix + field) for field in ("codes", self.parameter_field)}
+        codes, values = incoming.values()
+        if isinstance(codes, Tensor) and isinstance(values, Tensor):
+            try:
+                weight = self._weight_of(codes, values)
+                weight.validate()
+                self._check_form(weight)
+            except (TypeError, ValueError) as error:
+                errors.append(f"{prefix.removesuffix('.') or type(self).__name__}: {error}")
+                return
+            same = weight.shape == self.shared_weight.shape
+            for field, tensor in incoming.items():
+                current = getattr(self, field)
+                if tensor is not None and same and current.shape != tensor.shape:
+                    # A parameter stays the same object, so that an optimizer that holds it goes on with it.
+                    current.data = current.new_empty(tensor.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class SharedProduct(SharedModule):
+    """One of them that multiplies by its weight, with a bias [rows] or None, and a ReLU of its own where it is told."""
+
+    bias: nn.Parameter | None
+
+    def __init__(self, weight: Any, bias: Tensor | None, relu: bool) -> None:
+        super().__init__()
+        name = type(self).__name__
+        self._check_weight(weight)
+        if not isinstance(relu, bool):
+            raise TypeError(f"{name}: relu must be True or False, got {relu!r}; pass a bool")
+        if bias is not None and (not isinstance(bias, Tensor) or bias.dtype not in FLOATS):
+            got = bias.dtype if isinstance(bias, Tensor) else type(bias).__name__
+            raise TypeError(f"{name}: bias must be float32 or bfloat16, got {got}; convert it")
+        if bias is not None and bias.shape != weight.shape[:1]:
+            raise ValueError(
+                f"{name}: bias must be [{weight.shape[0]}], one for each row of the weight, got shape "
+                f"{tuple(bias.shape)}; pass the bias of the same layer"
+            )
+        self._hold(weight, bias, relu)
+
+    def _hold(self, weight: Any, bias: Tensor | None, relu: bool) -> None:
+        self.relu = relu
+        self._hold_weight(weight)
+        self.register_parameter("bias", None if bias is None else _as_parameter(bias))
+
+    def _filled(self, dense: Dense) -> Dense:
+        """A dense layer with this one's weight and bias, of one dtype: float32 where they differ and one needs it."""
+        weight, bias = self.weight, None if self.bias is None else self.bias.detach().clone()
+        if bias is not None and bias.dtype != weight.dtype:
+            narrow = weight.to(bias.dtype)
+            weight, bias = (narrow, bias) if torch.equal(narrow.float(), weight) else (weight, bias.float())
+        dense.weight = nn.Parameter(weight)
+        if bias is not None:
+            dense.bias = nn.Parameter(bias)
+        return dense.train(self.training)
+
+    def _check_tensor(self, x: object) -> None:
+        if not isinstance(x, Tensor):
+            raise TypeError(
+                f"{type(self).__name__}: input must be a tensor, got {type(x).__name__}; pass a torch.Tensor"
+            )
+        if x.dtype not in FLOATS and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(f"{type(self).__name__}: input must be float32 or bfloat16, got {x.dtype}; convert it")
+
+    def _check_features(self, x: object, features: int) -> None:
+        """Refuses what is no float tensor [..., features]."""
+        self._check_tensor(x)
+        if isinstance(x, Tensor) and (x.dim() == 0 or x.shape[-1] != features):
+            raise ValueError(
+                f"{type(self).__name__}: input must be [..., {features}], got shape {tuple(x.shape)}; reshape it"
+            )
+
+
+def records() -> bool:
+    """Whether a call must be seen by autograd."""
+    return is_grad_enabled() or forward_ad._current_level >= 0
+
+
+def _as_parameter(tensor: Tensor) -> nn.Parameter:
+    """The tensor itself where it is a parameter already, so that tied layers stay tied."""
+    return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor)
