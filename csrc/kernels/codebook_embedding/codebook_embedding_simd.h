@@ -186,8 +186,11 @@ CodebookEmbeddingStatus Lookup(const CodebookEmbeddingArgs& a, Index begin, Inde
     default:
 #ifdef __AVX512F__
       if (a.weight.entries <= 32) return ForDtype<FloatFewCodes, 8>(a, begin, end);
-#endif
+      if (a.weight.entries <= 64) return ForDtype<PlaneCodes<1>, 8>(a, begin, end);
+      return ForDtype<PlaneCodes<4>, 8>(a, begin, end);
+#else
       return ForDtype<FloatCodes<8>, 8>(a, begin, end);
+#endif
   }
 }
 

@@ -13,14 +13,17 @@
 //         vector for each field of a word, the columns in their order (float32); in int8 one for each field of a byte,
 //         byte j of word l in vector f being column 16 (j * 8 / bits + f) + l. Level avx512bf16 has pairs in mode
 //         BFloat16, half as many vectors: half j of word l in vector f is column 16 (j * 16 / bits + f) + l.
-// Limits: AVX-512 on Intel (permutations on port 5, two FMA a cycle), 4 bits, one sample: 128 codes cost 7 shifts, 8
-//         permutations and 8 FMA, 11.5 cycles for 64 bytes in float32; 1 shift, 2 permutations and 2 products, 2.5
-//         cycles, in int8, where memory is the limit. 8 bits, float32: 4 byte planes of 2 permutations and a blend, 16
-//         shifts and selections to put them together, 16.5 cycles for 64 codes. Up to 8 samples a weight is decoded in
-//         registers and used for all of them; for more, tiles of decoded rows in the first cache level meet panels as
-//         in blocked_matmul, at 4 vectors of samples and 6 rows: 24 FMA for 10 loads.
-// Safety: a code outside its table ends the call with the status, and what was written by then is of no use; tables are
-//         filled up to their width, so that nothing else is read.
+// Limits: AVX-512 on Intel (permutations of one register on port 5, two FMA a cycle), 4 bits, one sample: 128 codes
+//         take 4 shifts, 8 permutations and 8 FMA, 10 cycles for 64 bytes in float32; a shift, 2 permutations and 2
+//         products, 2.5 cycles, in int8, where memory is the limit: 30 GB/s for a core are 6.5 cycles. 8 bits, float32:
+//         4 byte planes of 4 permutations, 16 shifts and selections to put them together, 21 cycles for 64 codes; 12
+//         for 33 to 64 entries, 4 for at most 32. Up to 8 samples a weight is decoded in registers and used for all of
+//         them; 16 rows meet a part of the panel that the first cache level holds, since the second gives less than one
+//         vector a cycle: 40 cycles for 8 samples in float32, 9.5 in int8. For more, tiles of decoded rows in the first
+//         cache level meet panels as in blocked_matmul, at 4 vectors of samples and 6 rows: 24 FMA for 10 loads.
+// Safety: a code outside its table gives the status, and what was written by then is of no use; tables are filled up to
+//         their width, so that nothing else is read. Vector levels check the codes that they decode: the largest of 8
+//         bits, of fewer all their bits together, and only where these do not decide, each of them.
 // Source: Han et al., Deep Compression (2016), section 3.2, for shared weights; their kernels are this project's own.
 //
 // Single-threaded, and a number does not depend on how the caller splits the rows. No pointer needs to be aligned.

@@ -646,10 +646,8 @@ void ForMode(const CodebookMatmulArgs& a, Index row_begin, Index row_end, Index 
   if constexpr (kBits == 8) {
     const Index entries = a.weight.entries;
     if (bytes && entries <= 64) return ForWidth<ByteCodes<8, 1>, 8>(a, row_begin, row_end, row_bytes, met);
-    if (bytes) return ForWidth<ByteCodes<8>, 8>(a, row_begin, row_end, row_bytes, met);
-    if (entries <= 32) return ForWidth<FloatFewCodes, 8>(a, row_begin, row_end, row_bytes, met);
-    if (entries <= 64) return ForWidth<PlaneCodes<1>, 8>(a, row_begin, row_end, row_bytes, met);
-    return ForWidth<PlaneCodes<4>, 8>(a, row_begin, row_end, row_bytes, met);
+    if (!bytes && entries <= 32) return ForWidth<FloatFewCodes, 8>(a, row_begin, row_end, row_bytes, met);
+    if (!bytes && entries <= 64) return ForWidth<PlaneCodes<1>, 8>(a, row_begin, row_end, row_bytes, met);
   }
 #endif
   if (bytes) return ForWidth<ByteCodes<kBits>, kBits>(a, row_begin, row_end, row_bytes, met);

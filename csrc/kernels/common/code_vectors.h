@@ -222,6 +222,9 @@ struct PlaneCodes {
   }
 };
 
+template <>
+struct FloatCodes<8> : PlaneCodes<4> {};
+
 #else
 
 template <>
