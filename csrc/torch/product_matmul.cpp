@@ -50,7 +50,7 @@ struct Weight {
     const std::int64_t bytes = ProductTiles(args) * ProductTileBytes(args);
     STD_TORCH_CHECK(packed.numel() == bytes, op, ": codes must be ", bytes, " bytes for ", out_features, " rows of ",
                     args.stages * args.segments, " codes, got ", packed.numel(), "; pack the weight again");
-    codes = Usable(place, packed);
+    codes = Usable(place, packed, 16);
     codebooks = Usable(place, books);
     args.codes = codes.const_data_ptr<std::uint8_t>();
     args.codebooks = codebooks.const_data_ptr<float>();
@@ -247,38 +247,40 @@ Tensor ProductDecodeOnCpu(const Tensor& codes, const Tensor& codebooks, std::int
 Tensor ProductMatmulOnCuda(const Tensor& x, const Tensor& codes, const Tensor& codebooks,
                            const std::optional<Tensor>& bias, std::int64_t out_features, std::string mode, bool relu) {
   constexpr const char* kOp = "product_matmul";
-  constexpr std::int64_t kWave = 64;  // samples whose tables are in memory
+  constexpr std::int64_t kWave = 64;  // samples whose parts are in memory
   const CudaCall call(kOp, x, "x");
   const MatmulInputs inputs(kOp, call.place(), x, codes, codebooks, bias, out_features, mode);
   const Samples& samples = inputs.samples;
   const ProductWeight& w = inputs.weight.args;
+  const std::int64_t tables = w.stages * w.segments;
+  STD_TORCH_CHECK(tables <= std::numeric_limits<std::int32_t>::max(), kOp,
+                  ": a row must have fewer than 2^31 codes, got ", tables, "; split the weight");
   const Tensor y = EmptyWithLastDim(x, out_features);
-  const std::int64_t tables = w.stages * w.segments, wave = std::min(samples.count, kWave);
-  const Tensor products = torch::stable::new_empty(x, {wave * tables * w.entries}, ScalarType::Float);
-  Tensor measures, scales;
-  ProductMatmulCudaArgs args{w,
-                             nullptr,
-                             samples.stored_as,
-                             products.mutable_data_ptr<float>(),
-                             nullptr,
-                             nullptr,
-                             nullptr,
-                             inputs.bias.data,
-                             relu,
-                             nullptr,
-                             0};
-  if (inputs.quantized) {
-    measures = torch::stable::new_empty(x, {2 * wave * tables}, ScalarType::Float);
-    scales = torch::stable::new_empty(x, {wave * static_cast<std::int64_t>(sizeof(ProductScale) / sizeof(float))},
-                                      ScalarType::Float);
-    args.lows = measures.mutable_data_ptr<float>();
-    args.ranges = args.lows + wave * tables;
-    args.scales = reinterpret_cast<ProductScale*>(scales.mutable_data_ptr<float>());
-  }
+  const auto scratch = [&](std::int64_t bytes) {
+    return torch::stable::new_empty(x, {(bytes + 3) / 4}, ScalarType::Float);
+  };
   for (std::int64_t first = 0; first < samples.count; first += kWave) {
+    const std::int64_t count = std::min(kWave, samples.count - first);
+    const ProductCudaPlan plan = ProductPlanCuda(w, count, inputs.quantized);
+    const Tensor parts = scratch(ProductPartsBytes(w, plan, count, inputs.quantized));
+    ProductMatmulCudaArgs args{};
+    args.weight = w;
     args.x = samples.At(first);
+    args.stored_as = samples.stored_as;
+    args.plan = plan;
+    args.parts = parts.mutable_data_ptr();
+    args.bias = inputs.bias.data;
+    args.relu = relu;
     args.y = static_cast<char*>(y.mutable_data_ptr()) + first * out_features * samples.item_bytes;
-    args.samples = std::min(kWave, samples.count - first);
+    args.samples = count;
+    Tensor measures, scales;
+    if (inputs.quantized) {
+      measures = scratch(8 * count * tables);
+      scales = scratch(count * static_cast<std::int64_t>(sizeof(ProductScale)));
+      args.lows = measures.mutable_data_ptr<float>();
+      args.ranges = args.lows + count * tables;
+      args.scales = static_cast<ProductScale*>(scales.mutable_data_ptr());
+    }
     call.Check(ProductMatmulCuda(args, call.Stream()));
   }
   return y;

@@ -603,6 +603,9 @@ Tensor ConvOnCuda(const Tensor& x, const Tensor& row_offsets, const Tensor& col_
     scales = torch::stable::new_empty(x, {2 * (images.count + filters)}, ScalarType::Float);
     args.scales = static_cast<ConvScale*>(scales->mutable_data_ptr());
   }
+  args.plan = ConvPlanCuda(args);
+  const Tensor parts = torch::stable::new_empty(x, {ConvPartsBytes(args) / 4}, ScalarType::Float);
+  args.parts = parts.mutable_data_ptr();
   call.Check(ConvCuda(args, call.Stream()));
   return y;
 }

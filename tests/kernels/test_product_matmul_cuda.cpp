@@ -31,13 +31,15 @@ std::vector<float> Multiply(const RandomProduct& w, FloatDtype floats_as, Index 
                             const std::vector<float>& x_numbers, const std::vector<float>& bias_numbers) {
   OnDevice weight(w);
   DeviceFloats x("x", floats_as, x_numbers), y("y", floats_as, samples * w.shape.rows);
-  DeviceArray<float> bias("bias", bias_numbers), tables("tables", samples * w.tables * w.shape.entries),
-      lows("lows", samples * w.tables), ranges("ranges", samples * w.tables);
+  DeviceArray<float> bias("bias", bias_numbers), lows("lows", samples * w.tables), ranges("ranges", samples * w.tables);
   DeviceArray<ProductScale> scales("scales", samples);
+  const ProductCudaPlan plan = ProductPlanCuda(weight.args, samples, quantized);
+  DeviceArray<std::uint8_t> parts("parts", ProductPartsBytes(weight.args, plan, samples, quantized));
   const ProductMatmulCudaArgs args{weight.args,
                                    x.data(),
                                    floats_as,
-                                   tables.data(),
+                                   plan,
+                                   parts.data(),
                                    quantized ? lows.data() : nullptr,
                                    quantized ? ranges.data() : nullptr,
                                    quantized ? scales.data() : nullptr,
@@ -145,7 +147,11 @@ int main() {
     std::mt19937 rng(3);
     for (const ProductShape& shape : kProductShapes) {
       if (shape.rows == 0) continue;
-      for (const FloatDtype floats_as : kFloats) TestOne(shape, floats_as, 2, rng);
+      for (const FloatDtype floats_as : kFloats) {
+        for (const Index samples : {1, 3, 9}) {
+          if (samples == 1 || floats_as == FloatDtype::kFloat32) TestOne(shape, floats_as, samples, rng);
+        }
+      }
     }
     TestOne({65, 4, 2, 3, 1, false}, FloatDtype::kFloat32, 67, rng);
     TestNotFinite(rng);

@@ -49,6 +49,7 @@ struct Call {
   FloatDtype stored_as = FloatDtype::kFloat32;
   CsrValues values_as = CsrValues::kFloat32;
   ConvMode mode = ConvMode::kExact;
+  int splits = 0;  // blocks that share a filter's channels; 0: as planned
 
   Index OutHeight(const ConvShape& s) const {
     return (height + 2 * pad_h - s.dilation_h * (s.kernel_h - 1) - 1) / s.stride_h + 1;
@@ -87,24 +88,34 @@ std::vector<float> Run(const Weight& w, const Call& call, const std::vector<floa
                          s.out_channels,
                          w.columns,
                          w.nnz()};
-  const ConvCudaArgs args{weight,
-                          s,
-                          call.images,
-                          call.height,
-                          call.width,
-                          out_height,
-                          out_width,
-                          call.pad_h,
-                          call.pad_w,
-                          x.data(),
-                          call.Steps(s.in_channels, call.height, call.width),
-                          call.stored_as,
-                          bias_numbers == nullptr ? nullptr : bias.data(),
-                          call.relu,
-                          y.data(),
-                          call.Steps(s.out_channels, out_height, out_width),
-                          call.mode,
-                          static_cast<ConvScale*>(scales.data())};
+  ConvCudaArgs args{weight,
+                    s,
+                    call.images,
+                    call.height,
+                    call.width,
+                    out_height,
+                    out_width,
+                    call.pad_h,
+                    call.pad_w,
+                    x.data(),
+                    call.Steps(s.in_channels, call.height, call.width),
+                    call.stored_as,
+                    bias_numbers == nullptr ? nullptr : bias.data(),
+                    call.relu,
+                    y.data(),
+                    call.Steps(s.out_channels, out_height, out_width),
+                    call.mode,
+                    static_cast<ConvScale*>(scales.data()),
+                    {},
+                    nullptr};
+  args.plan = ConvPlanCuda(args);
+  if (call.splits != 0 && args.plan.tiled) {
+    args.plan.splits = call.splits;
+    args.plan.channels = 2;
+    args.plan.warp_filters = call.splits == 3 ? 2 : 1;
+  }
+  DeviceArray<std::uint8_t> parts("parts", ConvPartsBytes(args));
+  args.parts = parts.data();
   ExpectLaunched(ConvCuda(args, nullptr), "ConvCuda");
   return y.Values();
 }
@@ -170,6 +181,7 @@ void TestShapes() {
       {{1, 3, 1, 3, 3, 1, 1, 1, 1}, {1, 2, 2, 20, 3}},  {{2, 0, 1, 3, 3, 1, 1, 1, 1}, {1, 5, 5, 0, 0}},
       {{0, 6, 1, 3, 3, 1, 1, 1, 1}, {1, 5, 5, 0, 0}},   {{2, 3, 1, 3, 3, 1, 1, 1, 1}, {0, 5, 5, 0, 0}},
       {{2, 3, 1, 1, 1, 1, 1, 1, 1}, {1, 0, 3, 1, 0}},   {{2, 4, 1, 1, 7, 1, 1, 1, 1}, {2, 1, 33, 0, 3}},
+      {{2, 3, 1, 3, 3, 1, 1, 1, 1}, {1, 21, 67, 1, 1}}, {{2, 3, 1, 3, 3, 2, 2, 65, 65}, {1, 140, 135, 1, 1}},
   };
   int turn = 0;
   for (const auto& one : cases) {
@@ -186,6 +198,15 @@ void TestShapes() {
     }
   }
   TestOne(Weight({3, 6, 1, 3, 3, 1, 1, 1, 1}, 0, rng), {1, 5, 5, 1, 1}, true, rng);
+  // Blocks that share channels: all of them with some, and some with none.
+  for (const int splits : {2, 3, 6}) {
+    const Weight w({9, 10, 1, 3, 3, 1, 1, 1, 1}, 0.4, rng);
+    Call call{2, 7, 7, 1, 1};
+    call.splits = splits;
+    TestOne(w, call, true, rng);
+    call.channels_last = true, call.stored_as = FloatDtype::kBFloat16;
+    TestOne(w, call, false, rng);
+  }
 }
 
 // The scale of numbers as one sample, as kernels/panels has it.
@@ -221,6 +242,7 @@ void TestModes() {
         Expect(rounded == Run(w, call, x, &bias), "bfloat16, values %d", static_cast<int>(values_as));
 
         call.mode = ConvMode::kInt8;
+        call.splits = last ? 2 : 0;
         const auto got = Run(w, call, x, &bias);
         const Index out_height = call.OutHeight(s), out_width = call.OutWidth(s);
         const ConvSteps from = call.Steps(s.in_channels, call.height, call.width);
@@ -294,11 +316,14 @@ void TestDamage() {
   call.values_as = CsrValues::kCodes;
   const auto x = Random(call.images * 20 * call.height * call.width, rng);
   const Index pixels = call.height * call.width, filters = good.shape.out_channels;
-  const auto want = Run(good, call, x, nullptr);
+  Call shared = call;
+  shared.splits = 3;
+  const std::vector<float> wanted[] = {Run(good, call, x, nullptr), Run(good, shared, x, nullptr)};
   const auto expect = [&](const Weight& bad, const std::vector<Index>& damaged, const char* what) {
     for (const bool relu : {false, true}) {
-      Call own = call;
+      Call own = relu ? shared : call;
       own.relu = relu;
+      const std::vector<float>& want = wanted[relu];
       const auto got = Run(bad, own, x, nullptr);
       bool right = true;
       for (Index i = 0; i < static_cast<Index>(got.size()); ++i) {

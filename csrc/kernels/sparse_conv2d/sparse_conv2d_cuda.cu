@@ -1,4 +1,5 @@
 #include <cmath>
+#include <type_traits>
 
 #include "kernels/common/cuda.cuh"
 #include "kernels/csr_matmul/csr_weight.cuh"
@@ -9,8 +10,35 @@ namespace {
 
 // ---- tiles
 
-// A block computes so many outputs of one filter.
+// A block computes a tile of outputs of some filters.
+template <int kOfLane>
 struct ConvTile {
+  static constexpr int kOutputs = kOfLane;  // of a lane
+  static constexpr int kWarps = 8;
+  static constexpr int kThreads = kWarps * kWarpSize;
+  static constexpr int kFilters = 4;  // of a warp, at most
+};
+
+// 32 bits hold an input, a float or an integer.
+struct ConvMemory {
+  static constexpr int kInputs = 10 * 1024;
+
+  struct Tap {
+    int place;  // in bytes, from an output's first input
+    std::uint32_t value;
+  };
+
+  std::uint32_t x[kInputs];
+  Tap taps[8][kWarpSize];  // of each warp
+};
+
+// A block adds what blocks left for neighbouring outputs.
+struct AddTile {
+  static constexpr int kThreads = 256;
+};
+
+// A block computes so many outputs of one filter.
+struct OutputTile {
   static constexpr int kThreads = 128;
 };
 
@@ -156,23 +184,365 @@ __global__ void __launch_bounds__(Tile::kThreads) ConvKernel(ConvCudaArgs a) {
   static_cast<Float*>(a.y)[at] = FromFloat<Float>(sum);
 }
 
+// Sums of blocks that share a filter; of integers the least stands for damage, which no sum reaches.
+template <bool kIntegers>
+using ConvSum = std::conditional_t<kIntegers, int, float>;
+__device__ float DamagedSum(float) { return DamagedWeight(); }
+__device__ int DamagedSum(int) { return INT32_MIN; }
+
+// What y holds where the products' sum is `total`.
+__device__ float Finished(const ConvCudaArgs& a, std::int64_t, std::int64_t filter, float total) {
+  const float sum = a.bias == nullptr ? total : total + a.bias[filter];
+  return a.relu && sum < 0 ? 0.0f : sum;  // NaN stays
+}
+__device__ float Finished(const ConvCudaArgs& a, std::int64_t image, std::int64_t filter, int total) {
+  if (total == DamagedSum(total)) return DamagedWeight();
+  const float bias = a.bias == nullptr ? 0.0f : a.bias[filter];
+  const float sum = fmaf(static_cast<float>(total) * a.scales[a.images + filter].scale, a.scales[image].scale, bias);
+  return a.relu && sum < 0 ? 0.0f : sum;
+}
+
+// How many of the non-zeros [begin, end) come before the first in `column` or behind it; all lanes of the warp call it.
+__device__ int FindColumn(const CsrWeight& w, int begin, int end, std::int64_t column) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  while (begin < end) {
+    const int step = (end - begin + kWarpSize - 1) / kWarpSize, probe = begin + (lane + 1) * step - 1;
+    const bool before = probe < end && ColumnAt(w, probe) < column;
+    begin += __popc(__ballot_sync(kWholeWarp, before)) * step;
+    end = min(end, begin + step - 1);
+  }
+  return begin;
+}
+
+// The tile's inputs of channels [first, first + count) of x, from those of its first output on.
+template <typename Tile, bool kIntegers, typename Float>
+__device__ void StageInputs(const ConvCudaArgs& a, std::int64_t image, std::int64_t top, std::int64_t left,
+                            std::int64_t first, int count, std::uint32_t* to) {
+  const ConvCudaPlan& plan = a.plan;
+  const int size = plan.images * plan.in_size;
+  for (int place = static_cast<int>(threadIdx.x); place < size; place += Tile::kThreads) {
+    const int n = place / plan.in_size, in_image = place - n * plan.in_size;
+    const int row = in_image / plan.in_pitch, column = in_image - row * plan.in_pitch;
+    const std::int64_t h = top + row, w = left + column;
+    const bool inside = image + n < a.images && row < plan.in_rows && 0 <= h && h < a.height && 0 <= w && w < a.width;
+    const ConvSteps& steps = a.x_steps;
+    const Float* x = static_cast<const Float*>(a.x);
+    if (inside) x += (image + n) * steps.image + first * steps.channel + h * steps.row + w * steps.column;
+    const float inverse = kIntegers && inside ? a.scales[image + n].inverse : 0.0f;
+#pragma unroll 8
+    for (int c = 0; c < count; ++c) {
+      float number = inside ? ToFloat(x[c * steps.channel]) : 0.0f;
+      if constexpr (kIntegers) {
+        to[c * size + place] = static_cast<std::uint32_t>(Rounded(number, inverse));
+      } else {
+        if (a.mode == ConvMode::kBFloat16) number = ToFloat(FromFloat<BFloat16>(number));
+        to[c * size + place] = __float_as_uint(number);
+      }
+    }
+  }
+}
+
+// The value of a non-zero as products take it; NaN for what is damaged.
+template <bool kIntegers>
+__device__ std::uint32_t TapValue(const ConvCudaArgs& a, std::int32_t k, float inverse, bool& damaged) {
+  const CsrWeight& w = a.weight;
+  float value;
+  if (w.stored_as == CsrValues::kFloat32) {
+    value = Float32Values::At(w, k);
+  } else if (w.stored_as == CsrValues::kBFloat16) {
+    value = BFloat16Values::At(w, k);
+  } else {
+    damaged = damaged || CodeValues::Damaged(w, k);
+    value = damaged ? 0.0f : CodeValues::At(w, k);
+  }
+  if constexpr (kIntegers) return static_cast<std::uint32_t>(Rounded(value, inverse));
+  return __float_as_uint(a.mode == ConvMode::kBFloat16 ? ToFloat(FromFloat<BFloat16>(value)) : value);
+}
+
+// Neighbouring blocks share a tile of x.
+template <typename Tile, bool kIntegers, typename Float>
+__global__ void __launch_bounds__(Tile::kThreads, 2) ConvTileKernel(ConvCudaArgs a) {
+  using Sum = ConvSum<kIntegers>;
+  constexpr int kOutputs = Tile::kOutputs, kFilters = Tile::kFilters;
+  auto& memory = SharedMemory<ConvMemory>();
+  const ConvCudaPlan& plan = a.plan;
+  const ConvShape& s = a.shape;
+  const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarpSize, lane = thread % kWarpSize;
+  const int group_filters = static_cast<int>(s.out_channels / s.groups);
+  const int group_channels = static_cast<int>(s.in_channels / s.groups),
+            taps = static_cast<int>(s.kernel_h * s.kernel_w);
+
+  // The block's part: filters fastest, then what shares them, then tiles.
+  const int block_filters = Tile::kWarps * plan.warp_filters;
+  const int filter_blocks = static_cast<int>(CeilDiv(group_filters, block_filters));
+  const std::int64_t across = CeilDiv(a.out_width, plan.columns), down = CeilDiv(a.out_height, plan.rows);
+  std::int64_t block = blockIdx.x;
+  const int filter_block = static_cast<int>(block % filter_blocks);
+  block /= filter_blocks;
+  const int group = static_cast<int>(block % s.groups);
+  block /= s.groups;
+  const int split = static_cast<int>(block % plan.splits);
+  block /= plan.splits;
+  const std::int64_t first_column = block % across * plan.columns, first_row = block / across % down * plan.rows;
+  const std::int64_t first_image = block / across / down * plan.images;
+
+  const int channel_blocks = static_cast<int>(CeilDiv(group_channels, plan.channels));
+  const int per_split = static_cast<int>(CeilDiv(channel_blocks, plan.splits));
+  const int begin = min(split * per_split, channel_blocks), end = min(begin + per_split, channel_blocks);
+
+  // Where the lane's outputs have their first inputs, in bytes.
+  int places[kOutputs];
+#pragma unroll
+  for (int p = 0; p < kOutputs; ++p) {
+    const int number = p * kWarpSize + lane, image = number / plan.outputs, in_image = number - image * plan.outputs;
+    const int i = in_image / plan.pitch, j = in_image - i * plan.pitch;
+    const int place = static_cast<int>(image * plan.in_size + i * s.stride_h * plan.in_pitch + j * s.stride_w);
+    places[p] = image < plan.images ? 4 * place : 0;
+  }
+
+  // The warp's filters and what is left of their non-zeros.
+  int filters[kFilters], next[kFilters], ends[kFilters];
+  unsigned damaged = 0;  // a bit for each
+#pragma unroll
+  for (int f = 0; f < kFilters; ++f) {
+    const int in_group = filter_block * block_filters + f * Tile::kWarps + warp;
+    const bool is = f < plan.warp_filters && in_group < group_filters;
+    filters[f] = is ? group * group_filters + in_group : -1;
+    next[f] = ends[f] = 0;
+    if (!is) continue;
+    const Row row = RowAt(a.weight, filters[f]);
+    next[f] = row.begin, ends[f] = row.end;
+    if (plan.splits != 1) {
+      if (begin != 0) next[f] = FindColumn(a.weight, row.begin, row.end, std::int64_t{begin} * plan.channels * taps);
+      if (end != channel_blocks) {
+        ends[f] = FindColumn(a.weight, row.begin, row.end, std::int64_t{end} * plan.channels * taps);
+      }
+    }
+    if (row.damaged || next[f] > ends[f]) damaged |= 1u << f;
+  }
+
+  const char* inputs = reinterpret_cast<const char*>(memory.x);
+  Sum sums[kFilters][kOutputs] = {};
+  for (int channels = begin; channels < end; ++channels) {
+    const int first_channel = channels * plan.channels, count = min(plan.channels, group_channels - first_channel);
+    __syncthreads();
+    StageInputs<Tile, kIntegers, Float>(a, first_image, first_row * s.stride_h - a.pad_h,
+                                        first_column * s.stride_w - a.pad_w,
+                                        std::int64_t{group} * group_channels + first_channel, count, memory.x);
+    __syncthreads();
+    const int low = first_channel * taps, high = low + count * taps;
+#pragma unroll
+    for (int f = 0; f < kFilters; ++f) {
+      if (filters[f] < 0) continue;
+      const float inverse = kIntegers ? a.scales[a.images + filters[f]].inverse : 0.0f;
+      while (next[f] < ends[f]) {
+        // A lane decodes one non-zero. Those of later channels wait, unless no later block of channels comes.
+        const int k = next[f] + lane;
+        const int column = k < ends[f] ? ColumnAt(a.weight, k) : 0;
+        const bool here = k < ends[f] && (column < high || channels + 1 == end);
+        const unsigned waits = ~__ballot_sync(kWholeWarp, here);
+        const int ready = waits == 0 ? kWarpSize : __ffs(static_cast<int>(waits)) - 1;
+        if (lane < ready) {
+          bool bad = column < low || column >= high;
+          const std::uint32_t value = TapValue<kIntegers>(a, k, inverse, bad);
+          const int in_block = bad ? 0 : column - low, channel = in_block / taps, tap = in_block - channel * taps;
+          const int kernel_w = static_cast<int>(s.kernel_w), down_tap = tap / kernel_w;
+          const int right = (tap - down_tap * kernel_w) * static_cast<int>(s.dilation_w);
+          const int place =
+              channel * plan.images * plan.in_size + down_tap * static_cast<int>(s.dilation_h) * plan.in_pitch + right;
+          memory.taps[warp][lane] = {4 * place, value};
+          if (bad) damaged |= 1u << f;
+        }
+        __syncwarp();
+#pragma unroll 4
+        for (int t = 0; t < ready; ++t) {
+          const ConvMemory::Tap tap = memory.taps[warp][t];
+#pragma unroll
+          for (int p = 0; p < kOutputs; ++p) {
+            const auto x = *reinterpret_cast<const std::uint32_t*>(inputs + (places[p] + tap.place));
+            if constexpr (kIntegers) {
+              sums[f][p] += static_cast<int>(tap.value) * static_cast<int>(x);
+            } else {
+              sums[f][p] = fmaf(__uint_as_float(tap.value), __uint_as_float(x), sums[f][p]);
+            }
+          }
+        }
+        __syncwarp();
+        next[f] += ready;
+        if (ready < kWarpSize) break;
+      }
+    }
+  }
+
+#pragma unroll
+  for (int f = 0; f < kFilters; ++f) {
+    const bool bad = __any_sync(kWholeWarp, static_cast<int>(damaged >> f & 1)) != 0;
+    if (!bad) continue;
+#pragma unroll
+    for (int p = 0; p < kOutputs; ++p) sums[f][p] = DamagedSum(sums[f][p]);
+  }
+#pragma unroll
+  for (int p = 0; p < kOutputs; ++p) {
+    const int number = p * kWarpSize + lane, in_tile = number / plan.outputs,
+              in_image = number - in_tile * plan.outputs;
+    const int i = in_image / plan.pitch, j = in_image - i * plan.pitch;
+    const std::int64_t image = first_image + in_tile, row = first_row + i, column = first_column + j;
+    const bool inside = in_tile < plan.images && image < a.images && i < plan.rows && row < a.out_height &&
+                        j < plan.columns && column < a.out_width;
+    if (!inside) continue;
+    const bool whole = plan.splits == 1;
+    const std::int64_t plane = a.out_height * a.out_width, step = whole ? a.y_steps.channel : plane;
+    const std::int64_t at = whole ? image * a.y_steps.image + row * a.y_steps.row + column * a.y_steps.column
+                                  : (split * a.images + image) * s.out_channels * plane + row * a.out_width + column;
+#pragma unroll
+    for (int f = 0; f < kFilters; ++f) {
+      if (filters[f] < 0) continue;
+      if (whole) {
+        static_cast<Float*>(a.y)[at + filters[f] * step] = FromFloat<Float>(Finished(a, image, filters[f], sums[f][p]));
+      } else {
+        static_cast<Sum*>(a.parts)[at + filters[f] * step] = sums[f][p];
+      }
+    }
+  }
+}
+
+template <typename Tile, bool kIntegers, typename Float>
+__global__ void __launch_bounds__(Tile::kThreads) ConvAddKernel(ConvCudaArgs a) {
+  using Sum = ConvSum<kIntegers>;
+  const std::int64_t outputs = a.images * a.shape.out_channels * a.out_height * a.out_width;
+  const std::int64_t at = std::int64_t{blockIdx.x} * Tile::kThreads + threadIdx.x;
+  if (at >= outputs) return;
+  Sum sum = 0;
+  bool damaged = false;
+#pragma unroll 8
+  for (int split = 0; split < a.plan.splits; ++split) {
+    const Sum part = static_cast<const Sum*>(a.parts)[split * outputs + at];
+    if constexpr (kIntegers) {
+      damaged = damaged || part == DamagedSum(part);
+      sum += damaged ? 0 : part;
+    } else {
+      sum += part;
+    }
+  }
+  const std::int64_t row = at / a.out_width, plane = row / a.out_height, j = at % a.out_width, i = row % a.out_height;
+  const std::int64_t image = plane / a.shape.out_channels, filter = plane % a.shape.out_channels;
+  const std::int64_t to =
+      image * a.y_steps.image + filter * a.y_steps.channel + i * a.y_steps.row + j * a.y_steps.column;
+  static_cast<Float*>(a.y)[to] = FromFloat<Float>(Finished(a, image, filter, damaged ? DamagedSum(sum) : sum));
+}
+
+}  // namespace
+
+ConvCudaPlan ConvPlanCuda(const ConvCudaArgs& a) noexcept {
+  constexpr std::int64_t kMostOutputs = 8 * kWarpSize, kBlocks = 132, kWarps = ConvTile<8>::kWarps;
+  constexpr std::int64_t kFewProducts = 100000;  // of a block that shares filters
+  const ConvShape& s = a.shape;
+  ConvCudaPlan plan{};
+  const std::int64_t halo_w = (s.kernel_w - 1) * s.dilation_w, halo_h = (s.kernel_h - 1) * s.dilation_h;
+  const std::int64_t group_channels = s.in_channels / s.groups, group_filters = s.out_channels / s.groups;
+  if (halo_w >= ConvMemory::kInputs || halo_h >= ConvMemory::kInputs || s.stride_w > 64 || s.stride_h > 64) return plan;
+  if (a.images == 0 || a.out_height == 0 || a.out_width == 0 || s.in_channels == 0 || s.out_channels == 0) {
+    return plan;
+  }
+  const auto parts_of = [](std::int64_t size, std::int64_t most) { return CeilDiv(size, CeilDiv(size, most)); };
+  const bool contiguous = s.stride_w == 1 && s.stride_h == 1;
+  std::int64_t columns = parts_of(a.out_width, 64);
+  const std::int64_t in_pitch = (columns - 1) * s.stride_w + halo_w + 1, pitch = contiguous ? in_pitch : columns;
+  if (pitch > kMostOutputs) return plan;
+  std::int64_t rows = parts_of(a.out_height, (kMostOutputs - columns) / pitch + 1);
+  const auto in_rows = [&] { return (rows - 1) * s.stride_h + halo_h + 1; };
+  while (rows > 1 && in_rows() * in_pitch > ConvMemory::kInputs / 2) rows = CeilDiv(rows, 2);
+  if (in_rows() * in_pitch > ConvMemory::kInputs) return plan;
+  plan.columns = static_cast<int>(columns), plan.rows = static_cast<int>(rows), plan.pitch = static_cast<int>(pitch);
+  const std::int64_t outputs = (rows - 1) * pitch + columns;
+  std::int64_t size = in_rows() * in_pitch, images = 1;
+  if (rows == a.out_height && columns == a.out_width) {
+    images = std::min(a.images, kMostOutputs / outputs);
+    // Image after image in the banks as row after row.
+    if (images > 1) size += ((outputs - size) % kWarpSize + kWarpSize) % kWarpSize;
+    images = std::max<std::int64_t>(1, std::min(images, ConvMemory::kInputs / size));
+  }
+  plan.outputs = static_cast<int>(outputs), plan.images = static_cast<int>(images);
+  plan.in_pitch = static_cast<int>(in_pitch), plan.in_rows = static_cast<int>(in_rows());
+  plan.in_size = static_cast<int>(size);
+  const std::int64_t of_lane = CeilDiv(images * outputs, kWarpSize);
+  plan.lane_outputs = of_lane <= 2 ? 2 : of_lane <= 4 ? 4 : static_cast<int>(std::max<std::int64_t>(6, of_lane));
+  const std::int64_t most_channels = ConvMemory::kInputs / (size * images);
+
+  // Enough blocks for the device: first of fewer filters, then of fewer channels.
+  const std::int64_t tiles = CeilDiv(a.images, images) * CeilDiv(a.out_height, rows) * CeilDiv(a.out_width, columns);
+  const auto blocks = [&] { return tiles * s.groups * CeilDiv(group_filters, kWarps * plan.warp_filters); };
+  plan.warp_filters = 4;
+  while (plan.warp_filters > 1 &&
+         (blocks() < kBlocks * (plan.warp_filters > 2 ? 2 : 1) || kWarps * plan.warp_filters / 2 >= group_filters)) {
+    plan.warp_filters /= 2;
+  }
+  std::int64_t splits = 1;
+  if (blocks() < kBlocks) {
+    const std::int64_t products = a.weight.nnz * images * outputs / std::max<std::int64_t>(1, blocks() / tiles);
+    splits = std::min({CeilDiv(2 * kBlocks, blocks()), products / kFewProducts + 1, group_channels});
+  }
+  plan.channels = static_cast<int>(std::min(most_channels, CeilDiv(group_channels, splits)));
+  plan.splits = static_cast<int>(std::min(splits, CeilDiv(group_channels, plan.channels)));
+  plan.tiled = true;
+  return plan;
+}
+
+std::int64_t ConvPartsBytes(const ConvCudaArgs& a) noexcept {
+  if (!a.plan.tiled || a.plan.splits == 1) return 0;
+  return a.plan.splits * a.images * a.shape.out_channels * a.out_height * a.out_width * sizeof(float);
+}
+
+namespace {
+
+template <bool kIntegers, typename Float>
+int LaunchTiles(const ConvCudaArgs& a, void* stream) {
+  const ConvCudaPlan& plan = a.plan;
+  const auto launch = [&](auto tile) {
+    using Tile = decltype(tile);
+    const std::int64_t filter_blocks = CeilDiv(a.shape.out_channels / a.shape.groups, Tile::kWarps * plan.warp_filters);
+    const std::int64_t tiles =
+        CeilDiv(a.images, plan.images) * CeilDiv(a.out_height, plan.rows) * CeilDiv(a.out_width, plan.columns);
+    const dim3 blocks(static_cast<unsigned>(tiles * plan.splits * a.shape.groups * filter_blocks), 1, 1);
+    const int error = Launch(ConvTileKernel<Tile, kIntegers, Float>, blocks, Tile::kThreads, stream, a);
+    if (error != cudaSuccess || plan.splits == 1) return error;
+    const std::int64_t outputs = a.images * a.shape.out_channels * a.out_height * a.out_width;
+    const dim3 adds(static_cast<unsigned>(CeilDiv(outputs, AddTile::kThreads)), 1, 1);
+    return Launch(ConvAddKernel<AddTile, kIntegers, Float>, adds, AddTile::kThreads, stream, a);
+  };
+  switch (plan.lane_outputs) {
+    case 2:
+      return launch(ConvTile<2>{});
+    case 4:
+      return launch(ConvTile<4>{});
+    case 6:
+      return launch(ConvTile<6>{});
+    case 7:
+      return launch(ConvTile<7>{});
+    default:
+      return launch(ConvTile<8>{});
+  }
+}
+
 }  // namespace
 
 int ConvCuda(const ConvCudaArgs& a, void* stream) noexcept {
   const std::int64_t outputs = a.images * a.out_height * a.out_width;
   if (a.weight.rows == 0 || outputs == 0) return cudaSuccess;
-  const dim3 blocks(static_cast<unsigned>(CeilDiv(outputs, ConvTile::kThreads) * a.weight.rows), 1, 1);
-  return WithValues(a.weight.stored_as, [&](auto values) {
-    return WithFloat(a.stored_as, [&](auto number) {
+  const dim3 blocks(static_cast<unsigned>(CeilDiv(outputs, OutputTile::kThreads) * a.weight.rows), 1, 1);
+  return WithFloat(a.stored_as, [&](auto number) {
+    using Float = decltype(number);
+    return WithValues(a.weight.stored_as, [&](auto values) {
       using Values = decltype(values);
-      using Float = decltype(number);
-      if (a.mode != ConvMode::kInt8) {
-        return Launch(ConvKernel<ConvTile, FloatSums, Values, Float>, blocks, ConvTile::kThreads, stream, a);
+      if (a.mode == ConvMode::kInt8) {
+        const dim3 items(static_cast<unsigned>(a.images + a.weight.rows), 1, 1);
+        const int error = Launch(ConvScaleKernel<ScaleTile, Values, Float>, items, ScaleTile::kThreads, stream, a);
+        if (error != cudaSuccess) return error;
+        if (a.plan.tiled) return LaunchTiles<true, Float>(a, stream);
+        return Launch(ConvKernel<OutputTile, IntegerSums, Values, Float>, blocks, OutputTile::kThreads, stream, a);
       }
-      const dim3 items(static_cast<unsigned>(a.images + a.weight.rows), 1, 1);
-      const int error = Launch(ConvScaleKernel<ScaleTile, Values, Float>, items, ScaleTile::kThreads, stream, a);
-      if (error != cudaSuccess) return error;
-      return Launch(ConvKernel<ConvTile, IntegerSums, Values, Float>, blocks, ConvTile::kThreads, stream, a);
+      if (a.plan.tiled) return LaunchTiles<false, Float>(a, stream);
+      return Launch(ConvKernel<OutputTile, FloatSums, Values, Float>, blocks, OutputTile::kThreads, stream, a);
     });
   });
 }

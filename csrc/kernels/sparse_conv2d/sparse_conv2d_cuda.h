@@ -4,16 +4,21 @@
 // Layout: row o of the weight is filter o, flattened: column (c * kernel_h + kh) * kernel_w + kw, with c counted from
 //         the first channel of the filter's group. x and y lie as their steps say; every pointer is to the device's
 //         memory and aligned to its element.
-// Method: a block computes neighbouring outputs of one filter, a thread one of them. The block decodes the filter's
-//         non-zeros once, so many at a time, into offsets from an output's first input. Modes: weights and inputs are
-//         rounded as they are read, for int8 with scales that a kernel before it finds, one block for each image and
-//         each filter.
-// Limits: a non-zero costs an output one load and two comparisons beside its multiply-add. With the channels last the
-//         loads of a warp lie in_channels apart, so contiguous images are read faster.
+// Method: a block takes a tile of outputs, some filters of a group and some of its channels. Channel block after
+// channel
+//         block it copies the inputs that the tile needs into shared memory, zeros for padding, rounded as the mode
+//         says. A warp takes a few filters in turn: its lanes decode 32 non-zeros into places in that copy, then every
+//         non-zero is read by all lanes, each of which multiplies it for up to 8 outputs. Lane after lane reads word
+//         after word: with steps of 1 a tile's outputs are numbered as its inputs lie, row ends included, so that no
+//         banks conflict. Where there are few outputs, several blocks share a filter's channels and leave their sums in
+//         `parts`, which a last kernel adds. Tiles that do not fit take one output a thread and read x where it lies.
+// Limits: a multiply-add costs a word of shared memory, of which a multiprocessor has 32 a cycle: a quarter of what it
+//         could multiply. Row ends are lost: 2 of 16 at 14 columns and 3 x 3. int8 scales come from a kernel before.
 // Safety: offsets, columns and codes are compared with their bounds before they are used, and nothing outside the
 //         arrays is touched. A kernel cannot return a status without making the caller wait, so damage becomes NaN: all
-//         outputs, in every image, of a filter whose offsets, columns or codes are damaged. Columns need not rise:
-//         those that come twice count twice. In mode int8 an image with infinity or NaN is NaN, and a filter with them.
+//         outputs, in every image, of a filter whose offsets, columns or codes are damaged. Where columns do not rise,
+//         a filter may be NaN, or each of its non-zeros counts once. In mode int8 an image with infinity or NaN is NaN,
+//         and a filter with them.
 // Order:  every sum has one order of summation, that of the row.
 #pragma once
 
@@ -35,6 +40,19 @@ struct ConvScale {
   float scale, inverse;
 };
 
+// How a convolution is cut up for the device's blocks.
+struct ConvCudaPlan {
+  bool tiled;                      // else every output by itself
+  int columns, rows, images;       // of y in a tile
+  int pitch;                       // from an output's number to that of the one below
+  int outputs;                     // numbers of a tile's outputs in one image
+  int in_pitch, in_rows, in_size;  // of an image's copy of a channel
+  int lane_outputs;                // of a lane: 2, 4, 6, 7 or 8
+  int channels;                    // of a channel block
+  int warp_filters;                // 1, 2 or 4
+  int splits;                      // blocks that share a filter's channels
+};
+
 struct ConvCudaArgs {
   CsrWeight weight;  // [out_channels, in_channels / groups * kernel_h * kernel_w]
   ConvShape shape;
@@ -48,7 +66,13 @@ struct ConvCudaArgs {
   ConvSteps y_steps;
   ConvMode mode;
   ConvScale* scales;  // [images + out_channels], uninitialised, for int8 only
+  ConvCudaPlan plan;  // by ConvPlanCuda
+  void* parts;        // uninitialised, of ConvPartsBytes; null for none
 };
+
+// All of args but plan, parts and pointers count.
+ConvCudaPlan ConvPlanCuda(const ConvCudaArgs& args) noexcept;
+std::int64_t ConvPartsBytes(const ConvCudaArgs& args) noexcept;
 
 // Enqueues on `stream`, a cudaStream_t, and returns the cudaError_t of that.
 int ConvCuda(const ConvCudaArgs& args, void* stream) noexcept;
