@@ -114,12 +114,8 @@ def full_plan(network: str) -> Plan:
 
 
 def quick_plan(network: str) -> Plan:
-    """The full plan, shortened."""
-    return shortened(full_plan(network))
-
-
-def shortened(plan: Plan) -> Plan:
-    """A plan with one epoch where it has more, and each layer's first surgery alone."""
+    """The full plan with one epoch where it has more, and each layer's first surgery alone."""
+    plan = full_plan(network)
     seen: set[str] = set()
     cuts = []
     for cut in plan.cuts:
@@ -146,16 +142,8 @@ def run(network: str, how: How) -> dict[str, Any]:
         FileNotFoundError: MNIST is not in the folder that TERSETORCH_DATA names.
     """
     plan = quick_plan(network) if how.quick else full_plan(network)
-    described = {"network": network, **describe(network, plan)}
-    record: dict[str, Any] = over_seeds(
-        f"dns_{network}", partial(_one, network, plan), how, described, PAPER[network], FIGURES
-    )
-    return record
-
-
-def describe(network: str, plan: Plan) -> dict[str, Any]:
-    """A network's plan as JSON can hold it."""
-    return {
+    described = {
+        "network": network,
         "batch_size": plan.batch_size,
         "dropout": DROPOUT[network],
         "dense": plan.dense.model_dump(),
@@ -165,6 +153,10 @@ def describe(network: str, plan: Plan) -> dict[str, Any]:
         "kept": plan.kept,
         "last": plan.last.model_dump(),
     }
+    record: dict[str, Any] = over_seeds(
+        f"dns_{network}", partial(_one, network, plan), how, described, PAPER[network], FIGURES
+    )
+    return record
 
 
 def table(record: dict[str, Any]) -> Table:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from rich.progress import Progress
+from torch import nn
 
 from tersetorch.recipes.deep_compression import (
     DeepCompressionRecipe,
@@ -19,11 +21,12 @@ from tersetorch.zoo import Dataset, LeNet300100, fit, steps_per_epoch
 
 # Fewer images than this and a whole batch of MNIST's size would leave too few steps in an epoch.
 SMALL_SET = 10_000
+Network = TypeVar("Network", bound=nn.Module)
 
 
 @dataclass(frozen=True)
 class LeNetPlan:
-    """How LeNet-300-100 is trained and compressed.
+    """How a LeNet is trained and compressed.
 
     Attributes:
         batch_size: images a step, in every training.
@@ -85,9 +88,9 @@ def train_lenet(data: Dataset, plan: LeNetPlan, *, seed: int = 0, progress: Prog
 
 
 def compress_lenet(
-    model: LeNet300100, data: Dataset, plan: LeNetPlan, *, seed: int = 0, progress: Progress | None = None
-) -> LeNet300100:
-    """Prunes and shares model by plan, in place, retraining on data.train_images; returns it live."""
+    model: Network, data: Dataset, plan: LeNetPlan, *, seed: int = 0, progress: Progress | None = None
+) -> Network:
+    """Prunes and shares a network by plan, in place, retraining on data.train_images; returns it live."""
     train = trainer(data, batch_size=plan.batch_size, seed=seed + 1, progress=progress)
     steps = steps_per_epoch(len(data.train_images), plan.batch_size)
     deep_compression(model, plan.recipe, train, steps_per_epoch=steps)

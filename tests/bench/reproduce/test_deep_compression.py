@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch.nn import functional
 
-from tersetorch.bench.reproduce import deep_compression, dns
-from tersetorch.bench.reproduce.deep_compression import PAPER, ROWS, LeNet5Plan, run_lenet_5, run_lenet_300_100, table
+from tersetorch.bench.reproduce import deep_compression
+from tersetorch.bench.reproduce.deep_compression import PAPER, ROWS, run, table
 from tersetorch.bench.reproduce.runs import How, reproduce
-from tersetorch.recipes.deep_compression import DeepCompressionRecipe, ShareStage, Training
+from tersetorch.recipes.deep_compression import DeepCompressionRecipe, Training
 from tersetorch.recipes.lenet import LeNetPlan
 from tersetorch.zoo import load
 
@@ -42,7 +42,7 @@ def short(monkeypatch):
 
 
 def test_record_is_whole_and_consistent():
-    record = run_lenet_300_100(How([0, 1]))
+    record = run("lenet_300_100", How([0, 1]))
     json.dumps(record)
     assert record["plan"]["recipe"]["share"]["bits"] == 3
     assert [row["seed"] for row in record["seeds"]] == [0, 1]
@@ -58,30 +58,24 @@ def test_record_is_whole_and_consistent():
     assert record["worst"]["ratio"] == min(row["ratio"] for row in record["seeds"])
 
 
-def test_lenet_5_is_cut_shared_and_stored(monkeypatch):
+def test_lenet_5_is_pruned_shared_and_stored(monkeypatch):
     monkeypatch.setattr(deep_compression, "load_data", large_digits)
-    training = Training(epochs=2, lr=0.05)
-    cuts = tuple(dns.Cut(dict.fromkeys(group, 1.0), training) for group in (["conv1", "conv2"], ["fc1", "fc2"]))
-    kept = dict.fromkeys(PAPER["lenet_5"]["layers"], 300)
-    share = ShareStage(bits={"conv*": 4, "fc*": 3}, train=Training(epochs=1, lr=3e-4, optimizer="adam"))
-    pruning = dns.Plan(32, Training(epochs=4, lr=0.05), 1e-4, cuts, kept, training)
-    monkeypatch.setattr(deep_compression, "lenet_5_plan", lambda: LeNet5Plan(pruning, share))
-    record = run_lenet_5(How([0]))
+    record = run("lenet_5", How([0], quick=True))
     json.dumps(record)
     (row,) = record["seeds"]
-    assert record["reproduction"] == "lenet_5" and record["plan"]["share"]["bits"] == {"conv*": 4, "fc*": 3}
-    assert row["bytes_dense"] == 4 * 431_080 and row["ratio"] == row["bytes_dense"] / row["bytes"] > 300
-    assert all(layer["kept"] <= 100 * 300 / layer["weights"] + 1e-9 for layer in row["layers"].values())
-    assert [layer["bits"] for layer in row["layers"].values()] == [4, 4, 3, 3]
+    assert record["reproduction"] == "lenet_5" and record["plan"]["recipe"]["share"]["bits"] == {"conv*": 5, "fc*": 4}
+    assert row["bytes_dense"] == 4 * 431_080 and row["ratio"] == row["bytes_dense"] / row["bytes"] > 39
+    kept = {name: 1 - part for name, part in record["plan"]["recipe"]["prune"]["sparsity"].items()}
+    assert {name: layer["kept"] / 100 for name, layer in row["layers"].items()} == pytest.approx(kept, abs=1e-3)
+    assert [layer["bits"] for layer in row["layers"].values()] == [5, 5, 4, 4]
     assert "LeNet-5 on MNIST" in table(record).title
 
 
-def test_the_plans_are_smaller_than_the_papers():
-    plan = deep_compression.lenet_5_plan()
-    assert plan.pruning.kept.keys() == PAPER["lenet_5"]["layers"].keys()
-    assert sum(plan.pruning.kept.values()) < 36_000
-    quick = deep_compression.quick_lenet_5_plan()
-    assert quick.share.train.epochs == quick.pruning.dense.epochs == quick.pruning.last.epochs == 1
+def test_lenet_5_keeps_fewer_weights_than_the_paper():
+    prune = deep_compression.lenet_5_plan().recipe.prune
+    paper = PAPER["lenet_5"]["layers"]
+    assert prune.sparsity.keys() == paper.keys()
+    assert all(100 * (1 - part) <= paper[name]["kept"] for name, part in prune.sparsity.items())
 
 
 def test_it_prints_and_stores(tmp_path, capsys):
@@ -93,4 +87,4 @@ def test_it_prints_and_stores(tmp_path, capsys):
 
 def test_no_seeds_are_refused():
     with pytest.raises(ValueError, match="seeds must hold at least one seed, got none"):
-        run_lenet_300_100(How([]))
+        run("lenet_300_100", How([]))

@@ -46,7 +46,7 @@ def test_table_and_picture(tmp_path):
     pytest.importorskip("matplotlib")
     chosen = {"KM": [["2 bits", 16.0, 2.5], None], "PQ": [["4 columns", 17.0, 3.5], ["4 columns", 33.0, 4.0]]}
     record = {
-        "plan": {"settings": {"KM": ["2 bits"], "PQ": ["4 columns"]}, "ratios": [16, 32]},
+        "plan": {"hidden": [300, 100], "settings": {"KM": ["2 bits"], "PQ": ["4 columns"]}, "ratios": [16, 32]},
         "seeds": [{"dense_test": 2.0, "chosen": chosen}, {"dense_test": 2.2, "chosen": chosen}],
     }
     json.dumps(record)
