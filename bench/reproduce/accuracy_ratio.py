@@ -36,7 +36,7 @@ PAPER = {
     "holds_down_to": {"prune and share": 3, "prune": 8, "share": 8},
 }
 CURVES = ("prune", "share", "SVD", "prune and share", "SVD and share")
-BATCH = 128
+BATCH = 256
 GAP_BITS = 5
 # Bits of what is pruned or factorised first.
 BITS = 4
@@ -69,13 +69,13 @@ class Plan:
 def full_plan() -> Plan:
     """The plan behind the reproduction."""
     return Plan(
-        dense=Training(epochs=15, lr=0.1, weight_decay=1e-4),
+        dense=Training(epochs=12, lr=0.1, weight_decay=1e-4),
         kept=(0.5, 0.2, 0.1, 0.08, 0.05, 0.03, 0.01),
         bits=(8, 4, 3, 2, 1),
         ranks=(0.5, 0.2, 0.1, 0.05),
-        retrain=Training(epochs=4, lr=0.05, weight_decay=1e-4),
-        factored=Training(epochs=4, lr=0.02, weight_decay=1e-4),
-        share=Training(epochs=2, lr=5e-4, optimizer="adam"),
+        retrain=Training(epochs=3, lr=0.05, weight_decay=1e-4),
+        factored=Training(epochs=3, lr=0.02, weight_decay=1e-4),
+        share=Training(epochs=1, lr=5e-4, optimizer="adam"),
     )
 
 

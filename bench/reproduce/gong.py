@@ -153,15 +153,19 @@ def _rises(record: dict[str, Any], name: str, index: int) -> list[float]:
 
 
 def methods(quick: bool = False) -> dict[str, list[tuple[str, Method]]]:
-    """Each method's settings: what is shown of it, and (weight, seed) -> its approximation."""
+    """Each method's settings: what is shown of it, and (weight, seed) -> its approximation.
+
+    Those that are larger than every budget are left out.
+    """
     widths, counts = ((4,), (16,)) if quick else ((2, 4, 8, 16), (4, 16, 64))
     ways = ((False, ""), (True, ", of inputs"))
     return {
-        "KM": [(f"{bits} bits", partial(_scalars, bits)) for bits in ((2,) if quick else range(1, 6))],
+        "KM": [(f"{bits} bits", partial(_scalars, bits)) for bits in ((2,) if quick else range(1, 5))],
         "PQ": [
             (f"{width} columns, {count} entries{words}", partial(_products, width, count, False, turned))
             for width in widths
             for count in counts
+            if count <= 16 * width
             for turned, words in ways
         ],
         "PQ, one codebook": [
@@ -173,6 +177,7 @@ def methods(quick: bool = False) -> dict[str, list[tuple[str, Method]]]:
             (f"{stages} stages, {count} entries{words}", partial(_residuals, stages, count, turned))
             for stages in ((2,) if quick else (1, 2, 4, 8))
             for count in counts
+            if stages * count <= 128
             for turned, words in ways
         ],
         "BIN": [(f"scale: {scale}", partial(_signs, scale)) for scale in get_args(Scale)],

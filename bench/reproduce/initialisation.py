@@ -52,7 +52,8 @@ def run(how: How) -> dict[str, Any]:
     if how.quick:
         plan, bits, epochs = _shorter(quick_plan(load_data("mnist", seed=0)), dense=1, prune=2, ramp=1), (2, 5), 1
     else:
-        plan, bits, epochs = _shorter(full_plan(), dense=15, prune=20, ramp=10), BITS, 2
+        plan = replace(_shorter(full_plan(), dense=12, prune=14, ramp=8), batch_size=256)
+        bits, epochs = BITS, 1
     training = Training(epochs=epochs, lr=5e-4, optimizer="adam")
     described = {
         "batch_size": plan.batch_size,

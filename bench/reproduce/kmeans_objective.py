@@ -54,14 +54,13 @@ class Study:
     Attributes:
         title: of the table.
         distributions: of points [count] or [count, width].
-        counts, clusters: of every distribution; a fifth of the first count, and the first two of clusters, where it is
-            to be quick.
+        clusters: how many, for each count of points of every distribution; where it is to be quick, the first two for
+            a fifth of the first count.
     """
 
     title: str
     distributions: Mapping[str, Draw]
-    counts: Sequence[int]
-    clusters: Sequence[int]
+    clusters: Mapping[int, Sequence[int]]
 
 
 STUDIES = {
@@ -73,8 +72,7 @@ STUDIES = {
             "two humps": lambda random, count: random.normal(random.choice([-1.0, 2.0], count), 0.3),
             "pruned normal": _pruned,
         },
-        (10_000, 120_000),
-        (4, 16, 2, 64, 256),
+        {10_000: (4, 16, 2, 64, 256), 120_000: (4, 16, 64)},
     ),
     "kmeans_vectors": Study(
         "k-means of short vectors",
@@ -88,8 +86,7 @@ STUDIES = {
                 random.standard_normal((count, 4)) * (random.random((count, 4)) < 0.3)
             ),
         },
-        (4096,),
-        (4, 16, 64, 256),
+        {4096: (4, 16, 64, 256)},
     ),
 }
 
@@ -105,11 +102,12 @@ def run(name: str, how: How) -> dict[str, Any]:
         ValueError: there are no seeds, or no workers.
     """
     study = STUDIES[name]
+    first, most = next(iter(study.clusters.items()))
+    clusters = {first // 5: most[:2]} if how.quick else study.clusters
     peers = {peer: module for peer, module in PACKAGES.items() if _installed(module)}
     plan = {
         "study": name,
-        "counts": [study.counts[0] // 5] if how.quick else list(study.counts),
-        "clusters": sorted(study.clusters[: 2 if how.quick else None]),
+        "clusters": {str(count): sorted(each) for count, each in clusters.items()},
         "starts": STARTS,
         "iterations": ITERATIONS,
         "peers": {peer: importlib.metadata.version({"faiss": "faiss-cpu"}.get(peer, peer)) for peer in peers},
@@ -126,20 +124,20 @@ def table(record: dict[str, Any]) -> Table:
     names = ["ours", *peers]
     title = STUDIES[record["plan"]["study"]].title
     shown = Table("points", "clusters", *columns, *(f"seconds, {name}" for name in names), title=title)
-    for count in record["plan"]["counts"]:
-        for clusters in record["plan"]["clusters"]:
+    for count, each in record["plan"]["clusters"].items():
+        for clusters in each:
             cases = [
                 case
                 for row in record["seeds"]
                 for case in row["cases"]
-                if (case["count"], case["clusters"]) == (count, clusters)
+                if (case["count"], case["clusters"]) == (int(count), clusters)
             ]
             cells = []
             for name in peers:
                 ratios = [case[name]["objective"] / case["ours"]["objective"] for case in cases]
                 cells += [f"{sum(ratios) / len(ratios):.4f}", f"{min(ratios):.6f}"]
             cells += [f"{sum(case[name]['seconds'] for case in cases) / len(cases):.2f}" for name in names]
-            shown.add_row(f"{count:,}", str(clusters), *cells)
+            shown.add_row(f"{int(count):,}", str(clusters), *cells)
     return shown
 
 
@@ -156,11 +154,11 @@ def _one(plan: Mapping[str, Any], seed: int, *, progress: Progress | None) -> di
     random = np.random.default_rng(seed)
     cases: list[dict[str, Any]] = []
     study = STUDIES[plan["study"]]
-    settings = [(name, count) for name in study.distributions for count in plan["counts"]]
-    task = bar.add_task(f"k-means, seed {seed}", total=len(settings) * len(plan["clusters"]))
-    for name, count in settings:
+    settings = [(name, int(count), each) for name in study.distributions for count, each in plan["clusters"].items()]
+    task = bar.add_task(f"k-means, seed {seed}", total=sum(len(each) for *_, each in settings))
+    for name, count, each in settings:
         values = study.distributions[name](random, count).astype(np.float32)
-        for clusters in plan["clusters"]:
+        for clusters in each:
             case: dict[str, Any] = {"distribution": name, "count": count, "clusters": clusters}
             for implementation in ("ours", *plan["peers"]):
                 started = time.monotonic()
