@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from tersetorch.bench.reproduce import gong
+from tersetorch.bench.reproduce.runs import How
+from tersetorch.zoo import load
 
 
 def weight():
@@ -40,6 +42,22 @@ def test_bits_are_the_papers():
 def test_the_best_setting_that_fits_is_chosen():
     points = [[4.0, 1.0, "a"], [8.5, 3.0, "b"], [9.0, 2.0, "c"], [20.0, 9.0, "d"]]
     assert gong._best(points, 2) == 0 and gong._best(points, 8) == 2 and gong._best(points, 30) is None
+
+
+def test_a_row_is_whole(monkeypatch):
+    monkeypatch.setattr(gong, "load_data", lambda name, seed: load("digits", seed=seed))
+    monkeypatch.setattr(gong, "NETWORKS", {"small": ((16, 12), 1)})
+    record = gong.run("small", How([0], quick=True))
+    json.dumps(record)
+    (row,) = record["seeds"]
+    assert row["points"].keys() == row["chosen"].keys() == record["plan"]["settings"].keys()
+    for name, settings in record["plan"]["settings"].items():
+        assert [point[2] for point in row["points"][name]] == settings
+        assert all(
+            chosen is None or chosen[1] * gong.FITS >= ratio
+            for chosen, ratio in zip(row["chosen"][name], gong.RATIOS, strict=True)
+        )
+    assert len(gong.table(record).rows) == len(gong.RATIOS)
 
 
 def test_table_and_picture(tmp_path):
