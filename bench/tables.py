@@ -158,8 +158,14 @@ def product_speeds() -> str:
 
 
 def codebook_headlines() -> str:
-    """Codes of 4 and 8 bits of one large layer."""
-    return _coded_table("codebook", lambda r: r["case"] == "alexnet fc6" and r["pattern"] in ("4 bits", "8 bits"))
+    """Codes of 4 bits of one large layer that the caches hold as far as they can, and of 8 bits for one sample."""
+
+    def wanted(record: Record) -> bool:
+        forms = ("4 bits", "8 bits") if record["batch"] == 1 else ("4 bits",)
+        place = (record["case"], record["cache"], record["threads"])
+        return place == ("alexnet fc6", "warm", 1) and record["pattern"] in forms and record["batch"] != 64
+
+    return _coded_table("codebook", wanted)
 
 
 def _coded_table(suite: str, wanted: Callable[[Record], bool] = lambda _: True) -> str:
