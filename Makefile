@@ -10,6 +10,8 @@ KERNEL_TESTS := build/kernel-tests
 # Real-time priority where it is allowed: otherwise any other process costs each barrier of two threads a time slice.
 UNDISTURBED = GOMP_SPINCOUNT=200000 $(shell chrt -f 5 true 2>/dev/null && echo chrt -f 5)
 SANITIZED_TESTS := build/sanitized-tests
+# What the kernel tests are built for; .ci/check_cuda_kernels compiles for every architecture.
+GPU = $(shell nvidia-smi -L >/dev/null 2>&1 && echo native || echo 90-real)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: venv demo test test-full test-kernels test-sanitized test-cuda test-newest-torch bench reproduce tables lint clean
@@ -56,7 +58,8 @@ test-sanitized: .venv/tools
 # The CUDA ops on a pretend device, their kernels under the emulator. Where nvcc is, also that every kernel compiles for
 # every architecture, what it takes there, and the kernel tests on a GPU if there is one.
 test-cuda: venv
-	cmake -S . -B $(KERNEL_TESTS) -G Ninja -DTERSETORCH_TESTS=ON -DTERSETORCH_CUDA=AUTO -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
+	cmake -S . -B $(KERNEL_TESTS) -G Ninja -DTERSETORCH_TESTS=ON -DTERSETORCH_CUDA=AUTO \
+	  -DCMAKE_CUDA_ARCHITECTURES=$(GPU) -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
 	  -DTERSETORCH_TORCH_DIR=$$(python -c 'import os, torch; print(os.path.dirname(torch.__file__))') \
 	  -Dpybind11_DIR=$$(python -m pybind11 --cmakedir) >/dev/null
 	cmake --build $(KERNEL_TESTS) --target cuda_tests
