@@ -529,7 +529,7 @@ inline void StoreAtPlaces(const CodebookMatmulArgs& a, const float* sums, Index 
       }
       for (Index i = 0; i < count; ++i) {
         if (a.places[n + i] < 0) continue;
-        StoreFloat(a.y, a.y_stored_as, CodebookPlace(a, n + i, row_begin + r), from[i]);
+        StoreFloat(a.y, a.y_stored_as, CodebookPlace(a, n + i, row_begin + r), Load<float>(from + i));
       }
     }
   }
