@@ -1,5 +1,6 @@
 """Does it have a forward()? Drop-in modules with buffers and parameters only."""
 
+from tersetorch.nn.binary_linear import BinaryLinear
 from tersetorch.nn.codebook_conv import CodebookConv2d
 from tersetorch.nn.codebook_embedding import CodebookEmbedding
 from tersetorch.nn.codebook_linear import CodebookLinear
@@ -10,6 +11,7 @@ from tersetorch.nn.sparse_conv import SparseConv1d, SparseConv2d
 from tersetorch.nn.sparse_linear import SparseLinear
 
 __all__ = [
+    "BinaryLinear",
     "CodebookConv2d",
     "CodebookEmbedding",
     "CodebookLinear",

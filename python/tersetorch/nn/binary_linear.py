@@ -1,0 +1,115 @@
+"""A linear layer of signs."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from tersetorch import ops
+from tersetorch.formats import SignWeight
+from tersetorch.nn.sign_module import SignModule
+
+_xnor_matmul = ops.native_op("xnor_matmul")
+
+
+class BinaryLinear(SignModule):
+    """y = scale * (W . sign(input)) + bias with W of signs, computed as bits; sign(0) is +1 and sign(NaN) -1.
+
+    Shapes: input float32 or bfloat16 [..., in_features], of which only the signs count -> y [..., out_features] of
+    input's dtype, or packed signs with thresholds: int64 [..., ceil(out_features / 64)]. input may be packed signs
+    itself, int64 [..., taps * ceil(in_features / taps / 64)]: what ops.sign_pack or a layer with thresholds returns,
+    the flattened image of a convolution's too; y is float32 then. The product is an exact integer, and y = fma(dot,
+    scale, bias).
+
+    Args:
+        weight: the weight; with several taps, the one behind a flattened image.
+        bias: float [out_features], or None.
+        thresholds: int32 [out_features], instead of bias and of the weight's scale: y is the packed signs that are +1
+            where the product is at least the threshold.
+
+    Raises:
+        TypeError: weight is not a SignWeight, or an argument has another type than named here.
+        ValueError: weight is not valid, an argument does not fit it, or thresholds come with bias or scale.
+
+    Source:
+        Courbariaux et al., Binarized Neural Networks (2016), section 1.4; Rastegari et al., XNOR-Net (2016), section
+        3.2, for the scale.
+    """
+
+    dense_type = nn.Linear
+
+    def __init__(self, weight: SignWeight, bias: Tensor | None = None, *, thresholds: Tensor | None = None) -> None:
+        super().__init__(weight, bias, thresholds)
+
+    def _hold(self, weight: SignWeight, bias: Tensor | None, thresholds: Tensor | None) -> None:
+        super()._hold(weight, bias, thresholds)
+        self.out_features, self.in_features = weight.shape
+
+    def _packed(self, bits: Tensor) -> Tensor:
+        return ops.xnor_pack(bits.flatten(1))
+
+    def _unpacked(self, bits: Tensor) -> Tensor:
+        return ops.xnor_unpack(bits, self.out_features).unflatten(1, (self.taps, ops.sign_words(self._channels)))
+
+    @classmethod
+    def from_dense(cls, module: nn.Linear, *, taps: int = 1) -> Self:
+        """The layer that computes what module does of inputs that are all +1 or -1.
+
+        Args:
+            module: each row of its weight +a and -a for some a.
+            taps: positions of the image [channels, height, width] that module's input is, flattened; needed where it
+                comes as packed images, flattened.
+
+        Raises:
+            TypeError: module is not an nn.Linear, or its weight is neither float32 nor bfloat16.
+            ValueError: a row has other values, or taps does not divide its length.
+        """
+        cls._check_source(module)
+        bias = None if module.bias is None else module.bias.detach()
+        return cls(SignWeight.from_dense(module.weight, taps), bias).train(module.training)
+
+    @classmethod
+    def of_sizes(
+        cls,
+        in_features: int,
+        out_features: int,
+        taps: int = 1,
+        scale: bool = False,
+        bias: bool = True,
+        thresholds: bool = False,
+    ) -> Self:
+        """A layer of zeros, on any device, for tensors that come from elsewhere."""
+        if taps < 1 or in_features % taps:
+            raise ValueError(f"{cls.__name__}: taps must divide in_features {in_features}, got {taps}; pass positions")
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer._zeros(out_features, taps, in_features // taps, scale, bias, thresholds)
+        return layer
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """What of_sizes takes to make a layer of the same sizes and options."""
+        taps = {"taps": self.taps} if self.taps != 1 else {}
+        return {"in_features": self.in_features, "out_features": self.out_features, **taps, **self._config()}
+
+    def to_dense(self) -> nn.Linear:
+        """The plain layer with the same weight and bias: it computes what a layer without thresholds does of signs."""
+        return self._filled(nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta"))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Applies the layer to input, float [..., in_features], or packed signs."""
+        self._checked(input)
+        x = input
+        if x.dtype != torch.int64 and self.taps > 1 and x.shape[-1] == self.in_features:
+            x = ops.sign_pack(x.unflatten(-1, (self._channels, self.taps)).transpose(-1, -2)).flatten(-2)
+        y: Tensor = _xnor_matmul(
+            x, self.bits, self.in_features, self.out_features, self.scale, self.bias, self.thresholds
+        )
+        return self._finished(y, input.dtype)
+
+    def extra_repr(self) -> str:
+        """What print(module) shows between the parentheses."""
+        taps = [f"taps={self.taps}"] * (self.taps != 1)
+        return ", ".join([f"in_features={self.in_features}, out_features={self.out_features}", *taps, *self._shown()])
