@@ -50,8 +50,7 @@ class SignWeight:
                 "example with tt.binarize.binary_connect(model)"
             )
         rows, columns = weight.shape
-        if taps < 1 or columns % taps:
-            raise ValueError(f"SignWeight: taps must divide {columns} columns, got {taps}; pass a kernel's positions")
+        _check_taps(taps, columns)
         dense = weight.detach()
         sizes = dense[:, 0].abs().float() if columns else dense.new_ones(rows, dtype=torch.float32)
         scale = None if bool((sizes == 1).all()) else sizes.contiguous()
@@ -69,14 +68,36 @@ class SignWeight:
         other = (sizes != sizes[:, :1]).any(1)
         return f"more than that in row {int(other.int().argmax())}" if bool(other.any()) else None
 
+    @classmethod
+    def from_signs(cls, positive: Tensor, taps: int = 1, scale: Tensor | None = None) -> SignWeight:
+        """Packs signs, bool [rows, channels * taps], True for +1, beside a scale, which is used, not copied.
+
+        Raises:
+            TypeError, ValueError: an argument has another dtype or does not fit the others.
+        """
+        check_tensor("SignWeight", "positive", positive)
+        if positive.dtype != torch.bool or positive.dim() != 2:
+            raise TypeError(
+                f"SignWeight: positive must be bool [rows, columns], got {positive.dtype} {list(positive.shape)}; "
+                "compare the weight with 0"
+            )
+        rows, columns = positive.shape
+        _check_taps(taps, columns)
+        by_tap = positive.view(rows, columns // taps, taps).transpose(1, 2)
+        weight = cls(ops.sign_pack(by_tap.float() - 0.5), columns // taps, scale)
+        weight.validate()
+        return weight
+
     def to_dense(self) -> Tensor:
         """The exact weight the kernel uses: float32 [rows, channels * taps]."""
-        signs = self.signs()
-        return signs if self.scale is None else signs * self.scale[:, None]
+        scale = self.bits.new_ones(1, dtype=torch.float32) if self.scale is None else self.scale[:, None]
+        return torch.where(self.positive(), scale, -scale)
 
-    def signs(self) -> Tensor:
-        """The signs alone, float32 [rows, channels * taps]."""
-        by_tap = ops.sign_unpack(self.bits, self.channels)
+    def positive(self) -> Tensor:
+        """Which weights are +1, bool [rows, channels * taps]."""
+        places = 2 ** torch.arange(8, device=self.bits.device, dtype=torch.uint8)
+        octets = self.bits.contiguous().view(torch.uint8)
+        by_tap = (octets.unsqueeze(-1) & places).ne(0).flatten(-2)[..., : self.channels]
         return by_tap.transpose(1, 2).reshape(self.shape)
 
     def validate(self) -> None:
@@ -131,3 +152,8 @@ class SignWeight:
     def nbytes(self) -> int:
         """Bytes of the stored tensors."""
         return self.bits.nbytes + (0 if self.scale is None else self.scale.nbytes)
+
+
+def _check_taps(taps: int, columns: int) -> None:
+    if taps < 1 or columns % taps:
+        raise ValueError(f"SignWeight: taps must divide {columns} columns, got {taps}; pass a kernel's positions")

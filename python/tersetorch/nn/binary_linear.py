@@ -51,7 +51,8 @@ class BinaryLinear(SignModule):
         return ops.xnor_pack(bits.flatten(1))
 
     def _unpacked(self, bits: Tensor) -> Tensor:
-        return ops.xnor_unpack(bits, self.out_features).unflatten(1, (self.taps, ops.sign_words(self._channels)))
+        rows: Tensor = ops.xnor_unpack(bits, self.out_features)
+        return rows.view(self.out_features, self.taps, ops.sign_words(self._channels))
 
     @classmethod
     def from_dense(cls, module: nn.Linear, *, taps: int = 1) -> Self:
@@ -93,6 +94,11 @@ class BinaryLinear(SignModule):
         """What of_sizes takes to make a layer of the same sizes and options."""
         taps = {"taps": self.taps} if self.taps != 1 else {}
         return {"in_features": self.in_features, "out_features": self.out_features, **taps, **self._config()}
+
+    @property
+    def weight_shape(self) -> torch.Size:
+        """The shape of the dense weight."""
+        return torch.Size((self.out_features, self.in_features))
 
     def to_dense(self) -> nn.Linear:
         """The plain layer with the same weight and bias: it computes what a layer without thresholds does of signs."""

@@ -39,18 +39,7 @@ class SignModule(nn.Module):
         if not isinstance(weight, SignWeight):
             raise TypeError(f"{name}: weight must be a SignWeight, got {type(weight).__name__}; call from_dense")
         weight.validate()
-        for field, tensor, dtypes in (("bias", bias, FLOATS), ("thresholds", thresholds, (torch.int32,))):
-            if tensor is None:
-                continue
-            if not isinstance(tensor, Tensor) or tensor.dtype not in dtypes:
-                allowed = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-                got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-                raise TypeError(f"{name}: {field} must be {allowed}, got {got}; convert it")
-            if tensor.shape != weight.shape[:1]:
-                raise ValueError(
-                    f"{name}: {field} must be [{weight.shape[0]}], one for each row of the weight, got shape "
-                    f"{tuple(tensor.shape)}; pass that of the same layer"
-                )
+        _check_numbers(name, bias, thresholds, weight.shape[0])
         scale = weight.scale
         if thresholds is not None and (scale is not None or bias is not None):
             raise ValueError(
@@ -81,7 +70,31 @@ class SignModule(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The dense weight, built anew at every read; writing to it changes nothing."""
-        return self.sign_weight.to_dense()
+        return self.sign_weight.to_dense().view(self.weight_shape)
+
+    @property
+    def positive(self) -> Tensor:
+        """Which weights are +1, bool of weight's shape."""
+        return self.sign_weight.positive().view(self.weight_shape)
+
+    @property
+    def weight_shape(self) -> torch.Size:
+        """The shape of the dense weight."""
+        raise NotImplementedError
+
+    def packed(self, positive: Tensor) -> Tensor:
+        """Signs, bool of weight's shape and on the CPU, as this layer's bits have them."""
+        rows = positive.reshape(self.weight_shape[0], self.weight_shape[1:].numel())
+        return self._packed(SignWeight.from_signs(rows, self.taps).bits)
+
+    def validate(self) -> None:
+        """Checks what the kernels rely on.
+
+        Raises:
+            TypeError, ValueError: a tensor has another dtype or shape than the class names, or an unused bit is 1.
+        """
+        self.sign_weight.validate()
+        _check_numbers(type(self).__name__, self.bias, self.thresholds, self.weight_shape[0])
 
     @property
     def sizes(self) -> dict[str, Any]:
@@ -161,3 +174,18 @@ class SignModule(nn.Module):
                 errors.append(f"{prefix.removesuffix('.') or type(self).__name__}: {error}")
                 return
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _check_numbers(name: str, bias: object, thresholds: object, rows: int) -> None:
+    for field, tensor, dtypes in (("bias", bias, FLOATS), ("thresholds", thresholds, (torch.int32,))):
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor) or tensor.dtype not in dtypes:
+            allowed = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(f"{name}: {field} must be {allowed}, got {got}; convert it")
+        if tuple(tensor.shape) != (rows,):
+            raise ValueError(
+                f"{name}: {field} must be [{rows}], one for each row of the weight, got shape {tuple(tensor.shape)}; "
+                "pass that of the same layer"
+            )
