@@ -1,5 +1,6 @@
 """Does it have a forward()? Drop-in modules with buffers and parameters only."""
 
+from tersetorch.nn.binary_conv import BinaryConv2d
 from tersetorch.nn.binary_linear import BinaryLinear
 from tersetorch.nn.codebook_conv import CodebookConv2d
 from tersetorch.nn.codebook_embedding import CodebookEmbedding
@@ -11,6 +12,7 @@ from tersetorch.nn.sparse_conv import SparseConv1d, SparseConv2d
 from tersetorch.nn.sparse_linear import SparseLinear
 
 __all__ = [
+    "BinaryConv2d",
     "BinaryLinear",
     "CodebookConv2d",
     "CodebookEmbedding",

@@ -43,8 +43,7 @@ class BinaryLinear(SignModule):
     def __init__(self, weight: SignWeight, bias: Tensor | None = None, *, thresholds: Tensor | None = None) -> None:
         super().__init__(weight, bias, thresholds)
 
-    def _hold(self, weight: SignWeight, bias: Tensor | None, thresholds: Tensor | None) -> None:
-        super()._hold(weight, bias, thresholds)
+    def _take_sizes(self, weight: SignWeight) -> None:
         self.out_features, self.in_features = weight.shape
 
     def _packed(self, bits: Tensor) -> Tensor:

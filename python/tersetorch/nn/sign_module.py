@@ -33,7 +33,7 @@ class SignModule(nn.Module):
     bias: Tensor | None
     thresholds: Tensor | None
 
-    def __init__(self, weight: SignWeight, bias: Tensor | None, thresholds: Tensor | None) -> None:
+    def __init__(self, weight: SignWeight, bias: Tensor | None, thresholds: Tensor | None, **sizes: Any) -> None:
         super().__init__()
         name = type(self).__name__
         if not isinstance(weight, SignWeight):
@@ -45,7 +45,12 @@ class SignModule(nn.Module):
             raise ValueError(
                 f"{name}: thresholds stand in for scale and bias, got them together; fold these into the thresholds"
             )
+        self._take_sizes(weight, **sizes)
         self._hold(weight, None if bias is None else bias.detach().float(), thresholds)
+
+    def _take_sizes(self, weight: SignWeight, **sizes: Any) -> None:
+        """Notes a weight's sizes and those that the constructor was given, checked."""
+        raise NotImplementedError
 
     def _hold(self, weight: SignWeight, bias: Tensor | None, thresholds: Tensor | None) -> None:
         self._channels, self.taps = weight.channels, weight.taps
@@ -109,11 +114,14 @@ class SignModule(nn.Module):
             **({"thresholds": True} if self.thresholds is not None else {}),
         }
 
-    def _zeros(self, rows: int, taps: int, channels: int, scale: bool, bias: bool, thresholds: bool) -> None:
+    def _zeros(
+        self, rows: int, taps: int, channels: int, scale: bool, bias: bool, thresholds: bool, **sizes: Any
+    ) -> None:
         """Holds tensors of these sizes, on any device, for numbers that come from elsewhere."""
         bits = torch.zeros(rows, taps, -(-channels // 64), dtype=torch.int64)
         numbers = [torch.zeros(rows) if wanted else None for wanted in (scale, bias)]
         weight = SignWeight(bits, channels, numbers[0])
+        self._take_sizes(weight, **sizes)
         self._hold(weight, numbers[1], torch.zeros(rows, dtype=torch.int32) if thresholds else None)
 
     @classmethod

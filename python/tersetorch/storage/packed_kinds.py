@@ -14,7 +14,15 @@ from torch import Tensor, nn
 
 from tersetorch.formats import CodebookWeight, ProductWeight
 from tersetorch.methods.binarize import ShiftBatchNorm1d, ShiftBatchNorm2d, Sign
-from tersetorch.nn import BinaryLinear, CodebookConv2d, CodebookEmbedding, CodebookLinear, ProductLinear, ResidualLinear
+from tersetorch.nn import (
+    BinaryConv2d,
+    BinaryLinear,
+    CodebookConv2d,
+    CodebookEmbedding,
+    CodebookLinear,
+    ProductLinear,
+    ResidualLinear,
+)
 from tersetorch.nn.shared_module import SharedModule
 from tersetorch.nn.sign_module import SignModule
 from tersetorch.storage.errors import refuse
@@ -40,6 +48,7 @@ _DENSE: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Embedding: ("num_embeddings", "embedding_dim", "padding_idx"),
 }
 _LAYERS: dict[type[nn.Module], type[nn.Module]] = {
+    BinaryConv2d: nn.Conv2d,
     BinaryLinear: nn.Linear,
     CodebookConv2d: nn.Conv2d,
     CodebookEmbedding: nn.Embedding,
