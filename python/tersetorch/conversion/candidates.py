@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from tersetorch import ops
-from tersetorch.formats import codebook_values
+from tersetorch.formats import SignWeight, codebook_values
 from tersetorch.nn import (
+    BinaryConv2d,
+    BinaryLinear,
     CodebookConv2d,
     CodebookEmbedding,
     CodebookLinear,
@@ -48,6 +50,7 @@ class Candidate:
         exact: whether only the order of sums differs from the dense layer's; the others are measured only where the
             caller allows an error, or told by plan.
         nbytes: of the new layer's weight; told only where another candidate for the same layer has the same alias.
+        signs: whether it multiplies signs only, so that a layer's input must be known to be that.
         min_samples, max_samples: with fewer or more at once another candidate is always faster, and this one is not
             measured.
     """
@@ -63,6 +66,7 @@ class Candidate:
     options: Callable[[int | None], dict[str, Any]] = lambda samples: {}
     exact: bool = True
     nbytes: Callable[[nn.Module], int] = lambda module: 0
+    signs: bool = False
     min_samples: int = 0
     max_samples: int | None = None
 
@@ -136,6 +140,15 @@ def _is_shared_in_filters(module: nn.Module) -> str | None:
     # A filter's codes take whole chunks: of one with few weights they are more bytes than it is.
     weights = weight_of(module)[:1].numel()
     return f"fewer than {MIN_CODED} weights in a filter" if weights < MIN_CODED else _is_shared(module)
+
+
+def _is_of_signs(module: nn.Module) -> str | None:
+    weight = weight_of(module)
+    if weight.dtype not in (torch.float32, torch.bfloat16):
+        return f"weights of {weight.dtype}"
+    sizes = BinaryConv2d.why_not(module) if isinstance(module, nn.Conv2d) else None
+    why_not = SignWeight.why_not(weight)
+    return sizes or (None if why_not is None else f"a row must hold +a and -a only, and there is {why_not}")
 
 
 def _both(*checks: Callable[[nn.Module], str | None]) -> Callable[[nn.Module], str | None]:
@@ -292,6 +305,17 @@ CANDIDATES: dict[str, Candidate] = {
         ),
         *_convolutions("2d", nn.Conv2d, SparseConv2d, SparseCodebookConv2d),
         *_coded("codebook_conv2d", CodebookConv2d, _is_shared_in_filters, source=nn.Conv2d),
+        _row("binary_linear", BinaryLinear, 1.0, _is_of_signs, alias="binary", layout="signs", signs=True),
+        _row(
+            "binary_conv2d",
+            BinaryConv2d,
+            1.0,
+            _is_of_signs,
+            alias="binary",
+            source=nn.Conv2d,
+            layout="signs",
+            signs=True,
+        ),
         *_convolutions("1d", nn.Conv1d, SparseConv1d, SparseCodebookConv1d),
     )
 }

@@ -32,15 +32,17 @@ _DENSE = (
 
 @dataclass(frozen=True)
 class Fusion:
-    """What became of a model's ReLUs, by name.
+    """What became of a model's ReLUs, and of the chains of its layers of signs, by name.
 
     Attributes:
         fused: sparse layer -> the nn.ReLU that it computes now.
         in_place: the nn.ReLUs that now overwrite their inputs.
+        signs: layer of signs -> what it takes and hands on, in words.
     """
 
     fused: Mapping[str, str] = field(default_factory=dict)
     in_place: tuple[str, ...] = ()
+    signs: Mapping[str, str] = field(default_factory=dict)
 
 
 def fuse(model: nn.Module, layers: Iterable[nn.Module]) -> Fusion:

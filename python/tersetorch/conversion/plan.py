@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from tersetorch.conversion.candidates import Candidate
 from tersetorch.conversion.planner import Decision
 from tersetorch.conversion.swap import build
-from tersetorch.conversion.walk import Site, current_format, label
+from tersetorch.conversion.walk import Site, current_format, label, why_not
 
 Table = Mapping[str, Candidate]
 SHOWN_NAMES = 8
@@ -46,7 +46,7 @@ def _for_all(plan: str, groups: list[list[Site]], table: Table) -> list[tuple[st
     choices = []
     for group in groups:
         mine = [row for row in rows if type(group[0].module) is row.source] or rows[:1]
-        refused = {row.name: _why_not(row, group) for row in mine}
+        refused = {row.name: _refusal(row, group) for row in mine}
         able = [row for row in mine if refused[row.name] is None]
         if able:
             module = group[0].module
@@ -92,21 +92,21 @@ def _by_name(
             choices.append(("dense", "not in plan"))
             continue
         name, chosen = next(iter(asked.items()))
-        why_not = _why_not(table[chosen], group) if chosen != "dense" else None
-        if why_not is not None:
+        refusal = _refusal(table[chosen], group) if chosen != "dense" else None
+        if refusal is not None:
             raise ValueError(
-                f"convert: plan must give {label(name)!r} a format that can hold it, got {chosen!r}: {why_not}; "
+                f"convert: plan must give {label(name)!r} a format that can hold it, got {chosen!r}: {refusal}; "
                 "give it another one"
             )
         choices.append((chosen, "asked for by plan"))
     return choices
 
 
-def _why_not(row: Candidate, group: list[Site]) -> str | None:
+def _refusal(row: Candidate, group: list[Site]) -> str | None:
     for site in group:
         if type(site.module) is not row.source:
             return f"it runs a {row.source.__name__}, not a {type(site.module).__name__}"
-    return row.applies(group[0].module)
+    return why_not(row, group)
 
 
 def _decision(choice: tuple[str, str], group: list[Site], table: Table, samples: int | None) -> Decision:

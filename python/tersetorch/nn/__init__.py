@@ -6,6 +6,7 @@ from tersetorch.nn.codebook_conv import CodebookConv2d
 from tersetorch.nn.codebook_embedding import CodebookEmbedding
 from tersetorch.nn.codebook_linear import CodebookLinear
 from tersetorch.nn.product_linear import ProductLinear, ResidualLinear
+from tersetorch.nn.sign_pool import SignMaxPool2d
 from tersetorch.nn.sparse_codebook_conv import SparseCodebookConv1d, SparseCodebookConv2d
 from tersetorch.nn.sparse_codebook_linear import SparseCodebookLinear
 from tersetorch.nn.sparse_conv import SparseConv1d, SparseConv2d
@@ -19,6 +20,7 @@ __all__ = [
     "CodebookLinear",
     "ProductLinear",
     "ResidualLinear",
+    "SignMaxPool2d",
     "SparseCodebookConv1d",
     "SparseCodebookConv2d",
     "SparseCodebookLinear",

@@ -22,7 +22,7 @@ class BinaryConv2d(ConvSizes, SignModule):
     Shapes: input float32 or bfloat16 [N, in_channels, H, W], of which only the signs count -> y [N, out_channels, H',
     W'] of input's dtype, channels_last, or packed images with thresholds: int64 [N, H', W', ceil(out_channels / 64)].
     input may be packed images itself, as ops.sign_pack_images, a layer with thresholds or SignMaxPool2d returns them; y
-    is float32 then. All may lack N. The convolution is an exact integer, and y = fma(dot, scale, bias).
+    is of dtype then. All may lack N. The convolution is an exact integer, and y = fma(dot, scale, bias).
 
     Args:
         weight: the weight, with a tap for each position of the kernel.
@@ -31,6 +31,7 @@ class BinaryConv2d(ConvSizes, SignModule):
         padding_value: what input counts as outside: 0, which adds nothing to a sum, 1 or -1.
         thresholds: int32 [out_channels], instead of bias and of the weight's scale: y is the packed signs that are +1
             where the convolution is at least the threshold.
+        dtype: of y where input is packed images.
 
     Raises:
         TypeError: weight is not a SignWeight, or an argument has another type than named here.
@@ -55,11 +56,13 @@ class BinaryConv2d(ConvSizes, SignModule):
         groups: int = 1,
         padding_value: int = 0,
         thresholds: Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__(
             weight,
             bias,
             thresholds,
+            dtype,
             kernel_size=kernel_size,
             stride=stride,
             padding=padding,
@@ -124,6 +127,7 @@ class BinaryConv2d(ConvSizes, SignModule):
             padding=module.padding,
             dilation=module.dilation,
             groups=module.groups,
+            dtype=module.weight.dtype,
         )
         return layer.train(module.training)
 
@@ -141,17 +145,17 @@ class BinaryConv2d(ConvSizes, SignModule):
         scale: bool = False,
         bias: bool = True,
         thresholds: bool = False,
+        dtype: str = "float32",
     ) -> Self:
         """A layer of zeros, on any device, for tensors that come from elsewhere."""
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer._zeros(
-            out_channels,
-            prod(layer._checked_sizes("kernel_size", kernel_size, 1)),
-            in_channels // max(1, groups),
+            (out_channels, prod(layer._checked_sizes("kernel_size", kernel_size, 1)), in_channels // max(1, groups)),
             scale,
             bias,
             thresholds,
+            dtype,
             kernel_size=kernel_size,
             stride=stride,
             padding=padding,

@@ -20,7 +20,7 @@ class BinaryLinear(SignModule):
     Shapes: input float32 or bfloat16 [..., in_features], of which only the signs count -> y [..., out_features] of
     input's dtype, or packed signs with thresholds: int64 [..., ceil(out_features / 64)]. input may be packed signs
     itself, int64 [..., taps * ceil(in_features / taps / 64)]: what ops.sign_pack or a layer with thresholds returns,
-    the flattened image of a convolution's too; y is float32 then. The product is an exact integer, and y = fma(dot,
+    the flattened image of a convolution's too; y is of dtype then. The product is an exact integer, and y = fma(dot,
     scale, bias).
 
     Args:
@@ -28,6 +28,7 @@ class BinaryLinear(SignModule):
         bias: float [out_features], or None.
         thresholds: int32 [out_features], instead of bias and of the weight's scale: y is the packed signs that are +1
             where the product is at least the threshold.
+        dtype: of y where input is packed signs.
 
     Raises:
         TypeError: weight is not a SignWeight, or an argument has another type than named here.
@@ -40,10 +41,17 @@ class BinaryLinear(SignModule):
 
     dense_type = nn.Linear
 
-    def __init__(self, weight: SignWeight, bias: Tensor | None = None, *, thresholds: Tensor | None = None) -> None:
-        super().__init__(weight, bias, thresholds)
+    def __init__(
+        self,
+        weight: SignWeight,
+        bias: Tensor | None = None,
+        *,
+        thresholds: Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(weight, bias, thresholds, dtype)
 
-    def _take_sizes(self, weight: SignWeight) -> None:
+    def _take_sizes(self, weight: SignWeight, **sizes: Any) -> None:
         self.out_features, self.in_features = weight.shape
 
     def _packed(self, bits: Tensor) -> Tensor:
@@ -68,7 +76,8 @@ class BinaryLinear(SignModule):
         """
         cls._check_source(module)
         bias = None if module.bias is None else module.bias.detach()
-        return cls(SignWeight.from_dense(module.weight, taps), bias).train(module.training)
+        weight = SignWeight.from_dense(module.weight, taps)
+        return cls(weight, bias, dtype=module.weight.dtype).train(module.training)
 
     @classmethod
     def of_sizes(
@@ -79,13 +88,14 @@ class BinaryLinear(SignModule):
         scale: bool = False,
         bias: bool = True,
         thresholds: bool = False,
+        dtype: str = "float32",
     ) -> Self:
         """A layer of zeros, on any device, for tensors that come from elsewhere."""
         if taps < 1 or in_features % taps:
             raise ValueError(f"{cls.__name__}: taps must divide in_features {in_features}, got {taps}; pass positions")
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
-        layer._zeros(out_features, taps, in_features // taps, scale, bias, thresholds)
+        layer._zeros((out_features, taps, in_features // taps), scale, bias, thresholds, dtype)
         return layer
 
     @property
@@ -93,6 +103,12 @@ class BinaryLinear(SignModule):
         """What of_sizes takes to make a layer of the same sizes and options."""
         taps = {"taps": self.taps} if self.taps != 1 else {}
         return {"in_features": self.in_features, "out_features": self.out_features, **taps, **self._config()}
+
+    def lay_out_(self, taps: int) -> None:
+        """Lays the weight out for flattened packed images of so many positions."""
+        weight, bias, thresholds = self.sign_weight, self.bias, self.thresholds
+        self._buffers.clear()
+        self._hold(SignWeight.from_signs(weight.positive(), taps, weight.scale), bias, thresholds)
 
     @property
     def weight_shape(self) -> torch.Size:

@@ -21,7 +21,7 @@ class SignModule(nn.Module):
     Its output is fma(dot, scale, bias), or, with thresholds, the packed signs that are +1 where dot >= threshold, for
     the next such layer. It has no gradients: train what it was made from. All its tensors are buffers: bits int64 as
     the kernel has them, scale and bias float32 [rows] or None, thresholds int32 [rows] or None. They keep their dtypes
-    under .half(), .bfloat16() and .double().
+    under .half(), .bfloat16() and .double(); these change dtype, that of y where the input is packed signs.
     """
 
     layout: ClassVar[str] = "signs"
@@ -33,7 +33,9 @@ class SignModule(nn.Module):
     bias: Tensor | None
     thresholds: Tensor | None
 
-    def __init__(self, weight: SignWeight, bias: Tensor | None, thresholds: Tensor | None, **sizes: Any) -> None:
+    def __init__(
+        self, weight: SignWeight, bias: Tensor | None, thresholds: Tensor | None, dtype: torch.dtype, **sizes: Any
+    ) -> None:
         super().__init__()
         name = type(self).__name__
         if not isinstance(weight, SignWeight):
@@ -46,7 +48,13 @@ class SignModule(nn.Module):
                 f"{name}: thresholds stand in for scale and bias, got them together; fold these into the thresholds"
             )
         self._take_sizes(weight, **sizes)
+        self._take_dtype(dtype)
         self._hold(weight, None if bias is None else bias.detach().float(), thresholds)
+
+    def _take_dtype(self, dtype: torch.dtype) -> None:
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise TypeError(f"{type(self).__name__}: dtype must be a floating-point dtype, got {dtype}; pass float32")
+        self.dtype = dtype
 
     def _take_sizes(self, weight: SignWeight, **sizes: Any) -> None:
         """Notes a weight's sizes and those that the constructor was given, checked."""
@@ -58,6 +66,13 @@ class SignModule(nn.Module):
         # None last: torch.export counts the others by their places.
         for field in sorted(held, key=lambda field: held[field] is None):
             self.register_buffer(field, held[field])
+
+    def fold_(self, thresholds: Tensor, negated: Tensor) -> None:
+        """Takes thresholds int32 [rows] in the place of scale and bias, for the other signs in rows negated, bool."""
+        weight = self.sign_weight
+        positive = weight.positive() ^ negated[:, None]
+        self._buffers.clear()
+        self._hold(SignWeight.from_signs(positive, weight.taps), None, thresholds)
 
     def _packed(self, bits: Tensor) -> Tensor:
         """Bits [rows, taps, words] as the kernel takes them."""
@@ -112,12 +127,15 @@ class SignModule(nn.Module):
             **({"scale": True} if self.scale is not None else {}),
             **({} if self.bias is not None else {"bias": False}),
             **({"thresholds": True} if self.thresholds is not None else {}),
+            **({} if self.dtype == torch.float32 else {"dtype": str(self.dtype).removeprefix("torch.")}),
         }
 
     def _zeros(
-        self, rows: int, taps: int, channels: int, scale: bool, bias: bool, thresholds: bool, **sizes: Any
+        self, shape: tuple[int, int, int], scale: bool, bias: bool, thresholds: bool, dtype: str, **sizes: Any
     ) -> None:
-        """Holds tensors of these sizes, on any device, for numbers that come from elsewhere."""
+        """Holds tensors for rows of taps of channels, on any device, whose numbers come from elsewhere."""
+        rows, taps, channels = shape
+        self._take_dtype(getattr(torch, dtype))
         bits = torch.zeros(rows, taps, -(-channels // 64), dtype=torch.int64)
         numbers = [torch.zeros(rows) if wanted else None for wanted in (scale, bias)]
         weight = SignWeight(bits, channels, numbers[0])
@@ -133,10 +151,10 @@ class SignModule(nn.Module):
             )
 
     def _filled(self, dense: Dense) -> Dense:
-        """A dense layer with this one's weight and bias."""
-        dense.weight = nn.Parameter(self.weight)
+        """A dense layer with this one's weight and bias, of dtype."""
+        dense.weight = nn.Parameter(self.weight.to(self.dtype))
         if self.bias is not None:
-            dense.bias = nn.Parameter(self.bias.clone())
+            dense.bias = nn.Parameter(self.bias.to(self.dtype, copy=True))
         return dense.train(self.training)
 
     def _checked(self, x: object) -> None:
@@ -155,16 +173,18 @@ class SignModule(nn.Module):
         """What the op returned as the layer does: packed signs, or floats of a float input's dtype."""
         if self.thresholds is not None:
             return y
-        return y.to(torch.float32 if dtype == torch.int64 else dtype)
+        return y.to(self.dtype if dtype == torch.int64 else dtype)
 
     def _shown(self) -> list[str]:
         """For extra_repr."""
         shown = [f"bias={self.bias is not None}"]
-        return shown + ["scale=True"] * (self.scale is not None) + ["thresholds=True"] * (self.thresholds is not None)
+        shown += ["scale=True"] * (self.scale is not None) + ["thresholds=True"] * (self.thresholds is not None)
+        return shown + [f"dtype={self.dtype}"] * (self.dtype != torch.float32)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = {name: self._buffers[name] for name in ("scale", "bias")}
         super()._apply(fn, recurse)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.bits.device)).dtype
         for name, was in before.items():
             now = self._buffers[name]
             if was is not None and now is not None and now.dtype != was.dtype:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tersetorch.conversion.thresholds import MONOTONE
 from tersetorch.formats import CodebookWeight, ProductWeight
 from tersetorch.methods.binarize import ShiftBatchNorm1d, ShiftBatchNorm2d, Sign
 from tersetorch.nn import (
@@ -22,6 +23,7 @@ from tersetorch.nn import (
     CodebookLinear,
     ProductLinear,
     ResidualLinear,
+    SignMaxPool2d,
 )
 from tersetorch.nn.shared_module import SharedModule
 from tersetorch.nn.sign_module import SignModule
@@ -45,6 +47,7 @@ _DENSE: dict[type[nn.Module], tuple[str, ...]] = {
         "groups",
         "padding_mode",
     ),
+    nn.MaxPool2d: ("kernel_size", "stride", "padding", "dilation", "ceil_mode"),
     nn.Embedding: ("num_embeddings", "embedding_dim", "padding_idx"),
 }
 _LAYERS: dict[type[nn.Module], type[nn.Module]] = {
@@ -55,6 +58,7 @@ _LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     CodebookLinear: nn.Linear,
     ProductLinear: nn.Linear,
     ResidualLinear: nn.Linear,
+    SignMaxPool2d: nn.MaxPool2d,
 }
 KINDS = {f"tersetorch.{cls.__name__}": cls for cls in _LAYERS}
 
@@ -68,7 +72,12 @@ def replaces(kind: object, module: nn.Module) -> bool:
 def is_of_signs(kind: object) -> bool:
     """Whether modules of a kind hold or pass on packed signs."""
     cls = KINDS.get(kind) if isinstance(kind, str) else None
-    return cls is not None and issubclass(cls, SignModule)
+    return cls is not None and issubclass(cls, SignModule | SignMaxPool2d)
+
+
+def goes_in_chains(module: nn.Module) -> bool:
+    """Whether convert may have put an nn.Identity in the place of such a module, as a part of a chain of signs."""
+    return isinstance(module, (Sign, *MONOTONE))
 
 
 def same_sizes(layer: nn.Module, dense: nn.Module) -> bool:
@@ -86,9 +95,9 @@ def check_layer(module: nn.Module) -> None:
     Raises:
         TerseFileError: a tensor has another dtype, a code names no entry, or an unused bit is 1.
     """
-    if isinstance(module, SharedModule | SignModule):
+    if isinstance(module, SharedModule | SignModule | SignMaxPool2d):
         try:
-            module.validate() if isinstance(module, SignModule) else module.shared_weight.validate()
+            module.shared_weight.validate() if isinstance(module, SharedModule) else module.validate()
         except (TypeError, ValueError) as error:
             refuse(f"hold the weight of a {type(module).__name__}", error)
 

@@ -14,7 +14,16 @@ from tersetorch.storage.compare import needs_values
 from tersetorch.storage.entry import Entry
 from tersetorch.storage.errors import TerseFileError, refuse
 from tersetorch.storage.layers import LAYERS, Layer, decode_layer, dense_shape, make_layer
-from tersetorch.storage.packed_kinds import check_layer, pack_again, packed_names, packing, replaces, same_sizes
+from tersetorch.storage.packed_kinds import (
+    check_layer,
+    goes_in_chains,
+    is_of_signs,
+    pack_again,
+    packed_names,
+    packing,
+    replaces,
+    same_sizes,
+)
 from tersetorch.storage.tensors import decode_tensor
 
 _NODE_KEYS = set("kcatmeo")
@@ -213,12 +222,14 @@ def adopt(root: Any, model: nn.Module, tensors: Tensors) -> nn.Module:
             if not same_sizes(built, module):
                 mismatch(f"{built} at {path or 'its root'}", module)
             memo[id(module)] = built
-        elif _stands_for_relu(node, module):
+        elif _stands_for_other(node, module):
             memo[id(module)] = nn.Identity() if node["k"] == "Identity" else nn.ReLU(inplace=True)
-    if not any(node.get("k") in LAYERS and "relu" in node.get("c", {}) for node, _, _ in pairs):
-        for node, module, path in pairs:
-            if node.get("k") == "Identity" and type(module) is nn.ReLU:
-                mismatch(f"Identity() at {path}", module)
+    relus = any(node.get("k") in LAYERS and "relu" in node.get("c", {}) for node, _, _ in pairs)
+    signs = any(is_of_signs(node.get("k")) for node, _, _ in pairs)
+    for node, module, path in pairs:
+        expected = type(module) is nn.Identity or (relus if type(module) is nn.ReLU else signs)
+        if node.get("k") == "Identity" and not expected:
+            mismatch(f"Identity() at {path}", module)
     replaced = set(memo)  # deepcopy adds to memo
     copied = deep_copy(model, memo, verb="load")
     flags: dict[int, bool] = {}
@@ -266,7 +277,7 @@ def _pairs(node: Any, module: nn.Module | None, seen: dict[nn.Module, int], path
             )
         except Exception:  # a module that was altered so far that its arguments cannot be told
             fits = False
-        if not fits and not _stands_for_relu(node, module):
+        if not fits and not _stands_for_other(node, module):
             arguments = ", ".join(f"{name}={value!r}" for name, value in node.get("c", {}).items())
             mismatch(f"{kind}({arguments}) at {path or 'its root'}", module)
     children = node.get("m", {})
@@ -276,10 +287,12 @@ def _pairs(node: Any, module: nn.Module | None, seen: dict[nn.Module, int], path
         yield from _pairs(child, module._modules[name], seen, f"{path}.{name}".removeprefix("."))
 
 
-def _stands_for_relu(node: dict[str, Any], module: nn.Module) -> bool:
-    """Whether a node is what convert leaves of an nn.ReLU: none, where a sparse layer computes it, or one in place."""
+def _stands_for_other(node: dict[str, Any], module: nn.Module) -> bool:
+    """Whether a node is what convert leaves of a ReLU, computed elsewhere or in place, or of a part of a chain."""
     left = node.get("k"), node.get("c", {})
-    return type(module) is nn.ReLU and left in (("Identity", {}), ("ReLU", {"inplace": True}))
+    if type(module) is nn.ReLU:
+        return left in (("Identity", {}), ("ReLU", {"inplace": True}))
+    return left == ("Identity", {}) and goes_in_chains(module)
 
 
 def check_node(node: Any) -> None:
