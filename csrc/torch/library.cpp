@@ -192,4 +192,9 @@ STABLE_TORCH_LIBRARY(tersetorch, m) {
       "xnor_conv2d(Tensor x, Tensor weight, int in_channels, int out_channels, int[] kernel_size, int[] stride, int[] "
       "padding, int[] dilation, int groups, int padding_value=0, Tensor? scale=None, Tensor? bias=None, Tensor? "
       "thresholds=None) -> Tensor");
+  // The largest sign in each window of packed images int64 [N, H, W, words], turned round where a bit of flips int64
+  // [words] is 1 -> [N, H', W', words]
+  m.def(
+      "sign_max_pool2d(Tensor x, int[] kernel_size, int[] stride, int[] padding, int[] dilation, bool ceil_mode=False, "
+      "Tensor? flips=None) -> Tensor");
 }

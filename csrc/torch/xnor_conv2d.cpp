@@ -32,13 +32,13 @@ struct Inputs {
     STD_TORCH_CHECK(padding_value >= -1 && padding_value <= 1, kOp, ": padding_value must be 0, 1 or -1, got ",
                     padding_value, "; pass what x is outside the image");
     const ConvShape s = ConvShapeOf(kOp, in_channels, out_channels, kernel_size, stride, dilation, groups);
-    const OutputSize size(kOp, signs.height, signs.width, s, padding);
     args.images = signs.count, args.height = signs.height, args.width = signs.width;
     args.channels = in_channels / groups, args.words = SignWords(args.channels), args.filters = out_channels / groups;
     STD_TORCH_CHECK(
         s.kernel_h * s.kernel_w <= kMost && args.channels <= kMost / std::max<std::int64_t>(1, s.kernel_h * s.kernel_w),
         kOp, ": a filter must have at most ", kMost, " signs, got ", args.channels, " channels of ", s.kernel_h, " x ",
         s.kernel_w, " taps; split the convolution");
+    const OutputSize size(kOp, signs.height, signs.width, s, padding);
     args.groups = groups, args.kernel_h = s.kernel_h, args.kernel_w = s.kernel_w;
     args.stride_h = s.stride_h, args.stride_w = s.stride_w, args.pad_h = padding[0], args.pad_w = padding[1];
     args.dilation_h = s.dilation_h, args.dilation_w = s.dilation_w;
