@@ -16,6 +16,7 @@ from rich.table import Table
 
 from tersetorch import _native
 
+from .binary_peers import BINARY
 from .coded_peers import CODED
 from .cuda import problems
 from .cuda.rates import Rates as CudaRates
@@ -60,6 +61,7 @@ CUDA_SUITES: dict[str, tuple[Any, type[Any]]] = {
 PACKAGES = (
     "tersetorch", "torch", "numpy", "scipy", "onnxruntime", "openvino", "ai-edge-litert", "faiss-cpu", "bitsandbytes",
     "torchao", "llama-cpp-python", "gguf", "aqlm", "numba", "numkong",
+    "larq-compute-engine",
 )  # fmt: skip
 
 
@@ -120,7 +122,7 @@ class Run:
 
 def missing(threads: int) -> dict[str, str]:
     """Peers that cannot run here, and why."""
-    rows = (*PEERS["linear"], *PEERS["conv"], *CODED, *product.peers(), binary.numkong())
+    rows = (*PEERS["linear"], *PEERS["conv"], *CODED, *product.peers(), *BINARY["linear"], *BINARY["conv"])
     reasons = {row.name: row.missing(row.batches[0], threads) for row in rows}
     return {name: reason for name, reason in reasons.items() if reason}
 

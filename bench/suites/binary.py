@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +23,7 @@ from tersetorch.ops import (
     xnor_pack,
 )
 
+from ..binary_peers import BINARY
 from ..cases import CASES, Case, Conv, Linear
 from ..implementations import Implementation, LeftOut, Packed
 from ..layers import Layers, Row
@@ -101,12 +101,13 @@ def _rows(group: Group) -> Iterator[Row]:
     for one in PEERS[case.kind]:
         if one.name.startswith(DENSE) and one.name != SPARSE:
             yield Row(one, weight, ("signs",))
-    if isinstance(case, Linear):
-        yield Row(numkong(), weight, ("signs",), moved=batch * (case.in_features // 8 + 4 * case.out_features))
     depth, positions = (case.in_features, 1) if isinstance(case, Linear) else (case.in_channels, case.size**2)
     packed_in, floats_in = batch * positions * 8 * -(-depth // 64), 4 * batch * positions * depth
     floats_out = 4 * case.numbers_out(batch)
     bits_out = floats_out // 32
+    for one in BINARY[case.kind]:
+        packed = "packed" in one.name
+        yield Row(one, weight, ("signs",), moved=(packed_in if packed else floats_in) + floats_out)
     yield Row(_ours(case, packed=False, bits=False), weight, ("signs",), moved=floats_in + floats_out)
     yield Row(_ours(case, packed=True, bits=False), weight, ("signs",), moved=packed_in + floats_out)
     yield Row(_ours(case, packed=False, bits=True), weight, ("signs",), outcome=signs, moved=floats_in + bits_out)
@@ -163,33 +164,3 @@ def _ours(case: Case, packed: bool, bits: bool) -> Implementation:
 
     name = f"tersetorch xnor{' packed' * packed}{', signs out' * bits}"
     return Implementation(name, "ours", "binary", pack, result=result)
-
-
-def numkong() -> Implementation:
-    """NumKong's packed Hamming distances: samples come packed, and sums leave as int32."""
-
-    def pack(case: Case, weight: Tensor, batch: int, threads: int) -> Packed:
-        import numkong
-
-        assert isinstance(case, Linear)
-        held = numkong.hammings_pack(_bytes(weight), "uint1")
-        columns = case.in_features
-        out = numkong.zeros((batch, case.out_features), dtype="uint32")
-
-        def bind(x: Tensor) -> Callable[[], Any]:
-            samples = _bytes(x)
-            return lambda: (columns, numkong.hammings_packed(samples, held, out=out))
-
-        return Packed(bind, held.nbytes)
-
-    def result(found: tuple[int, Any]) -> Tensor:
-        columns, distances = found
-        return columns - 2 * torch.from_numpy(np.asarray(distances).astype(np.int64))
-
-    return Implementation(
-        "NumKong packed", "binary", "binary", pack, needs=("numkong",), follows_batch=True, threads=1, result=result
-    )
-
-
-def _bytes(x: Tensor) -> Any:
-    return np.packbits(x.numpy() < 0, axis=1)

@@ -1,13 +1,13 @@
 import pytest
 
 from tersetorch.bench import tables
+from tersetorch.bench.binary_peers import BINARY
 from tersetorch.bench.cases import CASES
 from tersetorch.bench.coded_peers import CODED
 from tersetorch.bench.comparisons import GOALS, Goal, Reached, break_even, by_case, reached
 from tersetorch.bench.implementations import MAX_ERROR
 from tersetorch.bench.ours import OURS
 from tersetorch.bench.peers import PEERS
-from tersetorch.bench.suites.binary import numkong
 
 
 def record(implementation, family, p30_ms, mode="float32", **more):
@@ -53,7 +53,7 @@ def test_goals_take_the_level_they_name_or_the_cpus_own():
 
 def test_goals_name_cases_and_peers_that_exist():
     peers = [row.name for rows in PEERS.values() for row in rows] + [row.name for row in CODED]
-    peers += ["torch dense", numkong().name]
+    peers += ["torch dense", *(row.name for rows in BINARY.values() for row in rows)]
     for goal in GOALS:
         assert goal.where["case"] in CASES or goal.where["case"] == "SqueezeNet of Deep Compression"
         for pattern in goal.peers:

@@ -1,9 +1,10 @@
 import pytest
 import torch
 
+from tersetorch.bench.binary_peers import BINARY
 from tersetorch.bench.cases import Conv, Linear
 from tersetorch.bench.options import Options
-from tersetorch.bench.suites.binary import Binary, Group, groups, numkong, signs, weight_of
+from tersetorch.bench.suites.binary import Binary, Group, groups, signs, weight_of
 
 OURS = {
     "tersetorch xnor",
@@ -44,9 +45,11 @@ def test_samples_and_weights_are_signs():
     assert torch.equal(signs(torch.tensor([-1.0, 0.0, 2.0])), torch.tensor([-1.0, 1.0, 1.0]))
 
 
-def test_numkong_agrees_where_it_is_installed():
-    pytest.importorskip("numkong")
-    case = Linear("small", 20, 128)
+@pytest.mark.parametrize("case", [Linear("small", 20, 128), Conv("small", 20, 32, 3, 5)])
+def test_others_agree_where_they_are_installed(case):
     weight, x = weight_of(case), signs(case.samples(3))
-    one = numkong()
-    assert torch.equal(one.result(one.pack(case, weight, 3, 1).bind(x)()).double(), x.double() @ weight.double().T)
+    for one in BINARY[case.kind]:
+        if missing := one.missing(3, 1):
+            pytest.skip(missing)
+        found = one.result(one.pack(case, weight, 3, 1).bind(x)())
+        assert torch.equal(found.double(), case.reference(x, weight))
