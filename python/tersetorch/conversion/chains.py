@@ -95,14 +95,15 @@ class _Model:
             raise _BrokenError(f"the forward of {label(name)} was replaced on the instance")
         parts = name.split(".")
         for depth in range(1, len(parts) + 1):
-            path = ".".join(parts[:depth])
+            path, holder = ".".join(parts[:depth]), self.model.get_submodule(".".join(parts[: depth - 1]))
             if path not in self._steady:
-                self._steady[path] = has_one_path(self.model, path, self.callees)
+                # Lists have no forward: those above call what they hold.
+                in_list = isinstance(holder, nn.ModuleList | nn.ModuleDict)
+                self._steady[path] = in_list or has_one_path(self.model, path, self.callees)
             if not self._steady[path]:
-                holder = ".".join(parts[: depth - 1])
                 raise _BrokenError(
-                    f"the forward of {type(self.model.get_submodule(holder)).__name__} branches, or its other methods "
-                    f"use {path}, so that one graph does not show all it does"
+                    f"the forward of {type(holder).__name__} branches, or its other methods use {path}, so that one "
+                    "graph does not show all it does"
                 )
 
 

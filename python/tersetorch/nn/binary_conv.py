@@ -20,7 +20,7 @@ class BinaryConv2d(ConvSizes, SignModule):
     """y = scale * conv2d(sign(input), W) + bias with W of signs, computed as bits; sign(0) is +1 and sign(NaN) -1.
 
     Shapes: input float32 or bfloat16 [N, in_channels, H, W], of which only the signs count -> y [N, out_channels, H',
-    W'] of input's dtype, channels_last, or packed images with thresholds: int64 [N, H', W', ceil(out_channels / 64)].
+    W'] of input's dtype and memory format, or packed images with thresholds: int64 [N, H', W', ceil(out_channels / 64)].
     input may be packed images itself, as ops.sign_pack_images, a layer with thresholds or SignMaxPool2d returns them; y
     is of dtype then. All may lack N. The convolution is an exact integer, and y = fma(dot, scale, bias).
 
@@ -212,9 +212,15 @@ class BinaryConv2d(ConvSizes, SignModule):
             self.thresholds,
         )
         y = self._finished(y, input.dtype)
+        if self.thresholds is None and not (x.is_floating_point() and _is_channels_last(x)):
+            y = y.contiguous()
         return y if input.dim() == 4 else y.squeeze(0)
 
     def extra_repr(self) -> str:
         """What print(module) shows between the parentheses."""
         padded = [f"padding_value={self.padding_value}"] * (self.padding_value != 0)
         return ", ".join([*self._shown_sizes(), *padded, *self._shown()])
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
