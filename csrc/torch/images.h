@@ -49,22 +49,32 @@ inline bool IsChannelsLast(const Tensor& t) {
   return true;
 }
 
+// The size of what a convolution makes of an image.
+struct OutputSize {
+  OutputSize(const char* op, std::int64_t in_height, std::int64_t in_width, const ConvShape& s, const Ints& padding) {
+    CheckPair(op, padding, "padding", 0);
+    STD_TORCH_CHECK(in_height + 2 * padding[0] > s.dilation_h * (s.kernel_h - 1) &&
+                        in_width + 2 * padding[1] > s.dilation_w * (s.kernel_w - 1),
+                    op, ": x must be as large as the kernel, got ", in_height, " x ", in_width,
+                    " before padding; pass larger images or more padding");
+    height = (in_height + 2 * padding[0] - s.dilation_h * (s.kernel_h - 1) - 1) / s.stride_h + 1;
+    width = (in_width + 2 * padding[1] - s.dilation_w * (s.kernel_w - 1) - 1) / s.stride_w + 1;
+    // So that the products of what the caller allocates fit.
+    constexpr std::int64_t kMostPixels = std::numeric_limits<std::int32_t>::max();
+    STD_TORCH_CHECK(height <= kMostPixels && width <= kMostPixels / std::max<std::int64_t>(1, height), op,
+                    ": an image of y must have at most ", kMostPixels, " pixels, got ", height, " x ", width,
+                    "; pass less padding");
+  }
+  std::int64_t height, width;
+};
+
 // Images [N, C, H, W], checked, and the sizes of what a convolution makes of them.
 struct Images {
   Images(const char* op, const Tensor& x, const ConvShape& s, const Ints& padding, Place place = kCpu)
       : stored_as(DtypeOf(op, x, "x")), count(x.size(0)), height(x.size(2)), width(x.size(3)) {
-    CheckPair(op, padding, "padding", 0);
-    STD_TORCH_CHECK(height + 2 * padding[0] > s.dilation_h * (s.kernel_h - 1) &&
-                        width + 2 * padding[1] > s.dilation_w * (s.kernel_w - 1),
-                    op, ": x must be as large as the kernel, got ", height, " x ", width,
-                    " before padding; pass larger images or more padding");
-    out_height = (height + 2 * padding[0] - s.dilation_h * (s.kernel_h - 1) - 1) / s.stride_h + 1;
-    out_width = (width + 2 * padding[1] - s.dilation_w * (s.kernel_w - 1) - 1) / s.stride_w + 1;
-    // So that the products of what the caller allocates fit.
-    constexpr std::int64_t kMostPixels = std::numeric_limits<std::int32_t>::max();
-    STD_TORCH_CHECK(out_height <= kMostPixels && out_width <= kMostPixels / std::max<std::int64_t>(1, out_height), op,
-                    ": an image of y must have at most ", kMostPixels, " pixels, got ", out_height, " x ", out_width,
-                    "; pass less padding");
+    const OutputSize out(op, height, width, s, padding);
+    out_height = out.height;
+    out_width = out.width;
     channels_last = IsChannelsLast(x);
     tensor = channels_last ? x : Contiguous(x);
     // As Usable does, which knows contiguous tensors only.

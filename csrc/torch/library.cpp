@@ -181,4 +181,14 @@ STABLE_TORCH_LIBRARY(tersetorch, m) {
   m.def(
       "xnor_matmul(Tensor x, Tensor weight, int in_features, int out_features, Tensor? scale=None, Tensor? bias=None, "
       "Tensor? thresholds=None) -> Tensor");
+
+  // Signs of images: x float [N, C, H, W] -> int64 [N, H, W, ceil(C / 64)]
+  m.def("sign_pack_images(Tensor x) -> Tensor");
+  // x, such packed images or float [N, C, H, W] of which the signs count, and a weight of signs int32 [tiles, kh, kw,
+  // 2 * words, 32] as xnor_conv2d_pack lays it out; outside its borders x is padding_value, 0, 1 or -1 -> int32 [N, O,
+  // H', W'], float32 with scale or bias, with thresholds int32 [O] packed images
+  m.def(
+      "xnor_conv2d(Tensor x, Tensor weight, int in_channels, int out_channels, int[] kernel_size, int[] stride, int[] "
+      "padding, int[] dilation, int groups, int padding_value=0, Tensor? scale=None, Tensor? bias=None, Tensor? "
+      "thresholds=None) -> Tensor");
 }

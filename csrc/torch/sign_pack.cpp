@@ -6,6 +6,7 @@
 #include "kernels/sign_pack/sign_pack_cuda.h"
 #include "torch/cuda.h"
 #include "torch/samples.h"
+#include "torch/signs.h"
 
 namespace tersetorch {
 namespace {
@@ -23,11 +24,27 @@ std::uint64_t* WordsOf(const Tensor& bits) {
   return reinterpret_cast<std::uint64_t*>(bits.mutable_data_ptr<std::int64_t>());
 }
 
+// Packed images of x's size.
+Tensor EmptyImages(const SignImages& images, const Tensor& x) {
+  return torch::stable::new_empty(x, {images.count, images.height, images.width, SignWords(images.channels)},
+                                  ScalarType::Long);
+}
+
 Tensor SignPackOnCpu(const Tensor& x) {
   const Samples samples(kOp, x, "x");
   const Tensor bits = EmptyWords(x);
   const SignPackArgs args{samples.tensor.const_data_ptr(), samples.stored_as, samples.features, WordsOf(bits)};
   ParallelFor(bits.numel(), GrainItems(4), [&](std::int64_t begin, std::int64_t end) { SignPack(args, begin, end); });
+  return bits;
+}
+
+Tensor SignPackImagesOnCpu(const Tensor& x) {
+  constexpr const char* kImages = "sign_pack_images";
+  CheckImages(kImages, x);
+  DtypeOf(kImages, x, "x");
+  const SignImages images(kImages, kCpu, x, x.size(1));
+  const Tensor bits = EmptyImages(images, x);
+  images.Pack(0, images.count, 1, WordsOf(bits));
   return bits;
 }
 
@@ -46,7 +63,10 @@ Tensor SignPackOnCuda(const Tensor& x) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(tersetorch, CPU, m) { m.impl("sign_pack", TORCH_BOX(&SignPackOnCpu)); }
+STABLE_TORCH_LIBRARY_IMPL(tersetorch, CPU, m) {
+  m.impl("sign_pack", TORCH_BOX(&SignPackOnCpu));
+  m.impl("sign_pack_images", TORCH_BOX(&SignPackImagesOnCpu));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(tersetorch, CUDA, m) {
 #ifdef TERSETORCH_CUDA

@@ -12,43 +12,22 @@
 #include "kernels/xnor_matmul/xnor_matmul_cuda.h"
 #include "torch/cuda.h"
 #include "torch/samples.h"
+#include "torch/signs.h"
 
 namespace tersetorch {
 namespace {
 
 constexpr const char* kOp = "xnor_matmul";
 
-// One number of float32 or int32 for each row, or none.
-struct OfRows {
-  OfRows(Place place, const std::optional<Tensor>& t, const char* name, ScalarType dtype, std::int64_t rows) {
-    if (!t.has_value()) return;
-    CheckOn(place, kOp, *t, name);
-    STD_TORCH_CHECK(t->scalar_type() == dtype && t->dim() == 1 && t->numel() == rows, kOp, ": ", name, " must be ",
-                    torch::headeronly::toString(dtype), " [", rows, "], got ",
-                    torch::headeronly::toString(t->scalar_type()), " of ", t->dim(), "-D with ", t->numel(),
-                    " elements; pass one for each row");
-    tensor = Usable(place, *t);
-  }
-  template <typename T>
-  const T* Data() const {
-    return tensor.has_value() ? tensor->const_data_ptr<T>() : nullptr;
-  }
-  std::optional<Tensor> tensor;
-};
-
 struct Inputs {
   Inputs(Place place, const Tensor& x, const Tensor& packed, std::int64_t in_features, std::int64_t out_features,
          const std::optional<Tensor>& scale_of, const std::optional<Tensor>& bias_of,
          const std::optional<Tensor>& thresholds_of)
       : packed_already(x.scalar_type() == ScalarType::Long),
-        scale(place, scale_of, "scale", ScalarType::Float, out_features),
-        bias(place, bias_of, "bias", ScalarType::Float, out_features),
-        thresholds(place, thresholds_of, "thresholds", ScalarType::Int, out_features) {
+        epilogue(kOp, place, scale_of, bias_of, thresholds_of, out_features) {
     STD_TORCH_CHECK(in_features >= 0 && in_features <= std::numeric_limits<std::int32_t>::max() && out_features >= 0,
                     kOp, ": in_features and out_features must lie in [0, 2^31), got ", in_features, " and ",
                     out_features, "; pass the sizes of W");
-    STD_TORCH_CHECK(!thresholds.tensor.has_value() || (!scale.tensor.has_value() && !bias.tensor.has_value()), kOp,
-                    ": thresholds stand in for scale and bias, got them together; fold these into the thresholds");
     CheckOn(place, kOp, x, "x");
     STD_TORCH_CHECK(x.dim() >= 1, kOp, ": x must be [..., in], got a scalar; reshape it");
     const std::int64_t words = SignWords(in_features), last = packed_already ? words : in_features;
@@ -66,14 +45,14 @@ struct Inputs {
     args.words = words;
     args.columns = in_features;
     args.rows = out_features;
-    args.scale = scale.Data<float>();
-    args.bias = bias.Data<float>();
-    args.thresholds = thresholds.Data<std::int32_t>();
+    args.scale = epilogue.scale.Data<float>();
+    args.bias = epilogue.bias.Data<float>();
+    args.thresholds = epilogue.thresholds.Data<std::int32_t>();
   }
 
   // y, and args that say so.
   Tensor Empty(const Tensor& x) {
-    const bool bits = args.thresholds != nullptr, floats = args.scale != nullptr || args.bias != nullptr;
+    const bool bits = epilogue.Bits(), floats = epilogue.Floats();
     std::vector<std::int64_t> shape(x.sizes().begin(), x.sizes().end());
     shape.back() = bits ? SignWords(args.rows) : args.rows;
     const Tensor y = torch::stable::new_empty(x, shape,
@@ -103,7 +82,7 @@ struct Inputs {
   }
 
   bool packed_already;
-  OfRows scale, bias, thresholds;
+  Epilogue epilogue;
   Tensor weight;
   XnorMatmulArgs args{};
 };

@@ -16,8 +16,24 @@ void Pack(const SignPackArgs& a, std::int64_t word_begin, std::int64_t word_end)
   }
 }
 
+void PackPlanes(const SignPackPlanesArgs& a, std::int64_t pixel_begin, std::int64_t pixel_end) noexcept {
+  const std::int64_t words = SignWords(a.channels);
+  for (std::int64_t p = pixel_begin; p < pixel_end; ++p) {
+    for (std::int64_t i = 0; i < a.groups * words; ++i) {
+      const std::int64_t group = i / words, first = i % words * kSignBits;
+      std::uint64_t bits = 0;
+      for (std::int64_t c = first; c < a.channels && c < first + kSignBits; ++c) {
+        const bool sign = Load(a.x, a.stored_as, (group * a.channels + c) * a.pixels + p) >= 0;
+        bits |= std::uint64_t{sign} << (c - first);
+      }
+      Put(a.bits, p * a.groups * words + i, bits);
+    }
+  }
+}
+
 }  // namespace
 
+const SignPackPlanesVariant kSignPackPlanesScalar = &PackPlanes;
 const SignPackVariant kSignPackScalar = &Pack;
 
 }  // namespace tersetorch

@@ -50,7 +50,7 @@ from tersetorch.ops.product_matmul import (  # noqa: E402
     product_segments,
     product_unpack,
 )
-from tersetorch.ops.sign_pack import sign_pack, sign_unpack, sign_words  # noqa: E402
+from tersetorch.ops.sign_pack import sign_pack, sign_pack_images, sign_unpack, sign_words  # noqa: E402
 from tersetorch.ops.sparse_conv2d import (  # noqa: E402
     sparse_conv2d,
     sparse_conv2d_channel_block,
@@ -59,6 +59,7 @@ from tersetorch.ops.sparse_conv2d import (  # noqa: E402
     sparse_conv2d_pack_words,
     sparse_conv2d_packed,
 )
+from tersetorch.ops.xnor_conv2d import xnor_conv2d, xnor_conv2d_pack, xnor_conv2d_unpack  # noqa: E402
 from tersetorch.ops.xnor_matmul import xnor_matmul, xnor_pack, xnor_unpack  # noqa: E402
 
 __all__ = [
@@ -102,6 +103,7 @@ __all__ = [
     "product_segments",
     "product_unpack",
     "sign_pack",
+    "sign_pack_images",
     "sign_unpack",
     "sign_words",
     "sparse_conv2d",
@@ -110,6 +112,9 @@ __all__ = [
     "sparse_conv2d_pack",
     "sparse_conv2d_pack_words",
     "sparse_conv2d_packed",
+    "xnor_conv2d",
+    "xnor_conv2d_pack",
+    "xnor_conv2d_unpack",
     "xnor_matmul",
     "xnor_pack",
     "xnor_unpack",

@@ -23,7 +23,7 @@ def _pair(op: str, name: str, value: Pair, least: int) -> list[int]:
 
 def conv_sizes(
     op: str,
-    x: Tensor,
+    shape: Sequence[int],
     out_channels: int,
     kernel_size: Pair,
     stride: Pair,
@@ -31,7 +31,7 @@ def conv_sizes(
     dilation: Pair,
     groups: int,
 ) -> tuple[list[int], list[int], list[int], list[int], int]:
-    """The sizes of a convolution as its op takes them: two numbers each, and the groups.
+    """The sizes of a convolution of images [..., C, H, W] as its op takes them: two numbers each, and the groups.
 
     Raises:
         TypeError: a size is not a number or two.
@@ -39,14 +39,14 @@ def conv_sizes(
     """
     kernel, steps = _pair(op, "kernel_size", kernel_size, 1), _pair(op, "stride", stride, 1)
     pads, gaps = _pair(op, "padding", padding, 0), _pair(op, "dilation", dilation, 1)
-    channels = x.shape[-3]
+    channels = shape[-3]
     if groups < 1 or channels % groups or out_channels % groups:
         raise ValueError(
             f"{op}: groups must divide the channels, got {groups} groups of {channels} channels in and "
             f"{out_channels} out; pass the groups of the weight"
         )
     for i, axis in enumerate(("high", "wide")):
-        size, reach = x.shape[i - 2], gaps[i] * (kernel[i] - 1) + 1
+        size, reach = shape[i - 2], gaps[i] * (kernel[i] - 1) + 1
         if size + 2 * pads[i] < reach:
             raise ValueError(
                 f"{op}: x must be at least {reach - 2 * pads[i]} {axis} for this kernel and padding, got "

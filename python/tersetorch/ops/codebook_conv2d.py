@@ -77,7 +77,7 @@ def codebook_conv2d(
         raise ValueError(f"{op}: x must be [N, C, H, W] or [C, H, W], got shape {tuple(x.shape)}; reshape it")
     if not isinstance(x, Tensor) or not isinstance(codes, Tensor) or codes.dim() != 2:
         check_coded(op, x, codes, codebook, bias, column_block, mode, 0, "weights in a filter")
-    sizes = conv_sizes(op, x, codes.shape[0], kernel_size, stride, padding, dilation, groups)
+    sizes = conv_sizes(op, x.shape, codes.shape[0], kernel_size, stride, padding, dilation, groups)
     weights = x.shape[-3] // groups * sizes[0][0] * sizes[0][1]
     check_coded(op, x, codes, codebook, bias, column_block, mode, weights, "weights in a filter")
     if mode == "int8" and weights > MAX_INT8_WEIGHTS:

@@ -8,6 +8,7 @@ from torch import Tensor
 WORD_BITS = 64
 _FLOATS = (torch.float32, torch.bfloat16)
 _sign_pack = torch.ops.tersetorch.sign_pack.default
+_sign_pack_images = torch.ops.tersetorch.sign_pack_images.default
 
 
 def sign_pack(x: Tensor) -> Tensor:
@@ -27,13 +28,41 @@ def sign_pack(x: Tensor) -> Tensor:
     Source:
         Hubara et al., Binarized Neural Networks (2016), equation 1.
     """
-    if not isinstance(x, Tensor):
-        raise TypeError(f"sign_pack: x must be a tensor, got {type(x).__name__}; pass a torch.Tensor")
-    if x.dtype not in _FLOATS:
-        raise TypeError(f"sign_pack: x must be float32 or bfloat16, got {x.dtype}; convert it")
+    _check("sign_pack", x)
     if x.dim() == 0:
         raise ValueError("sign_pack: x must be [..., n], got a scalar; reshape it")
     return cast(Tensor, _sign_pack(x))
+
+
+def sign_pack_images(x: Tensor) -> Tensor:
+    """The signs of images as bits, the channels of a pixel side by side.
+
+    Args:
+        x: float32 or bfloat16 [N, C, H, W] or [C, H, W]; contiguous and channels_last images are read as they are.
+
+    Returns:
+        int64 [N, H, W, ceil(C / 64)] or [H, W, ceil(C / 64)]: what sign_pack makes of the channels of each pixel. It
+        has no gradients.
+
+    Raises:
+        TypeError: x is no such tensor.
+        ValueError: x has other dimensions.
+    """
+    _check("sign_pack_images", x)
+    if x.dim() not in (3, 4):
+        raise ValueError(
+            f"sign_pack_images: x must be [N, C, H, W] or [C, H, W], got shape {tuple(x.shape)}; reshape it"
+        )
+    if x.dim() == 3:
+        return cast(Tensor, _sign_pack_images(x.unsqueeze(0))).squeeze(0)
+    return cast(Tensor, _sign_pack_images(x))
+
+
+def _check(op: str, x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: x must be a tensor, got {type(x).__name__}; pass a torch.Tensor")
+    if x.dtype not in _FLOATS:
+        raise TypeError(f"{op}: x must be float32 or bfloat16, got {x.dtype}; convert it")
 
 
 def sign_unpack(bits: Tensor, n: int) -> Tensor:
@@ -51,3 +80,8 @@ def sign_words(n: int) -> int:
 @torch.library.register_fake("tersetorch::sign_pack")
 def _fake(x: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], sign_words(x.shape[-1])), dtype=torch.int64)
+
+
+@torch.library.register_fake("tersetorch::sign_pack_images")
+def _fake_images(x: Tensor) -> Tensor:
+    return x.new_empty((x.shape[0], *x.shape[2:], sign_words(x.shape[1])), dtype=torch.int64)

@@ -94,7 +94,9 @@ def sparse_conv2d(
     """
     _check_mode(mode)
     _check(x, row_offsets, col_indices, values, bias, codebook)
-    sizes = conv_sizes("sparse_conv2d", x, row_offsets.shape[0] - 1, kernel_size, stride, padding, dilation, groups)
+    sizes = conv_sizes(
+        "sparse_conv2d", x.shape, row_offsets.shape[0] - 1, kernel_size, stride, padding, dilation, groups
+    )
     weights = x.shape[-3] // groups * sizes[0][0] * sizes[0][1]
     if mode == "int8" and weights > MAX_INT8_WEIGHTS:
         raise ValueError(
