@@ -3,7 +3,8 @@
 // Math:   v = step * x - zero for x in [0, 255]; dot[n][r] = sum_c w[r][c] * v[n][c], the same as the sum over the
 //         bits b of x of 2^b times the product of plane b with signs. y[n][r] = dot (int32), fma(dot, scale[r],
 //         bias[r]) (float32), or the bit dot[n][r] >= thresholds[r], as kernels/xnor_matmul has them.
-// Layout: weight as kernels/xnor_matmul has it, a set bit for +1. v past the columns is 0, whatever the bits there. x is
+// Layout: weight as kernels/xnor_matmul has it, a set bit for +1. v past the columns is 0, whatever the bits there. x
+// is
 //         row-major [samples, columns], or patches of images: sample n is a position of the output, its columns are
 //         [channel][kernel row][kernel column], those outside the image have v = 0.
 // Limits: eight planes of exclusive or and population count are 51 products a cycle. Instead BitplaneTables computes
@@ -24,9 +25,9 @@
 
 namespace tersetorch {
 
-inline constexpr std::int64_t kBitplaneSamples = 8;  // the most of a call
+inline constexpr std::int64_t kBitplaneSamples = 8;           // the most of a call
 inline constexpr std::int64_t kBitplaneWordTables = 16 * 16;  // numbers of a word and sample
-inline constexpr std::int32_t kBitplaneLargest = 255;  // magnitude of v
+inline constexpr std::int32_t kBitplaneLargest = 255;         // magnitude of v
 // As many columns surely fit int32.
 inline constexpr std::int64_t kBitplaneMaxColumns = 8388608;
 
@@ -38,9 +39,9 @@ struct BitplaneImages {
 };
 
 struct BitplaneTablesArgs {
-  const std::uint8_t* x;         // [samples, columns], or the first channel of a group in the first image
-  const BitplaneImages* images;  // null, or sample n is position first + n of them
-  std::int64_t first, samples, columns;
+  const std::uint8_t* x;                 // rows of so many columns, or the first image
+  const BitplaneImages* images;          // null, or positions of them stand for rows
+  std::int64_t first, samples, columns;  // sample n is row first + n
   std::int32_t step, zero;
   std::int16_t* tables;  // [words][samples][kBitplaneWordTables], as the level likes them
 };
@@ -82,7 +83,7 @@ namespace {
 [[maybe_unused]] void BitplaneNumbers(const BitplaneTablesArgs& a, std::int64_t n, std::int64_t begin,
                                       std::int64_t count, std::int16_t* v) {
   if (a.images == nullptr) {
-    const std::uint8_t* x = a.x + n * a.columns + begin;
+    const std::uint8_t* x = a.x + (a.first + n) * a.columns + begin;
     for (std::int64_t c = 0; c < count; ++c) v[c] = static_cast<std::int16_t>(a.step * x[c] - a.zero);
     return;
   }

@@ -26,10 +26,10 @@ void Bytes(const char* weight, __m256i (&of)[8]) {
       to[o++] = _mm256_unpackhi_epi8(from[i], from[i + distance]);
     }
   };
-  interleave(w, 4, pairs);     // vector: words of w modulo 4, row of a pair
+  interleave(w, 4, pairs);      // vector: words of w modulo 4, row of a pair
   interleave(pairs, 4, quads);  // words modulo 2, row, upper half of the bytes
-  interleave(quads, 4, w);     // row, upper half, upper quarter
-  interleave(w, 4, of);        // the bytes in their order
+  interleave(quads, 4, w);      // row, upper half, upper quarter
+  interleave(w, 4, of);         // the bytes in their order
 }
 
 // Two lookups in registers whose bytes make numbers of 16 bits.
@@ -95,7 +95,7 @@ template <int kSamples>
 void MultiplySamples(const BitplaneMatmulArgs& a, Index tile_begin, Index tile_end) {
   ForTiles<std::int32_t, kSamples, 1, kTableBytes>(a.weight, a.words, a.tables, tile_begin, tile_end,
                                                    AddWords<kSamples>{},
-                                                   [&](Index tile, std::int32_t(&sums)[kSamples][kTileRows]) {
+                                                   [&](Index tile, std::int32_t (&sums)[kSamples][kTileRows]) {
                                                      for (auto& of_sample : sums) InOrder(of_sample);
                                                      FinishTile<kSamples>(a, tile, sums);
                                                    });

@@ -96,7 +96,7 @@ template <int kSamples, int kTogether>
 void MultiplySamples(const BitplaneMatmulArgs& a, Index tile_begin, Index tile_end) {
   ForTiles<std::int32_t, kSamples, kTogether, kTableBytes>(
       a.weight, a.words, a.tables, tile_begin, tile_end, AddWords<kSamples>{},
-      [&](Index tile, const std::int32_t(&dots)[kSamples][kTileRows]) { FinishTile<kSamples>(a, tile, dots); });
+      [&](Index tile, const std::int32_t (&dots)[kSamples][kTileRows]) { FinishTile<kSamples>(a, tile, dots); });
 }
 
 void Multiply(const BitplaneMatmulArgs& a, Index tile_begin, Index tile_end) noexcept {

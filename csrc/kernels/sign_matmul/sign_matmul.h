@@ -24,7 +24,7 @@
 
 namespace tersetorch {
 
-inline constexpr std::int64_t kSignMatmulSamples = 8;  // the most of a call
+inline constexpr std::int64_t kSignMatmulSamples = 8;            // the most of a call
 inline constexpr std::int64_t kSignMatmulTableFloats = 16 * 16;  // of a word and sample
 
 struct SignTablesArgs {

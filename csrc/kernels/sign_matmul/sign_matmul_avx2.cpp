@@ -17,12 +17,14 @@ constexpr int kVectors = 2;  // of 8 rows, whose sums stay in registers
 void Tables(const SignTablesArgs& a, Index word_begin, Index word_end) noexcept {
   const __m256i entry = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
   __m256 minus[3];
-  for (int j = 0; j < 3; ++j) minus[j] = (__m256)_mm256_slli_epi32(_mm256_xor_si256(entry, _mm256_set1_epi32(7)), 31 - j);
+  for (int j = 0; j < 3; ++j)
+    minus[j] = (__m256)_mm256_slli_epi32(_mm256_xor_si256(entry, _mm256_set1_epi32(7)), 31 - j);
   const __m256 sign = _mm256_set1_ps(-0.0f);
   for (__m256& m : minus) m = _mm256_and_ps(m, sign);
   ForFours<kTableBytes>(a, word_begin, word_end, [&](const float* x, char* table) {
     const auto number = [&](int j) { return _mm256_xor_ps(_mm256_set1_ps(x[j]), minus[j]); };
-    const __m256 sum = _mm256_add_ps(_mm256_add_ps(number(0), number(1)), _mm256_add_ps(number(2), _mm256_set1_ps(x[3])));
+    const __m256 sum =
+        _mm256_add_ps(_mm256_add_ps(number(0), number(1)), _mm256_add_ps(number(2), _mm256_set1_ps(x[3])));
     _mm256_storeu_ps(reinterpret_cast<float*>(table), sum);
   });
 }
@@ -44,7 +46,8 @@ void AddRows(const char* weight, Index words, const char* tables, float* to) {
   for (Index i = 0; i < words; ++i) {
 #pragma GCC unroll 2
     for (int h = 0; h < 2; ++h) {
-      // Where the fourth sign is -1, the other way around: the place of the opposite signs, what is found there negated.
+      // Where the fourth sign is -1, the other way around: the place of the opposite signs, what is found there
+      // negated.
       __m256i places[kVectors], minus[kVectors];
 #pragma GCC unroll 2
       for (int v = 0; v < kVectors; ++v) {
@@ -105,7 +108,7 @@ template <int kSamples>
 void MultiplySamples(const SignMatmulArgs& a, Index tile_begin, Index tile_end) {
   ForTiles<float, kSamples, 1, kTableBytes>(
       a.weight, a.words, a.tables, tile_begin, tile_end, AddWords<kSamples>{},
-      [&](Index tile, const float(&dots)[kSamples][kTileRows]) { FinishTile<kSamples>(a, tile, dots); });
+      [&](Index tile, const float (&dots)[kSamples][kTileRows]) { FinishTile<kSamples>(a, tile, dots); });
 }
 
 void Multiply(const SignMatmulArgs& a, Index tile_begin, Index tile_end) noexcept {

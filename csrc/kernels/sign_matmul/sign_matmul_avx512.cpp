@@ -87,7 +87,7 @@ template <int kSamples, int kTogether>
 void MultiplySamples(const SignMatmulArgs& a, Index tile_begin, Index tile_end) {
   ForTiles<float, kSamples, kTogether, kTableBytes>(
       a.weight, a.words, a.tables, tile_begin, tile_end, AddWords<kSamples>{},
-      [&](Index tile, const float(&dots)[kSamples][kTileRows]) { FinishTile<kSamples>(a, tile, dots); });
+      [&](Index tile, const float (&dots)[kSamples][kTileRows]) { FinishTile<kSamples>(a, tile, dots); });
 }
 
 void Multiply(const SignMatmulArgs& a, Index tile_begin, Index tile_end) noexcept {
