@@ -183,6 +183,24 @@ STABLE_TORCH_LIBRARY(tersetorch, m) {
       "xnor_matmul(Tensor x, Tensor weight, int in_features, int out_features, Tensor? scale=None, Tensor? bias=None, "
       "Tensor? thresholds=None) -> Tensor");
 
+  // x float [..., in] and such a weight of signs [out, in] -> scale * (x * W^T) + bias, at least 0 with relu
+  m.def(
+      "sign_matmul(Tensor x, Tensor weight, int out_features, Tensor? scale=None, Tensor? bias=None, bool relu=False) "
+      "-> Tensor");
+  // The same without autograd: for callers that know gradients to be off.
+  m.def(
+      "sign_matmul_inference(Tensor x, Tensor weight, int out_features, Tensor? scale=None, Tensor? bias=None, bool "
+      "relu=False) -> Tensor");
+  // step * x - zero for x uint8 [..., in], with such a weight of signs; the outputs of xnor_matmul
+  m.def(
+      "bitplane_matmul(Tensor x, Tensor weight, int in_features, int out_features, int step=1, int zero=0, Tensor? "
+      "scale=None, Tensor? bias=None, Tensor? thresholds=None) -> Tensor");
+  // The same for images x uint8 [N, C, H, W] and a weight [O, C * kh * kw]; nothing is added outside the borders. The
+  // outputs of xnor_conv2d
+  m.def(
+      "bitplane_conv2d(Tensor x, Tensor weight, int out_channels, int[] kernel_size, int[] stride, int[] padding, int[] "
+      "dilation, int step=1, int zero=0, Tensor? scale=None, Tensor? bias=None, Tensor? thresholds=None) -> Tensor");
+
   // Signs of images: x float [N, C, H, W] -> int64 [N, H, W, ceil(C / 64)]
   m.def("sign_pack_images(Tensor x) -> Tensor");
   // x, such packed images or float [N, C, H, W] of which the signs count, and a weight of signs int32 [tiles, kh, kw,

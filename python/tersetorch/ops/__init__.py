@@ -17,6 +17,7 @@ from tersetorch.ops.bitmap_matmul import (  # noqa: E402
     bitmap_pack,
     bitmap_to_rows,
 )
+from tersetorch.ops.bitplane_matmul import bitplane_conv2d, bitplane_matmul, to_pixels  # noqa: E402
 from tersetorch.ops.blocked_bfloat16_matmul import (  # noqa: E402
     blocked_bfloat16_matmul,
     blocked_bfloat16_matmul_inference,
@@ -50,6 +51,7 @@ from tersetorch.ops.product_matmul import (  # noqa: E402
     product_segments,
     product_unpack,
 )
+from tersetorch.ops.sign_matmul import sign_matmul, sign_matmul_inference  # noqa: E402
 from tersetorch.ops.sign_max_pool2d import sign_max_pool2d  # noqa: E402
 from tersetorch.ops.sign_pack import sign_pack, sign_pack_images, sign_unpack, sign_words  # noqa: E402
 from tersetorch.ops.sparse_conv2d import (  # noqa: E402
@@ -72,6 +74,8 @@ __all__ = [
     "bitmap_matmul_inference",
     "bitmap_pack",
     "bitmap_to_rows",
+    "bitplane_conv2d",
+    "bitplane_matmul",
     "blocked_bfloat16_matmul",
     "blocked_bfloat16_matmul_inference",
     "blocked_bfloat16_pack",
@@ -103,6 +107,8 @@ __all__ = [
     "product_pack",
     "product_segments",
     "product_unpack",
+    "sign_matmul",
+    "sign_matmul_inference",
     "sign_max_pool2d",
     "sign_pack",
     "sign_pack_images",
@@ -114,6 +120,7 @@ __all__ = [
     "sparse_conv2d_pack",
     "sparse_conv2d_pack_words",
     "sparse_conv2d_packed",
+    "to_pixels",
     "xnor_conv2d",
     "xnor_conv2d_pack",
     "xnor_conv2d_unpack",

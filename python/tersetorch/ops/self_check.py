@@ -9,6 +9,7 @@ from torch.nn.functional import conv2d, pad
 
 from tersetorch.ops.bitmap_columns_matmul import bitmap_columns_matmul
 from tersetorch.ops.bitmap_matmul import bitmap_from_rows, bitmap_matmul
+from tersetorch.ops.bitplane_matmul import bitplane_conv2d, bitplane_matmul
 from tersetorch.ops.blocked_bfloat16_matmul import blocked_bfloat16_matmul, blocked_bfloat16_pack
 from tersetorch.ops.blocked_int8_matmul import blocked_int8_matmul, blocked_int8_pack
 from tersetorch.ops.blocked_matmul import blocked_matmul, blocked_pack
@@ -17,7 +18,10 @@ from tersetorch.ops.codebook_embedding import codebook_embedding
 from tersetorch.ops.codebook_matmul import CODEBOOK_MODES, codebook_dense, codebook_matmul, codebook_pack
 from tersetorch.ops.csr_matmul import csr_matmul
 from tersetorch.ops.product_matmul import product_decode, product_matmul, product_pack
+from tersetorch.ops.sign_matmul import sign_matmul
+from tersetorch.ops.sign_pack import sign_pack
 from tersetorch.ops.sparse_conv2d import sparse_conv2d
+from tersetorch.ops.xnor_matmul import xnor_pack
 
 ROWS, COLUMNS, ENTRIES = 37, 53, 16
 COLUMN_BLOCK = 16
@@ -54,6 +58,7 @@ def check_ops() -> list[dict[str, Any]]:
         for entries in (4, ENTRIES, 32, 256)
     ]
     checked += [_check_codebook_conv(mode) for mode in CODEBOOK_MODES]
+    checked += [_check_signs(torch.float32), _check_signs(torch.bfloat16), *_check_bitplanes()]
     return [*checked, _check_bfloat16_mode(), *_check_conv_modes(), *_check_gradients()]
 
 
@@ -105,6 +110,38 @@ def _check_codebook_conv(mode: str) -> dict[str, Any]:
             size = conv2d(x.double().abs(), weight.abs(), bias.double().abs(), stride, 1)
             worst = max(worst, _largest(y, reference, size))
     return _result("codebook_conv2d", f"{mode}, {ENTRIES} entries", worst, bound)
+
+
+def _check_signs(dtype: torch.dtype) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(8)
+    signs = torch.randint(2, (ROWS, COLUMNS), generator=generator) * 2.0 - 1.0
+    packed, (scale, bias) = xnor_pack(sign_pack(signs)), torch.randn(2, ROWS, generator=generator)
+    bound = (COLUMNS + 2) * EPSILON + (0.0 if dtype == torch.float32 else BFLOAT16_ROUNDING)
+    worst = 0.0
+    for batch in BATCHES:
+        x = torch.randn(batch, COLUMNS, generator=generator).to(dtype)
+        y = sign_matmul(x, packed, out_features=ROWS, scale=scale, bias=bias)
+        reference = x.double() @ signs.double().T * scale + bias
+        size = x.double().abs().sum(1, keepdim=True) * scale.abs() + bias.abs()
+        worst = max(worst, _largest(y, reference, size))
+    return _result("sign_matmul", str(dtype).removeprefix("torch."), worst, bound)
+
+
+def _check_bitplanes() -> list[dict[str, Any]]:
+    """Integer sums, exact."""
+    generator = torch.Generator().manual_seed(9)
+    signs = torch.randint(2, (ROWS, CHANNELS * KERNEL**2), generator=generator) * 2.0 - 1.0
+    packed, filters = xnor_pack(sign_pack(signs)), signs.double().view(ROWS, CHANNELS, KERNEL, KERNEL)
+    matmul = conv = 0.0
+    for batch in BATCHES:
+        x = torch.randint(256, (batch, signs.shape[1]), generator=generator).to(torch.uint8)
+        y = bitplane_matmul(x, packed, in_features=signs.shape[1], out_features=ROWS, step=2, zero=255)
+        matmul = max(matmul, float((y.double() - (2 * x.double() - 255) @ signs.double().T).abs().max()))
+    for height, width, stride in IMAGES:
+        x = torch.randint(256, (2, CHANNELS, height, width), generator=generator).to(torch.uint8)
+        y = bitplane_conv2d(x, packed, out_channels=ROWS, kernel_size=KERNEL, stride=stride, padding=1)
+        conv = max(conv, float((y.double() - conv2d(x.double(), filters, None, stride, 1)).abs().max()))
+    return [_result("bitplane_matmul", "uint8", matmul, 0.0), _result("bitplane_conv2d", "uint8", conv, 0.0)]
 
 
 def _blocked(
