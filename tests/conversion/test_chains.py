@@ -105,9 +105,7 @@ def test_a_network_stays_packed_and_decides_alike(scale):
     x = torch.randn(300, 30)
     fast = tt.convert(model, x, plan="binary")
     assert [type(module).__name__ for module in fast] == [
-        "Linear",
-        "BatchNorm1d",
-        "Identity",
+        *["BinaryLinear", "BatchNorm1d", "Identity"],
         *["BinaryLinear", *["Identity"] * 4],
         *["BinaryLinear", *["Identity"] * 2],
         *["BinaryLinear", "BatchNorm1d"],
@@ -122,7 +120,8 @@ def test_a_network_stays_packed_and_decides_alike(scale):
     fast(x)
     assert seen[4:12] == [torch.int64] * 8
     why = reasons(fast)
-    assert "its input is the model's input" in why["0"]
+    assert fast[0].inputs == "real"
+    assert "asked for by plan; binary_linear: its input is the model's input input, not signs" in why["0"]
     assert "packs the signs of its input, hands packed signs on: its thresholds stand for 4, 5, 6, 7" in why["3"]
     assert why["11"].endswith("takes packed signs, returns floats: it is followed by the model's output, not by a Sign")
     again = tt.convert(model, plan=tt.report(fast).plan)

@@ -60,16 +60,31 @@ def test_takes_flattened_images(channels, taps):
         assert torch.allclose(layer(given), module(x.flatten(1)), atol=1e-5)
 
 
+@pytest.mark.parametrize("scaled,bias", [(False, False), (True, True)])
+def test_real_inputs_are_multiplied_as_they_are(scaled, bias):
+    module = dense(scaled=scaled, bias=bias)
+    layer = BinaryLinear.from_dense(module, inputs="real")
+    x = torch.randn(2, 5, 150, requires_grad=True)
+    assert torch.allclose(layer(x), module(x), atol=1e-5)
+    with torch.no_grad():
+        assert torch.allclose(layer(x), module(x), atol=1e-5)
+        assert layer(x.bfloat16()).dtype == torch.bfloat16
+    (got,) = torch.autograd.grad(layer(x).square().sum(), x)
+    (want,) = torch.autograd.grad(module(x).square().sum(), x)
+    assert torch.allclose(got, want, rtol=1e-4, atol=1e-3)
+
+
 def layers():
     thresholds = torch.arange(70).int()
     return [
+        BinaryLinear.from_dense(dense(scaled=True), inputs="real"),
         BinaryLinear.from_dense(dense()),
         BinaryLinear.from_dense(dense(scaled=True, bias=False)),
         BinaryLinear(SignWeight.from_dense(dense().weight, 3), thresholds=thresholds),
     ]
 
 
-@pytest.mark.parametrize("which", range(3))
+@pytest.mark.parametrize("which", range(4))
 def test_state_copies_and_pickles(which):
     layer = layers()[which]
     x = torch.randn(3, 150)
@@ -81,7 +96,7 @@ def test_state_copies_and_pickles(which):
 
 
 def test_damaged_state_is_refused():
-    layer = layers()[0]
+    layer = layers()[1]
     state = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
     state["bits"][0, -1, 0] = -1
     with pytest.raises(RuntimeError, match="bits past the last channel must be 0"):
@@ -97,7 +112,7 @@ def test_numbers_stay_float32():
     assert torch.equal(layer(x), want)
 
 
-@pytest.mark.parametrize("which", range(3))
+@pytest.mark.parametrize("which", range(4))
 def test_compiles_and_exports(which, fresh_compiler):
     layer, x = layers()[which], torch.randn(3, 150)
     assert torch.equal(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x))
@@ -105,12 +120,13 @@ def test_compiles_and_exports(which, fresh_compiler):
 
 
 def test_shows_what_it_is():
-    assert repr(layers()[1]) == "BinaryLinear(in_features=150, out_features=70, bias=False, scale=True)"
-    assert repr(layers()[2]) == "BinaryLinear(in_features=150, out_features=70, taps=3, bias=False, thresholds=True)"
+    assert repr(layers()[0]) == "BinaryLinear(in_features=150, out_features=70, bias=True, scale=True, inputs=real)"
+    assert repr(layers()[2]) == "BinaryLinear(in_features=150, out_features=70, bias=False, scale=True)"
+    assert repr(layers()[3]) == "BinaryLinear(in_features=150, out_features=70, taps=3, bias=False, thresholds=True)"
 
 
 def test_bad_arguments_are_refused():
-    layer, weight = layers()[0], SignWeight.from_dense(torch.ones(3, 5))
+    layer, weight = layers()[1], SignWeight.from_dense(torch.ones(3, 5))
     scaled = SignWeight.from_dense(torch.full((3, 5), 2.0))
     integers = torch.zeros(3, dtype=torch.int32)
     for error, message, call in (
@@ -118,6 +134,10 @@ def test_bad_arguments_are_refused():
         (TypeError, "thresholds must be int32", lambda: BinaryLinear(weight, thresholds=torch.zeros(3))),
         (ValueError, r"bias must be \[3\]", lambda: BinaryLinear(weight, torch.zeros(4))),
         (ValueError, "thresholds stand in for", lambda: BinaryLinear(scaled, thresholds=integers)),
+        (ValueError, "inputs must be one of", lambda: BinaryLinear(weight, inputs="bits")),
+        (ValueError, "thresholds need", lambda: BinaryLinear(weight, thresholds=integers, inputs="real")),
+        (TypeError, "got packed signs", lambda: BinaryLinear(weight, inputs="real")(sign_pack(torch.ones(2, 5)))),
+        (ValueError, "one tap", lambda: BinaryLinear.from_dense(dense(), taps=2, inputs="real")),
         (TypeError, r"must be an nn\.Linear, got Conv2d", lambda: BinaryLinear.from_dense(nn.Conv2d(1, 1, 1))),
         (ValueError, r"\+a and -a in each row", lambda: BinaryLinear.from_dense(nn.Linear(3, 4))),
         (ValueError, "taps must divide in_features 10, got 3", lambda: BinaryLinear.of_sizes(10, 2, 3)),

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -306,6 +307,16 @@ CANDIDATES: dict[str, Candidate] = {
         *_convolutions("2d", nn.Conv2d, SparseConv2d, SparseCodebookConv2d),
         *_coded("codebook_conv2d", CodebookConv2d, _is_shared_in_filters, source=nn.Conv2d),
         _row("binary_linear", BinaryLinear, 1.0, _is_of_signs, alias="binary", layout="signs", signs=True),
+        Candidate(
+            "binary_linear_real",
+            "binary",
+            nn.Linear,
+            BinaryLinear,
+            1.0,
+            _is_of_signs,
+            partial(BinaryLinear.from_dense, inputs="real"),
+            layout="real",
+        ),
         _row(
             "binary_conv2d",
             BinaryConv2d,

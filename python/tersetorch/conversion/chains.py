@@ -12,7 +12,7 @@ import operator
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from types import CodeType
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import fx, nn
@@ -23,7 +23,6 @@ from tersetorch.conversion.walk import Site, carries_hooks, label
 from tersetorch.formats import SignWeight
 from tersetorch.methods.binarize import Sign, sign
 from tersetorch.nn import BinaryConv2d, BinaryLinear, SignMaxPool2d
-from tersetorch.nn.sign_module import SignModule
 
 Layer = BinaryLinear | BinaryConv2d
 # What leaves signs where they are, in evaluation.
@@ -174,7 +173,7 @@ def _only_moves(node: fx.Node) -> bool:
 
 def fold(model: nn.Module, layers: Iterable[nn.Module]) -> dict[str, str]:
     """Makes chains of those of layers that are layers of signs, in place; says of each what became of it, by name."""
-    chosen = {layer for layer in layers if isinstance(layer, BinaryLinear | BinaryConv2d) and layer.thresholds is None}
+    chosen = {layer for layer in layers if _takes_signs(layer) and layer.thresholds is None}
     names = {name: layer for name, layer in model.named_modules() if layer in chosen}
     if not names:
         return {}
@@ -262,7 +261,7 @@ def _follow_signs(seen: _Model, node: fx.Node, images: bool, layer: Layer, way: 
             seen.check(user)
         if isinstance(module, BinaryConv2d) and images and not flattened:
             way.takers.append(user)
-        elif isinstance(module, BinaryLinear) and (flattened or not images):
+        elif isinstance(module, BinaryLinear) and module.inputs == "signs" and (flattened or not images):
             if flattened:
                 if module.in_features % layer.weight_shape[0] or len(seen.calls[str(user.target)]) > 1:
                     raise _BrokenError(f"{_shown(seen, user)} takes other things than its flattened images")
@@ -354,7 +353,7 @@ def _superfluous_signs(seen: _Model, gone: set[fx.Node]) -> set[fx.Node]:
 def _ends_in_signs(seen: _Model, node: fx.Node) -> bool:
     for user in node.users:
         module = seen.module(user)
-        if isinstance(module, SignModule) and _argument(user) is node:
+        if _takes_signs(module) and _argument(user) is node:
             continue
         passes = isinstance(module, (nn.Flatten, *_KEEPS_SIGNS)) or _only_moves(user)
         if not passes or not _ends_in_signs(seen, user):
@@ -403,6 +402,10 @@ def _told(seen: _Model, chain: _Chain) -> str:
     inner = [str(node.target) for node in chain.dropped]
     pooled = f", which {chain.pool.target} pools" if chain.pool is not None else ""
     return f"hands packed signs on{pooled}: its thresholds stand for {', '.join(inner)}"
+
+
+def _takes_signs(module: object) -> TypeGuard[Layer]:
+    return isinstance(module, BinaryLinear | BinaryConv2d) and module.inputs == "signs"
 
 
 def _argument(node: fx.Node) -> fx.Node | None:

@@ -51,7 +51,9 @@ def _for_all(plan: str, groups: list[list[Site]], table: Table) -> list[tuple[st
         if able:
             module = group[0].module
             smallest = min(able, key=lambda row: row.nbytes(module)) if len(able) > 1 else able[0]
-            choices.append((smallest.name, "asked for by plan"))
+            # Another product than of signs is another choice.
+            unsigned = [f"{row.name}: {refused[row.name]}" for row in mine if row.signs and row not in able]
+            choices.append((smallest.name, "; ".join(["asked for by plan", *unsigned])))
         else:
             choices.append(("dense", "; ".join(f"{name}: {reason}" for name, reason in refused.items())))
     return choices

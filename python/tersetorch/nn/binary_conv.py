@@ -20,9 +20,9 @@ class BinaryConv2d(ConvSizes, SignModule):
     """y = scale * conv2d(sign(input), W) + bias with W of signs, computed as bits; sign(0) is +1 and sign(NaN) -1.
 
     Shapes: input float32 or bfloat16 [N, in_channels, H, W], of which only the signs count -> y [N, out_channels, H',
-    W'] of input's dtype and memory format, or packed images with thresholds: int64 [N, H', W', ceil(out_channels / 64)].
-    input may be packed images itself, as ops.sign_pack_images, a layer with thresholds or SignMaxPool2d returns them; y
-    is of dtype then. All may lack N. The convolution is an exact integer, and y = fma(dot, scale, bias).
+    W'] of input's dtype and memory format, or packed images with thresholds: int64 [N, H', W', ceil(out_channels /
+    64)]. input may be packed images itself, as ops.sign_pack_images, a layer with thresholds or SignMaxPool2d returns
+    them; y is of dtype then. All may lack N. The convolution is an exact integer, and y = fma(dot, scale, bias).
 
     Args:
         weight: the weight, with a tap for each position of the kernel.

@@ -9,13 +9,18 @@ from torch import Tensor, nn
 
 from tersetorch import ops
 from tersetorch.formats import SignWeight
+from tersetorch.nn.shared_module import records
 from tersetorch.nn.sign_module import SignModule
 
+INPUTS = ("signs", "real")
 _xnor_matmul = ops.native_op("xnor_matmul")
 
 
 class BinaryLinear(SignModule):
     """y = scale * (W . sign(input)) + bias with W of signs, computed as bits; sign(0) is +1 and sign(NaN) -1.
+
+    With inputs="real" it is y = scale * (W . input) + bias, by additions and subtractions; only that has gradients, of
+    input.
 
     Shapes: input float32 or bfloat16 [..., in_features], of which only the signs count -> y [..., out_features] of
     input's dtype, or packed signs with thresholds: int64 [..., ceil(out_features / 64)]. input may be packed signs
@@ -28,6 +33,8 @@ class BinaryLinear(SignModule):
         bias: float [out_features], or None.
         thresholds: int32 [out_features], instead of bias and of the weight's scale: y is the packed signs that are +1
             where the product is at least the threshold.
+        inputs: "signs", or "real" for numbers that are multiplied as they are: float32 or bfloat16 only, sums in
+            float32.
         dtype: of y where input is packed signs.
 
     Raises:
@@ -47,11 +54,21 @@ class BinaryLinear(SignModule):
         bias: Tensor | None = None,
         *,
         thresholds: Tensor | None = None,
+        inputs: str = "signs",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        super().__init__(weight, bias, thresholds, dtype)
+        super().__init__(weight, bias, thresholds, dtype, inputs=inputs)
+        if inputs == "real" and thresholds is not None:
+            raise ValueError('BinaryLinear: thresholds need inputs="signs", got "real"; leave one of them out')
 
-    def _take_sizes(self, weight: SignWeight, **sizes: Any) -> None:
+    def _take_sizes(self, weight: SignWeight, inputs: str = "signs", **sizes: Any) -> None:
+        if inputs not in INPUTS:
+            raise ValueError(f"BinaryLinear: inputs must be one of {list(INPUTS)}, got {inputs!r}; choose one of them")
+        if inputs == "real" and weight.taps != 1:
+            raise ValueError(
+                f'BinaryLinear: weight must have one tap for inputs="real", got {weight.taps}; leave taps out'
+            )
+        self.inputs = inputs
         self.out_features, self.in_features = weight.shape
 
     def _packed(self, bits: Tensor) -> Tensor:
@@ -62,13 +79,14 @@ class BinaryLinear(SignModule):
         return rows.view(self.out_features, self.taps, ops.sign_words(self._channels))
 
     @classmethod
-    def from_dense(cls, module: nn.Linear, *, taps: int = 1) -> Self:
-        """The layer that computes what module does of inputs that are all +1 or -1.
+    def from_dense(cls, module: nn.Linear, *, taps: int = 1, inputs: str = "signs") -> Self:
+        """The layer that computes what module does: of inputs that are all +1 or -1, or with inputs="real" of any.
 
         Args:
             module: each row of its weight +a and -a for some a.
             taps: positions of the image [channels, height, width] that module's input is, flattened; needed where it
                 comes as packed images, flattened.
+            inputs: what they are, as the constructor takes it.
 
         Raises:
             TypeError: module is not an nn.Linear, or its weight is neither float32 nor bfloat16.
@@ -77,7 +95,7 @@ class BinaryLinear(SignModule):
         cls._check_source(module)
         bias = None if module.bias is None else module.bias.detach()
         weight = SignWeight.from_dense(module.weight, taps)
-        return cls(weight, bias, dtype=module.weight.dtype).train(module.training)
+        return cls(weight, bias, inputs=inputs, dtype=module.weight.dtype).train(module.training)
 
     @classmethod
     def of_sizes(
@@ -88,6 +106,7 @@ class BinaryLinear(SignModule):
         scale: bool = False,
         bias: bool = True,
         thresholds: bool = False,
+        inputs: str = "signs",
         dtype: str = "float32",
     ) -> Self:
         """A layer of zeros, on any device, for tensors that come from elsewhere."""
@@ -95,7 +114,7 @@ class BinaryLinear(SignModule):
             raise ValueError(f"{cls.__name__}: taps must divide in_features {in_features}, got {taps}; pass positions")
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
-        layer._zeros((out_features, taps, in_features // taps), scale, bias, thresholds, dtype)
+        layer._zeros((out_features, taps, in_features // taps), scale, bias, thresholds, dtype, inputs=inputs)
         return layer
 
     @property
@@ -122,6 +141,8 @@ class BinaryLinear(SignModule):
     def forward(self, input: Tensor) -> Tensor:
         """Applies the layer to input, float [..., in_features], or packed signs."""
         self._checked(input)
+        if self.inputs == "real":
+            return self._multiplied(input)
         x = input
         if x.dtype != torch.int64 and self.taps > 1 and x.shape[-1] == self.in_features:
             x = ops.sign_pack(x.unflatten(-1, (self._channels, self.taps)).transpose(-1, -2)).flatten(-2)
@@ -129,6 +150,16 @@ class BinaryLinear(SignModule):
             x, self.bits, self.in_features, self.out_features, self.scale, self.bias, self.thresholds
         )
         return self._finished(y, input.dtype)
+
+    def _multiplied(self, x: Tensor) -> Tensor:
+        """The product with numbers."""
+        if x.dtype == torch.int64:
+            raise TypeError(
+                'BinaryLinear: input must be float32 or bfloat16 for inputs="real", got packed signs; unpack'
+            )
+        if not records():
+            return ops.sign_matmul_inference(x, self.bits, self.out_features, self.scale, self.bias)
+        return ops.sign_matmul(x, self.bits, out_features=self.out_features, scale=self.scale, bias=self.bias)
 
     def extra_repr(self) -> str:
         """What print(module) shows between the parentheses."""

@@ -24,8 +24,7 @@ class SignModule(nn.Module):
     under .half(), .bfloat16() and .double(); these change dtype, that of y where the input is packed signs.
     """
 
-    layout: ClassVar[str] = "signs"
-    plain_layout: ClassVar[str] = "signs"
+    inputs: str = "signs"
     dense_type: ClassVar[type[nn.Linear] | type[nn.Conv2d]]
 
     bits: Tensor
@@ -83,6 +82,16 @@ class SignModule(nn.Module):
         raise NotImplementedError
 
     @property
+    def layout(self) -> str:
+        """What the weight multiplies, under the name that other layers have for how they compute."""
+        return self.inputs
+
+    @property
+    def plain_layout(self) -> str:
+        """The same: it is decided where the layer is made."""
+        return self.inputs
+
+    @property
     def sign_weight(self) -> SignWeight:
         """The weight in its format."""
         return SignWeight(self._unpacked(self.bits), self._channels, self.scale)
@@ -127,6 +136,7 @@ class SignModule(nn.Module):
             **({"scale": True} if self.scale is not None else {}),
             **({} if self.bias is not None else {"bias": False}),
             **({"thresholds": True} if self.thresholds is not None else {}),
+            **({} if self.inputs == "signs" else {"inputs": self.inputs}),
             **({} if self.dtype == torch.float32 else {"dtype": str(self.dtype).removeprefix("torch.")}),
         }
 
@@ -179,6 +189,7 @@ class SignModule(nn.Module):
         """For extra_repr."""
         shown = [f"bias={self.bias is not None}"]
         shown += ["scale=True"] * (self.scale is not None) + ["thresholds=True"] * (self.thresholds is not None)
+        shown += [f"inputs={self.inputs}"] * (self.inputs != "signs")
         return shown + [f"dtype={self.dtype}"] * (self.dtype != torch.float32)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
