@@ -115,6 +115,14 @@ def test_pools_come_back_from_files(tmp_path):
         tt.load(tmp_path / "m.terse", model=other)
 
 
+def test_costs_count_what_the_dense_model_multiplies():
+    model, x = network(nn.MaxPool2d(2), norm(), Sign(), size=13)
+    fast = tt.convert(model, plan="binary")
+    counts = [tt.costs.count(each, x) for each in (model, fast)]
+    assert counts[0].macs == counts[1].macs
+    assert counts[1].bytes < counts[0].bytes / 8
+
+
 @pytest.mark.parametrize(
     "middle,why",
     [
