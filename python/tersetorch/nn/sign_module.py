@@ -179,11 +179,10 @@ class SignModule(nn.Module):
                 "convert it"
             )
 
-    def _finished(self, y: Tensor, dtype: torch.dtype) -> Tensor:
+    def _finished(self, y: Tensor, given: torch.dtype) -> Tensor:
         """What the op returned as the layer does: packed signs, or floats of a float input's dtype."""
-        if self.thresholds is not None:
-            return y
-        return y.to(self.dtype if dtype == torch.int64 else dtype)
+        dtype = self.dtype if given == torch.int64 else given
+        return y if y.dtype in (torch.int64, dtype) else y.to(dtype)
 
     def _shown(self) -> list[str]:
         """For extra_repr."""
