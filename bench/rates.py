@@ -18,7 +18,7 @@ from rich.table import Table
 
 from tersetorch import _native
 
-ARITHMETICS = ("float32", "bfloat16", "int8")
+ARITHMETICS = ("float32", "bfloat16", "int8", "binary")
 SMALLEST, LARGEST = 2**14, 2**29
 SECONDS, QUICK_SECONDS = 0.02, 0.005
 TRIES = 3
@@ -31,8 +31,8 @@ class Rates:
 
     Attributes:
         threads: how many ran side by side; every rate is that of all together.
-        arithmetic: giga-operations a second by level, then by arithmetic (float32, bfloat16, int8); a multiply and an
-            add are two. Left out where the level has no such instruction.
+        arithmetic: giga-operations a second by level, then by arithmetic (float32, bfloat16, int8, binary); a multiply
+            and an add are two. Left out where the level has no such instruction.
         reads: (bytes, gigabytes a second) for buffers that hold so many bytes altogether, read again and again.
     """
 

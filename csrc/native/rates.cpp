@@ -19,7 +19,7 @@ namespace {
 using Buffer = py::array_t<std::uint8_t, py::array::c_style>;
 using Clock = std::chrono::steady_clock;
 
-constexpr const char* kArithmetics[] = {"float32", "bfloat16", "int8"};
+constexpr const char* kArithmeticNames[kArithmetics] = {"float32", "bfloat16", "int8", "binary"};
 constexpr double kLongest = 60;  // seconds
 
 const MachineRateLoops& LoopsOf(const char* function, const std::string& level) {
@@ -56,11 +56,11 @@ double PassesPerSecond(double seconds, Run run) {
 double ArithmeticRate(const std::string& arithmetic, const std::string& level, double seconds) {
   CheckSeconds("arithmetic_rate", seconds);
   const MachineRateLoops& loops = LoopsOf("arithmetic_rate", level);
-  const auto* found = std::find(std::begin(kArithmetics), std::end(kArithmetics), arithmetic);
-  if (found == std::end(kArithmetics)) {
-    throw py::value_error("arithmetic_rate: arithmetic must be float32, bfloat16 or int8, got " + arithmetic);
+  const auto* found = std::find(std::begin(kArithmeticNames), std::end(kArithmeticNames), arithmetic);
+  if (found == std::end(kArithmeticNames)) {
+    throw py::value_error("arithmetic_rate: arithmetic must be float32, bfloat16, int8 or binary, got " + arithmetic);
   }
-  const auto i = found - std::begin(kArithmetics);
+  const auto i = found - std::begin(kArithmeticNames);
   if (loops.operations[i] == 0) return 0;
   return static_cast<double>(loops.operations[i]) * PassesPerSecond(seconds, loops.arithmetic[i]);
 }

@@ -6,9 +6,10 @@ from tersetorch import _native
 
 def test_every_level_multiplies_and_reads():
     for level in _native.cpu_levels():
-        rates = {name: _native.arithmetic_rate(name, level, 1e-4) for name in ("float32", "bfloat16", "int8")}
+        rates = {name: _native.arithmetic_rate(name, level, 1e-4) for name in ("float32", "bfloat16", "int8", "binary")}
         assert rates["float32"] > 0
         assert (rates["bfloat16"] > 0) == (level == "avx512bf16")
+        assert rates["binary"] > 0
         assert (rates["int8"] > 0) == (level != "scalar")
         assert _native.read_rate(np.ones(5000, np.uint8), level, 1e-4) > 0
     _native.read(np.ones(5000, np.uint8))
@@ -18,7 +19,7 @@ def test_every_level_multiplies_and_reads():
 @pytest.mark.parametrize(
     "call,match",
     [
-        (lambda: _native.arithmetic_rate("float64", "scalar", 1e-4), "must be float32, bfloat16 or int8, got float64"),
+        (lambda: _native.arithmetic_rate("float64", "scalar", 1e-4), "float32, bfloat16, int8 or binary, got float64"),
         (lambda: _native.arithmetic_rate("int8", "sse9", 1e-4), r"level must be one of cpu_levels\(\), got sse9"),
         (lambda: _native.arithmetic_rate("int8", "scalar", 0), r"seconds must lie in \(0, 60\], got 0"),
         (lambda: _native.arithmetic_rate("int8", "scalar", float("nan")), r"seconds must lie in \(0, 60\], got"),

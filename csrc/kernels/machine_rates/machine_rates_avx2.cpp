@@ -38,6 +38,37 @@ void Int8(std::int64_t passes) noexcept {
                : REGISTERS);
 }
 
+// What xnor_matmul does with two words: a full adder, then the bits of the carry's bytes, looked up by their halves.
+// ymm8 holds w, ymm9 x, ymm10 the nibbles' mask, ymm11 the table.
+#define BINARY_SUM(sum, count)            \
+  "vpxor %%ymm8, %%ymm9, %%ymm12\n\t"     \
+  "vpxor %%ymm9, %%ymm8, %%ymm13\n\t"     \
+  "vpxor %%ymm" #sum                      \
+  ", %%ymm12, %%ymm14\n\t"                \
+  "vpand %%ymm" #sum                      \
+  ", %%ymm12, %%ymm12\n\t"                \
+  "vpand %%ymm14, %%ymm13, %%ymm15\n\t"   \
+  "vpor %%ymm15, %%ymm12, %%ymm12\n\t"    \
+  "vpxor %%ymm14, %%ymm13, %%ymm" #sum    \
+  "\n\t"                                  \
+  "vpand %%ymm10, %%ymm12, %%ymm13\n\t"   \
+  "vpsrld $4, %%ymm12, %%ymm12\n\t"       \
+  "vpand %%ymm10, %%ymm12, %%ymm12\n\t"   \
+  "vpshufb %%ymm13, %%ymm11, %%ymm13\n\t" \
+  "vpshufb %%ymm12, %%ymm11, %%ymm12\n\t" \
+  "vpaddb %%ymm12, %%ymm13, %%ymm12\n\t"  \
+  "vpaddb %%ymm12, %%ymm" #count ", %%ymm" #count "\n\t"
+
+void Binary(std::int64_t passes) noexcept {
+  if (passes <= 0) return;
+  asm volatile(FOR_EACH_SUM(CLEAR) "vpbroadcastd %1, %%ymm8\n\tvmovaps %%ymm8, %%ymm9\n\t"
+                                   "1:\n\t" BINARY_SUM(0, 4) BINARY_SUM(1, 5) BINARY_SUM(2, 6) BINARY_SUM(3, 7)
+                                   "dec %0\n\tjnz 1b"
+               : "+r"(passes)
+               : "m"(kOne)
+               : REGISTERS);
+}
+
 #define LOAD(offset) "vmovups " offset "(%1), %%ymm0\n\tvmovups 32+" offset "(%1), %%ymm1\n\t"
 #define LOAD_256(offset) LOAD(offset) LOAD("64+" offset) LOAD("128+" offset) LOAD("192+" offset)
 
@@ -56,6 +87,7 @@ void Read(const void* buffer, std::int64_t blocks, std::int64_t passes) noexcept
 
 }  // namespace
 
-const MachineRateLoops kMachineRatesAvx2 = {{2 * 8 * kSums, 0, 2 * 32 * kSums}, {Float32, nullptr, Int8}, Read};
+const MachineRateLoops kMachineRatesAvx2 = {
+    {2 * 8 * kSums, 0, 2 * 32 * kSums, 2 * 2 * 256 * 4}, {Float32, nullptr, Int8, Binary}, Read};
 
 }  // namespace tersetorch

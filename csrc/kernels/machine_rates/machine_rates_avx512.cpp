@@ -2,6 +2,7 @@
 
 namespace tersetorch {
 
-const MachineRateLoops kMachineRatesAvx512 = {{2 * 16 * kSums, 0, 2 * 64 * kSums}, {Float32, nullptr, Int8}, Read};
+const MachineRateLoops kMachineRatesAvx512 = {
+    {2 * 16 * kSums, 0, 2 * 64 * kSums, kBinaryOperations}, {Float32, nullptr, Int8, Binary}, Read};
 
 }  // namespace tersetorch

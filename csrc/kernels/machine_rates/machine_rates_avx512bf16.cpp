@@ -10,6 +10,6 @@ void BFloat16(std::int64_t passes) noexcept { ARITHMETIC_LOOP(DOT_BFLOAT16, 0x3f
 }  // namespace
 
 const MachineRateLoops kMachineRatesAvx512Bf16 = {
-    {2 * 16 * kSums, 2 * 32 * kSums, 2 * 64 * kSums}, {Float32, BFloat16, Int8}, Read};
+    {2 * 16 * kSums, 2 * 32 * kSums, 2 * 64 * kSums, kBinaryOperations}, {Float32, BFloat16, Int8, Binary}, Read};
 
 }  // namespace tersetorch

@@ -15,6 +15,16 @@ void Float32(std::int64_t passes) noexcept {
   for (const float sum : sums) unknown = sum;
 }
 
+void Binary(std::int64_t passes) noexcept {
+  volatile std::uint64_t unknown = 0x123456789abcdef;
+  const std::uint64_t w = unknown;
+  std::uint64_t counts[kSums] = {};
+  for (; passes > 0; --passes) {
+    for (std::uint64_t& count : counts) count += static_cast<std::uint64_t>(__builtin_popcountll(w ^ count));
+  }
+  for (const std::uint64_t count : counts) unknown = count;
+}
+
 void Read(const void* buffer, std::int64_t blocks, std::int64_t passes) noexcept {
   constexpr int kWords = kRatesReadBlock / 8;
   std::uint64_t bits = 0;
@@ -31,6 +41,7 @@ void Read(const void* buffer, std::int64_t blocks, std::int64_t passes) noexcept
 
 }  // namespace
 
-const MachineRateLoops kMachineRatesScalar = {{2 * kSums, 0, 0}, {Float32, nullptr, nullptr}, Read};
+const MachineRateLoops kMachineRatesScalar = {
+    {2 * kSums, 0, 0, 2 * 64 * kSums}, {Float32, nullptr, nullptr, Binary}, Read};
 
 }  // namespace tersetorch

@@ -15,7 +15,9 @@
 //         16 or 256, those past the weight's not written; in 4 bits there are as many tables as the groups hold, those
 //         past the weight's all 0.
 // Limits: a sample costs entries * columns multiply-adds for its tables and rows * tables additions; 16 samples cost
-//         one load and one addition of a vector for each row and table, at best one a cycle.
+//         one load and one addition of a vector for each row and table, at best one a cycle. One sample's lookups of
+//         8-bit codes are gathers of 16 rows: 4096x9216 at width 8, 4.7 million of them and the tables, 2.4 MFMA, take
+//         1.10 ms at 3.07 GHz, 0.72 cycles each, where Intel's two loads a cycle would allow 0.5.
 // Safety: a table has room for every code that its bits can say; CheckProductCodes finds codes past the entries.
 // Source: Gong et al., Compressing deep convolutional networks using vector quantization (2014), section 3.3; Andre,
 //         Kermarrec, Le Scouarnec, Cache locality is not enough (2015), for tables in registers.

@@ -34,6 +34,15 @@ void SumNarrowTile(const float* tables, const std::uint8_t* words, Index groups,
   }
 }
 
+void AddWideTile(const float* tables, const std::uint8_t* codes, Index count, float* sums) {
+  for (Index r = 0; r < kProductRows; r += 8) {
+    float row_sums[8];
+    for (int i = 0; i < 8; ++i) row_sums[i] = sums[r + i];
+    for (Index t = 0; t < count; ++t) AddTable<1>(tables + t * kProductMany, codes + t * kProductRows + r, row_sums);
+    for (int i = 0; i < 8; ++i) sums[r + i] = row_sums[i];
+  }
+}
+
 // A lookup in 16 bytes takes the same table for every byte, and gives 0 where an index has its highest bit set: so one
 // for each of the word's bytes.
 void SumNarrowInt8Tile(const std::uint8_t* quantized, const std::uint8_t* words, Index groups, std::uint32_t* sums) {

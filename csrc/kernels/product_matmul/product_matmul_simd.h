@@ -165,6 +165,9 @@ constexpr Index BlockTables() {
   return kBytes / kTable / kUnit * kUnit < kUnit ? kUnit : kBytes / kTable / kUnit * kUnit;
 }
 
+// Adds to a tile's sums what `count` tables of 8-bit codes have for one sample; each level has its own.
+void AddWideTile(const float* tables, const std::uint8_t* codes, Index count, float* sums);
+
 template <bool kNarrow, int kLanes>
 void MatmulOf(const ProductMatmulArgs& a, Index tile_begin, Index tile_end) {
   using Numbers = Vector<kTogether<kLanes>>;
@@ -177,6 +180,12 @@ void MatmulOf(const ProductMatmulArgs& a, Index tile_begin, Index tile_end) {
     for (Index tile = tile_begin; tile < tile_end; ++tile) {
       const std::uint8_t* codes = w.codes + tile * tile_bytes;
       float* tile_sums = a.sums + tile * kProductRows * kLanes;
+      if constexpr (!kNarrow && kLanes == 1) {
+        for (Index r = 0; begin == 0 && r < kProductRows; ++r) tile_sums[r] = 0;
+        AddWideTile(a.tables + begin * kTable, codes + begin * kProductRows, end - begin, tile_sums);
+        if (end == tables) StoreTile<kLanes>(a, tile, tile_sums);
+        continue;
+      }
       for (Index r = 0; r < kProductRows; r += 8) {
         for (int part = 0; part < kLanes; part += kTogether<kLanes>) {
           Numbers sums[8] = {};

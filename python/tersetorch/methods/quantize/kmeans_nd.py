@@ -21,8 +21,8 @@ NATIVE_WIDTH = 32
 
 # The fewer the clusters, the more an unlucky draw costs and the less another try: rounds of exchange, and restarts from
 # so many clusters on.
-EXCHANGES, FEW_EXCHANGES = 12, 384
-RESTARTS = ((128, 1), (8, 3), (1, 5))
+EXCHANGES, MOST_EXCHANGES, FEW_EXCHANGES = 12, 24, 384
+RESTARTS = ((128, 1), (32, 3), (12, 8), (6, 12), (1, 32))
 
 # Codes, centres and errors of one problem.
 _Found = tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.float64]]
@@ -82,8 +82,8 @@ def cluster(
         clusters: at least 1.
         seed: of the draws.
         iterations: most rounds of Lloyd's iteration after the draw, and again at the end.
-        exchanges: most rounds of exchange; 12, or more for few clusters, where left out.
-        restarts: at least 1; 5 below 8 clusters, 3 below 128 and else 1 where left out.
+        exchanges: most rounds of exchange; 12, or up to 24 for few clusters, where left out.
+        restarts: at least 1; 32 below 6 clusters, 12 below 12, 8 below 32, 3 below 128, else 1 where left out.
         advance: called with the number of problems that are done, for a progress bar.
 
     Source:
@@ -92,7 +92,7 @@ def cluster(
     """
     problems, count, _ = points.shape
     if exchanges is None:
-        exchanges = max(EXCHANGES, FEW_EXCHANGES // clusters)
+        exchanges = max(EXCHANGES, min(MOST_EXCHANGES, FEW_EXCHANGES // clusters))
     if restarts is None:
         restarts = next((tries for fewest, tries in RESTARTS if clusters >= fewest))
     points = points.float()
