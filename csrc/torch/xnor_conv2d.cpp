@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "kernels/sign_pack/sign_pack.h"
+#include "kernels/xnor_conv2d/xnor_conv2d_cuda.h"
 #include "torch/cuda.h"
 #include "torch/images.h"
 #include "torch/signs.h"
@@ -158,8 +159,43 @@ Tensor XnorConv2dOnCpu(const Tensor& x, const Tensor& weight, std::int64_t in_ch
   return y;
 }
 
+#ifdef TERSETORCH_CUDA
+
+Tensor XnorConv2dOnCuda(const Tensor& x, const Tensor& weight, std::int64_t in_channels, std::int64_t out_channels,
+                        Ints kernel_size, Ints stride, Ints padding, Ints dilation, std::int64_t groups,
+                        std::int64_t padding_value, const std::optional<Tensor>& scale,
+                        const std::optional<Tensor>& bias, const std::optional<Tensor>& thresholds) {
+  const CudaCall call(kOp, x, "x");
+  Inputs inputs(call.place(), x, weight, in_channels, out_channels, kernel_size, stride, padding, dilation, groups,
+                padding_value, scale, bias, thresholds);
+  const Tensor y = inputs.Empty(x);
+  XnorConv2dArgs& args = inputs.args;
+  if (y.numel() == 0) return y;
+  Tensor bits = x;
+  if (inputs.signs.packed_already && !inputs.split) {
+    args.x = inputs.signs.Words();
+  } else {
+    bits = torch::stable::new_empty(x, {args.images * args.height * args.width, args.pixel_words}, ScalarType::Long);
+    auto* words = reinterpret_cast<std::uint64_t*>(bits.mutable_data_ptr<std::int64_t>());
+    inputs.signs.PackOnCuda(call, inputs.split ? groups : 1, words);
+    args.x = words;
+  }
+  call.Check(XnorConv2dCuda(args, call.Stream()));
+  return y;
+}
+
+#endif
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(tersetorch, CPU, m) { m.impl("xnor_conv2d", TORCH_BOX(&XnorConv2dOnCpu)); }
+
+STABLE_TORCH_LIBRARY_IMPL(tersetorch, CUDA, m) {
+#ifdef TERSETORCH_CUDA
+  m.impl("xnor_conv2d", TORCH_BOX(&XnorConv2dOnCuda));
+#else
+  m.impl("xnor_conv2d", &NotBuiltForCuda);
+#endif
+}
 
 }  // namespace tersetorch
