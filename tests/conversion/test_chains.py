@@ -294,6 +294,20 @@ def test_bfloat16_networks_decide_alike():
         assert torch.equal(fast(x).argmax(1), model(x).argmax(1))
 
 
+def test_measuring_keeps_the_chains_that_are_faster(timer):
+    model, x = mlp(), torch.randn(20, 30)
+    timer.seconds |= {"codebook_linear": 2e-3, "binary_linear": 1e-4}
+    fast = tt.convert(model, x)
+    assert tt.report(fast).plan == {"0": "dense", "3": "binary_linear", "8": "binary_linear", "11": "binary_linear"}
+    assert fast[3].thresholds is not None and "hands packed signs on" in reasons(fast)["3"]
+    # With the last layer undone the one before returns floats.
+    timer.seconds["11: binary_linear"] = 2e-3
+    fast = tt.convert(model, x, cache=False)
+    assert fast[8].thresholds is None and "its signs are used by" not in reasons(fast)["3"]
+    with torch.no_grad():
+        assert torch.equal(fast(x), model(x))
+
+
 def test_compiles_whole():
     torch.compiler.reset()
     model = mlp()

@@ -115,6 +115,15 @@ def test_pools_come_back_from_files(tmp_path):
         tt.load(tmp_path / "m.terse", model=other)
 
 
+def test_compiles_and_exports_whole():
+    torch.compiler.reset()
+    model, x = network(nn.MaxPool2d(2), norm(), Sign(), size=13)
+    fast = tt.convert(model, plan="binary")
+    with torch.no_grad():
+        assert torch.equal(torch.compile(fast, fullgraph=True, backend="aot_eager")(x), fast(x))
+        assert torch.equal(torch.export.export(fast, (x,)).module()(x), fast(x))
+
+
 def test_costs_count_what_the_dense_model_multiplies():
     model, x = network(nn.MaxPool2d(2), norm(), Sign(), size=13)
     fast = tt.convert(model, plan="binary")

@@ -31,7 +31,8 @@ def test_refuses_other_weights():
     for dense, message in (
         (torch.tensor([[1.0, -1.0], [1.0, 0.5]]), "got more than that in row 1"),
         (torch.tensor([[1.0, float("nan")]]), "got more than that in row 0"),
-        (torch.full((2, 2), float("nan")), "got NaN or infinity"),
+        (torch.full((2, 2), float("inf")), "got NaN or infinity"),
+        (torch.full((2, 2), float("nan")), "got more than that in row 0"),
     ):
         with pytest.raises(ValueError, match=message):
             SignWeight.from_dense(dense)

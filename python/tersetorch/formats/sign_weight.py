@@ -60,9 +60,14 @@ class SignWeight:
     @staticmethod
     def why_not(weight: Tensor) -> str | None:
         """Why from_dense refuses the values of a weight [rows, ...], or None."""
-        sizes = weight.detach().flatten(1).abs()
-        if not sizes.numel():
+        rows = weight.detach().flatten(1)
+        if not rows.numel():
             return None
+        # One row tells most other weights without looking at all of them.
+        first = rows[0].abs()
+        if bool((first != first[0]).any()):
+            return "more than that in row 0"
+        sizes = rows.abs()
         if not bool(sizes[:, 0].isfinite().all()):
             return "NaN or infinity"
         other = (sizes != sizes[:, :1]).any(1)
