@@ -236,6 +236,27 @@ def test_where_chains_end(run, folded, why, given):
         assert torch.equal(fast(x), model(x))
 
 
+class OtherSign(Sign):
+    def forward(self, x):
+        return super().forward(x - 1)
+
+
+def test_other_classes_and_several_rows_end_a_chain():
+    model = mlp()
+    model[7] = OtherSign().eval()
+    fast = tt.convert(model, plan="binary")
+    assert "its signs are used by 7 (OtherSign)" in reasons(fast)["3"] and fast[3].thresholds is None
+    assert "its input is what 7 (OtherSign) returns, not signs" in reasons(fast)["8"]
+    rows = nn.Sequential(Sign(), nn.Linear(9, 7, bias=False), Sign(), nn.Flatten(), nn.Linear(21, 4, bias=False))
+    tt.binarize.binary_connect(rows)
+    tt.finalize(rows)
+    x = torch.randn(5, 3, 9)
+    fast = tt.convert(rows, plan="binary")
+    assert "4 (BinaryLinear) takes 21 signs, several rows at once" in reasons(fast)["1"]
+    with torch.no_grad():
+        assert torch.equal(fast(x), rows(x))
+
+
 class Branches(Net):
     def forward(self, x):
         if self.training:

@@ -149,12 +149,13 @@ def _check_signs(seen: _Model, node: fx.Node | None) -> None:
     if node is None:
         raise _BrokenError("it is called with more than one tensor")
     module = seen.module(node)
-    if module is not None and not isinstance(module, Sign):
-        if isinstance(module, (nn.Flatten, nn.MaxPool2d, *_KEEPS_SIGNS)):
+    # Exactly these classes: a subclass may compute something else.
+    if module is not None and type(module) is not Sign:
+        if type(module) in (nn.Flatten, nn.MaxPool2d, *_KEEPS_SIGNS):
             seen.check(node)
             return _check_signs(seen, _argument(node))
         raise _BrokenError(f"its input is what {_shown(seen, node)} returns, not signs")
-    if isinstance(module, Sign):
+    if module is not None:
         return seen.check(node)
     if node.op == "call_function" and node.target is sign and (len(node.args) < 2 or node.args[1] is False):
         return None
@@ -220,11 +221,11 @@ def _follow(seen: _Model, name: str, layer: Layer) -> _Chain:
             raise _BrokenError(f"what {_shown(seen, node)} returns is used by {used or 'nobody'}")
         node = users[0]
         module = seen.module(node)
-        if isinstance(module, Sign):
+        if type(module) is Sign:
             break
-        if _argument(node) is None or not isinstance(module, (*MONOTONE, nn.MaxPool2d)):
+        if _argument(node) is None or type(module) not in (*MONOTONE, nn.MaxPool2d):
             raise _BrokenError(f"it is followed by {_shown(seen, node)}, not by a Sign")
-        if isinstance(module, nn.MaxPool2d):
+        if type(module) is nn.MaxPool2d:
             _check_pool(seen, node, isinstance(layer, BinaryConv2d))
             if pool is not None:
                 raise _BrokenError(f"a second pool, {_shown(seen, node)}, stands before its Sign")
@@ -266,12 +267,14 @@ def _follow_signs(seen: _Model, node: fx.Node, images: bool, layer: Layer, way: 
                 if module.in_features % layer.weight_shape[0] or len(seen.calls[str(user.target)]) > 1:
                     raise _BrokenError(f"{_shown(seen, user)} takes other things than its flattened images")
                 way.flattened.append(user)
+            elif module.in_features != layer.weight_shape[0]:
+                raise _BrokenError(f"{_shown(seen, user)} takes {module.in_features} signs, several rows at once")
             way.takers.append(user)
-        elif isinstance(module, nn.MaxPool2d):
+        elif type(module) is nn.MaxPool2d:
             _check_pool(seen, user, images and not flattened)
             way.pools.append(user)
             _follow_signs(seen, user, images, layer, way, flattened)
-        elif isinstance(module, _KEEPS_SIGNS):
+        elif type(module) in _KEEPS_SIGNS:
             way.kept.append(user)
             _follow_signs(seen, user, images, layer, way, flattened)
         elif _flattens(user, module, node):
@@ -282,7 +285,7 @@ def _follow_signs(seen: _Model, node: fx.Node, images: bool, layer: Layer, way: 
 
 def _flattens(node: fx.Node, module: nn.Module | None, argument: fx.Node) -> bool:
     """Whether a node makes rows of whole samples of its argument, of packed ones as well."""
-    if isinstance(module, nn.Flatten):
+    if type(module) is nn.Flatten:
         return (module.start_dim, module.end_dim) == (1, -1)
     if module is not None or not node.args or node.args[0] is not argument:
         return False
@@ -346,7 +349,7 @@ def _superfluous_signs(seen: _Model, gone: set[fx.Node]) -> set[fx.Node]:
     return {
         node
         for node in seen.graph.nodes
-        if node not in gone and isinstance(seen.module(node), Sign) and _ends_in_signs(seen, node)
+        if node not in gone and type(seen.module(node)) is Sign and _ends_in_signs(seen, node)
     }
 
 
@@ -355,7 +358,7 @@ def _ends_in_signs(seen: _Model, node: fx.Node) -> bool:
         module = seen.module(user)
         if _takes_signs(module) and _argument(user) is node:
             continue
-        passes = isinstance(module, (nn.Flatten, *_KEEPS_SIGNS)) or _only_moves(user)
+        passes = type(module) in (nn.Flatten, *_KEEPS_SIGNS) or _only_moves(user)
         if not passes or not _ends_in_signs(seen, user):
             return False
     return bool(node.users)
@@ -366,7 +369,7 @@ def _drop_signs(seen: _Model, gone: set[fx.Node]) -> None:
     superfluous = _superfluous_signs(seen, gone)
     for nodes in seen.calls.values():
         module = seen.module(nodes[0])
-        if isinstance(module, Sign) and any(node in superfluous for node in nodes):
+        if type(module) is Sign and any(node in superfluous for node in nodes):
             try:
                 for node in nodes:
                     seen.check(node)
