@@ -1,11 +1,12 @@
 """What lies between a product of signs and the next sign, as one integer for each row.
 
-The product is an integer, dot, between -n and n. What follows is evaluated by its own modules, as torch computes it, at
-every integer that can occur, and its sign is read off: so thresholds make the decision that the float modules make of
-the same product, to the last tie. A batch norm's 0, of either sign, is +1. What the thresholds say of sums that float
-arithmetic has to round is another matter: a scale for each row, or a bias, makes the dense layer's result depend on the
-order of its sum by some units in the last place, where BinaryLinear's is one rounding of the exact number. A decision
-can only differ where the batch norm of the two lies on both sides of 0.
+The product is an integer, dot, between -n and n. What follows is evaluated by its own modules, as torch computes it,
+and its sign is read off. Each of their operations is a rounding of a function that rises or falls, and so rises or
+falls itself: a binary search finds the integer where the sign changes, and thresholds make the decision that the float
+modules make of the same product, to the last tie. A batch norm's 0, of either sign, is +1. What the thresholds say of
+sums that float arithmetic has to round is another matter: a scale for each row, or a bias, makes the dense layer's
+result depend on the order of its sum by some units in the last place, where BinaryLinear's is one rounding of the exact
+number. A decision can only differ where the batch norm of the two lies on both sides of 0.
 """
 
 from __future__ import annotations
@@ -22,12 +23,10 @@ from tersetorch.nn import BinaryConv2d, BinaryLinear
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, ShiftBatchNorm1d, ShiftBatchNorm2d)
 # Modules that keep the order of numbers, or reverse it, in each row by itself.
-MONOTONE = (*BATCH_NORMS, nn.Hardtanh, nn.Tanh, nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d)
+MONOTONE = (*BATCH_NORMS, nn.Hardtanh, nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d)
 ALWAYS, NEVER = torch.iinfo(torch.int32).min, torch.iinfo(torch.int32).max
 # Numbers of a row that float32 tells apart.
 MAX_PRODUCTS = 1 << 24
-# Numbers evaluated at once.
-CELLS = 1 << 22
 
 
 class UnfoldableError(Exception):
@@ -75,60 +74,49 @@ def thresholds_of(
     chain = [[_in_evaluation(module, rows, convolves) for module in part] for part in (before, after)]
     # Every product is +1 or -1, so that sums go in steps of 2, but where a border leaves some of them out.
     borders = isinstance(layer, BinaryConv2d) and layer.padding_value == 0 and any(layer._padding)
-    dots = torch.arange(-terms, terms + 1, 1 if borders else 2, dtype=torch.int32)
-    count = torch.zeros(rows, dtype=torch.int64)
-    inner, outer = _Direction(rows), _Direction(rows)
-    for part in dots.split(max(2, CELLS // max(1, rows))):
-        y = _scaled(part, layer.scale, layer.bias, rows).to(dtype)
+    step = 1 if borders else 2
+
+    def after_layer(places: Tensor) -> tuple[Tensor, Tensor]:
+        """What before returns, and the sign behind all of it, for one sum of each row, counted from -terms in steps."""
+        y = _scaled(step * places - terms, layer.scale, layer.bias).to(dtype)[None]
         y = y[..., None, None] if convolves else y
         for module in chain[0]:
             y = module(y)
-        inner.see(y.reshape(len(part), rows))
+        inner = y.reshape(rows)
         for module in chain[1]:
             y = module(y)
-        y = y.reshape(len(part), rows)
-        if bool(y.isnan().any()):
+        y = y.reshape(rows)
+        if bool(y.isnan().any()) or bool(inner.isnan().any()):
             raise UnfoldableError("what follows it gives NaN")
-        positive = y >= 0
-        outer.see(positive)
-        count += positive.sum(0)
-    if not bool((outer.rises | outer.falls).all()) or (pooled and not bool((inner.rises | inner.falls).all())):
-        raise UnfoldableError("what follows it neither rises nor falls with its sums")
+        return inner, y >= 0
+
+    last = 2 * terms // step
+    low = torch.zeros(rows, dtype=torch.int64)
+    high = low + last
+    (inner_low, at_low), (inner_high, at_high) = after_layer(low), after_layer(high)
+    level = at_low == at_high
     # What stands behind the pool falls where all of it and what stands before it go opposite ways.
-    level = outer.rises & outer.falls
-    flipped = ~level & (inner.rises & ~outer.rises | inner.falls & ~inner.rises & outer.rises)
-    if not pooled:
-        flipped = torch.zeros_like(flipped)
-    rises = torch.where(flipped, outer.falls, outer.rises)
-    count = torch.where(flipped, len(dots) - count, count)
+    flipped = torch.zeros_like(level)
+    if pooled:
+        flipped = ~level & ((inner_low < inner_high) != at_high)
+    # Between low, whose sign is that of the least sum, and high, whose sign is that of the largest.
+    for _ in range(last.bit_length()):
+        middle = (low + high) // 2
+        same = after_layer(middle)[1] == at_low
+        low, high = torch.where(same, middle, low), torch.where(same, high, middle)
+    rises = at_high ^ flipped
     # The least sum that is +1, or, where +1 comes with small sums, minus the largest of these.
-    place = torch.where(rises, len(dots) - count, count - 1)
-    values = dots[place.clamp(0, max(0, len(dots) - 1))]
-    values = torch.where(rises, values, -values)
-    values = torch.where(count == len(dots), ALWAYS, torch.where(count == 0, NEVER, values)).to(torch.int32)
-    return Thresholds(values, ~rises & (count != 0) & (count != len(dots)), flipped)
+    values = torch.where(rises, step * high - terms, terms - step * low)
+    values = torch.where(level, torch.where(at_low, ALWAYS, NEVER), values).to(torch.int32)
+    return Thresholds(values, ~rises & ~level, flipped)
 
 
-class _Direction:
-    """Whether each column rises or falls, from parts of its rows in order; a level one does both."""
-
-    def __init__(self, columns: int) -> None:
-        self.rises = self.falls = torch.ones(columns, dtype=torch.bool)
-        self._last: Tensor | None = None
-
-    def see(self, part: Tensor) -> None:
-        whole = part if self._last is None else torch.cat([self._last, part])
-        self.rises = self.rises & (whole[1:] >= whole[:-1]).all(0)
-        self.falls = self.falls & (whole[1:] <= whole[:-1]).all(0)
-        self._last = part[-1:]
-
-
-def _scaled(dots: Tensor, scale: Tensor | None, bias: Tensor | None, rows: int) -> Tensor:
-    """fma(dot, scale, bias) as the kernels round it: float32 [dots, rows]."""
+def _scaled(dots: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    """fma(dot, scale, bias) as the kernels round it: float32 of dots' shape [..., rows]."""
     # A product of two float32 is exact in float64. A sum that is not is set to the odd one of its two neighbours, whose
     # rounding to float32 is that of the exact sum (Boldo and Melquiond, Emulation of FMA and correctly rounded sums,
     # IEEE Transactions on Computers 2008).
-    product = dots.double()[:, None] * (torch.ones(rows) if scale is None else scale.cpu()).double()
+    product = dots.double() if scale is None else dots.double() * scale.cpu().double()
     if bias is None:
         return product.float()
     added = bias.cpu().double().expand_as(product)
