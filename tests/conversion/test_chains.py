@@ -129,6 +129,26 @@ def test_a_network_stays_packed_and_decides_alike(scale):
         assert torch.equal(again(x), got)
 
 
+@pytest.mark.parametrize("inputs", ["pixels", "signed_pixels"])
+@pytest.mark.parametrize("scale", ["none", "row"])
+def test_a_network_of_pixels_is_integer_throughout(inputs, scale, tmp_path):
+    model = mlp(scale=scale)
+    pixels = torch.randint(0, 256, (300, 30)).to(torch.uint8)
+    x = pixels / 255 if inputs == "pixels" else 2 * (pixels / 255) - 1
+    plan = {"0": f"binary_linear_{inputs}", **dict.fromkeys(["3", "8", "11"], "binary_linear")}
+    fast = tt.convert(model, x, plan=plan)
+    assert [fast[i].thresholds is not None for i in (0, 3, 8, 11)] == [True, True, True, False]
+    assert "takes 8-bit pixels, hands packed signs on: its thresholds stand for 1, 2" in reasons(fast)["0"]
+    # What float modules decide of the exact sums.
+    first = BinaryLinear.from_dense(model[0], inputs=inputs)
+    with torch.no_grad():
+        assert torch.equal(sign_unpack(fast[0](pixels), 100), model[2](model[1](first(pixels))))
+        got = fast(x)
+        assert torch.equal(got.argmax(1), model(x).argmax(1)) and torch.equal(fast(pixels), got)
+    tt.save(fast, tmp_path / "m.terse")
+    assert torch.equal(tt.load(tmp_path / "m.terse")(x), got)
+
+
 def test_a_live_model_converts_and_files_keep_the_chain(tmp_path):
     torch.manual_seed(0)
     model = nn.Sequential(

@@ -74,6 +74,23 @@ def test_real_inputs_are_multiplied_as_they_are(scaled, bias):
     assert torch.allclose(got, want, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("scaled,bias", [(False, False), (True, True)])
+@pytest.mark.parametrize("inputs", ["pixels", "signed_pixels"])
+def test_pixels_are_multiplied_exactly(scaled, bias, inputs):
+    module = dense(scaled=scaled, bias=bias)
+    layer = BinaryLinear.from_dense(module, inputs=inputs)
+    pixels = torch.randint(0, 256, (2, 5, 150)).to(torch.uint8)
+    x = pixels / 255 if inputs == "pixels" else 2 * (pixels / 255) - 1
+    want = module(x)
+    for given in (pixels, x, x + 1e-4):
+        assert torch.allclose(layer(given), want, atol=1e-4)
+        assert torch.equal(layer(given), layer(pixels))
+    assert torch.equal(layer.weight, module.weight) and layer(x.bfloat16()).dtype == torch.bfloat16
+    assert torch.allclose(layer(torch.full((1, 150), 9.0)), module(torch.ones(1, 150)), atol=1e-4)
+    with pytest.raises(TypeError, match="input must be float32, bfloat16 or uint8"):
+        layer(sign_pack(x))
+
+
 def layers():
     thresholds = torch.arange(70).int()
     return [

@@ -40,7 +40,7 @@ class Candidate:
     Attributes:
         name: the format's name in plans and reports.
         alias: what plan= calls it for a whole model. Several may have the same: the smallest that can hold a layer's
-            weight is taken.
+            weight is taken. "" where only a layer's name can ask for it.
         source: the layer it replaces; exactly this class, since a subclass may compute something else.
         layer: the class it builds.
         max_density: above this share of non-zeros the format is larger than the dense weight, and is not measured.
@@ -307,15 +307,20 @@ CANDIDATES: dict[str, Candidate] = {
         *_convolutions("2d", nn.Conv2d, SparseConv2d, SparseCodebookConv2d),
         *_coded("codebook_conv2d", CodebookConv2d, _is_shared_in_filters, source=nn.Conv2d),
         _row("binary_linear", BinaryLinear, 1.0, _is_of_signs, alias="binary", layout="signs", signs=True),
-        Candidate(
-            "binary_linear_real",
-            "binary",
-            nn.Linear,
-            BinaryLinear,
-            1.0,
-            _is_of_signs,
-            partial(BinaryLinear.from_dense, inputs="real"),
-            layout="real",
+        *(
+            Candidate(
+                f"binary_linear_{inputs}",
+                "binary" if inputs == "real" else "",
+                nn.Linear,
+                BinaryLinear,
+                1.0,
+                _is_of_signs,
+                partial(BinaryLinear.from_dense, inputs=inputs),
+                layout=inputs,
+                # Pixels are the nearest of 256.
+                exact=inputs == "real",
+            )
+            for inputs in ("real", "pixels", "signed_pixels")
         ),
         _row(
             "binary_conv2d",

@@ -174,7 +174,7 @@ def _only_moves(node: fx.Node) -> bool:
 
 def fold(model: nn.Module, layers: Iterable[nn.Module]) -> dict[str, str]:
     """Makes chains of those of layers that are layers of signs, in place; says of each what became of it, by name."""
-    chosen = {layer for layer in layers if _takes_signs(layer) and layer.thresholds is None}
+    chosen = {layer for layer in layers if _counts(layer) and layer.thresholds is None}
     names = {name: layer for name, layer in model.named_modules() if layer in chosen}
     if not names:
         return {}
@@ -195,10 +195,16 @@ def fold(model: nn.Module, layers: Iterable[nn.Module]) -> dict[str, str]:
     _drop_signs(seen, gone)
     packed = {str(taker.target) for chain in chains.values() for taker in chain.way.takers}
     return {
-        name: ("takes packed signs, " if name in packed else "packs the signs of its input, ")
+        name: _taken(layer, name in packed)
         + (_told(seen, chains[name]) if name in chains else f"returns floats: {ends.get(name, 'it is not called')}")
-        for name in names
+        for name, layer in names.items()
     }
+
+
+def _taken(layer: Layer, packed: bool) -> str:
+    if layer.inputs != "signs":
+        return "takes 8-bit pixels, "
+    return "takes packed signs, " if packed else "packs the signs of its input, "
 
 
 def _follow(seen: _Model, name: str, layer: Layer) -> _Chain:
@@ -405,6 +411,11 @@ def _told(seen: _Model, chain: _Chain) -> str:
     inner = [str(node.target) for node in chain.dropped]
     pooled = f", which {chain.pool.target} pools" if chain.pool is not None else ""
     return f"hands packed signs on{pooled}: its thresholds stand for {', '.join(inner)}"
+
+
+def _counts(module: object) -> TypeGuard[Layer]:
+    """Whether a module's product is an integer."""
+    return isinstance(module, BinaryLinear | BinaryConv2d) and module.inputs != "real"
 
 
 def _takes_signs(module: object) -> TypeGuard[Layer]:

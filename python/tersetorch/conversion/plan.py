@@ -37,9 +37,9 @@ def follow(
 
 
 def _for_all(plan: str, groups: list[list[Site]], table: Table) -> list[tuple[str, str]]:
-    rows = [row for row in table.values() if row.alias == plan]
+    rows = [row for row in table.values() if row.alias == plan != ""]
     if not rows:
-        aliases = ", ".join(map(repr, dict.fromkeys(row.alias for row in table.values())))
+        aliases = ", ".join(map(repr, dict.fromkeys(row.alias for row in table.values() if row.alias)))
         raise ValueError(
             f"convert: plan must be one of {aliases} or a dict of layer names, got {plan!r}; choose one of them"
         )

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from tersetorch.methods.binarize import ShiftBatchNorm1d, ShiftBatchNorm2d
 from tersetorch.nn import BinaryConv2d, BinaryLinear
+from tersetorch.nn.binary_linear import PIXELS
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, ShiftBatchNorm1d, ShiftBatchNorm2d)
 # Modules that keep the order of numbers, or reverse it, in each row by itself.
@@ -67,6 +68,9 @@ def thresholds_of(
     """
     weight = layer.sign_weight
     rows, terms = weight.shape
+    scale, bias = layer.scale, layer.bias
+    if isinstance(layer, BinaryLinear) and layer.inputs != "signs":
+        terms, scale = terms * PIXELS, layer.unit_scale()
     if terms >= MAX_PRODUCTS:
         raise UnfoldableError(f"it adds up {terms} products, which float32 does not count exactly")
     convolves = isinstance(layer, BinaryConv2d)
@@ -74,11 +78,11 @@ def thresholds_of(
     chain = [[_in_evaluation(module, rows, convolves) for module in part] for part in (before, after)]
     # Every product is +1 or -1, so that sums go in steps of 2, but where a border leaves some of them out.
     borders = isinstance(layer, BinaryConv2d) and layer.padding_value == 0 and any(layer._padding)
-    step = 1 if borders else 2
+    step = 1 if borders or layer.inputs == "pixels" else 2
 
     def after_layer(places: Tensor) -> tuple[Tensor, Tensor]:
         """What before returns, and the sign behind all of it, for one sum of each row, counted from -terms in steps."""
-        y = _scaled(step * places - terms, layer.scale, layer.bias).to(dtype)[None]
+        y = _scaled(step * places - terms, scale, bias).to(dtype)[None]
         y = y[..., None, None] if convolves else y
         for module in chain[0]:
             y = module(y)

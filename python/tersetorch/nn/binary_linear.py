@@ -12,15 +12,18 @@ from tersetorch.formats import SignWeight
 from tersetorch.nn.shared_module import records
 from tersetorch.nn.sign_module import SignModule
 
-INPUTS = ("signs", "real")
+INPUTS = ("signs", "real", "pixels", "signed_pixels")
+PIXELS = 255
 _xnor_matmul = ops.native_op("xnor_matmul")
+_bitplane_matmul = ops.native_op("bitplane_matmul")
 
 
 class BinaryLinear(SignModule):
     """y = scale * (W . sign(input)) + bias with W of signs, computed as bits; sign(0) is +1 and sign(NaN) -1.
 
     With inputs="real" it is y = scale * (W . input) + bias, by additions and subtractions; only that has gradients, of
-    input.
+    input. With inputs="pixels" input is numbers k / 255 of images, k from 0 to 255, with "signed_pixels" 2 k / 255 - 1:
+    floats, of which the nearest k counts, or uint8, the k themselves. 255 * W . input is an exact integer there.
 
     Shapes: input float32 or bfloat16 [..., in_features], of which only the signs count -> y [..., out_features] of
     input's dtype, or packed signs with thresholds: int64 [..., ceil(out_features / 64)]. input may be packed signs
@@ -33,8 +36,8 @@ class BinaryLinear(SignModule):
         bias: float [out_features], or None.
         thresholds: int32 [out_features], instead of bias and of the weight's scale: y is the packed signs that are +1
             where the product is at least the threshold.
-        inputs: "signs", or "real" for numbers that are multiplied as they are: float32 or bfloat16 only, sums in
-            float32.
+        inputs: "signs"; "real" for numbers that are multiplied as they are: float32 or bfloat16 only, sums in
+            float32; "pixels" or "signed_pixels".
         dtype: of y where input is packed signs.
 
     Raises:
@@ -64,9 +67,9 @@ class BinaryLinear(SignModule):
     def _take_sizes(self, weight: SignWeight, inputs: str = "signs", **sizes: Any) -> None:
         if inputs not in INPUTS:
             raise ValueError(f"BinaryLinear: inputs must be one of {list(INPUTS)}, got {inputs!r}; choose one of them")
-        if inputs == "real" and weight.taps != 1:
+        if inputs != "signs" and weight.taps != 1:
             raise ValueError(
-                f'BinaryLinear: weight must have one tap for inputs="real", got {weight.taps}; leave taps out'
+                f"BinaryLinear: weight must have one tap for inputs={inputs!r}, got {weight.taps}; leave taps out"
             )
         self.inputs = inputs
         self.out_features, self.in_features = weight.shape
@@ -141,8 +144,8 @@ class BinaryLinear(SignModule):
     def forward(self, input: Tensor) -> Tensor:
         """Applies the layer to input, float [..., in_features], or packed signs."""
         self._checked(input)
-        if self.inputs == "real":
-            return self._multiplied(input)
+        if self.inputs != "signs":
+            return self._multiplied(input) if self.inputs == "real" else self._of_pixels(input)
         x = input
         if x.dtype != torch.int64 and self.taps > 1 and x.shape[-1] == self.in_features:
             x = ops.sign_pack(x.unflatten(-1, (self._channels, self.taps)).transpose(-1, -2)).flatten(-2)
@@ -162,6 +165,40 @@ class BinaryLinear(SignModule):
         if not records():
             return ops.sign_matmul_inference(x, self.bits, self.out_features, self.scale, self.bias)
         return ops.sign_matmul(x, self.bits, out_features=self.out_features, scale=self.scale, bias=self.bias)
+
+    @property
+    def unit(self) -> float:
+        """What the integer product of inputs stands for: 1 / 255 of pixels, 1 otherwise."""
+        return 1 / PIXELS if self.inputs in ("pixels", "signed_pixels") else 1.0
+
+    def unit_scale(self) -> Tensor | None:
+        """The scale of the integer product, float32 [out_features], or None for 1."""
+        if self.unit == 1.0:
+            return self.scale
+        ones = torch.ones(self.out_features, device=self.bits.device) if self.scale is None else self.scale
+        return ones / PIXELS
+
+    def _of_pixels(self, x: Tensor) -> Tensor:
+        """The product with pixels, floats of which the nearest counts."""
+        step, zero = (2, PIXELS) if self.inputs == "signed_pixels" else (1, 0)
+        pixels = x
+        if x.dtype != torch.uint8:
+            # In float32, since bfloat16 does not hold all 256.
+            pixels = ((x.float() * PIXELS + zero) / step).round_().clamp_(0, PIXELS).to(torch.uint8)
+        held = self._buffers
+        scale = None if held["thresholds"] is not None else self.unit_scale()
+        y: Tensor = _bitplane_matmul(
+            pixels,
+            held["bits"],
+            self.in_features,
+            self.out_features,
+            step,
+            zero,
+            scale,
+            held["bias"],
+            held["thresholds"],
+        )
+        return self._finished(y, torch.int64 if x.dtype == torch.uint8 else x.dtype)
 
     def extra_repr(self) -> str:
         """What print(module) shows between the parentheses."""

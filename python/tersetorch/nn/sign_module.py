@@ -173,10 +173,10 @@ class SignModule(nn.Module):
             raise TypeError(
                 f"{type(self).__name__}: input must be a tensor, got {type(x).__name__}; pass a torch.Tensor"
             )
-        if x.dtype != torch.int64 and x.dtype not in FLOATS:
+        other = (torch.int64, "packed signs, int64") if self.inputs in ("signs", "real") else (torch.uint8, "uint8")
+        if x.dtype != other[0] and x.dtype not in FLOATS:
             raise TypeError(
-                f"{type(self).__name__}: input must be float32, bfloat16 or packed signs, int64, got {x.dtype}; "
-                "convert it"
+                f"{type(self).__name__}: input must be float32, bfloat16 or {other[1]}, got {x.dtype}; convert it"
             )
 
     def _finished(self, y: Tensor, given: torch.dtype) -> Tensor:
