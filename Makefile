@@ -80,13 +80,15 @@ test-newest-torch: venv
 # folder with published networks; without it the suite `networks` is empty. aqlm comes without what trains it.
 bench: venv
 	for peer in scipy onnx onnxruntime openvino ai-edge-litert faiss-cpu bitsandbytes torchao gguf llama-cpp-python numba \
-	  '--no-deps aqlm'; do \
+	  numkong '--no-deps aqlm'; do \
 	  $(PIP) $$peer || echo "$$peer does not install here: the bench goes without it"; \
 	done
 	for threads in 1_thread 2_threads; do \
 	  run="env $(UNDISTURBED) tersetorch bench --threads $${threads%%_*} --json bench/results"; \
-	  $$run/bench_$$threads.json sparse networks && $$run/bench_coded_$$threads.json codebook product coders || exit 1; \
+	  $$run/bench_$$threads.json sparse networks && $$run/bench_coded_$$threads.json codebook product coders && \
+	    $$run/bench_binary_$$threads.json binary || exit 1; \
 	done
+	TERSETORCH_CPU_ISA=avx2 $(UNDISTURBED) tersetorch bench --case fc7 --json bench/results/bench_binary_avx2.json binary
 
 reproduce: venv
 	for row in $$(tersetorch reproduce --names); do \

@@ -35,6 +35,10 @@ class Linear:
         """Multiply-adds with the non-zero weights."""
         return batch * density * self.out_features * self.in_features
 
+    def numbers_out(self, batch: int) -> int:
+        """Of a result."""
+        return batch * self.out_features
+
     def samples(self, batch: int) -> Tensor:
         """What goes in, float32 [batch, in]."""
         return torch.randn(batch, self.in_features, generator=torch.Generator().manual_seed(1))
@@ -79,6 +83,10 @@ class Conv:
         weights = self.out_channels * self.in_channels // self.groups * self.kernel**2
         return batch * density * weights * self.out_size**2
 
+    def numbers_out(self, batch: int) -> int:
+        """Of a result."""
+        return batch * self.out_channels * self.out_size**2
+
     def samples(self, batch: int) -> Tensor:
         """What goes in, float32 [batch, channels, size, size], contiguous."""
         shape = (batch, self.in_channels, self.size, self.size)
@@ -105,6 +113,9 @@ CASES: dict[str, Case] = {
         Linear("transformer ffn down", 768, 3072),
         Linear("large transformer ffn", 11008, 4096),
         Linear("mobilenet pointwise as linear", 512, 512),
+        Linear("square 1024", 1024, 1024),
+        Linear("1024 from 512", 1024, 512),
+        Linear("256 from 2304", 256, 2304),
         Conv("alexnet conv2", 256, 96, 5, 27, groups=2),
         Conv("alexnet conv3", 384, 256, 3, 13),
         Conv("alexnet conv4", 384, 384, 3, 13, groups=2),
@@ -112,6 +123,7 @@ CASES: dict[str, Case] = {
         Conv("vgg16 conv3_1", 256, 128, 3, 56),
         Conv("resnet 64 at 56", 64, 64, 3, 56),
         Conv("resnet 128 at 28", 128, 128, 3, 28),
+        Conv("128 at 56", 128, 128, 3, 56),
         Conv("resnet 256 at 14", 256, 256, 3, 14),
         Conv("resnet 512 at 7", 512, 512, 3, 7),
         Conv("squeezenet fire9 expand", 256, 64, 3, 13),

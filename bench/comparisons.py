@@ -13,6 +13,8 @@ from .implementations import Mode
 Record = dict[str, Any]
 MODES: tuple[Mode, ...] = ("float32", "bfloat16", "int8")
 
+# Levels below this CPU's own, which a goal must name.
+LOWER = ("scalar", "avx2")
 FAMILY_FIELDS = ("suite", "case", "pattern", "active", "cache", "threads", "batch")
 
 
@@ -105,6 +107,7 @@ def _goals() -> Iterator[Goal]:
     yield one("conv VGG 3_1, batch 16, bfloat16", vgg, 0.35, half, ("bfloat16",), (1.09,), (1.3,))
     yield one("conv VGG 3_1, batch 16, bfloat16", vgg, 0.1, half, ("bfloat16",), (2.6,), (3.5,))
     yield from _codebook_goals()
+    yield from _binary_goals()
     for batch in (1, 16):
         where = {"case": "SqueezeNet of Deep Compression", "batch": batch}
         yield Goal(f"SqueezeNet as published, batch {batch}", where, ("torch dense*",), plain, (), (1.3,))
@@ -130,6 +133,40 @@ def _codebook_goals() -> Iterator[Goal]:
     yield one(8, 1, "int8", dynamic, (0.88,), (1.3,))
 
 
+def _binary_goals() -> Iterator[Goal]:
+    packed, linear, dynamic = ("oneDNN packed float32",), ("torch F.linear float32",), ("torch dynamic int8*",)
+    mode: tuple[Mode, ...] = ("binary",)
+    floats = "tersetorch xnor"  # samples come as floats and are packed within the time
+
+    def one(case: str, batch: int, peers: tuple[str, ...], prototype: float | None, goal: float, **more: Any) -> Goal:
+        words = f"signs, {case}, batch {batch}, {more.pop('words', 'floats out')}"
+        where = {"suite": "binary", "case": case, "batch": batch} | more.pop("where", {})
+        before = () if prototype is None else (prototype,)
+        return Goal(words, where, peers, mode, before, (goal,), **({"ours": floats} | more))
+
+    for batch, rows in (
+        (64, ((packed, 21, 22), (linear, 30, 30), (dynamic, 6.1, 6.3))),
+        (1024, ((packed, 19.4, 20), (linear, 23, 24), (dynamic, 5.7, 6))),
+        (1, ((linear, 133, 140), (dynamic, 17, 18))),
+    ):
+        for peers, prototype, goal in rows:
+            yield one("alexnet fc7", batch, peers, prototype, goal)
+    conv = "resnet 256 at 14"
+    yield one(conv, 1, ("torch F.conv2d float32*",), 21, 23)
+    yield one(conv, 1, ("torch static int8 conv",), 6, 6.5)
+    layout = ("torch F.conv2d float32 channels_last",)
+    yield one(conv, 16, layout, 14, 20, ours="tersetorch xnor, signs out", words="signs out")
+    theirs = {"ours": "tersetorch xnor packed", "words": "packed samples"}
+    for case, batch, prototype, goal in (
+        ("square 1024", 1024, 1.8, 1.9),
+        ("1024 from 512", 1024, 2.3, 2.6),
+        ("256 from 2304", 784, 1.5, 1.7),
+    ):
+        yield one(case, batch, ("NumKong packed",), prototype, goal, **theirs)
+    for batch in (64, 1024):
+        yield one("alexnet fc7", batch, linear, None, 7, where={"isa": "avx2"}, words="AVX2")
+
+
 GOALS = tuple(_goals())
 
 
@@ -138,6 +175,8 @@ def reached(records: Iterable[Record]) -> Iterator[Goal | Reached]:
     records = list(records)
     for goal in GOALS:
         here = [r for r in records if all(r[field] == value for field, value in goal.where.items())]
+        if "isa" not in goal.where and any(r["isa"] not in LOWER for r in here):
+            here = [r for r in here if r["isa"] not in LOWER]
         found = False
         for threads in sorted({r["threads"] for r in here}):
             same = [r for r in here if r["threads"] == threads]

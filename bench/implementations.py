@@ -13,9 +13,9 @@ from torch import Tensor
 
 from .cases import Case
 
-Mode = Literal["float32", "bfloat16", "int8"]
+Mode = Literal["float32", "bfloat16", "int8", "binary"]
 # Largest error of a result, of the largest result, against float64.
-MAX_ERROR: dict[Mode, float] = {"float32": 1e-4, "bfloat16": 2e-2, "int8": 5e-2}
+MAX_ERROR: dict[Mode, float] = {"float32": 1e-4, "bfloat16": 2e-2, "int8": 5e-2, "binary": 0}
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Implementation:
 
     Attributes:
         name: what records call it.
-        family: ours, or what kind of a peer; coded ones keep weights of few bits.
+        family: ours, or what kind of a peer; coded ones keep weights of few bits, binary ones multiply signs.
         mode: the arithmetic, which also says how large an error may be.
         pack: (case, weight, batch, threads) -> the packed weight.
         needs: modules without which it is not there.
@@ -51,7 +51,7 @@ class Implementation:
     """
 
     name: str
-    family: Literal["ours", "dense", "sparse", "coded"]
+    family: Literal["ours", "dense", "sparse", "coded", "binary"]
     mode: Mode
     pack: Callable[[Case, Tensor, int, int], Packed]
     needs: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""One linear layer in many forms, timed side by side: what the suites of coded weights share."""
+"""One layer in many forms, timed side by side: what the suites of coded weights and of signs share."""
 
 from __future__ import annotations
 
@@ -12,11 +12,15 @@ from torch import Tensor
 
 from tersetorch import _native
 
-from .cases import Linear
+from .cases import Case
 from .implementations import Implementation, LeftOut, Packed, max_error_of, refusal
 from .options import Options
 from .rates import Evictor, Rates
 from .timing import interleave
+
+
+def _same(numbers: Tensor) -> Tensor:
+    return numbers
 
 
 @dataclass(frozen=True)
@@ -28,12 +32,16 @@ class Row:
         weight: what it packs, float32 [out, in].
         patterns: the forms of a weight beside which it is shown, of which the last is its own; a record for each.
         operations: of a call, a multiply and an add counted as two; None for those of a dense product.
+        outcome: what its result must be, of the product in float64.
+        moved: bytes of samples and results; None for those of float tensors, bfloat16 ones in that mode of a peer.
     """
 
     implementation: Implementation
     weight: Tensor
     patterns: Sequence[str]
     operations: float | None = None
+    outcome: Callable[[Tensor], Tensor] = _same
+    moved: int | None = None
 
     @property
     def key(self) -> str:
@@ -48,17 +56,19 @@ class Layers:
     bytes of weight, samples and result, once each, allow at the rates measured in the same run.
     """
 
-    def __init__(self, suite: str, options: Options, rates: Rates) -> None:
+    def __init__(self, suite: str, options: Options, rates: Rates, samples: Callable[[Tensor], Tensor] = _same) -> None:
+        """samples: what becomes of a case's samples."""
+        self._samples = samples
         self._suite = suite
         self._options = options
         self._rates = rates
-        self._case: Linear | None = None
+        self._case: Case | None = None
         self._packed: dict[str, tuple[Packed, float, int]] = {}
         self._evictor: Evictor | None = None
 
     def measure(
         self,
-        case: Linear,
+        case: Case,
         batch: int,
         rows: Iterable[Row],
         label: str,
@@ -77,14 +87,14 @@ class Layers:
 
     def _measure(
         self,
-        case: Linear,
+        case: Case,
         batch: int,
         rows: list[Row],
         label: str,
         seconds: float,
         cache: Literal["warm", "cold"],
     ) -> tuple[list[dict[str, Any]], list[LeftOut]]:
-        x = case.samples(batch)
+        x = self._samples(case.samples(batch))
         calls: dict[str, Callable[[], Any]] = {}
         kept: dict[str, tuple[Row, Packed, float, float]] = {}
         wants: dict[int, Tensor] = {}
@@ -107,8 +117,7 @@ class Layers:
             want = wants.get(id(held))
             if want is None:
                 want = wants[id(held)] = case.reference(x, held)
-            # A search returns each sample's largest product only.
-            error = max_error_of(result, want.amax(1, keepdim=True) if result.shape == (batch, 1) else want)
+            error = max_error_of(result, row.outcome(want))
             wrong = refusal(error, one.mode)
             if wrong:
                 left_out.append(LeftOut(one.name, label, wrong, wrong=True))
@@ -123,12 +132,13 @@ class Layers:
             times = interleave(calls, seconds * len(calls))
         records = []
         for key, (row, packed, pack_ms, error) in kept.items():
-            figures = self._figures(case, batch, cache, row, packed) | {"pack_ms": pack_ms, "max_error": error}
+            numbers = x.numel() + case.numbers_out(batch)
+            figures = self._figures(case, batch, cache, row, packed, numbers) | {"pack_ms": pack_ms, "max_error": error}
             figures |= times[key] | {"fraction_of_limit": figures["limit_ms"] / times[key]["p30_ms"]}
             records += [{"suite": self._suite, "pattern": pattern} | figures for pattern in row.patterns]
         return records, left_out
 
-    def _pack(self, case: Linear, row: Row, batch: int) -> tuple[Packed, float]:
+    def _pack(self, case: Case, row: Row, batch: int) -> tuple[Packed, float]:
         one = row.implementation
         packed, pack_ms, made_for = self._packed.get(row.key, (None, 0.0, batch))
         if packed is None or (one.follows_batch and made_for != batch):
@@ -139,11 +149,11 @@ class Layers:
             self._packed[row.key] = packed, pack_ms, batch
         return packed, pack_ms
 
-    def _figures(self, case: Linear, batch: int, cache: str, row: Row, packed: Packed) -> dict[str, Any]:
+    def _figures(self, case: Case, batch: int, cache: str, row: Row, packed: Packed, numbers: int) -> dict[str, Any]:
         one = row.implementation
         operations = 2 * case.multiplies(batch, 1.0) if row.operations is None else row.operations
         width = 2 if one.mode == "bfloat16" and one.family != "ours" else 4
-        moved = packed.nbytes + width * batch * (case.in_features + case.out_features)
+        moved = packed.nbytes + (width * numbers if row.moved is None else row.moved)
         level = _native.cpu_active() if one.family == "ours" else _native.cpu_detected()
         limit_ms, bound = self._rates.limit_ms(operations, moved, one.mode, level, cache == "cold")
         return {

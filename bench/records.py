@@ -16,6 +16,7 @@ from rich.table import Table
 
 from tersetorch import _native
 
+from .binary_peers import BINARY
 from .coded_peers import CODED
 from .cuda import problems
 from .cuda.rates import Rates as CudaRates
@@ -24,7 +25,7 @@ from .implementations import LeftOut
 from .options import Options
 from .peers import PEERS
 from .rates import Rates, caches_kib
-from .suites import codebook, coders, networks, product, sparse
+from .suites import binary, codebook, coders, networks, product, sparse
 
 Record = dict[str, Any]
 
@@ -48,6 +49,7 @@ SUITES: dict[str, tuple[Any, type[Any]]] = {
     "sparse": (sparse.groups, sparse.Sparse),
     "codebook": (codebook.groups, codebook.Codebook),
     "product": (product.groups, product.Product),
+    "binary": (binary.groups, binary.Binary),
     "coders": (coders.groups, coders.Coders),
     "networks": (networks.groups, networks.Networks),
 }
@@ -58,7 +60,8 @@ CUDA_SUITES: dict[str, tuple[Any, type[Any]]] = {
 # What peers are versions of.
 PACKAGES = (
     "tersetorch", "torch", "numpy", "scipy", "onnxruntime", "openvino", "ai-edge-litert", "faiss-cpu", "bitsandbytes",
-    "torchao", "llama-cpp-python", "gguf", "aqlm", "numba",
+    "torchao", "llama-cpp-python", "gguf", "aqlm", "numba", "numkong",
+    "larq-compute-engine",
 )  # fmt: skip
 
 
@@ -119,7 +122,7 @@ class Run:
 
 def missing(threads: int) -> dict[str, str]:
     """Peers that cannot run here, and why."""
-    rows = (*PEERS["linear"], *PEERS["conv"], *CODED, *product.peers())
+    rows = (*PEERS["linear"], *PEERS["conv"], *CODED, *product.peers(), *BINARY["linear"], *BINARY["conv"])
     reasons = {row.name: row.missing(row.batches[0], threads) for row in rows}
     return {name: reason for name, reason in reasons.items() if reason}
 

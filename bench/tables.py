@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 # What `make bench` writes; one that is not there adds no rows.
 CODED_BENCHES = ("bench_coded_1_thread.json", "bench_coded_2_threads.json")
-BENCHES = ("bench_1_thread.json", "bench_2_threads.json", *CODED_BENCHES)
+BINARY_BENCHES = ("bench_binary_1_thread.json", "bench_binary_2_threads.json", "bench_binary_avx2.json")
+BENCHES = ("bench_1_thread.json", "bench_2_threads.json", *CODED_BENCHES, *BINARY_BENCHES)
 # (case, density, batch) of the README's rows.
 HEADLINES = (
     ("alexnet fc6", 0.09, 1),
@@ -200,6 +202,51 @@ def _coded_table(suite: str, wanted: Callable[[Record], bool] = lambda _: True) 
             )
     head = ("layer", "weight", "form", "batch", "threads", "mode", "ours, ms", "best dense, ms", "best coded, ms")
     return _markdown((*head, "than dense", "than coded", "of our limit", "MiB of ours / dense / coded"), rows)
+
+
+def binary_speeds() -> str:
+    """Every case of signs, also where we lose."""
+    return _binary_table(lambda _: True)
+
+
+def binary_headlines() -> str:
+    """A large layer and a convolution, samples packed within the time, at the level that this CPU has."""
+
+    def wanted(record: Record) -> bool:
+        here = record["case"] in ("alexnet fc7", "resnet 256 at 14") and record["isa"] != "avx2"
+        return here and record["threads"] == 1 and "packed" not in record["implementation"]
+
+    return _binary_table(wanted)
+
+
+def _binary_table(wanted: Callable[[Record], bool]) -> str:
+    """One row for each form of ours beside the fastest dense float32, bfloat16 and int8 and another library's signs."""
+    rows = []
+    records = [r for r in _records() if r["suite"] == "binary"]
+    cases = by_case(records).values()
+    for same in (list(level) for case in cases for _, level in groupby(case, lambda r: r["isa"])):
+        for ours in (r for r in same if r["family"] == "ours" and wanted(r)):
+            cells, ratios = [], []
+            for family, mode in (*(("dense", mode) for mode in MODES), ("binary", "binary")):
+                found = [r for r in same if (r["family"], r["mode"]) == (family, mode)]
+                best = fastest(found) if found else None
+                cells.append("-" if best is None else f"{best['implementation']} {best['median_ms']:.3f}")
+                ratios.append("-" if best is None else f"{best['median_ms'] / ours['median_ms']:.2f}x")
+            rows.append(
+                (
+                    ours["case"],
+                    "x".join(map(str, ours["shape"])),
+                    ours["batch"],
+                    ours["threads"],
+                    ours["isa"],
+                    ours["implementation"].removeprefix("tersetorch "),
+                    f"{ours['median_ms']:.3f} ± {ours['spread_ms']:.3f}",
+                    *(f"{cell} ({ratio})" if ratio != "-" else "-" for cell, ratio in zip(cells, ratios, strict=True)),
+                    f"{100 * ours['fraction_of_limit']:.0f} % ({ours['limit']})",
+                )
+            )
+    head = ("layer", "weight", "batch", "threads", "level", "ours", "ours, ms", "best float32, ms (over ours)")
+    return _markdown((*head, "best bfloat16", "best int8", "signs elsewhere", "of our limit"), rows)
 
 
 def coder_speeds() -> str:
@@ -407,6 +454,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "codebook_headlines": codebook_headlines,
     "product_speeds": product_speeds,
     "peer_versions": peer_versions,
+    "binary_speeds": binary_speeds,
+    "binary_headlines": binary_headlines,
     "coder_speeds": coder_speeds,
     "machine": machine,
     "machine_rates": machine_rates,

@@ -136,6 +136,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
     axes.set_xticks(record["plan"]["ratios"], [f"{ratio}x" for ratio in record["plan"]["ratios"]], minor=False)
     axes.minorticks_off()
     axes.set_yscale("symlog", linthresh=0.5)
+    axes.set_ylim(bottom=-0.3)
     axes.legend(fontsize="small")
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 

@@ -98,7 +98,6 @@ def draw(record: dict[str, Any], path: Path) -> None:
             )
         axes.axhline(0, color="0.6", linewidth=1, linestyle="--")
         axes.set(title=title, xlabel="bits", ylabel="rise of the held-out error, points")
-        axes.set_yscale("symlog", linthresh=0.5)
     axes.legend(fontsize="small")
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 

@@ -86,8 +86,19 @@ def _rows(group: Group) -> Iterator[Row]:
         if one.name.startswith(DENSE) and one.mode != "bfloat16":  # ours have no such mode
             yield Row(one, dense, (group.pattern,))
     peers_here = peers(weight) if group.shared else peers(weight)[:1]
-    for one in (*_ours(weight), *peers_here):
+    for one in _ours(weight):
         yield Row(one, dense, (group.pattern,), operations)
+    for one in peers_here:
+        yield Row(one, dense, (group.pattern,), operations, _greatest if "search" in one.name else _all)
+
+
+def _greatest(products: Tensor) -> Tensor:
+    """Of each sample, which is all that a search returns."""
+    return products.amax(1, keepdim=True)
+
+
+def _all(products: Tensor) -> Tensor:
+    return products
 
 
 def weight_of(group: Group) -> ProductWeight:

@@ -1,9 +1,11 @@
 import pytest
 
 from tersetorch.bench import tables
+from tersetorch.bench.binary_peers import BINARY
 from tersetorch.bench.cases import CASES
 from tersetorch.bench.coded_peers import CODED
 from tersetorch.bench.comparisons import GOALS, Goal, Reached, break_even, by_case, reached
+from tersetorch.bench.implementations import MAX_ERROR
 from tersetorch.bench.ours import OURS
 from tersetorch.bench.peers import PEERS
 
@@ -11,7 +13,7 @@ from tersetorch.bench.peers import PEERS
 def record(implementation, family, p30_ms, mode="float32", **more):
     base = {"suite": "sparse", "case": "alexnet fc6", "kind": "linear", "shape": [4096, 9216], "density": 0.09}
     base |= {"pattern": "random", "batch": 1, "active": 1.0, "cache": "warm", "threads": 1, "limit": "bytes"}
-    base |= {"fraction_of_limit": 0.5, "pack_ms": 3.0, "weight_bytes": 2**20}
+    base |= {"isa": "avx512", "fraction_of_limit": 0.5, "pack_ms": 3.0, "weight_bytes": 2**20}
     return base | {"implementation": implementation, "family": family, "mode": mode, "p30_ms": p30_ms} | more
 
 
@@ -37,13 +39,26 @@ def test_goals_show_wins_losses_and_what_is_not_measured():
     assert len(found) - 1 + sum(isinstance(row, Goal) for row in rows) == len(GOALS)
 
 
+def test_goals_take_the_level_they_name_or_the_cpus_own():
+    where = {"suite": "binary", "case": "alexnet fc7", "batch": 64}
+    records = [
+        record("torch F.linear float32", "dense", 30.0, **where),
+        record("tersetorch xnor", "ours", 1.0, "binary", **where),
+        record("torch F.linear float32", "dense", 32.0, isa="avx2", **where),
+        record("tersetorch xnor", "ours", 0.5, "binary", isa="avx2", **where),
+    ]
+    found = {row.goal.title: row.ratio for row in reached(records) if isinstance(row, Reached)}
+    assert found == {"signs, alexnet fc7, batch 64, floats out": 30, "signs, alexnet fc7, batch 64, AVX2": 64}
+
+
 def test_goals_name_cases_and_peers_that_exist():
-    peers = [row.name for rows in PEERS.values() for row in rows] + [row.name for row in CODED] + ["torch dense"]
+    peers = [row.name for rows in PEERS.values() for row in rows] + [row.name for row in CODED]
+    peers += ["torch dense", *(row.name for rows in BINARY.values() for row in rows)]
     for goal in GOALS:
         assert goal.where["case"] in CASES or goal.where["case"] == "SqueezeNet of Deep Compression"
         for pattern in goal.peers:
             assert any(name.startswith(pattern.rstrip("*")) for name in peers)
-        assert len(goal.goal) in (1, 2) and all(mode in ("float32", "bfloat16", "int8") for mode in goal.modes)
+        assert len(goal.goal) in (1, 2) and all(mode in MAX_ERROR for mode in goal.modes)
     assert all(row.family == "ours" for rows in OURS.values() for row in rows)
 
 

@@ -19,7 +19,7 @@ def test_every_level_multiplies_and_reads():
 @pytest.mark.parametrize(
     "call,match",
     [
-        (lambda: _native.arithmetic_rate("float64", "scalar", 1e-4), "must be float32, bfloat16, int8 or binary, got float64"),
+        (lambda: _native.arithmetic_rate("float64", "scalar", 1e-4), "float32, bfloat16, int8 or binary, got float64"),
         (lambda: _native.arithmetic_rate("int8", "sse9", 1e-4), r"level must be one of cpu_levels\(\), got sse9"),
         (lambda: _native.arithmetic_rate("int8", "scalar", 0), r"seconds must lie in \(0, 60\], got 0"),
         (lambda: _native.arithmetic_rate("int8", "scalar", float("nan")), r"seconds must lie in \(0, 60\], got"),
