@@ -186,11 +186,9 @@ def _thresholds(root: Path, index: int, given: FinnShape, elements: int, height:
     if not (numbers[rows:] == LARGEST_THRESHOLD).all():
         _refuse(f"pad the thresholds of layer {index} with {LARGEST_THRESHOLD}", "others")
     numbers = numbers[:rows]
-    if given.fixed:
-        # sum w q / 2^7 > t / 2^8
-        least = (numbers >> (THRESHOLD_FRACTION - INPUT_FRACTION)) + 1
-    else:
-        least = 2 * (numbers + 1) - columns
+    # Fixed: sum w q / 2^7 > t / 2^8.
+    fixed = (numbers >> (THRESHOLD_FRACTION - INPUT_FRACTION)) + 1
+    least = fixed if given.fixed else 2 * (numbers + 1) - columns
     return torch.from_numpy(least.astype(np.int32))
 
 
