@@ -21,12 +21,17 @@ def one_thread():
 
 
 def digits(seed):
+    """Digits as bytes have them, k / 255."""
     data = load("digits", seed=seed)
-    return Images(
-        (data.train_images.flatten(1), data.train_labels),
-        (data.validation_images.flatten(1), data.validation_labels),
-        (data.test_images.flatten(1), data.test_labels),
+    parts = (
+        ((images.flatten(1) * 255).round() / 255, labels)
+        for images, labels in (
+            (data.train_images, data.train_labels),
+            (data.validation_images, data.validation_labels),
+            (data.test_images, data.test_labels),
+        )
     )
+    return Images(*parts)
 
 
 def noise(seed):
@@ -55,6 +60,11 @@ def test_the_mlps_learn_and_without_real_values_no_sign_turns(small):
     changed = row["changed"]
     assert changed["float"] is None and changed["connect_no_copy"] == changed["bnn_no_copy"] == 0
     assert all(0.02 < changed[name] < 0.6 for name in ("connect", "connect_stochastic", "bnn", "bnn_shift"))
+    for name, converted in row["converted"].items():
+        if name in ("float", "dropout", "connect_stochastic"):
+            assert converted is None
+        else:
+            assert converted["other_decisions"] == 0 and 8 * converted["bytes"] < converted["bytes_float32"]
     shown = table(record)
     assert shown.row_count == 9
     assert next(shown.columns[1].cells) == "1.30 ± 0.04 %" and next(shown.columns[5].cells) == "-"
@@ -64,6 +74,7 @@ def test_the_vggs_row_is_whole(small):
     record = run("cifar", How([3]))
     json.dumps(record)
     assert record["seeds"][0]["held_out"].keys() == {"float", "connect", "bnn"}
+    assert record["seeds"][0]["converted"]["bnn"]["other_decisions"] == 0
     assert record["plan"]["width"] == 2 and table(record).row_count == 3
 
 
@@ -101,7 +112,7 @@ def test_notes_of_networks_that_are_done_are_taken_and_then_removed(small, tmp_p
     notes = tmp_path / "binary_cifar.json.notes"
     kept = Checkpoint(tmp_path / "binary_cifar.json.notes.3", plan)
     for name in plan.variants:
-        kept.finish(name, {"held_out": 1.0, "test": 2.0, "changed": None})
+        kept.finish(name, {"held_out": 1.0, "test": 2.0, "changed": None, "converted": None})
     monkeypatch.setattr(binary_networks, "train", None)
     row = run("cifar", How([3], notes=notes))["seeds"][0]
     assert row["bnn"] == 2.0 and row["held_out"]["bnn"] == 1.0
