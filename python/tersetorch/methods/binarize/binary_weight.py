@@ -7,7 +7,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from tersetorch.methods.binarize.signs import draw_signs
+from tersetorch.methods.binarize.signs import draw_signs, signs_of
 from tersetorch.methods.parametrization import BakedWeight
 
 Scale = Literal["none", "row"]
@@ -45,8 +45,8 @@ class _Binarized(torch.autograd.Function):
     @staticmethod
     def forward(original: Tensor, stochastic: bool, scaled: bool) -> Tensor:
         if stochastic:
-            return draw_signs(((original + 1) / 2).clamp(0, 1))
-        signs = torch.where(original >= 0, 1.0, -1.0).to(original.dtype)
+            return draw_signs(original)
+        signs = signs_of(original)
         return signs * _row_means(original) if scaled else signs
 
     @staticmethod
