@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tersetorch.bench.reproduce import (
     accuracy_ratio,
+    binary_networks,
     deep_compression,
     dns,
     gong,
@@ -37,5 +38,6 @@ MODULES = (
     published_densities,
     published_bits,
     published_squeezenet,
+    binary_networks,
 )
 ROWS: dict[str, Reproduction] = {row.name: row for module in MODULES for row in module.ROWS}

@@ -176,8 +176,9 @@ STABLE_TORCH_LIBRARY(tersetorch, m) {
 
   // Signs of x float [..., in] as bits, 1 where x >= 0 -> int64 [..., ceil(in / 64)]
   m.def("sign_pack(Tensor x) -> Tensor");
-  // x, packed signs int64 or float [..., in] of which the signs count, and a weight of signs int64 [tiles, words, 32]
-  // as xnor_pack lays it out -> int32 [..., out]; float32 with scale or bias; with thresholds int32 [out] packed signs
+  // x, packed signs int64 [..., words] or float [..., in] of which the signs count, and a weight of signs int64 [tiles,
+  // words, 32] as xnor_pack lays it out, words >= ceil(in / 64) -> int32 [..., out]; float32 with scale or bias; with
+  // thresholds int32 [out] packed signs
   m.def(
       "xnor_matmul(Tensor x, Tensor weight, int in_features, int out_features, Tensor? scale=None, Tensor? bias=None, "
       "Tensor? thresholds=None) -> Tensor");
@@ -209,4 +210,9 @@ STABLE_TORCH_LIBRARY(tersetorch, m) {
       "xnor_conv2d(Tensor x, Tensor weight, int in_channels, int out_channels, int[] kernel_size, int[] stride, int[] "
       "padding, int[] dilation, int groups, int padding_value=0, Tensor? scale=None, Tensor? bias=None, Tensor? "
       "thresholds=None) -> Tensor");
+  // The largest sign in each window of packed images int64 [N, H, W, words], turned round where a bit of flips int64
+  // [words] is 1 -> [N, H', W', words]
+  m.def(
+      "sign_max_pool2d(Tensor x, int[] kernel_size, int[] stride, int[] padding, int[] dilation, bool ceil_mode=False, "
+      "Tensor? flips=None) -> Tensor");
 }

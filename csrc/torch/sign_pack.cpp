@@ -12,6 +12,7 @@ namespace tersetorch {
 namespace {
 
 constexpr const char* kOp = "sign_pack";
+constexpr const char* kImages = "sign_pack_images";
 
 // int64 of x's shape, but the last dimension.
 Tensor EmptyWords(const Tensor& x) {
@@ -22,6 +23,12 @@ Tensor EmptyWords(const Tensor& x) {
 
 std::uint64_t* WordsOf(const Tensor& bits) {
   return reinterpret_cast<std::uint64_t*>(bits.mutable_data_ptr<std::int64_t>());
+}
+
+SignImages ImagesOf(Place place, const Tensor& x) {
+  CheckImages(kImages, x, place);
+  DtypeOf(kImages, x, "x");
+  return {kImages, place, x, x.size(1)};
 }
 
 // Packed images of x's size.
@@ -39,10 +46,7 @@ Tensor SignPackOnCpu(const Tensor& x) {
 }
 
 Tensor SignPackImagesOnCpu(const Tensor& x) {
-  constexpr const char* kImages = "sign_pack_images";
-  CheckImages(kImages, x);
-  DtypeOf(kImages, x, "x");
-  const SignImages images(kImages, kCpu, x, x.size(1));
+  const SignImages images = ImagesOf(kCpu, x);
   const Tensor bits = EmptyImages(images, x);
   images.Pack(0, images.count, 1, WordsOf(bits));
   return bits;
@@ -59,6 +63,14 @@ Tensor SignPackOnCuda(const Tensor& x) {
   return bits;
 }
 
+Tensor SignPackImagesOnCuda(const Tensor& x) {
+  const CudaCall call(kImages, x, "x");
+  const SignImages images = ImagesOf(call.place(), x);
+  const Tensor bits = EmptyImages(images, x);
+  images.PackOnCuda(call, 1, WordsOf(bits));
+  return bits;
+}
+
 #endif
 
 }  // namespace
@@ -71,8 +83,9 @@ STABLE_TORCH_LIBRARY_IMPL(tersetorch, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(tersetorch, CUDA, m) {
 #ifdef TERSETORCH_CUDA
   m.impl("sign_pack", TORCH_BOX(&SignPackOnCuda));
+  m.impl("sign_pack_images", TORCH_BOX(&SignPackImagesOnCuda));
 #else
-  m.impl("sign_pack", &NotBuiltForCuda);
+  for (const char* op : {"sign_pack", "sign_pack_images"}) m.impl(op, &NotBuiltForCuda);
 #endif
 }
 

@@ -7,7 +7,10 @@
 #include <optional>
 
 #include "kernels/sign_pack/sign_pack.h"
+#include "kernels/sign_pack/sign_pack_cuda.h"
 #include "kernels/xnor_conv2d/xnor_conv2d.h"
+#include "kernels/xnor_conv2d/xnor_conv2d_cuda.h"
+#include "torch/cuda.h"
 #include "torch/images.h"
 #include "torch/samples.h"
 
@@ -102,6 +105,20 @@ struct SignImages {
                          end);
         });
   }
+
+#ifdef TERSETORCH_CUDA
+  // The same for all images, on a CUDA device.
+  void PackOnCuda(const CudaCall& call, std::int64_t groups, std::uint64_t* bits) const {
+    const std::int64_t of_group = channels / groups, pixels = height * width;
+    if (packed_already) {
+      call.Check(XnorSplitGroupsCuda(Words(), count * pixels, groups, of_group, bits, call.Stream()));
+    } else if (channels_last) {
+      call.Check(SignPackCuda({Numbers(0), stored_as, of_group, bits}, count * pixels * groups, call.Stream()));
+    } else {
+      call.Check(SignPackPlanesCuda({Numbers(0), stored_as, groups, of_group, pixels, bits}, count, call.Stream()));
+    }
+  }
+#endif
 
   std::int64_t channels;
   bool packed_already, channels_last = false;

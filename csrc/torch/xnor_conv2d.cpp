@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "kernels/sign_pack/sign_pack.h"
+#include "kernels/xnor_conv2d/xnor_conv2d_cuda.h"
 #include "torch/cuda.h"
 #include "torch/images.h"
 #include "torch/signs.h"
@@ -32,13 +33,13 @@ struct Inputs {
     STD_TORCH_CHECK(padding_value >= -1 && padding_value <= 1, kOp, ": padding_value must be 0, 1 or -1, got ",
                     padding_value, "; pass what x is outside the image");
     const ConvShape s = ConvShapeOf(kOp, in_channels, out_channels, kernel_size, stride, dilation, groups);
-    const OutputSize size(kOp, signs.height, signs.width, s, padding);
     args.images = signs.count, args.height = signs.height, args.width = signs.width;
     args.channels = in_channels / groups, args.words = SignWords(args.channels), args.filters = out_channels / groups;
     STD_TORCH_CHECK(
         s.kernel_h * s.kernel_w <= kMost && args.channels <= kMost / std::max<std::int64_t>(1, s.kernel_h * s.kernel_w),
         kOp, ": a filter must have at most ", kMost, " signs, got ", args.channels, " channels of ", s.kernel_h, " x ",
         s.kernel_w, " taps; split the convolution");
+    const OutputSize size(kOp, signs.height, signs.width, s, padding);
     args.groups = groups, args.kernel_h = s.kernel_h, args.kernel_w = s.kernel_w;
     args.stride_h = s.stride_h, args.stride_w = s.stride_w, args.pad_h = padding[0], args.pad_w = padding[1];
     args.dilation_h = s.dilation_h, args.dilation_w = s.dilation_w;
@@ -158,8 +159,43 @@ Tensor XnorConv2dOnCpu(const Tensor& x, const Tensor& weight, std::int64_t in_ch
   return y;
 }
 
+#ifdef TERSETORCH_CUDA
+
+Tensor XnorConv2dOnCuda(const Tensor& x, const Tensor& weight, std::int64_t in_channels, std::int64_t out_channels,
+                        Ints kernel_size, Ints stride, Ints padding, Ints dilation, std::int64_t groups,
+                        std::int64_t padding_value, const std::optional<Tensor>& scale,
+                        const std::optional<Tensor>& bias, const std::optional<Tensor>& thresholds) {
+  const CudaCall call(kOp, x, "x");
+  Inputs inputs(call.place(), x, weight, in_channels, out_channels, kernel_size, stride, padding, dilation, groups,
+                padding_value, scale, bias, thresholds);
+  const Tensor y = inputs.Empty(x);
+  XnorConv2dArgs& args = inputs.args;
+  if (y.numel() == 0) return y;
+  Tensor bits = x;
+  if (inputs.signs.packed_already && !inputs.split) {
+    args.x = inputs.signs.Words();
+  } else {
+    bits = torch::stable::new_empty(x, {args.images * args.height * args.width, args.pixel_words}, ScalarType::Long);
+    auto* words = reinterpret_cast<std::uint64_t*>(bits.mutable_data_ptr<std::int64_t>());
+    inputs.signs.PackOnCuda(call, inputs.split ? groups : 1, words);
+    args.x = words;
+  }
+  call.Check(XnorConv2dCuda(args, call.Stream()));
+  return y;
+}
+
+#endif
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(tersetorch, CPU, m) { m.impl("xnor_conv2d", TORCH_BOX(&XnorConv2dOnCpu)); }
+
+STABLE_TORCH_LIBRARY_IMPL(tersetorch, CUDA, m) {
+#ifdef TERSETORCH_CUDA
+  m.impl("xnor_conv2d", TORCH_BOX(&XnorConv2dOnCuda));
+#else
+  m.impl("xnor_conv2d", &NotBuiltForCuda);
+#endif
+}
 
 }  // namespace tersetorch

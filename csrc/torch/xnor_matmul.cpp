@@ -3,6 +3,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <limits>
 #include <optional>
 #include <vector>
@@ -30,16 +31,21 @@ struct Inputs {
                     out_features, "; pass the sizes of W");
     CheckOn(place, kOp, x, "x");
     STD_TORCH_CHECK(x.dim() >= 1, kOp, ": x must be [..., in], got a scalar; reshape it");
-    const std::int64_t words = SignWords(in_features), last = packed_already ? words : in_features;
-    STD_TORCH_CHECK(x.size(-1) == last, kOp, ": x must have ", last, packed_already ? " words" : " features", ", got ",
-                    x.size(-1), "; pass x with as many features as W has columns");
     CheckOn(place, kOp, packed, "weight");
+    // A row of flattened images has unused bits in each of its words: more of them than its signs need.
+    const std::int64_t least = SignWords(in_features);
+    const std::int64_t words = packed.dim() == 3 ? std::max(packed.size(1), least) : least;
     STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Long && packed.dim() == 3 &&
                         packed.size(0) == XnorTiles(out_features) && packed.size(1) == words &&
                         packed.size(2) == kXnorRows,
-                    kOp, ": weight must be int64 [", XnorTiles(out_features), ", ", words, ", ", kXnorRows, "], got ",
-                    torch::headeronly::toString(packed.scalar_type()), " of ", packed.dim(), "-D with ", packed.numel(),
-                    " elements; pass what xnor_pack returns");
+                    kOp, ": weight must be int64 [", XnorTiles(out_features), ", ", least, " or more, ", kXnorRows,
+                    "], got ", torch::headeronly::toString(packed.scalar_type()), " of ", packed.dim(), "-D with ",
+                    packed.numel(), " elements; pass what xnor_pack returns");
+    STD_TORCH_CHECK(packed_already || words == least, kOp, ": x must be packed for a weight of ", words,
+                    " words a row, of which ", in_features, " signs fill ", least, "; pass packed signs");
+    const std::int64_t last = packed_already ? words : in_features;
+    STD_TORCH_CHECK(x.size(-1) == last, kOp, ": x must have ", last, packed_already ? " words" : " features", ", got ",
+                    x.size(-1), "; pass x with as many features as W has columns");
     weight = Usable(place, packed, 2);
     args.weight = reinterpret_cast<const std::uint64_t*>(weight.const_data_ptr<std::int64_t>());
     args.words = words;

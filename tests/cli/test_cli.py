@@ -147,7 +147,7 @@ def test_compress_prunes_shares_and_stores(tersetorch, tmp_path):
             ["convert", "model.pt", "out.terse", "--plan", "sparse"],
             "a state dict needs --network, one of lenet-300-100",
         ),
-        (["convert", "model.pt", "out.terse", "--network", "VGG"], "mobilenet, got VGG"),
+        (["convert", "model.pt", "out.terse", "--network", "VGG"], "binary-vgg, got VGG"),
         (["convert", "model.onnx", "out.terse", "--network", "lenet-300-100"], "must be a .terse, .pt, .pth or"),
         (["bench", "sparse", "--quick", "--case", "nosuch"], "must leave something to measure"),
         (["reproduce", "nothing"], "ROW must be one of"),

@@ -4,13 +4,15 @@ from torch import nn
 
 from tersetorch.conversion.candidates import CANDIDATES, density, distinct_values
 from tersetorch.conversion.swap import build
+from tersetorch.nn import BinaryConv2d, BinaryLinear
 
 
 def test_names_and_aliases_are_unique():
     assert all(name == row.name for name, row in CANDIDATES.items())
     several = [(row.alias, row.source) for row in CANDIDATES.values()]
     # Of two with one alias the smaller is taken.
-    assert {pair for pair in several if several.count(pair) > 1} == {("codebook", nn.Linear), ("codebook", nn.Conv2d)}
+    more = {pair for pair in several if several.count(pair) > 1}
+    assert more == {("codebook", nn.Linear), ("codebook", nn.Conv2d), ("binary", nn.Linear), ("", nn.Linear)}
     assert "dense" not in CANDIDATES
 
 
@@ -23,13 +25,16 @@ def test_what_is_built_has_the_same_weight(name, sparse_linear):
         other = row.source(*sizes[row.source]).eval()
         other.weight.data = layer.weight.data.reshape(other.weight.shape)
         layer = other
+    if row.layer in (BinaryLinear, BinaryConv2d):
+        assert "a row must hold +a and -a only" in row.applies(layer)
+        layer.weight.data = torch.where(layer.weight >= 0, 0.5, -0.5)
     assert row.applies(layer) is None
     for samples in (None, 0, 1, 64):
         (built,) = build(row, [layer], samples)
         assert type(built) is row.layer
         assert torch.equal(built.weight, layer.weight)
         assert built.layout == row.layout
-        if row.source is nn.Linear and row.layout != "csr":
+        if row.source is nn.Linear and row.layout != "csr" and row.layer is not BinaryLinear:
             error = 0 if row.exact else 1e-2 * float(layer.weight.abs().max())
             torch.testing.assert_close(built.packed_weight.to_dense().float(), layer.weight, atol=error, rtol=0)
 

@@ -43,6 +43,17 @@ def test_thresholds_give_the_signs_of_the_next_product(rows, columns, batch):
     assert torch.equal(bits, sign_pack((want >= thresholds).float() * 2 - 1))
 
 
+@pytest.mark.parametrize("taps,channels", [(9, 3), (4, 64), (6, 70)])
+def test_unused_bits_between_the_columns_count_nothing(taps, channels):
+    x, weight, _, want = problem(40, taps * channels, 5)
+    bits = [sign_pack(t.view(-1, taps, channels)).flatten(1) for t in (x, weight)]
+    sizes = {"weight": xnor_pack(bits[1]), "in_features": taps * channels, "out_features": 40}
+    assert torch.equal(xnor_matmul(bits[0], **sizes).double(), want)
+    thresholds = want[0].int()
+    signs_of = xnor_matmul(bits[0], **sizes, thresholds=thresholds)
+    assert torch.equal(signs_of, sign_pack((want >= thresholds).float() * 2 - 1))
+
+
 def test_leading_dimensions_and_strides():
     x, weight, sizes, want = problem(20, 70, 12)
     assert torch.equal(xnor_matmul(x.reshape(3, 4, 70), **sizes).double(), want.reshape(3, 4, 20))
@@ -88,6 +99,7 @@ def test_exports():
 
 def test_refuses():
     x, _, sizes, _ = problem(20, 70, 3)
+    wide = xnor_pack(torch.zeros(20, 3, dtype=torch.int64))
 
     def call(**changes):
         return xnor_matmul(**{"x": x, **sizes, **changes})
@@ -99,7 +111,9 @@ def test_refuses():
         (TypeError, "thresholds must be int32", {"thresholds": torch.zeros(20)}),
         (ValueError, r"x must be \[..., 70\], got shape \(3, 69\)", {"x": x[:, 1:]}),
         (ValueError, r"x must be \[..., 2\], got shape \(3, 1\)", {"x": sign_pack(x)[:, :1]}),
-        (ValueError, r"weight must be \[1, 2, 32\] for 20 rows of 70 signs", {"weight": sizes["weight"][:, :1]}),
+        (ValueError, r"weight must be \[1, 2 or more, 32\] for 20 rows", {"weight": sizes["weight"][:, :1]}),
+        (ValueError, "x must be packed for a weight of 3 words a row", {"weight": wide}),
+        (ValueError, r"x must be \[..., 3\], got shape \(3, 2\)", {"weight": wide, "x": sign_pack(x)}),
         (ValueError, r"bias must be \[20\], got shape \(19,\)", {"bias": torch.zeros(19)}),
         (
             ValueError,
@@ -114,6 +128,8 @@ def test_refuses():
             call(**changes)
     with pytest.raises(RuntimeError, match="xnor_matmul: weight must be int64"):
         OP(x, sizes["weight"].int(), 70, 20)
+    with pytest.raises(RuntimeError, match="xnor_matmul: x must be packed for a weight of 3 words"):
+        OP(x, wide, 70, 20)
     with pytest.raises(TypeError, match="bits must be an int64 tensor"):
         xnor_pack(torch.zeros(3, 2))
     with pytest.raises(ValueError, match=r"bits must be \[out, words\]"):

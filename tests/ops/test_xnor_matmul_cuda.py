@@ -25,6 +25,13 @@ def test_equals_the_cpu(device, rows, columns, batch, dtype):
             assert got.device.type == "cuda" and torch.equal(got.cpu(), want)
 
 
+def test_unused_bits_between_the_columns_count_nothing(device):
+    x, weight = (sign_pack(torch.randn(n, 9, 70)).flatten(1) for n in (5, 40))
+    sizes = {"in_features": 630, "out_features": 40}
+    want = xnor_matmul(x, xnor_pack(weight), **sizes)
+    assert torch.equal(xnor_matmul(x.to(device), xnor_pack(weight).to(device), **sizes).cpu(), want)
+
+
 def test_tensors_elsewhere_are_refused(device):
     packed = xnor_pack(sign_pack(torch.randn(3, 70)))
     with pytest.raises(ValueError, match="weight must be on the device of x"):

@@ -16,11 +16,13 @@ RAW = {"s": [2, 3], "d": "f32", "f": "raw", "x": [["raw", 24]]}
 
 
 ALL = {"s": [8, 8], "d": "f32", "f": "sparse", "n": 64, "c": True, "x": [["all", 0], ["raw", 256]]}
+SIGNS = {"s": [8, 9], "d": "f32", "f": "signs", "x": [["raw", 32], ["packed", 9]]}
 CONSTANT = {"s": [8, 8], "d": "f32", "f": "codebook", "k": 1, "x": [["raw", 4], ["constant", 0]]}
 
 
 @pytest.mark.parametrize(
-    "data", [SPARSE, RAW, CONSTANT, ALL, SPARSE | {"t": True, "g": False, "c": True}, SPARSE | {"b": (1 << 32) - 1}]
+    "data",
+    [SPARSE, RAW, CONSTANT, ALL, SIGNS, SPARSE | {"t": True, "g": False, "c": True}, SPARSE | {"b": (1 << 32) - 1}],
 )
 def test_json_round_trips(data):
     assert Entry.from_json(data).to_json() == data
@@ -44,7 +46,7 @@ def test_sizes_of_what_will_be_decoded():
         (RAW | {"s": [1 << 40, 1 << 40]}, r"fewer than 2\*\*47 numbers"),
         (RAW | {"s": [1] * 65}, "at most 64 dimensions"),
         (RAW | {"d": "f31"}, "as a dtype, got 'f31'"),
-        (RAW | {"f": "zip"}, "have one of raw, codebook, sparse, sparse-codebook as a form, got 'zip'"),
+        (RAW | {"f": "zip"}, "have one of raw, codebook, sparse, sparse-codebook, signs as a form, got 'zip'"),
         (RAW | {"n": 6}, "only the fields of a tensor stored as raw"),
         (RAW | {"k": 6}, "only the fields of a tensor stored as raw"),
         (RAW | {"t": True}, "only the fields of a tensor stored as raw"),
@@ -73,6 +75,13 @@ def test_sizes_of_what_will_be_decoded():
         (ALL | {"x": [["all", 1], ["raw", 256]]}, "every position and no bytes for them, got 64, 1 bytes"),
         (CONSTANT | {"x": [["raw", 4], ["constant", 1]]}, "one entry and no bytes for constant codes, got 1, 1 bytes"),
         (SPARSE | {"k": 1, "n": 41, "x": [["gaps", 5, 3], ["raw", 4], ["constant", 0]]}, "hold 41 items in a stream"),
+        (SIGNS | {"k": 2}, "only the fields of a tensor stored as signs"),
+        (SIGNS | {"s": [72]}, "keep floating-point rows as signs"),
+        (SIGNS | {"d": "i32"}, "keep floating-point rows as signs"),
+        (SIGNS | {"x": [["raw", 28], ["packed", 9]]}, "hold 8 items in a stream of scales, got 28 bytes"),
+        (SIGNS | {"x": [["raw", 32], ["packed", 8]]}, "hold 72 items in a stream of signs, got 8 bytes"),
+        (SIGNS | {"x": [["numbers", 0], ["packed", 9]]}, "hold 8 items in a stream of scales, got 0 bytes"),
+        (SIGNS | {"x": [["raw", 32], ["constant", 0]]}, "as the coder of signs, got 'constant'"),
         (SPARSE | {"s": [64], "c": True}, "keep a layer's weight as a sparse float32 or bfloat16 matrix"),
     ],
 )

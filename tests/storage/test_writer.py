@@ -357,15 +357,17 @@ def test_the_golden_file_of_version_2(same_state, tmp_path, monkeypatch):
     assert (tmp_path / "m.terse").read_bytes() == path.read_bytes()
 
 
-@pytest.mark.parametrize(("name", "made_by"), [("packed", "products"), ("plain", "coded")])
-def test_the_golden_files_of_codes(same_state, tmp_path, monkeypatch, name, made_by):
-    path = Path(__file__).parent / "golden" / f"version2_{name}_codes.terse"
+@pytest.mark.parametrize(
+    ("name", "made_by"), [("packed_codes", "products"), ("plain_codes", "coded"), ("signs", "signs")]
+)
+def test_the_golden_files_of_packed_layers(same_state, tmp_path, monkeypatch, name, made_by):
+    path = Path(__file__).parent / "golden" / f"version2_{name}.terse"
     namespace = runpy.run_path(path.parent / "make_golden.py", run_name="golden")
     model = namespace[made_by]()
     loaded = load(path)
     same_state(model, loaded)
     assert [layer.extra_repr() for layer in loaded] == [layer.extra_repr() for layer in model]
-    if name == "plain":
+    if name != "packed_codes":
         for limit, value in namespace["SMALL"].items():
             monkeypatch.setattr(streams, limit, value)
         save(model, tmp_path / "again.terse")

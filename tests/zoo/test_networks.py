@@ -36,6 +36,10 @@ PUBLISHED = [
     ("", lambda: zoo.MobileNet(0.75), (3, 224, 224), 2_585_560, 325_400_448),
     ("", lambda: zoo.MobileNet(0.5), (3, 224, 224), 1_331_592, 149_497_088),
     ("", lambda: zoo.MobileNet(0.25), (3, 224, 224), 470_072, 41_030_272),
+    # Two numbers of batch norm for each unit and channel beside the weights.
+    ("binary-mlp", zoo.BinaryMLP, (1, 28, 28), 36_806_656 + 2 * 12_298, 36_806_656),
+    ("", lambda: zoo.BinaryMLP(width=1024), (784,), 2_910_208 + 2 * 3_082, 2_910_208),
+    ("binary-vgg", zoo.BinaryVGG, (3, 32, 32), 14_022_016 + 2 * 3_850, 616_966_144),
 ]
 
 # The same networks as small as they come, with an input.
@@ -48,6 +52,8 @@ SMALL = [
     (lambda: zoo.SqueezeNet("1.1", 3, "simple"), (3, 25, 25)),
     (lambda: zoo.SqueezeNet("1.1", 3, "complex"), (3, 25, 25)),
     (lambda: zoo.MobileNet(0.25, classes=3), (3, 32, 32)),
+    (lambda: zoo.BinaryMLP(20, 3, 30, "sign", dropout=0.5), (4, 5)),
+    (lambda: zoo.BinaryVGG(3, 4, "stochastic sign", shift=True), (3, 32, 32)),
 ]
 SMALL_NAMES = [
     "lenet-5",
@@ -58,6 +64,8 @@ SMALL_NAMES = [
     "simple-bypass",
     "complex-bypass",
     "mobilenet",
+    "binary-mlp",
+    "binary-vgg",
 ]
 small = pytest.mark.parametrize(("build", "shape"), SMALL, ids=SMALL_NAMES)
 
@@ -276,8 +284,8 @@ def test_mobilenet_is_made_of_pairs_of_depthwise_and_1x1():
 
 @pytest.mark.parametrize(
     ("build", "shape"),
-    [SMALL[0], SMALL[1], SMALL[3], SMALL[6], SMALL[7]],
-    ids=["lenet-5", "resnet", "squeezenet", "complex-bypass", "mobilenet"],
+    [SMALL[0], SMALL[1], SMALL[3], SMALL[6], SMALL[7], SMALL[8]],
+    ids=["lenet-5", "resnet", "squeezenet", "complex-bypass", "mobilenet", "binary-mlp"],
 )
 def test_exports(build, shape):
     model = build().eval()

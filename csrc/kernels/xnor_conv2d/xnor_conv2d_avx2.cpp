@@ -130,7 +130,7 @@ struct Avx2 {
                          const Counts& dots) {
     std::uint32_t bits = 0;
     for (int v = 0; v < kVectors; ++v) {
-      const Index at = 4 * (pixel * a.groups * a.filters + tile.first + 8 * v);
+      const Index at = 4 * (pixel * tile.outputs + tile.first + 8 * v);
       if (a.dots != nullptr) {
         _mm256_maskstore_epi32(reinterpret_cast<int*>(reinterpret_cast<char*>(a.dots) + at), filters.within[v],
                                dots[v]);

@@ -10,9 +10,24 @@ namespace tersetorch {
 namespace {
 
 constexpr int kVectors = 2;  // of 16 filters
-constexpr int kXor = 0x96;   // of three
-// Of two words u and v, added to s: where q = s ^ u and t = q ^ v, the majority of s, u and v.
-constexpr int kCarry = 0x74;
+
+// Adds the bits that differ in two half words u = low ^ x[0] and v = high ^ x[1] to the one bit `sum` that each lane
+// keeps of earlier ones, and counts the carry: with q = sum ^ u and t = q ^ v, carry = majority(sum, u, v). By hand,
+// because GCC 12 spends as many copies of registers as operations and spills some; a broadcast into a register that
+// vpternlogd may overwrite saves one.
+inline void Add(const char* x, __m512i low, __m512i high, __m512i& sum, __m512i& carries) {
+  __m512i q, t;
+  asm("vpbroadcastd %[first], %[q]\n\t"
+      "vpbroadcastd %[second], %[t]\n\t"
+      "vpternlogd $0x96, %[low], %[sum], %[q]\n\t"
+      "vpternlogd $0x96, %[high], %[q], %[t]\n\t"
+      "vpternlogd $0x74, %[t], %[q], %[sum]\n\t"
+      "vpopcntd %[sum], %[sum]\n\t"
+      "vpaddd %[sum], %[carries], %[carries]\n\t"
+      "vmovdqa64 %[t], %[sum]"
+      : [sum] "+v"(sum), [carries] "+v"(carries), [q] "=&v"(q), [t] "=&v"(t)
+      : [low] "v"(low), [high] "v"(high), [first] "m"(x[0]), [second] "m"(x[4]));
+}
 
 struct Avx512 {
   static constexpr int kPixels = 4;
@@ -76,15 +91,18 @@ struct Avx512 {
     }
   }
 
+  // How many bits of the taps differ, for some pixels. A function of its own, whose loop has the registers to itself.
   template <int kPixels>
-  static void Multiply(const XnorConv2dArgs& a, const XnorTile& tile, const XnorTaps& taps, const Filters& filters,
-                       const char* const (&x)[kPixels], const Index (&y)[kPixels]) {
+  __attribute__((noinline)) static void Count(const XnorTaps& taps, const char* const (&x)[kPixels],
+                                              __m512i (&counts)[kPixels][kVectors]) {
     __m512i sums[kPixels][kVectors] = {}, carries[kPixels][kVectors] = {};
-    for (Index r = 0; r < taps.rows; ++r) {
-      for (Index u = 0; u < taps.runs; ++u) {
-        const char* w = taps.weight + r * taps.weight_row + u * taps.weight_run;
-        const Index at = r * taps.x_row + u * taps.x_run;
-        for (Index i = 0; i < taps.words; ++i, w += kTileWordBytes) {
+    const char* row_weight = taps.weight;
+    const Index rows = taps.rows, runs = taps.runs, words = taps.words;
+    for (Index r = 0; r < rows; ++r) {
+      for (Index u = 0; u < runs; ++u) {
+        const char* w = row_weight + u * taps.weight_run;
+        Index at = r * taps.x_row + u * taps.x_run;
+        for (const char* end = w + words * kTileWordBytes; w < end; w += kTileWordBytes, at += kWordBytes) {
           __m512i low[kVectors], high[kVectors];
 #pragma GCC unroll 2
           for (int v = 0; v < kVectors; ++v) {
@@ -93,30 +111,31 @@ struct Avx512 {
           }
 #pragma GCC unroll 4
           for (int m = 0; m < kPixels; ++m) {
-            const __m512i x_low = _mm512_set1_epi32(LoadAt<std::int32_t>(x[m] + at, 2 * i, 4));
-            const __m512i x_high = _mm512_set1_epi32(LoadAt<std::int32_t>(x[m] + at, 2 * i + 1, 4));
 #pragma GCC unroll 2
             for (int v = 0; v < kVectors; ++v) {
-              const __m512i s = sums[m][v];
-              const __m512i q = _mm512_ternarylogic_epi32(s, low[v], x_low, kXor);
-              const __m512i t = _mm512_ternarylogic_epi32(q, high[v], x_high, kXor);
-              const __m512i carry = _mm512_ternarylogic_epi32(s, q, t, kCarry);
-              carries[m][v] = _mm512_add_epi32(carries[m][v], _mm512_popcnt_epi32(carry));
-              sums[m][v] = t;
+              Add(x[m] + at, low[v], high[v], sums[m][v], carries[m][v]);
             }
           }
         }
       }
+      row_weight += taps.weight_row;
     }
 #pragma GCC unroll 4
     for (int m = 0; m < kPixels; ++m) {
-      __m512i counts[kVectors];
 #pragma GCC unroll 2
       for (int v = 0; v < kVectors; ++v) {
-        counts[v] = _mm512_add_epi32(_mm512_add_epi32(carries[m][v], carries[m][v]), _mm512_popcnt_epi32(sums[m][v]));
+        const __m512i ones = _mm512_popcnt_epi32(sums[m][v]);
+        counts[m][v] = _mm512_add_epi32(_mm512_add_epi32(carries[m][v], carries[m][v]), ones);
       }
-      StorePixel(a, tile, filters, y[m], counts);
     }
+  }
+
+  template <int kPixels>
+  static void Multiply(const XnorConv2dArgs& a, const XnorTile& tile, const XnorTaps& taps, const Filters& filters,
+                       const char* const (&x)[kPixels], const Index (&y)[kPixels]) {
+    __m512i counts[kPixels][kVectors];
+    Count(taps, x, counts);
+    for (int m = 0; m < kPixels; ++m) StorePixel(a, tile, filters, y[m], counts[m]);
   }
 
   static void StorePixel(const XnorConv2dArgs& a, const XnorTile& tile, const Filters& filters, Index pixel,
@@ -128,7 +147,7 @@ struct Avx512 {
     }
     for (int v = 0; v < kVectors; ++v) {
       const __m512i dot = _mm512_sub_epi32(filters.most[v], _mm512_slli_epi32(counts[v], 1));
-      const Index at = 4 * (pixel * a.groups * a.filters + tile.first + 16 * v);
+      const Index at = 4 * (pixel * tile.outputs + tile.first + 16 * v);
       if (a.dots != nullptr) {
         _mm512_mask_storeu_epi32(reinterpret_cast<char*>(a.dots) + at, filters.within[v], dot);
       } else {

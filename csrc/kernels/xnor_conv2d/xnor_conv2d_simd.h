@@ -23,9 +23,13 @@ struct XnorTile {
     first = group * a.filters + begin;
     count = a.filters - begin < kXnorFilters ? a.filters - begin : kXnorFilters;
     weight = reinterpret_cast<const char*>(a.weight) + tile * a.kernel_h * a.kernel_w * a.words * kTileWordBytes;
+    whole = XnorWholeTiles(a);
+    outputs = a.groups * a.filters;
   }
   Index group, first, count;
   const char* weight;
+  bool whole;
+  Index outputs;  // of a pixel
 };
 
 // The taps that a rectangle of outputs sees: rows of runs of words that follow each other in x and in the weight.
@@ -90,8 +94,8 @@ inline std::uint64_t OutsideWord(const XnorConv2dArgs& a, Index i) {
 
 // The bits of a tile's filters for an output pixel.
 inline void StoreBits(const XnorConv2dArgs& a, const XnorTile& tile, Index pixel, std::uint32_t bits) {
-  char* y = reinterpret_cast<char*>(a.bits) + pixel * ((a.groups * a.filters + 63) / 64) * kWordBytes;
-  if (XnorWholeTiles(a)) return Store(y + tile.first / 8, bits);
+  char* y = reinterpret_cast<char*>(a.bits) + pixel * ((tile.outputs + 63) / 64) * kWordBytes;
+  if (tile.whole) return Store(y + tile.first / 8, bits);
   const Index shift = tile.first % 64;
   const auto add = [](char* word, std::uint64_t these) { Store(word, LoadAt<std::uint64_t>(word, 0, 0) | these); };
   y += tile.first / 64 * kWordBytes;

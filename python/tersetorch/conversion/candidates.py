@@ -2,14 +2,17 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tersetorch import ops
-from tersetorch.formats import codebook_values
+from tersetorch.formats import SignWeight, codebook_values
 from tersetorch.nn import (
+    BinaryConv2d,
+    BinaryLinear,
     CodebookConv2d,
     CodebookEmbedding,
     CodebookLinear,
@@ -37,7 +40,7 @@ class Candidate:
     Attributes:
         name: the format's name in plans and reports.
         alias: what plan= calls it for a whole model. Several may have the same: the smallest that can hold a layer's
-            weight is taken.
+            weight is taken. "" where only a layer's name can ask for it.
         source: the layer it replaces; exactly this class, since a subclass may compute something else.
         layer: the class it builds.
         max_density: above this share of non-zeros the format is larger than the dense weight, and is not measured.
@@ -48,6 +51,7 @@ class Candidate:
         exact: whether only the order of sums differs from the dense layer's; the others are measured only where the
             caller allows an error, or told by plan.
         nbytes: of the new layer's weight; told only where another candidate for the same layer has the same alias.
+        signs: whether it multiplies signs only, so that a layer's input must be known to be that.
         min_samples, max_samples: with fewer or more at once another candidate is always faster, and this one is not
             measured.
     """
@@ -63,6 +67,7 @@ class Candidate:
     options: Callable[[int | None], dict[str, Any]] = lambda samples: {}
     exact: bool = True
     nbytes: Callable[[nn.Module], int] = lambda module: 0
+    signs: bool = False
     min_samples: int = 0
     max_samples: int | None = None
 
@@ -136,6 +141,15 @@ def _is_shared_in_filters(module: nn.Module) -> str | None:
     # A filter's codes take whole chunks: of one with few weights they are more bytes than it is.
     weights = weight_of(module)[:1].numel()
     return f"fewer than {MIN_CODED} weights in a filter" if weights < MIN_CODED else _is_shared(module)
+
+
+def _is_of_signs(module: nn.Module) -> str | None:
+    weight = weight_of(module)
+    if weight.dtype not in (torch.float32, torch.bfloat16):
+        return f"weights of {weight.dtype}"
+    sizes = BinaryConv2d.why_not(module) if isinstance(module, nn.Conv2d) else None
+    why_not = SignWeight.why_not(weight)
+    return sizes or (None if why_not is None else f"a row must hold +a and -a only, and there is {why_not}")
 
 
 def _both(*checks: Callable[[nn.Module], str | None]) -> Callable[[nn.Module], str | None]:
@@ -292,6 +306,32 @@ CANDIDATES: dict[str, Candidate] = {
         ),
         *_convolutions("2d", nn.Conv2d, SparseConv2d, SparseCodebookConv2d),
         *_coded("codebook_conv2d", CodebookConv2d, _is_shared_in_filters, source=nn.Conv2d),
+        _row("binary_linear", BinaryLinear, 1.0, _is_of_signs, alias="binary", layout="signs", signs=True),
+        *(
+            Candidate(
+                f"binary_linear_{inputs}",
+                "binary" if inputs == "real" else "",
+                nn.Linear,
+                BinaryLinear,
+                1.0,
+                _is_of_signs,
+                partial(BinaryLinear.from_dense, inputs=inputs),
+                layout=inputs,
+                # Pixels are the nearest of 256.
+                exact=inputs == "real",
+            )
+            for inputs in ("real", "pixels", "signed_pixels")
+        ),
+        _row(
+            "binary_conv2d",
+            BinaryConv2d,
+            1.0,
+            _is_of_signs,
+            alias="binary",
+            source=nn.Conv2d,
+            layout="signs",
+            signs=True,
+        ),
         *_convolutions("1d", nn.Conv1d, SparseConv1d, SparseCodebookConv1d),
     )
 }

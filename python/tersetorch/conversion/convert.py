@@ -20,6 +20,7 @@ from tersetorch.conversion.baselines import in_channels_last
 from tersetorch.conversion.cache import DecisionCache
 from tersetorch.conversion.candidates import CANDIDATES, density, distinct_values
 from tersetorch.conversion.capture import Inputs, capture, seeded_run, uncalled, untouched_generators
+from tersetorch.conversion.chains import known_signs
 from tersetorch.conversion.fusion import Fusion, unfused
 from tersetorch.conversion.machine import load, machine_facts
 from tersetorch.conversion.plan import follow
@@ -71,6 +72,12 @@ def convert(
     place; one that takes what a dense layer or batch normalisation returns overwrites it. Both need a model whose graph
     torch.fx can trace; outputs and gradients keep their bits. The dense model is timed with such ReLUs in place too.
 
+    Between layers of signs ("binary_linear", "binary_conv2d") what stands before the next tersetorch.binarize.Sign, a
+    batch norm and a max-pool, becomes integer thresholds that make the same decisions of the same sums, and packed
+    signs flow; the report says of each such layer what it takes and returns, and why. Such a model computes what the
+    original computes in evaluation, whatever its flags, and has no gradients there. Without example_inputs an
+    nn.BatchNorm1d is taken to see [samples, features].
+
     Where a model with convolutions is the fastest in channels_last, the result's dense convolutions hold their weights
     so, and hand that memory format on, whatever they are given; its outputs may then have other strides.
 
@@ -81,13 +88,17 @@ def convert(
         model: any nn.Module.
         example_inputs: what model is called with: a tensor, a tuple of arguments or a dict of keyword arguments. With
             plan, only for the report's largest output difference.
-        plan: "sparse" or "codebook", every layer that can; or format names by layer name, the others stay dense:
-            "dense", "csr", "sparse_codebook", "sparse_conv2d" and the other names in
+        plan: "sparse", "codebook" or "binary", every layer that can; or format names by layer name, the others stay
+            dense: "dense", "csr", "sparse_codebook", "sparse_conv2d" and the other names in
             tersetorch.conversion.candidates.CANDIDATES. "codebook" keeps codes of at most 8 bits, of a weight's
             non-zeros ("sparse_codebook") or of all its weights ("codebook_linear"), whichever takes fewer bytes: at 4
             bits that of all from a tenth of non-zeros on; an nn.Embedding's are always those of all
-            ("codebook_embedding"). Nothing is measured and max_error does not apply: formats with int8 or bfloat16 in
-            their name round.
+            ("codebook_embedding"). "binary" takes layers whose weights are +a and -a in each row: those whose input is
+            signs, as the model's graph shows, and linear ones of any input ("binary_linear_real"). By name a first
+            linear layer can also be told that its input is 8-bit images: "binary_linear_pixels" for k / 255,
+            "binary_linear_signed_pixels" for 2 k / 255 - 1; it takes the nearest k, and its batch norm becomes
+            thresholds too. Nothing is measured and max_error does not apply: formats with int8 or bfloat16 in their
+            name round.
         max_error: largest |output difference| of a layer, as a share of its largest |output|; formats that round are
             tried then too. Default: what another order of summation explains (see
             tersetorch.conversion.verify.rounding_bound).
@@ -145,17 +156,17 @@ def _stays_sparse(layer: nn.Module, unfused: set[nn.Module]) -> bool:
 
 
 def _told(source: nn.Module, inputs: Inputs | None, plan: str | Mapping[str, str]) -> nn.Module:
-    sites = find_sites(source, CANDIDATES)
+    sites = known_signs(source, find_sites(source, CANDIDATES))
     groups = groups_of(sites)
     decisions = follow(plan, sites, groups, CANDIDATES, _samples(source, groups, inputs))
-    converted, fusion = assemble(source, groups, decisions, inputs)
+    converted, fusion, _ = assemble(source, groups, decisions, inputs)
     difference = None
     if inputs is not None:
         bypassed = _bypassed(source, converted, groups, decisions, inputs)
         if bypassed:
             reason = "undone: the model does not call the layer, but uses it in some other way"
             decisions = [d.undone(reason) if index in bypassed else d for index, d in enumerate(decisions)]
-            converted, fusion = assemble(source, groups, decisions, inputs)
+            converted, fusion, _ = assemble(source, groups, decisions, inputs)
         dense, sparse = deep_copy(source).eval(), deep_copy(converted).eval()
         difference = output_difference(seeded_run(dense, inputs), seeded_run(sparse, inputs))
     conversion = ConversionReport(
@@ -200,7 +211,7 @@ def _bypassed(
 
 def _measured(source: nn.Module, inputs: Inputs, planner: Planner, progress: bool) -> nn.Module:
     probe = deep_copy(source).eval()
-    sites = find_sites(probe, planner.table)
+    sites = known_signs(probe, find_sites(probe, planner.table))
     groups = groups_of(sites)
     # A first run says whether the model can be called at all, and fills what it allocates on its first call.
     _run(probe, inputs)
@@ -218,7 +229,7 @@ def _measured(source: nn.Module, inputs: Inputs, planner: Planner, progress: boo
         decisions, conversion = settle(probe, inputs, groups, decisions, reached, planner)
         bar.advance(task)
     by_name = [[replace(site, module=source.get_submodule(site.name)) for site in group] for group in groups]
-    converted, fusion = assemble(source, by_name, decisions, inputs)
+    converted, fusion, _ = assemble(source, by_name, decisions, inputs)
     if conversion.memory_format is not None:
         converted = in_channels_last(converted)
     layers = _layer_reports(sites, groups, decisions, fusion)
@@ -257,7 +268,7 @@ def _layer_reports(
                 density=None if counted is None else density(counted),
                 distinct=None if counted is None else distinct_values(counted),
                 chosen=decision.chosen,
-                reason=decision.reason,
+                reason="; ".join([decision.reason, *(fusion.signs[n] for n in site.names if n in fusion.signs)]),
                 relu=next((fusion.fused[name] for name in site.names if name in fusion.fused), None),
                 dense_form=decision.dense_form,
                 dense_ms=decision.dense_ms,

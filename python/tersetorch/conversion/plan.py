@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from tersetorch.conversion.candidates import Candidate
 from tersetorch.conversion.planner import Decision
 from tersetorch.conversion.swap import build
-from tersetorch.conversion.walk import Site, current_format, label
+from tersetorch.conversion.walk import Site, current_format, label, why_not
 
 Table = Mapping[str, Candidate]
 SHOWN_NAMES = 8
@@ -37,21 +37,23 @@ def follow(
 
 
 def _for_all(plan: str, groups: list[list[Site]], table: Table) -> list[tuple[str, str]]:
-    rows = [row for row in table.values() if row.alias == plan]
+    rows = [row for row in table.values() if row.alias == plan != ""]
     if not rows:
-        aliases = ", ".join(map(repr, dict.fromkeys(row.alias for row in table.values())))
+        aliases = ", ".join(map(repr, dict.fromkeys(row.alias for row in table.values() if row.alias)))
         raise ValueError(
             f"convert: plan must be one of {aliases} or a dict of layer names, got {plan!r}; choose one of them"
         )
     choices = []
     for group in groups:
         mine = [row for row in rows if type(group[0].module) is row.source] or rows[:1]
-        refused = {row.name: _why_not(row, group) for row in mine}
+        refused = {row.name: _refusal(row, group) for row in mine}
         able = [row for row in mine if refused[row.name] is None]
         if able:
             module = group[0].module
             smallest = min(able, key=lambda row: row.nbytes(module)) if len(able) > 1 else able[0]
-            choices.append((smallest.name, "asked for by plan"))
+            # Another product than of signs is another choice.
+            unsigned = [f"{row.name}: {refused[row.name]}" for row in mine if row.signs and row not in able]
+            choices.append((smallest.name, "; ".join(["asked for by plan", *unsigned])))
         else:
             choices.append(("dense", "; ".join(f"{name}: {reason}" for name, reason in refused.items())))
     return choices
@@ -92,21 +94,21 @@ def _by_name(
             choices.append(("dense", "not in plan"))
             continue
         name, chosen = next(iter(asked.items()))
-        why_not = _why_not(table[chosen], group) if chosen != "dense" else None
-        if why_not is not None:
+        refusal = _refusal(table[chosen], group) if chosen != "dense" else None
+        if refusal is not None:
             raise ValueError(
-                f"convert: plan must give {label(name)!r} a format that can hold it, got {chosen!r}: {why_not}; "
+                f"convert: plan must give {label(name)!r} a format that can hold it, got {chosen!r}: {refusal}; "
                 "give it another one"
             )
         choices.append((chosen, "asked for by plan"))
     return choices
 
 
-def _why_not(row: Candidate, group: list[Site]) -> str | None:
+def _refusal(row: Candidate, group: list[Site]) -> str | None:
     for site in group:
         if type(site.module) is not row.source:
             return f"it runs a {row.source.__name__}, not a {type(site.module).__name__}"
-    return row.applies(group[0].module)
+    return why_not(row, group)
 
 
 def _decision(choice: tuple[str, str], group: list[Site], table: Table, samples: int | None) -> Decision:

@@ -18,7 +18,7 @@ from tersetorch.conversion.report import Trial
 from tersetorch.conversion.swap import build
 from tersetorch.conversion.timing import Contest, Timer, contest
 from tersetorch.conversion.verify import compare
-from tersetorch.conversion.walk import Site, label, own_parameter
+from tersetorch.conversion.walk import Site, label, own_parameter, why_not
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Planner:
             return Decision("dense", "example_inputs gives it no rows to time it on")
         modules = [site.module for site in sites]
         with torch.no_grad():
-            ready, trials = self._prepare(modules, calls)
+            ready, trials = self._prepare(sites, calls)
             if not ready:
                 reasons = "; ".join(f"{trial.format} {trial.reason}" for trial in trials.values())
                 return Decision("dense", reasons, trials=tuple(trials.values()))
@@ -96,10 +96,9 @@ class Planner:
             self.cache.store(key, _record(decision))
         return decision
 
-    def _prepare(
-        self, modules: list[nn.Module], calls: list[Call]
-    ) -> tuple[dict[str, list[nn.Module]], dict[str, Trial]]:
+    def _prepare(self, sites: list[Site], calls: list[Call]) -> tuple[dict[str, list[nn.Module]], dict[str, Trial]]:
         """The candidates' layers that may be timed, and what is known of every candidate so far."""
+        modules = [site.module for site in sites]
         ready: dict[str, list[nn.Module]] = {}
         trials: dict[str, Trial] = {}
         share = density(weight_of(modules[0]))
@@ -107,12 +106,12 @@ class Planner:
         for name, row in self.table.items():
             if any(type(module) is not row.source for module in modules):
                 continue
-            why_not = row.applies(modules[0])
-            if why_not is None and share > row.max_density:
-                why_not = f"larger than the dense weight at density {share:.2f}"
-            why_not = why_not or row.fits(samples, self.max_error)
-            if why_not is not None:
-                trials[name] = Trial(name, f"not tried: {why_not}")
+            reason = why_not(row, sites)
+            if reason is None and share > row.max_density:
+                reason = f"larger than the dense weight at density {share:.2f}"
+            reason = reason or row.fits(samples, self.max_error)
+            if reason is not None:
+                trials[name] = Trial(name, f"not tried: {reason}")
                 continue
             try:
                 layers = build(row, modules, samples)

@@ -127,7 +127,7 @@ def _take_over(module: nn.Module, replacement: nn.Module, memo: dict[int, Any]) 
     for name, parameter in replacement.named_parameters():
         if name != "bias":
             parameter.requires_grad_(weight.requires_grad)
-    if bias is not None:
+    if bias is not None and "bias" in replacement._parameters:
         replacement.bias = copy.deepcopy(bias, memo)
     replacement.train(module.training)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from tersetorch.conversion.candidates import Candidate
+from tersetorch.nn.sign_module import SignModule
 
 # Modules whose own forward reads a child's weight instead of calling the child.
 READS_CHILD_WEIGHTS = (nn.MultiheadAttention,)
@@ -36,12 +37,14 @@ class Site:
         module: the layer.
         kept: why it must stay as it is, or None.
         group: sites with the same number use the same weight, so they are swapped together or not at all.
+        unsigned: why its input is not known to be signs, +1 and -1, in evaluation; None where it is.
     """
 
     names: tuple[str, ...]
     module: nn.Module
     kept: str | None
     group: int
+    unsigned: str | None = "its input is not known to be signs"
 
     @property
     def name(self) -> str:
@@ -75,6 +78,12 @@ def groups_of(sites: Iterable[Site]) -> list[list[Site]]:
         if site.kept is None:
             groups[site.group].append(site)
     return list(groups.values())
+
+
+def why_not(row: Candidate, group: list[Site]) -> str | None:
+    """Why sites that use one weight cannot run as a candidate for their class, or None."""
+    unsigned = next((site.unsigned for site in group if site.unsigned is not None), None) if row.signs else None
+    return row.applies(group[0].module) or unsigned
 
 
 def carries_hooks(module: nn.Module) -> bool:
@@ -117,6 +126,8 @@ def _is_quantized(module: nn.Module) -> bool:
 def _why_kept(module: nn.Module, parents: list[nn.Module], table: Mapping[str, Candidate]) -> str | None:
     kind = type(module)
     weight = own_parameter(module, "weight")
+    if isinstance(module, SignModule):
+        return f"already a {kind.__name__}"
     if current_format(module, table) != "dense":
         return f"already a {kind.__name__}, with hooks, a ReLU or mixed dtypes, which its dense form would lose"
     if _is_quantized(module):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 
 from torch import nn
 
 from tersetorch.conversion import timing
 from tersetorch.conversion.baselines import in_channels_last, last_channels
 from tersetorch.conversion.capture import Inputs, seeded_run, uncalled
+from tersetorch.conversion.chains import fold
 from tersetorch.conversion.fusion import Fusion, fuse
 from tersetorch.conversion.planner import Decision, Planner
 from tersetorch.conversion.report import ConversionReport
@@ -17,6 +20,7 @@ from tersetorch.conversion.swap import deep_copy, swapped_copy
 from tersetorch.conversion.verify import output_difference
 from tersetorch.conversion.walk import Site
 from tersetorch.nn.codebook_module import CodedModule
+from tersetorch.nn.sign_module import SignModule
 from tersetorch.nn.sparse_module import SparseModule
 
 # Where the model as a whole is not faster, this share of its swaps is undone before it is timed again.
@@ -27,28 +31,54 @@ AS_IT_IS, CHANNELS_LAST = "converted model", "converted model in channels_last"
 
 def assemble(
     model: nn.Module, groups: list[list[Site]], decisions: list[Decision], inputs: Inputs | None = None
-) -> tuple[nn.Module, Fusion]:
-    """A copy of model as decided, and what became of its ReLUs; the replacements themselves go into it.
+) -> tuple[nn.Module, Fusion, dict[nn.Module, nn.Module]]:
+    """A copy of model as decided, what became of its ReLUs and chains of signs, and what stands where in it.
 
-    Where inputs are given and fused ReLUs change a bit of what comes out, none is fused.
+    The replacements themselves go into it, but copies of layers of signs, which a chain changes. Where inputs are given
+    and fused ReLUs change a bit of what comes out, none is fused; where chains do, there are none.
     """
-    replacements = {
+    chosen = {
         site.module: layer
         for group, decision in zip(groups, decisions, strict=True)
         if decision.layers
         for site, layer in zip(group, decision.layers, strict=True)
     }
-    copied = swapped_copy(model, replacements)
-    if not replacements:
-        return copied, Fusion()
+    if not chosen:
+        return swapped_copy(model, {}), Fusion(), {}
+    copied, signs, replacements = _chained(model, chosen, inputs)
     before = None if inputs is None else _output(copied, inputs)
-    fusion = fuse(copied, replacements.values())
+    fusion = replace(fuse(copied, replacements.values()), signs=signs)
     if inputs is not None and (fusion.fused or fusion.in_place) and not _same(before, _output(copied, inputs)):
         for layer in replacements.values():
             if isinstance(layer, SparseModule | CodedModule):
                 layer.relu = False
-        return swapped_copy(model, replacements), Fusion()
-    return copied, fusion
+        copied, signs, replacements = _chained(model, chosen, inputs)
+        return copied, Fusion(signs=signs), replacements
+    return copied, fusion, replacements
+
+
+def _chained(
+    model: nn.Module, chosen: dict[nn.Module, nn.Module], inputs: Inputs | None
+) -> tuple[nn.Module, dict[str, str], dict[nn.Module, nn.Module]]:
+    """A copy of model with what was chosen, chains of signs made of it, what became of these, and what stands where."""
+    replacements = _own_signs(chosen)
+    copied = swapped_copy(model, replacements)
+    if not any(isinstance(layer, SignModule) for layer in chosen.values()):
+        return copied, {}, replacements
+    before = None if inputs is None else _output(copied, inputs)
+    signs = fold(copied, replacements.values())
+    if inputs is not None and not _same(before, _output(copied, inputs)):
+        replacements = _own_signs(chosen)
+        copied = swapped_copy(model, replacements)
+        signs = dict.fromkeys(signs, "returns floats: as a chain it changed the outputs for example_inputs")
+    return copied, signs, replacements
+
+
+def _own_signs(chosen: dict[nn.Module, nn.Module]) -> dict[nn.Module, nn.Module]:
+    """The same with copies of layers of signs, which share what the originals share."""
+    shared = [(module, layer) for module, layer in chosen.items() if isinstance(layer, SignModule)]
+    copies = copy.deepcopy([layer for _, layer in shared])
+    return chosen | {module: copied for (module, _), copied in zip(shared, copies, strict=True)}
 
 
 def _output(model: nn.Module, inputs: Inputs) -> object:
@@ -101,13 +131,8 @@ def settle(
     dense = {name: _runner(model, given[name].copy()) for name, model in strong.items()}
     verdict, dense_ms = "not timed", None
     while swapped := [index for index, decision in enumerate(decisions) if decision.layers]:
-        converted, _ = assemble(probe, groups, decisions, inputs)
-        watched = {
-            layer: index
-            for index in swapped
-            for site, layer in zip(groups[index], decisions[index].layers, strict=True)
-            if site.module in reached
-        }
+        converted, _, placed = assemble(probe, groups, decisions, inputs)
+        watched = {placed[site.module]: index for index in swapped for site in groups[index] if site.module in reached}
         try:
             missing = {watched[layer] for layer in uncalled(converted, watched, inputs)}
         except Exception as error:  # whatever a model raises when it finds a layer it does not expect
@@ -132,7 +157,7 @@ def settle(
         if result.passes(best):
             score = result.scores[best]
             # Both from the same state, which the timed runs may have moved on.
-            again, _ = assemble(probe, groups, decisions, inputs)
+            again, _, _ = assemble(probe, groups, decisions, inputs)
             again = in_channels_last(again) if best == CHANNELS_LAST else again
             expected, got = seeded_run(deep_copy(probe), inputs), seeded_run(again, inputs)
             return decisions, ConversionReport(

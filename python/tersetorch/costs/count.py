@@ -14,6 +14,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from tersetorch.methods.modes import evaluating
 from tersetorch.nn import CodebookEmbedding
 from tersetorch.nn.shared_module import SharedModule, SharedProduct
+from tersetorch.nn.sign_module import SignModule
 
 # What has a matrix of parameters and multiplies by none of it.
 _LOOKUPS = (nn.Embedding, nn.EmbeddingBag, CodebookEmbedding)
@@ -101,8 +102,8 @@ def count(model: nn.Module, example_inputs: Tensor | tuple[Any, ...] | Mapping[s
     positions x (non-zero weights): positions are the rows of a linear layer's input, the output pixels of a
     convolution, the input pixels of a transposed one, over the whole batch. Padding counts as input, biases,
     normalisation, activations and pooling count nothing, as in the papers' tables; give a batch of one to compare with
-    those. Sparse layers, layers of codes and layers that are being pruned or shared count by the weight they compute
-    with; an embedding multiplies nothing.
+    those. Sparse layers, layers of codes or signs and layers that are being pruned or shared count by the weight they
+    compute with; an embedding multiplies nothing.
 
     Args:
         model: on any device; on meta, with inputs there, nothing is computed and no memory taken.
@@ -168,7 +169,8 @@ def _own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def multiplies(module: nn.Module) -> bool:
     """Whether module is a linear or convolutional layer, one of ours too."""
-    return isinstance(module, nn.Linear | _ConvNd | SharedProduct) or hasattr(type(module), "sparse_weight")
+    ours = isinstance(module, SharedProduct | SignModule) or hasattr(type(module), "sparse_weight")
+    return ours or isinstance(module, nn.Linear | _ConvNd)
 
 
 def _weight_size(module: nn.Module) -> tuple[int, int]:
@@ -176,6 +178,8 @@ def _weight_size(module: nn.Module) -> tuple[int, int]:
     if hasattr(type(module), "sparse_weight"):
         sparse: Any = module.sparse_weight
         return prod(sparse.shape), sparse.nnz
+    if isinstance(module, SignModule):
+        return module.weight_shape.numel(), module.weight_shape.numel()
     if isinstance(module, SharedModule) and module.codes.is_meta:
         size = prod(module.shared_weight.shape)
         return size, size
@@ -223,6 +227,8 @@ def _run(
         seen, channels = output, getattr(module, "out_features", None) or getattr(module, "out_channels", 0)
         if isinstance(module, _ConvTransposeNd):
             seen, channels = inputs[0] if inputs else next(iter(named.values())), module.in_channels
+        if isinstance(module, SignModule) and module.thresholds is not None:
+            channels = output.shape[-1]  # words of packed signs
         positions[module] = positions.get(module, 0) + (seen.numel() // channels if channels else 0)
 
     handles = [module.register_forward_hook(record, with_kwargs=True) for module in layers]

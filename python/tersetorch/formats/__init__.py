@@ -11,6 +11,7 @@ from tersetorch.formats.blocked_weight import BlockedWeight
 from tersetorch.formats.codebook_weight import CodebookWeight, codebook_values
 from tersetorch.formats.csr_weight import CsrWeight
 from tersetorch.formats.product_weight import ProductWeight
+from tersetorch.formats.sign_weight import SignWeight
 from tersetorch.formats.sparse_codebook_weight import SparseCodebookWeight
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "CodebookWeight",
     "CsrWeight",
     "ProductWeight",
+    "SignWeight",
     "SparseCodebookWeight",
     "codebook_values",
 ]

@@ -17,7 +17,11 @@ MAX_ENTRIES = 256
 PLACE = "place_among_parameters"
 
 
-class CompressedWeight(nn.Module):
+class BakedWeight(nn.Module):
+    """A parametrization of ours: finalize puts what it computes into a plain parameter."""
+
+
+class CompressedWeight(BakedWeight):
     """weight = where(mask, codebook[g, codes] or original, 0); never original * mask, which gives -0.0 and keeps NaN.
 
     The group g of a position, in the weight as a matrix [rows, columns], is 0, its row, or its block of columns. Until
@@ -205,7 +209,7 @@ def _live_weights_of(module: nn.Module) -> list[LiveWeight]:
 
 def is_live(model: nn.Module) -> bool:
     """Whether model still carries a parametrization of ours, so that finalize has something to do."""
-    return any(isinstance(module, CompressedWeight) for module in model.modules())
+    return any(isinstance(module, BakedWeight) for module in model.modules())
 
 
 def attach(owners: Sequence[tuple[nn.Module, str]]) -> CompressedWeight:

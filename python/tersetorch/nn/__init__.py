@@ -1,20 +1,26 @@
 """Does it have a forward()? Drop-in modules with buffers and parameters only."""
 
+from tersetorch.nn.binary_conv import BinaryConv2d
+from tersetorch.nn.binary_linear import BinaryLinear
 from tersetorch.nn.codebook_conv import CodebookConv2d
 from tersetorch.nn.codebook_embedding import CodebookEmbedding
 from tersetorch.nn.codebook_linear import CodebookLinear
 from tersetorch.nn.product_linear import ProductLinear, ResidualLinear
+from tersetorch.nn.sign_pool import SignMaxPool2d
 from tersetorch.nn.sparse_codebook_conv import SparseCodebookConv1d, SparseCodebookConv2d
 from tersetorch.nn.sparse_codebook_linear import SparseCodebookLinear
 from tersetorch.nn.sparse_conv import SparseConv1d, SparseConv2d
 from tersetorch.nn.sparse_linear import SparseLinear
 
 __all__ = [
+    "BinaryConv2d",
+    "BinaryLinear",
     "CodebookConv2d",
     "CodebookEmbedding",
     "CodebookLinear",
     "ProductLinear",
     "ResidualLinear",
+    "SignMaxPool2d",
     "SparseCodebookConv1d",
     "SparseCodebookConv2d",
     "SparseCodebookLinear",

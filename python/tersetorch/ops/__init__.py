@@ -52,6 +52,7 @@ from tersetorch.ops.product_matmul import (  # noqa: E402
     product_unpack,
 )
 from tersetorch.ops.sign_matmul import sign_matmul, sign_matmul_inference  # noqa: E402
+from tersetorch.ops.sign_max_pool2d import sign_max_pool2d  # noqa: E402
 from tersetorch.ops.sign_pack import sign_pack, sign_pack_images, sign_unpack, sign_words  # noqa: E402
 from tersetorch.ops.sparse_conv2d import (  # noqa: E402
     sparse_conv2d,
@@ -108,6 +109,7 @@ __all__ = [
     "product_unpack",
     "sign_matmul",
     "sign_matmul_inference",
+    "sign_max_pool2d",
     "sign_pack",
     "sign_pack_images",
     "sign_unpack",

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import conv2d, pad
+from torch.nn.functional import conv2d, max_pool2d, pad
 
 from tersetorch.ops.bitmap_columns_matmul import bitmap_columns_matmul
 from tersetorch.ops.bitmap_matmul import bitmap_from_rows, bitmap_matmul
@@ -19,9 +19,11 @@ from tersetorch.ops.codebook_matmul import CODEBOOK_MODES, codebook_dense, codeb
 from tersetorch.ops.csr_matmul import csr_matmul
 from tersetorch.ops.product_matmul import product_decode, product_matmul, product_pack
 from tersetorch.ops.sign_matmul import sign_matmul
-from tersetorch.ops.sign_pack import sign_pack
+from tersetorch.ops.sign_max_pool2d import sign_max_pool2d
+from tersetorch.ops.sign_pack import sign_pack, sign_pack_images, sign_unpack
 from tersetorch.ops.sparse_conv2d import sparse_conv2d
-from tersetorch.ops.xnor_matmul import xnor_pack
+from tersetorch.ops.xnor_conv2d import xnor_conv2d, xnor_conv2d_pack
+from tersetorch.ops.xnor_matmul import xnor_matmul, xnor_pack
 
 ROWS, COLUMNS, ENTRIES = 37, 53, 16
 COLUMN_BLOCK = 16
@@ -58,8 +60,45 @@ def check_ops() -> list[dict[str, Any]]:
         for entries in (4, ENTRIES, 32, 256)
     ]
     checked += [_check_codebook_conv(mode) for mode in CODEBOOK_MODES]
-    checked += [_check_signs(torch.float32), _check_signs(torch.bfloat16), *_check_bitplanes()]
+    checked += _check_signs()
+    checked += [_check_sign_matmul(torch.float32), _check_sign_matmul(torch.bfloat16), *_check_bitplanes()]
     return [*checked, _check_bfloat16_mode(), *_check_conv_modes(), *_check_gradients()]
+
+
+def _check_signs() -> list[dict[str, Any]]:
+    """The products of signs and the largest of windows, whole numbers that every level has exactly."""
+    generator = torch.Generator().manual_seed(8)
+
+    def signs(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).sign()
+
+    worst = {"xnor_matmul": 0.0, "xnor_conv2d": 0.0, "sign_max_pool2d": 0.0}
+
+    def compare(op: str, y: Tensor, reference: Tensor) -> None:
+        worst[op] = max(worst[op], float((y.double() - reference.double()).abs().max()))
+
+    for terms in (COLUMNS, 5 * COLUMNS):
+        weight = signs(ROWS, terms)
+        sizes: dict[str, Any] = {"in_features": terms, "out_features": ROWS}
+        for batch in BATCHES:
+            x = signs(batch, terms)
+            compare("xnor_matmul", xnor_matmul(x, xnor_pack(sign_pack(weight)), **sizes), x @ weight.T)
+    for channels in (CHANNELS, 5 * CHANNELS):
+        filters = signs(ROWS, channels, KERNEL, KERNEL)
+        stored, thresholds = xnor_conv2d_pack(sign_pack_images(filters)), torch.arange(ROWS, dtype=torch.int32)
+        for height, width, stride in IMAGES:
+            x = signs(2, channels, height, width)
+            for padding_value in (0, 1, -1):
+                how: dict[str, Any] = {"kernel_size": KERNEL, "stride": stride, "padding": 1}
+                how.update(in_channels=channels, out_channels=ROWS, padding_value=padding_value)
+                reference = conv2d(pad(x, (1, 1, 1, 1), value=padding_value), filters, None, stride)
+                compare("xnor_conv2d", xnor_conv2d(x, stored, **how), reference)
+                bits = xnor_conv2d(sign_pack_images(x), stored, **how, thresholds=thresholds)
+                largest = torch.where(reference >= thresholds.view(-1, 1, 1), 1.0, -1.0)
+                compare("xnor_conv2d", sign_unpack(bits, ROWS).permute(0, 3, 1, 2), largest)
+                pooled = sign_unpack(sign_max_pool2d(bits, 2, 1, 1), ROWS).permute(0, 3, 1, 2)
+                compare("sign_max_pool2d", pooled, max_pool2d(largest, 2, 1, 1))
+    return [_result(op, "signs", error, 0.0) for op, error in worst.items()]
 
 
 def _check_codebook(mode: str, entries: int) -> dict[str, Any]:
@@ -112,7 +151,7 @@ def _check_codebook_conv(mode: str) -> dict[str, Any]:
     return _result("codebook_conv2d", f"{mode}, {ENTRIES} entries", worst, bound)
 
 
-def _check_signs(dtype: torch.dtype) -> dict[str, Any]:
+def _check_sign_matmul(dtype: torch.dtype) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(8)
     signs = torch.randint(2, (ROWS, COLUMNS), generator=generator) * 2.0 - 1.0
     packed, (scale, bias) = xnor_pack(sign_pack(signs)), torch.randn(2, ROWS, generator=generator)

@@ -11,7 +11,13 @@ from tersetorch.ops._images import MAX_SIZE, Pair, conv_sizes
 from tersetorch.ops.sign_pack import sign_words
 
 TILE_FILTERS = 32  # of a packed weight
-_FLOATS = (torch.float32, torch.bfloat16)
+_DTYPES = (
+    ("x", (torch.float32, torch.bfloat16, torch.int64)),
+    ("weight", (torch.int32,)),
+    ("scale", (torch.float32,)),
+    ("bias", (torch.float32,)),
+    ("thresholds", (torch.int32,)),
+)
 _xnor_conv2d = torch.ops.tersetorch.xnor_conv2d.default
 
 
@@ -68,13 +74,7 @@ def xnor_conv2d(
         Rastegari et al., XNOR-Net (2016), section 3.2; csrc/kernels/xnor_conv2d for the method.
     """
     op = "xnor_conv2d"
-    for name, tensor, dtypes in (
-        ("x", x, (*_FLOATS, torch.int64)),
-        ("weight", weight, (torch.int32,)),
-        ("scale", scale, (torch.float32,)),
-        ("bias", bias, (torch.float32,)),
-        ("thresholds", thresholds, (torch.int32,)),
-    ):
+    for (name, dtypes), tensor in zip(_DTYPES, (x, weight, scale, bias, thresholds), strict=True):
         if tensor is None and name not in ("x", "weight"):
             continue
         if not isinstance(tensor, Tensor):
@@ -86,7 +86,7 @@ def xnor_conv2d(
             raise ValueError(
                 f"{op}: {name} must be on the device of x, {x.device}, got {tensor.device}; move one of them"
             )
-        if name in ("scale", "bias", "thresholds") and tuple(tensor.shape) != (out_channels,):
+        if tensor is not x and tensor is not weight and tensor.shape != (out_channels,):
             raise ValueError(
                 f"{op}: {name} must be [{out_channels}], got shape {tuple(tensor.shape)}; pass one for each filter"
             )
@@ -114,7 +114,7 @@ def xnor_conv2d(
             "split the convolution"
         )
     expected = (*_tiles(out_channels, groups), *sizes[0], 2 * sign_words(in_channels // groups), TILE_FILTERS)
-    if tuple(weight.shape) != expected:
+    if weight.shape != expected:
         raise ValueError(
             f"{op}: weight must be {list(expected)} for {out_channels} filters of {in_channels // groups} channels, "
             f"got shape {tuple(weight.shape)}; pass what xnor_conv2d_pack returns"

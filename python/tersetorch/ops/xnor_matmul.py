@@ -29,8 +29,9 @@ def xnor_matmul(
 
     Args:
         x: float32 or bfloat16 [..., in], of which the signs count as sign_pack takes them; or what sign_pack or a
-            product with thresholds returns, int64 [..., ceil(in / 64)], bits past the last all 0.
-        weight: what xnor_pack returns, int64 [ceil(out / 32), ceil(in / 64), 32].
+            product with thresholds returns, int64 [..., words], unused bits all 0.
+        weight: what xnor_pack returns, int64 [ceil(out / 32), words, 32]; words are ceil(in / 64), or more where unused
+            bits lie between the columns, as those of a flattened packed image do, which x then must be.
         in_features: columns of W, below 2^31.
         out_features: rows of W.
         scale: float32 [out], or None for 1.
@@ -76,17 +77,23 @@ def xnor_matmul(
         raise ValueError(
             f"{op}: thresholds stand in for scale and bias, got them together; fold these into the thresholds"
         )
-    words = sign_words(in_features)
+    least = sign_words(in_features)
+    words = max(least, weight.shape[1]) if weight.dim() == 3 else least
+    expected = (-(-out_features // TILE_ROWS), words, TILE_ROWS)
+    if tuple(weight.shape) != expected:
+        raise ValueError(
+            f"{op}: weight must be [{expected[0]}, {least} or more, {TILE_ROWS}] for {out_features} rows of "
+            f"{in_features} signs, got shape {tuple(weight.shape)}; pass what xnor_pack returns"
+        )
+    if x.dtype != torch.int64 and words != least:
+        raise ValueError(
+            f"{op}: x must be packed for a weight of {words} words a row, of which {in_features} signs fill {least}, "
+            f"got {x.dtype}; pass packed signs"
+        )
     last = words if x.dtype == torch.int64 else in_features
     if x.dim() == 0 or x.shape[-1] != last:
         raise ValueError(
             f"{op}: x must be [..., {last}], got shape {tuple(x.shape)}; pass x with as many features as W has columns"
-        )
-    expected = (-(-out_features // TILE_ROWS), words, TILE_ROWS)
-    if tuple(weight.shape) != expected:
-        raise ValueError(
-            f"{op}: weight must be {list(expected)} for {out_features} rows of {in_features} signs, got shape "
-            f"{tuple(weight.shape)}; pass what xnor_pack returns"
         )
     return cast(Tensor, _xnor_matmul(x, weight, in_features, out_features, scale, bias, thresholds))
 

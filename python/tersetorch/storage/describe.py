@@ -5,7 +5,7 @@ A node is an object with
     k  kind (a registered torch.nn class, a zoo network, or one of our layers)
     c  its constructor's arguments
     a  attributes set after construction
-    t  tensors: name -> number of an entry; of a layer of codes "plain_codes" (product_kinds.py)
+    t  tensors: name -> number of an entry; of a layer of codes "plain_codes", of signs "signs" (packed_kinds.py)
     m  children: name -> node, the number of an earlier node (a shared module, counted in this order), or null
     e  training flag, where it differs from the parent's (the model's is compared with false)
     o  [class, reason]: tt.load cannot rebuild this module by itself
@@ -21,12 +21,11 @@ from typing import Any
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from tersetorch.nn.shared_module import SharedModule
 from tersetorch.storage import registry
 from tersetorch.storage.compare import difference, needs_values
 from tersetorch.storage.entry import Entry
 from tersetorch.storage.layers import KINDS, Layer, config_of, encode_layer, make_layer
-from tersetorch.storage.product_kinds import PLAIN_CODES, packing, plain_codes
+from tersetorch.storage.packed_kinds import packed_names, packing, plain_form
 from tersetorch.storage.streams import Stream
 from tersetorch.storage.tensors import encode_tensor
 
@@ -48,7 +47,7 @@ class Describer:
         self.entries: list[Entry] = []
         self.streams: list[list[Stream]] = []
         self._numbers: dict[int, int] = {}
-        self._codes: dict[tuple[int, ...], int] = {}
+        self._packed: dict[tuple[object, ...], int] = {}
         self._layers: dict[int, Layer] = {}
         self._modules: dict[nn.Module, int] = {}
         self._taken: set[nn.Module] = set()
@@ -153,19 +152,20 @@ class Describer:
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is None or name in module._non_persistent_buffers_set:
                 continue
-            if name == "codes" and isinstance(module, SharedModule):
-                plain = plain_codes(module)
+            packed = packed_names(module)
+            if packed is not None and name == packed[0]:
+                plain = plain_form(module)
                 if plain is not None:
-                    numbers[PLAIN_CODES] = self._number_of_codes(module, plain, _join(path, name))
+                    numbers[packed[1]] = self._number_of_packed(module, tensor, plain, _join(path, name))
                     continue
             numbers[name] = self._number(tensor, _join(path, name))
         return numbers
 
-    def _number_of_codes(self, layer: SharedModule, plain: Tensor, path: str) -> int:
-        key = id(layer.codes), *packing(layer)
-        if key not in self._codes:
-            self._codes[key] = self._append(*encode_tensor(path, plain, trains=True), layer.codes.nbytes)
-        return self._codes[key]
+    def _number_of_packed(self, layer: nn.Module, packed: Tensor, plain: Tensor, path: str) -> int:
+        key = id(packed), *packing(layer)
+        if key not in self._packed:
+            self._packed[key] = self._append(*encode_tensor(path, plain, trains=True), packed.nbytes)
+        return self._packed[key]
 
     def _number(self, tensor: Tensor, path: str) -> int:
         if id(tensor) in self._layers:

@@ -19,6 +19,7 @@ Forms and their streams:
     codebook          codebook, codes
     sparse            positions, values
     sparse-codebook   positions, codebook, codes
+    signs             scales (magnitudes, one for each row), signs (1 for a negative number)
 """
 
 from __future__ import annotations
@@ -73,12 +74,15 @@ FORMS = {
     "codebook": ("codebook", "codes"),
     "sparse": ("positions", "values"),
     "sparse-codebook": ("positions", "codebook", "codes"),
+    "signs": ("scales", "signs"),
 }
 ROLE_CODERS = {
     "values": VALUE_CODERS,
     "codebook": VALUE_CODERS,
     "codes": CODE_CODERS,
     "positions": POSITION_CODERS,
+    "scales": VALUE_CODERS,
+    "signs": CODE_CODERS[:-1],
 }
 MAX_GAP_WIDTH = 15
 
@@ -133,6 +137,10 @@ class Entry:
     def is_sparse(self) -> bool:
         """Whether positions are stored."""
         return self.form.startswith("sparse")
+
+    def count(self, role: str) -> int:
+        """Items in a stream of this role."""
+        return {"codebook": self.entries, "scales": self.shape[0] if self.shape else 0}.get(role, self.stored)
 
     @property
     def decoded_bytes(self) -> int:
@@ -212,6 +220,8 @@ class Entry:
         """What the fields owe each other. A count is compared with its stream before anything is allocated for it."""
         if (data.keys() & set("nbt") and not self.is_sparse) or ("k" in data and not self.form.endswith("codebook")):
             refuse(f"have only the fields of a tensor stored as {self.form}", sorted(data))
+        if self.form == "signs" and (len(self.shape) < 2 or not self.dtype.is_floating_point):
+            refuse("keep floating-point rows as signs", f"{self.dtype} {list(self.shape)}")
         if self.down_columns and len(self.shape) < 2:
             refuse("run down the columns of tensors with two dimensions or more", len(self.shape))
         layer = self.is_sparse and len(self.shape) == 2 and self.dtype in (torch.float32, torch.bfloat16)
@@ -222,12 +232,12 @@ class Entry:
         for spec in self.streams:
             if spec.coder == "contexts":
                 few = 0 < self.numel <= MAX_CONTEXT_BITS
-                if spec.role == "codes":
-                    few = fits_contexts(self.entries, self.stored, self.grid)
+                if spec.role in ("codes", "signs"):
+                    few = fits_contexts(2 if spec.role == "signs" else self.entries, self.stored, self.grid)
                 if not few or self.down_columns:
                     refuse("code in context a tensor by rows, of few enough weights", f"{spec.role} of {self.numel}")
             if spec.coder == "raw":
-                count = self.entries if spec.role == "codebook" else self.stored
+                count = self.count(spec.role)
                 if spec.nbytes != count * self.real_dtype.itemsize:
                     refuse(f"hold {count} items in a stream of {spec.role}", f"{spec.nbytes} bytes")
             elif spec.coder == "constant":
@@ -236,9 +246,9 @@ class Entry:
             elif spec.coder == "all":
                 if spec.nbytes or self.stored != self.numel:
                     refuse("store every position and no bytes for them", f"{self.stored}, {spec.nbytes} bytes")
-            elif spec.role == "codebook":
-                if self.entries > spec.nbytes * MAX_ITEMS_PER_BYTE:
-                    refuse(f"hold {self.entries} items in a stream of {spec.role}", f"{spec.nbytes} bytes")
+            elif spec.role in ("codebook", "scales"):
+                if self.count(spec.role) > spec.nbytes * MAX_ITEMS_PER_BYTE:
+                    refuse(f"hold {self.count(spec.role)} items in a stream of {spec.role}", f"{spec.nbytes} bytes")
             elif spec.coder == "numbers" and self.stored > MAX_NUMBERS:
                 refuse(f"hold at most {MAX_NUMBERS} values in a stream of numbers", self.stored)
             elif self.stored > spec.nbytes * (MAX_ITEMS_PER_BYTE if spec.coder in SUBBIT_CODERS else 8):

@@ -16,6 +16,7 @@ from tersetorch.storage import streams
 from tersetorch.storage.container import CHECKSUM_BYTES
 from tersetorch.storage.entry import Entry
 from tersetorch.storage.errors import reading, refuse
+from tersetorch.storage.packed_kinds import is_of_signs
 from tersetorch.storage.reader import read
 from tersetorch.storage.rebuild import check_node
 
@@ -25,6 +26,9 @@ PARTS = (
     "codes",
     "codebooks",
     "code tables",
+    "signs",
+    "scales",
+    "thresholds",
     "biases",
     "other tensors",
     "checksums",
@@ -36,7 +40,11 @@ _ROLE_PARTS = {
     "codebook": "codebooks",
     "codes": "codes",
     "positions": "positions",
+    "signs": "signs",
+    "scales": "scales",
 }
+# Tensors of layers of signs, all of whose bytes count as one part.
+_NAME_PARTS = {"signs": "signs", "scale": "scales", "thresholds": "thresholds", "flips": "thresholds"}
 
 
 @dataclass(frozen=True)
@@ -47,7 +55,7 @@ class StoredTensor:
         name: its first name in the model, such as "fc1.weight".
         shape: of the dense tensor.
         dtype: such as "float32".
-        form: raw, codebook, sparse or sparse-codebook.
+        form: raw, codebook, sparse, sparse-codebook or signs.
         coders: of its streams.
         stored: numbers that are stored, each by its value or code.
         entries: of the codebook, 0 for none.
@@ -185,13 +193,13 @@ def inspect(path: str | PathLike[str]) -> Inspection:
     """
     with reading("inspect", path):
         contents = read("inspect", path)
-        names: dict[int, str] = {}
-        for number, name in _names(contents.root, ""):
-            names.setdefault(number, name)
+        names: dict[int, tuple[str, bool]] = {}
+        for number, name, of_signs in _names(contents.root, ""):
+            names.setdefault(number, (name, of_signs))
         if set(names) != set(range(len(contents.entries))):
             refuse("use every tensor it stores", f"{len(names)} of {len(contents.entries)}")
         tensors = tuple(
-            _stored(names[number], entry, data)
+            _stored(*names[number], entry, data)
             for number, (entry, data) in enumerate(zip(contents.entries, contents.data, strict=True))
         )
     return Inspection(
@@ -205,24 +213,24 @@ def inspect(path: str | PathLike[str]) -> Inspection:
     )
 
 
-def _names(node: Any, path: str) -> Iterator[tuple[int, str]]:
-    """Number and name of every use of a tensor, in the model's order."""
+def _names(node: Any, path: str) -> Iterator[tuple[int, str, bool]]:
+    """Number and name of every use of a tensor, in the model's order, and whether a layer of signs uses it."""
     if node is None or type(node) is int:
         return
     check_node(node)
     for name, number in node.get("t", {}).items():
         if type(number) is not int:
             refuse("number its tensors", repr(number)[:40])
-        yield number, f"{path}.{name}".removeprefix(".")
+        yield number, f"{path}.{name}".removeprefix("."), is_of_signs(node.get("k"))
     for name, child in node.get("m", {}).items():
         yield from _names(child, f"{path}.{name}".removeprefix("."))
 
 
-def _stored(name: str, entry: Entry, data: list[bytes]) -> StoredTensor:
+def _stored(name: str, of_signs: bool, entry: Entry, data: list[bytes]) -> StoredTensor:
     parts: Counter[str] = Counter({"checksums": CHECKSUM_BYTES * len(data)})
-    whole = _whole_part(name, entry)
+    whole = (_NAME_PARTS.get(name.rpartition(".")[2]) if of_signs else None) or _whole_part(name, entry)
     for spec, stream in zip(entry.streams, data, strict=True):
-        alphabet = entry.entries if spec.role == "codes" else 1 << spec.width
+        alphabet = {"codes": entry.entries, "signs": 2}.get(spec.role, 1 << spec.width)
         table = streams.table_bytes(stream, spec.coder, alphabet)
         parts[whole or "code tables"] += table
         parts[whole or _ROLE_PARTS[spec.role]] += len(stream) - table

@@ -9,13 +9,21 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from tersetorch.conversion.swap import deep_copy
-from tersetorch.nn.shared_module import SharedModule
 from tersetorch.storage import fields, registry
 from tersetorch.storage.compare import needs_values
 from tersetorch.storage.entry import Entry
 from tersetorch.storage.errors import TerseFileError, refuse
 from tersetorch.storage.layers import LAYERS, Layer, decode_layer, dense_shape, make_layer
-from tersetorch.storage.product_kinds import PLAIN_CODES, check_layer, dense_sizes, pack_codes, packing, replaces
+from tersetorch.storage.packed_kinds import (
+    check_layer,
+    goes_in_chains,
+    is_of_signs,
+    pack_again,
+    packed_names,
+    packing,
+    replaces,
+    same_sizes,
+)
 from tersetorch.storage.tensors import decode_tensor
 
 _NODE_KEYS = set("kcatmeo")
@@ -31,7 +39,7 @@ class Tensors:
         self._limit = limit
         self._data = data
         self._plain: dict[int, Tensor] = {}
-        self._packed: dict[tuple[int, ...], Tensor] = {}
+        self._packed: dict[tuple[object, ...], Tensor] = {}
         self._parameters: dict[int, nn.Parameter] = {}
         self._layers: dict[int, Layer] = {}
         self._progress = progress or Progress(disable=True)
@@ -52,15 +60,15 @@ class Tensors:
             self._progress.advance(self._task, entry.decoded_bytes)
         return self._plain[number]
 
-    def codes(self, number: Any, layer: SharedModule) -> Tensor:
-        """The tensor of this number as layer packs its codes; layers of the same sizes share it."""
+    def packed(self, number: Any, layer: nn.Module, name: str) -> Tensor:
+        """The tensor of this number as layer packs it into buffer name; layers of the same sizes share it."""
         key = fields.integer(number, "the number of a tensor", 0, len(self.entries) - 1), *packing(layer)
         if key not in self._packed:
             # Of a few columns, padding is the most.
-            size = layer.codes.nbytes + sum(packed.nbytes for packed in self._packed.values())
+            size = layer.get_buffer(name).nbytes + sum(packed.nbytes for packed in self._packed.values())
             if size > self._limit:
                 refuse(f"decode to at most {self._limit} bytes", size, "pass max_bytes= if you trust the file")
-            self._packed[key] = pack_codes(layer, self.plain(number))
+            self._packed[key] = pack_again(layer, self.plain(number))
         return self._packed[key]
 
     def parameter(self, number: Any) -> nn.Parameter:
@@ -211,15 +219,17 @@ def adopt(root: Any, model: nn.Module, tensors: Tensors) -> nn.Module:
         elif replaces(node.get("k"), module):
             # A whole layer, built as it is where no model is given.
             built = Builder(tensors, limit=0).build(node, path)
-            if dense_sizes(built) != dense_sizes(module):
+            if not same_sizes(built, module):
                 mismatch(f"{built} at {path or 'its root'}", module)
             memo[id(module)] = built
-        elif _stands_for_relu(node, module):
+        elif _stands_for_other(node, module):
             memo[id(module)] = nn.Identity() if node["k"] == "Identity" else nn.ReLU(inplace=True)
-    if not any(node.get("k") in LAYERS and "relu" in node.get("c", {}) for node, _, _ in pairs):
-        for node, module, path in pairs:
-            if node.get("k") == "Identity" and type(module) is nn.ReLU:
-                mismatch(f"Identity() at {path}", module)
+    relus = any(node.get("k") in LAYERS and "relu" in node.get("c", {}) for node, _, _ in pairs)
+    signs = any(is_of_signs(node.get("k")) for node, _, _ in pairs)
+    for node, module, path in pairs:
+        expected = type(module) is nn.Identity or (relus if type(module) is nn.ReLU else signs)
+        if node.get("k") == "Identity" and not expected:
+            mismatch(f"Identity() at {path}", module)
     replaced = set(memo)  # deepcopy adds to memo
     copied = deep_copy(model, memo, verb="load")
     flags: dict[int, bool] = {}
@@ -267,7 +277,7 @@ def _pairs(node: Any, module: nn.Module | None, seen: dict[nn.Module, int], path
             )
         except Exception:  # a module that was altered so far that its arguments cannot be told
             fits = False
-        if not fits and not _stands_for_relu(node, module):
+        if not fits and not _stands_for_other(node, module):
             arguments = ", ".join(f"{name}={value!r}" for name, value in node.get("c", {}).items())
             mismatch(f"{kind}({arguments}) at {path or 'its root'}", module)
     children = node.get("m", {})
@@ -277,10 +287,12 @@ def _pairs(node: Any, module: nn.Module | None, seen: dict[nn.Module, int], path
         yield from _pairs(child, module._modules[name], seen, f"{path}.{name}".removeprefix("."))
 
 
-def _stands_for_relu(node: dict[str, Any], module: nn.Module) -> bool:
-    """Whether a node is what convert leaves of an nn.ReLU: none, where a sparse layer computes it, or one in place."""
+def _stands_for_other(node: dict[str, Any], module: nn.Module) -> bool:
+    """Whether a node is what convert leaves of a ReLU, computed elsewhere or in place, or of a part of a chain."""
     left = node.get("k"), node.get("c", {})
-    return type(module) is nn.ReLU and left in (("Identity", {}), ("ReLU", {"inplace": True}))
+    if type(module) is nn.ReLU:
+        return left in (("Identity", {}), ("ReLU", {"inplace": True}))
+    return left == ("Identity", {}) and goes_in_chains(module)
 
 
 def check_node(node: Any) -> None:
@@ -328,9 +340,10 @@ def _assign(module: nn.Module, names: dict[str, Any], tensors: Tensors, path: st
     }
     where = path or "its root"
     packed = None
-    if isinstance(module, SharedModule) and PLAIN_CODES in names:
-        packed = "codes"
-        names = {packed if name == PLAIN_CODES else name: number for name, number in names.items()}
+    found = packed_names(module)
+    if found is not None and found[1] in names:
+        packed, plain = found
+        names = {packed if name == plain else name: number for name, number in names.items()}
     if names.keys() != own.keys():
         complain(f"tensors {sorted(names)} at {where}", sorted(own))
     for name, number in names.items():
@@ -346,7 +359,7 @@ def _assign(module: nn.Module, names: dict[str, Any], tensors: Tensors, path: st
             setattr(module, name, tensors.parameter(number))
             # The file's order is that of state dicts and optimizers.
             module._parameters[name] = module._parameters.pop(name)
-        elif name == packed and isinstance(module, SharedModule):
-            module._buffers[name] = tensors.codes(number, module)
+        elif name == packed:
+            module._buffers[name] = tensors.packed(number, module, name)
         else:
             module._buffers[name] = tensors.plain(number)

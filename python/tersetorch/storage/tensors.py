@@ -67,6 +67,8 @@ def encode_tensor(name: str, tensor: Tensor, trains: bool, summed: bool = False)
     table = count_patterns(values)
     rest = bits.size - values.size
     choices = [_dense_choice(replace(plain, base=0), bits, _with_pattern(table, common, rest))]
+    if len(shape) > 1 and dtype.is_floating_point and bits.size and _is_of_signs(bits.reshape(shape[0], -1)):
+        choices.append(_sign_choice(replace(plain, form="signs", base=0), bits))
     if rest:
         choices += [
             _sparse_choice(plain, bits, kept, table, down_columns)
@@ -83,6 +85,8 @@ def decode_tensor(entry: Entry, data: list[bytes]) -> Tensor:
         TerseFileError: a stream does not decode to what the entry says.
     """
     pattern: np.dtype[Any] = np.dtype(_PATTERNS[entry.real_dtype.itemsize])
+    if entry.form == "signs":
+        return _from_bits(entry, _sign_bits(entry, data, pattern))
     positions = positions_of(entry, data) if entry.is_sparse else None
     bits = values_of(entry, data, pattern, positions)
     if positions is not None:
@@ -91,6 +95,11 @@ def decode_tensor(entry: Entry, data: list[bytes]) -> Tensor:
         bits = dense.reshape(-1, entry.shape[0]).T.ravel() if entry.down_columns and entry.numel else dense
     if entry.dtype is torch.bool and entry.numel and int(bits.max()) > 1:
         refuse("hold 0 or 1 for bool", int(bits.max()))
+    return _from_bits(entry, bits)
+
+
+def _from_bits(entry: Entry, bits: Array) -> Tensor:
+    """The tensor of an entry from its bit patterns, in C order."""
     flat = from_patterns(bits, entry.real_dtype)
     shape = entry.shape
     result = torch.view_as_complex(flat.reshape(*shape, 2)) if entry.dtype in REAL else flat.reshape(shape)
@@ -247,6 +256,48 @@ def _sparse_choice(
         return entry, encoded
 
     return _Choice(nbytes, build)
+
+
+def _is_of_signs(rows: Array) -> bool:
+    """Whether each row [rows, columns] of bit patterns of floats has one magnitude."""
+    magnitudes = rows & _sign_bit(rows.dtype) - rows.dtype.type(1)
+    return bool((magnitudes[0] == magnitudes[0, 0]).all() and (magnitudes == magnitudes[:, :1]).all())
+
+
+def _sign_choice(plain: Entry, bits: Array) -> _Choice:
+    """Storing each row's magnitude and everyone's sign."""
+    sign = _sign_bit(bits.dtype)
+    scales = bits.reshape(plain.shape[0], -1)[:, 0] & sign - sign.dtype.type(1)
+    codes = (bits & sign != 0).astype(np.uint8)
+    value_coding = streams.best_value_coding(scales)
+    counts = np.bincount(codes, minlength=2)
+    code_coding = streams.best_code_coding(counts, lambda: codes, _sign_context(plain, bits.dtype))
+
+    def build() -> tuple[Entry, list[Stream]]:
+        encoded = streams.encode_codes(codes, 2, code_coding)
+        return plain, [streams.value_stream("scales", scales, value_coding), replace(encoded, role="signs")]
+
+    return _Choice(value_coding.nbytes + code_coding.nbytes + 2 * STREAM_BYTES, build)
+
+
+def _sign_bits(entry: Entry, data: list[bytes], pattern: np.dtype[Any]) -> Array:
+    """The bit patterns of a tensor that is stored as signs."""
+    scale_spec, sign_spec = entry.streams
+    scales = streams.decode_values(data[0], scale_spec.coder, pattern, entry.shape[0])
+    if scales.size and int(scales.max()) >= int(_sign_bit(pattern)):
+        refuse("hold magnitudes of rows that are not negative", int(scales.max()))
+    codes = streams.decode_codes(data[1], sign_spec.coder, 2, entry.stored, _sign_context(entry, pattern))
+    rows = codes.reshape(entry.shape[0], -1).astype(pattern)
+    bits: Array = (rows << pattern.type(8 * pattern.itemsize - 1) | scales[:, None]).reshape(-1)
+    return bits
+
+
+def _sign_context(entry: Entry, pattern: np.dtype[Any]) -> Context:
+    return context_of(entry, np.array([0, _sign_bit(pattern)], pattern), None)
+
+
+def _sign_bit(pattern: np.dtype[Any]) -> Any:
+    return pattern.type(1 << (8 * pattern.itemsize - 1))
 
 
 def _common_pattern(bits: Array) -> int:

@@ -1,5 +1,7 @@
 """Checks that the room's functions share."""
 
+from math import prod
+
 from torch import Tensor
 
 
@@ -16,6 +18,23 @@ def check_seed(where: str, seed: int) -> None:
     check_count(where, "seed", seed, least=0)
     if seed >= 2**63:
         raise ValueError(f"{where}: seed must be below 2**63, got {seed}; pass a smaller number")
+
+
+def check_rate(where: str, name: str, rate: float) -> None:
+    """Refuses what is no rate of dropout."""
+    if not isinstance(rate, int | float) or isinstance(rate, bool):
+        raise TypeError(f"{where}: {name} must be a number, got {rate!r}; pass a rate such as 0.3")
+    if not 0 <= rate < 1:
+        raise ValueError(f"{where}: {name} must be in [0, 1), got {rate}; pass a rate such as 0.3")
+
+
+def check_values(where: str, images: Tensor, values: int) -> None:
+    """Refuses images that do not flatten to so many values each."""
+    if prod(images.shape[1:]) != values:
+        raise ValueError(
+            f"{where}: images must have {values} values each, got shape {tuple(images.shape)}; "
+            "build the network with in_features= your image size"
+        )
 
 
 def check_images(where: str, images: Tensor, channels: int, size: int | None = None, least: int = 1) -> None:

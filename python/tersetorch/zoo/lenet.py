@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tersetorch.storage import register_module
-from tersetorch.zoo.checks import check_count, check_images
+from tersetorch.zoo.checks import check_count, check_images, check_rate, check_values
 
 
 class LeNet300100(nn.Module):
@@ -34,7 +34,7 @@ class LeNet300100(nn.Module):
         super().__init__()
         check_count("LeNet300100", "in_features", in_features)
         check_count("LeNet300100", "classes", classes)
-        _check_dropout("LeNet300100", dropout)
+        check_rate("LeNet300100", "dropout", dropout)
         self.in_features = in_features
         self.classes = classes
         self.dropout = float(dropout)
@@ -50,13 +50,8 @@ class LeNet300100(nn.Module):
         Raises:
             ValueError: an image does not have in_features values.
         """
-        x = images.flatten(1)
-        if x.shape[1] != self.in_features:
-            raise ValueError(
-                f"LeNet300100: images must have {self.in_features} values each, got shape {tuple(images.shape)}; "
-                "build the network with in_features= your image size"
-            )
-        x = self.dropout1(self.fc1(x).relu())
+        check_values("LeNet300100", images, self.in_features)
+        x = self.dropout1(self.fc1(images.flatten(1)).relu())
         x = self.dropout2(self.fc2(x).relu())
         logits: Tensor = self.fc3(x)
         return logits
@@ -86,7 +81,7 @@ class LeNet5(nn.Module):
         """
         super().__init__()
         check_count("LeNet5", "classes", classes)
-        _check_dropout("LeNet5", dropout)
+        check_rate("LeNet5", "dropout", dropout)
         self.classes = classes
         self.dropout = float(dropout)
         self.conv1 = nn.Conv2d(1, 20, 5)
@@ -106,13 +101,6 @@ class LeNet5(nn.Module):
         x = functional.max_pool2d(self.conv2(x), 2)
         logits: Tensor = self.fc2(self.dropout1(self.fc1(x.flatten(1)).relu()))
         return logits
-
-
-def _check_dropout(where: str, dropout: float) -> None:
-    if not isinstance(dropout, int | float) or isinstance(dropout, bool):
-        raise TypeError(f"{where}: dropout must be a number, got {dropout!r}; pass a rate such as 0.3")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"{where}: dropout must be in [0, 1), got {dropout}; pass a rate such as 0.3")
 
 
 def _config(model: LeNet300100) -> dict[str, int | float]:

@@ -16,6 +16,16 @@ def test_sign_is_the_step_and_passes_gradients_inside_one(dtype):
     assert sign(torch.tensor(float("nan"))) == -1
 
 
+@pytest.mark.parametrize("stochastic", [False, True])
+def test_signs_keep_the_layout_and_take_any_number(stochastic):
+    x = torch.randn(2, 5, 3, 4).to(memory_format=torch.channels_last)
+    y = sign(x, stochastic)
+    assert y.stride() == x.stride() and set(y.unique().tolist()) == {-1.0, 1.0}
+    edges = torch.tensor([float("inf"), -float("inf"), float("nan"), 2.0, -2.0])
+    assert sign(edges, stochastic).tolist() == [1, -1, -1, 1, -1]
+    assert sign(torch.empty(0, 3), stochastic).shape == (0, 3)
+
+
 def test_stochastic_signs_are_plus_one_with_their_probability():
     torch.manual_seed(0)
     for x, probability in ((-1.5, 0), (-0.5, 0.25), (0.2, 0.6), (1.0, 1)):

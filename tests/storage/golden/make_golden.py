@@ -1,6 +1,7 @@
 """Wrote version1.terse: every form and coder, both sparse layers, ties, flags and overrides; and, when they came,
 version1_layouts.terse: every layout, and the sparse convolutions; version2.terse: the coders of version 2;
-version2_packed_codes.terse: layers of codes as first written; version2_plain_codes.terse: as written now.
+version2_packed_codes.terse: layers of codes as first written; version2_plain_codes.terse: as written now;
+version2_signs.terse: rows of two values, and layers of signs.
 
 Run once for each version of the format and each new kind of layer; a file is then never written again.
 """
@@ -10,13 +11,17 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from tersetorch.formats import CodebookWeight
+from tersetorch.formats import CodebookWeight, SignWeight
+from tersetorch.methods.binarize import ShiftBatchNorm1d, Sign
 from tersetorch.nn import (
+    BinaryConv2d,
+    BinaryLinear,
     CodebookConv2d,
     CodebookEmbedding,
     CodebookLinear,
     ProductLinear,
     ResidualLinear,
+    SignMaxPool2d,
     SparseCodebookConv1d,
     SparseCodebookConv2d,
     SparseCodebookLinear,
@@ -162,6 +167,33 @@ def coded():
     return nn.ModuleList([*products(), convolution, embedding]).eval()
 
 
+def sign_weight(rows, columns, taps=1, scale=None):
+    return SignWeight.from_signs(codes(rows, columns, 2).bool(), taps, scale)
+
+
+def signs():
+    """The model in the file of signs."""
+    dense = nn.Linear(70, 40)
+    with torch.no_grad():
+        dense.weight.copy_(sign_weight(40, 70, scale=numbers(40).abs()).to_dense())
+        dense.bias.copy_(numbers(40))
+    thresholds = (numbers(70) * 20).int()
+    sizes = {"kernel_size": 3, "padding": 1, "groups": 2, "padding_value": -1}
+    return nn.ModuleList(
+        [
+            dense,
+            BinaryLinear(sign_weight(20, 70, scale=numbers(20).abs()), numbers(20)),
+            BinaryLinear(sign_weight(70, 130), thresholds=thresholds),
+            BinaryLinear(sign_weight(70, 130, 2), dtype=torch.bfloat16),
+            BinaryLinear(sign_weight(9, 65), numbers(9), inputs="real"),
+            BinaryConv2d(sign_weight(70, 45, 9), thresholds=thresholds, **sizes),
+            SignMaxPool2d(3, 2, 1, ceil_mode=True, flips=codes(1, 2, 5)[0].long()),
+            ShiftBatchNorm1d(5, eps=0.001),
+            Sign(stochastic=True),
+        ]
+    ).eval()
+
+
 # Limits that make small tensors take the coders of large ones.
 SMALL = {"MAX_CONTEXT_BITS": 3000, "MAX_NUMBERS": 300}
 
@@ -172,6 +204,7 @@ if __name__ == "__main__":
         setattr(streams, name, value)
     files = {"version1": (model, PROVENANCE), "version1_layouts": (layouts, None), "version2": (coders, None)}
     files |= {"version2_packed_codes": (products, None), "version2_plain_codes": (coded, None)}
+    files["version2_signs"] = (signs, None)
     for name, (network, notes) in files.items():
         path = folder / f"{name}.terse"
         if not path.exists():

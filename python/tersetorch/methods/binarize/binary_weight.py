@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from tersetorch.methods.binarize.signs import draw_signs
+from tersetorch.methods.binarize.signs import draw_signs, signs_of
+from tersetorch.methods.parametrization import BakedWeight
 
 Scale = Literal["none", "row"]
 
 
-class BinaryWeight(nn.Module):
+class BinaryWeight(BakedWeight):
     """weight = sign(original), +1 for 0, times 1 or each row's mean |original|.
 
     Stochastic, weights are drawn anew for each pass of training, +1 with probability clip((original + 1) / 2, 0, 1),
@@ -44,8 +45,8 @@ class _Binarized(torch.autograd.Function):
     @staticmethod
     def forward(original: Tensor, stochastic: bool, scaled: bool) -> Tensor:
         if stochastic:
-            return draw_signs(((original + 1) / 2).clamp(0, 1))
-        signs = torch.where(original >= 0, 1.0, -1.0).to(original.dtype)
+            return draw_signs(original)
+        signs = signs_of(original)
         return signs * _row_means(original) if scaled else signs
 
     @staticmethod

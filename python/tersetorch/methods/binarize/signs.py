@@ -57,9 +57,16 @@ def ap2(x: Tensor) -> Tensor:
     return cast(Tensor, _ApproximatePowerOf2.apply(x))
 
 
-def draw_signs(probability: Tensor) -> Tensor:
-    """+1 with that probability, else -1."""
-    return torch.where(torch.rand_like(probability) < probability, 1.0, -1.0).to(probability.dtype)
+def signs_of(x: Tensor) -> Tensor:
+    """+1 where x >= 0, else -1; of x's dtype, without a gradient."""
+    # torch.where takes eight times as long.
+    return torch.ge(x, 0, out=torch.empty_like(x)).mul_(2).sub_(1)
+
+
+def draw_signs(x: Tensor) -> Tensor:
+    """+1 with probability clip((x + 1) / 2, 0, 1), else -1; of x's dtype, without a gradient."""
+    drawn = torch.rand_like(x).mul_(2).sub_(1)
+    return torch.lt(drawn, x, out=drawn).mul_(2).sub_(1)
 
 
 class _Sign(torch.autograd.Function):
@@ -67,9 +74,7 @@ class _Sign(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, stochastic: bool) -> Tensor:
-        if stochastic:
-            return draw_signs(((x + 1) / 2).clamp(0, 1))
-        return torch.where(x >= 0, 1.0, -1.0).to(x.dtype)
+        return draw_signs(x) if stochastic else signs_of(x)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -78,7 +83,8 @@ class _Sign(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
-        return torch.where(x.abs() <= 1, gradient, 0), None
+        inside = x.detach().abs()
+        return gradient * torch.le(inside, 1, out=inside), None
 
 
 class _ApproximatePowerOf2(torch.autograd.Function):

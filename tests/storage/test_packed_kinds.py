@@ -103,7 +103,7 @@ def test_padding_counts_for_the_limit(tmp_path):
 )
 def test_plain_codes_of_another_layer_are_refused(tmp_path, monkeypatch, codes, message):
     layer = CodebookLinear(CodebookWeight.from_codes(torch.zeros(50, 30, dtype=torch.uint8), torch.randn(1, 16)))
-    monkeypatch.setattr("tersetorch.storage.describe.plain_codes", lambda module: codes)
+    monkeypatch.setattr("tersetorch.storage.describe.plain_form", lambda module: codes)
     tt.save(layer, tmp_path / "m.terse")
     with pytest.raises(TerseFileError, match=message):
         tt.load(tmp_path / "m.terse")

@@ -1,0 +1,206 @@
+"""A linear layer of signs."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from tersetorch import ops
+from tersetorch.formats import SignWeight
+from tersetorch.nn.shared_module import records
+from tersetorch.nn.sign_module import SignModule
+
+INPUTS = ("signs", "real", "pixels", "signed_pixels")
+PIXELS = 255
+_xnor_matmul = ops.native_op("xnor_matmul")
+_bitplane_matmul = ops.native_op("bitplane_matmul")
+
+
+class BinaryLinear(SignModule):
+    """y = scale * (W . sign(input)) + bias with W of signs, computed as bits; sign(0) is +1 and sign(NaN) -1.
+
+    With inputs="real" it is y = scale * (W . input) + bias, by additions and subtractions; only that has gradients, of
+    input. With inputs="pixels" input is numbers k / 255 of images, k from 0 to 255, with "signed_pixels" 2 k / 255 - 1:
+    floats, of which the nearest k counts, or uint8, the k themselves. 255 * W . input is an exact integer there.
+
+    Shapes: input float32 or bfloat16 [..., in_features], of which only the signs count -> y [..., out_features] of
+    input's dtype, or packed signs with thresholds: int64 [..., ceil(out_features / 64)]. input may be packed signs
+    itself, int64 [..., taps * ceil(in_features / taps / 64)]: what ops.sign_pack or a layer with thresholds returns,
+    the flattened image of a convolution's too; y is of dtype then. The product is an exact integer, and y = fma(dot,
+    scale, bias).
+
+    Args:
+        weight: the weight; with several taps, the one behind a flattened image.
+        bias: float [out_features], or None.
+        thresholds: int32 [out_features], instead of bias and of the weight's scale: y is the packed signs that are +1
+            where the product is at least the threshold.
+        inputs: "signs"; "real" for numbers that are multiplied as they are: float32 or bfloat16 only, sums in
+            float32; "pixels" or "signed_pixels".
+        dtype: of y where input is packed signs.
+
+    Raises:
+        TypeError: weight is not a SignWeight, or an argument has another type than named here.
+        ValueError: weight is not valid, an argument does not fit it, or thresholds come with bias or scale.
+
+    Source:
+        Courbariaux et al., Binarized Neural Networks (2016), section 1.4; Rastegari et al., XNOR-Net (2016), section
+        3.2, for the scale.
+    """
+
+    dense_type = nn.Linear
+
+    def __init__(
+        self,
+        weight: SignWeight,
+        bias: Tensor | None = None,
+        *,
+        thresholds: Tensor | None = None,
+        inputs: str = "signs",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(weight, bias, thresholds, dtype, inputs=inputs)
+        if inputs == "real" and thresholds is not None:
+            raise ValueError('BinaryLinear: thresholds need inputs="signs", got "real"; leave one of them out')
+
+    def _take_sizes(self, weight: SignWeight, inputs: str = "signs", **sizes: Any) -> None:
+        if inputs not in INPUTS:
+            raise ValueError(f"BinaryLinear: inputs must be one of {list(INPUTS)}, got {inputs!r}; choose one of them")
+        if inputs != "signs" and weight.taps != 1:
+            raise ValueError(
+                f"BinaryLinear: weight must have one tap for inputs={inputs!r}, got {weight.taps}; leave taps out"
+            )
+        self.inputs = inputs
+        self.out_features, self.in_features = weight.shape
+
+    def _packed(self, bits: Tensor) -> Tensor:
+        return ops.xnor_pack(bits.flatten(1))
+
+    def _unpacked(self, bits: Tensor) -> Tensor:
+        rows: Tensor = ops.xnor_unpack(bits, self.out_features)
+        return rows.view(self.out_features, self.taps, ops.sign_words(self._channels))
+
+    @classmethod
+    def from_dense(cls, module: nn.Linear, *, taps: int = 1, inputs: str = "signs") -> Self:
+        """The layer that computes what module does: of inputs that are all +1 or -1, or with inputs="real" of any.
+
+        Args:
+            module: each row of its weight +a and -a for some a.
+            taps: positions of the image [channels, height, width] that module's input is, flattened; needed where it
+                comes as packed images, flattened.
+            inputs: what they are, as the constructor takes it.
+
+        Raises:
+            TypeError: module is not an nn.Linear, or its weight is neither float32 nor bfloat16.
+            ValueError: a row has other values, or taps does not divide its length.
+        """
+        cls._check_source(module)
+        bias = None if module.bias is None else module.bias.detach()
+        weight = SignWeight.from_dense(module.weight, taps)
+        return cls(weight, bias, inputs=inputs, dtype=module.weight.dtype).train(module.training)
+
+    @classmethod
+    def of_sizes(
+        cls,
+        in_features: int,
+        out_features: int,
+        taps: int = 1,
+        scale: bool = False,
+        bias: bool = True,
+        thresholds: bool = False,
+        inputs: str = "signs",
+        dtype: str = "float32",
+    ) -> Self:
+        """A layer of zeros, on any device, for tensors that come from elsewhere."""
+        if taps < 1 or in_features % taps:
+            raise ValueError(f"{cls.__name__}: taps must divide in_features {in_features}, got {taps}; pass positions")
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer._zeros((out_features, taps, in_features // taps), scale, bias, thresholds, dtype, inputs=inputs)
+        return layer
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """What of_sizes takes to make a layer of the same sizes and options."""
+        taps = {"taps": self.taps} if self.taps != 1 else {}
+        return {"in_features": self.in_features, "out_features": self.out_features, **taps, **self._config()}
+
+    def lay_out_(self, taps: int) -> None:
+        """Lays the weight out for flattened packed images of so many positions."""
+        weight, bias, thresholds = self.sign_weight, self.bias, self.thresholds
+        self._buffers.clear()
+        self._hold(SignWeight.from_signs(weight.positive(), taps, weight.scale), bias, thresholds)
+
+    @property
+    def weight_shape(self) -> torch.Size:
+        """The shape of the dense weight."""
+        return torch.Size((self.out_features, self.in_features))
+
+    def to_dense(self) -> nn.Linear:
+        """The plain layer with the same weight and bias: it computes what a layer without thresholds does of signs."""
+        return self._filled(nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta"))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Applies the layer to input, float [..., in_features], or packed signs."""
+        self._checked(input)
+        if self.inputs != "signs":
+            return self._multiplied(input) if self.inputs == "real" else self._of_pixels(input)
+        x = input
+        if x.dtype != torch.int64 and self.taps > 1 and x.shape[-1] == self.in_features:
+            x = ops.sign_pack(x.unflatten(-1, (self._channels, self.taps)).transpose(-1, -2)).flatten(-2)
+        # Straight from the dictionary: nn.Module looks an attribute up for a third of a microsecond.
+        held = self._buffers
+        y: Tensor = _xnor_matmul(
+            x, held["bits"], self.in_features, self.out_features, held["scale"], held["bias"], held["thresholds"]
+        )
+        return self._finished(y, input.dtype)
+
+    def _multiplied(self, x: Tensor) -> Tensor:
+        """The product with numbers."""
+        if x.dtype == torch.int64:
+            raise TypeError(
+                'BinaryLinear: input must be float32 or bfloat16 for inputs="real", got packed signs; unpack'
+            )
+        if not records():
+            return ops.sign_matmul_inference(x, self.bits, self.out_features, self.scale, self.bias)
+        return ops.sign_matmul(x, self.bits, out_features=self.out_features, scale=self.scale, bias=self.bias)
+
+    @property
+    def unit(self) -> float:
+        """What the integer product of inputs stands for: 1 / 255 of pixels, 1 otherwise."""
+        return 1 / PIXELS if self.inputs in ("pixels", "signed_pixels") else 1.0
+
+    def unit_scale(self) -> Tensor | None:
+        """The scale of the integer product, float32 [out_features], or None for 1."""
+        if self.unit == 1.0:
+            return self.scale
+        ones = torch.ones(self.out_features, device=self.bits.device) if self.scale is None else self.scale
+        return ones / PIXELS
+
+    def _of_pixels(self, x: Tensor) -> Tensor:
+        """The product with pixels, floats of which the nearest counts."""
+        step, zero = (2, PIXELS) if self.inputs == "signed_pixels" else (1, 0)
+        pixels = x
+        if x.dtype != torch.uint8:
+            # In float32, since bfloat16 does not hold all 256.
+            pixels = ((x.float() * PIXELS + zero) / step).round_().clamp_(0, PIXELS).to(torch.uint8)
+        held = self._buffers
+        scale = None if held["thresholds"] is not None else self.unit_scale()
+        y: Tensor = _bitplane_matmul(
+            pixels,
+            held["bits"],
+            self.in_features,
+            self.out_features,
+            step,
+            zero,
+            scale,
+            held["bias"],
+            held["thresholds"],
+        )
+        return self._finished(y, torch.int64 if x.dtype == torch.uint8 else x.dtype)
+
+    def extra_repr(self) -> str:
+        """What print(module) shows between the parentheses."""
+        taps = [f"taps={self.taps}"] * (self.taps != 1)
+        return ", ".join([f"in_features={self.in_features}, out_features={self.out_features}", *taps, *self._shown()])

@@ -1,0 +1,229 @@
+"""What layers share whose weights are signs: tensors, dense weight, state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, Self, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from tersetorch.formats import SignWeight
+
+FLOATS = (torch.float32, torch.bfloat16)
+
+Dense = TypeVar("Dense", nn.Linear, nn.Conv2d)
+
+
+class SignModule(nn.Module):
+    """A layer over a weight of signs: dot is the product of them with the signs of its input, an exact integer.
+
+    Its output is fma(dot, scale, bias), or, with thresholds, the packed signs that are +1 where dot >= threshold, for
+    the next such layer. It has no gradients: train what it was made from. All its tensors are buffers: bits int64 as
+    the kernel has them, scale and bias float32 [rows] or None, thresholds int32 [rows] or None. They keep their dtypes
+    under .half(), .bfloat16() and .double(); these change dtype, that of y where the input is packed signs.
+    """
+
+    inputs: str = "signs"
+    dense_type: ClassVar[type[nn.Linear] | type[nn.Conv2d]]
+
+    bits: Tensor
+    scale: Tensor | None
+    bias: Tensor | None
+    thresholds: Tensor | None
+
+    def __init__(
+        self, weight: SignWeight, bias: Tensor | None, thresholds: Tensor | None, dtype: torch.dtype, **sizes: Any
+    ) -> None:
+        super().__init__()
+        name = type(self).__name__
+        if not isinstance(weight, SignWeight):
+            raise TypeError(f"{name}: weight must be a SignWeight, got {type(weight).__name__}; call from_dense")
+        weight.validate()
+        _check_numbers(name, bias, thresholds, weight.shape[0])
+        scale = weight.scale
+        if thresholds is not None and (scale is not None or bias is not None):
+            raise ValueError(
+                f"{name}: thresholds stand in for scale and bias, got them together; fold these into the thresholds"
+            )
+        self._take_sizes(weight, **sizes)
+        self._take_dtype(dtype)
+        self._hold(weight, None if bias is None else bias.detach().float(), thresholds)
+
+    def _take_dtype(self, dtype: torch.dtype) -> None:
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise TypeError(f"{type(self).__name__}: dtype must be a floating-point dtype, got {dtype}; pass float32")
+        self.dtype = dtype
+
+    def _take_sizes(self, weight: SignWeight, **sizes: Any) -> None:
+        """Notes a weight's sizes and those that the constructor was given, checked."""
+        raise NotImplementedError
+
+    def _hold(self, weight: SignWeight, bias: Tensor | None, thresholds: Tensor | None) -> None:
+        self._channels, self.taps = weight.channels, weight.taps
+        held = {"bits": self._packed(weight.bits), "scale": weight.scale, "bias": bias, "thresholds": thresholds}
+        # None last: torch.export counts the others by their places.
+        for field in sorted(held, key=lambda field: held[field] is None):
+            self.register_buffer(field, held[field])
+
+    def fold_(self, thresholds: Tensor, negated: Tensor) -> None:
+        """Takes thresholds int32 [rows] in the place of scale and bias, for the other signs in rows negated, bool."""
+        weight = self.sign_weight
+        positive = weight.positive() ^ negated[:, None]
+        self._buffers.clear()
+        self._hold(SignWeight.from_signs(positive, weight.taps), None, thresholds)
+
+    def _packed(self, bits: Tensor) -> Tensor:
+        """Bits [rows, taps, words] as the kernel takes them."""
+        raise NotImplementedError
+
+    def _unpacked(self, bits: Tensor) -> Tensor:
+        """The same, back."""
+        raise NotImplementedError
+
+    @property
+    def layout(self) -> str:
+        """What the weight multiplies, under the name that other layers have for how they compute."""
+        return self.inputs
+
+    @property
+    def plain_layout(self) -> str:
+        """The same: it is decided where the layer is made."""
+        return self.inputs
+
+    @property
+    def sign_weight(self) -> SignWeight:
+        """The weight in its format."""
+        return SignWeight(self._unpacked(self.bits), self._channels, self.scale)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, built anew at every read; writing to it changes nothing."""
+        return self.sign_weight.to_dense().view(self.weight_shape)
+
+    @property
+    def positive(self) -> Tensor:
+        """Which weights are +1, bool of weight's shape."""
+        return self.sign_weight.positive().view(self.weight_shape)
+
+    @property
+    def weight_shape(self) -> torch.Size:
+        """The shape of the dense weight."""
+        raise NotImplementedError
+
+    def packed(self, positive: Tensor) -> Tensor:
+        """Signs, bool of weight's shape and on the CPU, as this layer's bits have them."""
+        rows = positive.reshape(self.weight_shape[0], self.weight_shape[1:].numel())
+        return self._packed(SignWeight.from_signs(rows, self.taps).bits)
+
+    def validate(self) -> None:
+        """Checks what the kernels rely on.
+
+        Raises:
+            TypeError, ValueError: a tensor has another dtype or shape than the class names, or an unused bit is 1.
+        """
+        self.sign_weight.validate()
+        _check_numbers(type(self).__name__, self.bias, self.thresholds, self.weight_shape[0])
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """What of_sizes takes to make a layer of the same sizes and options."""
+        raise NotImplementedError
+
+    def _config(self) -> dict[str, Any]:
+        """What of_sizes takes besides sizes of its own, where it differs from the defaults."""
+        return {
+            **({"scale": True} if self.scale is not None else {}),
+            **({} if self.bias is not None else {"bias": False}),
+            **({"thresholds": True} if self.thresholds is not None else {}),
+            **({} if self.inputs == "signs" else {"inputs": self.inputs}),
+            **({} if self.dtype == torch.float32 else {"dtype": str(self.dtype).removeprefix("torch.")}),
+        }
+
+    def _zeros(
+        self, shape: tuple[int, int, int], scale: bool, bias: bool, thresholds: bool, dtype: str, **sizes: Any
+    ) -> None:
+        """Holds tensors for rows of taps of channels, on any device, whose numbers come from elsewhere."""
+        rows, taps, channels = shape
+        self._take_dtype(getattr(torch, dtype))
+        bits = torch.zeros(rows, taps, -(-channels // 64), dtype=torch.int64)
+        numbers = [torch.zeros(rows) if wanted else None for wanted in (scale, bias)]
+        weight = SignWeight(bits, channels, numbers[0])
+        self._take_sizes(weight, **sizes)
+        self._hold(weight, numbers[1], torch.zeros(rows, dtype=torch.int32) if thresholds else None)
+
+    @classmethod
+    def _check_source(cls, module: object) -> None:
+        kind = cls.dense_type
+        if not isinstance(module, kind):
+            raise TypeError(
+                f"{cls.__name__}: module must be an nn.{kind.__name__}, got {type(module).__name__}; pass a layer"
+            )
+
+    def _filled(self, dense: Dense) -> Dense:
+        """A dense layer with this one's weight and bias, of dtype."""
+        dense.weight = nn.Parameter(self.weight.to(self.dtype))
+        if self.bias is not None:
+            dense.bias = nn.Parameter(self.bias.to(self.dtype, copy=True))
+        return dense.train(self.training)
+
+    def _checked(self, x: object) -> None:
+        """Refuses what is no tensor of floats or packed signs."""
+        if not isinstance(x, Tensor):
+            raise TypeError(
+                f"{type(self).__name__}: input must be a tensor, got {type(x).__name__}; pass a torch.Tensor"
+            )
+        other = (torch.int64, "packed signs, int64") if self.inputs in ("signs", "real") else (torch.uint8, "uint8")
+        if x.dtype != other[0] and x.dtype not in FLOATS:
+            raise TypeError(
+                f"{type(self).__name__}: input must be float32, bfloat16 or {other[1]}, got {x.dtype}; convert it"
+            )
+
+    def _finished(self, y: Tensor, given: torch.dtype) -> Tensor:
+        """What the op returned as the layer does: packed signs, or floats of a float input's dtype."""
+        dtype = self.dtype if given == torch.int64 else given
+        return y if y.dtype in (torch.int64, dtype) else y.to(dtype)
+
+    def _shown(self) -> list[str]:
+        """For extra_repr."""
+        shown = [f"bias={self.bias is not None}"]
+        shown += ["scale=True"] * (self.scale is not None) + ["thresholds=True"] * (self.thresholds is not None)
+        shown += [f"inputs={self.inputs}"] * (self.inputs != "signs")
+        return shown + [f"dtype={self.dtype}"] * (self.dtype != torch.float32)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = {name: self._buffers[name] for name in ("scale", "bias")}
+        super()._apply(fn, recurse)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.bits.device)).dtype
+        for name, was in before.items():
+            now = self._buffers[name]
+            if was is not None and now is not None and now.dtype != was.dtype:
+                self._buffers[name] = was.to(now.device)
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """As nn.Module's, but that bits must be those of a weight."""
+        errors: list[str] = args[-1]
+        bits = state_dict.get(prefix + "bits")
+        if isinstance(bits, Tensor) and bits.shape == self.bits.shape:
+            try:
+                SignWeight(self._unpacked(bits), self._channels).validate()
+            except (TypeError, ValueError) as error:
+                errors.append(f"{prefix.removesuffix('.') or type(self).__name__}: {error}")
+                return
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _check_numbers(name: str, bias: object, thresholds: object, rows: int) -> None:
+    for field, tensor, dtypes in (("bias", bias, FLOATS), ("thresholds", thresholds, (torch.int32,))):
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor) or tensor.dtype not in dtypes:
+            allowed = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(f"{name}: {field} must be {allowed}, got {got}; convert it")
+        if tuple(tensor.shape) != (rows,):
+            raise ValueError(
+                f"{name}: {field} must be [{rows}], one for each row of the weight, got shape {tuple(tensor.shape)}; "
+                "pass that of the same layer"
+            )

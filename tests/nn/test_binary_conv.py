@@ -1,0 +1,112 @@
+"""BinaryConv2d: the convolution of signs, its outputs, copies and state, the compiler, and what it refuses."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import tersetorch as tt
+from tersetorch.formats import SignWeight
+from tersetorch.nn import BinaryConv2d
+from tersetorch.ops import sign_pack_images
+
+SIZES = [
+    ((70, 40, 3), {"padding": 1}),
+    ((64, 64, 3), {"stride": 2, "bias": False}),
+    ((6, 8, (3, 2)), {"padding": (2, 0), "dilation": 2, "groups": 2}),
+    ((5, 33, 1), {}),
+    ((65, 7, 3), {"padding": "same"}),
+]
+
+
+def dense(sizes, options, scaled=False):
+    torch.manual_seed(0)
+    module = nn.Conv2d(*sizes, **options)
+    with torch.no_grad():
+        scale = torch.rand(sizes[1], 1, 1, 1) if scaled else 1.0
+        module.weight.copy_(torch.where(module.weight >= 0, 1.0, -1.0) * scale)
+    return module.eval()
+
+
+def signs(*shape):
+    return torch.where(torch.randn(*shape) >= 0, 1.0, -1.0)
+
+
+@pytest.mark.parametrize("sizes,options", SIZES)
+@pytest.mark.parametrize("scaled", [False, True])
+def test_computes_what_its_dense_form_does_of_signs(sizes, options, scaled):
+    module = dense(sizes, options, scaled)
+    layer = BinaryConv2d.from_dense(module)
+    assert torch.equal(layer.weight, module.weight) and torch.equal(layer.to_dense().weight, module.weight)
+    assert repr(layer.to_dense()) == repr(module)
+    for shape in ((2, sizes[0], 9, 8), (sizes[0], 7, 7)):
+        x = signs(*shape)
+        want = module(x)
+        for given in (x, 3 * x, sign_pack_images(x)):
+            y = layer(given)
+            assert y.shape == want.shape and torch.allclose(y, want, rtol=1e-5, atol=1e-4)
+        assert layer(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_thresholds_give_packed_images_and_other_padding_counts():
+    weight = SignWeight.from_dense(signs(70, 9 * 66), 9)
+    thresholds = torch.arange(-35, 35).int()
+    x = signs(2, 66, 6, 7)
+    for value in (0, 1, -1):
+        layer = BinaryConv2d(weight, kernel_size=3, padding=1, padding_value=value, thresholds=thresholds)
+        padded = nn.functional.pad(x, [1] * 4, value=value)
+        want = nn.functional.conv2d(padded, layer.weight) >= thresholds[:, None, None]
+        assert torch.equal(layer(sign_pack_images(x)), sign_pack_images(want.float() - 0.5))
+
+
+def layers():
+    strided = BinaryConv2d.from_dense(dense(*SIZES[2], scaled=True))
+    weight = SignWeight.from_dense(signs(40, 9 * 66), 9)
+    thresholds = torch.arange(40).int()
+    return [strided, BinaryConv2d(weight, kernel_size=3, padding=1, padding_value=-1, thresholds=thresholds)]
+
+
+@pytest.mark.parametrize("which", range(2))
+def test_state_copies_pickles_and_files(which, tmp_path):
+    layer = layers()[which].eval()
+    x = torch.randn(3, layer.in_channels, 9, 8)
+    tt.save(layer, tmp_path / "m.terse")
+    twins = [copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), tt.load(tmp_path / "m.terse")]
+    twins.append(BinaryConv2d.of_sizes(**layer.sizes))
+    twins[-1].load_state_dict(layer.state_dict())
+    for twin in twins:
+        assert torch.equal(twin(x), layer(x)) and repr(twin) == repr(layer)
+
+
+@pytest.mark.parametrize("which", range(2))
+def test_compiles_and_exports(which, fresh_compiler):
+    layer = layers()[which]
+    x = torch.randn(3, layer.in_channels, 9, 8)
+    assert torch.equal(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x))
+    assert torch.equal(torch.export.export(layer, (x,)).module()(x), layer(x))
+
+
+def test_bad_arguments_are_refused():
+    layer, weight = layers()[0], SignWeight.from_dense(torch.ones(4, 36), 9)
+    for error, message, call in (
+        (ValueError, "weight must have 4 taps", lambda: BinaryConv2d(weight, kernel_size=2)),
+        (ValueError, "padding_value must be 0, 1 or -1", lambda: BinaryConv2d(weight, kernel_size=3, padding_value=2)),
+        (TypeError, r"must be an nn\.Conv2d", lambda: BinaryConv2d.from_dense(nn.Linear(2, 2))),
+        (
+            ValueError,
+            "got padding_mode 'reflect'",
+            lambda: BinaryConv2d.from_dense(nn.Conv2d(2, 2, 3, padding=1, padding_mode="reflect")),
+        ),
+        (
+            ValueError,
+            "got more padding on one side",
+            lambda: BinaryConv2d.from_dense(nn.Conv2d(2, 2, 2, padding="same")),
+        ),
+        (ValueError, "padding_value must be 0 for a plain layer", lambda: layers()[1].to_dense()),
+        (ValueError, "input must be", lambda: layer(torch.ones(2, 2))),
+        (RuntimeError, "x must have 6 channels, got 5", lambda: layer(torch.ones(1, 5, 9, 9))),
+    ):
+        with pytest.raises(error, match=message):
+            call()
