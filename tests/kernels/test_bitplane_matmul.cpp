@@ -26,7 +26,7 @@ std::vector<T> Multiply(const BitplaneMatmulKernels& kernels, const BitplaneProb
   for (Index first = 0; first < p.samples;) {
     const auto count =
         static_cast<Index>(std::bit_floor(static_cast<std::uint64_t>(std::min<Index>(8, p.samples - first))));
-    Unaligned<std::int16_t> tables(std::vector<std::int16_t>(words * count * kBitplaneWordTables, 0x5555));
+    std::vector<std::int16_t> tables(words * count * kBitplaneWordTables, 0x5555);
     BitplaneTablesArgs make = p.Tables(x.data());
     make.first = first;
     make.samples = count;

@@ -34,7 +34,7 @@ std::vector<float> Multiply(const SignMatmulKernels& kernels, const Problem& p, 
   Unaligned<float> floats(p.x), scale(p.scale), bias(p.bias);
   Unaligned<std::uint16_t> short_floats(halves);
   Unaligned<std::uint64_t> weight(p.signs.packed);
-  Unaligned<float> tables(std::vector<float>(p.signs.words * p.samples * kSignMatmulTableFloats, NAN));
+  std::vector<float> tables(p.signs.words * p.samples * kSignMatmulTableFloats, NAN);
   Output y(p.samples * p.signs.rows, stored_as);
   const void* x = stored_as == FloatDtype::kFloat32 ? static_cast<const void*>(floats.data()) : short_floats.data();
   const SignTablesArgs make{x, stored_as, p.samples, p.signs.columns, tables.data()};

@@ -15,7 +15,7 @@
 // Source: Courbariaux et al., Binarized Neural Networks (2016), section 1.5, equation 3: 8-bit inputs by planes; tables
 //         as kernels/sign_matmul has them.
 //
-// Single-threaded; the same bits at every level. No pointer needs to be aligned.
+// Single-threaded; the same bits at every level. No pointer but that to tables needs to be aligned.
 #pragma once
 
 #include <cstdint>

@@ -13,7 +13,7 @@
 //         an addition for 32 products.
 // Source: Courbariaux et al., BinaryConnect (2015), section 2.1: a network of additions.
 //
-// Single-threaded. No pointer needs to be aligned.
+// Single-threaded. No pointer but that to tables needs to be aligned.
 #pragma once
 
 #include <cstdint>
