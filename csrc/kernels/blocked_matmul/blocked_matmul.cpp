@@ -8,6 +8,8 @@ namespace {
 BlockedMatmulFunction Active() {
   switch (ProcessCpuIsa().active) {
     case CpuIsa::kAvx512Bf16:
+      // On Intel too, where the instruction has half the rate of float32's: without it a pair is taken apart for each
+      // multiply-add, and takes 1.2 (64 samples) to 1.8 times (8) as long.
       return kBlockedAvx512Bf16;
     case CpuIsa::kAvx512:
       return kBlockedAvx512;

@@ -40,25 +40,46 @@ void UnpackCodes(const ProductWeight& w, std::int64_t tile, std::int64_t table, 
   }
 }
 
+// The numbers of an entry, one for each column; kWidth of them, or `width` for 0.
+template <int kWidth, bool kAdd>
+void PutEntry(const float* codebooks, std::int64_t entry, std::int64_t entries, std::int64_t width, float* out) {
+  const std::int64_t count = kWidth == 0 ? width : kWidth;
+  for (std::int64_t j = 0; j < count; ++j) {
+    const float number = At<float>(codebooks, entry + j * entries);
+    Put(out, j, kAdd ? At<float>(out, j) + number : number);
+  }
+}
+
 // Some tables' part of a tile's rows: of one stage, the segments from `segment` on.
+template <int kWidth, bool kAdd>
 void DecodeBlock(const ProductWeight& w, std::int64_t tile, std::int64_t stage, std::int64_t segment,
                  std::int64_t count, float* rows) {
   std::uint8_t codes[kProductRows][kDecodeTables];
   UnpackCodes(w, tile, stage * w.segments + segment, count, codes);
   const std::int64_t left = w.rows - tile * kProductRows, book_size = w.width * w.entries;
   const std::int64_t first = w.books == 1 ? stage : stage * w.segments + segment, step = w.books == 1 ? 0 : book_size;
+  // Only the last segment may be cut short.
+  const std::int64_t whole = (segment + count) * w.width <= w.columns ? count : count - 1;
   for (std::int64_t r = 0; r < kProductRows && r < left; ++r) {
-    for (std::int64_t i = 0; i < count; ++i) {
-      const std::int64_t column = (segment + i) * w.width;
-      const std::int64_t width = w.columns - column < w.width ? w.columns - column : w.width;
-      const std::int64_t entry = first * book_size + i * step + codes[r][i];
-      float* out = rows + r * w.columns + column;
-      for (std::int64_t j = 0; j < width; ++j) {
-        const float number = At<float>(w.codebooks, entry + j * w.entries);
-        Put(out, j, stage == 0 ? number : At<float>(out, j) + number);
-      }
+    float* out = rows + r * w.columns + segment * w.width;
+    std::int64_t entry = first * book_size;
+    for (std::int64_t i = 0; i < whole; ++i, entry += step, out += w.width) {
+      PutEntry<kWidth, kAdd>(w.codebooks, entry + codes[r][i], w.entries, w.width, out);
     }
+    if (whole == count) continue;
+    PutEntry<0, kAdd>(w.codebooks, entry + codes[r][whole], w.entries, w.columns - (segment + whole) * w.width, out);
   }
+}
+
+using DecodeFunction = void (*)(const ProductWeight&, std::int64_t, std::int64_t, std::int64_t, std::int64_t, float*);
+
+// Loops of usual widths are unrolled.
+template <bool kAdd>
+DecodeFunction DecodeOf(std::int64_t width) {
+  return width == 2   ? DecodeBlock<2, kAdd>
+         : width == 4 ? DecodeBlock<4, kAdd>
+         : width == 8 ? DecodeBlock<8, kAdd>
+                      : DecodeBlock<0, kAdd>;
 }
 
 }  // namespace
@@ -102,9 +123,10 @@ void ProductDecode(const ProductDecodeArgs& args, std::int64_t tile_begin, std::
   for (std::int64_t tile = tile_begin; tile < tile_end; ++tile) {
     float* rows = args.dense + (tile - tile_begin) * kProductRows * w.columns;
     for (std::int64_t stage = 0; stage < w.stages; ++stage) {
+      const DecodeFunction decode = stage == 0 ? DecodeOf<false>(w.width) : DecodeOf<true>(w.width);
       for (std::int64_t segment = 0; segment < w.segments; segment += kDecodeTables) {
         const std::int64_t left = w.segments - segment;
-        DecodeBlock(w, tile, stage, segment, left < kDecodeTables ? left : kDecodeTables, rows);
+        decode(w, tile, stage, segment, left < kDecodeTables ? left : kDecodeTables, rows);
       }
     }
   }

@@ -42,17 +42,26 @@ __device__ Entry EntryAt(const ProductWeight& w, int table, int entry) {
   return {w.codebooks + book * w.width * w.entries + entry, column, entry < w.entries ? inputs : 0, inputs};
 }
 
+// Calls run with a number of the type of x. The branch is the same for all threads; a type for kernels would double
+// them.
+template <typename Run>
+__device__ void WithInputs(const ProductMatmulCudaArgs& a, const Run& run) {
+  if (a.stored_as == FloatDtype::kFloat32) {
+    run(float{});
+  } else {
+    run(BFloat16{});
+  }
+}
+
 // Products of kItems entries, of one table or not, with kSamples samples from n on; the last sample stands in for those
 // past it. So many numbers are read at a time that the reads overlap.
-template <typename Float, bool kOneTable, int kItems, int kSamples>
+template <bool kOneTable, int kItems, int kSamples>
 __device__ void Multiply(const ProductMatmulCudaArgs& a, std::int64_t n, const Entry (&entries)[kItems],
                          float (&products)[kItems][kSamples]) {
   constexpr int kStep = 4, kTables = kOneTable ? 1 : kItems;
-  const Float* x[kSamples];
+  std::int64_t rows[kSamples];
 #pragma unroll
-  for (int s = 0; s < kSamples; ++s) {
-    x[s] = static_cast<const Float*>(a.x) + min(n + s, a.samples - 1) * a.weight.columns;
-  }
+  for (int s = 0; s < kSamples; ++s) rows[s] = min(n + s, a.samples - 1) * a.weight.columns;
   const int pitch = static_cast<int>(a.weight.entries), width = static_cast<int>(a.weight.width);
   for (int first = 0; first < width; first += kStep) {
     float numbers[kItems][kStep], inputs[kTables][kStep][kSamples];
@@ -62,13 +71,21 @@ __device__ void Multiply(const ProductMatmulCudaArgs& a, std::int64_t n, const E
       for (int i = 0; i < kItems; ++i) {
         numbers[i][j] = first + j < entries[i].width ? __ldg(entries[i].numbers + (first + j) * pitch) : 0.0f;
       }
-#pragma unroll
-      for (int i = 0; i < kTables; ++i) {
-        const bool is = first + j < entries[i].inputs;
-#pragma unroll
-        for (int s = 0; s < kSamples; ++s) inputs[i][j][s] = is ? ToFloat(x[s][entries[i].column + first + j]) : 0.0f;
-      }
     }
+    WithInputs(a, [&](auto number) {
+      const auto* x = static_cast<const decltype(number)*>(a.x);
+#pragma unroll
+      for (int j = 0; j < kStep; ++j) {
+#pragma unroll
+        for (int i = 0; i < kTables; ++i) {
+          const bool is = first + j < entries[i].inputs;
+#pragma unroll
+          for (int s = 0; s < kSamples; ++s) {
+            inputs[i][j][s] = is ? ToFloat(x[rows[s] + entries[i].column + first + j]) : 0.0f;
+          }
+        }
+      }
+    });
 #pragma unroll
     for (int j = 0; j < kStep; ++j) {
       if (kOneTable && first + j >= entries[0].inputs) break;
@@ -223,7 +240,7 @@ struct ByteWords {
 
 // ---- kernels
 
-template <typename Tile, typename Words, typename Float>
+template <typename Tile, typename Words>
 __device__ void MakeWords(const ProductMatmulCudaArgs& a, int first_table, int pairs, std::int64_t n,
                           std::uint32_t* words) {
   constexpr int kItems = 4, kOfWarp = kItems * kWarpSize;  // of one table, where it is long
@@ -248,7 +265,7 @@ __device__ void MakeWords(const ProductMatmulCudaArgs& a, int first_table, int p
         entries[i].width = at % Tile::kEntries < a.weight.entries ? entries[0].inputs : 0;
       }
     }
-    Multiply<Float, !Tile::kNarrow>(a, n, entries, products);
+    Multiply<!Tile::kNarrow>(a, n, entries, products);
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
       const int at = first + i * kWarpSize;
@@ -281,7 +298,7 @@ __device__ void SumLows(const ProductMatmulCudaArgs& a, std::int64_t first, floa
   if (adds && a.scales[first + sample].scale == a.scales[first + sample].scale) a.scales[first + sample].low = low;
 }
 
-template <typename Tile, typename Words, typename Float>
+template <typename Tile, typename Words>
 __global__ void __launch_bounds__(Tile::kThreads) ProductWordsKernel(ProductMatmulCudaArgs a) {
   using Codes = std::conditional_t<Tile::kNarrow, uint4, std::uint32_t>;
   constexpr int kRows = Tile::kRows;
@@ -320,7 +337,7 @@ __global__ void __launch_bounds__(Tile::kThreads) ProductWordsKernel(ProductMatm
   int pair = 0;
   Codes now[Tile::kBatch];
   read(now, tile, pair);
-  MakeWords<Tile, Words, Float>(a, static_cast<int>(first_unit) * Tile::kUnit, pairs, n, memory.words);
+  MakeWords<Tile, Words>(a, static_cast<int>(first_unit) * Tile::kUnit, pairs, n, memory.words);
   __syncthreads();
 
   typename Words::Sum sums[kRows];
@@ -405,7 +422,7 @@ __global__ void __launch_bounds__(Tile::kThreads) ProductWordsKernel(ProductMatm
   }
 }
 
-template <typename Tile, typename Float>
+template <typename Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 1) ProductPanelsKernel(ProductMatmulCudaArgs a) {
   constexpr int kQuads = Tile::kQuads, kRows = Tile::kRows, kItems = Tile::kItems;
   auto& memory = SharedMemory<typename Tile::Memory>();
@@ -442,13 +459,15 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) ProductPanelsKernel(Product
   const auto stage = [&](int unit) {
     const int count = min(staged, end - unit) * Tile::kUnit * width * Tile::kSamples;
     float* to = reinterpret_cast<float*>(memory.x);
+    WithInputs(a, [&](auto number) {
+      const auto* x = static_cast<const decltype(number)*>(a.x);
 #pragma unroll 2
-    for (int i = thread; i < count; i += Tile::kThreads) {
-      const int sample = min(n + i % Tile::kSamples, samples - 1), at = i / Tile::kSamples, j = at % width;
-      const Entry entry = EntryAt(w, unit * Tile::kUnit + at / width, 0);
-      const Float* x = static_cast<const Float*>(a.x) + sample * w.columns + entry.column + j;
-      to[i] = j < entry.width ? ToFloat(*x) : 0.0f;
-    }
+      for (int i = thread; i < count; i += Tile::kThreads) {
+        const int sample = min(n + i % Tile::kSamples, samples - 1), at = i / Tile::kSamples, j = at % width;
+        const Entry entry = EntryAt(w, unit * Tile::kUnit + at / width, 0);
+        to[i] = j < entry.width ? ToFloat(x[sample * w.columns + entry.column + j]) : 0.0f;
+      }
+    });
   };
 
   // A thread's entries of a unit's tables, whose numbers are read a unit before they are used. What a table ends with
@@ -596,7 +615,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) ProductPanelsKernel(Product
 }
 
 // y from the parts: a warp adds every eighth of them, and one warp what the warps added.
-template <typename Tile, typename Words, typename Float>
+template <typename Tile, typename Words>
 __global__ void __launch_bounds__(Tile::kThreads) ProductSumKernel(ProductMatmulCudaArgs a) {
   constexpr std::uint32_t kDamaged = 0xffffffffu;
   using Sum = std::conditional_t<Words::kBytes, std::uint32_t, float>;
@@ -630,14 +649,19 @@ __global__ void __launch_bounds__(Tile::kThreads) ProductSumKernel(ProductMatmul
         y = sum;
       }
       if (a.bias != nullptr) y += a.bias[r];
-      static_cast<Float*>(a.y)[n * w.rows + r] = FromFloat<Float>(a.relu && y < 0 ? 0.0f : y);
+      y = a.relu && y < 0 ? 0.0f : y;
+      if (a.stored_as == FloatDtype::kFloat32) {
+        static_cast<float*>(a.y)[n * w.rows + r] = y;
+      } else {
+        static_cast<BFloat16*>(a.y)[n * w.rows + r] = FromFloat<BFloat16>(y);
+      }
     }
     __syncthreads();
   }
 }
 
 // lows and ranges: of equal numbers with different signs of 0 any may be the least, since what is added makes it +0.
-template <typename Tile, typename Float>
+template <typename Tile>
 __global__ void __launch_bounds__(Tile::kThreads) ProductMeasureKernel(ProductMatmulCudaArgs a) {
   constexpr int kSamples = Tile::kSamples, kItems = Tile::kItems;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % Tile::kLanes;
@@ -653,7 +677,7 @@ __global__ void __launch_bounds__(Tile::kThreads) ProductMeasureKernel(ProductMa
   }
   for (std::int64_t n = std::int64_t{blockIdx.y} * kSamples; n < a.samples; n += std::int64_t{gridDim.y} * kSamples) {
     float low[kSamples], high[kSamples], nothing[kSamples], products[kItems][kSamples] = {};
-    Multiply<Float, true>(a, n, entries, products);
+    Multiply<true>(a, n, entries, products);
 #pragma unroll
     for (int s = 0; s < kSamples; ++s) {
       low[s] = INFINITY, high[s] = -INFINITY, nothing[s] = 0;
@@ -788,43 +812,40 @@ int ProductMatmulCuda(const ProductMatmulCudaArgs& a, void* stream) noexcept {
   const std::int64_t shares = a.plan.splits * a.plan.row_blocks * groups + (quantized ? groups : 0);
   const dim3 blocks{static_cast<unsigned>(shares), 1, 1};
   const dim3 sums{static_cast<unsigned>(CeilDiv(w.rows, SumTile::kRows)), BlocksOnY(a.samples, 1), 1};
-  return WithFloat(a.stored_as, [&](auto number) {
-    using Float = decltype(number);
-    const auto words = [&](auto kind) {
-      return WithWordTile(w, [&](auto tile) {
-        using Tile = decltype(tile);
-        return Launch(ProductWordsKernel<Tile, decltype(kind), Float>, blocks, Tile::kThreads, stream, a);
-      });
-    };
-    const auto panels = [&](auto tile) {
+  const auto words = [&](auto kind) {
+    return WithWordTile(w, [&](auto tile) {
       using Tile = decltype(tile);
-      return Launch(ProductPanelsKernel<Tile, Float>, blocks, Tile::kThreads, stream, a);
-    };
-    const auto measure = [&](auto tile) {
-      using Tile = decltype(tile);
-      const dim3 tables{static_cast<unsigned>(CeilDiv(Tables(w), Tile::kTables)), BlocksOnY(a.samples, Tile::kSamples),
-                        1};
-      return Launch(ProductMeasureKernel<Tile, Float>, tables, Tile::kThreads, stream, a);
-    };
-    int error = cudaSuccess;
-    if (quantized) {
-      if (Tables(w) != 0) {
-        const auto with_samples = [&](auto one, auto some) { return a.samples == 1 ? measure(one) : measure(some); };
-        error = UnitOf(w) == 1 ? with_samples(MeasureTile<false, 1>{}, MeasureTile<false, 4>{})
-                               : with_samples(MeasureTile<true, 1>{}, MeasureTile<true, 4>{});
-      }
-      if (error != cudaSuccess) return error;
-      const dim3 all{static_cast<unsigned>(a.samples), 1, 1};
-      error = Launch(ProductScaleKernel<SampleTile>, all, SampleTile::kThreads, stream, a);
-      if (error != cudaSuccess) return error;
-      error = a.plan.lanes == 1 ? words(ByteWords<1>{}) : words(ByteWords<4>{});
-    } else if (shares != 0) {
-      error = a.plan.lanes == 1 ? words(FloatWords{}) : WithPanelTile(w, a.plan, panels);
+      return Launch(ProductWordsKernel<Tile, decltype(kind)>, blocks, Tile::kThreads, stream, a);
+    });
+  };
+  const auto panels = [&](auto tile) {
+    using Tile = decltype(tile);
+    return Launch(ProductPanelsKernel<Tile>, blocks, Tile::kThreads, stream, a);
+  };
+  const auto measure = [&](auto tile) {
+    using Tile = decltype(tile);
+    const dim3 tables{static_cast<unsigned>(CeilDiv(Tables(w), Tile::kTables)), BlocksOnY(a.samples, Tile::kSamples),
+                      1};
+    return Launch(ProductMeasureKernel<Tile>, tables, Tile::kThreads, stream, a);
+  };
+  int error = cudaSuccess;
+  if (quantized) {
+    if (Tables(w) != 0) {
+      const auto with_samples = [&](auto one, auto some) { return a.samples == 1 ? measure(one) : measure(some); };
+      error = UnitOf(w) == 1 ? with_samples(MeasureTile<false, 1>{}, MeasureTile<false, 4>{})
+                             : with_samples(MeasureTile<true, 1>{}, MeasureTile<true, 4>{});
     }
     if (error != cudaSuccess) return error;
-    return quantized ? Launch(ProductSumKernel<SumTile, ByteWords<4>, Float>, sums, SumTile::kThreads, stream, a)
-                     : Launch(ProductSumKernel<SumTile, FloatWords, Float>, sums, SumTile::kThreads, stream, a);
-  });
+    const dim3 all{static_cast<unsigned>(a.samples), 1, 1};
+    error = Launch(ProductScaleKernel<SampleTile>, all, SampleTile::kThreads, stream, a);
+    if (error != cudaSuccess) return error;
+    error = a.plan.lanes == 1 ? words(ByteWords<1>{}) : words(ByteWords<4>{});
+  } else if (shares != 0) {
+    error = a.plan.lanes == 1 ? words(FloatWords{}) : WithPanelTile(w, a.plan, panels);
+  }
+  if (error != cudaSuccess) return error;
+  return quantized ? Launch(ProductSumKernel<SumTile, ByteWords<4>>, sums, SumTile::kThreads, stream, a)
+                   : Launch(ProductSumKernel<SumTile, FloatWords>, sums, SumTile::kThreads, stream, a);
 }
 
 int ProductDecodeCuda(const ProductDecodeArgs& a, void* stream) noexcept {

@@ -1,5 +1,4 @@
 #include <cmath>
-#include <type_traits>
 
 #include "kernels/common/cuda.cuh"
 #include "kernels/csr_matmul/csr_weight.cuh"
@@ -65,17 +64,38 @@ struct Taps {
   Tap taps[Tile::kThreads];
 };
 
+// Numbers as they are stored. The branches are the same for all threads; types for them would multiply the kernels.
+__device__ float InputAt(const ConvCudaArgs& a, std::int64_t i) {
+  if (a.stored_as == FloatDtype::kFloat32) return static_cast<const float*>(a.x)[i];
+  return ToFloat(static_cast<const BFloat16*>(a.x)[i]);
+}
+__device__ void PutOutput(const ConvCudaArgs& a, std::int64_t i, float y) {
+  if (a.stored_as == FloatDtype::kFloat32) {
+    static_cast<float*>(a.y)[i] = y;
+  } else {
+    static_cast<BFloat16*>(a.y)[i] = FromFloat<BFloat16>(y);
+  }
+}
+// A code without an entry is 0, and damaged.
+__device__ float WeightAt(const CsrWeight& w, std::int64_t k, bool& damaged) {
+  if (w.stored_as == CsrValues::kFloat32) return Float32Values::At(w, k);
+  if (w.stored_as == CsrValues::kBFloat16) return BFloat16Values::At(w, k);
+  if (!CodeValues::Damaged(w, k)) return CodeValues::At(w, k);
+  damaged = true;
+  return 0.0f;
+}
+
 // A damaged one lies below every image, so that nothing is read for it.
-template <typename Values>
 __device__ Tap TapAt(const ConvCudaArgs& a, std::int64_t filter, std::int32_t k) {
   const ConvShape& s = a.shape;
   const std::int32_t column = ColumnAt(a.weight, k);
-  if (Outside(a.weight, column) || Values::Damaged(a.weight, k)) return {0, a.height + a.pad_h, 0, DamagedWeight()};
+  bool damaged = Outside(a.weight, column);
+  const float value = WeightAt(a.weight, k, damaged);
+  if (damaged) return {0, a.height + a.pad_h, 0, DamagedWeight()};
   const std::int64_t row = column / s.kernel_w, group = filter / (s.out_channels / s.groups);
   const std::int64_t channel = group * (s.in_channels / s.groups) + row / s.kernel_h;
   const std::int64_t down = row % s.kernel_h * s.dilation_h, right = column % s.kernel_w * s.dilation_w;
-  return {channel * a.x_steps.channel + down * a.x_steps.row + right * a.x_steps.column, down, right,
-          Values::At(a.weight, k)};
+  return {channel * a.x_steps.channel + down * a.x_steps.row + right * a.x_steps.column, down, right, value};
 }
 
 // ---- kernels
@@ -91,23 +111,22 @@ __device__ ConvScale ScaleOf(std::uint32_t largest_bits) {
 __device__ int Rounded(float x, float inverse) { return inverse == 0 ? 0 : static_cast<int>(rintf(x * inverse)); }
 
 // Images first. What is damaged in a filter is left to ConvKernel.
-template <typename Tile, typename Values, typename Float>
+template <typename Tile>
 __global__ void __launch_bounds__(Tile::kThreads) ConvScaleKernel(ConvCudaArgs a) {
   const int thread = static_cast<int>(threadIdx.x);
   const std::int64_t item = blockIdx.x, filter = item - a.images;
   // Compared as integers: infinities are above all numbers, and NaN above them.
   std::uint32_t largest = 0;
   if (filter < 0) {
-    const Float* x = static_cast<const Float*>(a.x) + item * a.x_steps.image;
+    const std::int64_t first = item * a.x_steps.image;
     for (std::int64_t i = thread; i < a.x_steps.image; i += Tile::kThreads) {
-      largest = max(largest, __float_as_uint(ToFloat(x[i])) & 0x7fffffffu);
+      largest = max(largest, __float_as_uint(InputAt(a, first + i)) & 0x7fffffffu);
     }
   } else {
     const Row row = RowAt(a.weight, filter);
     for (std::int64_t k = row.begin + thread; k < row.end; k += Tile::kThreads) {
-      if (!Values::Damaged(a.weight, k)) {
-        largest = max(largest, __float_as_uint(Values::At(a.weight, k)) & 0x7fffffffu);
-      }
+      bool damaged = false;
+      largest = max(largest, __float_as_uint(WeightAt(a.weight, k, damaged)) & 0x7fffffffu);
     }
   }
 #pragma unroll
@@ -140,7 +159,7 @@ struct IntegerSums {
 };
 
 // Neighbouring blocks compute the same outputs of other filters: what one reads, the next finds in the cache.
-template <typename Tile, typename Sums, typename Values, typename Float>
+template <typename Tile, typename Sums>
 __global__ void __launch_bounds__(Tile::kThreads) ConvKernel(ConvCudaArgs a) {
   auto& taps = SharedMemory<Taps<Tile>>().taps;
   const int thread = static_cast<int>(threadIdx.x);
@@ -149,7 +168,6 @@ __global__ void __launch_bounds__(Tile::kThreads) ConvKernel(ConvCudaArgs a) {
   const std::int64_t j = output % columns, i = output / columns % rows, image = output / columns / rows;
   const bool inside = image < a.images;  // the others decode with them
   const std::int64_t top = i * a.shape.stride_h - a.pad_h, left = j * a.shape.stride_w - a.pad_w;
-  const Float* x = static_cast<const Float*>(a.x);
   const std::int64_t origin = image * a.x_steps.image + top * a.x_steps.row + left * a.x_steps.column;
   const Row row = RowAt(a.weight, filter);
   constexpr bool kIntegers = Sums::kIntegers;
@@ -159,7 +177,7 @@ __global__ void __launch_bounds__(Tile::kThreads) ConvKernel(ConvCudaArgs a) {
   typename Sums::Sum total = 0;
   for (std::int64_t first = row.begin; first < row.end; first += Tile::kThreads) {
     const int count = static_cast<int>(min(std::int64_t{Tile::kThreads}, row.end - first));
-    if (thread < count) taps[thread] = TapAt<Values>(a, filter, static_cast<std::int32_t>(first + thread));
+    if (thread < count) taps[thread] = TapAt(a, filter, static_cast<std::int32_t>(first + thread));
     __syncthreads();
     if (inside) {
       for (int t = 0; t < count; ++t) {
@@ -168,7 +186,7 @@ __global__ void __launch_bounds__(Tile::kThreads) ConvKernel(ConvCudaArgs a) {
         const bool read = 0 <= h && h < a.height && 0 <= w && w < a.width;
         // Damage is NaN; integers have none.
         damaged |= kIntegers && tap.value != tap.value;
-        total += Sums::Product(a, tap.value, read ? ToFloat(x[origin + tap.offset]) : 0.0f, of_weight, of_x);
+        total += Sums::Product(a, tap.value, read ? InputAt(a, origin + tap.offset) : 0.0f, of_weight, of_x);
       }
     }
     __syncthreads();
@@ -179,27 +197,29 @@ __global__ void __launch_bounds__(Tile::kThreads) ConvKernel(ConvCudaArgs a) {
   sum = kIntegers ? fmaf(sum * of_weight.scale, of_x.scale, bias) : sum + bias;
   if (damaged) sum = DamagedWeight();
   if (a.relu && sum < 0) sum = 0;  // NaN stays
-  const std::int64_t at =
-      image * a.y_steps.image + filter * a.y_steps.channel + i * a.y_steps.row + j * a.y_steps.column;
-  static_cast<Float*>(a.y)[at] = FromFloat<Float>(sum);
+  PutOutput(a, image * a.y_steps.image + filter * a.y_steps.channel + i * a.y_steps.row + j * a.y_steps.column, sum);
 }
 
-// Sums of blocks that share a filter; of integers the least stands for damage, which no sum reaches.
-template <bool kIntegers>
-using ConvSum = std::conditional_t<kIntegers, int, float>;
-__device__ float DamagedSum(float) { return DamagedWeight(); }
-__device__ int DamagedSum(int) { return INT32_MIN; }
+// A sum of products: a float, or for int8 an integer in its bits, so that one kernel serves both. Of integers the least
+// stands for damage, which no sum reaches.
+using ConvSum = std::uint32_t;
+
+__device__ bool Integers(const ConvCudaArgs& a) { return a.mode == ConvMode::kInt8; }
+__device__ ConvSum DamagedSum(bool integers) { return integers ? 0x80000000u : __float_as_uint(DamagedWeight()); }
 
 // What y holds where the products' sum is `total`.
-__device__ float Finished(const ConvCudaArgs& a, std::int64_t, std::int64_t filter, float total) {
-  const float sum = a.bias == nullptr ? total : total + a.bias[filter];
-  return a.relu && sum < 0 ? 0.0f : sum;  // NaN stays
-}
-__device__ float Finished(const ConvCudaArgs& a, std::int64_t image, std::int64_t filter, int total) {
-  if (total == DamagedSum(total)) return DamagedWeight();
+__device__ float Finished(const ConvCudaArgs& a, std::int64_t image, std::int64_t filter, ConvSum total) {
   const float bias = a.bias == nullptr ? 0.0f : a.bias[filter];
-  const float sum = fmaf(static_cast<float>(total) * a.scales[a.images + filter].scale, a.scales[image].scale, bias);
-  return a.relu && sum < 0 ? 0.0f : sum;
+  float sum = __uint_as_float(total);
+  if (!Integers(a)) {
+    sum = a.bias == nullptr ? sum : sum + bias;
+  } else if (total == DamagedSum(true)) {
+    return DamagedWeight();
+  } else {
+    sum = fmaf(static_cast<float>(static_cast<int>(total)) * a.scales[a.images + filter].scale, a.scales[image].scale,
+               bias);
+  }
+  return a.relu && sum < 0 ? 0.0f : sum;  // NaN stays
 }
 
 // How many of the non-zeros [begin, end) come before the first in `column` or behind it; all lanes of the warp call it.
@@ -214,8 +234,14 @@ __device__ int FindColumn(const CsrWeight& w, int begin, int end, std::int64_t c
   return begin;
 }
 
+// A number as products take it, rounded as the mode says.
+__device__ std::uint32_t Staged(const ConvCudaArgs& a, float number, float inverse) {
+  if (Integers(a)) return static_cast<std::uint32_t>(Rounded(number, inverse));
+  return __float_as_uint(a.mode == ConvMode::kBFloat16 ? ToFloat(FromFloat<BFloat16>(number)) : number);
+}
+
 // The tile's inputs of channels [first, first + count) of x, from those of its first output on.
-template <typename Tile, bool kIntegers, typename Float>
+template <typename Tile, typename Float>
 __device__ void StageInputs(const ConvCudaArgs& a, std::int64_t image, std::int64_t top, std::int64_t left,
                             std::int64_t first, int count, std::uint32_t* to) {
   const ConvCudaPlan& plan = a.plan;
@@ -228,41 +254,34 @@ __device__ void StageInputs(const ConvCudaArgs& a, std::int64_t image, std::int6
     const ConvSteps& steps = a.x_steps;
     const Float* x = static_cast<const Float*>(a.x);
     if (inside) x += (image + n) * steps.image + first * steps.channel + h * steps.row + w * steps.column;
-    const float inverse = kIntegers && inside ? a.scales[image + n].inverse : 0.0f;
+    const float inverse = Integers(a) && inside ? a.scales[image + n].inverse : 0.0f;
 #pragma unroll 8
     for (int c = 0; c < count; ++c) {
-      float number = inside ? ToFloat(x[c * steps.channel]) : 0.0f;
-      if constexpr (kIntegers) {
-        to[c * size + place] = static_cast<std::uint32_t>(Rounded(number, inverse));
-      } else {
-        if (a.mode == ConvMode::kBFloat16) number = ToFloat(FromFloat<BFloat16>(number));
-        to[c * size + place] = __float_as_uint(number);
-      }
+      to[c * size + place] = Staged(a, inside ? ToFloat(x[c * steps.channel]) : 0.0f, inverse);
     }
   }
 }
 
-// The value of a non-zero as products take it; NaN for what is damaged.
-template <bool kIntegers>
-__device__ std::uint32_t TapValue(const ConvCudaArgs& a, std::int32_t k, float inverse, bool& damaged) {
-  const CsrWeight& w = a.weight;
-  float value;
-  if (w.stored_as == CsrValues::kFloat32) {
-    value = Float32Values::At(w, k);
-  } else if (w.stored_as == CsrValues::kBFloat16) {
-    value = BFloat16Values::At(w, k);
-  } else {
-    damaged = damaged || CodeValues::Damaged(w, k);
-    value = damaged ? 0.0f : CodeValues::At(w, k);
+// A non-zero after the other times the outputs of a lane.
+template <bool kIntegers, int kOutputs>
+__device__ void AddTaps(const ConvMemory::Tap* taps, int count, const char* inputs, const int (&places)[kOutputs],
+                        ConvSum (&sums)[kOutputs]) {
+#pragma unroll 4
+  for (int t = 0; t < count; ++t) {
+    const ConvMemory::Tap tap = taps[t];
+#pragma unroll
+    for (int p = 0; p < kOutputs; ++p) {
+      const auto x = *reinterpret_cast<const std::uint32_t*>(inputs + (places[p] + tap.place));
+      sums[p] = kIntegers
+                    ? sums[p] + tap.value * x
+                    : __float_as_uint(fmaf(__uint_as_float(tap.value), __uint_as_float(x), __uint_as_float(sums[p])));
+    }
   }
-  if constexpr (kIntegers) return static_cast<std::uint32_t>(Rounded(value, inverse));
-  return __float_as_uint(a.mode == ConvMode::kBFloat16 ? ToFloat(FromFloat<BFloat16>(value)) : value);
 }
 
 // Neighbouring blocks share a tile of x.
-template <typename Tile, bool kIntegers, typename Float>
+template <typename Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 2) ConvTileKernel(ConvCudaArgs a) {
-  using Sum = ConvSum<kIntegers>;
   constexpr int kOutputs = Tile::kOutputs, kFilters = Tile::kFilters;
   auto& memory = SharedMemory<ConvMemory>();
   const ConvCudaPlan& plan = a.plan;
@@ -275,16 +294,19 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) ConvTileKernel(ConvCudaArgs
   // The block's part: filters fastest, then what shares them, then tiles.
   const int block_filters = Tile::kWarps * plan.warp_filters;
   const int filter_blocks = static_cast<int>(CeilDiv(group_filters, block_filters));
-  const std::int64_t across = CeilDiv(a.out_width, plan.columns), down = CeilDiv(a.out_height, plan.rows);
-  std::int64_t block = blockIdx.x;
-  const int filter_block = static_cast<int>(block % filter_blocks);
-  block /= filter_blocks;
-  const int group = static_cast<int>(block % s.groups);
-  block /= s.groups;
-  const int split = static_cast<int>(block % plan.splits);
-  block /= plan.splits;
-  const std::int64_t first_column = block % across * plan.columns, first_row = block / across % down * plan.rows;
-  const std::int64_t first_image = block / across / down * plan.images;
+  const auto across = static_cast<unsigned>(CeilDiv(a.out_width, plan.columns)),
+             down = static_cast<unsigned>(CeilDiv(a.out_height, plan.rows));
+  unsigned block = blockIdx.x;
+  const auto next_part = [&](unsigned parts) {
+    const unsigned part = block % parts;
+    block /= parts;
+    return static_cast<int>(part);
+  };
+  const int filter_block = next_part(filter_blocks), group = next_part(static_cast<unsigned>(s.groups));
+  const int split = next_part(plan.splits);
+  const std::int64_t first_column = std::int64_t{next_part(across)} * plan.columns;
+  const std::int64_t first_row = std::int64_t{next_part(down)} * plan.rows;
+  const std::int64_t first_image = std::int64_t{block} * plan.images;
 
   const int channel_blocks = static_cast<int>(CeilDiv(group_channels, plan.channels));
   const int per_split = static_cast<int>(CeilDiv(channel_blocks, plan.splits));
@@ -300,51 +322,66 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) ConvTileKernel(ConvCudaArgs
     places[p] = image < plan.images ? 4 * place : 0;
   }
 
-  // The warp's filters and what is left of their non-zeros.
-  int filters[kFilters], next[kFilters], ends[kFilters];
-  unsigned damaged = 0;  // a bit for each
-#pragma unroll
-  for (int f = 0; f < kFilters; ++f) {
-    const int in_group = filter_block * block_filters + f * Tile::kWarps + warp;
-    const bool is = f < plan.warp_filters && in_group < group_filters;
-    filters[f] = is ? group * group_filters + in_group : -1;
-    next[f] = ends[f] = 0;
-    if (!is) continue;
-    const Row row = RowAt(a.weight, filters[f]);
-    next[f] = row.begin, ends[f] = row.end;
-    if (plan.splits != 1) {
-      if (begin != 0) next[f] = FindColumn(a.weight, row.begin, row.end, std::int64_t{begin} * plan.channels * taps);
+  // The warp's filters, and what is left of the non-zeros of filter f in lane f.
+  const int first_in_group = filter_block * block_filters + warp;
+  const std::int64_t first_filter = std::int64_t{group} * group_filters + first_in_group;
+  const int filters =
+      min(plan.warp_filters, static_cast<int>(CeilDiv(max(0, group_filters - first_in_group), Tile::kWarps)));
+  int next = 0, last = 0;
+  float inverse = 0;
+  unsigned damaged = 0;  // a bit for each filter
+  if (lane < filters) {
+    const std::int64_t filter = first_filter + lane * Tile::kWarps;
+    const Row row = RowAt(a.weight, filter);
+    next = row.begin, last = row.end;
+    if (Integers(a)) inverse = a.scales[a.images + filter].inverse;
+    if (row.damaged) damaged = 1u << lane;
+  }
+  if (plan.splits != 1) {
+    for (int f = 0; f < filters; ++f) {
+      const int row_begin = __shfl_sync(kWholeWarp, next, f), row_end = __shfl_sync(kWholeWarp, last, f);
+      int from = row_begin, to = row_end;
+      if (begin != 0) from = FindColumn(a.weight, row_begin, row_end, std::int64_t{begin} * plan.channels * taps);
       if (end != channel_blocks) {
-        ends[f] = FindColumn(a.weight, row.begin, row.end, std::int64_t{end} * plan.channels * taps);
+        to = FindColumn(a.weight, row_begin, row_end, std::int64_t{end} * plan.channels * taps);
       }
+      if (lane == f) next = from, last = to;
+      if (from > to) damaged |= 1u << f;
     }
-    if (row.damaged || next[f] > ends[f]) damaged |= 1u << f;
   }
 
   const char* inputs = reinterpret_cast<const char*>(memory.x);
-  Sum sums[kFilters][kOutputs] = {};
+  ConvSum sums[kFilters][kOutputs] = {};
   for (int channels = begin; channels < end; ++channels) {
     const int first_channel = channels * plan.channels, count = min(plan.channels, group_channels - first_channel);
     __syncthreads();
-    StageInputs<Tile, kIntegers, Float>(a, first_image, first_row * s.stride_h - a.pad_h,
-                                        first_column * s.stride_w - a.pad_w,
-                                        std::int64_t{group} * group_channels + first_channel, count, memory.x);
+    const auto stage = [&](auto number) {
+      StageInputs<Tile, decltype(number)>(a, first_image, first_row * s.stride_h - a.pad_h,
+                                          first_column * s.stride_w - a.pad_w,
+                                          std::int64_t{group} * group_channels + first_channel, count, memory.x);
+    };
+    if (a.stored_as == FloatDtype::kFloat32) {
+      stage(float{});
+    } else {
+      stage(BFloat16{});
+    }
     __syncthreads();
     const int low = first_channel * taps, high = low + count * taps;
-#pragma unroll
-    for (int f = 0; f < kFilters; ++f) {
-      if (filters[f] < 0) continue;
-      const float inverse = kIntegers ? a.scales[a.images + filters[f]].inverse : 0.0f;
-      while (next[f] < ends[f]) {
+#pragma unroll 1
+    for (int f = 0; f < filters; ++f) {
+      int k = __shfl_sync(kWholeWarp, next, f);
+      const int end_k = __shfl_sync(kWholeWarp, last, f);
+      const float of_filter = __shfl_sync(kWholeWarp, inverse, f);
+#pragma unroll 1
+      while (k < end_k) {
         // A lane decodes one non-zero. Those of later channels wait, unless no later block of channels comes.
-        const int k = next[f] + lane;
-        const int column = k < ends[f] ? ColumnAt(a.weight, k) : 0;
-        const bool here = k < ends[f] && (column < high || channels + 1 == end);
+        const int own = k + lane, column = own < end_k ? ColumnAt(a.weight, own) : 0;
+        const bool here = own < end_k && (column < high || channels + 1 == end);
         const unsigned waits = ~__ballot_sync(kWholeWarp, here);
         const int ready = waits == 0 ? kWarpSize : __ffs(static_cast<int>(waits)) - 1;
         if (lane < ready) {
           bool bad = column < low || column >= high;
-          const std::uint32_t value = TapValue<kIntegers>(a, k, inverse, bad);
+          const std::uint32_t value = Staged(a, WeightAt(a.weight, own, bad), of_filter);
           const int in_block = bad ? 0 : column - low, channel = in_block / taps, tap = in_block - channel * taps;
           const int kernel_w = static_cast<int>(s.kernel_w), down_tap = tap / kernel_w;
           const int right = (tap - down_tap * kernel_w) * static_cast<int>(s.dilation_w);
@@ -354,34 +391,38 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) ConvTileKernel(ConvCudaArgs
           if (bad) damaged |= 1u << f;
         }
         __syncwarp();
-#pragma unroll 4
-        for (int t = 0; t < ready; ++t) {
-          const ConvMemory::Tap tap = memory.taps[warp][t];
+        // A register has no address: each filter's sums have their own copy of the loop.
 #pragma unroll
-          for (int p = 0; p < kOutputs; ++p) {
-            const auto x = *reinterpret_cast<const std::uint32_t*>(inputs + (places[p] + tap.place));
-            if constexpr (kIntegers) {
-              sums[f][p] += static_cast<int>(tap.value) * static_cast<int>(x);
-            } else {
-              sums[f][p] = fmaf(__uint_as_float(tap.value), __uint_as_float(x), sums[f][p]);
-            }
+        for (int g = 0; g < kFilters; ++g) {
+          if (g != f) continue;
+          if (Integers(a)) {
+            AddTaps<true>(memory.taps[warp], ready, inputs, places, sums[g]);
+          } else {
+            AddTaps<false>(memory.taps[warp], ready, inputs, places, sums[g]);
           }
         }
         __syncwarp();
-        next[f] += ready;
+        k += ready;
         if (ready < kWarpSize) break;
       }
+      if (lane == f) next = k;
     }
   }
 
+  // By way of memory, where x is no longer needed: a loop over registers would be as much code again as the products.
+  static_assert(kFilters * kOutputs * Tile::kThreads <= ConvMemory::kInputs);
+  __syncthreads();
 #pragma unroll
   for (int f = 0; f < kFilters; ++f) {
     const bool bad = __any_sync(kWholeWarp, static_cast<int>(damaged >> f & 1)) != 0;
-    if (!bad) continue;
 #pragma unroll
-    for (int p = 0; p < kOutputs; ++p) sums[f][p] = DamagedSum(sums[f][p]);
+    for (int p = 0; p < kOutputs; ++p) {
+      memory.x[(p * kFilters + f) * Tile::kThreads + thread] = bad ? DamagedSum(Integers(a)) : sums[f][p];
+    }
   }
-#pragma unroll
+  const bool whole = plan.splits == 1;
+  const std::int64_t plane = a.out_height * a.out_width, step = whole ? a.y_steps.channel : plane;
+#pragma unroll 1
   for (int p = 0; p < kOutputs; ++p) {
     const int number = p * kWarpSize + lane, in_tile = number / plan.outputs,
               in_image = number - in_tile * plan.outputs;
@@ -390,45 +431,47 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) ConvTileKernel(ConvCudaArgs
     const bool inside = in_tile < plan.images && image < a.images && i < plan.rows && row < a.out_height &&
                         j < plan.columns && column < a.out_width;
     if (!inside) continue;
-    const bool whole = plan.splits == 1;
-    const std::int64_t plane = a.out_height * a.out_width, step = whole ? a.y_steps.channel : plane;
     const std::int64_t at = whole ? image * a.y_steps.image + row * a.y_steps.row + column * a.y_steps.column
                                   : (split * a.images + image) * s.out_channels * plane + row * a.out_width + column;
 #pragma unroll
     for (int f = 0; f < kFilters; ++f) {
-      if (filters[f] < 0) continue;
+      if (f >= filters) break;
+      const std::int64_t filter = first_filter + f * Tile::kWarps;
+      const ConvSum sum = memory.x[(p * kFilters + f) * Tile::kThreads + thread];
       if (whole) {
-        static_cast<Float*>(a.y)[at + filters[f] * step] = FromFloat<Float>(Finished(a, image, filters[f], sums[f][p]));
+        PutOutput(a, at + filter * step, Finished(a, image, filter, sum));
       } else {
-        static_cast<Sum*>(a.parts)[at + filters[f] * step] = sums[f][p];
+        static_cast<ConvSum*>(a.parts)[at + filter * step] = sum;
       }
     }
   }
 }
 
-template <typename Tile, bool kIntegers, typename Float>
+template <typename Tile>
 __global__ void __launch_bounds__(Tile::kThreads) ConvAddKernel(ConvCudaArgs a) {
-  using Sum = ConvSum<kIntegers>;
   const std::int64_t outputs = a.images * a.shape.out_channels * a.out_height * a.out_width;
   const std::int64_t at = std::int64_t{blockIdx.x} * Tile::kThreads + threadIdx.x;
   if (at >= outputs) return;
-  Sum sum = 0;
-  bool damaged = false;
+  float sum = 0;
+  ConvSum total = 0;
+  bool damaged = false;  // NaN tells of itself
 #pragma unroll 8
   for (int split = 0; split < a.plan.splits; ++split) {
-    const Sum part = static_cast<const Sum*>(a.parts)[split * outputs + at];
-    if constexpr (kIntegers) {
-      damaged = damaged || part == DamagedSum(part);
-      sum += damaged ? 0 : part;
-    } else {
-      sum += part;
-    }
+    const ConvSum part = static_cast<const ConvSum*>(a.parts)[split * outputs + at];
+    damaged = damaged || part == DamagedSum(true);
+    total += part;
+    sum += __uint_as_float(part);
+  }
+  if (Integers(a)) {
+    if (damaged) total = DamagedSum(true);
+  } else {
+    total = __float_as_uint(sum);
   }
   const std::int64_t row = at / a.out_width, plane = row / a.out_height, j = at % a.out_width, i = row % a.out_height;
   const std::int64_t image = plane / a.shape.out_channels, filter = plane % a.shape.out_channels;
   const std::int64_t to =
       image * a.y_steps.image + filter * a.y_steps.channel + i * a.y_steps.row + j * a.y_steps.column;
-  static_cast<Float*>(a.y)[to] = FromFloat<Float>(Finished(a, image, filter, damaged ? DamagedSum(sum) : sum));
+  PutOutput(a, to, Finished(a, image, filter, total));
 }
 
 }  // namespace
@@ -495,7 +538,6 @@ std::int64_t ConvPartsBytes(const ConvCudaArgs& a) noexcept {
 
 namespace {
 
-template <bool kIntegers, typename Float>
 int LaunchTiles(const ConvCudaArgs& a, void* stream) {
   const ConvCudaPlan& plan = a.plan;
   const auto launch = [&](auto tile) {
@@ -504,11 +546,11 @@ int LaunchTiles(const ConvCudaArgs& a, void* stream) {
     const std::int64_t tiles =
         CeilDiv(a.images, plan.images) * CeilDiv(a.out_height, plan.rows) * CeilDiv(a.out_width, plan.columns);
     const dim3 blocks(static_cast<unsigned>(tiles * plan.splits * a.shape.groups * filter_blocks), 1, 1);
-    const int error = Launch(ConvTileKernel<Tile, kIntegers, Float>, blocks, Tile::kThreads, stream, a);
+    const int error = Launch(ConvTileKernel<Tile>, blocks, Tile::kThreads, stream, a);
     if (error != cudaSuccess || plan.splits == 1) return error;
     const std::int64_t outputs = a.images * a.shape.out_channels * a.out_height * a.out_width;
     const dim3 adds(static_cast<unsigned>(CeilDiv(outputs, AddTile::kThreads)), 1, 1);
-    return Launch(ConvAddKernel<AddTile, kIntegers, Float>, adds, AddTile::kThreads, stream, a);
+    return Launch(ConvAddKernel<AddTile>, adds, AddTile::kThreads, stream, a);
   };
   switch (plan.lane_outputs) {
     case 2:
@@ -530,21 +572,15 @@ int ConvCuda(const ConvCudaArgs& a, void* stream) noexcept {
   const std::int64_t outputs = a.images * a.out_height * a.out_width;
   if (a.weight.rows == 0 || outputs == 0) return cudaSuccess;
   const dim3 blocks(static_cast<unsigned>(CeilDiv(outputs, OutputTile::kThreads) * a.weight.rows), 1, 1);
-  return WithFloat(a.stored_as, [&](auto number) {
-    using Float = decltype(number);
-    return WithValues(a.weight.stored_as, [&](auto values) {
-      using Values = decltype(values);
-      if (a.mode == ConvMode::kInt8) {
-        const dim3 items(static_cast<unsigned>(a.images + a.weight.rows), 1, 1);
-        const int error = Launch(ConvScaleKernel<ScaleTile, Values, Float>, items, ScaleTile::kThreads, stream, a);
-        if (error != cudaSuccess) return error;
-        if (a.plan.tiled) return LaunchTiles<true, Float>(a, stream);
-        return Launch(ConvKernel<OutputTile, IntegerSums, Values, Float>, blocks, OutputTile::kThreads, stream, a);
-      }
-      if (a.plan.tiled) return LaunchTiles<false, Float>(a, stream);
-      return Launch(ConvKernel<OutputTile, FloatSums, Values, Float>, blocks, OutputTile::kThreads, stream, a);
-    });
-  });
+  if (a.mode == ConvMode::kInt8) {
+    const dim3 items(static_cast<unsigned>(a.images + a.weight.rows), 1, 1);
+    const int error = Launch(ConvScaleKernel<ScaleTile>, items, ScaleTile::kThreads, stream, a);
+    if (error != cudaSuccess) return error;
+    if (a.plan.tiled) return LaunchTiles(a, stream);
+    return Launch(ConvKernel<OutputTile, IntegerSums>, blocks, OutputTile::kThreads, stream, a);
+  }
+  if (a.plan.tiled) return LaunchTiles(a, stream);
+  return Launch(ConvKernel<OutputTile, FloatSums>, blocks, OutputTile::kThreads, stream, a);
 }
 
 }  // namespace tersetorch

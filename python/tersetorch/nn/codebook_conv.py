@@ -110,10 +110,7 @@ class CodebookConv2d(ConvSizes, CodedModule):
     @property
     def sizes(self) -> dict[str, Any]:
         """What of_sizes takes to make a layer of the same sizes and options."""
-        usual = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1, "padding_mode": "zeros"}
-        own = {name: getattr(self, name) for name in ("in_channels", "out_channels", "kernel_size")}
-        changed = {name: getattr(self, name) for name in usual if getattr(self, name) != usual[name]}
-        return {**own, **changed, **self._config()}
+        return {**self._own_sizes(), **self._config()}
 
     def to_dense(self) -> nn.Conv2d:
         """The plain layer with the same weight and bias, of one dtype: float32 where they differ and one needs it."""

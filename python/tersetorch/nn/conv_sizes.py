@@ -59,6 +59,18 @@ class ConvSizes:
         self._pad_first = [] if native or not any(sides) else sides
         self._geometry = (self._kernel, self._stride, self._padding, self._dilation, self.groups)
 
+    def _own_sizes(self) -> dict[str, Any]:
+        """The sizes under the names that constructors take, where they differ from the defaults."""
+        usual = {
+            "stride": (1,) * self.dims,
+            "padding": (0,) * self.dims,
+            "dilation": (1,) * self.dims,
+            "groups": 1,
+            "padding_mode": "zeros",
+        }
+        own = {name: getattr(self, name) for name in ("in_channels", "out_channels", "kernel_size")}
+        return own | {name: getattr(self, name) for name in usual if getattr(self, name) != usual[name]}
+
     def _dense(self, make: Any) -> Any:
         """A plain convolution of these sizes, without data."""
         return make(

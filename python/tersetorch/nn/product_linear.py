@@ -86,10 +86,7 @@ class ProductLinear(SharedProduct):
         """A layer of zeros, on any device, for tensors that come from elsewhere; only mode and relu are checked."""
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
-        codes = torch.zeros(out_features, stages * ops.product_segments(in_features, width), dtype=torch.uint8)
-        weight = ProductWeight(
-            ops.product_pack(codes, entries), torch.zeros(stages, segments, width, entries), out_features, in_features
-        )
+        weight = zero_weight(out_features, in_features, (stages, segments, width, entries))
         layer._check_mode(mode)
         layer._hold(weight, torch.zeros(out_features) if bias else None, relu)
         layer.mode = mode
@@ -170,7 +167,26 @@ class ProductLinear(SharedProduct):
         )
 
 
-class ResidualLinear(ProductLinear):
+class ResidualForm:
+    """The form that residual quantisation gives a weight, as a layer that computes with it checks it."""
+
+    def _check_form(self, weight: ProductWeight) -> None:
+        if weight.segments > 1:
+            name = type(self).__name__
+            raise ValueError(
+                f"{name}: weight must have one segment as wide as its {weight.columns} columns, got "
+                f"{weight.segments} segments; use {name.replace('Residual', 'Product')}"
+            )
+
+    @classmethod
+    def _from_weight(cls, weight: Tensor, sub_vector: int) -> ProductWeight:
+        raise ValueError(
+            f"{cls.__name__}: module must carry the codes that quantize.residual gives it, got a plain weight, "
+            "whose sums nobody can take apart; convert before finalize"
+        )
+
+
+class ResidualLinear(ResidualForm, ProductLinear):
     """y = input @ W.T + bias, each row of W a sum of shared rows, one of each stage; the codebooks train.
 
     As ProductLinear, with one segment as wide as W: codebooks [stages, 1, in_features, entries].
@@ -182,20 +198,6 @@ class ResidualLinear(ProductLinear):
         Gong et al., Compressing deep convolutional networks using vector quantization (2014), section 3.4.
     """
 
-    def _check_form(self, weight: ProductWeight) -> None:
-        if weight.segments > 1:
-            raise ValueError(
-                f"{type(self).__name__}: weight must have one segment as wide as its {weight.columns} columns, got "
-                f"{weight.segments} segments; use ProductLinear"
-            )
-
-    @classmethod
-    def _from_weight(cls, weight: Tensor, sub_vector: int) -> ProductWeight:
-        raise ValueError(
-            f"{cls.__name__}: module must carry the codes that quantize.residual gives it, got a plain weight, "
-            "whose sums nobody can take apart; convert before finalize"
-        )
-
 
 def shared_vectors(module: nn.Module) -> tuple[Tensor, Tensor] | None:
     """Codes [rows, tables] and codebooks [stages, segments, width, entries] of a live weight, or None for another."""
@@ -205,3 +207,9 @@ def shared_vectors(module: nn.Module) -> tuple[Tensor, Tensor] | None:
     if isinstance(codes, Tensor) and isinstance(codebook, Tensor) and codebook.dim() == 4:
         return codes, codebook
     return None
+
+
+def zero_weight(rows: int, columns: int, shape: tuple[int, int, int, int]) -> ProductWeight:
+    """A weight of zeros with codebooks of this shape, for tensors that come from elsewhere."""
+    codes = torch.zeros(rows, shape[0] * ops.product_segments(columns, shape[2]), dtype=torch.uint8)
+    return ProductWeight(ops.product_pack(codes, shape[3]), torch.zeros(shape), rows, columns)

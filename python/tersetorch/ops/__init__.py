@@ -42,6 +42,7 @@ from tersetorch.ops.codebook_matmul import (  # noqa: E402
     codebook_unpack,
 )
 from tersetorch.ops.csr_matmul import csr_matmul, csr_matmul_inference, csr_pack  # noqa: E402
+from tersetorch.ops.product_conv2d import product_conv2d, product_conv2d_inference  # noqa: E402
 from tersetorch.ops.product_matmul import (  # noqa: E402
     product_bytes,
     product_decode,
@@ -101,6 +102,8 @@ __all__ = [
     "csr_pack",
     "native_op",
     "product_bytes",
+    "product_conv2d",
+    "product_conv2d_inference",
     "product_decode",
     "product_matmul",
     "product_matmul_inference",

@@ -1,11 +1,13 @@
 """What ops on images share: sizes of convolutions, and the images that come out."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 MAX_SIZE = 2**31 - 1
+MAX_INT8_WEIGHTS = 128 * 1024
 
 Pair = int | Sequence[int]
 
@@ -61,6 +63,44 @@ def conv_sizes(
                 f"{size}; pass larger images or more padding"
             )
     return kernel, steps, pads, gaps, groups
+
+
+def check_filters(op: str, mode: str, weights: int) -> None:
+    """Refuses filters of more weights than sums of int8 products have room for."""
+    if mode == "int8" and weights > MAX_INT8_WEIGHTS:
+        raise ValueError(
+            f"{op}: a filter must have at most {MAX_INT8_WEIGHTS} weights in mode 'int8', got {weights}; "
+            "use another mode"
+        )
+
+
+def conv_gradients(
+    ctx: Any, grad_y: Tensor, x: Tensor, weight: Tensor, wants_x: bool, wants_weight: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of x and of weight [filters, columns], those of torch's convolution, which have gradients in turn.
+
+    Args:
+        ctx: has kernel_size, stride, padding, dilation and groups.
+        grad_y: of y.
+        x: the images.
+        weight: dense, float32.
+        wants_x: whether that of x is asked for; else it is None.
+        wants_weight: the same of the weight.
+    """
+    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+        grad_y.float(),
+        x.float(),
+        weight.view(weight.shape[0], x.shape[1] // ctx.groups, *ctx.kernel_size),
+        None,
+        ctx.stride,
+        ctx.padding,
+        ctx.dilation,
+        False,
+        [0, 0],
+        ctx.groups,
+        [wants_x, wants_weight, False],
+    )
+    return grad_x.to(x.dtype) if wants_x else None, grad_weight.reshape(weight.shape) if wants_weight else None
 
 
 def empty_images(

@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 
 from tersetorch.ops._autocast import compute_in_float32
-from tersetorch.ops._images import Pair, conv_sizes, empty_images
+from tersetorch.ops._images import Pair, check_filters, conv_gradients, conv_sizes, empty_images
 from tersetorch.ops.codebook_matmul import check_coded, codebook_dense
 
-MAX_INT8_WEIGHTS = 128 * 1024
 _OPS = torch.ops.tersetorch
 
 
@@ -80,11 +79,7 @@ def codebook_conv2d(
     sizes = conv_sizes(op, x.shape, codes.shape[0], kernel_size, stride, padding, dilation, groups)
     weights = x.shape[-3] // groups * sizes[0][0] * sizes[0][1]
     check_coded(op, x, codes, codebook, bias, column_block, mode, weights, "weights in a filter")
-    if mode == "int8" and weights > MAX_INT8_WEIGHTS:
-        raise ValueError(
-            f"{op}: a filter must have at most {MAX_INT8_WEIGHTS} weights in mode 'int8', got {weights}; "
-            "use another mode"
-        )
+    check_filters(op, mode, weights)
     images = x if x.dim() == 4 else x.unsqueeze(0)
     y: Tensor = _OPS.codebook_conv2d(images, codes, codebook, bias, column_block, *sizes, relu, mode)
     return y if x.dim() == 4 else y.squeeze(0)
@@ -160,26 +155,11 @@ def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     wants_x, _, wants_codebook, wants_bias = ctx.needs_input_grad[:4]
     grad_x = grad_codebook = grad_bias = None
     if wants_x or wants_codebook:
-        channels = x.shape[1] // ctx.groups
-        columns = channels * ctx.kernel_size[0] * ctx.kernel_size[1]
+        columns = x.shape[1] // ctx.groups * ctx.kernel_size[0] * ctx.kernel_size[1]
         weight = codebook_dense(codes, codebook, columns=columns, column_block=ctx.column_block)
-        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
-            grad_y.float(),
-            x.float(),
-            weight.view(codes.shape[0], channels, *ctx.kernel_size),
-            None,
-            ctx.stride,
-            ctx.padding,
-            ctx.dilation,
-            False,
-            [0, 0],
-            ctx.groups,
-            [wants_x, wants_codebook, False],
-        )
-        grad_x = grad_x.to(x.dtype) if wants_x else None
+        grad_x, grad_weight = conv_gradients(ctx, grad_y, x, weight, wants_x, wants_codebook)
         if wants_codebook:
-            of_weight = grad_weight.reshape(codes.shape[0], columns)
-            grad_codebook = _OPS.codebook_reduce(of_weight, codes, *codebook.shape, ctx.column_block)
+            grad_codebook = _OPS.codebook_reduce(grad_weight, codes, *codebook.shape, ctx.column_block)
     if wants_bias:
         grad_bias = grad_y.sum((0, 2, 3), dtype=torch.float32).to(ctx.bias_dtype)
     return grad_x, None, grad_codebook, grad_bias, None, None, None, None, None, None, None, None

@@ -167,6 +167,27 @@ def _check(x: Tensor, codes: Tensor, codebooks: Tensor, bias: Tensor | None, out
     op = "product_matmul"
     if mode not in MODES:
         raise ValueError(f"{op}: mode must be one of {list(MODES)}, got {mode!r}; choose one of them")
+    if isinstance(x, Tensor) and x.dim() == 0:
+        raise ValueError(f"{op}: x must be [..., in], got a scalar; reshape it")
+    columns = x.shape[-1] if isinstance(x, Tensor) else 0
+    check_product(op, x, codes, codebooks, bias, out_features, columns, "features")
+
+
+def check_product(
+    op: str,
+    x: Tensor,
+    codes: Tensor,
+    codebooks: Tensor,
+    bias: Tensor | None,
+    rows: int,
+    columns: int,
+    columns_are: str,
+) -> None:
+    """Refuses tensors that do not stand for a weight [rows, columns] with a bias, on the device of x.
+
+    Raises:
+        TypeError, ValueError: with the sentence, which calls columns what columns_are says.
+    """
     for name, tensor, dtypes in (
         ("x", x, (*_FLOATS, torch.float16) if enabled_for(x) else _FLOATS),
         ("codes", codes, (torch.uint8,)),
@@ -181,30 +202,28 @@ def _check(x: Tensor, codes: Tensor, codebooks: Tensor, bias: Tensor | None, out
             raise ValueError(
                 f"{op}: {name} must be on the device of x, {x.device}, got {tensor.device}; move one of them"
             )
-    if x.dim() == 0:
-        raise ValueError(f"{op}: x must be [..., in], got a scalar; reshape it")
-    if out_features < 0:
-        raise ValueError(f"{op}: out_features must be at least 0, got {out_features}; pass the rows of W")
+    if rows < 0:
+        raise ValueError(f"{op}: out_features must be at least 0, got {rows}; pass the rows of W")
     if codebooks.dim() != 4 or not all(codebooks.shape) or codebooks.shape[3] > MAX_ENTRIES:
         raise ValueError(
             f"{op}: codebooks must be [stages, segments, width, entries] with at most {MAX_ENTRIES} entries, got shape "
             f"{tuple(codebooks.shape)}; pass those of a ProductWeight"
         )
     stages, books, width, entries = codebooks.shape
-    segments = product_segments(x.shape[-1], width)
+    segments = product_segments(columns, width)
     if books not in (1, segments):
         raise ValueError(
-            f"{op}: codebooks must have 1 segment or the {segments} that {x.shape[-1]} features have at width {width}, "
-            f"got {books}; pass x with as many features as W has columns"
+            f"{op}: codebooks must have 1 segment or the {segments} that {columns} {columns_are} have at width "
+            f"{width}, got {books}; pass x with as many {columns_are} as W has columns"
         )
-    expected = product_bytes(out_features, stages * segments, entries)
+    expected = product_bytes(rows, stages * segments, entries)
     if codes.numel() != expected:
         raise ValueError(
-            f"{op}: codes must have {expected} bytes for {out_features} rows of {stages * segments} codes below "
+            f"{op}: codes must have {expected} bytes for {rows} rows of {stages * segments} codes below "
             f"{entries}, got {codes.numel()}; pass what product_pack returns"
         )
-    if bias is not None and tuple(bias.shape) != (out_features,):
-        raise ValueError(f"{op}: bias must be [{out_features}], got shape {tuple(bias.shape)}; pass one for each row")
+    if bias is not None and tuple(bias.shape) != (rows,):
+        raise ValueError(f"{op}: bias must be [{rows}], got shape {tuple(bias.shape)}; pass one for each row")
 
 
 @torch.library.register_fake("tersetorch::product_matmul")

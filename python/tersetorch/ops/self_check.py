@@ -17,6 +17,7 @@ from tersetorch.ops.codebook_conv2d import codebook_conv2d
 from tersetorch.ops.codebook_embedding import codebook_embedding
 from tersetorch.ops.codebook_matmul import CODEBOOK_MODES, codebook_dense, codebook_matmul, codebook_pack
 from tersetorch.ops.csr_matmul import csr_matmul
+from tersetorch.ops.product_conv2d import product_conv2d
 from tersetorch.ops.product_matmul import product_decode, product_matmul, product_pack
 from tersetorch.ops.sign_matmul import sign_matmul
 from tersetorch.ops.sign_max_pool2d import sign_max_pool2d
@@ -53,6 +54,7 @@ def check_ops() -> list[dict[str, Any]]:
     checked += [_check_conv(*case) for case in cases]
     checked += [_check_int8("bitmap_matmul", _bitmap_int8), _check_int8("blocked_int8_matmul", _blocked_int8)]
     checked += _check_product()
+    checked.append(_check_product_conv())
     checked += [_check_codebook(mode, entries) for mode in CODEBOOK_MODES for entries in (4, ENTRIES, 32, 256)]
     checked += [
         _check_embedding(dtype, entries)
@@ -414,6 +416,25 @@ def _check_product() -> list[dict[str, Any]]:
         results.append(_result("product_matmul", f"{entries} entries", worst, (COLUMNS + 2) * 2 * EPSILON))
         results.append(_result("product_matmul", f"{entries} entries, int8", worst_int8, 0.501))
     return results
+
+
+def _check_product_conv() -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(7)
+    terms, entries, width = CHANNELS * KERNEL**2, 40, 4
+    segments = -(-terms // width)
+    codes = torch.randint(entries, (ROWS, segments), generator=generator).to(torch.uint8)
+    codebooks = torch.randn(1, segments, width, entries, generator=generator)
+    packed, bias = product_pack(codes, entries), torch.randn(ROWS, generator=generator)
+    named = codebooks[0].gather(2, codes.T.long()[:, None].expand(-1, width, -1))  # [segments, width, rows]
+    weight = named.flatten(0, 1)[:terms].T.double().reshape(ROWS, CHANNELS, KERNEL, KERNEL)
+    worst = 0.0
+    for height, columns, stride in IMAGES:
+        x = torch.randn(2, CHANNELS, height, columns, generator=generator)
+        y = product_conv2d(x, packed, codebooks, bias, out_channels=ROWS, kernel_size=KERNEL, stride=stride, padding=1)
+        reference = conv2d(x.double(), weight, bias.double(), stride, 1)
+        size = conv2d(x.double().abs(), weight.abs(), bias.double().abs(), stride, 1)
+        worst = max(worst, _largest(y, reference, size))
+    return _result("product_conv2d", f"{entries} entries", worst, (terms + 2) * EPSILON)
 
 
 def _check_gradients() -> list[dict[str, Any]]:

@@ -8,11 +8,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from tersetorch.ops._autocast import compute_in_float32, enabled_for
-from tersetorch.ops._images import Pair, conv_sizes, empty_images
+from tersetorch.ops._images import Pair, check_filters, conv_gradients, conv_sizes, empty_images
 
 MODES = ("exact", "bfloat16", "int8")
 MAX_ENTRIES = 256
-MAX_INT8_WEIGHTS = 128 * 1024
 _FLOATS = (torch.float32, torch.bfloat16)
 _INT32 = torch.iinfo(torch.int32)
 _OPS = torch.ops.tersetorch
@@ -98,11 +97,7 @@ def sparse_conv2d(
         "sparse_conv2d", x.shape, row_offsets.shape[0] - 1, kernel_size, stride, padding, dilation, groups
     )
     weights = x.shape[-3] // groups * sizes[0][0] * sizes[0][1]
-    if mode == "int8" and weights > MAX_INT8_WEIGHTS:
-        raise ValueError(
-            f"sparse_conv2d: a filter must have at most {MAX_INT8_WEIGHTS} weights in mode 'int8', got {weights}; "
-            "use another mode"
-        )
+    check_filters("sparse_conv2d", mode, weights)
     if forward_ad._current_level >= 0:
         for name, tensor in (("x", x), ("values", values), ("bias", bias), ("codebook", codebook)):
             if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
@@ -292,11 +287,7 @@ def sparse_conv2d_pack_words(
         )
     if mode == "int8":
         weights = in_channels // max(1, groups) * kernel_size[0] * kernel_size[1]
-        if weights > MAX_INT8_WEIGHTS:
-            raise ValueError(
-                f"sparse_conv2d_pack_words: a filter must have at most {MAX_INT8_WEIGHTS} weights in mode 'int8', got "
-                f"{weights}; use another mode"
-            )
+        check_filters("sparse_conv2d_pack_words", mode, weights)
         if not bool(values.isfinite().all()):
             raise ValueError(
                 "sparse_conv2d_pack_words: values must be finite in mode 'int8', got infinity or NaN; use another mode"
@@ -460,22 +451,10 @@ def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         stored = values.float() if codebook is None else codebook.index_select(0, values.int())
         taps = ctx.kernel_size[0] * ctx.kernel_size[1]
         weight = stored.new_zeros(filters, channels * taps).index_put(position, stored)
-        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
-            grad_y.float(),
-            x.float(),
-            weight.view(filters, channels, *ctx.kernel_size),
-            None,
-            ctx.stride,
-            ctx.padding,
-            ctx.dilation,
-            False,
-            [0, 0],
-            ctx.groups,
-            [wants_x, wants_values or wants_codebook, False],
-        )
-        grad_x = grad_x.to(x.dtype) if wants_x else None
-        if wants_values or wants_codebook:
-            at_stored = grad_weight.reshape(filters, channels * taps)[position]
+        wants_stored = wants_values or wants_codebook
+        grad_x, grad_weight = conv_gradients(ctx, grad_y, x, weight, wants_x, wants_stored)
+        if grad_weight is not None:
+            at_stored = grad_weight[position]
             if codebook is None:
                 grad_values = at_stored.to(values.dtype)
             else:  # Deep Compression, equation 3: an entry sums the gradients of its members

@@ -21,7 +21,9 @@ from tersetorch.nn import (
     CodebookConv2d,
     CodebookEmbedding,
     CodebookLinear,
+    ProductConv2d,
     ProductLinear,
+    ResidualConv2d,
     ResidualLinear,
     SignMaxPool2d,
 )
@@ -56,7 +58,9 @@ _LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     CodebookConv2d: nn.Conv2d,
     CodebookEmbedding: nn.Embedding,
     CodebookLinear: nn.Linear,
+    ProductConv2d: nn.Conv2d,
     ProductLinear: nn.Linear,
+    ResidualConv2d: nn.Conv2d,
     ResidualLinear: nn.Linear,
     SignMaxPool2d: nn.MaxPool2d,
 }
