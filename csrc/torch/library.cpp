@@ -198,7 +198,8 @@ STABLE_TORCH_LIBRARY(tersetorch, m) {
   // The same for images x uint8 [N, C, H, W] and a weight [O, C * kh * kw]; nothing is added outside the borders. The
   // outputs of xnor_conv2d
   m.def(
-      "bitplane_conv2d(Tensor x, Tensor weight, int out_channels, int[] kernel_size, int[] stride, int[] padding, int[] "
+      "bitplane_conv2d(Tensor x, Tensor weight, int out_channels, int[] kernel_size, int[] stride, int[] padding, "
+      "int[] "
       "dilation, int step=1, int zero=0, Tensor? scale=None, Tensor? bias=None, Tensor? thresholds=None) -> Tensor");
 
   // Signs of images: x float [N, C, H, W] -> int64 [N, H, W, ceil(C / 64)]
