@@ -88,6 +88,38 @@ def test_shared_layers_keep_their_tables():
         torch.testing.assert_close(layer(inputs(4, 150)), model(inputs(4, 150)), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("per", ["tensor", "row", 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_trained_tables_are_taken_as_the_weight_has_them_rounded(per, dtype):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 40)).to(dtype)
+    tt.quantize.kmeans(model, 4, per=per, bfloat16=dtype == torch.float32)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(inputs(8, 64).to(dtype)).square().mean().backward()
+        optimizer.step()
+    layer = CodebookLinear.from_dense(model[0])
+    assert layer.codebook.shape == ({"tensor": 1, "row": 40, 16: 4}[per], 16)
+    assert torch.equal(layer.weight, model[0].weight.float())
+
+
+def test_a_state_of_tables_of_other_places_is_refused():
+    codes = torch.randint(4, (8, 2048), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    table = torch.randn(8, 4, generator=torch.Generator().manual_seed(1))
+    rows, blocks = (CodebookLinear(CodebookWeight.from_codes(codes, table, column_block=at)) for at in (0, 256))
+    assert {name: tensor.shape for name, tensor in rows.state_dict().items()} == {
+        name: tensor.shape for name, tensor in blocks.state_dict().items()
+    }
+    file = io.BytesIO()
+    torch.save(nn.Sequential(rows).state_dict(), file)
+    file.seek(0)
+    with pytest.raises(RuntimeError, match="column_block must be 256, as the layer's, got a state of 0"):
+        nn.Sequential(blocks).load_state_dict(torch.load(file))
+    blocks.load_state_dict(blocks.state_dict())
+    rows.load_state_dict(dict(rows.state_dict()))  # says nothing, as an older state
+
+
 def test_copies_state_and_dtypes():
     layer, x = CodebookLinear.from_dense(dense_layer()), inputs(5, 150)
     other = CodebookLinear.from_dense(dense_layer(entries=200, seed=4))

@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import nn
 
+import tersetorch as tt
 from tersetorch.formats import ProductWeight
 from tersetorch.methods.quantize.product import product_quantize
 from tersetorch.methods.quantize.residual import residual_quantize
-from tersetorch.nn import ProductLinear, ResidualLinear
+from tersetorch.nn import ProductConv2d, ProductLinear, ResidualConv2d, ResidualLinear
 
 
 def product(entries=9, sub_vector=3, seed=0, **options):
@@ -50,6 +51,27 @@ def test_from_dense_finds_the_parts_again():
         ProductLinear.from_dense(nn.Linear(8, 300))
     with pytest.raises(ValueError, match="convert before finalize"):
         ResidualLinear.from_dense(layer.to_dense())
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Linear(20, 30), lambda: nn.Conv2d(4, 30, 3)])
+def test_a_live_weight_that_its_codes_do_not_say_is_refused(make):
+    product, residual = (
+        (ProductLinear, ResidualLinear) if isinstance(make(), nn.Linear) else (ProductConv2d, ResidualConv2d)
+    )
+    torch.manual_seed(0)
+    model = nn.Sequential(make())
+    tt.quantize.product(model, 9, sub_vector=3)
+    assert torch.equal(product.from_dense(model[0]).weight, model[0].weight)
+    model.bfloat16()
+    assert torch.equal(product.from_dense(model[0]).weight, model[0].weight.float())
+    tt.prune.magnitude(model, 0.5)
+    with pytest.raises(ValueError, match="module's weight must be what its codes and codebooks say"):
+        product.from_dense(model[0])
+    model = nn.Sequential(make())
+    tt.quantize.residual(model, 3, 5)
+    torch.testing.assert_close(residual.from_dense(model[0]).weight, model[0].weight.detach())
+    with pytest.raises(ValueError, match=r"its dtype, torch\.bfloat16, makes another"):
+        residual.from_dense(model.bfloat16()[0])
 
 
 @LAYERS

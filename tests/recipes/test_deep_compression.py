@@ -137,6 +137,7 @@ def test_yaml_round_trip(tmp_path):
         ({"share": {"bits": 9, "train": TRAINING}}, "less than or equal to 8, got 9"),
         ({"share": {"bits": 4}}, r"share\.train: Field required"),
         ({"share": {"bits": 4, "train": TRAINING | {"lr": 0}}}, r"share\.train\.lr: .*greater than 0, got 0"),
+        ({"share": {"bits": 4, "train": TRAINING | {"lr": float("inf")}}}, r"lr: .*finite number, got inf"),
         ({"shear": {}}, "shear: Extra inputs are not permitted"),
     ],
 )
@@ -197,6 +198,9 @@ def test_a_missing_or_broken_file_is_said(tmp_path):
     path = tmp_path / "broken.yaml"
     path.write_text("prune: [")
     with pytest.raises(ValueError, match=r"broken\.yaml must be YAML"):
+        deep_compression(network(), path, ignore)
+    path.write_text("share: {bits: {'0': 2, '1': 3, '0': 4}, train: {epochs: 1, lr: 0.1}}")
+    with pytest.raises(ValueError, match=r"broken\.yaml must be YAML, (?s:.)*the key '0' comes twice"):
         deep_compression(network(), path, ignore)
     path.write_text("just words")
     with pytest.raises(ValueError, match=r"recipe must have valid fields, got .*'just words'"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -137,11 +137,20 @@ def check_moments(where: str, moments: object, columns: int) -> None:
         raise ValueError(f"{where}: moments must be finite, got NaN or infinity; look at the calibration data")
 
 
-def metric(moments: Tensor) -> Tensor:
-    """L [..., n, n] with L L^T = moments, damped: the distance of v L from 0 is that of x . v in mean square."""
+def metric(where: str, moments: Tensor) -> Tensor:
+    """L [..., n, n] with L L^T = moments, damped: the distance of v L from 0 is that of x . v in mean square.
+
+    Raises:
+        ValueError: there is none, as for what is no sum of products.
+    """
     damped = moments.double()
     diagonal = damped.diagonal(dim1=-2, dim2=-1)
     least = diagonal.mean(-1, keepdim=True) * DAMPING
     added = torch.where(least > 0, least, 1.0)
-    root: Tensor = torch.linalg.cholesky(damped + torch.diag_embed(added.expand_as(diagonal)))
-    return root
+    root, failed = torch.linalg.cholesky_ex(damped + torch.diag_embed(added.expand_as(diagonal)))
+    if bool(failed.any()):
+        raise ValueError(
+            f"{where}: moments must be a sum of products x x^T, got a matrix with a negative eigenvalue; "
+            "pass the inputs' second moments"
+        )
+    return cast(Tensor, root)

@@ -140,11 +140,13 @@ def _shared_weight(module: nn.Module) -> CodebookWeight | None:
     codes, codebook = getattr(held, "codes", None), getattr(held, "codebook", None)
     if not (isinstance(codes, Tensor) and isinstance(codebook, Tensor) and codebook.dim() == 2):
         return None
+    dense: Any = module.weight
+    # The values as the weight has them: codebook trains unrounded.
+    values = codebook.detach().to(torch.bfloat16) if getattr(held, "rounded", False) else codebook.detach()
     weight = CodebookWeight.from_codes(
         codes.reshape(codes.shape[0], -1),
-        codebook.detach().float().clone(),
+        values.to(dense.dtype).float().clone(),
         column_block=getattr(held, "column_block", 0),
     )
-    dense: Any = module.weight
-    # Where the mask hides a value that is not 0, or the dtype rounds one, the tables do not say all.
+    # Where the mask hides a value that is not 0, the tables do not say all.
     return weight if torch.equal(weight.to_dense(), dense.detach().float().reshape(weight.shape)) else None

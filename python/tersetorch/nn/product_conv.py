@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tersetorch import ops
 from tersetorch.formats import ProductWeight
 from tersetorch.nn.conv_sizes import ConvSizes, Sizes
-from tersetorch.nn.product_linear import ResidualForm, shared_vectors, zero_weight
+from tersetorch.nn.product_linear import ResidualForm, shared_weight, zero_weight
 from tersetorch.nn.shared_module import SharedProduct, records
 
 
@@ -79,16 +79,14 @@ class ProductConv2d(ConvSizes, SharedProduct):
 
         Raises:
             TypeError: module is not an nn.Conv2d, or its weight is neither float32 nor bfloat16.
-            ValueError: the weight has more distinct parts than codes can name.
+            ValueError: the weight has more distinct parts than codes can name, or is not what its codes say, since it
+                was pruned after, or rounded where filters are sums.
         """
         if not isinstance(module, nn.Conv2d):
             raise TypeError(f"{cls.__name__}: module must be an nn.Conv2d, got {type(module).__name__}; pass a layer")
-        shared, columns = shared_vectors(module), module.weight[:1].numel()
-        if shared is None:
+        weight = shared_weight(cls.__name__, module)
+        if weight is None:
             weight = cls._from_weight(module.weight.detach().flatten(1), sub_vector)
-        else:
-            codes, codebooks = shared
-            weight = ProductWeight.from_codes(codes.flatten(1), codebooks.detach().float().clone(), columns)
         layer = cls(
             weight,
             None if module.bias is None else module.bias.detach().clone(),

@@ -119,17 +119,13 @@ class ProductLinear(SharedProduct):
 
         Raises:
             TypeError: module is not an nn.Linear, or its weight is neither float32 nor bfloat16.
-            ValueError: the weight has more distinct parts than codes can name.
+            ValueError: the weight has more distinct parts than codes can name, or is not what its codes say, since it
+                was pruned after, or rounded where rows are sums.
         """
         if not isinstance(module, nn.Linear):
             raise TypeError(f"{cls.__name__}: module must be an nn.Linear, got {type(module).__name__}; pass a layer")
         bias = None if module.bias is None else module.bias.detach().clone()
-        shared = shared_vectors(module)
-        if shared is None:
-            weight = cls._from_weight(module.weight, sub_vector)
-        else:
-            codes, codebooks = shared
-            weight = ProductWeight.from_codes(codes, codebooks.detach().float().clone(), module.in_features)
+        weight = shared_weight(cls.__name__, module) or cls._from_weight(module.weight, sub_vector)
         return cls(weight, bias).train(module.training)
 
     @classmethod
@@ -199,14 +195,30 @@ class ResidualLinear(ResidualForm, ProductLinear):
     """
 
 
-def shared_vectors(module: nn.Module) -> tuple[Tensor, Tensor] | None:
-    """Codes [rows, tables] and codebooks [stages, segments, width, entries] of a live weight, or None for another."""
+def shared_weight(owner: str, module: nn.Linear | nn.Conv2d) -> ProductWeight | None:
+    """The codes and codebooks of a live weight of shared sub-vectors, or None for another weight.
+
+    Raises:
+        ValueError: they do not say all of the weight: a mask hides some, or its dtype rounds sums of them.
+    """
     lists: Any = getattr(module, "parametrizations", None)
     held: Any = None if lists is None or "weight" not in lists else lists["weight"][0]
     codes, codebook = getattr(held, "codes", None), getattr(held, "codebook", None)
-    if isinstance(codes, Tensor) and isinstance(codebook, Tensor) and codebook.dim() == 4:
-        return codes, codebook
-    return None
+    if not (isinstance(codes, Tensor) and isinstance(codebook, Tensor) and codebook.dim() == 4):
+        return None
+    dense, stages = module.weight.detach().flatten(1), codebook.shape[0]
+    # A weight of one stage is its entries, which the dtype rounds alike; sums are rounded after they are made.
+    values = (codebook.detach().to(dense.dtype) if stages == 1 else codebook.detach()).float().clone()
+    weight = ProductWeight.from_codes(codes.flatten(1), values, dense.shape[1])
+    found, dense = weight.to_dense(), dense.float()
+    # The order of a sum's terms may move its last bits.
+    slack = 1e-6 * stages * float(dense.abs().max()) if stages > 1 and dense.numel() else 0.0
+    if not torch.allclose(found, dense, rtol=0, atol=slack, equal_nan=True):
+        raise ValueError(
+            f"{owner}: module's weight must be what its codes and codebooks say, got one that a mask or its dtype, "
+            f"{module.weight.dtype}, makes another; prune and convert to that dtype first, then quantise"
+        )
+    return weight
 
 
 def zero_weight(rows: int, columns: int, shape: tuple[int, int, int, int]) -> ProductWeight:

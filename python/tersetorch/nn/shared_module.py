@@ -67,9 +67,26 @@ class SharedModule(nn.Module):
             values.grad = None if grad is None else grad.to(values.device)
         return self
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        # Beside torch's version numbers, so that the names in a state stay those of the tensors.
+        metadata = getattr(destination, "_metadata", {}).get(prefix[:-1])
+        if metadata is not None and hasattr(self, "column_block"):
+            metadata["column_block"] = self.column_block
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Takes other numbers of values too: they come with the state."""
         errors: list[str] = args[-1]
+        # Tables of rows and of blocks may have the same shapes; older states and plain dicts do not say which they are.
+        mine = getattr(self, "column_block", None)
+        theirs = args[0].get("column_block", mine)
+        values = state_dict.get(prefix + self.parameter_field)
+        if theirs != mine and isinstance(values, Tensor) and values.shape[:1] != (1,):
+            errors.append(
+                f"{prefix.removesuffix('.') or type(self).__name__}: column_block must be {mine}, as the layer's, got "
+                f"a state of {theirs}; load it into a layer of that column_block"
+            )
+            return
         incoming = {field: state_dict.get(prefix + field) for field in ("codes", self.parameter_field)}
         codes, values = incoming.values()
         if isinstance(codes, Tensor) and isinstance(values, Tensor):

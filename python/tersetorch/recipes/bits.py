@@ -99,6 +99,10 @@ def share_to_budget(
         check_int(where, "nbytes", nbytes, 1)
     if error is not None:
         check_number(where, "error", error, 0, float("inf"))
+        if not error > 0:
+            raise ValueError(f"{where}: error must be positive, got {error}; pass the greatest sum of errors")
+    if not isinstance(bits, Sequence) or isinstance(bits, str):
+        raise TypeError(f"{where}: bits must be a sequence of ints, got {bits!r}; pass a list such as [4, 5]")
     if not bits:
         raise ValueError(f"{where}: bits must hold at least one number, got none; leave it out for 1 to 8")
     for width in bits:

@@ -30,7 +30,23 @@ Value = TypeVar("Value", int, float)
 
 class _Plan(BaseModel):
     # Strict: "0.9" or True in a YAML file is a slip, not a number.
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML whose mappings have each key once: of two, one would be lost unseen."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """As SafeLoader's, with keys compared before merges (<<), which may be overruled."""
+        seen = set()
+        for key, _ in node.value:
+            name = (key.tag, key.value) if isinstance(key, yaml.ScalarNode) else None
+            if name is not None and name in seen:
+                raise yaml.constructor.ConstructorError(
+                    "while reading a mapping", node.start_mark, f"the key {key.value!r} comes twice", key.start_mark
+                )
+            seen.add(name)
+        return super().construct_mapping(node, deep)
 
 
 class Training(_Plan):
@@ -138,7 +154,7 @@ class DeepCompressionRecipe(_Plan):
             FileNotFoundError: there is no such file.
         """
         try:
-            plan = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            plan = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"DeepCompressionRecipe: {path} must be YAML, got {error}; mend the file") from error
         return cls.from_mapping(plan)

@@ -116,6 +116,23 @@ def test_convolutions_and_empty_layers():
     assert model[1](torch.ones(2, 0)).shape == (2, 3)
     assert model[0](torch.ones(1, 3, 5, 5)).shape == (1, 8, 3, 3)
     finalize(model)
+    for per in ("tensor", "row", 2):
+        empty = quantize.kmeans(nn.Linear(4, 0), 2, per=per)
+        assert empty(torch.ones(2, 4)).shape == (2, 0)
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(4, 3), nn.Conv2d(4, 3, 1)])
+def test_data_that_does_not_fit_a_layer_is_refused(layer):
+    x = torch.ones(2, 5) if isinstance(layer, nn.Linear) else torch.ones(2, 5, 1, 1)
+    with pytest.raises(
+        ValueError, match=r"quantize\.kmeans: data must give the layer .* inputs of 4 weights each, got 5"
+    ):
+        quantize.kmeans(nn.Sequential(layer), 2, data=[x])
+    with pytest.raises(
+        ValueError, match=r"quantize\.product: data must give the layer .* inputs of 4 weights each, got 5"
+    ):
+        quantize.product(nn.Sequential(layer), 2, data=[x])
+    assert not is_live(layer)
 
 
 def test_progress_shows_a_bar(mlp, capsys):

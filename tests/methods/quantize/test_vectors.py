@@ -86,6 +86,16 @@ def test_moments_lower_the_error_of_outputs():
         (lambda w: product_quantize(w.tolist(), 4), TypeError, "weight must be a float tensor, got list"),
         (lambda w: product_quantize(w[0], 4), ValueError, r"weight must be \[rows, columns\]"),
         (lambda w: product_quantize(w * torch.nan, 4), ValueError, "weight must be finite"),
+        (
+            lambda w: product_quantize(w, 4, moments=-torch.eye(14)),
+            ValueError,
+            "product_quantize: moments must be a sum of products",
+        ),
+        (
+            lambda w: residual_quantize(w, 2, 4, moments=torch.diag(torch.tensor([5.0] * 13 + [-5.0]))),
+            ValueError,
+            "residual_quantize: moments must be a sum of products",
+        ),
         (lambda w: product_quantize(w, 0), ValueError, "entries must be from 1 to 256, got 0"),
         (lambda w: product_quantize(w, 257), ValueError, "entries must be from 1 to 256, got 257"),
         (lambda w: product_quantize(w, 61), ValueError, "entries must be at most the 60 rows"),

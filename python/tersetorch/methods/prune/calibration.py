@@ -151,7 +151,8 @@ def input_moments(
         dtype: of the sum, float64 or float32.
 
     Raises:
-        ValueError: there is no batch, none of them reaches the layer, or the inputs hold NaN or infinity.
+        ValueError: there is no batch, none of them reaches the layer, or the inputs do not fit it or hold NaN or
+            infinity.
     """
     layers = layers_of(target)
     weight = target.weight
@@ -164,6 +165,7 @@ def input_moments(
         nonlocal samples
         given = arguments[0] if arguments else keywords["input"]
         for x in layer_inputs(module, given.detach().to(dtype), by_position):
+            _check_width(where, target, x, n - bias)
             if bias:
                 x = functional.pad(x, (0, 1), value=1.0)
             total.baddbmm_(x.mT, x)
@@ -173,6 +175,15 @@ def input_moments(
     batches = _run(model, data, hooks)
     total, samples = _over_ranks(where, model, target, total, samples, batches)
     return Moments(total * (2 / samples), samples)
+
+
+def _check_width(where: str, target: Target, x: Tensor, width: int) -> None:
+    """Refuses vectors that do not fit the weight, which a layer's own hook sees before the layer does."""
+    if x.shape[-1] != width:
+        raise ValueError(
+            f"{where}: data must give the layer {target.name!r} inputs of {width} weights each, got {x.shape[-1]}; "
+            "pass samples of the model's own shape"
+        )
 
 
 def _run(model: nn.Module, data: Iterable[Any], hooks: Sequence[RemovableHandle]) -> int:
@@ -230,6 +241,7 @@ def input_squares(where: str, model: nn.Module, targets: Sequence[Target], data:
         def add(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
             given = arguments[0] if arguments else keywords["input"]
             for x in layer_inputs(module, given.detach().double(), by_position=False):
+                _check_width(where, targets[place], x, totals[place].shape[1])
                 totals[place] += x.square().sum(1)
                 samples[place] += x.shape[1]
 

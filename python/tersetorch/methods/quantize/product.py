@@ -81,7 +81,7 @@ def product_quantize(
         centres = found.centres
     else:
         blocks = functional.pad(moments.double(), (0, count * width - columns) * 2)
-        roots = metric(blocks.view(count, width, count, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1))
+        roots = metric(where, blocks.view(count, width, count, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1))
         found = cluster((points.double() @ roots).float(), entries, seed=seed, advance=advance)
         centres = torch.linalg.solve_triangular(roots, found.centres.double(), upper=False, left=False).float()
     return VectorCodes(found.codes.T.to(torch.uint8).contiguous(), centres.transpose(1, 2).contiguous()[None])

@@ -65,7 +65,7 @@ def residual_quantize(
     check_weight(where, weight, entries)
     check_moments(where, moments, weight.shape[1])
     points = weight.detach().float()
-    root = None if moments is None else metric(moments)
+    root = None if moments is None else metric(where, moments)
     if root is not None:
         points = (points.double() @ root).float()
     codebooks = points.new_empty(0, entries, points.shape[1])

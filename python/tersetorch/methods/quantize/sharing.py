@@ -48,9 +48,10 @@ def share_values(
     """
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
     slices = _slices(weight.shape, per)
-    values, alive = (tensor.detach().to("cpu").reshape(weight.shape[0], -1) for tensor in (weight.to(wide), kept))
+    matrix = weight.shape[0], weight.shape[1:].numel()
+    values, alive = (tensor.detach().to("cpu").reshape(matrix) for tensor in (weight.to(wide), kept))
     zero = int(not bool(alive.all()) or not weight.numel())
-    counts = None if importance is None else importance.to("cpu", torch.float64).reshape(importance.shape[0], -1)
+    counts = None if importance is None else importance.to("cpu", torch.float64).reshape(len(importance), matrix[1])
     codes = np.zeros(values.shape, np.uint8)
 
     def of_group(group: int) -> Floats:
