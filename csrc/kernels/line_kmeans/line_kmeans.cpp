@@ -130,7 +130,10 @@ void OptimalRuns(const double* weight, const double* moment, const double* squar
   double* best = sums;
   double* base = sums + n + 1;
   best[0] = 0;
-  for (std::int64_t j = 1; j <= n; ++j) best[j] = square[j] - moment[j] * moment[j] / weight[j];
+  for (std::int64_t j = 1; j <= n; ++j) {
+    const double spread = moment[j] - moment[0];
+    best[j] = square[j] - square[0] - spread * spread / (weight[j] - weight[0]);
+  }
   const std::int32_t* before = nullptr;
   for (std::int64_t c = 2; c <= clusters; ++c) {
     for (std::int64_t i = 0; i <= n; ++i) base[i] = best[i] - square[i];

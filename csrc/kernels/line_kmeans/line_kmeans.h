@@ -19,6 +19,7 @@ inline std::int64_t OptimalRunsChoices(std::int64_t n, std::int64_t clusters) { 
 
 // Writes to starts [clusters] the first point of each run of the partition of n points with the least cost.
 // weight, moment and square [n + 1] are W, M and S of points around 0, W strictly rising; 1 <= clusters <= n < 2^31.
+// Only differences of sums count: counted from a middle point on, those of the many are not rounded to a far outlier's.
 TERSETORCH_API void OptimalRuns(const double* weight, const double* moment, const double* square, std::int64_t n,
                                 std::int64_t clusters, double* sums, std::int32_t* choices,
                                 std::int64_t* starts) noexcept;

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tersetorch import ops
-from tersetorch.formats import SignWeight, codebook_values
+from tersetorch.formats import CodebookWeight, SignWeight
 from tersetorch.nn import (
     BinaryConv2d,
     BinaryLinear,
@@ -117,7 +116,7 @@ def _is_shared(module: nn.Module) -> str | None:
     weight = weight_of(module)
     if weight.dtype not in (torch.float32, torch.bfloat16):
         return f"weights of {weight.dtype}"
-    return "more than 256 distinct values" if codebook_values(weight.float().contiguous()) is None else None
+    return "more than 256 distinct values" if CodebookWeight.find(weight.flatten(1)) is None else None
 
 
 def _is_shared_embedding(module: nn.Module) -> str | None:
@@ -131,10 +130,8 @@ def _bytes_of_nonzeros(module: nn.Module) -> int:
 
 
 def _bytes_of_codes(module: nn.Module) -> int:
-    weight = weight_of(module)
-    values = codebook_values(weight.float().contiguous())
-    entries = 0 if values is None else values.numel()
-    return weight.shape[0] * ops.codebook_row_bytes(entries, weight[:1].numel()) + 4 * entries
+    weight = CodebookWeight.find(weight_of(module).flatten(1))
+    return 0 if weight is None else weight.nbytes
 
 
 def _is_shared_in_filters(module: nn.Module) -> str | None:

@@ -61,26 +61,54 @@ class CodebookWeight:
 
     @classmethod
     def from_dense(cls, weight: Tensor) -> CodebookWeight:
-        """Finds the codes of weight, float32 or bfloat16 [rows, columns], exactly; the one table is sorted.
-
-        Numbers are told apart by their bits.
+        """Finds the codes of weight, float32 or bfloat16 [rows, columns], exactly; as find does.
 
         Raises:
             TypeError: weight is not a float32 or bfloat16 tensor.
-            ValueError: weight is not 2-D, or has more than 256 distinct values.
+            ValueError: weight is not 2-D, or cannot be held.
+        """
+        found = cls.find(weight)
+        if found is None:
+            raise ValueError(
+                f"CodebookWeight: weight must have at most {MAX_ENTRIES} distinct values, in all or in each row or "
+                "block of columns, got more; share it first, for example with tt.quantize.kmeans(model, bits=8)"
+            )
+        return found
+
+    @classmethod
+    def find(cls, weight: Tensor) -> CodebookWeight | None:
+        """The smallest form that holds weight, float32 or bfloat16 [rows, columns], exactly, or None.
+
+        One table of all distinct values; one for each row; or one for each block of so many columns, a power of two
+        from 64 on: a block's codes take whole chunks, and narrower ones are never the smallest. Several tables only
+        where they and the codes take fewer bytes than the weight in float32: a row of few columns has few values,
+        shared or not. Tables rise, and repeat their last value; numbers are told apart by their bits.
+
+        Raises:
+            TypeError: weight is not a float32 or bfloat16 tensor.
+            ValueError: weight is not 2-D.
         """
         check_dense("CodebookWeight", weight)
         values = weight.detach().float().contiguous()
+        rows, columns = values.shape
+        best = None
         table = codebook_values(values)
-        if table is None:
-            raise ValueError(
-                f"CodebookWeight: weight must have at most {MAX_ENTRIES} distinct values, got more; share it first, "
-                "for example with tt.quantize.kmeans(model, bits=8)"
-            )
-        table = table if table.numel() else values.new_zeros(1)
-        keys, order = table.view(torch.int32).sort()
-        place = torch.searchsorted(keys, values.view(torch.int32), out_int32=True)
-        return cls.from_codes(order.to(torch.uint8)[place] if place.numel() else place.to(torch.uint8), table[None])
+        if table is not None:
+            table = table if table.numel() else values.new_zeros(1)
+            keys, order = table.view(torch.int32).sort()
+            place = torch.searchsorted(keys, values.view(torch.int32), out_int32=True)
+            codes = order.to(torch.uint8)[place] if place.numel() else place.to(torch.uint8)
+            best = cls.from_codes(codes, table[None])
+        if not values.numel():
+            return best
+        limit = values.nbytes if best is None else best.nbytes
+        blocks = [1 << power for power in range(6, max(6, columns.bit_length())) if 1 << power < columns]
+        for column_block in (0, *blocks) if rows > 1 else blocks:
+            found = _find_groups(values, column_block, limit)
+            if found is not None:
+                best = cls.from_codes(*found, column_block=column_block)
+                limit = best.nbytes
+        return best
 
     def to_dense(self) -> Tensor:
         """The exact weight the kernel uses: float32 [rows, columns]; differentiable in codebook."""
@@ -156,6 +184,44 @@ def codebook_values(weight: Tensor) -> Tensor | None:
         place = torch.searchsorted(table, missing, out_int32=True).clamp_max_(table.numel() - 1)
         missing = missing[table[place] != missing]
     return table.view(torch.float32).sort().values
+
+
+def _find_groups(values: Tensor, column_block: int, limit: int) -> tuple[Tensor, Tensor] | None:
+    """Codes and codebook with a table for each row, or block of columns; None where they take limit bytes or more."""
+    rows, columns = values.shape
+
+    def grouped(matrix: Tensor) -> Tensor:
+        if not column_block:
+            return matrix
+        # The last block is filled up with its own values.
+        missing = -columns % column_block
+        filled = torch.cat([matrix, matrix[:, -1:].expand(rows, missing)], 1)
+        return filled.view(rows, -1, column_block).transpose(0, 1).reshape(-1, rows * column_block)
+
+    def size(entries: int) -> int:
+        tables = -(-columns // column_block) if column_block else rows
+        return rows * ops.codebook_row_bytes(entries, columns, column_block) + 4 * tables * entries
+
+    bits = values.view(torch.int32)
+    # The first group says the least number of entries: what nobody shared is refused without sorting all of it.
+    first = bits[:, :column_block].reshape(-1) if column_block else bits[0]
+    least = first[: 2**16].unique().numel()
+    if least > MAX_ENTRIES or size(least) >= limit:
+        return None
+    groups = grouped(bits)
+    # Whole numbers in the order of the numbers whose bits they are.
+    keys, order = (groups ^ ((groups >> 31) & 0x7FFFFFFF)).sort(1)
+    rank = torch.zeros_like(order)
+    torch.cumsum(keys[:, 1:] != keys[:, :-1], 1, out=rank[:, 1:])
+    entries = int(rank.max()) + 1
+    if entries > MAX_ENTRIES or size(entries) >= limit:
+        return None
+    codes = torch.empty_like(groups, dtype=torch.uint8).scatter_(1, order, rank.to(torch.uint8))
+    rising = groups.gather(1, order)
+    table = rising[:, -1:].repeat(1, entries).scatter_(1, rank, rising)
+    if column_block:
+        codes = codes.view(-1, rows, column_block).transpose(0, 1).reshape(rows, -1)[:, :columns]
+    return codes.contiguous(), table.view(torch.float32)
 
 
 def _check_codebook(owner: str, codebook: Tensor) -> None:

@@ -123,11 +123,11 @@ def zero_weight(rows: int, columns: int, tables: int, entries: int, column_block
 
 
 def weight_of(module: Any) -> CodebookWeight:
-    """The weight of a dense layer: its codes and tables where it is shared, else those of its distinct values.
+    """The weight of a dense layer: its codes and tables where it is shared, else those that CodebookWeight.find finds.
 
     Raises:
         TypeError: the weight is neither float32 nor bfloat16.
-        ValueError: it has more than 256 distinct values and is not shared.
+        ValueError: nothing in it is shared.
     """
     weight = _shared_weight(module)
     return CodebookWeight.from_dense(module.weight.detach().flatten(1)) if weight is None else weight

@@ -180,3 +180,17 @@ def test_a_weight_with_nan_is_refused_before_anything_changes(mlp):
     with pytest.raises(ValueError, match=r"quantize\.kmeans: the weight of '2' must be finite, got NaN or infinity"):
         quantize.kmeans(mlp, 3)
     assert not is_live(mlp)
+
+
+@pytest.mark.parametrize("bits", [2, 8])
+@pytest.mark.parametrize("init", ["exact", "linear"])
+def test_values_that_bfloat16_rounds_to_infinity_become_its_largest(bits, init):
+    layer = nn.Linear(20, 10)
+    with torch.no_grad():
+        layer.weight[0, 0], layer.weight[1, 1] = 3.4e38, -3.4e38
+    shared = finalize(quantize.kmeans(layer, bits, bfloat16=True, init=init)).weight.detach()
+    largest = torch.finfo(torch.bfloat16).max
+    assert (float(shared[0, 0]), float(shared[1, 1])) == (largest, -largest)
+    assert torch.equal(shared.bfloat16().float(), shared)
+    kept = shared.flatten()[1:]
+    assert bool(kept.isfinite().all()) and bool(kept.any())

@@ -52,6 +52,33 @@ def test_divide_and_conquer_agrees_with_the_plain_recurrence():
         assert sum(cost(i, j) for i, j in itertools.pairwise(bounds)) == pytest.approx(best[count], abs=1e-12)
 
 
+def least_by_long_doubles(values, clusters):
+    """The least sum of squares by the plain recurrence, O(clusters n^2), each run's around its own first value."""
+    values = np.sort(values.astype(np.longdouble))
+    count = len(values)
+    costs = np.full((count + 1, count + 1), np.inf, np.longdouble)
+    for i in range(count):
+        offsets = values[i:] - values[i]
+        moments = np.cumsum(offsets)
+        costs[i, i + 1 :] = np.maximum(np.cumsum(offsets**2) - moments**2 / np.arange(1, count - i + 1), 0)
+    best = costs[0]
+    for _ in range(clusters - 1):
+        best = (best[:, None] + costs).min(0)
+    return float(best[count])
+
+
+@pytest.mark.parametrize(
+    "far", [[1e8], [-1e8], [1e6], [-1e6], [1e8, -1e8], [-1e8, -1e8 - 64, 3e7], [1e3, 1e5, -1e7], [3e4, 3e5, 3e6, 3e7]]
+)
+@pytest.mark.parametrize("clusters", [2, 16])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_far_outliers_do_not_cost_the_others_their_optimum(far, clusters, weighted):
+    values = np.random.default_rng(0).normal(0, 0.01, 300)
+    values = np.append(values, far).astype(np.float32)
+    found = cluster(values, clusters, weights=np.ones(len(values)) if weighted else None)
+    assert found.squared_error(values) <= 1.0001 * least_by_long_doubles(values, clusters)
+
+
 @pytest.mark.parametrize("init", INITIAL)
 def test_every_result_is_a_fixed_point(init):
     values = np.random.default_rng(0).laplace(size=3001).astype(np.float32)
@@ -177,3 +204,10 @@ def test_rounded_centroids_are_nearest_and_no_neighbour_is_better():
         assert error <= np.square(values - moved[found.codes(values)]).sum()
     # Equal ones become one, also where each value could have had its own.
     assert cluster(np.array([0.1, 0.11, 0.5]), 3, rounding=to_eighths).centroids.tolist() == [0.125, 0.5]
+
+
+def test_equal_steps_span_the_whole_of_float32():
+    values = np.append(np.random.default_rng(0).standard_normal(100) * 1e38, [-3.4e38, 3.4e38]).astype(np.float32)
+    found = cluster(values, 8, "linear")
+    assert len(found.centroids) > 4 and np.isfinite(found.centroids).all()
+    assert np.abs(values[:, None].astype(np.float64) - found.centroids).min(1).max() < 1e38

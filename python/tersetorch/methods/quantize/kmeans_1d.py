@@ -108,8 +108,9 @@ class _Line:
     Attributes:
         points: [n], rising, float32 or float64; distinct where they are at most EXACT_VALUES.
         weights: float64 [n], or None for 1 each.
-        middle: what sums of points are measured from, so that they stay small.
-        weight, moment: float64 [blocks + 1], sums over all blocks before one of weight and weight * (point - middle).
+        middle: what sums of points are measured from, their median, so that they stay small.
+        weight, moment: float64 [blocks + 1], sums of weight and weight * (point - middle) over the blocks from that of
+            middle to before this one, negative where it comes earlier: one far outlier must not round all sums.
     """
 
     points: Numbers
@@ -124,7 +125,7 @@ class _Line:
         return np.concatenate(([0], np.searchsorted(self.points, between, side="right"), [len(self.points)]))
 
     def sums(self, bounds: Indices) -> tuple[Floats, Floats]:
-        """Sums over points[:bound] of weight and of weight * (point - middle), for each bound."""
+        """Sums of weight and of weight * (point - middle) up to each bound: their differences are sums between."""
         block = bounds // BLOCK
         index = block[:, None] * BLOCK + np.arange(BLOCK)
         weight = (index < bounds[:, None]).astype(np.float64)
@@ -161,8 +162,9 @@ def _line(values: Numbers, weights: Numbers | None) -> tuple[_Line, int]:
         moment = np.add.reduceat(points, blocks, dtype=np.float64)
     else:
         weight, moment = np.add.reduceat(mass, blocks), np.add.reduceat(points * mass, blocks)
-    middle = float(moment.sum() / weight.sum())
-    return _Line(points, mass, middle, _from_zero(weight), _from_zero(moment - middle * weight)), len(first)
+    place = len(points) // 2 if mass is None else _median(mass)
+    middle, block = float(points[place]), place // BLOCK
+    return _Line(points, mass, middle, _sums(weight, block), _sums(moment - middle * weight, block)), len(first)
 
 
 def _lloyd(line: _Line, centroids: Floats, iterations: int, rounding: Rounding | None = None) -> tuple[Indices, Floats]:
@@ -181,7 +183,7 @@ def _lloyd(line: _Line, centroids: Floats, iterations: int, rounding: Rounding |
 
 
 def _linear(line: _Line, clusters: int, seed: int) -> Floats:
-    return np.linspace(line.points[0], line.points[-1], clusters, dtype=np.float64)
+    return np.linspace(float(line.points[0]), float(line.points[-1]), clusters)
 
 
 def _density(line: _Line, clusters: int, seed: int) -> Floats:
@@ -247,10 +249,22 @@ def optimal_starts(points: Floats, weights: Floats, clusters: int) -> Indices:
         weights: float64 [n], positive.
         clusters: 1 <= clusters <= n.
     """
-    offsets = points - np.average(points, weights=weights)
+    middle = _median(weights)
+    offsets = points - points[middle]
     moments = weights * offsets
-    sums = (_from_zero(weights), _from_zero(moments), _from_zero(moments * offsets))
+    sums = (_sums(weights, middle), _sums(moments, middle), _sums(moments * offsets, middle))
     return _native.optimal_runs(*sums, clusters)
+
+
+def _median(weights: Floats) -> int:
+    """The place of the weighted median."""
+    below = np.cumsum(weights)
+    return min(int(np.searchsorted(below, below[-1] / 2)), len(weights) - 1)
+
+
+def _sums(items: Floats, start: int) -> Floats:
+    """Sums over prefixes less that of items[:start], added up from there both ways."""
+    return np.concatenate((-np.cumsum(items[:start][::-1])[::-1], np.zeros(1), np.cumsum(items[start:])))
 
 
 def _from_zero(items: Floats) -> Floats:

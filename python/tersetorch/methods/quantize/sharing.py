@@ -102,8 +102,9 @@ def _slices(shape: torch.Size, per: Per) -> list[tuple[slice, slice]]:
 
 
 def to_bfloat16(numbers: Floats) -> Floats:
-    """Rounded to the nearest bfloat16, ties to even."""
-    rounded: Floats = torch.from_numpy(numbers).to(torch.float32).bfloat16().double().numpy()
+    """Rounded to the nearest finite bfloat16, ties to even."""
+    largest = torch.finfo(torch.bfloat16).max
+    rounded: Floats = torch.from_numpy(numbers).clamp(-largest, largest).to(torch.float32).bfloat16().double().numpy()
     return rounded
 
 
