@@ -120,6 +120,38 @@ def test_a_state_of_tables_of_other_places_is_refused():
     rows.load_state_dict(dict(rows.state_dict()))  # says nothing, as an older state
 
 
+OPTIMIZERS = {
+    "adam": lambda parameters: torch.optim.Adam(parameters, 0.01),
+    "momentum": lambda parameters: torch.optim.SGD(parameters, 0.01, momentum=0.9),
+    "adagrad": lambda parameters: torch.optim.Adagrad(parameters, 0.01),
+    "lbfgs": lambda parameters: torch.optim.LBFGS(parameters, 0.01),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_optimizer_goes_on_with_a_state_of_another_number_of_entries(name):
+    layer, wide = (CodebookLinear.from_dense(dense_layer(entries=entries)) for entries in (16, 200))
+    other = copy.deepcopy(wide)
+    old, new = OPTIMIZERS[name]([layer.codebook]), OPTIMIZERS[name]([other.codebook])
+
+    def step(model, optimizer):
+        def loss():
+            optimizer.zero_grad()
+            value = model(inputs(8, 150)).square().mean()
+            value.backward()
+            return value
+
+        optimizer.step(loss)
+
+    step(layer, old)
+    layer.load_state_dict(wide.state_dict())
+    for _ in range(2):
+        step(layer, old)
+        step(other, new)
+        assert torch.equal(layer.codebook, other.codebook)
+    assert len(old.state) == 1
+
+
 def test_copies_state_and_dtypes():
     layer, x = CodebookLinear.from_dense(dense_layer()), inputs(5, 150)
     other = CodebookLinear.from_dense(dense_layer(entries=200, seed=4))

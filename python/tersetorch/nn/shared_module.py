@@ -10,6 +10,7 @@ from torch import Tensor, is_grad_enabled, nn
 from torch.autograd import forward_ad
 
 from tersetorch.formats import CodebookWeight, ProductWeight
+from tersetorch.nn.resized import resize
 
 FLOATS = (torch.float32, torch.bfloat16)
 
@@ -102,7 +103,7 @@ class SharedModule(nn.Module):
                 current = getattr(self, field)
                 if tensor is not None and same and current.shape != tensor.shape:
                     # A parameter stays the same object, so that an optimizer that holds it goes on with it.
-                    current.data = current.new_empty(tensor.shape)
+                    resize(current, tensor.shape)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

@@ -148,7 +148,7 @@ def test_modes_random_numbers_and_hooks_are_put_back():
     with pytest.raises(ZeroDivisionError), evaluating(model):
         _ = 1 / 0
     input_moments("f", model, target_of(model), [torch.randn(4, 3, generator=torch.Generator().manual_seed(0))])
-    with pytest.raises(ValueError, match="f: data must give the layer .* inputs of 3 weights each, got 5"):
+    with pytest.raises(ValueError, match=r"f: data must give the layer .* inputs of 3 weights each, got 5"):
         input_moments("f", model, target_of(model), [torch.ones(4, 5)])
     assert [module.training for module in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), state) and torch.equal(model[2].running_mean, statistics)
