@@ -45,6 +45,15 @@ def test_the_file_fits_and_no_choice_that_fits_errs_less(model, tmp_path, nbytes
     json.dumps(report.to_dict())
 
 
+def test_a_budget_that_a_choice_meets_to_the_byte_is_used(model, tmp_path):
+    for widths in ((2, 6, 4), (6, 2, 2), (4, 4, 6), (6, 6, 6), (2, 2, 2)):
+        chosen = quantize.kmeans(copy.deepcopy(model), dict(zip(("0", "2", "4"), widths, strict=True)))
+        nbytes = file_size(finalize(chosen), tmp_path)
+        report = share_to_budget(copy.deepcopy(model), nbytes=nbytes, bits=(2, 4, 6))
+        expected = sum(report.errors[name][width] for name, width in zip(report.bits, widths, strict=True))
+        assert report.nbytes <= nbytes and report.error <= expected * (1 + 1e-9)
+
+
 def test_the_smallest_file_within_an_error(model):
     dense = copy.deepcopy(model)
     loose = share_to_budget(model, error=0.1)

@@ -20,9 +20,9 @@ from tersetorch.methods.selection import Patterns, Target, select
 from tersetorch.recipes.allocation import Curves, allocate
 from tersetorch.recipes.cost_curves import file_bytes
 
+# The header of a mixed choice may be so many bytes shorter than that of any one number of bits.
+HEADER_SLACK = 8
 BITS = tuple(range(1, MAX_BITS + 1))
-# How often a budget is lowered by what the file's own header exceeds it; each time it costs a few bytes at most.
-ATTEMPTS = 8
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,9 @@ def share_to_budget(
     A layer's error is sum h_j (w_ij - value)^2 / sum h_j w_ij^2, with h_j = 1 or, where data are given, the mean square
     of input j: the noise of its outputs over their power, if inputs were uncorrelated. The errors add up over the
     layers. With nbytes they are the least whose file is no larger; with error the file is the smallest whose errors
-    sum to no more. Both by dynamic programming over what each layer errs and takes at each number of bits, measured,
-    not estimated: bytes are those of the layer in the file that tersetorch.save writes, codes as they are coded there.
+    sum to no more. Both as recipes.allocation.allocate finds them from what each layer errs and takes at each number of
+    bits, measured, not estimated: bytes are those of the layer in the file that tersetorch.save writes, codes as they
+    are coded there. The header, a few bytes longer or shorter with other bits, is measured with the choice.
 
     Args:
         model: as in quantize.kmeans.
@@ -123,7 +124,7 @@ def share_to_budget(
 
     errors: dict[str, dict[int, float]] = {name: {} for name in names}
     sizes: dict[str, dict[int, float]] = {name: {} for name in names}
-    fixed = 0.0
+    headers: list[float] = []
     task = None if progress is None else progress.add_task("bytes and errors at each number of bits", total=len(grid))
     for width in grid:
         tried = shared(dict.fromkeys(names, width))
@@ -133,15 +134,19 @@ def share_to_budget(
         held = file_bytes(finalize(tried))
         for target in chosen:
             sizes[target.name][width] = next(held.layers[name] for name in target.names if name in held.layers)
-        fixed = max(fixed, held.whole - sum(sizes[name][width] for name in names))
+        headers.append(held.whole - sum(sizes[name][width] for name in names))
         if progress is not None and task is not None:
             progress.advance(task)
-    limit, curves, name = (nbytes - fixed, sizes, "nbytes") if nbytes is not None else (error or 0.0, errors, "error")
+    if nbytes is not None:
+        limit, curves, name = nbytes - min(headers) + HEADER_SLACK, sizes, "nbytes"
+    else:
+        limit, curves, name = error or 0.0, errors, "error"
     least = sum(min(curve.values()) for curve in curves.values())
-    for _ in range(ATTEMPTS):
+    reached: list[float] = []
+    while True:
         if limit < least:
             asked = nbytes if nbytes is not None else error
-            smallest = f"{least + fixed:.0f}" if nbytes is not None else f"{least:.6g}"
+            smallest = f"{min(reached, default=least + max(headers)):.0f}" if nbytes is not None else f"{least:.6g}"
             raise ValueError(
                 f"{where}: {name} must be at least {smallest}, what the layers take at the best, got {asked}; raise it"
             )
@@ -149,7 +154,9 @@ def share_to_budget(
         size = file_bytes(finalize(shared(found))).whole
         if nbytes is None or size <= nbytes:
             break
-        limit -= size - nbytes  # the header, which is compressed, holds other numbers
+        # The header took more than expected; the next choice is a smaller one, by a byte or more.
+        reached.append(size)
+        limit = sum(sizes[name][width] for name, width in found.items()) - max(1.0, (size - nbytes) / 2)
     quantize.kmeans(model, found, per=per, data=data, bfloat16=bfloat16)
     return BitsReport(found, int(size), sum(errors[name][width] for name, width in found.items()), errors, sizes)
 
