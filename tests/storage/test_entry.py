@@ -46,7 +46,10 @@ def test_sizes_of_what_will_be_decoded():
         (RAW | {"s": [1 << 40, 1 << 40]}, r"fewer than 2\*\*47 numbers"),
         (RAW | {"s": [1] * 65}, "at most 64 dimensions"),
         (RAW | {"d": "f31"}, "as a dtype, got 'f31'"),
-        (RAW | {"f": "zip"}, "have one of raw, codebook, sparse, sparse-codebook, signs as a form, got 'zip'"),
+        (
+            RAW | {"f": "zip"},
+            "have one of raw, codebook, codebooks, sparse, sparse-codebook, signs as a form, got 'zip'",
+        ),
         (RAW | {"n": 6}, "only the fields of a tensor stored as raw"),
         (RAW | {"k": 6}, "only the fields of a tensor stored as raw"),
         (RAW | {"t": True}, "only the fields of a tensor stored as raw"),

@@ -107,3 +107,26 @@ def test_plain_codes_of_another_layer_are_refused(tmp_path, monkeypatch, codes, 
     tt.save(layer, tmp_path / "m.terse")
     with pytest.raises(TerseFileError, match=message):
         tt.load(tmp_path / "m.terse")
+
+
+def test_bytes_of_codes_are_told_as_codes(tmp_path):
+    g = torch.Generator().manual_seed(0)
+    codes = torch.randint(256, (64, 64), generator=g).to(torch.uint8)
+    layer = CodebookLinear(CodebookWeight.from_codes(codes, torch.randn(1, 256, generator=g)))
+    tt.save(nn.Sequential(layer, *layers()), tmp_path / "m.terse")
+    found = tt.inspect(tmp_path / "m.terse")
+    assert "values" not in found.parts or not found.parts["values"]
+    assert found.parts["codes"] >= 64 * 64 and found.parts["codebooks"] > 900
+    assert found.dense_bytes == 4 * (64 * 64 + 30 * 20 + 30 + 4 * 30)
+    assert sum(found.parts.values()) == found.file_bytes
+
+
+def test_another_block_of_columns_is_refused(tmp_path, monkeypatch):
+    layer = CodebookLinear(
+        CodebookWeight.from_codes(torch.zeros(8, 64, dtype=torch.uint8), torch.randn(2, 16), column_block=32)
+    )
+    node = {"k": "tersetorch.CodebookLinear", "c": {**layer.sizes, "column_block": 7}}
+    monkeypatch.setattr("tersetorch.storage.describe._identity", lambda module, made: node)
+    tt.save(layer, tmp_path / "m.terse")
+    with pytest.raises(TerseFileError, match="sizes of a CodebookLinear"):
+        tt.load(tmp_path / "m.terse")

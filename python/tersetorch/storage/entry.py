@@ -4,7 +4,8 @@
     d  dtype
     f  form
     n  positions stored (sparse forms)
-    k  entries of the codebook (codebook forms)
+    k  entries of the codebook, or of each (codebook forms)
+    w  columns of a block that has a codebook (codebooks; left out where rows have them)
     b  bit pattern of every position that is not stored (sparse forms; 0 where it is left out)
     t  true: positions run down the columns
     o  dimensions from outermost to innermost in memory
@@ -19,6 +20,7 @@ Forms and their streams:
     codebook          codebook, codes
     sparse            positions, values
     sparse-codebook   positions, codebook, codes
+    codebooks         codebook (of every row or block of columns, one after the other), codes
     signs             scales (magnitudes, one for each row), signs (1 for a negative number)
 """
 
@@ -35,6 +37,7 @@ from tersetorch.storage.errors import refuse
 from tersetorch.storage.streams import (
     CODE_CODERS,
     MAX_CONTEXT_BITS,
+    MAX_CONTEXT_ENTRIES,
     MAX_ENTRIES,
     MAX_ITEMS_PER_BYTE,
     MAX_NUMBERS,
@@ -72,6 +75,7 @@ REAL = {torch.complex64: torch.float32, torch.complex128: torch.float64}
 FORMS = {
     "raw": ("values",),
     "codebook": ("codebook", "codes"),
+    "codebooks": ("codebook", "codes"),
     "sparse": ("positions", "values"),
     "sparse-codebook": ("positions", "codebook", "codes"),
     "signs": ("scales", "signs"),
@@ -106,6 +110,7 @@ class Entry:
     form: str
     stored: int
     entries: int = 0
+    block: int = 0
     base: int = 0
     down_columns: bool = False
     order: tuple[int, ...] | None = None
@@ -138,9 +143,18 @@ class Entry:
         """Whether positions are stored."""
         return self.form.startswith("sparse")
 
+    @property
+    def codebooks(self) -> int:
+        """Codebooks that are stored."""
+        if self.form != "codebooks":
+            return int(self.form.endswith("codebook"))
+        return self.numel // self.shape[0] // self.block if self.block else self.shape[0]
+
     def count(self, role: str) -> int:
         """Items in a stream of this role."""
-        return {"codebook": self.entries, "scales": self.shape[0] if self.shape else 0}.get(role, self.stored)
+        return {"codebook": self.entries * self.codebooks, "scales": self.shape[0] if self.shape else 0}.get(
+            role, self.stored
+        )
 
     @property
     def decoded_bytes(self) -> int:
@@ -161,8 +175,10 @@ class Entry:
         data: dict[str, Any] = {"s": list(self.shape), "d": DTYPE_NAMES[self.dtype], "f": self.form}
         if self.is_sparse:
             data["n"] = self.stored
-        if self.form.endswith("codebook"):
+        if self.codebooks:
             data["k"] = self.entries
+        if self.block:
+            data["w"] = self.block
         if self.base:
             data["b"] = self.base
         if self.down_columns:
@@ -185,7 +201,7 @@ class Entry:
         Raises:
             TerseFileError: a field is unknown, missing or out of range, or the fields contradict each other.
         """
-        data = fields.check_keys(data, "a tensor", set("sdfnkbtogcvx"))
+        data = fields.check_keys(data, "a tensor", set("sdfnkwbtogcvx"))
         sizes = fields.items(data.get("s"), "a shape")
         shape = tuple(fields.integer(size, "a dimension", 0, fields.MAX_SIZE) for size in sizes[:65])
         if len(sizes) > 64 or math.prod(shape) >= fields.MAX_SIZE // 2:
@@ -195,12 +211,13 @@ class Entry:
         entry = cls(shape, dtype, form, 0)
         numel = entry.numel
         stored = fields.integer(data.get("n"), "a count", 0, numel) if entry.is_sparse else numel
-        codebook = form.endswith("codebook")
+        codebook = form.endswith(("codebook", "codebooks"))
         entries = fields.integer(data.get("k"), "codebook entries", 0, MAX_ENTRIES) if codebook else 0
         entry = replace(
             entry,
             stored=stored,
             entries=entries,
+            block=fields.integer(data["w"], "columns of a block", 1, fields.MAX_SIZE) if "w" in data else 0,
             base=fields.integer(data.get("b", 0), "a bit pattern", 0, (1 << 8 * entry.real_dtype.itemsize) - 1),
             down_columns=fields.flag(data.get("t", False), "t"),
             order=_order(data["o"], len(shape)) if "o" in data else None,
@@ -218,8 +235,14 @@ class Entry:
 
     def _check(self, data: dict[str, Any]) -> None:
         """What the fields owe each other. A count is compared with its stream before anything is allocated for it."""
-        if (data.keys() & set("nbt") and not self.is_sparse) or ("k" in data and not self.form.endswith("codebook")):
+        if (data.keys() & set("nbt") and not self.is_sparse) or (
+            "k" in data and not self.form.endswith(("codebook", "codebooks"))
+        ):
             refuse(f"have only the fields of a tensor stored as {self.form}", sorted(data))
+        if self.form == "codebooks":
+            self._check_codebooks()
+        elif self.block:
+            refuse("have blocks of columns with codebooks of their own only", self.form)
         if self.form == "signs" and (len(self.shape) < 2 or not self.dtype.is_floating_point):
             refuse("keep floating-point rows as signs", f"{self.dtype} {list(self.shape)}")
         if self.down_columns and len(self.shape) < 2:
@@ -246,13 +269,22 @@ class Entry:
             elif spec.coder == "all":
                 if spec.nbytes or self.stored != self.numel:
                     refuse("store every position and no bytes for them", f"{self.stored}, {spec.nbytes} bytes")
+            elif spec.coder == "numbers" and self.count(spec.role) > MAX_NUMBERS:
+                refuse(f"hold at most {MAX_NUMBERS} values in a stream of numbers", self.count(spec.role))
             elif spec.role in ("codebook", "scales"):
                 if self.count(spec.role) > spec.nbytes * MAX_ITEMS_PER_BYTE:
                     refuse(f"hold {self.count(spec.role)} items in a stream of {spec.role}", f"{spec.nbytes} bytes")
-            elif spec.coder == "numbers" and self.stored > MAX_NUMBERS:
-                refuse(f"hold at most {MAX_NUMBERS} values in a stream of numbers", self.stored)
             elif self.stored > spec.nbytes * (MAX_ITEMS_PER_BYTE if spec.coder in SUBBIT_CODERS else 8):
                 refuse(f"hold {self.stored} items in a stream of {spec.role}", f"{spec.nbytes} bytes")
+
+    def _check_codebooks(self) -> None:
+        """Codebooks are those of a matrix's rows or blocks, and hold no more numbers than it."""
+        if len(self.shape) < 2 or not self.numel or not self.dtype.is_floating_point:
+            refuse("keep a floating-point matrix with codebooks", f"{self.dtype} {list(self.shape)[:8]}")
+        if self.block and self.numel // self.shape[0] % self.block:
+            refuse("have blocks that divide the columns", self.block)
+        if not 1 <= self.entries <= MAX_CONTEXT_ENTRIES or self.count("codebook") > self.numel:
+            refuse(f"have codebooks of at most {self.numel} numbers, {MAX_CONTEXT_ENTRIES} each", self.entries)
 
 
 def _order(value: Any, dimensions: int) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ from tersetorch.storage import streams
 from tersetorch.storage.container import CHECKSUM_BYTES
 from tersetorch.storage.entry import Entry
 from tersetorch.storage.errors import reading, refuse
-from tersetorch.storage.packed_kinds import is_of_signs
+from tersetorch.storage.packed_kinds import is_of_codes, is_of_signs
 from tersetorch.storage.reader import read
 from tersetorch.storage.rebuild import check_node
 
@@ -45,6 +45,8 @@ _ROLE_PARTS = {
 }
 # Tensors of layers of signs, all of whose bytes count as one part.
 _NAME_PARTS = {"signs": "signs", "scale": "scales", "thresholds": "thresholds", "flips": "thresholds"}
+# The same of layers of codes, whatever they are coded with.
+_CODE_PARTS = {"plain_codes": "codes", "codes": "codes", "codebook": "codebooks", "codebooks": "codebooks"}
 
 
 @dataclass(frozen=True)
@@ -55,11 +57,12 @@ class StoredTensor:
         name: its first name in the model, such as "fc1.weight".
         shape: of the dense tensor.
         dtype: such as "float32".
-        form: raw, codebook, sparse, sparse-codebook or signs.
+        form: raw, codebook, codebooks, sparse, sparse-codebook or signs.
         coders: of its streams.
         stored: numbers that are stored, each by its value or code.
-        entries: of the codebook, 0 for none.
-        dense_bytes: as float32 (as it is, for an integer tensor).
+        entries: of the codebook or of each, 0 for none.
+        dense_bytes: as float32 (as it is, for an integer tensor); of a layer's codes or signs, those of the weight that
+            they stand for, and 0 of its codebook.
         parts: bytes by part, some of PARTS.
     """
 
@@ -193,9 +196,9 @@ def inspect(path: str | PathLike[str]) -> Inspection:
     """
     with reading("inspect", path):
         contents = read("inspect", path)
-        names: dict[int, tuple[str, bool]] = {}
-        for number, name, of_signs in _names(contents.root, ""):
-            names.setdefault(number, (name, of_signs))
+        names: dict[int, tuple[str, dict[str, Any]]] = {}
+        for number, name, node in _names(contents.root, ""):
+            names.setdefault(number, (name, node))
         if set(names) != set(range(len(contents.entries))):
             refuse("use every tensor it stores", f"{len(names)} of {len(contents.entries)}")
         tensors = tuple(
@@ -213,22 +216,24 @@ def inspect(path: str | PathLike[str]) -> Inspection:
     )
 
 
-def _names(node: Any, path: str) -> Iterator[tuple[int, str, bool]]:
-    """Number and name of every use of a tensor, in the model's order, and whether a layer of signs uses it."""
+def _names(node: Any, path: str) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    """Number, name and module's node of every use of a tensor, in the model's order."""
     if node is None or type(node) is int:
         return
     check_node(node)
     for name, number in node.get("t", {}).items():
         if type(number) is not int:
             refuse("number its tensors", repr(number)[:40])
-        yield number, f"{path}.{name}".removeprefix("."), is_of_signs(node.get("k"))
+        yield number, f"{path}.{name}".removeprefix("."), node
     for name, child in node.get("m", {}).items():
         yield from _names(child, f"{path}.{name}".removeprefix("."))
 
 
-def _stored(name: str, of_signs: bool, entry: Entry, data: list[bytes]) -> StoredTensor:
+def _stored(name: str, node: dict[str, Any], entry: Entry, data: list[bytes]) -> StoredTensor:
     parts: Counter[str] = Counter({"checksums": CHECKSUM_BYTES * len(data)})
-    whole = (_NAME_PARTS.get(name.rpartition(".")[2]) if of_signs else None) or _whole_part(name, entry)
+    kind = node.get("k")
+    named = _NAME_PARTS if is_of_signs(kind) else _CODE_PARTS if is_of_codes(kind) else {}
+    whole = named.get(name.rpartition(".")[2]) or _whole_part(name, entry)
     for spec, stream in zip(entry.streams, data, strict=True):
         alphabet = {"codes": entry.entries, "signs": 2}.get(spec.role, 1 << spec.width)
         table = streams.table_bytes(stream, spec.coder, alphabet)
@@ -242,9 +247,19 @@ def _stored(name: str, of_signs: bool, entry: Entry, data: list[bytes]) -> Store
         tuple(spec.coder for spec in entry.streams),
         entry.stored,
         entry.entries,
-        entry.numel * (4 if entry.real_dtype.is_floating_point else entry.real_dtype.itemsize),
+        _dense_bytes(name.rpartition(".")[2], node, entry),
         {part: parts[part] for part in PARTS if parts[part]},
     )
+
+
+def _dense_bytes(name: str, node: dict[str, Any], entry: Entry) -> int:
+    kind = node.get("k")
+    if is_of_codes(kind) and name in ("codebook", "codebooks"):
+        return 0
+    if (is_of_codes(kind) and name == "plain_codes") or (is_of_signs(kind) and name == "signs"):
+        rows, columns = (node.get("c", {}).get(size) for size in ("out_features", "in_features"))
+        return 4 * (rows * columns if type(rows) is int and type(columns) is int else entry.numel)
+    return entry.numel * (4 if entry.real_dtype.is_floating_point else entry.real_dtype.itemsize)
 
 
 def _whole_part(name: str, entry: Entry) -> str | None:

@@ -79,6 +79,12 @@ def is_of_signs(kind: object) -> bool:
     return cls is not None and issubclass(cls, SignModule | SignMaxPool2d)
 
 
+def is_of_codes(kind: object) -> bool:
+    """Whether modules of a kind hold codes and what they stand for."""
+    cls = KINDS.get(kind) if isinstance(kind, str) else None
+    return cls is not None and issubclass(cls, SharedModule)
+
+
 def goes_in_chains(module: nn.Module) -> bool:
     """Whether convert may have put an nn.Identity in the place of such a module, as a part of a chain of signs."""
     return isinstance(module, (Sign, *MONOTONE))
@@ -156,7 +162,10 @@ def pack_again(layer: nn.Module, plain: Tensor) -> Tensor:
         refuse(f"hold uint8 codes [{rows}, {columns}] in a {name}", f"{plain.dtype} {list(plain.shape)}")
     if plain.numel() and int(plain.max()) >= entries:
         refuse(f"hold the weight of a {name}", f"codes must lie in [0, {entries}), got {int(plain.max())}")
-    return _packed(layer.shared_weight, plain)
+    try:
+        return _packed(layer.shared_weight, plain)
+    except (TypeError, ValueError) as error:
+        refuse(f"hold the sizes of a {name}", error)
 
 
 def _plain_shape(weight: CodebookWeight | ProductWeight) -> tuple[int, int]:

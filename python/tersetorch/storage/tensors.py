@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tersetorch.storage import streams
+from tersetorch.storage import codebooks, streams
 from tersetorch.storage.entry import DTYPE_NAMES, REAL, Entry
 from tersetorch.storage.errors import refuse
 from tersetorch.storage.streams import Array, Coding, Context, Stream
@@ -74,6 +74,10 @@ def encode_tensor(name: str, tensor: Tensor, trains: bool, summed: bool = False)
             _sparse_choice(plain, bits, kept, table, down_columns)
             for down_columns in (False, True)[: 1 + (len(shape) > 1 and dtype not in REAL)]
         ]
+    if len(shape) > 1 and dtype.is_floating_point and bits.size:
+        least = min(choice.nbytes for choice in choices)
+        found = codebooks.candidates(bits.reshape(shape[0], -1), least)
+        choices += [_codebooks_choice(replace(plain, form="codebooks", base=0), *candidate) for candidate in found]
     entry, encoded = min(choices, key=lambda choice: choice.nbytes).build()
     return entry.with_streams(encoded), encoded
 
@@ -87,6 +91,8 @@ def decode_tensor(entry: Entry, data: list[bytes]) -> Tensor:
     pattern: np.dtype[Any] = np.dtype(_PATTERNS[entry.real_dtype.itemsize])
     if entry.form == "signs":
         return _from_bits(entry, _sign_bits(entry, data, pattern))
+    if entry.form == "codebooks":
+        return _from_bits(entry, _codebooks_bits(entry, data, pattern))
     positions = positions_of(entry, data) if entry.is_sparse else None
     bits = values_of(entry, data, pattern, positions)
     if positions is not None:
@@ -290,6 +296,32 @@ def _sign_bits(entry: Entry, data: list[bytes], pattern: np.dtype[Any]) -> Array
     rows = codes.reshape(entry.shape[0], -1).astype(pattern)
     bits: Array = (rows << pattern.type(8 * pattern.itemsize - 1) | scales[:, None]).reshape(-1)
     return bits
+
+
+def _codebooks_choice(plain: Entry, block: int, tables: Array, codes: Array) -> _Choice:
+    """Storing a table for each row or block of columns, and everyone's code."""
+    entry = replace(plain, block=block, entries=tables.shape[1])
+    value_coding = streams.best_value_coding(tables.reshape(-1))
+    counts = np.bincount(codes, minlength=entry.entries)
+    code_coding = streams.best_code_coding(counts, lambda: codes, codebooks.context(entry, tables))
+
+    def build() -> tuple[Entry, list[Stream]]:
+        return entry, [
+            streams.value_stream("codebook", tables.reshape(-1), value_coding),
+            streams.encode_codes(codes, entry.entries, code_coding),
+        ]
+
+    return _Choice(value_coding.nbytes + code_coding.nbytes + 2 * STREAM_BYTES, build)
+
+
+def _codebooks_bits(entry: Entry, data: list[bytes], pattern: np.dtype[Any]) -> Array:
+    """The bit patterns of a tensor that is stored with many tables."""
+    table_spec, code_spec = entry.streams
+    tables = streams.decode_values(data[0], table_spec.coder, pattern, entry.count("codebook"))
+    tables = tables.reshape(-1, entry.entries)
+    context = codebooks.context(entry, tables)
+    codes = streams.decode_codes(data[1], code_spec.coder, entry.entries, entry.stored, context)
+    return codebooks.numbers(entry, tables, codes)
 
 
 def _sign_context(entry: Entry, pattern: np.dtype[Any]) -> Context:
