@@ -47,7 +47,7 @@ test-full: venv test-kernels test-cuda test-sanitized
 test-kernels: .venv/tools
 	cmake -S . -B $(KERNEL_TESTS) -G Ninja -DTERSETORCH_TESTS=ON -DTERSETORCH_CUDA=0 -DTERSETORCH_TORCH_DIR= >/dev/null
 	cmake --build $(KERNEL_TESTS)
-	ctest --test-dir $(KERNEL_TESTS) --output-on-failure
+	ctest --test-dir $(KERNEL_TESTS) --parallel 2 --output-on-failure
 
 # The same tests with every address and every undefined operation checked. SANITIZE=ALL takes the files in that ON, for its
 # time, leaves out.
@@ -56,7 +56,7 @@ test-sanitized: .venv/tools
 	cmake -S . -B $(SANITIZED_TESTS) -G Ninja -DTERSETORCH_TESTS=ON -DTERSETORCH_SANITIZE=$(SANITIZE) \
 		-DTERSETORCH_CUDA=0 -DCMAKE_BUILD_TYPE=None -DCMAKE_CXX_FLAGS=-O2 >/dev/null
 	cmake --build $(SANITIZED_TESTS)
-	ctest --test-dir $(SANITIZED_TESTS) --output-on-failure
+	ctest --test-dir $(SANITIZED_TESTS) --parallel 2 --output-on-failure
 
 # The CUDA ops on a pretend device, their kernels under the emulator. Where nvcc is, also that every kernel compiles for
 # every architecture, what it takes there, and the kernel tests on a GPU if there is one.
@@ -68,7 +68,7 @@ test-cuda: venv
 	cmake --build $(KERNEL_TESTS) --target cuda_tests
 	PYTHONPATH=tests$${PYTHONPATH:+:$$PYTHONPATH} TERSETORCH_PRETEND_CUDA=$(KERNEL_TESTS)/tests/cuda_emulator \
 	  python -m pytest -p cuda_emulator.pretend_device tests/ops/test_*_cuda.py
-	ctest --test-dir $(KERNEL_TESTS) --output-on-failure -R _cuda$$
+	ctest --test-dir $(KERNEL_TESTS) --parallel 2 --output-on-failure -R _cuda$$
 	.ci/check_cuda_kernels
 
 # The library built against one torch serves later ones.
