@@ -19,7 +19,8 @@ from .rates import Evictor, Rates
 from .timing import interleave
 
 
-def _same(numbers: Tensor) -> Tensor:
+def same(numbers: Tensor) -> Tensor:
+    """The numbers as they are."""
     return numbers
 
 
@@ -40,7 +41,7 @@ class Row:
     weight: Tensor
     patterns: Sequence[str]
     operations: float | None = None
-    outcome: Callable[[Tensor], Tensor] = _same
+    outcome: Callable[[Tensor], Tensor] = same
     moved: int | None = None
 
     @property
@@ -56,7 +57,7 @@ class Layers:
     bytes of weight, samples and result, once each, allow at the rates measured in the same run.
     """
 
-    def __init__(self, suite: str, options: Options, rates: Rates, samples: Callable[[Tensor], Tensor] = _same) -> None:
+    def __init__(self, suite: str, options: Options, rates: Rates, samples: Callable[[Tensor], Tensor] = same) -> None:
         """samples: what becomes of a case's samples."""
         self._samples = samples
         self._suite = suite

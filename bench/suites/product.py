@@ -16,7 +16,7 @@ from tersetorch.nn import ProductLinear
 from ..cases import CASES, Linear
 from ..coded_peers import DENSE, FEW
 from ..implementations import Implementation, LeftOut, Packed
-from ..layers import Layers, Row
+from ..layers import Layers, Row, same
 from ..options import Options
 from ..peers import PEERS
 from ..rates import Rates
@@ -89,16 +89,12 @@ def _rows(group: Group) -> Iterator[Row]:
     for one in _ours(weight):
         yield Row(one, dense, (group.pattern,), operations)
     for one in peers_here:
-        yield Row(one, dense, (group.pattern,), operations, _greatest if "search" in one.name else _all)
+        yield Row(one, dense, (group.pattern,), operations, _greatest if "search" in one.name else same)
 
 
 def _greatest(products: Tensor) -> Tensor:
     """Of each sample, which is all that a search returns."""
     return products.amax(1, keepdim=True)
-
-
-def _all(products: Tensor) -> Tensor:
-    return products
 
 
 def weight_of(group: Group) -> ProductWeight:
