@@ -26,6 +26,7 @@ class FakeTimer:
             **dict.fromkeys(["codebook_conv2d", "codebook_conv2d_bfloat16", "codebook_conv2d_int8"], 2e-3),
             **dict.fromkeys(["binary_linear", "binary_linear_real", "binary_conv2d"], 2e-3),
             **dict.fromkeys(["binary_linear_pixels", "binary_linear_signed_pixels"], 2e-3),
+            **dict.fromkeys(["multiplied_out_linear", "multiplied_out_conv2d", "multiplied_out_clusters"], 2e-3),
             "the model: dense model": 1e-2,
             "the model: dense model channels_last": 1e-2,
             "the model: dense model with ReLU in place": 1e-2,

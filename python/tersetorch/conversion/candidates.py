@@ -12,9 +12,12 @@ from tersetorch.formats import CodebookWeight, SignWeight
 from tersetorch.nn import (
     BinaryConv2d,
     BinaryLinear,
+    ClusteredConv2d,
     CodebookConv2d,
     CodebookEmbedding,
     CodebookLinear,
+    LowRankConv2d,
+    LowRankLinear,
     SparseCodebookConv1d,
     SparseCodebookConv2d,
     SparseCodebookLinear,
@@ -226,6 +229,19 @@ def _coded(
     )
 
 
+# Layers of several factors, and what they become when these are multiplied out: a name and a plain layer.
+FACTORED: dict[type[Any], tuple[str, type[nn.Module]]] = {
+    LowRankLinear: ("linear", nn.Linear),
+    LowRankConv2d: ("conv2d", nn.Conv2d),
+    ClusteredConv2d: ("clusters", nn.Conv2d),
+}
+
+
+def _multiplied_out(source: type[Any], name: str, plain: type[nn.Module]) -> Candidate:
+    alias = "multiplied_out"
+    return Candidate(f"{alias}_{name}", alias, source, plain, 1.0, _always, source.to_dense, layout=alias)
+
+
 # Below max_density a format is smaller than the dense weight, 32 bits each: with b bits a value, csr takes 32 + b of
 # them a non-zero, csr16 and blocked 16 + b, a bitmap b and 1 for each weight. Bounds on samples are measured.
 CANDIDATES: dict[str, Candidate] = {
@@ -330,5 +346,6 @@ CANDIDATES: dict[str, Candidate] = {
             signs=True,
         ),
         *_convolutions("1d", nn.Conv1d, SparseConv1d, SparseCodebookConv1d),
+        *(_multiplied_out(source, *made) for source, made in FACTORED.items()),
     )
 }

@@ -27,8 +27,7 @@ def build(candidate: Candidate, modules: list[nn.Module], samples: int | None = 
             if name != "bias":
                 setattr(layer, name, tensor)
     for layer in layers:
-        if candidate.layout != getattr(layer, "plain_layout", "csr"):
-            assert isinstance(layer, SparseModule | CodedModule)
+        if isinstance(layer, SparseModule | CodedModule) and candidate.layout != layer.plain_layout:
             layer.pack(candidate.layout, **candidate.options(samples))
     return layers
 
@@ -122,11 +121,11 @@ def swapped_copy(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) 
 
 
 def _take_over(module: nn.Module, replacement: nn.Module, memo: dict[int, Any]) -> None:
-    weight = module._parameters["weight"]
+    weight = module._parameters.get("weight")
     bias = module._parameters.get("bias")
-    assert weight is not None
     for name, parameter in replacement.named_parameters():
-        if name != "bias":
+        # Of factors the replacement has the flag already.
+        if name != "bias" and weight is not None:
             parameter.requires_grad_(weight.requires_grad)
     if bias is not None and "bias" in replacement._parameters:
         replacement.bias = copy.deepcopy(bias, memo)
