@@ -3,10 +3,10 @@
 Two networks. LeNet-300-100 on MNIST: all three layers by truncated SVD, whose ranks one ratio for the whole network
 chooses. A CNN for CIFAR-10 images, 32-64-64 filters of 5x5 and two linear layers: its second convolution, which takes
 most of the multiply-accumulates, by every form of factors at several sizes; the first by few colours. Fine-tuned as the
-paper does: the approximated layer and all below it stand still, the rest trains. Images are lossy JPEGs, so errors are
-not the published data's. Errors of every point are read on 5,000 held-out training images, which the seed draws. The
-test images are read for the dense network and for what is chosen: of each form the smallest size whose fine-tuned
-held-out error is at most a point above the dense network's.
+paper does: the approximated layer and all below it stand still, the rest trains, here on 15,000 images. Images are lossy
+JPEGs, so errors are not the published data's. Errors of every point are read on 5,000 held-out training images, which
+the seed draws. The test images are read for the dense network and for what is chosen: of each form the smallest size
+whose fine-tuned held-out error is at most a point above the dense network's.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import statistics
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +31,7 @@ from tersetorch.recipes.deep_compression import Training
 from tersetorch.reports.figure import figure_class
 from tersetorch.zoo import LeNet300100, error_rate, fit, read_cifar10
 from tersetorch.zoo import load as load_data
+from tersetorch.zoo.photos import Part
 
 # Denton et al. (2014), section 4: of a network for ImageNet; Han et al. (2015), table 6, quotes the 5x.
 PAPER = {
@@ -63,12 +64,14 @@ class Plan(NamedTuple):
     Attributes:
         dense: the network.
         tuned: what is left of it after an approximation.
-        images: training images; fewer than there are in a quick run.
+        images: of these, at most.
+        tuned_images: the first so many of them.
     """
 
     dense: Training
     tuned: Training
-    images: int
+    images: int = 60_000
+    tuned_images: int = 60_000
 
 
 # ---- the runs
@@ -88,7 +91,7 @@ def run_linear(how: How) -> dict[str, Any]:
     """
     short = how.quick
     dense = Training(epochs=1 if short else 15, lr=0.1, weight_decay=5e-5, input_dropout=0.1)
-    plan = Plan(dense, Training(epochs=1 if short else 3, lr=0.01, weight_decay=5e-5), 10**9)
+    plan = Plan(dense, Training(epochs=1 if short else 3, lr=0.01, weight_decay=5e-5))
     forms = _linear_forms(RATIOS[1:3] if short else RATIOS)
     return _over_seeds("low_rank_lenet_300_100", how, plan, forms, _mnist, _lenet, None)
 
@@ -105,8 +108,8 @@ def run_convolutions(how: How) -> dict[str, Any]:
         FileNotFoundError: the images are not in the folder that TERSETORCH_DATA names.
     """
     short = how.quick
-    dense = Training(epochs=1 if short else 12, lr=0.05, weight_decay=5e-4)
-    plan = Plan(dense, Training(epochs=1, lr=0.01, weight_decay=5e-4), 1000 if short else 10**9)
+    dense = Training(epochs=1 if short else 8, lr=0.05, weight_decay=5e-4)
+    plan = Plan(dense, Training(epochs=1, lr=0.01, weight_decay=5e-4), 1000 if short else 60_000, 15_000)
     return _over_seeds("low_rank_cnn", how, plan, _convolution_forms(short), _cifar, _cnn, SECOND)
 
 
@@ -122,7 +125,7 @@ def _over_seeds(
     described = {
         "batch_size": BATCH,
         "dense": plan.dense.model_dump(),
-        "tuned": plan.tuned.model_dump(),
+        "tuned": plan.tuned.model_dump() | {"images": plan.tuned_images},
         "settings": {form: [words for words, _ in settings] for form, settings in forms.items()},
     }
     one = partial(_one, plan, forms, images, build, layer)
@@ -282,7 +285,7 @@ def _tune(
 ) -> None:
     fit(
         model,
-        *train,
+        *(part[: plan.tuned_images] for part in train),
         **dict(plan.tuned),
         batch_size=BATCH,
         seed=seed + 1,
@@ -353,14 +356,17 @@ def _mnist(seed: int) -> Images:
 
 
 def _cifar(seed: int) -> Images:
-    images, labels = read_cifar10("train")
-    test, wanted = read_cifar10("test")
+    images, labels = _cifar_part("train")
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     held_out, kept = order[:HELD_OUT], order[HELD_OUT:]
-    pixels = images.float() / 127.5 - 1
-    return Images(
-        (pixels[kept], labels[kept]), (pixels[held_out], labels[held_out]), (test.float() / 127.5 - 1, wanted)
-    )
+    return Images((images[kept], labels[kept]), (images[held_out], labels[held_out]), _cifar_part("test"))
+
+
+@cache
+def _cifar_part(part: Part) -> tuple[Tensor, Tensor]:
+    """Values in [-1, 1]."""
+    images, labels = read_cifar10(part)
+    return images.float() / 127.5 - 1, labels
 
 
 ROWS = [
