@@ -3,7 +3,7 @@
 Two networks. LeNet-300-100 on MNIST: all three layers by truncated SVD, whose ranks one ratio for the whole network
 chooses. A CNN for CIFAR-10 images, 32-64-64 filters of 5x5 and two linear layers: its second convolution, which takes
 most of the multiply-accumulates, by every form of factors at several sizes; the first by few colours. Fine-tuned as the
-paper does: the approximated layer and all below it stand still, the rest trains, here on 15,000 images. Images are lossy
+paper does: the approximated layer and all below it stand still, the rest trains, here on 15,000 images. They are lossy
 JPEGs, so errors are not the published data's. Errors of every point are read on 5,000 held-out training images, which
 the seed draws. The test images are read for the dense network and for what is chosen: of each form the smallest size
 whose fine-tuned held-out error is at most a point above the dense network's.
