@@ -73,7 +73,7 @@ def test_thresholds_decide_as_float_modules_do_for_every_sum(norm, scaled, colum
     scale = torch.rand(40) if scaled else None
     bias = torch.randn(40) if scaled else None
     # Samples that agree with none, one, two, ... of the weights, all +1 here, meet every sum.
-    weight = SignWeight.from_signs(torch.ones(40, columns, dtype=torch.bool), 1, scale)
+    weight = SignWeight.from_signs(torch.zeros(40, columns, dtype=torch.bool), 1, scale)
     x = torch.where(torch.arange(columns)[None] < torch.arange(columns + 1)[:, None], 1.0, -1.0)
     layer = BinaryLinear(weight, bias)
     modules = list(norm) if isinstance(norm, nn.Sequential) else [norm]
@@ -90,7 +90,7 @@ def test_sums_are_scaled_as_the_kernel_scales_them():
     columns, rows = 333, 2000
     scale, bias = torch.rand(rows), torch.randn(rows) * 10.0 ** torch.randint(-9, 9, (rows,))
     x = torch.where(torch.arange(columns)[None] < torch.arange(columns + 1)[:, None], 1.0, -1.0)
-    weight = SignWeight.from_signs(torch.ones(rows, columns, dtype=torch.bool))
+    weight = SignWeight.from_signs(torch.zeros(rows, columns, dtype=torch.bool))
     layer = BinaryLinear(weight)
     sizes = {"in_features": columns, "out_features": rows}
     dots = torch.arange(-columns, columns + 1, 2).int()

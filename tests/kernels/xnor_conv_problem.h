@@ -123,10 +123,10 @@ struct XnorConvProblem {
           const bool inside = row >= 0 && row < c.height && column >= 0 && column < c.width;
           if (!inside && c.outside == 0) continue;
           for (Index k = 0; k < channels; ++k) {
-            const bool sign =
+            const bool negative =
                 inside ? bit(x, (n * c.height + row) * c.width + column, c.channels, o / args.filters * channels + k)
-                       : c.outside > 0;
-            dot += sign == bit(weight, o * taps + tap, channels, k) ? 1 : -1;
+                       : c.outside < 0;
+            dot += negative == bit(weight, o * taps + tap, channels, k) ? 1 : -1;
           }
         }
         if (pixel % 3 == 1 && thresholds[o] == dot + 1) thresholds[o] = dot;  // more ties
@@ -136,7 +136,7 @@ struct XnorConvProblem {
     }
     for (Index i = 0; i < static_cast<Index>(dots.size()); ++i) {
       const Index pixel = i / c.filters, o = i % c.filters;
-      if (dots[i] >= thresholds[o]) bits[pixel * y_words + o / 64] |= std::uint64_t{1} << o % 64;
+      if (dots[i] < thresholds[o]) bits[pixel * y_words + o / 64] |= std::uint64_t{1} << o % 64;
     }
   }
 

@@ -2,10 +2,9 @@
 //
 // Math:   v = step * x - zero for x in [0, 255]; dot[n][r] = sum_c w[r][c] * v[n][c], the same as the sum over the
 //         bits b of x of 2^b times the product of plane b with signs. y[n][r] = dot (int32), fma(dot, scale[r],
-//         bias[r]) (float32), or the bit dot[n][r] >= thresholds[r], as kernels/xnor_matmul has them.
-// Layout: weight as kernels/xnor_matmul has it, a set bit for +1. v past the columns is 0, whatever the bits there. x
-// is
-//         row-major [samples, columns], or patches of images: sample n is a position of the output, its columns are
+//         bias[r]) (float32), or the bit dot[n][r] < thresholds[r], as kernels/xnor_matmul has them.
+// Layout: weight as kernels/xnor_matmul has it, a set bit for -1. v past the columns is 0, whatever the bits there. x
+//         is row-major [samples, columns], or patches of images: sample n is a position of the output, its columns are
 //         [channel][kernel row][kernel column], those outside the image have v = 0.
 // Limits: eight planes of exclusive or and population count are 51 products a cycle. Instead BitplaneTables computes
 //         the 16 sums that 4 columns can have under signs, in 16 bits, and vpermw finds those of 32 rows by 4 bits of

@@ -21,7 +21,7 @@ std::int32_t Dot(const BitplaneMatmulArgs& a, std::int64_t n, std::int64_t r) {
   for (std::int64_t i = 0; i < a.words; ++i) {
     const auto w = At<std::uint64_t>(a.weight, (r / kXnorRows * a.words + i) * kXnorRows + r % kXnorRows);
     const std::int16_t* v = a.tables + (i * a.samples + n) * kBitplaneWordTables;
-    for (std::int64_t c = 0; c < 64; ++c) dot += (w >> c & 1) != 0 ? v[c] : -v[c];
+    for (std::int64_t c = 0; c < 64; ++c) dot += (w >> c & 1) != 0 ? -v[c] : v[c];
   }
   return dot;
 }
@@ -34,7 +34,7 @@ void Store(const BitplaneMatmulArgs& a, std::int64_t n, std::int64_t r, std::int
     return Put(a.floats, n * a.rows + r, __builtin_fmaf(static_cast<float>(dot), scale, bias));
   }
   const std::int64_t word = n * ((a.rows + 63) / 64) + r / 64;
-  const std::uint64_t bit = dot >= At<std::int32_t>(a.thresholds, r);
+  const std::uint64_t bit = dot < At<std::int32_t>(a.thresholds, r);
   Put(a.bits, word, (r % 64 == 0 ? 0 : At<std::uint64_t>(a.bits, word)) | bit << r % 64);
 }
 

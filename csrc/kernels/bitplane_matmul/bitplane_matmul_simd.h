@@ -15,15 +15,15 @@ namespace {
 constexpr Index kTableBytes = 32;
 constexpr Index kExactWords = 2;  // whose sums fit 16 bits
 
-// The 16 sums of four numbers that signs can make: entry e adds number j where its bit j is set.
+// The 16 sums of four numbers that signs can make: entry e subtracts number j where its bit j is set.
 inline __m256i SignedSums(const std::int16_t* v) {
   const __m256i entry = _mm256_setr_epi16(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   __m256i sum = _mm256_setzero_si256();
 #pragma GCC unroll 4
   for (int j = 0; j < 4; ++j) {
-    // 1 where the bit is set, else -1.
+    // -1 where the bit is set, else 1.
     const __m256i bit = _mm256_and_si256(_mm256_srli_epi16(entry, j), _mm256_set1_epi16(1));
-    const __m256i sign = _mm256_sub_epi16(_mm256_add_epi16(bit, bit), _mm256_set1_epi16(1));
+    const __m256i sign = _mm256_sub_epi16(_mm256_set1_epi16(1), _mm256_add_epi16(bit, bit));
     sum = _mm256_add_epi16(sum, _mm256_sign_epi16(_mm256_set1_epi16(v[j]), sign));
   }
   return sum;
@@ -60,7 +60,7 @@ void FinishSample(const BitplaneMatmulArgs& a, Index tile, Index n, const std::i
     const Index at = 4 * (n * a.rows + row + r);
     if (a.bits != nullptr) {
       const __m256i below = _mm256_cmpgt_epi32(LoadAt<__m256i>(thresholds, r, 4), dot);
-      bits |= (~static_cast<std::uint32_t>(_mm256_movemask_ps((__m256)below)) & 255) << r;
+      bits |= static_cast<std::uint32_t>(_mm256_movemask_ps((__m256)below)) << r;
       continue;
     }
     const __m256 scaled =

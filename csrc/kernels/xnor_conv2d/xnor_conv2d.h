@@ -2,8 +2,9 @@
 //
 // Math:   for w and x of +1 and -1, dot[n][o][i][j] = sum over c, kh, kw of w[o][c][kh][kw] * x[n][c of o's group]
 //         [i * stride_h + kh * dilation_h - pad_h][j * stride_w + kw * dilation_w - pad_w], exact. Outside the image x
-//         is 0, +1 or -1. y = dot (int32), fma(dot, scale[o], bias[o]) (float32), or the bit dot >= thresholds[o]: the
-//         sign that a batch norm behind the convolution leaves, and the x of the next one.
+//         is 0, +1 or -1. y = dot (int32), fma(dot, scale[o], bias[o]) (float32), or a bit that is 0, for +1, where
+//         dot >= thresholds[o], else 1: the sign that a batch norm behind the convolution leaves, and the x of the
+//         next one.
 // Method: positions outside the image are left out. Outputs that see the same taps make rectangles, so that no tap is
 //         tested; a rectangle's dot is taps * channels - 2 * (the bits that differ), and where x is +1 or -1 outside,
 //         what those taps give is one number for each of its filters, counted once.

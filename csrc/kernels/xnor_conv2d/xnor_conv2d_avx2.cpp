@@ -139,7 +139,7 @@ struct Avx2 {
         _mm256_maskstore_ps(reinterpret_cast<float*>(reinterpret_cast<char*>(a.floats) + at), filters.within[v],
                             number);
       } else {
-        const __m256i ones = _mm256_andnot_si256(_mm256_cmpgt_epi32(filters.threshold[v], dots[v]), filters.within[v]);
+        const __m256i ones = _mm256_and_si256(_mm256_cmpgt_epi32(filters.threshold[v], dots[v]), filters.within[v]);
         bits |= static_cast<std::uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(ones))) << 8 * v;
       }
     }

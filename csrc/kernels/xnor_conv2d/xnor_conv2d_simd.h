@@ -85,10 +85,10 @@ struct XnorPixels {
   Index y, next_y;          // in pixels
 };
 
-// Channels [64 i, 64 i + 64) of a group that are all +1, or 0 for -1.
+// Channels [64 i, 64 i + 64) of a group that are all -1, or 0 for +1.
 inline std::uint64_t OutsideWord(const XnorConv2dArgs& a, Index i) {
   const Index rest = a.channels - 64 * i;
-  if (a.outside < 0) return 0;
+  if (a.outside > 0) return 0;
   return rest >= 64 ? ~std::uint64_t{0} : (std::uint64_t{1} << rest) - 1;
 }
 

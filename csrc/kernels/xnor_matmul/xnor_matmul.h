@@ -1,8 +1,9 @@
 // The product of signs with a weight of signs, by exclusive or and population count.
 //
 // Math:   for w and x of +1 and -1, dot[n][r] = sum_c w[r][c] * x[n][c] = columns - 2 * popcount(w[r] ^ x[n]), exact.
-//         y[n][r] = dot (int32), fma(dot, scale[r], bias[r]) (float32), or the bit dot[n][r] >= thresholds[r]: the
-//         sign that a batch norm behind the product leaves, and the x of the next one.
+//         y[n][r] = dot (int32), fma(dot, scale[r], bias[r]) (float32), or a bit that is 0, for +1, where
+//         dot[n][r] >= thresholds[r], else 1: the sign that a batch norm behind the product leaves, and the x of the
+//         next one.
 // Layout: x [samples, words] as kernels/sign_pack lays them out; weight [tiles][words][32], the words of a tile's 32
 //         rows side by side, rows past the last all 0. y row-major [samples, rows], or bits [samples, ceil(rows / 64)]
 //         as x has them. Bits past the columns are 0 in both, so they never differ.

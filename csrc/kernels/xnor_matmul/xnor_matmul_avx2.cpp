@@ -85,7 +85,7 @@ void StoreTile(const XnorMatmulArgs& a, Index n, Index row, const std::int64_t (
       const float bias = a.bias == nullptr ? 0.0f : LoadAt<float>(a.bias, row + r, 4);
       Store(reinterpret_cast<char*>(a.floats) + at, __builtin_fmaf(static_cast<float>(dot), scale, bias));
     } else {
-      bits |= std::uint32_t{dot >= LoadAt<std::int32_t>(a.thresholds, row + r, 4)} << r;
+      bits |= std::uint32_t{dot < LoadAt<std::int32_t>(a.thresholds, row + r, 4)} << r;
     }
   }
   if (a.bits != nullptr) Store(reinterpret_cast<char*>(a.bits) + (n * ((a.rows + 63) / 64) * 64 + row) / 8, bits);

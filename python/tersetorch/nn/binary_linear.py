@@ -130,7 +130,7 @@ class BinaryLinear(SignModule):
         """Lays the weight out for flattened packed images of so many positions."""
         weight, bias, thresholds = self.sign_weight, self.bias, self.thresholds
         self._buffers.clear()
-        self._hold(SignWeight.from_signs(weight.positive(), taps, weight.scale), bias, thresholds)
+        self._hold(SignWeight.from_signs(weight.negative(), taps, weight.scale), bias, thresholds)
 
     @property
     def weight_shape(self) -> torch.Size:

@@ -69,9 +69,9 @@ class SignModule(nn.Module):
     def fold_(self, thresholds: Tensor, negated: Tensor) -> None:
         """Takes thresholds int32 [rows] in the place of scale and bias, for the other signs in rows negated, bool."""
         weight = self.sign_weight
-        positive = weight.positive() ^ negated[:, None]
+        negative = weight.negative() ^ negated[:, None]
         self._buffers.clear()
-        self._hold(SignWeight.from_signs(positive, weight.taps), None, thresholds)
+        self._hold(SignWeight.from_signs(negative, weight.taps), None, thresholds)
 
     def _packed(self, bits: Tensor) -> Tensor:
         """Bits [rows, taps, words] as the kernel takes them."""
@@ -102,18 +102,18 @@ class SignModule(nn.Module):
         return self.sign_weight.to_dense().view(self.weight_shape)
 
     @property
-    def positive(self) -> Tensor:
-        """Which weights are +1, bool of weight's shape."""
-        return self.sign_weight.positive().view(self.weight_shape)
+    def negative(self) -> Tensor:
+        """Which weights are -1, bool of weight's shape."""
+        return self.sign_weight.negative().view(self.weight_shape)
 
     @property
     def weight_shape(self) -> torch.Size:
         """The shape of the dense weight."""
         raise NotImplementedError
 
-    def packed(self, positive: Tensor) -> Tensor:
-        """Signs, bool of weight's shape and on the CPU, as this layer's bits have them."""
-        rows = positive.reshape(self.weight_shape[0], self.weight_shape[1:].numel())
+    def packed(self, negative: Tensor) -> Tensor:
+        """Signs, bool of weight's shape, True for -1, and on the CPU, as this layer's bits have them."""
+        rows = negative.reshape(self.weight_shape[0], self.weight_shape[1:].numel())
         return self._packed(SignWeight.from_signs(rows, self.taps).bits)
 
     def validate(self) -> None:

@@ -2,7 +2,7 @@
 
 But for packed ones: kernels take codes and bits packed, with chunks that are not full. What a file holds, as
 "plain_codes", is uint8 [rows, codes], one by one, so that a coder sees their frequencies and neighbours; as "signs",
-bool of the dense weight's shape, True for +1. A reader packs them again. Older files hold the packed "codes".
+bool of the dense weight's shape, True for -1. A reader packs them again. Older files hold the packed "codes".
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def plain_form(layer: nn.Module) -> Tensor | None:
     except ValueError:
         return None
     if isinstance(layer, SignModule):
-        return layer.positive
+        return layer.negative
     weight = layer.shared_weight
     plain = weight.unpacked() if isinstance(weight, CodebookWeight) else weight.row_codes
     return plain if torch.equal(_packed(weight, plain), weight.codes) else None
