@@ -42,11 +42,14 @@ def draw_energy(models: Mapping[str, ModelEnergy], path: str | os.PathLike[str])
             widths = [each[part] / MICROJOULE for each in parts]
             axes.barh(places, widths, left=left, color=colour, label=part)
             left = [start + width for start, width in zip(left, widths, strict=True)]
+        for place, end in zip(places, left, strict=True):  # the small ones are the news
+            axes.annotate(f"{end:.3g}", (end, place), (3, 0), textcoords="offset points", va="center", fontsize="small")
+        axes.margins(x=0.15)
         axes.set(yticks=places, yticklabels=names, xlabel="microjoules")
         axes.invert_yaxis()
     whole.set(title="One inference")
     layers.set(title="By layer")
-    whole.legend(fontsize="small")
+    figure.legend(*whole.get_legend_handles_labels(), loc="outside lower center", ncols=len(PARTS), fontsize="small")
     figure.savefig(path)
 
 
