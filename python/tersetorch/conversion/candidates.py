@@ -140,11 +140,11 @@ def _is_shared_in_filters(module: nn.Module) -> str | None:
     return f"fewer than {MIN_CODED} weights in a filter" if weights < MIN_CODED else _is_shared(module)
 
 
-def _is_of_signs(module: nn.Module) -> str | None:
+def _is_of_signs(module: nn.Module, inputs: str = "signs") -> str | None:
     weight = weight_of(module)
     if weight.dtype not in (torch.float32, torch.bfloat16):
         return f"weights of {weight.dtype}"
-    sizes = BinaryConv2d.why_not(module) if isinstance(module, nn.Conv2d) else None
+    sizes = BinaryConv2d.why_not(module, inputs) if isinstance(module, nn.Conv2d) else None
     why_not = SignWeight.why_not(weight)
     return sizes or (None if why_not is None else f"a row must hold +a and -a only, and there is {why_not}")
 
@@ -226,6 +226,24 @@ def _coded(
     )
 
 
+def _of_other_inputs(name: str, source: type[nn.Module], layer: type[Any]) -> tuple[Candidate, ...]:
+    return tuple(
+        Candidate(
+            f"{name}_{inputs}",
+            "binary" if inputs == "real" else "",
+            source,
+            layer,
+            1.0,
+            partial(_is_of_signs, inputs=inputs),
+            partial(layer.from_dense, inputs=inputs),
+            layout=inputs,
+            # Pixels are the nearest of 256.
+            exact=inputs == "real",
+        )
+        for inputs in ("real", "pixels", "signed_pixels")
+    )
+
+
 # Below max_density a format is smaller than the dense weight, 32 bits each: with b bits a value, csr takes 32 + b of
 # them a non-zero, csr16 and blocked 16 + b, a bitmap b and 1 for each weight. Bounds on samples are measured.
 CANDIDATES: dict[str, Candidate] = {
@@ -304,21 +322,7 @@ CANDIDATES: dict[str, Candidate] = {
         *_convolutions("2d", nn.Conv2d, SparseConv2d, SparseCodebookConv2d),
         *_coded("codebook_conv2d", CodebookConv2d, _is_shared_in_filters, source=nn.Conv2d),
         _row("binary_linear", BinaryLinear, 1.0, _is_of_signs, alias="binary", layout="signs", signs=True),
-        *(
-            Candidate(
-                f"binary_linear_{inputs}",
-                "binary" if inputs == "real" else "",
-                nn.Linear,
-                BinaryLinear,
-                1.0,
-                _is_of_signs,
-                partial(BinaryLinear.from_dense, inputs=inputs),
-                layout=inputs,
-                # Pixels are the nearest of 256.
-                exact=inputs == "real",
-            )
-            for inputs in ("real", "pixels", "signed_pixels")
-        ),
+        *_of_other_inputs("binary_linear", nn.Linear, BinaryLinear),
         _row(
             "binary_conv2d",
             BinaryConv2d,
@@ -329,6 +333,7 @@ CANDIDATES: dict[str, Candidate] = {
             layout="signs",
             signs=True,
         ),
+        *_of_other_inputs("binary_conv2d", nn.Conv2d, BinaryConv2d),
         *_convolutions("1d", nn.Conv1d, SparseConv1d, SparseCodebookConv1d),
     )
 }

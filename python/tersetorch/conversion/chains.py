@@ -266,7 +266,7 @@ def _follow_signs(seen: _Model, node: fx.Node, images: bool, layer: Layer, way: 
             if _argument(user) is not node:
                 raise _BrokenError(f"its signs are also given to {_shown(seen, user)}")
             seen.check(user)
-        if isinstance(module, BinaryConv2d) and images and not flattened:
+        if isinstance(module, BinaryConv2d) and module.inputs == "signs" and images and not flattened:
             way.takers.append(user)
         elif isinstance(module, BinaryLinear) and module.inputs == "signs" and (flattened or not images):
             if flattened:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from tersetorch.methods.binarize import ShiftBatchNorm1d, ShiftBatchNorm2d
 from tersetorch.nn import BinaryConv2d, BinaryLinear
-from tersetorch.nn.binary_linear import PIXELS
+from tersetorch.nn.sign_module import PIXELS
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, ShiftBatchNorm1d, ShiftBatchNorm2d)
 # Modules that keep the order of numbers, or reverse it, in each row by itself.
@@ -69,7 +69,7 @@ def thresholds_of(
     weight = layer.sign_weight
     rows, terms = weight.shape
     scale, bias = layer.scale, layer.bias
-    if isinstance(layer, BinaryLinear) and layer.inputs != "signs":
+    if layer.inputs != "signs":
         terms, scale = terms * PIXELS, layer.unit_scale()
     if terms >= MAX_PRODUCTS:
         raise UnfoldableError(f"it adds up {terms} products, which float32 does not count exactly")
