@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, ClassVar, Self, TypeVar
 
 import torch
@@ -86,10 +87,9 @@ class SignModule(nn.Module):
 
     def fold_(self, thresholds: Tensor, negated: Tensor) -> None:
         """Takes thresholds int32 [rows] in the place of scale and bias, for the other signs in rows negated, bool."""
-        weight = self.sign_weight
-        negative = weight.negative() ^ negated[:, None]
+        weight = replace(self.sign_weight.turned(negated), scale=None)
         self._buffers.clear()
-        self._hold(SignWeight.from_signs(negative, weight.taps), None, thresholds)
+        self._hold(weight, None, thresholds)
 
     def _packed(self, bits: Tensor) -> Tensor:
         """Bits [rows, taps, words] as the kernel takes them."""
