@@ -75,8 +75,9 @@ def convert(
     Between layers of signs ("binary_linear", "binary_conv2d") what stands before the next tersetorch.binarize.Sign, a
     batch norm and a max-pool, becomes integer thresholds that make the same decisions of the same sums, and packed
     signs flow; the report says of each such layer what it takes and returns, and why. Such a model computes what the
-    original computes in evaluation, whatever its flags, and has no gradients there. Without example_inputs an
-    nn.BatchNorm1d is taken to see [samples, features].
+    original computes in evaluation, whatever its flags, and has no gradients there. A batch norm behind a layer that
+    returns floats becomes its scale and bias where that changes no bit of any sum the layer can have. Without
+    example_inputs an nn.BatchNorm1d is taken to see [samples, features].
 
     Where a model with convolutions is the fastest in channels_last, the result's dense convolutions hold their weights
     so, and hand that memory format on, whatever they are given; its outputs may then have other strides.

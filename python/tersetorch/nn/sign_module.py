@@ -91,6 +91,12 @@ class SignModule(nn.Module):
         self._buffers.clear()
         self._hold(weight, None, thresholds)
 
+    def scale_(self, scale: Tensor, bias: Tensor) -> None:
+        """Takes float32 [rows] in the place of scale and bias."""
+        weight = replace(self.sign_weight, scale=scale)
+        self._buffers.clear()
+        self._hold(weight, bias, None)
+
     def _packed(self, bits: Tensor) -> Tensor:
         """Bits [rows, taps, words] as the kernel takes them."""
         raise NotImplementedError
