@@ -349,6 +349,26 @@ def test_measuring_keeps_the_chains_that_are_faster(timer):
         assert torch.equal(fast(x), model(x))
 
 
+def test_a_layer_that_pays_only_in_a_chain_is_taken_with_it(timer):
+    model, x = mlp(), torch.randn(20, 30)
+    timer.seconds |= {"codebook_linear": 2e-3, "binary_linear": 1e-4, "11: binary_linear": 2e-3}
+    timer.seconds["the chains: whole"] = 5e-4
+    for cached in (False, True):
+        fast = tt.convert(model, x)
+        assert tt.report(fast).plan == {"0": "dense", **dict.fromkeys(["3", "8", "11"], "binary_linear")}
+        assert fast[8].thresholds is not None and "hands packed signs on" in reasons(fast)["8"]
+        why = reasons(fast)["11"]
+        assert "not faster: 2 ms" in why and "; chains with all such layers faster: 0.5 ms against 1 ms (as dec" in why
+        assert tt.report(fast).layers[3].cached == cached
+    with torch.no_grad():
+        assert torch.equal(fast(x), model(x))
+    # Where no chain grows nothing is timed.
+    asked = timer.count("the chains: whole")
+    alone = binarized(nn.Sequential(Sign(), nn.Linear(30, 20, bias=False), nn.ReLU()))
+    tt.convert(alone, x)
+    assert timer.count("the chains: whole") == asked
+
+
 def test_compiles_whole():
     torch.compiler.reset()
     model = mlp()

@@ -54,10 +54,8 @@ def scale_of(layer: BinaryLinear | BinaryConv2d, norm: nn.Module) -> tuple[Tenso
             others += int((batch_norm(y) != folded).sum())
         else:
             # Images come with their channels last, or each by itself.
-            last, first = (
-                batch_norm(y[..., None, None])[..., 0, 0],
-                batch_norm(y.T.contiguous()[None, :, None])[0, :, 0].T,
-            )
+            last = batch_norm(y[..., None, None])[..., 0, 0]
+            first = batch_norm(y.T.contiguous()[None, :, None])[0, :, 0].T
             others += int(((last != folded) | (first != folded)).sum())
     if others:
         raise UnfoldableError(f"{others} of its {rows * len(sums)} sums would be rounded in another way")
