@@ -145,6 +145,15 @@ def test_state_copies_pickles_and_files(which, tmp_path):
         assert torch.equal(twin(x), layer(x)) and repr(twin) == repr(layer)
 
 
+@pytest.mark.parametrize("which", [2, 4])
+def test_damaged_state_is_refused(which):
+    layer = layers()[which]
+    state = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    state["bits"][0, -1, 0] = -1
+    with pytest.raises(RuntimeError, match="bits past the last channel must be 0"):
+        layer.load_state_dict(state)
+
+
 @pytest.mark.parametrize("which", range(5))
 def test_compiles_and_exports(which, fresh_compiler):
     layer = layers()[which]

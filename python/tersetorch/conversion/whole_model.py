@@ -179,11 +179,12 @@ def _with_whole_chains(
     probe: nn.Module, inputs: Inputs, groups: list[list[Site]], decisions: list[Decision], planner: Planner
 ) -> list[Decision]:
     """The decisions, with layers of signs that pay only as parts of a chain, where it is faster with them."""
-    whole = [d if d.signs is None else replace(d, chosen=d.signs[0], layers=d.signs[1]) for d in decisions]
     if not any(d.signs for d in decisions):
         return list(decisions)
+    whole = [d if d.signs is None else replace(d, chosen=d.signs[0], layers=d.signs[1]) for d in decisions]
     forms = [assemble(probe, groups, each, inputs)[0] for each in (decisions, whole)]
-    if _packing_layers(forms[0]) >= _packing_layers(forms[1]):
+    fails = any(isinstance(_output(form, inputs), Exception) for form in forms)
+    if fails or _packing_layers(forms[0]) >= _packing_layers(forms[1]):
         return list(decisions)
     result = timing.contest(
         {"as decided": _runner(forms[0], inputs.copy())},

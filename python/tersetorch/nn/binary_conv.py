@@ -125,11 +125,14 @@ class BinaryConv2d(ConvSizes, SignModule):
 
     def _unpacked(self, bits: Tensor) -> Tensor:
         if self.inputs != "signs":
-            rows: Tensor = ops.xnor_unpack(bits, self.out_channels)
+            rows: Tensor = ops.xnor_unpack(bits, self.out_channels).unsqueeze(1)
             if self.inputs != "real":
-                return rows.unsqueeze(1)
+                return rows
             taps = prod(self.kernel_size)
-            return ops.sign_pack(ops.sign_unpack(rows, taps * self.in_channels).unflatten(1, (taps, self.in_channels)))
+            columns = taps * self.in_channels
+            if not rows.is_meta:  # the unused bits are about to go
+                SignWeight(rows, columns).validate()
+            return ops.sign_pack(ops.sign_unpack(rows, columns).view(self.out_channels, taps, self.in_channels))
         return ops.xnor_conv2d_unpack(bits, self.out_channels, self.groups).flatten(1, 2)
 
     @staticmethod
