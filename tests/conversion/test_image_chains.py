@@ -134,6 +134,15 @@ def test_a_whole_network_of_the_zoo_is_integer_throughout(inputs, scale, shift, 
     assert signs[0].shape == (5, 3, 3, 3) and len(signs) == 9
 
 
+def test_measuring_keeps_chains_of_images(timer):
+    model, x = network(nn.MaxPool2d(2), norm(), Sign())
+    timer.seconds |= {"binary_conv2d": 1e-4, "binary_linear": 1e-4}
+    fast = tt.convert(model, x)
+    assert tt.report(fast).plan["3"] == "binary_conv2d" and fast[3].thresholds is not None
+    with torch.no_grad():
+        assert torch.equal(fast(x), model(x))
+
+
 def test_pixels_in_the_middle_of_a_chain_end_it():
     model, x = network(norm(), Sign())
     plan = {"0": "binary_conv2d_real", "3": "binary_conv2d", "6": "binary_conv2d_signed_pixels"}

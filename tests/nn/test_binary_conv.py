@@ -145,6 +145,19 @@ def test_state_copies_pickles_and_files(which, tmp_path):
         assert torch.equal(twin(x), layer(x)) and repr(twin) == repr(layer)
 
 
+@pytest.mark.parametrize("which", range(5))
+def test_memory_formats_are_for_images(which):
+    layer, twin = layers()[which], layers()[which]
+    bits = twin.bits
+    twin.to(memory_format=torch.channels_last)
+    assert twin.bits is bits
+    x = torch.randn(3, layer.in_channels, 9, 8)
+    twin.to(torch.bfloat16, memory_format=torch.channels_last).to("meta")
+    assert twin.bits.shape == bits.shape and twin.bits.is_meta
+    moved = layers()[which].double().float()
+    assert torch.equal(moved(x), layer(x))
+
+
 @pytest.mark.parametrize("which", [2, 4])
 def test_damaged_state_is_refused(which):
     layer = layers()[which]

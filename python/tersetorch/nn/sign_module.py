@@ -243,7 +243,11 @@ class SignModule(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = {name: self._buffers[name] for name in ("scale", "bias")}
+        # A memory format is for images: .to would lay bits of four or five dimensions out anew, or fail.
+        bits, flat = self.bits, self.bits.flatten()
+        self.bits = flat
         super()._apply(fn, recurse)
+        self.bits = bits if self.bits is flat else self.bits.view(bits.shape)
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.bits.device)).dtype
         for name, was in before.items():
             now = self._buffers[name]
