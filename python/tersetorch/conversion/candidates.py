@@ -33,7 +33,7 @@ MAX_DISTINCT = 255
 MAX_NARROW = 2**16
 MAX_INT8_WEIGHTS = 128 * 1024
 MIN_CODED = 16
-# Non-zeros looked at first: a weight that nobody shared is recognised without sorting all of it.
+# Weights looked at at once: one that nobody shared is recognised by the first of them.
 SAMPLE = 65536
 
 
@@ -102,10 +102,17 @@ def density(weight: Tensor) -> float:
 
 def distinct_values(weight: Tensor) -> int | None:
     """Number of distinct non-zero values of weight where it is at most 255, otherwise None."""
-    stored = weight[weight != 0]
-    if torch.unique(stored[:SAMPLE]).numel() > MAX_DISTINCT:
-        return None
-    count = torch.unique(stored).numel()
+    values = weight.flatten()
+    found = values[:0]
+    # Looking a value up among few is faster than sorting all of them.
+    for part in values.split(SAMPLE):
+        at = torch.searchsorted(found, part).clamp_(max=max(0, found.numel() - 1))
+        new = part[found[at] != part] if found.numel() else part
+        if new.numel():
+            found = torch.unique(torch.cat([found, new]))
+            if found.numel() > MAX_DISTINCT + 1:
+                break
+    count = int(torch.count_nonzero(found))
     return count if count <= MAX_DISTINCT else None
 
 
@@ -174,11 +181,11 @@ def _is_shared_in_filters(module: nn.Module) -> str | None:
     return f"fewer than {MIN_CODED} weights in a filter" if weights < MIN_CODED else _is_shared(module)
 
 
-def _is_of_signs(module: nn.Module) -> str | None:
+def _is_of_signs(module: nn.Module, inputs: str = "signs") -> str | None:
     weight = weight_of(module)
     if weight.dtype not in (torch.float32, torch.bfloat16):
         return f"weights of {weight.dtype}"
-    sizes = BinaryConv2d.why_not(module) if isinstance(module, nn.Conv2d) else None
+    sizes = BinaryConv2d.why_not(module, inputs) if isinstance(module, nn.Conv2d) else None
     why_not = SignWeight.why_not(weight)
     return sizes or (None if why_not is None else f"a row must hold +a and -a only, and there is {why_not}")
 
@@ -285,6 +292,24 @@ def _vectors(
     )
 
 
+def _of_other_inputs(name: str, source: type[nn.Module], layer: type[Any]) -> tuple[Candidate, ...]:
+    return tuple(
+        Candidate(
+            f"{name}_{inputs}",
+            "binary" if inputs == "real" else "",
+            source,
+            layer,
+            1.0,
+            partial(_is_of_signs, inputs=inputs),
+            partial(layer.from_dense, inputs=inputs),
+            layout=inputs,
+            # Pixels are the nearest of 256.
+            exact=inputs == "real",
+        )
+        for inputs in ("real", "pixels", "signed_pixels")
+    )
+
+
 # Below max_density a format is smaller than the dense weight, 32 bits each: with b bits a value, csr takes 32 + b of
 # them a non-zero, csr16 and blocked 16 + b, a bitmap b and 1 for each weight. Bounds on samples are measured.
 CANDIDATES: dict[str, Candidate] = {
@@ -365,21 +390,7 @@ CANDIDATES: dict[str, Candidate] = {
         *_vectors("linear", nn.Linear, ProductLinear, ResidualLinear, ("int8",)),
         *_vectors("conv2d", nn.Conv2d, ProductConv2d, ResidualConv2d, ()),
         _row("binary_linear", BinaryLinear, 1.0, _is_of_signs, alias="binary", layout="signs", signs=True),
-        *(
-            Candidate(
-                f"binary_linear_{inputs}",
-                "binary" if inputs == "real" else "",
-                nn.Linear,
-                BinaryLinear,
-                1.0,
-                _is_of_signs,
-                partial(BinaryLinear.from_dense, inputs=inputs),
-                layout=inputs,
-                # Pixels are the nearest of 256.
-                exact=inputs == "real",
-            )
-            for inputs in ("real", "pixels", "signed_pixels")
-        ),
+        *_of_other_inputs("binary_linear", nn.Linear, BinaryLinear),
         _row(
             "binary_conv2d",
             BinaryConv2d,
@@ -390,6 +401,7 @@ CANDIDATES: dict[str, Candidate] = {
             layout="signs",
             signs=True,
         ),
+        *_of_other_inputs("binary_conv2d", nn.Conv2d, BinaryConv2d),
         *_convolutions("1d", nn.Conv1d, SparseConv1d, SparseCodebookConv1d),
     )
 }

@@ -30,6 +30,7 @@ class Decision:
         chosen: "dense" or a format's name.
         reason: why, in words.
         layers: the replacements, one for each site; empty for "dense".
+        signs: the format and layers that multiply signs, where they can stand in and were not chosen.
         ratio: time of the chosen candidate over the strongest dense form's.
         dense_form, dense_ms, noise, cached, trials: as in LayerReport.
     """
@@ -43,6 +44,7 @@ class Decision:
     noise: float | None = None
     cached: bool = False
     trials: tuple[Trial, ...] = ()
+    signs: tuple[str, list[nn.Module]] | None = None
 
     def undone(self, reason: str) -> Decision:
         """The same measurements, but dense."""
@@ -89,13 +91,14 @@ class Planner:
                 reasons = "; ".join(f"{trial.format} {trial.reason}" for trial in trials.values())
                 return Decision("dense", reasons, trials=tuple(trials.values()))
             key = self._key(modules, calls, ready)
-            known = self._recall(key, ready, trials)
-            if known is not None:
-                return known
-            decision, final = self._measure(label(sites[0].name), modules, calls, ready, trials)
-        if final and self.cache is not None:
-            self.cache.store(key, _record(decision))
-        return decision
+            decision = self._recall(key, ready, trials)
+            if decision is None:
+                decision, final = self._measure(label(sites[0].name), modules, calls, ready, trials)
+                if final and self.cache is not None:
+                    self.cache.store(key, _record(decision))
+        others = [(name, layers) for name, layers in ready.items() if self.table[name].signs]
+        spare = None if decision.chosen in dict(others) else next(iter(others), None)
+        return replace(decision, signs=spare)
 
     def _prepare(self, sites: list[Site], calls: list[Call]) -> tuple[dict[str, list[nn.Module]], dict[str, Trial]]:
         """The candidates' layers that may be timed, and what is known of every candidate so far."""
