@@ -4,8 +4,11 @@
     d  dtype
     f  form
     n  positions stored (sparse forms)
-    k  entries of the codebook, or of each (codebook forms)
-    w  columns of a block that has a codebook (codebooks; left out where rows have them)
+    k  entries of the codebook, or of each (codebook forms); of the integers that occur, last - first + 1 (integers)
+    w  columns of a block that has a codebook (codebooks; left out where rows have them); weights, consecutive in C
+       order, that share a scale (integers)
+    i  the least integer, which is code 0 (integers; 0 where it is left out)
+    m  bit pattern of a float32 number that products are multiplied by (integers; by none where it is left out)
     b  bit pattern of every position that is not stored (sparse forms; 0 where it is left out)
     t  true: positions run down the columns
     o  dimensions from outermost to innermost in memory
@@ -22,6 +25,8 @@ Forms and their streams:
     sparse-codebook   positions, codebook, codes
     codebooks         codebook (of every row or block of columns, one after the other), codes
     signs             scales (magnitudes, one for each row), signs (1 for a negative number)
+    integers          scales (float32, one for each run of w weights), codes; a weight is
+                      dtype(float32(float32((i + code) scale) m)), to nearest, ties to even
 """
 
 from __future__ import annotations
@@ -79,7 +84,11 @@ FORMS = {
     "sparse": ("positions", "values"),
     "sparse-codebook": ("positions", "codebook", "codes"),
     "signs": ("scales", "signs"),
+    "integers": ("scales", "codes"),
 }
+# Forms that name how many codes there are.
+CODED = ("codebook", "codebooks", "integers")
+MAX_INTEGER = 255
 ROLE_CODERS = {
     "values": VALUE_CODERS,
     "codebook": VALUE_CODERS,
@@ -111,6 +120,8 @@ class Entry:
     stored: int
     entries: int = 0
     block: int = 0
+    least: int = 0
+    factor: int = 0
     base: int = 0
     down_columns: bool = False
     order: tuple[int, ...] | None = None
@@ -152,9 +163,15 @@ class Entry:
 
     def count(self, role: str) -> int:
         """Items in a stream of this role."""
+        if role == "scales" and self.form == "integers":
+            return self.numel // self.block
         return {"codebook": self.entries * self.codebooks, "scales": self.shape[0] if self.shape else 0}.get(
             role, self.stored
         )
+
+    def itemsize(self, role: str) -> int:
+        """Bytes of a value in a stream of this role."""
+        return 4 if role == "scales" and self.form == "integers" else self.real_dtype.itemsize
 
     @property
     def decoded_bytes(self) -> int:
@@ -175,10 +192,14 @@ class Entry:
         data: dict[str, Any] = {"s": list(self.shape), "d": DTYPE_NAMES[self.dtype], "f": self.form}
         if self.is_sparse:
             data["n"] = self.stored
-        if self.codebooks:
+        if self.form.endswith(CODED):
             data["k"] = self.entries
         if self.block:
             data["w"] = self.block
+        if self.least:
+            data["i"] = self.least
+        if self.factor:
+            data["m"] = self.factor
         if self.base:
             data["b"] = self.base
         if self.down_columns:
@@ -201,7 +222,7 @@ class Entry:
         Raises:
             TerseFileError: a field is unknown, missing or out of range, or the fields contradict each other.
         """
-        data = fields.check_keys(data, "a tensor", set("sdfnkwbtogcvx"))
+        data = fields.check_keys(data, "a tensor", set("sdfnkwimbtogcvx"))
         sizes = fields.items(data.get("s"), "a shape")
         shape = tuple(fields.integer(size, "a dimension", 0, fields.MAX_SIZE) for size in sizes[:65])
         if len(sizes) > 64 or math.prod(shape) >= fields.MAX_SIZE // 2:
@@ -211,13 +232,15 @@ class Entry:
         entry = cls(shape, dtype, form, 0)
         numel = entry.numel
         stored = fields.integer(data.get("n"), "a count", 0, numel) if entry.is_sparse else numel
-        codebook = form.endswith(("codebook", "codebooks"))
-        entries = fields.integer(data.get("k"), "codebook entries", 0, MAX_ENTRIES) if codebook else 0
+        coded = form.endswith(CODED)
+        entries = fields.integer(data.get("k"), "codebook entries", 0, MAX_ENTRIES) if coded else 0
         entry = replace(
             entry,
             stored=stored,
             entries=entries,
             block=fields.integer(data["w"], "columns of a block", 1, fields.MAX_SIZE) if "w" in data else 0,
+            least=fields.integer(data.get("i", 0), "the least integer", -MAX_INTEGER, MAX_INTEGER),
+            factor=fields.integer(data.get("m", 0), "a bit pattern", 0, (1 << 32) - 1),
             base=fields.integer(data.get("b", 0), "a bit pattern", 0, (1 << 8 * entry.real_dtype.itemsize) - 1),
             down_columns=fields.flag(data.get("t", False), "t"),
             order=_order(data["o"], len(shape)) if "o" in data else None,
@@ -236,13 +259,17 @@ class Entry:
     def _check(self, data: dict[str, Any]) -> None:
         """What the fields owe each other. A count is compared with its stream before anything is allocated for it."""
         if (data.keys() & set("nbt") and not self.is_sparse) or (
-            "k" in data and not self.form.endswith(("codebook", "codebooks"))
+            "k" in data and not self.form.endswith(CODED)
         ):
             refuse(f"have only the fields of a tensor stored as {self.form}", sorted(data))
         if self.form == "codebooks":
             self._check_codebooks()
+        elif self.form == "integers":
+            self._check_integers()
         elif self.block:
             refuse("have blocks of columns with codebooks of their own only", self.form)
+        if data.keys() & set("im") and self.form != "integers":
+            refuse("have a least integer and a factor with integers only", self.form)
         if self.form == "signs" and (len(self.shape) < 2 or not self.dtype.is_floating_point):
             refuse("keep floating-point rows as signs", f"{self.dtype} {list(self.shape)}")
         if self.down_columns and len(self.shape) < 2:
@@ -261,7 +288,7 @@ class Entry:
                     refuse("code in context a tensor by rows, of few enough weights", f"{spec.role} of {self.numel}")
             if spec.coder == "raw":
                 count = self.count(spec.role)
-                if spec.nbytes != count * self.real_dtype.itemsize:
+                if spec.nbytes != count * self.itemsize(spec.role):
                     refuse(f"hold {count} items in a stream of {spec.role}", f"{spec.nbytes} bytes")
             elif spec.coder == "constant":
                 if spec.nbytes or self.entries != 1:
@@ -285,6 +312,17 @@ class Entry:
             refuse("have blocks that divide the columns", self.block)
         if not 1 <= self.entries <= MAX_CONTEXT_ENTRIES or self.count("codebook") > self.numel:
             refuse(f"have codebooks of at most {self.numel} numbers, {MAX_CONTEXT_ENTRIES} each", self.entries)
+
+    def _check_integers(self) -> None:
+        """Integers are those of a matrix, in whole runs; the factor is a positive number."""
+        if len(self.shape) < 2 or not self.numel or self.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            refuse("keep a matrix of float32, bfloat16 or float16 as integers", f"{self.dtype} {list(self.shape)[:8]}")
+        if not self.block or self.numel % self.block:
+            refuse("have runs that divide the weights", self.block)
+        if not 1 <= self.entries <= MAX_INTEGER + 1 - self.least:
+            refuse(f"have integers of at most {MAX_INTEGER}", f"{self.entries} from {self.least} on")
+        if self.factor >> 23 in (0, 255) and self.factor or self.factor >> 31:
+            refuse("have a normal, positive number as a factor", f"pattern {self.factor:#x}")
 
 
 def _order(value: Any, dimensions: int) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tersetorch.storage import codebooks, streams
+from tersetorch.storage import codebooks, integers, streams
 from tersetorch.storage.entry import DTYPE_NAMES, REAL, Entry
 from tersetorch.storage.errors import refuse
 from tersetorch.storage.streams import Array, Coding, Context, Stream
@@ -78,6 +78,11 @@ def encode_tensor(name: str, tensor: Tensor, trains: bool, summed: bool = False)
         least = min(choice.nbytes for choice in choices)
         found = codebooks.candidates(bits.reshape(shape[0], -1), least)
         choices += [_codebooks_choice(replace(plain, form="codebooks", base=0), *candidate) for candidate in found]
+    if len(shape) > 1 and dtype in integers.DTYPES and bits.size:
+        distinct = None if table is None else table[0] if not rest else np.append(table[0], bits.dtype.type(common))
+        of_integers = integers.find(bits.reshape(shape[0], -1), dtype, distinct)
+        if of_integers is not None:
+            choices.append(_integers_choice(replace(plain, form="integers", base=0), of_integers))
     entry, encoded = min(choices, key=lambda choice: choice.nbytes).build()
     return entry.with_streams(encoded), encoded
 
@@ -93,6 +98,8 @@ def decode_tensor(entry: Entry, data: list[bytes]) -> Tensor:
         return _from_bits(entry, _sign_bits(entry, data, pattern))
     if entry.form == "codebooks":
         return _from_bits(entry, _codebooks_bits(entry, data, pattern))
+    if entry.form == "integers":
+        return _from_bits(entry, _integers_bits(entry, data))
     positions = positions_of(entry, data) if entry.is_sparse else None
     bits = values_of(entry, data, pattern, positions)
     if positions is not None:
@@ -322,6 +329,33 @@ def _codebooks_bits(entry: Entry, data: list[bytes], pattern: np.dtype[Any]) -> 
     context = codebooks.context(entry, tables)
     codes = streams.decode_codes(data[1], code_spec.coder, entry.entries, entry.stored, context)
     return codebooks.numbers(entry, tables, codes)
+
+
+def _integers_choice(plain: Entry, found: integers.Found) -> _Choice:
+    """Storing a scale for each run, and everyone's integer."""
+    least = int(found.integers.min())
+    codes = (found.integers - least).astype(np.uint16)
+    counts = np.bincount(codes)
+    entry = replace(plain, block=found.run, factor=found.factor, least=least, entries=len(counts))
+    value_coding = streams.best_value_coding(found.scales)
+    code_coding = streams.best_code_coding(counts, lambda: codes, integers.context(entry))
+
+    def build() -> tuple[Entry, list[Stream]]:
+        return entry, [
+            streams.value_stream("scales", found.scales, value_coding),
+            streams.encode_codes(codes, entry.entries, code_coding),
+        ]
+
+    return _Choice(value_coding.nbytes + code_coding.nbytes + 2 * STREAM_BYTES, build)
+
+
+def _integers_bits(entry: Entry, data: list[bytes]) -> Array:
+    """The bit patterns of a tensor that is stored as integers."""
+    scale_spec, code_spec = entry.streams
+    scales = streams.decode_values(data[0], scale_spec.coder, np.dtype(np.uint32), entry.count("scales"))
+    context = integers.context(entry)
+    codes = streams.decode_codes(data[1], code_spec.coder, entry.entries, entry.stored, context)
+    return integers.numbers(entry, scales, codes)
 
 
 def _sign_context(entry: Entry, pattern: np.dtype[Any]) -> Context:
