@@ -38,8 +38,8 @@ TRIED = 4
 CHUNK = 1 << 18
 # Zeros that a scale may end with: it was bfloat16, or float16, or neither.
 ZEROS = (16, 13, 0)
-# Of the way from the least scale to the most, where the middle is none.
-SHARES = tuple(sixteenths / 16 for sixteenths in (7, 9, 6, 10, 5, 11, 4, 12, 3, 13, 2, 14, 1, 15, 0, 16))
+# Where bounds are loose and the middle is none: of the way between them, halves, quarters, ... of 128.
+SHARES = tuple(int(f"{step:07b}"[::-1], 2) / 128 for step in range(2, 128))
 NORMAL = 2.0**-126
 # float32(1 / 127), as bitsandbytes writes it; 0 is for no factor.
 FACTORS = (0, int(np.float32(7.874015718698502e-3).view(np.uint32)))
@@ -173,17 +173,17 @@ def _scale_bounds(
     return low, high
 
 
-def _to_try(low: Floats, high: Floats, exact: bool) -> Iterator[NDArray[np.uint32]]:
-    """Scales between their bounds, bit patterns of one for each run; those with few bits first, if all can have few."""
-    middle = ((low + high) / 2).astype(np.float32).view(np.uint32)
+def _to_try(low: Floats, high: Floats, exact: bool) -> Iterator[tuple[NDArray[np.uint32], NDArray[np.bool_]]]:
+    """Scales between their bounds, bit patterns of one for each run, those with few bits first; and which runs' are."""
     for zeros in ZEROS:
-        patterns = middle + np.uint32((1 << zeros) >> 1) & np.uint32((1 << 32) - (1 << zeros))
-        scales = patterns.view(np.float32)
-        if not zeros or ((low <= scales) & (scales <= high)).all():
-            yield patterns
-    # Where bounds are loose, the middle is one of many; where they are exact, it is as good as any.
+        half, mask = np.uint32((1 << zeros) >> 1), np.uint32((1 << 32) - (1 << zeros))
+        patterns = ((low + high) / 2).astype(np.float32).view(np.uint32) + half & mask
+        scales = _number_of(patterns)
+        # What is beside inexact bounds may be right: the largest may have been taken for the integer beside its own.
+        yield patterns, np.full(low.shape, not exact) | (low <= scales) & (scales <= high)
+    # In exact bounds, the middle is as good as any.
     for share in () if exact else SHARES:
-        yield (low + (high - low) * share).astype(np.float32).view(np.uint32)
+        yield (low + (high - low) * share).astype(np.float32).view(np.uint32), np.ones(low.shape, np.bool_)
 
 
 def _chunk_bounds(
@@ -252,19 +252,18 @@ def _checked(
     step = max(1, CHUNK // bits.shape[1])
     integers, scales = np.empty(bits.shape, np.int16), np.zeros(len(bits), np.uint32)
     left = np.arange(len(bits))
-    for patterns in _to_try(*bounds, exact=dtype is torch.float32 and not factor):
-        scales[left] = np.where(negative[left], patterns[left] | np.uint32(1 << 31), patterns[left])
-        unlike = []
-        for at in range(0, left.size, step):
-            part = left[at : at + step]
+    for patterns, usable in _to_try(*bounds, exact=dtype is torch.float32 and not factor):
+        trying = left[usable[left]]
+        scales[trying] = np.where(negative[trying], patterns[trying] | np.uint32(1 << 31), patterns[trying])
+        for at in range(0, trying.size, step):
+            part = trying[at : at + step]
             units = _number_of(scales[part]).astype(np.float64) * (_number(factor) if factor else 1)
             counts = np.rint(values[part] / np.where(units, units, 1)[:, None])
             integers[part] = np.clip(counts, -MOST, MOST)
-            unlike.append(part[(_products(integers[part], scales[part], factor, dtype) != bits[part]).any(1)])
-            if unlike[-1].size > part.size // 2 and part.size > 1:
-                unlike.append(left[at + step :])
+            same = (_products(integers[part], scales[part], factor, dtype) == bits[part]).all(1)
+            left = np.setdiff1d(left, part[same], assume_unique=True)
+            if 2 * np.count_nonzero(same) < part.size:
                 break
-        left = np.concatenate(unlike)
         if not left.size:
             return Found(bits.shape[1], factor, scales, integers.reshape(-1))
     return None
