@@ -5,8 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch import nn
+from torch.ao import quantization
 
-from tersetorch.storage import TerseFileError, integers
+from tersetorch.storage import TerseFileError, import_quantized, inspect, integers
 from tersetorch.storage.entry import Entry
 from tersetorch.storage.tensors import decode_tensor, encode_tensor
 
@@ -180,3 +182,32 @@ def test_codes_past_the_integers_are_refused():
     entry = replace(entry, streams=(entry.streams[0], replace(entry.streams[1], coder="packed")), entries=6)
     with pytest.raises(TerseFileError, match="codes below 6"):
         decode_tensor(entry, [encoded[0].data, np.full(64 * 256 * 3 // 8, 255, np.uint8).tobytes()])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("qconfig", [quantization.per_channel_dynamic_qconfig, quantization.default_dynamic_qconfig])
+def test_an_imported_int8_layer_takes_a_byte_a_weight(tmp_path, round_trip, qconfig):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(256, 512))
+    model = import_quantized(quantization.quantize_dynamic(model, {nn.Linear: qconfig}))
+    round_trip(model)
+    found = inspect(tmp_path / "model.terse")
+    weight = found.tensors[0]
+    scales = 512 if qconfig is quantization.per_channel_dynamic_qconfig else 1
+    assert weight.form == "integers" and weight.parts.keys() >= {"codes", "scales", "checksums"}
+    assert weight.parts["codes"] <= 256 * 512 and weight.parts["scales"] <= 4 * scales
+    assert found.file_bytes <= 256 * 512 + 4 * (512 + scales) + 600
+
+
+@pytest.mark.parametrize("block", [128, 512])
+def test_a_layer_of_codes_keeps_its_tables_as_integers_too(round_trip, tmp_path, block):
+    # A table of an imported layer is a scale times all integers.
+    g = torch.Generator().manual_seed(0)
+    state = {
+        "0.weight": torch.randint(-127, 128, (block, 64), generator=g).to(torch.int8),
+        "0.SCB": torch.rand(block, generator=g).half().float() + 0.5,
+    }
+    model = import_quantized(state, nn.Sequential(nn.Linear(64, block, bias=False)))
+    round_trip(model)
+    weight = inspect(tmp_path / "model.terse").tensors[0]
+    assert weight.form == "integers" and weight.nbytes <= block * 64 + 2 * block + 100

@@ -159,7 +159,7 @@ class Entry:
         """Codebooks that are stored."""
         if self.form != "codebooks":
             return int(self.form.endswith("codebook"))
-        return self.numel // self.shape[0] // self.block if self.block else self.shape[0]
+        return -(-self.numel // self.shape[0] // self.block) if self.block else self.shape[0]
 
     def count(self, role: str) -> int:
         """Items in a stream of this role."""
@@ -258,9 +258,7 @@ class Entry:
 
     def _check(self, data: dict[str, Any]) -> None:
         """What the fields owe each other. A count is compared with its stream before anything is allocated for it."""
-        if (data.keys() & set("nbt") and not self.is_sparse) or (
-            "k" in data and not self.form.endswith(CODED)
-        ):
+        if (data.keys() & set("nbt") and not self.is_sparse) or ("k" in data and not self.form.endswith(CODED)):
             refuse(f"have only the fields of a tensor stored as {self.form}", sorted(data))
         if self.form == "codebooks":
             self._check_codebooks()
@@ -308,8 +306,9 @@ class Entry:
         """Codebooks are those of a matrix's rows or blocks, and hold no more numbers than it."""
         if len(self.shape) < 2 or not self.numel or not self.dtype.is_floating_point:
             refuse("keep a floating-point matrix with codebooks", f"{self.dtype} {list(self.shape)[:8]}")
-        if self.block and self.numel // self.shape[0] % self.block:
-            refuse("have blocks that divide the columns", self.block)
+        columns = self.numel // self.shape[0]
+        if self.block >= max(2, columns):
+            refuse(f"have blocks of fewer than {columns} columns", self.block)
         if not 1 <= self.entries <= MAX_CONTEXT_ENTRIES or self.count("codebook") > self.numel:
             refuse(f"have codebooks of at most {self.numel} numbers, {MAX_CONTEXT_ENTRIES} each", self.entries)
 
@@ -321,7 +320,7 @@ class Entry:
             refuse("have runs that divide the weights", self.block)
         if not 1 <= self.entries <= MAX_INTEGER + 1 - self.least:
             refuse(f"have integers of at most {MAX_INTEGER}", f"{self.entries} from {self.least} on")
-        if self.factor >> 23 in (0, 255) and self.factor or self.factor >> 31:
+        if (self.factor >> 23 in (0, 255) and self.factor) or self.factor >> 31:
             refuse("have a normal, positive number as a factor", f"pattern {self.factor:#x}")
 
 

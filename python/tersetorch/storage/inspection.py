@@ -57,10 +57,10 @@ class StoredTensor:
         name: its first name in the model, such as "fc1.weight".
         shape: of the dense tensor.
         dtype: such as "float32".
-        form: raw, codebook, codebooks, sparse, sparse-codebook or signs.
+        form: raw, codebook, codebooks, sparse, sparse-codebook, signs or integers.
         coders: of its streams.
         stored: numbers that are stored, each by its value or code.
-        entries: of the codebook or of each, 0 for none.
+        entries: of the codebook or of each, or integers from the least to the greatest; 0 for none.
         dense_bytes: as float32 (as it is, for an integer tensor); of a layer's codes or signs, those of the weight that
             they stand for, and 0 of its codebook.
         parts: bytes by part, some of PARTS.

@@ -62,7 +62,8 @@ def find(matrix: Array, dtype: torch.dtype, distinct: Array | None) -> Found | N
     """A matrix [rows, columns] of bit patterns as integers with as few scales as it can have, None for other weights.
 
     Args:
-        matrix: bit patterns of numbers of dtype, one of DTYPES.
+        matrix: bit patterns.
+        dtype: of the numbers, one of DTYPES.
         distinct: its patterns, each once; None for many.
     """
     few = None if distinct is None or len(distinct) > 2 * MOST + 1 else _numbers(distinct, dtype)
@@ -136,7 +137,8 @@ def _products(integers: Array, scales: NDArray[np.uint32], factor: int, dtype: t
         if dtype is torch.float16:
             bits = products.astype(np.float16).view(np.uint16)
         elif dtype is torch.bfloat16:  # to nearest, ties to even
-            bits = (bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1)) >> np.uint32(16)).astype(np.uint16)
+            rounded = bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))
+            bits = (rounded >> np.uint32(16)).astype(np.uint16)
     return bits
 
 
