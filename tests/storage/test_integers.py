@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.ao import quantization
 
-from tersetorch.storage import TerseFileError, import_quantized, inspect, integers
+from tersetorch.nn import CodebookLinear
+from tersetorch.storage import TerseFileError, import_quantized, inspect, integers, read_quantized
 from tersetorch.storage.entry import Entry
 from tersetorch.storage.tensors import decode_tensor, encode_tensor
 
@@ -199,15 +200,20 @@ def test_an_imported_int8_layer_takes_a_byte_a_weight(tmp_path, round_trip, qcon
     assert found.file_bytes <= 256 * 512 + 4 * (512 + scales) + 600
 
 
-@pytest.mark.parametrize("block", [128, 512])
-def test_a_layer_of_codes_keeps_its_tables_as_integers_too(round_trip, tmp_path, block):
-    # A table of an imported layer is a scale times all integers.
+def bitsandbytes(rows, columns):
     g = torch.Generator().manual_seed(0)
-    state = {
-        "0.weight": torch.randint(-127, 128, (block, 64), generator=g).to(torch.int8),
-        "0.SCB": torch.rand(block, generator=g).half().float() + 0.5,
-    }
-    model = import_quantized(state, nn.Sequential(nn.Linear(64, block, bias=False)))
-    round_trip(model)
+    codes = torch.randint(-127, 128, (rows, columns), generator=g).to(torch.int8)
+    return {"0.weight": codes, "0.SCB": (torch.rand(rows, generator=g) + 0.5).half().float()}
+
+
+def test_a_layer_of_bitsandbytes_takes_a_byte_a_weight(round_trip, tmp_path):
+    round_trip(import_quantized(bitsandbytes(256, 128), nn.Sequential(nn.Linear(128, 256, bias=False))))
     weight = inspect(tmp_path / "model.terse").tensors[0]
-    assert weight.form == "integers" and weight.nbytes <= block * 64 + 2 * block + 100
+    assert weight.form == "integers" and weight.nbytes <= 256 * 128 + 2 * 256 + 100
+
+
+def test_the_tables_of_a_layer_of_codes_take_a_scale_each(round_trip, tmp_path):
+    weight = read_quantized(bitsandbytes(256, 128))["0.weight"]
+    round_trip(CodebookLinear(weight.to_codebook_weight()))
+    tables = next(tensor for tensor in inspect(tmp_path / "model.terse").tensors if tensor.name == "codebook")
+    assert tables.form == "integers" and tables.shape == (256, 256) and tables.nbytes < 3000
