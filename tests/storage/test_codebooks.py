@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import tersetorch as tt
+from tersetorch.nn import CodebookLinear
 from tersetorch.storage import TerseFileError
 from tersetorch.storage.entry import Entry
 from tersetorch.storage.tensors import decode_tensor, encode_tensor
@@ -67,14 +68,29 @@ def test_shared_weights_take_what_their_layers_do(tmp_path, round_trip, per, nby
     assert (tmp_path / "model.terse").read_bytes() == before
 
 
+@pytest.mark.parametrize(("columns", "per"), [(256, 16), (192, 48), (512, 64), (512, 16)])
+def test_codes_of_a_converted_layer_are_told_apart_by_the_blocks_it_was_shared_in(tmp_path, round_trip, columns, per):
+    """Its kernel has one table, or one for 64 columns, with more entries than a block uses."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(columns, 512, bias=False))
+    model = tt.finalize(tt.quantize.kmeans(model, 4, per=per)).eval()
+    layer = CodebookLinear.from_dense(model[0])
+    assert layer.codebook.shape[1] > 16
+    sizes = []
+    for each in (model, nn.Sequential(layer)):
+        round_trip(each)
+        sizes.append((tmp_path / "model.terse").stat().st_size)
+    assert sizes[1] <= 1.01 * sizes[0] + 600
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
         ({"w": 256}, "blocks of fewer than 256 columns"),
         ({"w": 1, "k": 256}, "codebooks of at most"),
         ({"k": 0}, "codebooks of at most"),
-        ({"s": [60 * 256]}, "floating-point matrix"),
-        ({"d": "i32"}, "floating-point matrix"),
+        ({"s": [60 * 256]}, "floating-point or uint8 matrix"),
+        ({"d": "i32"}, "floating-point or uint8 matrix"),
         ({"k": 15}, "hold 900 items|hold at most"),
         ({"f": "codebook", "w": 4}, "blocks of columns"),
     ],

@@ -304,8 +304,9 @@ class Entry:
 
     def _check_codebooks(self) -> None:
         """Codebooks are those of a matrix's rows or blocks, and hold no more numbers than it."""
-        if len(self.shape) < 2 or not self.numel or not self.dtype.is_floating_point:
-            refuse("keep a floating-point matrix with codebooks", f"{self.dtype} {list(self.shape)[:8]}")
+        known = self.dtype.is_floating_point or self.dtype is torch.uint8
+        if len(self.shape) < 2 or not self.numel or not known:
+            refuse("keep a floating-point or uint8 matrix with codebooks", f"{self.dtype} {list(self.shape)[:8]}")
         columns = self.numel // self.shape[0]
         if self.block >= max(2, columns):
             refuse(f"have blocks of fewer than {columns} columns", self.block)

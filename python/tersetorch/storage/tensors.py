@@ -67,8 +67,8 @@ def encode_tensor(name: str, tensor: Tensor, trains: bool, summed: bool = False)
     table = count_patterns(values)
     rest = bits.size - values.size
     choices = [_dense_choice(replace(plain, base=0), bits, _with_pattern(table, common, rest))]
-    is_matrix = len(shape) > 1 and dtype.is_floating_point and bits.size > 0
-    of_signs = is_matrix and _is_of_signs(bits.reshape(shape[0], -1))
+    is_matrix = len(shape) > 1 and (dtype.is_floating_point or dtype is torch.uint8) and bits.size > 0
+    of_signs = is_matrix and dtype.is_floating_point and _is_of_signs(bits.reshape(shape[0], -1))
     if of_signs:
         choices.append(_sign_choice(replace(plain, form="signs", base=0), bits))
     if rest:
@@ -78,7 +78,7 @@ def encode_tensor(name: str, tensor: Tensor, trains: bool, summed: bool = False)
         ]
     if is_matrix:
         least = min(choice.nbytes for choice in choices)
-        found = codebooks.candidates(bits.reshape(shape[0], -1), least)
+        found = codebooks.candidates(bits.reshape(shape[0], -1), least, dtype.is_floating_point)
         choices += [_codebooks_choice(replace(plain, form="codebooks", base=0), *candidate) for candidate in found]
     if is_matrix and dtype in integers.DTYPES and not of_signs:
         distinct = None if table is None else table[0] if not rest else np.append(table[0], bits.dtype.type(common))
