@@ -4,9 +4,9 @@
     d  dtype
     f  form
     n  positions stored (sparse forms)
-    k  entries of the codebook, or of each (codebook forms); of the integers that occur, last - first + 1 (integers)
+    k  entries of the codebook, or of each (codebook forms); codes, from 0 on (integers, affine)
     w  columns of a block that has a codebook (codebooks; left out where rows have them); weights, consecutive in C
-       order, that share a scale (integers)
+       order, that share a scale (integers, affine)
     i  the least integer, which is code 0 (integers; 0 where it is left out)
     m  bit pattern of a float32 number that products are multiplied by (integers; by none where it is left out)
     b  bit pattern of every position that is not stored (sparse forms; 0 where it is left out)
@@ -27,6 +27,8 @@ Forms and their streams:
     signs             scales (magnitudes, one for each row), signs (1 for a negative number)
     integers          scales (float32, one for each run of w weights), codes; a weight is
                       dtype(float32(float32((i + code) scale) m)), to nearest, ties to even
+    affine            scales, offsets (one for each run of w weights), codes; a weight is
+                      float32(float32(code scale) + offset)
 """
 
 from __future__ import annotations
@@ -85,9 +87,12 @@ FORMS = {
     "sparse-codebook": ("positions", "codebook", "codes"),
     "signs": ("scales", "signs"),
     "integers": ("scales", "codes"),
+    "affine": ("scales", "offsets", "codes"),
 }
 # Forms that name how many codes there are.
-CODED = ("codebook", "codebooks", "integers")
+CODED = ("codebook", "codebooks", "integers", "affine")
+# Forms of runs of weights that have a scale each.
+SCALED = ("integers", "affine")
 MAX_INTEGER = 255
 ROLE_CODERS = {
     "values": VALUE_CODERS,
@@ -95,6 +100,7 @@ ROLE_CODERS = {
     "codes": CODE_CODERS,
     "positions": POSITION_CODERS,
     "scales": VALUE_CODERS,
+    "offsets": VALUE_CODERS,
     "signs": CODE_CODERS[:-1],
 }
 MAX_GAP_WIDTH = 15
@@ -163,7 +169,7 @@ class Entry:
 
     def count(self, role: str) -> int:
         """Items in a stream of this role."""
-        if role == "scales" and self.form == "integers":
+        if role in ("scales", "offsets") and self.form in SCALED:
             return self.numel // self.block
         return {"codebook": self.entries * self.codebooks, "scales": self.shape[0] if self.shape else 0}.get(
             role, self.stored
@@ -262,8 +268,8 @@ class Entry:
             refuse(f"have only the fields of a tensor stored as {self.form}", sorted(data))
         if self.form == "codebooks":
             self._check_codebooks()
-        elif self.form == "integers":
-            self._check_integers()
+        elif self.form in SCALED:
+            self._check_runs()
         elif self.block:
             refuse("have blocks of columns with codebooks of their own only", self.form)
         if data.keys() & set("im") and self.form != "integers":
@@ -296,7 +302,7 @@ class Entry:
                     refuse("store every position and no bytes for them", f"{self.stored}, {spec.nbytes} bytes")
             elif spec.coder == "numbers" and self.count(spec.role) > MAX_NUMBERS:
                 refuse(f"hold at most {MAX_NUMBERS} values in a stream of numbers", self.count(spec.role))
-            elif spec.role in ("codebook", "scales"):
+            elif spec.role in ("codebook", "scales", "offsets"):
                 if self.count(spec.role) > spec.nbytes * MAX_ITEMS_PER_BYTE:
                     refuse(f"hold {self.count(spec.role)} items in a stream of {spec.role}", f"{spec.nbytes} bytes")
             elif self.stored > spec.nbytes * (MAX_ITEMS_PER_BYTE if spec.coder in SUBBIT_CODERS else 8):
@@ -313,10 +319,12 @@ class Entry:
         if not 1 <= self.entries <= MAX_CONTEXT_ENTRIES or self.count("codebook") > self.numel:
             refuse(f"have codebooks of at most {self.numel} numbers, {MAX_CONTEXT_ENTRIES} each", self.entries)
 
-    def _check_integers(self) -> None:
+    def _check_runs(self) -> None:
         """Integers are those of a matrix, in whole runs; the factor is a positive number."""
-        if len(self.shape) < 2 or not self.numel or self.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            refuse("keep a matrix of float32, bfloat16 or float16 as integers", f"{self.dtype} {list(self.shape)[:8]}")
+        known = (torch.float32, torch.bfloat16, torch.float16)[: 1 if self.form == "affine" else None]
+        if len(self.shape) < 2 or not self.numel or self.dtype not in known:
+            names = " or ".join(str(dtype).removeprefix("torch.") for dtype in known)
+            refuse(f"keep a matrix of {names} as {self.form}", f"{self.dtype} {list(self.shape)[:8]}")
         if not self.block or self.numel % self.block:
             refuse("have runs that divide the weights", self.block)
         if not 1 <= self.entries <= MAX_INTEGER + 1 - self.least:

@@ -42,6 +42,7 @@ _ROLE_PARTS = {
     "positions": "positions",
     "signs": "signs",
     "scales": "scales",
+    "offsets": "scales",
 }
 # Tensors of layers of signs, all of whose bytes count as one part.
 _NAME_PARTS = {"signs": "signs", "scale": "scales", "thresholds": "thresholds", "flips": "thresholds"}
@@ -57,7 +58,7 @@ class StoredTensor:
         name: its first name in the model, such as "fc1.weight".
         shape: of the dense tensor.
         dtype: such as "float32".
-        form: raw, codebook, codebooks, sparse, sparse-codebook, signs or integers.
+        form: raw, codebook, codebooks, sparse, sparse-codebook, signs, integers or affine.
         coders: of its streams.
         stored: numbers that are stored, each by its value or code.
         entries: of the codebook or of each, or integers from the least to the greatest; 0 for none.

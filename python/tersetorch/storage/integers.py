@@ -69,7 +69,7 @@ def find(matrix: Array, dtype: torch.dtype, distinct: Array | None) -> Found | N
     few = None if distinct is None or len(distinct) > 2 * MOST + 1 else _numbers(distinct, dtype)
     numbers = _numbers(matrix, dtype)
     for factor in FACTORS[: 1 + (dtype is torch.float32)]:
-        for run in _runs(matrix):
+        for run in runs(matrix):
             whole = run == matrix.size
             if whole and few is None:
                 continue
@@ -102,7 +102,7 @@ def numbers(entry: Entry, scales: NDArray[np.uint32], codes: Array) -> Array:
     return bits.reshape(-1)
 
 
-def _runs(matrix: Array) -> Iterator[int]:
+def runs(matrix: Array) -> Iterator[int]:
     """Weights of the runs to look for, the longest first."""
     columns = matrix.shape[1]
     if len(matrix) > 1:
@@ -142,17 +142,25 @@ def _products(integers: Array, scales: NDArray[np.uint32], factor: int, dtype: t
     return bits
 
 
+def widest(groups: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Numbers of a few runs, their largest magnitudes first: of the runs with the most magnitudes among some."""
+    some = groups[np.linspace(0, len(groups) - 1, min(RUNS, len(groups))).astype(np.int64)]
+    largest = np.take_along_axis(some, np.abs(some).argmax(1)[:, None], 1)
+    few = np.concatenate([largest, some[:, :: -(-some.shape[1] // WEIGHTS)]], 1)
+    rising = np.sort(np.abs(few), 1)
+    magnitudes = (rising[:, 1:] != rising[:, :-1]).sum(1)
+    return few[np.argsort(-magnitudes, kind="stable")[:TRIED]]
+
+
 def _likely(groups: NDArray[np.float32], dtype: torch.dtype, factor: int) -> list[int]:
     """The integers that a run's largest magnitude may be, the likeliest first; none if some runs have none."""
-    few = np.abs(groups[np.linspace(0, len(groups) - 1, min(RUNS, len(groups))).astype(np.int64)])
-    few = np.concatenate([few.max(1, keepdims=True), few[:, :: -(-few.shape[1] // WEIGHTS)]], 1)
+    few = widest(groups)
     if not np.isfinite(few).all():
         return []
-    magnitudes = (np.diff(np.sort(few, 1), axis=1) > 0).sum(1)
     most: Counter[int] = Counter()
-    for run in few[np.argsort(-magnitudes, kind="stable")[:TRIED]]:
+    for run in few:
         tried = np.arange(1, MOST + 1)
-        fits = _bounds(np.repeat(run[None], MOST, 0), dtype, factor, tried)[2]
+        fits = _bounds(np.repeat(np.abs(run)[None], MOST, 0), dtype, factor, tried)[2]
         if not fits.any():
             return []
         most[int(tried[fits][0])] += 1

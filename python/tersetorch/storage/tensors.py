@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tersetorch.storage import codebooks, integers, streams
+from tersetorch.storage import affine, codebooks, integers, streams
 from tersetorch.storage.entry import DTYPE_NAMES, REAL, Entry
 from tersetorch.storage.errors import refuse
 from tersetorch.storage.streams import Array, Coding, Context, Stream
@@ -85,6 +85,10 @@ def encode_tensor(name: str, tensor: Tensor, trains: bool, summed: bool = False)
         of_integers = integers.find(bits.reshape(shape[0], -1), dtype, distinct)
         if of_integers is not None:
             choices.append(_integers_choice(replace(plain, form="integers", base=0), of_integers))
+        elif dtype is torch.float32:
+            sums = affine.find(bits.reshape(shape[0], -1))
+            if sums is not None:
+                choices.append(_affine_choice(replace(plain, form="affine", base=0), sums))
     entry, encoded = min(choices, key=lambda choice: choice.nbytes).build()
     return entry.with_streams(encoded), encoded
 
@@ -102,6 +106,8 @@ def decode_tensor(entry: Entry, data: list[bytes]) -> Tensor:
         return _from_bits(entry, _codebooks_bits(entry, data, pattern))
     if entry.form == "integers":
         return _from_bits(entry, _integers_bits(entry, data))
+    if entry.form == "affine":
+        return _from_bits(entry, _affine_bits(entry, data))
     positions = positions_of(entry, data) if entry.is_sparse else None
     bits = values_of(entry, data, pattern, positions)
     if positions is not None:
@@ -358,6 +364,35 @@ def _integers_bits(entry: Entry, data: list[bytes]) -> Array:
     context = integers.context(entry)
     codes = streams.decode_codes(data[1], code_spec.coder, entry.entries, entry.stored, context)
     return integers.numbers(entry, scales, codes)
+
+
+def _affine_choice(plain: Entry, found: affine.Found) -> _Choice:
+    """Storing a scale and an offset for each run, and everyone's code."""
+    counts = np.bincount(found.codes)
+    entry = replace(plain, block=found.run, entries=len(counts))
+    scale_coding, offset_coding = map(streams.best_value_coding, (found.scales, found.offsets))
+    code_coding = streams.best_code_coding(counts, lambda: found.codes, affine.context(entry))
+
+    def build() -> tuple[Entry, list[Stream]]:
+        return entry, [
+            streams.value_stream("scales", found.scales, scale_coding),
+            streams.value_stream("offsets", found.offsets, offset_coding),
+            streams.encode_codes(found.codes, entry.entries, code_coding),
+        ]
+
+    nbytes = scale_coding.nbytes + offset_coding.nbytes + code_coding.nbytes + 3 * STREAM_BYTES
+    return _Choice(nbytes, build)
+
+
+def _affine_bits(entry: Entry, data: list[bytes]) -> Array:
+    """The bit patterns of a tensor that is stored as codes, scales and offsets."""
+    *value_specs, code_spec = entry.streams
+    scales, offsets = (
+        streams.decode_values(stream, spec.coder, np.dtype(np.uint32), entry.count(spec.role))
+        for stream, spec in zip(data, value_specs, strict=False)
+    )
+    codes = streams.decode_codes(data[2], code_spec.coder, entry.entries, entry.stored, affine.context(entry))
+    return affine.numbers(entry, scales, offsets, codes)
 
 
 def _sign_context(entry: Entry, pattern: np.dtype[Any]) -> Context:

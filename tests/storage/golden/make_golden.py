@@ -220,6 +220,7 @@ def quantized():
     whole = (numbers(24, 64) * 254).round()
     scales = numbers(24, 1) * 0.001 + 0.0015
     four = (whole / 17).round() * (whole.abs() > 8)
+    steps = (numbers(48, 1) * 0.01 + 0.02).half()
     convolution = nn.Conv2d(16, 24, 2)
     convolution.weight = nn.Parameter((whole * scales).reshape(24, 16, 2, 2))
     convolution.bias = nn.Parameter(numbers(24))
@@ -231,6 +232,7 @@ def quantized():
             dense((four.reshape(-1, 16) * (numbers(96, 1) * 0.01 + 0.02)).reshape(24, 64)),
             dense((four.bfloat16().reshape(-1, 32) * (numbers(48, 1) * 0.01 + 0.02).bfloat16()).reshape(24, 64)),
             dense((whole * scales).half()),
+            dense((((four + 8).reshape(-1, 32) * steps).float() - (steps * 7).half()).float().reshape(24, 64)),
         ]
     ).eval()
 
