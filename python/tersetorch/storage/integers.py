@@ -29,11 +29,11 @@ from tersetorch.storage.streams import Array, Context
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOST = 255
-# Weights of the shortest run that is looked for, and runs and weights of each that are looked at first.
+# Weights of the shortest run that is looked for, and of each run that is looked at first.
 SHORTEST = 16
-RUNS, WEIGHTS = 256, 64
-# Of those, the runs with the most magnitudes.
-TRIED = 4
+WEIGHTS = 64
+# Runs of those that are looked at first that have the most magnitudes.
+TRIED = 16
 # Weights that are looked at together.
 CHUNK = 1 << 18
 # Zeros that a scale may end with: it was bfloat16, or float16, or neither.
@@ -144,7 +144,8 @@ def _products(integers: Array, scales: NDArray[np.uint32], factor: int, dtype: t
 
 def widest(groups: NDArray[np.float32]) -> NDArray[np.float32]:
     """Numbers of a few runs, their largest magnitudes first: of the runs with the most magnitudes among some."""
-    some = groups[np.linspace(0, len(groups) - 1, min(RUNS, len(groups))).astype(np.int64)]
+    count = min(len(groups), max(TRIED, CHUNK // groups.shape[1]))
+    some = groups[np.linspace(0, len(groups) - 1, count).astype(np.int64)]
     largest = np.take_along_axis(some, np.abs(some).argmax(1)[:, None], 1)
     few = np.concatenate([largest, some[:, :: -(-some.shape[1] // WEIGHTS)]], 1)
     rising = np.sort(np.abs(few), 1)
@@ -190,7 +191,7 @@ def _to_try(low: Floats, high: Floats, exact: bool) -> Iterator[tuple[NDArray[np
         patterns = ((low + high) / 2).astype(np.float32).view(np.uint32) + half & mask
         scales = _number_of(patterns)
         # What is beside inexact bounds may be right: the largest may have been taken for the integer beside its own.
-        yield patterns, np.full(low.shape, not exact) | (low <= scales) & (scales <= high)
+        yield patterns, (low <= scales) & (scales <= high) | (not exact)
     # In exact bounds, the middle is as good as any.
     for share in () if exact else SHARES:
         yield (low + (high - low) * share).astype(np.float32).view(np.uint32), np.ones(low.shape, np.bool_)
