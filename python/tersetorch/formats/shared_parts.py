@@ -33,10 +33,10 @@ class Parts(NamedTuple):
 
 
 def widths(bits: Tensor) -> list[tuple[float, int]]:
-    """Widths of parts, 2 and more, that bits [rows, columns] may have: about the least bytes each takes, and it, rising.
+    """Widths of parts, 2 and more, that bits [rows, columns] may have, each after about the least bytes, which rise.
 
     The number of distinct beginnings of rows stands still within a part and rises with the next one; where the first
-    columns are all the same a part's width divides what they and it take. A few segments say how many entries there are.
+    columns are all the same a part's width divides what they and it take. A few segments tell the number of entries.
     """
     rows, columns = bits.shape
     found: set[int] = set()
