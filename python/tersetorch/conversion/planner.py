@@ -109,7 +109,7 @@ class Planner:
             reason = why_not(row, sites)
             if reason is None and share > row.max_density:
                 reason = f"larger than the dense weight at density {share:.2f}"
-            reason = reason or row.fits(samples, self.max_error)
+            reason = reason or row.fits(samples, self.max_error) or row.pays(modules[0])
             if reason is not None:
                 trials[name] = Trial(name, f"not tried: {reason}")
                 continue

@@ -64,49 +64,52 @@ def find_parts(bits: Tensor, width: int) -> Parts | None:
     """
     rows, columns = bits.shape
     segments = -(-columns // width)
-    parts = pad(bits, (0, segments * width - columns)).view(rows, segments, width)
-    step = max(1, CHUNK // max(1, rows))
+    parts = pad(bits.T, (0, 0, 0, segments * width - columns)).contiguous().view(segments, width, rows)
+    step = max(1, CHUNK // rows)
     found = []
     for start in range(0, segments, step):
-        chunk = _chunk_parts(parts[:, start : start + step])
+        chunk = _chunk_parts(parts[start : start + step])
         if chunk is None:
             return None
         found.append(chunk)
-    entries = max(books.shape[1] for _, books in found)
-    books = torch.cat([torch.cat([b, b[:, -1:].expand(-1, entries - b.shape[1], -1)], 1) for _, b in found])
+    entries = max(books.shape[2] for _, books in found)
+    books = torch.cat([torch.cat([b, b[..., -1:].expand(-1, -1, entries - b.shape[2])], 2) for _, b in found])
     codes = torch.cat([codes for codes, _ in found])
-    shared = _shared(codes, books, columns - (segments - 1) * width)
-    if shared is not None:
-        codes, books = shared
-    return Parts(codes.T.contiguous(), books.transpose(1, 2).contiguous())
+    shared = _shared(codes, books.transpose(1, 2), columns - (segments - 1) * width)
+    return Parts(codes.T.contiguous(), books) if shared is None else shared
 
 
 def _chunk_parts(parts: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Codes [segments, rows] and codebooks [segments, entries, width] of parts [rows, segments, width]."""
-    keys, order = _keys(parts).T.contiguous().sort(1)
+    """Codes [segments, rows] and codebooks [segments, width, entries] of parts [segments, width, rows]."""
+    keys, order = _keys(parts, 1).sort(1)
     new = torch.ones_like(keys, dtype=torch.bool)
     torch.ne(keys[:, 1:], keys[:, :-1], out=new[:, 1:])
-    rank = new.cumsum(1) - 1
+    rank = new.cumsum(1).sub_(1)
     entries = int(rank[:, -1].max()) + 1
     if entries > MAX_ENTRIES:
         return None
+
+    def of_columns(places: Tensor) -> Tensor:
+        return places[:, None].expand(-1, parts.shape[1], -1)
+
     # The row in which each entry stands first; the last one's for those that are missing.
-    member = order[:, -1:].repeat(1, entries).scatter_(1, rank, order)
-    segment = torch.arange(len(member), device=parts.device)[:, None]
-    books = parts[member, segment]
-    rising = _ordered(books[..., 0]).argsort(dim=1, stable=True)
-    codes = torch.empty_like(order, dtype=torch.uint8)
-    codes.scatter_(1, order, _inverse(rising).to(torch.uint8).gather(1, rank))
-    books = books[segment, rising]
+    books = parts.gather(2, of_columns(order[:, -1:].repeat(1, entries).scatter_(1, rank, order)))
+    rising = _ordered(books[:, 0]).argsort(dim=1, stable=True)
+    books = books.gather(2, of_columns(rising))
+    codes = torch.empty_like(order).scatter_(1, order, _inverse(rising).gather(1, rank))
     # Two parts may, once in 2**64, have the same key.
-    return (codes, books) if torch.equal(books[segment, codes.long()].transpose(0, 1), parts) else None
+    same = torch.equal(books.gather(2, of_columns(codes)), parts)
+    return (codes.to(torch.uint8), books) if same else None
 
 
-def _shared(codes: Tensor, books: Tensor, rest: int) -> tuple[Tensor, Tensor] | None:
-    """The same with one codebook, where that is smaller; rest: columns of the last segment that are no padding."""
+def _shared(codes: Tensor, books: Tensor, rest: int) -> Parts | None:
+    """One codebook for codes [segments, rows] and codebooks [segments, entries, width], where that is smaller.
+
+    The last segment has `rest` columns that are no padding.
+    """
     segments, entries, width = books.shape
     whole = segments - (rest < width)
-    distinct, place = _keys(books[:whole]).unique(return_inverse=True)
+    distinct, place = _keys(books[:whole], 2).unique(return_inverse=True)
     count = distinct.numel()
     if whole < 2 or count > MAX_ENTRIES:
         return None
@@ -128,7 +131,8 @@ def _shared(codes: Tensor, books: Tensor, rest: int) -> tuple[Tensor, Tensor] | 
     item = 8 * books.element_size() * width
     if count * item + codes.numel() * _bits(count) >= segments * entries * item + codes.numel() * _bits(entries):
         return None
-    return place.to(torch.uint8).gather(1, codes.long()), book[None]
+    shared = place.to(torch.uint8).gather(1, codes.long())
+    return Parts(shared.T.contiguous(), book.T.contiguous()[None])
 
 
 def _least_bytes(bits: Tensor, width: int) -> float:
@@ -136,7 +140,7 @@ def _least_bytes(bits: Tensor, width: int) -> float:
     rows, columns = bits.shape
     segments = -(-columns // width)
     chosen = sorted({segments * place // SAMPLE for place in range(SAMPLE)})
-    keys = [_keys(pad(bits[:, s * width : (s + 1) * width], (0, max(0, (s + 1) * width - columns)))) for s in chosen]
+    keys = [_keys(bits[:, segment * width : (segment + 1) * width], 1) for segment in chosen]
     counts = [key.unique(return_counts=True)[1] for key in keys]
     if max(len(count) for count in counts) > MAX_ENTRIES:
         return math.inf
@@ -148,17 +152,18 @@ def _least_bytes(bits: Tensor, width: int) -> float:
     return least if entries * width + rows * segments / bits.element_size() < bits.numel() else math.inf
 
 
-def _keys(parts: Tensor) -> Tensor:
-    """A number for each part [..., width], int64, the same for the same."""
-    keys = parts.new_zeros(parts.shape[:-1], dtype=torch.int64)
-    for column in parts.unbind(-1):
+def _keys(parts: Tensor, dim: int) -> Tensor:
+    """A number for each of parts, which lie along dim, int64: the same for the same."""
+    columns = parts.unbind(dim)
+    keys = torch.zeros_like(columns[0], dtype=torch.int64)
+    for column in columns:
         keys = _mixed(keys, column)
     return keys
 
 
 def _mixed(keys: Tensor, column: Tensor) -> Tensor:
-    keys = (keys + column) * _ODD
-    return keys ^ (keys >> 29)
+    keys = keys.add(column).mul_(_ODD)
+    return keys.bitwise_xor_(keys >> 29)
 
 
 def _ordered(bits: Tensor) -> Tensor:
