@@ -34,7 +34,7 @@ def convert(
     if plan == "measure":
         if not input_shape:
             raise typer.BadParameter(
-                "measuring needs --input-shape; or name --plan sparse, codebook, product, residual or binary"
+                "measuring needs --input-shape; or name a --plan such as sparse, codebook or binary"
             )
         example = torch.randn(parse_shape(input_shape), generator=torch.Generator().manual_seed(0))
         with console.status("measuring each layer"):
