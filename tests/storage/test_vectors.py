@@ -76,7 +76,7 @@ def test_other_weights_keep_their_forms():
     kept = torch.rand(300, 64, generator=g) < 0.1
     random = torch.randn(300, 64, generator=g)
     values = torch.randn(8, generator=g)[torch.randint(8, (300, 64), generator=g)]
-    for tensor in (random, random * kept, values, random.sign(), random[:40], made(30, 64, 1, 4, 30)[0]):
+    for tensor in (random, random * kept, values, random.sign(), random[:40]):
         assert encode_tensor("w", tensor, True)[0].form != "vectors"
 
 

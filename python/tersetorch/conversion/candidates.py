@@ -135,6 +135,8 @@ def _is_of_parts(module: nn.Module) -> str | None:
     weight = weight_of(module)
     if weight.dtype not in (torch.float32, torch.bfloat16):
         return f"weights of {weight.dtype}"
+    if noted_codes(module, "weight") is not None:
+        return "its rows are sums of shared rows, which quantize.residual made"
     found = ProductWeight.find(weight.flatten(1))
     return "its rows share no sub-vectors, at most 256 in each segment of columns" if found is None else None
 
