@@ -33,7 +33,7 @@ def check(weight, found):
 )
 def test_the_width_that_a_weight_was_made_with_is_the_first(rows, columns, width, entries, shared, dtype):
     weight = parts(rows, columns, width, entries, shared and width < columns, dtype)
-    assert widths(bits_of(weight))[0][1] == width
+    assert widths(bits_of(weight))[0].width == width
     found = find_parts(bits_of(weight), width)
     segments = -(-columns // width)
     check(weight, found)
@@ -73,7 +73,7 @@ def test_more_than_256_parts_are_none():
 def test_columns_that_are_all_the_same_do_not_hide_the_width():
     weight = parts(600, 64, 4, 100)
     weight[:, :28] = 0
-    assert widths(bits_of(weight))[0][1] == 4
+    assert widths(bits_of(weight))[0].width == 4
     check(weight, find_parts(bits_of(weight), 4))
 
 

@@ -56,7 +56,7 @@ class Candidate:
             caller allows an error, or told by plan.
         nbytes: of the new layer's weight; told only where another candidate for the same layer has the same alias.
         signs: whether it multiplies signs only, so that a layer's input must be known to be that.
-        pays: why another candidate that is measured is always smaller, and this one not worth it, or None.
+        pays: why it is not worth measuring, since another candidate is smaller, or None.
         min_samples, max_samples: with fewer or more at once another candidate is always faster, and this one is not
             measured.
     """
@@ -142,10 +142,10 @@ def _is_of_parts(module: nn.Module) -> str | None:
 
 
 def _pays_in_parts(module: nn.Module) -> str | None:
-    parts = ProductWeight.find(weight_of(module).flatten(1))
-    others = [size for size in (_bytes_of_nonzeros(module), _bytes_of_codes(module)) if size]
-    if parts is None or parts.nbytes >= min(others) or SignWeight.why_not(weight_of(module)) is None:
-        return "its signs, or codes of its values or its non-zeros, take fewer bytes than codes of sub-vectors"
+    weight = weight_of(module)
+    others = min(size for size in (_bytes_of_nonzeros(module), _bytes_of_codes(module), weight.numel() * 4) if size)
+    if SignWeight.why_not(weight) is None or ProductWeight.find(weight.flatten(1), others) is None:
+        return "no shared sub-vectors take fewer bytes than its signs, its non-zeros or codes of its values"
     return None
 
 

@@ -107,10 +107,9 @@ class Planner:
         for name, row in self.table.items():
             if any(type(module) is not row.source for module in modules):
                 continue
-            reason = why_not(row, sites)
+            reason = row.fits(samples, self.max_error) or row.pays(modules[0]) or why_not(row, sites)
             if reason is None and share > row.max_density:
                 reason = f"larger than the dense weight at density {share:.2f}"
-            reason = reason or row.fits(samples, self.max_error) or row.pays(modules[0])
             if reason is not None:
                 trials[name] = Trial(name, f"not tried: {reason}")
                 continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -91,11 +92,11 @@ class ProductWeight:
         return found
 
     @classmethod
-    def find(cls, weight: Tensor) -> ProductWeight | None:
+    def find(cls, weight: Tensor, nbytes: float = math.inf) -> ProductWeight | None:
         """The smallest form of one stage that holds weight, float32 or bfloat16 [rows, columns], exactly, or None.
 
         Rows share parts of 2 or more columns, at most 256 in each segment, which together take fewer bytes than the
-        weight; numbers are told apart by their bits. See formats.shared_parts for how widths are found.
+        weight, and than nbytes; numbers are told apart by their bits. formats.shared_parts says how widths are found.
 
         Raises:
             TypeError: weight is not a float32 or bfloat16 tensor.
@@ -103,10 +104,12 @@ class ProductWeight:
         """
         check_dense("ProductWeight", weight)
         best = None
-        for least, width in widths(_bits(weight))[:TRIED]:
-            found = cls._of_width(weight, width) if best is None or least < best.nbytes else None
-            if found is not None and (best is None or found.nbytes < best.nbytes):
-                best = found
+        for found in widths(_bits(weight))[:TRIED]:
+            tables = ops.product_segments(weight.shape[1], found.width)
+            if 4 * found.numbers + ops.product_bytes(weight.shape[0], tables, found.entries) < nbytes:
+                candidate = cls._of_width(weight, found.width)
+                if candidate is not None and candidate.nbytes < nbytes:
+                    best, nbytes = candidate, candidate.nbytes
         return best
 
     @classmethod

@@ -32,8 +32,24 @@ class Parts(NamedTuple):
     codebooks: Tensor
 
 
-def widths(bits: Tensor) -> list[tuple[float, int]]:
-    """Widths of parts, 2 and more, that bits [rows, columns] may have, each after about the least bytes, which rise.
+class Width(NamedTuple):
+    """What a few segments tell of parts of so many columns.
+
+    Attributes:
+        least: about the bytes that codes and codebooks take at least, entropy-coded.
+        width: columns of a part.
+        entries: that a segment has.
+        numbers: in all codebooks.
+    """
+
+    least: float
+    width: int
+    entries: int
+    numbers: float
+
+
+def widths(bits: Tensor) -> list[Width]:
+    """Widths of parts, 2 and more, that bits [rows, columns] may have, those of the fewest bytes first.
 
     The number of distinct beginnings of rows stands still within a part and rises with the next one; where the first
     columns are all the same a part's width divides what they and it take. A few segments tell the number of entries.
@@ -53,8 +69,8 @@ def widths(bits: Tensor) -> list[tuple[float, int]]:
     else:
         found.add(columns)
     found |= {width for rise in found for width in range(2, rise // 2 + 1) if not rise % width}
-    estimates = sorted((_least_bytes(bits, width), width) for width in found if width > 1)
-    return [(least, width) for least, width in estimates if least < math.inf]
+    estimates = (_estimate(bits, width) for width in found if width > 1)
+    return sorted(estimate for estimate in estimates if estimate is not None)
 
 
 def find_parts(bits: Tensor, width: int) -> Parts | None:
@@ -135,21 +151,26 @@ def _shared(codes: Tensor, books: Tensor, rest: int) -> Parts | None:
     return Parts(shared.T.contiguous(), book.T.contiguous()[None])
 
 
-def _least_bytes(bits: Tensor, width: int) -> float:
-    """About the bytes if all segments are like a few of them; infinite if one of these has too many parts."""
+def _estimate(bits: Tensor, width: int) -> Width | None:
+    """As if all segments were like a few of them; None if one of these has too many parts, or nothing is saved."""
     rows, columns = bits.shape
     segments = -(-columns // width)
     chosen = sorted({segments * place // SAMPLE for place in range(SAMPLE)})
     keys = [_keys(bits[:, segment * width : (segment + 1) * width], 1) for segment in chosen]
     counts = [key.unique(return_counts=True)[1] for key in keys]
-    if max(len(count) for count in counts) > MAX_ENTRIES:
-        return math.inf
-    entries, bits_of_codes = sum(map(len, counts)) / len(chosen) * segments, sum(map(_entropy, counts)) / len(chosen)
+    most = max(map(len, counts))
+    if most > MAX_ENTRIES:
+        return None
+    numbers, bits_of_a_code = (sum(map(of, counts)) / len(chosen) for of in (len, _entropy))
+    numbers *= segments * width
     together = torch.cat(keys).unique(return_counts=True)[1]
     if len(together) <= MAX_ENTRIES and 2 * len(together) <= sum(map(len, counts)):
-        entries, bits_of_codes = len(together), _entropy(together)
-    least = LEAST_OF_CODEBOOKS * entries * width * bits.element_size() + rows * segments * bits_of_codes / 8
-    return least if entries * width + rows * segments / bits.element_size() < bits.numel() else math.inf
+        numbers, bits_of_a_code = len(together) * width, _entropy(together)
+    size = bits.element_size()
+    if numbers + rows * segments / size >= bits.numel():
+        return None
+    least = LEAST_OF_CODEBOOKS * numbers * size + rows * segments * bits_of_a_code / 8
+    return Width(least, width, most, numbers)
 
 
 def _keys(parts: Tensor, dim: int) -> Tensor:

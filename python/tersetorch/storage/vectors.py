@@ -26,12 +26,12 @@ SIGNED = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}
 def candidates(plain: Entry, bits: Array, nbytes: int) -> Iterator[tuple[Entry, VectorCodes]]:
     """Entries, and codes of sub-vectors as bit patterns, of what may take less than nbytes, the smallest form known."""
     matrix = torch.from_numpy(bits.view(SIGNED[bits.itemsize])).view(plain.shape[0], -1)
-    for least, width in widths(matrix)[:TRIED]:
-        parts = find_parts(matrix, width) if least < nbytes else None
-        found = None if parts is None else VectorCodes(parts.codes, parts.codebooks[None])
-        entry = None if found is None else entry_of(plain, found)
-        if entry is not None and found is not None:
-            yield entry, found
+    for found in widths(matrix)[:TRIED]:
+        parts = find_parts(matrix, found.width) if found.least < nbytes else None
+        codes = None if parts is None else VectorCodes(parts.codes, parts.codebooks[None])
+        entry = None if codes is None else entry_of(plain, codes)
+        if entry is not None and codes is not None:
+            yield entry, codes
 
 
 def entry_of(plain: Entry, found: VectorCodes) -> Entry | None:
