@@ -16,7 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tersetorch.storage import affine, codebooks, integers, streams
+from tersetorch.formats.vector_codes import VectorCodes
+from tersetorch.storage import affine, codebooks, integers, streams, vectors
 from tersetorch.storage.entry import DTYPE_NAMES, REAL, Entry
 from tersetorch.storage.errors import refuse
 from tersetorch.storage.streams import Array, Coding, Context, Stream
@@ -38,7 +39,9 @@ class _Choice:
     build: Callable[[], tuple[Entry, list[Stream]]]
 
 
-def encode_tensor(name: str, tensor: Tensor, trains: bool, summed: bool = False) -> tuple[Entry, list[Stream]]:
+def encode_tensor(
+    name: str, tensor: Tensor, trains: bool, summed: bool = False, sums: VectorCodes | None = None
+) -> tuple[Entry, list[Stream]]:
     """The smallest form of a plain tensor of any dtype and shape.
 
     Args:
@@ -47,6 +50,7 @@ def encode_tensor(name: str, tensor: Tensor, trains: bool, summed: bool = False)
         trains: whether it is no parameter that does not train.
         summed: its owners only add up products with it, so that -0.0 becomes 0.0 if it is a parameter of two dimensions
             or more.
+        sums: codes and codebooks whose sums, rounded to its dtype, tensor is to the bit, where somebody knows them.
 
     Raises:
         ValueError: tensor is no plain strided tensor with data, or has a dtype that the format does not know.
@@ -86,9 +90,16 @@ def encode_tensor(name: str, tensor: Tensor, trains: bool, summed: bool = False)
         if of_integers is not None:
             choices.append(_integers_choice(replace(plain, form="integers", base=0), of_integers))
         elif dtype is torch.float32:
-            sums = affine.find(bits.reshape(shape[0], -1))
-            if sums is not None:
-                choices.append(_affine_choice(replace(plain, form="affine", base=0), sums))
+            with_offsets = affine.find(bits.reshape(shape[0], -1))
+            if with_offsets is not None:
+                choices.append(_affine_choice(replace(plain, form="affine", base=0), with_offsets))
+    if is_matrix and dtype.is_floating_point:
+        of_sums = None if sums is None else vectors.entry_of(plain, sums)
+        if of_sums is not None and sums is not None and sums.codebooks.dtype == of_sums.dtype_of("codebook"):
+            choices.append(_vectors_choice(of_sums, patterns(sums.codebooks), sums))
+        least = min(choice.nbytes for choice in choices)
+        for entry, parts in vectors.candidates(plain, bits, least):
+            choices.append(_vectors_choice(entry, parts.codebooks.numpy().view(bits.dtype).reshape(-1), parts))
     entry, encoded = min(choices, key=lambda choice: choice.nbytes).build()
     return entry.with_streams(encoded), encoded
 
@@ -108,6 +119,8 @@ def decode_tensor(entry: Entry, data: list[bytes]) -> Tensor:
         return _from_bits(entry, _integers_bits(entry, data))
     if entry.form == "affine":
         return _from_bits(entry, _affine_bits(entry, data))
+    if entry.form == "vectors":
+        return _from_bits(entry, patterns(vectors.numbers(entry, vector_codes(entry, data)).to(entry.dtype)))
     positions = positions_of(entry, data) if entry.is_sparse else None
     bits = values_of(entry, data, pattern, positions)
     if positions is not None:
@@ -313,30 +326,50 @@ def _sign_bits(entry: Entry, data: list[bytes], pattern: np.dtype[Any]) -> Array
     return bits
 
 
+def vector_codes(entry: Entry, data: list[bytes]) -> VectorCodes:
+    """Codes and codebooks of a tensor that is stored as sub-vectors."""
+    tables, codes = _tables_and_codes(entry, data, lambda tables: vectors.context(entry))
+    return vectors.codes_of(entry, from_patterns(tables, entry.dtype_of("codebook")), codes)
+
+
+def _vectors_choice(entry: Entry, books: Array, found: VectorCodes) -> _Choice:
+    """Storing sub-vectors, and a code for each term and segment of a row."""
+    return _tables_choice(entry, books, found.codes.cpu().contiguous().numpy().reshape(-1), vectors.context(entry))
+
+
 def _codebooks_choice(plain: Entry, block: int, tables: Array, codes: Array) -> _Choice:
     """Storing a table for each row or block of columns, and everyone's code."""
     entry = replace(plain, block=block, entries=tables.shape[1])
-    value_coding = streams.best_value_coding(tables.reshape(-1))
+    return _tables_choice(entry, tables.reshape(-1), codes, codebooks.context(entry, tables))
+
+
+def _codebooks_bits(entry: Entry, data: list[bytes], pattern: np.dtype[Any]) -> Array:
+    """The bit patterns of a tensor that is stored with many tables."""
+    tables, codes = _tables_and_codes(
+        entry, data, lambda tables: codebooks.context(entry, tables.reshape(-1, entry.entries))
+    )
+    return codebooks.numbers(entry, tables.reshape(-1, entry.entries), codes)
+
+
+def _tables_choice(entry: Entry, tables: Array, codes: Array, context: Context) -> _Choice:
+    value_coding = streams.best_value_coding(tables)
     counts = np.bincount(codes, minlength=entry.entries)
-    code_coding = streams.best_code_coding(counts, lambda: codes, codebooks.context(entry, tables))
+    code_coding = streams.best_code_coding(counts, lambda: codes, context)
 
     def build() -> tuple[Entry, list[Stream]]:
         return entry, [
-            streams.value_stream("codebook", tables.reshape(-1), value_coding),
+            streams.value_stream("codebook", tables, value_coding),
             streams.encode_codes(codes, entry.entries, code_coding),
         ]
 
     return _Choice(value_coding.nbytes + code_coding.nbytes + 2 * STREAM_BYTES, build)
 
 
-def _codebooks_bits(entry: Entry, data: list[bytes], pattern: np.dtype[Any]) -> Array:
-    """The bit patterns of a tensor that is stored with many tables."""
+def _tables_and_codes(entry: Entry, data: list[bytes], context_of: Callable[[Array], Context]) -> tuple[Array, Array]:
     table_spec, code_spec = entry.streams
+    pattern: np.dtype[Any] = np.dtype(_PATTERNS[entry.dtype_of("codebook").itemsize])
     tables = streams.decode_values(data[0], table_spec.coder, pattern, entry.count("codebook"))
-    tables = tables.reshape(-1, entry.entries)
-    context = codebooks.context(entry, tables)
-    codes = streams.decode_codes(data[1], code_spec.coder, entry.entries, entry.stored, context)
-    return codebooks.numbers(entry, tables, codes)
+    return tables, streams.decode_codes(data[1], code_spec.coder, entry.entries, entry.stored, context_of(tables))
 
 
 def _integers_choice(plain: Entry, found: integers.Found) -> _Choice:
