@@ -4,9 +4,9 @@
     d  dtype
     f  form
     n  positions stored (sparse forms)
-    k  entries of the codebook, or of each (codebook forms); codes, from 0 on (integers, affine)
+    k  entries of the codebook, or of each (codebook forms); codes, from 0 on (integers, affine, scaled)
     w  columns of a block that has a codebook (codebooks; left out where rows have them); weights, consecutive in C
-       order, that share a scale (integers, affine)
+       order, that share a scale (integers, affine, scaled)
     i  the least integer, which is code 0 (integers; 0 where it is left out)
     m  bit pattern of a float32 number that products are multiplied by (integers; by none where it is left out)
     b  bit pattern of every position that is not stored (sparse forms; 0 where it is left out)
@@ -29,6 +29,8 @@ Forms and their streams:
                       dtype(float32(float32((i + code) scale) m)), to nearest, ties to even
     affine            scales, offsets (one for each run of w weights), codes; a weight is
                       float32(float32(code scale) + offset)
+    scaled            codebook (float32), scales (one for each run of w weights), codes; a weight is
+                      dtype(float32(codebook[code] scale)), to nearest, ties to even
 """
 
 from __future__ import annotations
@@ -88,11 +90,12 @@ FORMS = {
     "signs": ("scales", "signs"),
     "integers": ("scales", "codes"),
     "affine": ("scales", "offsets", "codes"),
+    "scaled": ("codebook", "scales", "codes"),
 }
 # Forms that name how many codes there are.
-CODED = ("codebook", "codebooks", "integers", "affine")
+CODED = ("codebook", "codebooks", "integers", "affine", "scaled")
 # Forms of runs of weights that have a scale each.
-SCALED = ("integers", "affine")
+SCALED = ("integers", "affine", "scaled")
 MAX_INTEGER = 255
 ROLE_CODERS = {
     "values": VALUE_CODERS,
@@ -164,7 +167,7 @@ class Entry:
     def codebooks(self) -> int:
         """Codebooks that are stored."""
         if self.form != "codebooks":
-            return int(self.form.endswith("codebook"))
+            return int("codebook" in FORMS[self.form])
         return -(-self.numel // self.shape[0] // self.block) if self.block else self.shape[0]
 
     def count(self, role: str) -> int:
@@ -177,7 +180,7 @@ class Entry:
 
     def itemsize(self, role: str) -> int:
         """Bytes of a value in a stream of this role."""
-        return 4 if role == "scales" and self.form == "integers" else self.real_dtype.itemsize
+        return 4 if role != "codes" and self.form in SCALED else self.real_dtype.itemsize
 
     @property
     def decoded_bytes(self) -> int:
@@ -327,6 +330,8 @@ class Entry:
             refuse(f"keep a matrix of {names} as {self.form}", f"{self.dtype} {list(self.shape)[:8]}")
         if not self.block or self.numel % self.block:
             refuse("have runs that divide the weights", self.block)
+        if self.form == "scaled" and self.entries > min(MAX_CONTEXT_ENTRIES, self.numel):
+            refuse(f"have a codebook of at most {min(MAX_CONTEXT_ENTRIES, self.numel)} numbers", self.entries)
         if not 1 <= self.entries <= MAX_INTEGER + 1 - self.least:
             refuse(f"have integers of at most {MAX_INTEGER}", f"{self.entries} from {self.least} on")
         if (self.factor >> 23 in (0, 255) and self.factor) or self.factor >> 31:
