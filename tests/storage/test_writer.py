@@ -378,7 +378,7 @@ def test_the_golden_files_of_packed_layers(same_state, tmp_path, monkeypatch, na
 
 @pytest.mark.parametrize(
     ("name", "made_by", "forms"),
-    [("codebooks", "tables", {"codebooks"}), ("integers", "quantized", {"integers", "affine"})],
+    [("codebooks", "tables", {"codebooks"}), ("integers", "quantized", {"integers", "affine", "scaled"})],
 )
 def test_the_golden_files_of_dense_weights_with_few_values(same_state, tmp_path, monkeypatch, name, made_by, forms):
     path = Path(__file__).parent / "golden" / f"version2_{name}.terse"

@@ -4,9 +4,9 @@
     d  dtype
     f  form
     n  positions stored (sparse forms)
-    k  entries of the codebook, or of each (codebook forms, vectors); codes, from 0 on (integers, affine)
+    k  entries of the codebook, or of each (codebook forms, vectors); codes, from 0 on (integers, affine, scaled)
     w  columns of a block that has a codebook (codebooks; left out where rows have them), or of a segment (vectors);
-       weights, consecutive in C order, that share a scale (integers, affine)
+       weights, consecutive in C order, that share a scale (integers, affine, scaled)
     u  terms that a number is a sum of (vectors; 1 where it is left out)
     h  true: all segments share a codebook (vectors)
     i  the least integer, which is code 0 (integers; 0 where it is left out)
@@ -32,6 +32,8 @@ Forms and their streams (the codebook of sums is float32 where the tensor is nar
                       dtype(float32(float32((i + code) scale) m)), to nearest, ties to even
     affine            scales, offsets (one for each run of w weights), codes; a weight is
                       float32(float32(code scale) + offset)
+    scaled            codebook (float32), scales (one for each run of w weights), codes; a weight is
+                      dtype(float32(codebook[code] scale)), to nearest, ties to even
 """
 
 from __future__ import annotations
@@ -92,11 +94,12 @@ FORMS = {
     "signs": ("scales", "signs"),
     "integers": ("scales", "codes"),
     "affine": ("scales", "offsets", "codes"),
+    "scaled": ("codebook", "scales", "codes"),
 }
 # Forms that name how many codes there are.
-CODED = ("codebook", "codebooks", "vectors", "sparse-codebook", "integers", "affine")
+CODED = ("codebook", "codebooks", "vectors", "sparse-codebook", "integers", "affine", "scaled")
 # Forms of runs of weights that have a scale each.
-SCALED = ("integers", "affine")
+SCALED = ("integers", "affine", "scaled")
 MAX_INTEGER = 255
 ROLE_CODERS = {
     "values": VALUE_CODERS,
@@ -179,7 +182,7 @@ class Entry:
         if self.form == "vectors":
             return self.stages * (1 if self.one_book else self.segments)
         if self.form != "codebooks":
-            return int(self.form.endswith("codebook"))
+            return int("codebook" in FORMS[self.form])
         return self.segments if self.block else self.shape[0]
 
     def count(self, role: str) -> int:
@@ -193,7 +196,7 @@ class Entry:
 
     def dtype_of(self, role: str) -> torch.dtype:
         """The dtype of the numbers in a stream of values of this role."""
-        if role in ("scales", "offsets") and self.form in SCALED:
+        if role != "codes" and self.form in SCALED:
             return torch.float32
         sums = role == "codebook" and self.stages > 1
         return torch.promote_types(self.real_dtype, torch.float32) if sums else self.real_dtype
@@ -358,6 +361,8 @@ class Entry:
             refuse(f"keep a matrix of {names} as {self.form}", f"{self.dtype} {list(self.shape)[:8]}")
         if not self.block or self.numel % self.block:
             refuse("have runs that divide the weights", self.block)
+        if self.form == "scaled" and self.entries > min(MAX_CONTEXT_ENTRIES, self.numel):
+            refuse(f"have a codebook of at most {min(MAX_CONTEXT_ENTRIES, self.numel)} numbers", self.entries)
         if not 1 <= self.entries <= MAX_INTEGER + 1 - self.least:
             refuse(f"have integers of at most {MAX_INTEGER}", f"{self.entries} from {self.least} on")
         if (self.factor >> 23 in (0, 255) and self.factor) or self.factor >> 31:

@@ -58,7 +58,7 @@ class StoredTensor:
         name: its first name in the model, such as "fc1.weight".
         shape: of the dense tensor.
         dtype: such as "float32".
-        form: raw, codebook, codebooks, vectors, sparse, sparse-codebook, signs, integers or affine.
+        form: raw, codebook, codebooks, vectors, sparse, sparse-codebook, signs, integers, affine or scaled.
         coders: of its streams.
         stored: numbers that are stored, each by its value or code.
         entries: of the codebook or of each, or integers from the least to the greatest; 0 for none.

@@ -66,8 +66,8 @@ def find(matrix: Array, dtype: torch.dtype, distinct: Array | None) -> Found | N
         dtype: of the numbers, one of DTYPES.
         distinct: its patterns, each once; None for many.
     """
-    few = None if distinct is None or len(distinct) > 2 * MOST + 1 else _numbers(distinct, dtype)
-    numbers = _numbers(matrix, dtype)
+    few = None if distinct is None or len(distinct) > 2 * MOST + 1 else numbers_of(distinct, dtype)
+    numbers = numbers_of(matrix, dtype)
     for factor in FACTORS[: 1 + (dtype is torch.float32)]:
         for run in runs(matrix):
             whole = run == matrix.size
@@ -97,7 +97,7 @@ def numbers(entry: Entry, scales: NDArray[np.uint32], codes: Array) -> Array:
     """
     integers = codes.astype(np.int16) + np.int16(entry.least)
     bits = _products(integers.reshape(-1, entry.block), scales, entry.factor, entry.dtype)
-    if not np.isfinite(_number_of(scales)).all() or not np.isfinite(_numbers(bits, entry.dtype)).all():
+    if not np.isfinite(_number_of(scales)).all() or not np.isfinite(numbers_of(bits, entry.dtype)).all():
         refuse("hold finite scales, and products that are finite", "NaN or infinity")
     return bits.reshape(-1)
 
@@ -110,7 +110,7 @@ def runs(matrix: Array) -> Iterator[int]:
     yield from (run for run in range(columns, SHORTEST - 1, -1) if not columns % run)
 
 
-def _numbers(bits: Array, dtype: torch.dtype) -> NDArray[np.float32]:
+def numbers_of(bits: Array, dtype: torch.dtype) -> NDArray[np.float32]:
     """Numbers from their bit patterns."""
     if dtype is torch.bfloat16:
         return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
@@ -133,12 +133,16 @@ def _products(integers: Array, scales: NDArray[np.uint32], factor: int, dtype: t
         products *= _number_of(scales)[:, None]
         if factor:
             products *= np.float32(_number(factor))
-        bits: NDArray[Any] = products.view(np.uint32)
-        if dtype is torch.float16:
-            bits = products.astype(np.float16).view(np.uint16)
-        elif dtype is torch.bfloat16:  # to nearest, ties to even
-            rounded = bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))
-            bits = (rounded >> np.uint32(16)).astype(np.uint16)
+        return rounded(products, dtype)
+
+
+def rounded(products: NDArray[np.float32], dtype: torch.dtype) -> Array:
+    """Bit patterns of numbers in dtype, to nearest, ties to even."""
+    bits: NDArray[Any] = products.view(np.uint32)
+    if dtype is torch.float16:
+        bits = products.astype(np.float16).view(np.uint16)
+    elif dtype is torch.bfloat16:
+        bits = (bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1)) >> np.uint32(16)).astype(np.uint16)
     return bits
 
 
@@ -184,7 +188,7 @@ def _scale_bounds(
     return low, high
 
 
-def _to_try(low: Floats, high: Floats, exact: bool) -> Iterator[tuple[NDArray[np.uint32], NDArray[np.bool_]]]:
+def to_try(low: Floats, high: Floats, exact: bool) -> Iterator[tuple[NDArray[np.uint32], NDArray[np.bool_]]]:
     """Scales between their bounds, bit patterns of one for each run, those with few bits first; and which runs' are."""
     for zeros in ZEROS:
         half, mask = np.uint32((1 << zeros) >> 1), np.uint32((1 << 32) - (1 << zeros))
@@ -227,7 +231,7 @@ def _bounds(
 ) -> tuple[Floats, Floats, NDArray[np.bool_]]:
     """The least and the most that the scale of each run may be if its first magnitude is so many; whether it may be."""
     values = magnitudes.astype(np.float64)
-    error = _rounding(magnitudes, dtype, factor)
+    error = rounding(magnitudes, dtype, factor)
     low, high = (values[:, 0] - error[:, 0]) / most, (values[:, 0] + error[:, 0]) / most
     fits = low >= NORMAL
     low[~fits] = high[~fits] = 1
@@ -245,7 +249,7 @@ def _bounds(
     return low, high, fits
 
 
-def _rounding(magnitudes: NDArray[np.float32], dtype: torch.dtype, factor: int) -> Floats:
+def rounding(magnitudes: NDArray[np.float32], dtype: torch.dtype, factor: int) -> Floats:
     """The most by which rounding changed a product into a magnitude."""
     lowest = (magnitudes.view(np.uint32) & _EXPONENT).view(np.float32).astype(np.float64)  # of the same exponent
     if dtype is torch.bfloat16:
@@ -263,7 +267,7 @@ def _checked(
     step = max(1, CHUNK // bits.shape[1])
     integers, scales = np.empty(bits.shape, np.int16), np.zeros(len(bits), np.uint32)
     left = np.arange(len(bits))
-    for patterns, usable in _to_try(*bounds, exact=dtype is torch.float32 and not factor):
+    for patterns, usable in to_try(*bounds, exact=dtype is torch.float32 and not factor):
         trying = left[usable[left]]
         scales[trying] = np.where(negative[trying], patterns[trying] | np.uint32(1 << 31), patterns[trying])
         for at in range(0, trying.size, step):

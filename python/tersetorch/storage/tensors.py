@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tersetorch.formats.vector_codes import VectorCodes
-from tersetorch.storage import affine, codebooks, integers, streams, vectors
-from tersetorch.storage.entry import DTYPE_NAMES, REAL, Entry
+from tersetorch.storage import affine, codebooks, integers, scaled, streams, vectors
+from tersetorch.storage.entry import DTYPE_NAMES, REAL, SCALED, Entry
 from tersetorch.storage.errors import refuse
 from tersetorch.storage.streams import Array, Coding, Context, Stream
 
@@ -86,13 +86,7 @@ def encode_tensor(
         choices += [_codebooks_choice(replace(plain, form="codebooks", base=0), *candidate) for candidate in found]
     if is_matrix and dtype in integers.DTYPES and not of_signs:
         distinct = None if table is None else table[0] if not rest else np.append(table[0], bits.dtype.type(common))
-        of_integers = integers.find(bits.reshape(shape[0], -1), dtype, distinct)
-        if of_integers is not None:
-            choices.append(_integers_choice(replace(plain, form="integers", base=0), of_integers))
-        elif dtype is torch.float32:
-            with_offsets = affine.find(bits.reshape(shape[0], -1))
-            if with_offsets is not None:
-                choices.append(_affine_choice(replace(plain, form="affine", base=0), with_offsets))
+        choices += _quantized_choices(plain, bits.reshape(shape[0], -1), distinct)
     if is_matrix and dtype.is_floating_point:
         of_sums = None if sums is None else vectors.entry_of(plain, sums)
         if of_sums is not None and sums is not None and sums.codebooks.dtype == of_sums.dtype_of("codebook"):
@@ -115,10 +109,8 @@ def decode_tensor(entry: Entry, data: list[bytes]) -> Tensor:
         return _from_bits(entry, _sign_bits(entry, data, pattern))
     if entry.form == "codebooks":
         return _from_bits(entry, _codebooks_bits(entry, data, pattern))
-    if entry.form == "integers":
-        return _from_bits(entry, _integers_bits(entry, data))
-    if entry.form == "affine":
-        return _from_bits(entry, _affine_bits(entry, data))
+    if entry.form in SCALED:
+        return _from_bits(entry, _runs_bits(entry, data))
     if entry.form == "vectors":
         return _from_bits(entry, patterns(vectors.numbers(entry, vector_codes(entry, data)).to(entry.dtype)))
     positions = positions_of(entry, data) if entry.is_sparse else None
@@ -372,60 +364,54 @@ def _tables_and_codes(entry: Entry, data: list[bytes], context_of: Callable[[Arr
     return tables, streams.decode_codes(data[1], code_spec.coder, entry.entries, entry.stored, context_of(tables))
 
 
-def _integers_choice(plain: Entry, found: integers.Found) -> _Choice:
-    """Storing a scale for each run, and everyone's integer."""
-    least = int(found.integers.min())
-    codes = (found.integers - least).astype(np.uint16)
-    counts = np.bincount(codes)
-    entry = replace(plain, block=found.run, factor=found.factor, least=least, entries=len(counts))
-    value_coding = streams.best_value_coding(found.scales)
-    code_coding = streams.best_code_coding(counts, lambda: codes, integers.context(entry))
+def _quantized_choices(plain: Entry, matrix: Array, distinct: Array | None) -> list[_Choice]:
+    """Storing what a quantised weight was made of, if it was one; distinct holds its patterns if they are few."""
+    of_integers = integers.find(matrix, plain.dtype, distinct)
+    if of_integers is not None:
+        least = int(of_integers.integers.min())
+        codes = (of_integers.integers - least).astype(np.uint16)
+        entries = int(codes.max()) + 1
+        entry = replace(plain, form="integers", base=0, block=of_integers.run, entries=entries)
+        entry = replace(entry, least=least, factor=of_integers.factor)
+        return [_runs_choice(entry, {"scales": of_integers.scales}, codes, integers.context(entry))]
+    of_table = scaled.find(matrix, plain.dtype)
+    if of_table is not None:
+        entry = replace(plain, form="scaled", base=0, block=of_table.run, entries=len(of_table.table))
+        values = {"codebook": of_table.table, "scales": of_table.scales}
+        return [_runs_choice(entry, values, of_table.codes, scaled.context(entry, of_table.table))]
+    sums = affine.find(matrix) if plain.dtype is torch.float32 else None
+    if sums is None:
+        return []
+    entry = replace(plain, form="affine", base=0, block=sums.run, entries=int(sums.codes.max()) + 1)
+    return [_runs_choice(entry, {"scales": sums.scales, "offsets": sums.offsets}, sums.codes, affine.context(entry))]
+
+
+def _runs_choice(entry: Entry, values: dict[str, Array], codes: Array, context: Context) -> _Choice:
+    """Storing values by their roles, and everyone's code."""
+    value_codings = [streams.best_value_coding(each) for each in values.values()]
+    code_coding = streams.best_code_coding(np.bincount(codes, minlength=entry.entries), lambda: codes, context)
 
     def build() -> tuple[Entry, list[Stream]]:
-        return entry, [
-            streams.value_stream("scales", found.scales, value_coding),
-            streams.encode_codes(codes, entry.entries, code_coding),
-        ]
+        parts = zip(values.items(), value_codings, strict=True)
+        encoded = [streams.value_stream(role, each, coding) for (role, each), coding in parts]
+        return entry, [*encoded, streams.encode_codes(codes, entry.entries, code_coding)]
 
-    return _Choice(value_coding.nbytes + code_coding.nbytes + 2 * STREAM_BYTES, build)
-
-
-def _integers_bits(entry: Entry, data: list[bytes]) -> Array:
-    """The bit patterns of a tensor that is stored as integers."""
-    scale_spec, code_spec = entry.streams
-    scales = streams.decode_values(data[0], scale_spec.coder, np.dtype(np.uint32), entry.count("scales"))
-    context = integers.context(entry)
-    codes = streams.decode_codes(data[1], code_spec.coder, entry.entries, entry.stored, context)
-    return integers.numbers(entry, scales, codes)
+    codings = [*value_codings, code_coding]
+    return _Choice(sum(coding.nbytes for coding in codings) + STREAM_BYTES * len(codings), build)
 
 
-def _affine_choice(plain: Entry, found: affine.Found) -> _Choice:
-    """Storing a scale and an offset for each run, and everyone's code."""
-    counts = np.bincount(found.codes)
-    entry = replace(plain, block=found.run, entries=len(counts))
-    scale_coding, offset_coding = map(streams.best_value_coding, (found.scales, found.offsets))
-    code_coding = streams.best_code_coding(counts, lambda: found.codes, affine.context(entry))
-
-    def build() -> tuple[Entry, list[Stream]]:
-        return entry, [
-            streams.value_stream("scales", found.scales, scale_coding),
-            streams.value_stream("offsets", found.offsets, offset_coding),
-            streams.encode_codes(found.codes, entry.entries, code_coding),
-        ]
-
-    nbytes = scale_coding.nbytes + offset_coding.nbytes + code_coding.nbytes + 3 * STREAM_BYTES
-    return _Choice(nbytes, build)
-
-
-def _affine_bits(entry: Entry, data: list[bytes]) -> Array:
-    """The bit patterns of a tensor that is stored as codes, scales and offsets."""
+def _runs_bits(entry: Entry, data: list[bytes]) -> Array:
+    """The bit patterns of a tensor that is stored with a scale for each run."""
     *value_specs, code_spec = entry.streams
-    scales, offsets = (
+    values = [
         streams.decode_values(stream, spec.coder, np.dtype(np.uint32), entry.count(spec.role))
         for stream, spec in zip(data, value_specs, strict=False)
-    )
-    codes = streams.decode_codes(data[2], code_spec.coder, entry.entries, entry.stored, affine.context(entry))
-    return affine.numbers(entry, scales, offsets, codes)
+    ]
+    form = {"integers": integers, "affine": affine, "scaled": scaled}[entry.form]
+    context = scaled.context(entry, values[0]) if form is scaled else form.context(entry)
+    codes = streams.decode_codes(data[-1], code_spec.coder, entry.entries, entry.stored, context)
+    bits: Array = form.numbers(entry, *values, codes)
+    return bits
 
 
 def _sign_context(entry: Entry, pattern: np.dtype[Any]) -> Context:

@@ -33,6 +33,7 @@ from tersetorch.nn import (
     SparseLinear,
 )
 from tersetorch.storage import save, streams
+from tersetorch.storage.importers.bitsandbytes import NF4
 
 PROVENANCE = {"error": {"dense": 0.0164, "compressed": 0.0158}}
 
@@ -223,6 +224,7 @@ def quantized():
     scales = numbers(24, 1) * 0.001 + 0.0015
     four = (whole / 17).round() * (whole.abs() > 8)
     steps = (numbers(48, 1) * 0.01 + 0.02).half()
+    quantiles = torch.tensor(NF4)
     convolution = nn.Conv2d(16, 24, 2)
     convolution.weight = nn.Parameter((whole * scales).reshape(24, 16, 2, 2))
     convolution.bias = nn.Parameter(numbers(24))
@@ -234,6 +236,7 @@ def quantized():
             dense((four.reshape(-1, 16) * (numbers(96, 1) * 0.01 + 0.02)).reshape(24, 64)),
             dense((four.bfloat16().reshape(-1, 32) * (numbers(48, 1) * 0.01 + 0.02).bfloat16()).reshape(24, 64)),
             dense((whole * scales).half()),
+            dense((quantiles[codes(24, 64, 16).long()].reshape(-1, 32) * steps.float()).reshape(24, 64)),
             dense((((four + 8).reshape(-1, 32) * steps).float() - (steps * 7).half()).float().reshape(24, 64)),
         ]
     ).eval()
