@@ -32,6 +32,8 @@ def candidates(plain: Entry, bits: Array, nbytes: int) -> Iterator[tuple[Entry, 
         entry = None if codes is None else entry_of(plain, codes)
         if entry is not None and codes is not None:
             yield entry, codes
+            packed = codes.codes.numel() * (entry.entries - 1).bit_length() // 8
+            nbytes = min(nbytes, packed + codes.codebooks.nbytes)
 
 
 def entry_of(plain: Entry, found: VectorCodes) -> Entry | None:
