@@ -4,10 +4,13 @@
     d  dtype
     f  form
     n  positions stored (sparse forms)
-    k  entries of the codebook, or of each (codebook forms)
-    w  columns of a block that has a codebook (codebooks; left out where rows have them), or of a segment (vectors)
+    k  entries of the codebook, or of each (codebook forms, vectors); codes, from 0 on (integers, affine, scaled)
+    w  columns of a block that has a codebook (codebooks; left out where rows have them), or of a segment (vectors);
+       weights, consecutive in C order, that share a scale (integers, affine, scaled)
     u  terms that a number is a sum of (vectors; 1 where it is left out)
     h  true: all segments share a codebook (vectors)
+    i  the least integer, which is code 0 (integers; 0 where it is left out)
+    m  bit pattern of a float32 number that products are multiplied by (integers; by none where it is left out)
     b  bit pattern of every position that is not stored (sparse forms; 0 where it is left out)
     t  true: positions run down the columns
     o  dimensions from outermost to innermost in memory
@@ -25,6 +28,12 @@ Forms and their streams (the codebook of sums is float32 where the tensor is nar
     codebooks         codebook (of every row or block of columns, one after the other), codes
     vectors           codebook [terms, segments or 1, columns of a segment, entries], codes [rows, terms * segments]
     signs             scales (magnitudes, one for each row), signs (1 for a negative number)
+    integers          scales (float32, one for each run of w weights), codes; a weight is
+                      dtype(float32(float32((i + code) scale) m)), to nearest, ties to even
+    affine            scales, offsets (one for each run of w weights), codes; a weight is
+                      float32(float32(code scale) + offset)
+    scaled            codebook (float32), scales (one for each run of w weights), codes; a weight is
+                      dtype(float32(codebook[code] scale)), to nearest, ties to even
 """
 
 from __future__ import annotations
@@ -83,13 +92,22 @@ FORMS = {
     "sparse": ("positions", "values"),
     "sparse-codebook": ("positions", "codebook", "codes"),
     "signs": ("scales", "signs"),
+    "integers": ("scales", "codes"),
+    "affine": ("scales", "offsets", "codes"),
+    "scaled": ("codebook", "scales", "codes"),
 }
+# Forms that name how many codes there are.
+CODED = ("codebook", "codebooks", "vectors", "sparse-codebook", "integers", "affine", "scaled")
+# Forms of runs of weights that have a scale each.
+SCALED = ("integers", "affine", "scaled")
+MAX_INTEGER = 255
 ROLE_CODERS = {
     "values": VALUE_CODERS,
     "codebook": VALUE_CODERS,
     "codes": CODE_CODERS,
     "positions": POSITION_CODERS,
     "scales": VALUE_CODERS,
+    "offsets": VALUE_CODERS,
     "signs": CODE_CODERS[:-1],
 }
 MAX_GAP_WIDTH = 15
@@ -115,6 +133,8 @@ class Entry:
     stored: int
     entries: int = 0
     block: int = 0
+    least: int = 0
+    factor: int = 0
     stages: int = 1
     one_book: bool = False
     base: int = 0
@@ -162,11 +182,13 @@ class Entry:
         if self.form == "vectors":
             return self.stages * (1 if self.one_book else self.segments)
         if self.form != "codebooks":
-            return int(self.form.endswith("codebook"))
+            return int("codebook" in FORMS[self.form])
         return self.segments if self.block else self.shape[0]
 
     def count(self, role: str) -> int:
         """Items in a stream of this role."""
+        if role in ("scales", "offsets") and self.form in SCALED:
+            return self.numel // self.block
         width = self.block if self.form == "vectors" else 1
         return {"codebook": self.entries * self.codebooks * width, "scales": self.shape[0] if self.shape else 0}.get(
             role, self.stored
@@ -174,6 +196,8 @@ class Entry:
 
     def dtype_of(self, role: str) -> torch.dtype:
         """The dtype of the numbers in a stream of values of this role."""
+        if role != "codes" and self.form in SCALED:
+            return torch.float32
         sums = role == "codebook" and self.stages > 1
         return torch.promote_types(self.real_dtype, torch.float32) if sums else self.real_dtype
 
@@ -196,10 +220,14 @@ class Entry:
         data: dict[str, Any] = {"s": list(self.shape), "d": DTYPE_NAMES[self.dtype], "f": self.form}
         if self.is_sparse:
             data["n"] = self.stored
-        if self.codebooks:
+        if self.form in CODED:
             data["k"] = self.entries
         if self.block:
             data["w"] = self.block
+        if self.least:
+            data["i"] = self.least
+        if self.factor:
+            data["m"] = self.factor
         if self.stages > 1:
             data["u"] = self.stages
         if self.one_book:
@@ -226,7 +254,7 @@ class Entry:
         Raises:
             TerseFileError: a field is unknown, missing or out of range, or the fields contradict each other.
         """
-        data = fields.check_keys(data, "a tensor", set("sdfnkwuhbtogcvx"))
+        data = fields.check_keys(data, "a tensor", set("sdfnkwuhimbtogcvx"))
         sizes = fields.items(data.get("s"), "a shape")
         shape = tuple(fields.integer(size, "a dimension", 0, fields.MAX_SIZE) for size in sizes[:65])
         if len(sizes) > 64 or math.prod(shape) >= fields.MAX_SIZE // 2:
@@ -236,12 +264,14 @@ class Entry:
         entry = cls(shape, dtype, form, 0)
         numel = entry.numel
         stored = fields.integer(data.get("n"), "a count", 0, numel) if entry.is_sparse else numel
-        entries = fields.integer(data.get("k"), "codebook entries", 0, MAX_ENTRIES) if "codebook" in FORMS[form] else 0
+        entries = fields.integer(data.get("k"), "codebook entries", 0, MAX_ENTRIES) if form in CODED else 0
         entry = replace(
             entry,
             stored=stored,
             entries=entries,
             block=fields.integer(data["w"], "columns of a block", 1, fields.MAX_SIZE) if "w" in data else 0,
+            least=fields.integer(data.get("i", 0), "the least integer", -MAX_INTEGER, MAX_INTEGER),
+            factor=fields.integer(data.get("m", 0), "a bit pattern", 0, (1 << 32) - 1),
             stages=fields.integer(data.get("u", 1), "terms", 1, MAX_ENTRIES),
             one_book=fields.flag(data.get("h", False), "h"),
             base=fields.integer(data.get("b", 0), "a bit pattern", 0, (1 << 8 * entry.real_dtype.itemsize) - 1),
@@ -266,14 +296,18 @@ class Entry:
         vectors = self.form == "vectors"
         if (
             (data.keys() & set("nbt") and not self.is_sparse)
-            or ("k" in data and "codebook" not in FORMS[self.form])
+            or ("k" in data and self.form not in CODED)
             or (data.keys() & set("uh") and not vectors)
         ):
             refuse(f"have only the fields of a tensor stored as {self.form}", sorted(data))
         if self.form == "codebooks":
             self._check_codebooks()
+        elif self.form in SCALED:
+            self._check_runs()
         elif self.block and not vectors:
             refuse("have blocks of columns with codebooks of their own only", self.form)
+        if data.keys() & set("im") and self.form != "integers":
+            refuse("have a least integer and a factor with integers only", self.form)
         if self.form == "signs" and (len(self.shape) < 2 or not self.dtype.is_floating_point):
             refuse("keep floating-point rows as signs", f"{self.dtype} {list(self.shape)}")
         if self.down_columns and len(self.shape) < 2:
@@ -302,7 +336,7 @@ class Entry:
                     refuse("store every position and no bytes for them", f"{self.stored}, {spec.nbytes} bytes")
             elif spec.coder == "numbers" and self.count(spec.role) > MAX_NUMBERS:
                 refuse(f"hold at most {MAX_NUMBERS} values in a stream of numbers", self.count(spec.role))
-            elif spec.role in ("codebook", "scales"):
+            elif spec.role in ("codebook", "scales", "offsets"):
                 if self.count(spec.role) > spec.nbytes * MAX_ITEMS_PER_BYTE:
                     refuse(f"hold {self.count(spec.role)} items in a stream of {spec.role}", f"{spec.nbytes} bytes")
             elif self.stored > spec.nbytes * (MAX_ITEMS_PER_BYTE if spec.coder in SUBBIT_CODERS else 8):
@@ -310,12 +344,29 @@ class Entry:
 
     def _check_codebooks(self) -> None:
         """Codebooks are those of a matrix's rows or blocks, and hold no more numbers than it."""
-        if len(self.shape) < 2 or not self.numel or not self.dtype.is_floating_point:
-            refuse("keep a floating-point matrix with codebooks", f"{self.dtype} {list(self.shape)[:8]}")
-        if self.block and self.numel // self.shape[0] % self.block:
-            refuse("have blocks that divide the columns", self.block)
+        known = self.dtype.is_floating_point or self.dtype is torch.uint8
+        if len(self.shape) < 2 or not self.numel or not known:
+            refuse("keep a floating-point or uint8 matrix with codebooks", f"{self.dtype} {list(self.shape)[:8]}")
+        columns = self.numel // self.shape[0]
+        if self.block >= max(2, columns):
+            refuse(f"have blocks of fewer than {columns} columns", self.block)
         if not 1 <= self.entries <= MAX_CONTEXT_ENTRIES or self.count("codebook") > self.numel:
             refuse(f"have codebooks of at most {self.numel} numbers, {MAX_CONTEXT_ENTRIES} each", self.entries)
+
+    def _check_runs(self) -> None:
+        """Integers are those of a matrix, in whole runs; the factor is a positive number."""
+        known = (torch.float32, torch.bfloat16, torch.float16)[: 1 if self.form == "affine" else None]
+        if len(self.shape) < 2 or not self.numel or self.dtype not in known:
+            names = " or ".join(str(dtype).removeprefix("torch.") for dtype in known)
+            refuse(f"keep a matrix of {names} as {self.form}", f"{self.dtype} {list(self.shape)[:8]}")
+        if not self.block or self.numel % self.block:
+            refuse("have runs that divide the weights", self.block)
+        if self.form == "scaled" and self.entries > min(MAX_CONTEXT_ENTRIES, self.numel):
+            refuse(f"have a codebook of at most {min(MAX_CONTEXT_ENTRIES, self.numel)} numbers", self.entries)
+        if not 1 <= self.entries <= MAX_INTEGER + 1 - self.least:
+            refuse(f"have integers of at most {MAX_INTEGER}", f"{self.entries} from {self.least} on")
+        if (self.factor >> 23 in (0, 255) and self.factor) or self.factor >> 31:
+            refuse("have a normal, positive number as a factor", f"pattern {self.factor:#x}")
 
     def _with_checked_vectors(self) -> Entry:
         """The entry with its number of codes; of these and of numbers in codebooks the tensor has at least as many."""

@@ -30,9 +30,10 @@ def save(
     """Writes model to one file, every tensor in its smallest lossless form; the same model gives the same bytes.
 
     A tensor is stored raw, as codes with a codebook or one for each row or block of columns, as codes of sub-vectors
-    that its rows share, as signs with a scale for each row, or as the positions of its non-zeros with their values or
-    codes; which one follows from its values, not from how a layer happens to run. Rows that are sums of shared ones,
-    as quantize.residual makes them, are stored by their codes as long as nobody changes the weight after finalize.
+    that its rows share, as signs with a scale for each row, as integers with a scale, and perhaps an offset, for all,
+    each row or each group of a row, or as the positions of its non-zeros with their values or codes; which one follows
+    from its values, not from how a layer happens to run. Rows that are sums of shared ones, as quantize.residual makes
+    them, are stored by their codes as long as nobody changes the weight after finalize.
 
     The -0.0 that a product with a mask leaves comes back as 0.0 in the weights of linear, convolutional, recurrent and
     attention layers, which only enter sums; every other bit of every tensor is kept. SparseLinear and
