@@ -95,8 +95,8 @@ void StoreTile(const XnorMatmulArgs& a, Index n, const Rows& rows, const __m256i
       const __m256 y = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), rows.scale[v], rows.bias[v]);
       _mm256_maskstore_ps(reinterpret_cast<float*>(reinterpret_cast<char*>(a.floats) + at), rows.within[v], y);
     } else {
-      const __m256i minus = _mm256_and_si256(_mm256_cmpgt_epi32(rows.thresholds[v], dot), rows.within[v]);
-      bits |= static_cast<std::uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(minus))) << 8 * v;
+      const __m256i ones = _mm256_and_si256(_mm256_cmpgt_epi32(rows.thresholds[v], dot), rows.within[v]);
+      bits |= static_cast<std::uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(ones))) << 8 * v;
     }
   }
   if (a.bits != nullptr) Store(reinterpret_cast<char*>(a.bits) + (n * ((a.rows + 63) / 64) * 64 + rows.row) / 8, bits);
@@ -135,9 +135,7 @@ void MultiplyTogether(const XnorMatmulArgs& a, Index tile, Index tiles, Index n,
       const char* x = reinterpret_cast<const char*>(a.x) + 8 * ((n + m) * a.words + first);
       const Index other = m + 1 < samples ? 8 * a.words : 0;
       for (Index i = 0; i < words; ++i) codes.Set(i, x + 8 * i, x + 8 * i + other);
-      Index t = 0;
-      for (; t + 2 <= tiles; t += 2) AddDiffering<2>(codes, nibbles, t, words, counts[m / 2]);
-      if (t < tiles) AddDiffering<1>(codes, nibbles, t, words, counts[m / 2]);
+      AddDiffering(codes, nibbles, tiles, words, counts[m / 2]);
     }
   }
   for (Index t = 0; t < tiles; ++t) {
