@@ -25,7 +25,7 @@ constexpr Index kCountRows = 32;                   // of a vector
 constexpr Index kCountVector = 32;                 // its bytes
 constexpr Index kCountWords = 12;                  // counted together: their nibbles of 4 tiles stay in the cache
 constexpr Index kCountNibbles = 16 * kCountWords;  // fours of columns
-constexpr Index kCountTiles = 4;                   // of 32 rows
+constexpr int kCountTiles = 4;                     // of 32 rows
 constexpr Index kMostCountWords = 1023;            // whose counts surely fit 16 bits
 constexpr Index kCountSamples = 128;               // counted together
 constexpr Index kTriples = 21;                     // of fours, whose counts surely fit a byte
@@ -89,8 +89,8 @@ struct TileNibbles {
   void End(Index tile, Index words) {
     for (Index i = 16 * words; i < 16 * words + 2; ++i) Store(At(tile, i), _mm256_setzero_si256());
   }
-  char* At(Index tile, Index nibble) { return of[tile / 2][nibble][tile % 2]; }
-  alignas(64) char of[kCountTiles / 2][kCountNibbles + 2][2][kCountVector];
+  char* At(Index tile, Index nibble) { return of[nibble][tile]; }
+  alignas(64) char of[kCountNibbles + 2][kCountTiles][kCountVector];
 };
 
 // Of two samples and 32 rows: those of even and of odd bytes, of the first and of the second sample.
@@ -112,33 +112,47 @@ struct PairCounts {
   alignas(32) std::uint16_t of[4][16];
 };
 
+// Adds up three fours of a tile: those of the first sample in bytes, and those of the second, with 16 times the odd
+// bytes of the first in between, in 16 bits. By hand, because GCC 12 keeps some of the sums of four tiles in memory.
+inline void AddTriple(const char* rows, const __m256i (&tables)[3], __m256i low, __m256i& first, __m256i& both) {
+  constexpr Index kNext = kCountTiles * kCountVector;
+  __m256i sum, second, third;
+  asm("vpshufb %[r0], %[t0], %[sum]\n\t"
+      "vpshufb %[r1], %[t1], %[second]\n\t"
+      "vpshufb %[r2], %[t2], %[third]\n\t"
+      "vpaddb %[second], %[sum], %[sum]\n\t"
+      "vpaddb %[third], %[sum], %[sum]\n\t"
+      "vpand %[low], %[sum], %[second]\n\t"
+      "vpsrlw $4, %[sum], %[sum]\n\t"
+      "vpaddb %[second], %[first], %[first]\n\t"
+      "vpaddw %[sum], %[both], %[both]"
+      : [sum] "=&x"(sum), [second] "=&x"(second), [third] "=&x"(third), [first] "+x"(first), [both] "+x"(both)
+      : [t0] "x"(tables[0]), [t1] "x"(tables[1]), [t2] "x"(tables[2]), [low] "x"(low),
+        [r0] "m"(*reinterpret_cast<const __m256i*>(rows)), [r1] "m"(*reinterpret_cast<const __m256i*>(rows + kNext)),
+        [r2] "m"(*reinterpret_cast<const __m256i*>(rows + 2 * kNext)));
+}
+
 // Adds up some words of kTogether tiles from an even one on. A function of its own, whose loop has the registers.
 template <int kTogether>
 __attribute__((noinline)) void AddTiles(const PairCodes& codes, TileNibbles& nibbles, Index tile, Index words,
                                         PairCounts* counts) {
   const __m256i low = _mm256_set1_epi8(15), even = _mm256_set1_epi16(255);
   const char* rows = nibbles.At(tile, 0);
-  const Index triples = (16 * words + 2) / 3;
-  for (Index t = 0; t < triples;) {
+  const Index triples = (16 * words + 2) / 3, parts = (triples + kTriples - 1) / kTriples;
+  Index t = 0;
+  for (Index part = 1; part <= parts; ++part) {
     __m256i first[kTogether], both[kTogether];
     for (int r = 0; r < kTogether; ++r) first[r] = both[r] = _mm256_setzero_si256();
-    for (const Index end = t + kTriples < triples ? t + kTriples : triples; t < end; ++t) {
-      __m256i sums[kTogether] = {};
+    for (const Index end = triples * part / parts; t < end; ++t) {
+      __m256i tables[3];
 #pragma GCC unroll 3
       for (int i = 0; i < 3; ++i) {
         const Index code = codes.of[3 * t + i];
-        const auto table = _mm256_broadcastsi128_si256(LoadAt<__m128i>(kDifferingOfPairs.of, code, 8));
-#pragma GCC unroll 2
-        for (int r = 0; r < kTogether; ++r) {
-          const auto places = LoadAt<__m256i>(rows, 2 * (3 * t + i) + r, kCountVector);
-          sums[r] = _mm256_add_epi8(sums[r], _mm256_shuffle_epi8(table, places));
-        }
+        tables[i] = _mm256_broadcastsi128_si256(LoadAt<__m128i>(kDifferingOfPairs.of, code, 8));
       }
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int r = 0; r < kTogether; ++r) {
-        first[r] = _mm256_add_epi8(first[r], _mm256_and_si256(sums[r], low));
-        // 16 times the odd bytes of the first sample are in between.
-        both[r] = _mm256_add_epi16(both[r], _mm256_srli_epi16(sums[r], 4));
+        AddTriple(rows + (kCountTiles * 3 * t + r) * kCountVector, tables, low, first[r], both[r]);
       }
     }
     for (int r = 0; r < kTogether; ++r) {
@@ -157,9 +171,9 @@ __attribute__((noinline)) void AddTiles(const PairCodes& codes, TileNibbles& nib
 // Adds up some words of two samples with some tiles.
 inline void AddDiffering(const PairCodes& codes, TileNibbles& nibbles, Index tiles, Index words,
                          PairCounts (&counts)[kCountTiles]) {
-  Index t = 0;
-  for (; t + 2 <= tiles; t += 2) AddTiles<2>(codes, nibbles, t, words, counts);
-  if (t < tiles) AddTiles<1>(codes, nibbles, t, words, counts);
+  if (tiles == kCountTiles) return AddTiles<kCountTiles>(codes, nibbles, 0, words, counts);
+  if (tiles > 1) AddTiles<2>(codes, nibbles, 0, words, counts);
+  if (tiles % 2 == 1) AddTiles<1>(codes, nibbles, tiles - 1, words, counts);
 }
 
 }  // namespace
