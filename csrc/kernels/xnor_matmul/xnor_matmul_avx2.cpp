@@ -11,7 +11,7 @@ namespace {
 
 constexpr int kVectors = 8;   // of 4 rows
 constexpr int kTogether = 2;  // vectors whose counts stay in registers
-constexpr Index kSteps = 31;  // of at most 8 that a byte surely holds
+constexpr Index kPart = 62;   // words, whose pairs add at most 8 to a byte that surely holds 31 of them
 
 __m256i Splat(const char* x, Index i) { return _mm256_set1_epi64x(LoadAt<std::int64_t>(x, i, 8)); }
 
@@ -26,28 +26,24 @@ __m256i CountBytes(__m256i bits) {
 
 __m256i SumBytes(__m256i bytes) { return _mm256_sad_epu8(bytes, _mm256_setzero_si256()); }
 
-// How many bits differ, of a sample with kTogether vectors of rows, as int64 [kTogether][4].
+// Adds how many bits differ in at most kPart words, of a sample with kTogether vectors of rows, to int64
+// [kTogether][4].
 void Count(const char* weight, const char* x, Index words, __m256i (&counts)[kTogether]) {
-  __m256i sums[kTogether] = {};
-  for (__m256i& count : counts) count = _mm256_setzero_si256();
+  __m256i sums[kTogether] = {}, carries[kTogether] = {};
   Index i = 0;
-  while (i + 2 <= words) {
-    __m256i carries[kTogether] = {};
-    const Index end = i + 2 * kSteps < words - 1 ? i + 2 * kSteps : words - 1;
-    for (; i < end; i += 2) {
+  for (; i + 2 <= words; i += 2) {
+    // The words after the part: between those of a row lie other rows', through which the hardware does not see.
+    _mm_prefetch(weight + (i + kPart) * kVectors * 32, _MM_HINT_T0);
+    _mm_prefetch(weight + (i + 1 + kPart) * kVectors * 32, _MM_HINT_T0);
 #pragma GCC unroll 2
-      for (int v = 0; v < kTogether; ++v) {
-        const __m256i s = sums[v];
-        const __m256i first = _mm256_xor_si256(LoadAt<__m256i>(weight, i * kVectors + v, 32), Splat(x, i));
-        const __m256i second = _mm256_xor_si256(LoadAt<__m256i>(weight, (i + 1) * kVectors + v, 32), Splat(x, i + 1));
-        const __m256i q = _mm256_xor_si256(s, first);
-        const __m256i carry = _mm256_or_si256(_mm256_and_si256(s, first), _mm256_and_si256(q, second));
-        carries[v] = _mm256_add_epi8(carries[v], CountBytes(carry));
-        sums[v] = _mm256_xor_si256(q, second);
-      }
-    }
     for (int v = 0; v < kTogether; ++v) {
-      counts[v] = _mm256_add_epi64(counts[v], _mm256_slli_epi64(SumBytes(carries[v]), 1));
+      const __m256i s = sums[v];
+      const __m256i first = _mm256_xor_si256(LoadAt<__m256i>(weight, i * kVectors + v, 32), Splat(x, i));
+      const __m256i second = _mm256_xor_si256(LoadAt<__m256i>(weight, (i + 1) * kVectors + v, 32), Splat(x, i + 1));
+      const __m256i q = _mm256_xor_si256(s, first);
+      const __m256i carry = _mm256_or_si256(_mm256_and_si256(s, first), _mm256_and_si256(q, second));
+      carries[v] = _mm256_add_epi8(carries[v], CountBytes(carry));
+      sums[v] = _mm256_xor_si256(q, second);
     }
   }
   for (int v = 0; v < kTogether; ++v) {
@@ -56,7 +52,8 @@ void Count(const char* weight, const char* x, Index words, __m256i (&counts)[kTo
       const auto last = LoadAt<__m256i>(weight, i * kVectors + v, 32);
       bytes = _mm256_add_epi8(bytes, CountBytes(_mm256_xor_si256(last, Splat(x, i))));
     }
-    counts[v] = _mm256_add_epi64(counts[v], SumBytes(bytes));
+    const __m256i twice = _mm256_slli_epi64(SumBytes(carries[v]), 1);
+    counts[v] = _mm256_add_epi64(counts[v], _mm256_add_epi64(twice, SumBytes(bytes)));
   }
 }
 
@@ -104,13 +101,16 @@ void StoreTile(const XnorMatmulArgs& a, Index n, const Rows& rows, const __m256i
 
 // A sample at a time, which needs no vectors of nibbles.
 void MultiplyTile(const XnorMatmulArgs& a, const char* weight, Index tile, Index n) {
-  __m256i counts[4];
+  __m256i parts[kVectors / kTogether][kTogether] = {}, counts[4];
+  const char* x = reinterpret_cast<const char*>(a.x) + 8 * n * a.words;
+  for (Index i = 0; i < a.words; i += kPart) {
+    const Index words = a.words - i < kPart ? a.words - i : kPart;
+    for (int v = 0; v < 4; ++v) Count(weight + (i * kVectors + v * kTogether) * 32, x + 8 * i, words, parts[v]);
+  }
   const __m256i halves = _mm256_setr_epi32(0, 2, 4, 6, 0, 2, 4, 6);
-  for (int v = 0; v < kVectors; v += kTogether) {
-    __m256i part[kTogether];
-    Count(weight + 32 * v, reinterpret_cast<const char*>(a.x) + 8 * n * a.words, a.words, part);
-    const __m256i first = _mm256_permutevar8x32_epi32(part[0], halves);
-    counts[v / 2] = _mm256_blend_epi32(first, _mm256_permutevar8x32_epi32(part[1], halves), 0xf0);
+  for (int v = 0; v < 4; ++v) {
+    const __m256i first = _mm256_permutevar8x32_epi32(parts[v][0], halves);
+    counts[v] = _mm256_blend_epi32(first, _mm256_permutevar8x32_epi32(parts[v][1], halves), 0xf0);
   }
   StoreTile(a, n, Rows(a, tile), counts);
 }
