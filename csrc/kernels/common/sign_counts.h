@@ -5,9 +5,9 @@
 //         addition count 256 products. Three such sums fit 4 bits; then they go to bytes, 21 at a time, and those to
 //         16 bits.
 // Limits: 3 shuffles, 2 additions and 4 operations that part the samples, for 768 products: 3 cycles of three ports,
-//         256 products a cycle, where full adders and a count of nibbles take 14 operations for 512, 110 a cycle. 2
-//         tiles, 6 loads for 9 operations, reach three quarters of that. A weight becomes vectors of nibbles at 56
-//         operations for a word of 32 rows, worth those of two samples.
+//         256 products a cycle, where full adders and a count of nibbles take 14 operations for 512, 110 a cycle. 4
+//         tiles together take 4.5 loads for 9 operations; a large layer reaches two thirds of the limit. A weight
+//         becomes vectors of nibbles at 56 operations for a word of 32 rows, worth those of two samples.
 //
 // Written once for the kernels that have such a level; everything here is local to the including file.
 #pragma once
