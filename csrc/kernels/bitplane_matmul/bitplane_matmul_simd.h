@@ -116,7 +116,7 @@ struct TablesEnd {
 };
 
 inline TablesEnd EndOf(const BitplaneMatmulArgs& a) {
-  const Index last = a.words - 1;
+  const Index last = a.words > 0 ? a.words - 1 : 0;
   return {(a.columns - last * 64 + 3) / 4,
           reinterpret_cast<const char*>(a.tables) + last * a.samples * kWordTables * kTableBytes};
 }

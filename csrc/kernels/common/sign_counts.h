@@ -27,7 +27,7 @@ constexpr Index kCountWords = 12;                  // counted together: their ni
 constexpr Index kCountNibbles = 16 * kCountWords;  // fours of columns
 constexpr int kCountTiles = 4;                     // of 32 rows
 constexpr Index kMostCountWords = 1023;            // whose counts surely fit 16 bits
-constexpr Index kCountSamples = 64;               // counted together
+constexpr Index kCountSamples = 64;                // counted together
 constexpr Index kTriples = 21;                     // of fours, whose counts surely fit a byte
 
 // [a | b << 4][i]: how many bits of i and a differ, and 16 times those of i and b.
