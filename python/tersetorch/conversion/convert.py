@@ -98,10 +98,10 @@ def convert(
         example_inputs: what model is called with: a tensor, a tuple of arguments or a dict of keyword arguments. With
             plan, only for the report's largest output difference.
         plan: "sparse", "codebook", "product", "residual", "binary" or "multiplied_out", every layer that can; or format
-            names by layer name, the others stay dense: "dense", "csr", "sparse_codebook", "sparse_conv2d" and the
-            other names in tersetorch.conversion.candidates.CANDIDATES. "codebook" keeps codes of at most 8 bits, of a
-            weight's non-zeros ("sparse_codebook") or of all its weights ("codebook_linear"), whichever takes fewer bytes: at 4
-            bits that of all from a tenth of non-zeros on; an nn.Embedding's are always those of all
+            names by layer name, the others stay dense: "dense", "csr", "sparse_codebook", "sparse_conv2d" and the other
+            names in tersetorch.conversion.candidates.CANDIDATES. "codebook" keeps codes of at most 8 bits, of a
+            weight's non-zeros ("sparse_codebook") or of all its weights ("codebook_linear"), whichever takes fewer
+            bytes: at 4 bits that of all from a tenth of non-zeros on; an nn.Embedding's are always those of all
             ("codebook_embedding"). "product" keeps codes of the sub-vectors that a weight's rows share, whoever made
             them ("product_linear", "product_conv2d"); "residual" those of the sums that quantize.residual made, as long
             as nobody changed the weight since ("residual_linear", "residual_conv2d"). "binary" takes layers whose
