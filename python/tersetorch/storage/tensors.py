@@ -38,7 +38,9 @@ class _Choice:
     build: Callable[[], tuple[Entry, list[Stream]]]
 
 
-def encode_tensor(name: str, tensor: Tensor, trains: bool, summed: bool = False) -> tuple[Entry, list[Stream]]:
+def encode_tensor(
+    name: str, tensor: Tensor, trains: bool, summed: bool = False, in_context: bool = True
+) -> tuple[Entry, list[Stream]]:
     """The smallest form of a plain tensor of any dtype and shape.
 
     Args:
@@ -47,6 +49,7 @@ def encode_tensor(name: str, tensor: Tensor, trains: bool, summed: bool = False)
         trains: whether it is no parameter that does not train.
         summed: its owners only add up products with it, so that -0.0 becomes 0.0 if it is a parameter of two dimensions
             or more.
+        in_context: coders with contexts are tried, too.
 
     Raises:
         ValueError: tensor is no plain strided tensor with data, or has a dtype that the format does not know.
@@ -66,18 +69,19 @@ def encode_tensor(name: str, tensor: Tensor, trains: bool, summed: bool = False)
     values = bits[kept]
     table = count_patterns(values)
     rest = bits.size - values.size
-    choices = [_dense_choice(replace(plain, base=0), bits, _with_pattern(table, common, rest))]
+    choices = [_dense_choice(replace(plain, base=0), bits, _with_pattern(table, common, rest), in_context)]
     if len(shape) > 1 and dtype.is_floating_point and bits.size and _is_of_signs(bits.reshape(shape[0], -1)):
-        choices.append(_sign_choice(replace(plain, form="signs", base=0), bits))
+        choices.append(_sign_choice(replace(plain, form="signs", base=0), bits, in_context))
     if rest:
         choices += [
-            _sparse_choice(plain, bits, kept, table, down_columns)
+            _sparse_choice(plain, bits, kept, table, down_columns, in_context)
             for down_columns in (False, True)[: 1 + (len(shape) > 1 and dtype not in REAL)]
         ]
     if len(shape) > 1 and dtype.is_floating_point and bits.size:
         least = min(choice.nbytes for choice in choices)
         found = codebooks.candidates(bits.reshape(shape[0], -1), least)
-        choices += [_codebooks_choice(replace(plain, form="codebooks", base=0), *candidate) for candidate in found]
+        with_tables = replace(plain, form="codebooks", base=0)
+        choices += [_codebooks_choice(with_tables, *candidate, in_context) for candidate in found]
     entry, encoded = min(choices, key=lambda choice: choice.nbytes).build()
     return entry.with_streams(encoded), encoded
 
@@ -232,8 +236,8 @@ def check_plain(name: str, tensor: Tensor) -> None:
         raise ValueError(f"save: {name} must have one of the dtypes {known}, got {tensor.dtype}; cast it first")
 
 
-def _dense_choice(plain: Entry, bits: Array, table: Table | None) -> _Choice:
-    coding = value_coding(bits, table, plain)
+def _dense_choice(plain: Entry, bits: Array, table: Table | None, in_context: bool) -> _Choice:
+    coding = value_coding(bits, table, plain if in_context else None)
     form = "raw" if coding.codes is None else "codebook"
 
     def build() -> tuple[Entry, list[Stream]]:
@@ -244,14 +248,15 @@ def _dense_choice(plain: Entry, bits: Array, table: Table | None) -> _Choice:
 
 
 def _sparse_choice(
-    plain: Entry, bits: Array, kept: NDArray[np.bool_], table: Table | None, down_columns: bool
+    plain: Entry, bits: Array, kept: NDArray[np.bool_], table: Table | None, down_columns: bool, in_context: bool
 ) -> _Choice:
     """Storing the patterns marked in kept, by rows or by columns."""
     if down_columns:
         bits, kept = (array.reshape(plain.shape[0], -1).T.ravel() for array in (bits, kept))
     positions = np.flatnonzero(kept)
-    position_coding = streams.best_position_coding(positions, bits.size, None if down_columns else plain.grid)
-    coding = value_coding(bits[positions], table, None if down_columns else plain, positions)
+    neighbours = plain if in_context and not down_columns else None
+    position_coding = streams.best_position_coding(positions, bits.size, neighbours.grid if neighbours else None)
+    coding = value_coding(bits[positions], table, neighbours, positions)
     nbytes = coding.nbytes + position_coding.nbytes + STREAM_BYTES * (2 if plain.base else 1)
     form = "sparse" if coding.codes is None else "sparse-codebook"
 
@@ -270,14 +275,15 @@ def _is_of_signs(rows: Array) -> bool:
     return bool((magnitudes[0] == magnitudes[0, 0]).all() and (magnitudes == magnitudes[:, :1]).all())
 
 
-def _sign_choice(plain: Entry, bits: Array) -> _Choice:
+def _sign_choice(plain: Entry, bits: Array, in_context: bool) -> _Choice:
     """Storing each row's magnitude and everyone's sign."""
     sign = _sign_bit(bits.dtype)
     scales = bits.reshape(plain.shape[0], -1)[:, 0] & sign - sign.dtype.type(1)
     codes = (bits & sign != 0).astype(np.uint8)
     value_coding = streams.best_value_coding(scales)
     counts = np.bincount(codes, minlength=2)
-    code_coding = streams.best_code_coding(counts, lambda: codes, _sign_context(plain, bits.dtype))
+    context = _sign_context(plain, bits.dtype) if in_context else None
+    code_coding = streams.best_code_coding(counts, lambda: codes, context)
 
     def build() -> tuple[Entry, list[Stream]]:
         encoded = streams.encode_codes(codes, 2, code_coding)
@@ -298,12 +304,13 @@ def _sign_bits(entry: Entry, data: list[bytes], pattern: np.dtype[Any]) -> Array
     return bits
 
 
-def _codebooks_choice(plain: Entry, block: int, tables: Array, codes: Array) -> _Choice:
+def _codebooks_choice(plain: Entry, block: int, tables: Array, codes: Array, in_context: bool) -> _Choice:
     """Storing a table for each row or block of columns, and everyone's code."""
     entry = replace(plain, block=block, entries=tables.shape[1])
     value_coding = streams.best_value_coding(tables.reshape(-1))
     counts = np.bincount(codes, minlength=entry.entries)
-    code_coding = streams.best_code_coding(counts, lambda: codes, codebooks.context(entry, tables))
+    context = codebooks.context(entry, tables) if in_context else None
+    code_coding = streams.best_code_coding(counts, lambda: codes, context)
 
     def build() -> tuple[Entry, list[Stream]]:
         return entry, [
