@@ -138,7 +138,7 @@ def table(record: dict[str, Any]) -> Table:
     """Each network beside the papers'."""
     shown = Table(
         "", "paper, test error", "test error", "worst seed", "held out", "signs changed", "file, bytes", "smaller",
-        "other decisions", title=TITLES[record["plan"]["data"]],
+        "other decisions", title=TITLES[record["plan"]["data"]], caption=f"Shortened: {record['plan']['shortened']}.",
     )  # fmt: skip
     rows = record["seeds"]
     for name, variant in record["plan"]["variants"].items():

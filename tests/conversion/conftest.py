@@ -24,6 +24,8 @@ class FakeTimer:
             **dict.fromkeys(["blocked", "blocked_codebook", "blocked_int8", "blocked_bfloat16"], 2e-3),
             **dict.fromkeys(["codebook_linear", "codebook_linear_bfloat16", "codebook_linear_int8"], 2e-3),
             **dict.fromkeys(["codebook_conv2d", "codebook_conv2d_bfloat16", "codebook_conv2d_int8"], 2e-3),
+            **dict.fromkeys(["product_linear", "product_linear_int8", "product_conv2d"], 2e-3),
+            **dict.fromkeys(["residual_linear", "residual_linear_int8", "residual_conv2d"], 2e-3),
             **dict.fromkeys(["binary_linear", "binary_linear_real", "binary_conv2d"], 2e-3),
             **dict.fromkeys(["binary_linear_pixels", "binary_linear_signed_pixels"], 2e-3),
             "the model: dense model": 1e-2,

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrizations
 from tersetorch import methods
 from tersetorch.nn import CodebookLinear, SparseCodebookLinear, SparseLinear
 from tersetorch.nn.layout import LAYOUTS
-from tersetorch.storage import TerseFileError, inspect, load, save, streams
+from tersetorch.storage import TerseFileError, inspect, load, save, streams, vectors
 
 
 class Stateful(nn.Module):
@@ -351,6 +351,7 @@ def test_the_golden_file_of_version_2(same_state, tmp_path, monkeypatch):
     assert found.version == 2
     coders = {coder for tensor in found.tensors for coder in tensor.coders}
     assert coders >= {"numbers", "planes", "rans", "contexts", "gaps-rans"}
+    monkeypatch.setattr(vectors, "TRIED", 0)  # came later, and one of the weights has shared sub-vectors
     for name, value in namespace["SMALL"].items():
         monkeypatch.setattr(streams, name, value)
     save(model, tmp_path / "m.terse")

@@ -23,7 +23,7 @@ def convert(
         str, typer.Option(help="Shape of one input, such as 1x784: what the measuring runs on.", metavar="NxM...")
     ] = "",
     plan: Annotated[
-        Literal["measure", "sparse", "codebook", "binary"],
+        Literal["measure", "sparse", "codebook", "product", "residual", "binary"],
         typer.Option(help="measure keeps, for each layer, what is fastest here; the others are told, not measured."),
     ] = "measure",
     network: Annotated[str, typer.Option(help="The zoo's network that a state dict belongs to.")] = "",
@@ -35,7 +35,9 @@ def convert(
     dense = read_model("convert", model, network)
     if plan == "measure":
         if not input_shape:
-            raise typer.BadParameter("measuring needs --input-shape; or name --plan sparse, codebook or binary")
+            raise typer.BadParameter(
+                "measuring needs --input-shape; or name a --plan such as sparse, codebook or binary"
+            )
         example = torch.randn(parse_shape(input_shape), generator=torch.Generator().manual_seed(0))
         with console.status("measuring each layer"):
             fast = conversion.convert(dense, example)

@@ -8,13 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tersetorch.formats import CodebookWeight, SignWeight
+from tersetorch.formats import CodebookWeight, ProductWeight, SignWeight
+from tersetorch.formats.vector_codes import noted_codes
 from tersetorch.nn import (
     BinaryConv2d,
     BinaryLinear,
     CodebookConv2d,
     CodebookEmbedding,
     CodebookLinear,
+    ProductConv2d,
+    ProductLinear,
+    ResidualConv2d,
+    ResidualLinear,
     SparseCodebookConv1d,
     SparseCodebookConv2d,
     SparseCodebookLinear,
@@ -51,6 +56,7 @@ class Candidate:
             caller allows an error, or told by plan.
         nbytes: of the new layer's weight; told only where another candidate for the same layer has the same alias.
         signs: whether it multiplies signs only, so that a layer's input must be known to be that.
+        pays: why it is not worth measuring, since another candidate is smaller, or None.
         min_samples, max_samples: with fewer or more at once another candidate is always faster, and this one is not
             measured.
     """
@@ -67,6 +73,7 @@ class Candidate:
     exact: bool = True
     nbytes: Callable[[nn.Module], int] = lambda module: 0
     signs: bool = False
+    pays: Callable[[nn.Module], str | None] = lambda module: None
     min_samples: int = 0
     max_samples: int | None = None
 
@@ -122,6 +129,33 @@ def _is_shared(module: nn.Module) -> str | None:
 def _is_shared_embedding(module: nn.Module) -> str | None:
     assert isinstance(module, nn.Embedding)
     return why_not(module) or _is_shared(module)
+
+
+def _is_of_parts(module: nn.Module) -> str | None:
+    weight = weight_of(module)
+    if weight.dtype not in (torch.float32, torch.bfloat16):
+        return f"weights of {weight.dtype}"
+    if noted_codes(module, "weight") is not None:
+        return "its rows are sums of shared rows, which quantize.residual made"
+    found = ProductWeight.find(weight.flatten(1))
+    return "its rows share no sub-vectors, at most 256 in each segment of columns" if found is None else None
+
+
+def _pays_in_parts(module: nn.Module) -> str | None:
+    weight = weight_of(module)
+    others = min(size for size in (_bytes_of_nonzeros(module), _bytes_of_codes(module), weight.numel() * 4) if size)
+    if SignWeight.why_not(weight) is None or ProductWeight.find(weight.flatten(1), others) is None:
+        return "no shared sub-vectors take fewer bytes than its signs, its non-zeros or codes of its values"
+    return None
+
+
+def _is_of_sums(module: nn.Module) -> str | None:
+    weight = weight_of(module)
+    if weight.dtype != torch.float32:
+        return f"weights of {weight.dtype}, which rounds sums of shared rows"
+    if noted_codes(module, "weight") is None:
+        return "its rows are no sums that quantize.residual made and nobody changed since"
+    return None
 
 
 def _bytes_of_nonzeros(module: nn.Module) -> int:
@@ -226,6 +260,31 @@ def _coded(
     )
 
 
+def _vectors(
+    name: str, source: type[nn.Module], layer: type[Any], residual: type[Any], modes: tuple[str, ...]
+) -> tuple[Candidate, ...]:
+    """Products of shared sub-vectors, and sums of them, exact and in other modes."""
+    return tuple(
+        Candidate(
+            f"{kind}_{name}{suffix}",
+            "" if suffix else kind,
+            source,
+            cls,
+            1.0,
+            applies,
+            partial(cls.from_dense, mode=suffix[1:]) if suffix else cls.from_dense,
+            layout=f"product{suffix}",
+            exact=not suffix,
+            pays=pays,
+        )
+        for kind, cls, applies, pays in (
+            ("product", layer, _is_of_parts, _pays_in_parts),
+            ("residual", residual, _is_of_sums, _always),
+        )
+        for suffix in ("", *(f"_{mode}" for mode in modes))
+    )
+
+
 # Below max_density a format is smaller than the dense weight, 32 bits each: with b bits a value, csr takes 32 + b of
 # them a non-zero, csr16 and blocked 16 + b, a bitmap b and 1 for each weight. Bounds on samples are measured.
 CANDIDATES: dict[str, Candidate] = {
@@ -303,6 +362,8 @@ CANDIDATES: dict[str, Candidate] = {
         ),
         *_convolutions("2d", nn.Conv2d, SparseConv2d, SparseCodebookConv2d),
         *_coded("codebook_conv2d", CodebookConv2d, _is_shared_in_filters, source=nn.Conv2d),
+        *_vectors("linear", nn.Linear, ProductLinear, ResidualLinear, ("int8",)),
+        *_vectors("conv2d", nn.Conv2d, ProductConv2d, ResidualConv2d, ()),
         _row("binary_linear", BinaryLinear, 1.0, _is_of_signs, alias="binary", layout="signs", signs=True),
         *(
             Candidate(

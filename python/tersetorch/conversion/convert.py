@@ -88,17 +88,19 @@ def convert(
         model: any nn.Module.
         example_inputs: what model is called with: a tensor, a tuple of arguments or a dict of keyword arguments. With
             plan, only for the report's largest output difference.
-        plan: "sparse", "codebook" or "binary", every layer that can; or format names by layer name, the others stay
-            dense: "dense", "csr", "sparse_codebook", "sparse_conv2d" and the other names in
+        plan: "sparse", "codebook", "product", "residual" or "binary", every layer that can; or format names by layer
+            name, the others stay dense: "dense", "csr", "sparse_codebook", "sparse_conv2d" and the other names in
             tersetorch.conversion.candidates.CANDIDATES. "codebook" keeps codes of at most 8 bits, of a weight's
             non-zeros ("sparse_codebook") or of all its weights ("codebook_linear"), whichever takes fewer bytes: at 4
             bits that of all from a tenth of non-zeros on; an nn.Embedding's are always those of all
-            ("codebook_embedding"). "binary" takes layers whose weights are +a and -a in each row: those whose input is
-            signs, as the model's graph shows, and linear ones of any input ("binary_linear_real"). By name a first
-            linear layer can also be told that its input is 8-bit images: "binary_linear_pixels" for k / 255,
-            "binary_linear_signed_pixels" for 2 k / 255 - 1; it takes the nearest k, and its batch norm becomes
-            thresholds too. Nothing is measured and max_error does not apply: formats with int8 or bfloat16 in their
-            name round.
+            ("codebook_embedding"). "product" keeps codes of the sub-vectors that a weight's rows share, whoever made
+            them ("product_linear", "product_conv2d"); "residual" those of the sums that quantize.residual made, as
+            long as nobody changed the weight since ("residual_linear", "residual_conv2d"). "binary" takes layers whose
+            weights are +a and -a in each row: those whose input is signs, as the model's graph shows, and linear ones
+            of any input ("binary_linear_real"). By name a first linear layer can also be told that its input is 8-bit
+            images: "binary_linear_pixels" for k / 255, "binary_linear_signed_pixels" for 2 k / 255 - 1; it takes the
+            nearest k, and its batch norm becomes thresholds too. Nothing is measured and max_error does not apply:
+            formats with int8 or bfloat16 in their name round.
         max_error: largest |output difference| of a layer, as a share of its largest |output|; formats that round are
             tried then too. Default: what another order of summation explains (see
             tersetorch.conversion.verify.rounding_bound).

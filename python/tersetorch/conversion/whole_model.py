@@ -19,7 +19,7 @@ from tersetorch.conversion.report import ConversionReport
 from tersetorch.conversion.swap import deep_copy, swapped_copy
 from tersetorch.conversion.verify import output_difference
 from tersetorch.conversion.walk import Site
-from tersetorch.nn.codebook_module import CodedModule
+from tersetorch.nn.shared_module import SharedProduct
 from tersetorch.nn.sign_module import SignModule
 from tersetorch.nn.sparse_module import SparseModule
 
@@ -50,7 +50,7 @@ def assemble(
     fusion = replace(fuse(copied, replacements.values()), signs=signs)
     if inputs is not None and (fusion.fused or fusion.in_place) and not _same(before, _output(copied, inputs)):
         for layer in replacements.values():
-            if isinstance(layer, SparseModule | CodedModule):
+            if isinstance(layer, SparseModule | SharedProduct):
                 layer.relu = False
         copied, signs, replacements = _chained(model, chosen, inputs)
         return copied, Fusion(signs=signs), replacements

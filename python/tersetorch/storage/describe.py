@@ -21,6 +21,7 @@ from typing import Any
 from rich.progress import Progress
 from torch import Tensor, nn
 
+from tersetorch.formats.vector_codes import VectorCodes, noted_codes
 from tersetorch.storage import registry
 from tersetorch.storage.compare import difference, needs_values
 from tersetorch.storage.entry import Entry
@@ -159,7 +160,7 @@ class Describer:
                 if plain is not None:
                     numbers[packed[1]] = self._number_of_packed(module, tensor, plain, _join(path, name))
                     continue
-            numbers[name] = self._number(tensor, _join(path, name))
+            numbers[name] = self._number(tensor, _join(path, name), noted_codes(module, name))
         return numbers
 
     def _number_of_packed(self, layer: nn.Module, packed: Tensor, plain: Tensor, path: str) -> int:
@@ -169,13 +170,13 @@ class Describer:
             self._packed[key] = self._append(*encoded, packed.nbytes)
         return self._packed[key]
 
-    def _number(self, tensor: Tensor, path: str) -> int:
+    def _number(self, tensor: Tensor, path: str, sums: VectorCodes | None = None) -> int:
         if id(tensor) in self._layers:
             raise ValueError(_tied(path))
         if id(tensor) not in self._numbers:
             trains = tensor.requires_grad or not isinstance(tensor, nn.Parameter)
             summed = id(tensor) not in self._exact
-            return self._add(tensor, *encode_tensor(path, tensor, trains, summed, self._in_context))
+            return self._add(tensor, *encode_tensor(path, tensor, trains, summed, sums, self._in_context))
         return self._numbers[id(tensor)]
 
     def _add(self, tensor: Tensor, entry: Entry, streams: list[Stream]) -> int:

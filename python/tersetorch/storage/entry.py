@@ -5,7 +5,9 @@
     f  form
     n  positions stored (sparse forms)
     k  entries of the codebook, or of each (codebook forms)
-    w  columns of a block that has a codebook (codebooks; left out where rows have them)
+    w  columns of a block that has a codebook (codebooks; left out where rows have them), or of a segment (vectors)
+    u  terms that a number is a sum of (vectors; 1 where it is left out)
+    h  true: all segments share a codebook (vectors)
     b  bit pattern of every position that is not stored (sparse forms; 0 where it is left out)
     t  true: positions run down the columns
     o  dimensions from outermost to innermost in memory
@@ -14,13 +16,14 @@
     v  kernel of a sparse convolution, whose weight is stored as a matrix
     x  streams: [coder, bytes] or [coder, bytes, width]
 
-Forms and their streams:
+Forms and their streams (the codebook of sums is float32 where the tensor is narrower):
 
     raw               values
     codebook          codebook, codes
     sparse            positions, values
     sparse-codebook   positions, codebook, codes
     codebooks         codebook (of every row or block of columns, one after the other), codes
+    vectors           codebook [terms, segments or 1, columns of a segment, entries], codes [rows, terms * segments]
     signs             scales (magnitudes, one for each row), signs (1 for a negative number)
 """
 
@@ -76,6 +79,7 @@ FORMS = {
     "raw": ("values",),
     "codebook": ("codebook", "codes"),
     "codebooks": ("codebook", "codes"),
+    "vectors": ("codebook", "codes"),
     "sparse": ("positions", "values"),
     "sparse-codebook": ("positions", "codebook", "codes"),
     "signs": ("scales", "signs"),
@@ -111,6 +115,8 @@ class Entry:
     stored: int
     entries: int = 0
     block: int = 0
+    stages: int = 1
+    one_book: bool = False
     base: int = 0
     down_columns: bool = False
     order: tuple[int, ...] | None = None
@@ -131,7 +137,9 @@ class Entry:
 
     @property
     def grid(self) -> Grid:
-        """The tensor as coders in context see it: a tensor without columns is one row."""
+        """The tensor, or the codes of sub-vectors, as coders in context see it: a tensor without columns is one row."""
+        if self.form == "vectors":
+            return Grid(self.stored, self.stages * self.segments, 1, 1)
         shape = (*self.shape, 2) if self.dtype in REAL else self.shape
         rows = shape[0] if len(shape) > 1 else 1
         kernel = math.prod(self.kernel or shape[2:])
@@ -144,17 +152,30 @@ class Entry:
         return self.form.startswith("sparse")
 
     @property
+    def segments(self) -> int:
+        """Parts of a row that have a code each, or for each term: a block is one."""
+        return -(-(self.numel // self.shape[0]) // self.block) if self.block and self.numel else 1
+
+    @property
     def codebooks(self) -> int:
         """Codebooks that are stored."""
+        if self.form == "vectors":
+            return self.stages * (1 if self.one_book else self.segments)
         if self.form != "codebooks":
             return int(self.form.endswith("codebook"))
-        return self.numel // self.shape[0] // self.block if self.block else self.shape[0]
+        return self.segments if self.block else self.shape[0]
 
     def count(self, role: str) -> int:
         """Items in a stream of this role."""
-        return {"codebook": self.entries * self.codebooks, "scales": self.shape[0] if self.shape else 0}.get(
+        width = self.block if self.form == "vectors" else 1
+        return {"codebook": self.entries * self.codebooks * width, "scales": self.shape[0] if self.shape else 0}.get(
             role, self.stored
         )
+
+    def dtype_of(self, role: str) -> torch.dtype:
+        """The dtype of the numbers in a stream of values of this role."""
+        sums = role == "codebook" and self.stages > 1
+        return torch.promote_types(self.real_dtype, torch.float32) if sums else self.real_dtype
 
     @property
     def decoded_bytes(self) -> int:
@@ -179,6 +200,10 @@ class Entry:
             data["k"] = self.entries
         if self.block:
             data["w"] = self.block
+        if self.stages > 1:
+            data["u"] = self.stages
+        if self.one_book:
+            data["h"] = True
         if self.base:
             data["b"] = self.base
         if self.down_columns:
@@ -201,7 +226,7 @@ class Entry:
         Raises:
             TerseFileError: a field is unknown, missing or out of range, or the fields contradict each other.
         """
-        data = fields.check_keys(data, "a tensor", set("sdfnkwbtogcvx"))
+        data = fields.check_keys(data, "a tensor", set("sdfnkwuhbtogcvx"))
         sizes = fields.items(data.get("s"), "a shape")
         shape = tuple(fields.integer(size, "a dimension", 0, fields.MAX_SIZE) for size in sizes[:65])
         if len(sizes) > 64 or math.prod(shape) >= fields.MAX_SIZE // 2:
@@ -211,13 +236,14 @@ class Entry:
         entry = cls(shape, dtype, form, 0)
         numel = entry.numel
         stored = fields.integer(data.get("n"), "a count", 0, numel) if entry.is_sparse else numel
-        codebook = form.endswith(("codebook", "codebooks"))
-        entries = fields.integer(data.get("k"), "codebook entries", 0, MAX_ENTRIES) if codebook else 0
+        entries = fields.integer(data.get("k"), "codebook entries", 0, MAX_ENTRIES) if "codebook" in FORMS[form] else 0
         entry = replace(
             entry,
             stored=stored,
             entries=entries,
             block=fields.integer(data["w"], "columns of a block", 1, fields.MAX_SIZE) if "w" in data else 0,
+            stages=fields.integer(data.get("u", 1), "terms", 1, MAX_ENTRIES),
+            one_book=fields.flag(data.get("h", False), "h"),
             base=fields.integer(data.get("b", 0), "a bit pattern", 0, (1 << 8 * entry.real_dtype.itemsize) - 1),
             down_columns=fields.flag(data.get("t", False), "t"),
             order=_order(data["o"], len(shape)) if "o" in data else None,
@@ -225,6 +251,8 @@ class Entry:
             compressed=fields.flag(data.get("c", False), "c"),
             kernel=_kernel(data["v"], shape) if "v" in data else (),
         )
+        if form == "vectors":
+            entry = entry._with_checked_vectors()
         roles = FORMS[form]
         specs = fields.items(data.get("x"), "streams")
         if len(specs) != len(roles):
@@ -235,13 +263,16 @@ class Entry:
 
     def _check(self, data: dict[str, Any]) -> None:
         """What the fields owe each other. A count is compared with its stream before anything is allocated for it."""
-        if (data.keys() & set("nbt") and not self.is_sparse) or (
-            "k" in data and not self.form.endswith(("codebook", "codebooks"))
+        vectors = self.form == "vectors"
+        if (
+            (data.keys() & set("nbt") and not self.is_sparse)
+            or ("k" in data and "codebook" not in FORMS[self.form])
+            or (data.keys() & set("uh") and not vectors)
         ):
             refuse(f"have only the fields of a tensor stored as {self.form}", sorted(data))
         if self.form == "codebooks":
             self._check_codebooks()
-        elif self.block:
+        elif self.block and not vectors:
             refuse("have blocks of columns with codebooks of their own only", self.form)
         if self.form == "signs" and (len(self.shape) < 2 or not self.dtype.is_floating_point):
             refuse("keep floating-point rows as signs", f"{self.dtype} {list(self.shape)}")
@@ -261,7 +292,7 @@ class Entry:
                     refuse("code in context a tensor by rows, of few enough weights", f"{spec.role} of {self.numel}")
             if spec.coder == "raw":
                 count = self.count(spec.role)
-                if spec.nbytes != count * self.real_dtype.itemsize:
+                if spec.nbytes != count * self.dtype_of(spec.role).itemsize:
                     refuse(f"hold {count} items in a stream of {spec.role}", f"{spec.nbytes} bytes")
             elif spec.coder == "constant":
                 if spec.nbytes or self.entries != 1:
@@ -285,6 +316,24 @@ class Entry:
             refuse("have blocks that divide the columns", self.block)
         if not 1 <= self.entries <= MAX_CONTEXT_ENTRIES or self.count("codebook") > self.numel:
             refuse(f"have codebooks of at most {self.numel} numbers, {MAX_CONTEXT_ENTRIES} each", self.entries)
+
+    def _with_checked_vectors(self) -> Entry:
+        """The entry with its number of codes; of these and of numbers in codebooks the tensor has at least as many."""
+        if len(self.shape) < 2 or not self.numel or not self.dtype.is_floating_point:
+            refuse(
+                "share sub-vectors among the rows of a floating-point matrix", f"{self.dtype} {list(self.shape)[:8]}"
+            )
+        columns = self.numel // self.shape[0]
+        if not 1 <= self.block <= columns:
+            refuse(f"have segments of 1 to {columns} columns", self.block)
+        if self.one_book and self.segments == 1:
+            refuse("share a codebook among several segments", self.segments)
+        stored = self.shape[0] * self.stages * self.segments
+        if stored > self.numel:
+            refuse(f"have at most {self.numel} codes of sub-vectors", stored)
+        if not 1 <= self.entries <= MAX_CONTEXT_ENTRIES or self.count("codebook") > self.numel:
+            refuse(f"have codebooks of at most {self.numel} numbers, {MAX_CONTEXT_ENTRIES} entries each", self.entries)
+        return replace(self, stored=stored)
 
 
 def _order(value: Any, dimensions: int) -> tuple[int, ...]:

@@ -57,7 +57,7 @@ class StoredTensor:
         name: its first name in the model, such as "fc1.weight".
         shape: of the dense tensor.
         dtype: such as "float32".
-        form: raw, codebook, codebooks, sparse, sparse-codebook or signs.
+        form: raw, codebook, codebooks, vectors, sparse, sparse-codebook or signs.
         coders: of its streams.
         stored: numbers that are stored, each by its value or code.
         entries: of the codebook or of each, 0 for none.

@@ -16,7 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tersetorch.storage import codebooks, streams
+from tersetorch.formats.vector_codes import VectorCodes
+from tersetorch.storage import codebooks, streams, vectors
 from tersetorch.storage.entry import DTYPE_NAMES, REAL, Entry
 from tersetorch.storage.errors import refuse
 from tersetorch.storage.streams import Array, Coding, Context, Stream
@@ -39,7 +40,12 @@ class _Choice:
 
 
 def encode_tensor(
-    name: str, tensor: Tensor, trains: bool, summed: bool = False, in_context: bool = True
+    name: str,
+    tensor: Tensor,
+    trains: bool,
+    summed: bool = False,
+    sums: VectorCodes | None = None,
+    in_context: bool = True,
 ) -> tuple[Entry, list[Stream]]:
     """The smallest form of a plain tensor of any dtype and shape.
 
@@ -49,6 +55,7 @@ def encode_tensor(
         trains: whether it is no parameter that does not train.
         summed: its owners only add up products with it, so that -0.0 becomes 0.0 if it is a parameter of two dimensions
             or more.
+        sums: codes and codebooks whose sums, rounded to its dtype, tensor is to the bit, where somebody knows them.
         in_context: coders with contexts are tried, too.
 
     Raises:
@@ -82,6 +89,13 @@ def encode_tensor(
         found = codebooks.candidates(bits.reshape(shape[0], -1), least)
         with_tables = replace(plain, form="codebooks", base=0)
         choices += [_codebooks_choice(with_tables, *candidate, in_context) for candidate in found]
+        of_sums = None if sums is None else vectors.entry_of(plain, sums)
+        if of_sums is not None and sums is not None and sums.codebooks.dtype == of_sums.dtype_of("codebook"):
+            choices.append(_vectors_choice(of_sums, patterns(sums.codebooks), sums, in_context))
+        least = min(choice.nbytes for choice in choices)
+        for entry, parts in vectors.candidates(plain, bits, least):
+            books = parts.codebooks.numpy().view(bits.dtype).reshape(-1)
+            choices.append(_vectors_choice(entry, books, parts, in_context))
     entry, encoded = min(choices, key=lambda choice: choice.nbytes).build()
     return entry.with_streams(encoded), encoded
 
@@ -97,6 +111,8 @@ def decode_tensor(entry: Entry, data: list[bytes]) -> Tensor:
         return _from_bits(entry, _sign_bits(entry, data, pattern))
     if entry.form == "codebooks":
         return _from_bits(entry, _codebooks_bits(entry, data, pattern))
+    if entry.form == "vectors":
+        return _from_bits(entry, patterns(vectors.numbers(entry, vector_codes(entry, data)).to(entry.dtype)))
     positions = positions_of(entry, data) if entry.is_sparse else None
     bits = values_of(entry, data, pattern, positions)
     if positions is not None:
@@ -304,31 +320,51 @@ def _sign_bits(entry: Entry, data: list[bytes], pattern: np.dtype[Any]) -> Array
     return bits
 
 
+def vector_codes(entry: Entry, data: list[bytes]) -> VectorCodes:
+    """Codes and codebooks of a tensor that is stored as sub-vectors."""
+    tables, codes = _tables_and_codes(entry, data, lambda tables: vectors.context(entry))
+    return vectors.codes_of(entry, from_patterns(tables, entry.dtype_of("codebook")), codes)
+
+
+def _vectors_choice(entry: Entry, books: Array, found: VectorCodes, in_context: bool) -> _Choice:
+    """Storing sub-vectors, and a code for each term and segment of a row."""
+    codes = found.codes.cpu().contiguous().numpy().reshape(-1)
+    return _tables_choice(entry, books, codes, vectors.context(entry) if in_context else None)
+
+
 def _codebooks_choice(plain: Entry, block: int, tables: Array, codes: Array, in_context: bool) -> _Choice:
     """Storing a table for each row or block of columns, and everyone's code."""
     entry = replace(plain, block=block, entries=tables.shape[1])
-    value_coding = streams.best_value_coding(tables.reshape(-1))
+    return _tables_choice(entry, tables.reshape(-1), codes, codebooks.context(entry, tables) if in_context else None)
+
+
+def _codebooks_bits(entry: Entry, data: list[bytes], pattern: np.dtype[Any]) -> Array:
+    """The bit patterns of a tensor that is stored with many tables."""
+    tables, codes = _tables_and_codes(
+        entry, data, lambda tables: codebooks.context(entry, tables.reshape(-1, entry.entries))
+    )
+    return codebooks.numbers(entry, tables.reshape(-1, entry.entries), codes)
+
+
+def _tables_choice(entry: Entry, tables: Array, codes: Array, context: Context | None) -> _Choice:
+    value_coding = streams.best_value_coding(tables)
     counts = np.bincount(codes, minlength=entry.entries)
-    context = codebooks.context(entry, tables) if in_context else None
     code_coding = streams.best_code_coding(counts, lambda: codes, context)
 
     def build() -> tuple[Entry, list[Stream]]:
         return entry, [
-            streams.value_stream("codebook", tables.reshape(-1), value_coding),
+            streams.value_stream("codebook", tables, value_coding),
             streams.encode_codes(codes, entry.entries, code_coding),
         ]
 
     return _Choice(value_coding.nbytes + code_coding.nbytes + 2 * STREAM_BYTES, build)
 
 
-def _codebooks_bits(entry: Entry, data: list[bytes], pattern: np.dtype[Any]) -> Array:
-    """The bit patterns of a tensor that is stored with many tables."""
+def _tables_and_codes(entry: Entry, data: list[bytes], context_of: Callable[[Array], Context]) -> tuple[Array, Array]:
     table_spec, code_spec = entry.streams
+    pattern: np.dtype[Any] = np.dtype(_PATTERNS[entry.dtype_of("codebook").itemsize])
     tables = streams.decode_values(data[0], table_spec.coder, pattern, entry.count("codebook"))
-    tables = tables.reshape(-1, entry.entries)
-    context = codebooks.context(entry, tables)
-    codes = streams.decode_codes(data[1], code_spec.coder, entry.entries, entry.stored, context)
-    return codebooks.numbers(entry, tables, codes)
+    return tables, streams.decode_codes(data[1], code_spec.coder, entry.entries, entry.stored, context_of(tables))
 
 
 def _sign_context(entry: Entry, pattern: np.dtype[Any]) -> Context:

@@ -32,13 +32,15 @@ def save(
 ) -> None:
     """Writes model to one file, every tensor in its smallest lossless form; the same model gives the same bytes.
 
-    A tensor is stored raw, as codes with a codebook or one for each row or block of columns, as signs with a scale for
-    each row, or as the positions of its non-zeros with their values or codes;
-    which one follows from its values, not from how a layer happens to run. The -0.0 that a product with a mask leaves
-    comes back as 0.0 in the weights of linear, convolutional, recurrent and attention layers, which only enter sums;
-    every other bit of every tensor is kept. SparseLinear and SparseCodebookLinear are stored as they are. Parameters
-    and modules that are shared are stored once. A model that is still being compressed is stored as
-    tersetorch.finalize would leave it, and does not change.
+    A tensor is stored raw, as codes with a codebook or one for each row or block of columns, as codes of sub-vectors
+    that its rows share, as signs with a scale for each row, or as the positions of its non-zeros with their values or
+    codes; which one follows from its values, not from how a layer happens to run. Rows that are sums of shared ones,
+    as quantize.residual makes them, are stored by their codes as long as nobody changes the weight after finalize.
+
+    The -0.0 that a product with a mask leaves comes back as 0.0 in the weights of linear, convolutional, recurrent and
+    attention layers, which only enter sums; every other bit of every tensor is kept. SparseLinear and
+    SparseCodebookLinear are stored as they are. Parameters and modules that are shared are stored once. A model that is
+    still being compressed is stored as tersetorch.finalize would leave it, and does not change.
 
     The file is written beside path under another name and moved into place whole, so a failure leaves what was there.
     A link stays, and what it names is replaced. A model that decodes to more than 64 MiB and more than 4096 times its

@@ -1,7 +1,8 @@
 """Wrote version1.terse: every form and coder, both sparse layers, ties, flags and overrides; and, when they came,
 version1_layouts.terse: every layout, and the sparse convolutions; version2.terse: the coders of version 2;
 version2_packed_codes.terse: layers of codes as first written; version2_plain_codes.terse: as written now;
-version2_signs.terse: rows of two values, and layers of signs.
+version2_signs.terse: rows of two values, and layers of signs; version2_vectors.terse: dense layers whose rows share
+sub-vectors or are sums of shared rows.
 
 Run once for each version of the format and each new kind of layer; a file is then never written again.
 """
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from tersetorch.formats import CodebookWeight, SignWeight
+from tersetorch.formats.vector_codes import VectorCodes, decode, note_codes
 from tersetorch.methods.binarize import ShiftBatchNorm1d, Sign
 from tersetorch.nn import (
     BinaryConv2d,
@@ -194,6 +196,30 @@ def signs():
     ).eval()
 
 
+def vectors():
+    """The model in the file of sub-vectors, and of sums whose codes the layers keep."""
+
+    def filled(layer, *found):
+        weight = decode(*found, layer.weight[0].numel()).view(layer.weight.shape).to(layer.weight.dtype)
+        with torch.no_grad():
+            layer.weight.copy_(weight)
+            layer.bias.copy_(numbers(*layer.bias.shape))
+        if len(found[1]) > 1:
+            note_codes(layer, "weight", VectorCodes(*found))
+        return layer
+
+    digits = torch.stack([torch.arange(90) // base % 7 for base in (1, 7, 3)], 1).to(torch.uint8)
+    return nn.ModuleList(
+        [
+            filled(nn.Linear(18, 60), codes(60, 5, 7), numbers(1, 5, 4, 7)),
+            filled(nn.Linear(26, 80), codes(80, 9, 6), numbers(1, 1, 3, 6)),
+            filled(nn.Conv2d(6, 50, 3).bfloat16(), codes(50, 9, 8), numbers(1, 9, 6, 8)),
+            filled(nn.Linear(24, 60), codes(60, 3, 5), numbers(3, 1, 24, 5)),
+            filled(nn.Conv2d(3, 90, 3).bfloat16(), digits, numbers(3, 1, 27, 7)),
+        ]
+    ).eval()
+
+
 # Limits that make small tensors take the coders of large ones.
 SMALL = {"MAX_CONTEXT_BITS": 3000, "MAX_NUMBERS": 300}
 
@@ -204,7 +230,7 @@ if __name__ == "__main__":
         setattr(streams, name, value)
     files = {"version1": (model, PROVENANCE), "version1_layouts": (layouts, None), "version2": (coders, None)}
     files |= {"version2_packed_codes": (products, None), "version2_plain_codes": (coded, None)}
-    files["version2_signs"] = (signs, None)
+    files |= {"version2_signs": (signs, None), "version2_vectors": (vectors, None)}
     for name, (network, notes) in files.items():
         path = folder / f"{name}.terse"
         if not path.exists():
