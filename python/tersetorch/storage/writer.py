@@ -53,7 +53,8 @@ def save(
         coders: what each stream is written by: "smallest", whatever makes it smallest, or "fast", the same
             without contexts. Contexts decode 4 to 10 million codes or 30 to 40 million places of positions a second
             and write streams of at most 2^23 bits, a quarter of a second each; without them codes decode at more than
-            200 million a second. Files of both kinds are read alike; tersetorch.inspect names each stream's coder.
+            200 million a second. The published SqueezeNet is 2 % larger by them and loads in a seventh of the time.
+            Files of both kinds are read alike; tersetorch.inspect names each stream's coder.
         provenance: what reports should know of the model (accuracy, latency, sensitivity), JSON of at most 64 KiB.
         progress: a bar of the tensors' bytes is added to it.
 
