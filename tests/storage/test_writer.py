@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from tersetorch import methods
-from tersetorch.nn import SparseCodebookLinear, SparseLinear
+from tersetorch.nn import CodebookLinear, SparseCodebookLinear, SparseLinear
 from tersetorch.nn.layout import LAYOUTS
 from tersetorch.storage import TerseFileError, inspect, integers, load, save, streams, vectors
 
@@ -405,6 +405,38 @@ def test_the_golden_file_of_layouts_and_convolutions(same_state):
             given = torch.ones(5, 70) if linear else torch.ones(2, ours.in_channels, *(11, 9)[-ours.dims :])
             assert torch.equal(theirs(given), ours(given))
     assert {layer.layout for layer in loaded[:14]} == set(LAYOUTS)
+
+
+def test_fast_coders_leave_out_contexts_and_nothing_else(tmp_path, same_state):
+    torch.manual_seed(0)
+    grid = torch.arange(64 * 27)
+    conv = nn.Conv2d(3, 64, 3)
+    rows, codes, signs, layer, dense = (nn.Linear(96, 64) for _ in range(5))
+    with torch.no_grad():
+        conv.weight.copy_(torch.where(grid // 27 % 4 == 0, grid % 5, 0).reshape(64, 3, 3, 3))
+        rows.weight.copy_(torch.randint(0, 7, (64, 96)) * torch.rand(64, 1))
+        codes.weight.copy_(torch.arange(64)[:, None] // 8 + torch.randint(0, 2, (64, 96)))
+        signs.weight.copy_(torch.where(torch.arange(96) < 48, 1.0, -1.0) * torch.rand(64, 1))
+        layer.weight.mul_(torch.arange(96) % 3 == 0)
+        dense.weight.copy_(layer.weight.roll(1, 1))
+    shared = CodebookLinear.from_dense(codes)
+    model = nn.Sequential(conv, rows, codes, signs, SparseLinear.from_dense(layer), dense, shared)
+    coders = {}
+    for name in streams.CODERS:
+        save(model, tmp_path / name, coders=name)
+        coders[name] = {coder for tensor in inspect(tmp_path / name).tensors for coder in tensor.coders}
+        same_state(model, load(tmp_path / name))
+    save(model, tmp_path / "usual")
+    assert (tmp_path / "usual").read_bytes() == (tmp_path / "smallest").read_bytes()
+    assert "contexts" in coders["smallest"] and "contexts" not in coders["fast"]
+    assert (tmp_path / "smallest").stat().st_size < (tmp_path / "fast").stat().st_size
+
+
+@pytest.mark.parametrize("coders", ["slow", "", None, 3, ["fast"]])
+def test_other_coders_are_refused_before_anything_is_written(tmp_path, coders):
+    with pytest.raises(ValueError, match=r"save: coders must be one of smallest, fast, got .*; pass one of these"):
+        save(nn.Linear(2, 2), tmp_path / "m.terse", coders=coders)
+    assert not list(tmp_path.iterdir())
 
 
 def test_bars_end_with_every_byte(tmp_path):

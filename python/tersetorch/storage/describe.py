@@ -44,7 +44,8 @@ _SUMMING = (
 class Describer:
     """Walks a model once. Afterwards entries and streams hold its tensors, each stored once."""
 
-    def __init__(self, model: nn.Module, progress: Progress | None = None) -> None:
+    def __init__(self, model: nn.Module, progress: Progress | None = None, in_context: bool = True) -> None:
+        self._in_context = in_context
         self.entries: list[Entry] = []
         self.streams: list[list[Stream]] = []
         self._numbers: dict[int, int] = {}
@@ -124,7 +125,7 @@ class Describer:
             if id(parameter) in self._numbers:
                 raise ValueError(_tied(path))
             self._layers[id(parameter)] = layer
-            number = self._add(parameter, *encode_layer(path or "the model", layer))
+            number = self._add(parameter, *encode_layer(path or "the model", layer, self._in_context))
         else:
             number = self._numbers[id(parameter)]
             same = all(getattr(layer, field).equal(getattr(earlier, field)) for field in layer.buffer_fields)
@@ -165,7 +166,8 @@ class Describer:
     def _number_of_packed(self, layer: nn.Module, packed: Tensor, plain: Tensor, path: str) -> int:
         key = id(packed), *packing(layer)
         if key not in self._packed:
-            self._packed[key] = self._append(*encode_tensor(path, plain, trains=True), packed.nbytes)
+            encoded = encode_tensor(path, plain, trains=True, in_context=self._in_context)
+            self._packed[key] = self._append(*encoded, packed.nbytes)
         return self._packed[key]
 
     def _number(self, tensor: Tensor, path: str, sums: VectorCodes | None = None) -> int:
@@ -173,7 +175,8 @@ class Describer:
             raise ValueError(_tied(path))
         if id(tensor) not in self._numbers:
             trains = tensor.requires_grad or not isinstance(tensor, nn.Parameter)
-            return self._add(tensor, *encode_tensor(path, tensor, trains, id(tensor) not in self._exact, sums))
+            summed = id(tensor) not in self._exact
+            return self._add(tensor, *encode_tensor(path, tensor, trains, summed, sums, self._in_context))
         return self._numbers[id(tensor)]
 
     def _add(self, tensor: Tensor, entry: Entry, streams: list[Stream]) -> int:
