@@ -86,3 +86,31 @@ def test_told_for_all_or_by_name():
     assert type(some[0]) is nn.Conv2d and type(some[4].second) is SparseLinear and type(some[2]) is ClusteredConv2d
     with pytest.raises(ValueError, match="it runs a LowRankConv2d, not a LowRankLinear"):
         tt.convert(model, plan={"4": "multiplied_out_conv2d"})
+
+
+def test_weights_that_are_products_become_factors_by_name():
+    model = net()
+    plain = tt.convert(model, plan="multiplied_out")
+    plain[4].bias.requires_grad_(False)
+    factors = tt.convert(plain, plan="low_rank")
+    # Four terms of 3 x 3 separable filters and one for each pair of clusters are no low rank as [out, rest].
+    assert [type(layer) for layer in factors][:5:2] == [nn.Conv2d, nn.Conv2d, LowRankLinear]
+    assert factors[4].rank == 6 and factors[4].bias is not plain[4].bias and not factors[4].bias.requires_grad
+    assert factors[4].first.weight.requires_grad
+    torch.testing.assert_close(factors(x), model(x), atol=1e-5, rtol=1e-4)
+    reasons = {layer.name: layer.reason for layer in tt.report(factors).layers}
+    assert "its rank is 4, and factors would be larger" in reasons["6"]
+    with pytest.raises(ValueError, match="its rank is 4, and factors would be larger"):
+        tt.convert(plain, plan={"6": "low_rank_linear"})
+    assert chosen(tt.convert(plain, plan={"4": "low_rank_linear"}))["4"] == "low_rank_linear"
+
+
+def test_tied_products_share_their_factors():
+    torch.manual_seed(0)
+    model = nn.Sequential(LowRankLinear(20, 20, 3).to_dense(), nn.Linear(20, 20))
+    model[1].weight = model[0].weight
+    factors = tt.convert(model, plan="low_rank")
+    assert factors[0].first.weight is factors[1].first.weight and factors[0].second.weight is factors[1].second.weight
+    assert torch.equal(factors[1].bias, model[1].bias) and not torch.equal(factors[0].bias, factors[1].bias)
+    x = torch.randn(3, 20)
+    torch.testing.assert_close(factors(x), model(x))

@@ -193,6 +193,26 @@ def _is_of_signs(module: nn.Module, inputs: str = "signs") -> str | None:
     return sizes or (None if why_not is None else f"a row must hold +a and -a only, and there is {why_not}")
 
 
+def _rank(weight: Tensor) -> int:
+    """How many singular values of a weight, as a matrix, are more than what rounding leaves of zeros; at least 1."""
+    matrix = weight.flatten(1)
+    values = torch.linalg.svdvals(matrix.double())
+    rounding = max(matrix.shape) * torch.finfo(weight.dtype).eps * values.max()
+    return max(1, int((values > rounding).sum()))
+
+
+def _is_of_low_rank(module: nn.Module) -> str | None:
+    weight = weight_of(module)
+    if getattr(module, "groups", 1) != 1:
+        return f"of {module.groups} groups"
+    (rows, columns), rank = weight.flatten(1).shape, _rank(weight)
+    return f"its rank is {rank}, and factors would be larger" if rank * (rows + columns) >= rows * columns else None
+
+
+def _by_name(module: nn.Module) -> str | None:
+    return "by name only"
+
+
 def _both(*checks: Callable[[nn.Module], str | None]) -> Callable[[nn.Module], str | None]:
     return lambda module: next((why for why in (check(module) for check in checks) if why), None)
 
@@ -281,6 +301,14 @@ FACTORED: dict[type[Any], tuple[str, type[nn.Module]]] = {
 def _multiplied_out(source: type[Any], name: str, plain: type[nn.Module]) -> Candidate:
     alias = "multiplied_out"
     return Candidate(f"{alias}_{name}", alias, source, plain, 1.0, _always, source.to_dense, layout=alias)
+
+
+def _low_rank(name: str, source: type[nn.Module], layer: type[Any]) -> Candidate:
+    def build(module: Any) -> nn.Module:
+        made: nn.Module = layer.from_dense(module, _rank(weight_of(module)))
+        return made
+
+    return Candidate(name, "low_rank", source, layer, 1.0, _is_of_low_rank, build, layout="factors", pays=_by_name)
 
 
 def _vectors(
@@ -419,6 +447,8 @@ CANDIDATES: dict[str, Candidate] = {
         ),
         *_of_other_inputs("binary_conv2d", nn.Conv2d, BinaryConv2d),
         *_convolutions("1d", nn.Conv1d, SparseConv1d, SparseCodebookConv1d),
+        _low_rank("low_rank_linear", nn.Linear, LowRankLinear),
+        _low_rank("low_rank_conv2d", nn.Conv2d, LowRankConv2d),
         *(_multiplied_out(source, *made) for source, made in FACTORED.items()),
     )
 }

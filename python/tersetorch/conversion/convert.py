@@ -85,7 +85,8 @@ def convert(
     The factors of a layer of low rank (nn.LowRankLinear, LowRankConv2d, ClusteredConv2d) are layers like others. The
     whole layer is also tried as the plain one that its factors multiply out to ("multiplied_out"), which takes more
     memory and is faster where the factors are too many or too small; it is chosen before formats of the factors are
-    looked at. Nothing makes a dense layer low rank here: that is tt.factorize's to decide.
+    looked at. A plain layer whose weight is a product already, up to rounding, becomes one of factors by name alone
+    ("low_rank"), where these are smaller; what rank a weight may be given is for tt.factorize to decide.
 
     Where a model with convolutions is the fastest in channels_last, the result's dense convolutions hold their weights
     so, and hand that memory format on, whatever they are given; its outputs may then have other strides.
@@ -97,20 +98,20 @@ def convert(
         model: any nn.Module.
         example_inputs: what model is called with: a tensor, a tuple of arguments or a dict of keyword arguments. With
             plan, only for the report's largest output difference.
-        plan: "sparse", "codebook", "product", "residual", "binary" or "multiplied_out", every layer that can; or format
-            names by layer name, the others stay dense: "dense", "csr", "sparse_codebook", "sparse_conv2d" and the other
-            names in tersetorch.conversion.candidates.CANDIDATES. "codebook" keeps codes of at most 8 bits, of a
-            weight's non-zeros ("sparse_codebook") or of all its weights ("codebook_linear"), whichever takes fewer
-            bytes: at 4 bits that of all from a tenth of non-zeros on; an nn.Embedding's are always those of all
-            ("codebook_embedding"). "product" keeps codes of the sub-vectors that a weight's rows share, whoever made
-            them ("product_linear", "product_conv2d"); "residual" those of the sums that quantize.residual made, as long
-            as nobody changed the weight since ("residual_linear", "residual_conv2d"). "binary" takes layers whose
-            weights are +a and -a in each row: those whose input is signs, as the model's graph shows, and those of any
-            input ("binary_linear_real", "binary_conv2d_real"). By name a first layer can also be told that its input is
-            8-bit images: "binary_linear_pixels" and "binary_conv2d_pixels" for k / 255, "binary_linear_signed_pixels"
-            and "binary_conv2d_signed_pixels" for 2 k / 255 - 1; it takes the nearest k, and its batch norm becomes
-            thresholds too. Nothing is measured and max_error does not apply: formats with int8 or bfloat16 in their
-            name round.
+        plan: "sparse", "codebook", "product", "residual", "binary", "low_rank" or "multiplied_out", every layer that
+            can; or format names by layer name, the others stay dense: "dense", "csr", "sparse_codebook",
+            "sparse_conv2d" and the other names in tersetorch.conversion.candidates.CANDIDATES. "codebook" keeps codes
+            of at most 8 bits, of a weight's non-zeros ("sparse_codebook") or of all its weights ("codebook_linear"),
+            whichever takes fewer bytes: at 4 bits that of all from a tenth of non-zeros on; an nn.Embedding's are
+            always those of all ("codebook_embedding"). "product" keeps codes of the sub-vectors that a weight's rows
+            share, whoever made them ("product_linear", "product_conv2d"); "residual" those of the sums that
+            quantize.residual made, as long as nobody changed the weight since ("residual_linear", "residual_conv2d").
+            "binary" takes layers whose weights are +a and -a in each row: those whose input is signs, as the model's
+            graph shows, and those of any input ("binary_linear_real", "binary_conv2d_real"). By name a first layer can
+            also be told that its input is 8-bit images: "binary_linear_pixels" and "binary_conv2d_pixels" for k / 255,
+            "binary_linear_signed_pixels" and "binary_conv2d_signed_pixels" for 2 k / 255 - 1; it takes the nearest k,
+            and its batch norm becomes thresholds too. Nothing is measured and max_error does not apply: formats with
+            int8 or bfloat16 in their name round.
         max_error: largest |output difference| of a layer, as a share of its largest |output|; formats that round are
             tried then too. Default: what another order of summation explains (see
             tersetorch.conversion.verify.rounding_bound).

@@ -10,6 +10,7 @@ from torch.nn import functional
 from tersetorch.conversion.candidates import Candidate
 from tersetorch.methods.modes import switch_off_fast_paths
 from tersetorch.nn.codebook_module import CodedModule
+from tersetorch.nn.low_rank import LowRankModule
 from tersetorch.nn.sparse_conv_module import SparseConvBase
 from tersetorch.nn.sparse_linear_module import SparseLinearBase
 from tersetorch.nn.sparse_module import SparseModule
@@ -23,9 +24,10 @@ def build(candidate: Candidate, modules: list[nn.Module], samples: int | None = 
     layers = [candidate.build(module) for module in modules]
     first = layers[0]
     for layer in layers[1:]:
-        for name, tensor in (*first.named_parameters(), *first.named_buffers()):
+        for path, tensor in (*first.named_parameters(), *first.named_buffers()):
+            owner, _, name = path.rpartition(".")
             if name != "bias":
-                setattr(layer, name, tensor)
+                setattr(layer.get_submodule(owner), name, tensor)
     for layer in layers:
         if isinstance(layer, SparseModule | CodedModule) and candidate.layout != layer.plain_layout:
             layer.pack(candidate.layout, **candidate.options(samples))
@@ -123,10 +125,11 @@ def swapped_copy(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) 
 def _take_over(module: nn.Module, replacement: nn.Module, memo: dict[int, Any]) -> None:
     weight = module._parameters.get("weight")
     bias = module._parameters.get("bias")
-    for name, parameter in replacement.named_parameters():
+    for path, parameter in replacement.named_parameters():
         # Of factors the replacement has the flag already.
-        if name != "bias" and weight is not None:
+        if path.rpartition(".")[2] != "bias" and weight is not None:
             parameter.requires_grad_(weight.requires_grad)
-    if bias is not None and "bias" in replacement._parameters:
-        replacement.bias = copy.deepcopy(bias, memo)
+    holder = replacement.second if isinstance(replacement, LowRankModule) else replacement
+    if bias is not None and "bias" in holder._parameters:
+        holder.bias = copy.deepcopy(bias, memo)
     replacement.train(module.training)
