@@ -5,6 +5,7 @@ from tersetorch.nn.binary_linear import BinaryLinear
 from tersetorch.nn.codebook_conv import CodebookConv2d
 from tersetorch.nn.codebook_embedding import CodebookEmbedding
 from tersetorch.nn.codebook_linear import CodebookLinear
+from tersetorch.nn.flattened_conv import FlattenedConv2d
 from tersetorch.nn.product_conv import ProductConv2d, ResidualConv2d
 from tersetorch.nn.product_linear import ProductLinear, ResidualLinear
 from tersetorch.nn.sign_pool import SignMaxPool2d
@@ -19,6 +20,7 @@ __all__ = [
     "CodebookConv2d",
     "CodebookEmbedding",
     "CodebookLinear",
+    "FlattenedConv2d",
     "ProductConv2d",
     "ProductLinear",
     "ResidualConv2d",

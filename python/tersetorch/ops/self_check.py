@@ -441,14 +441,14 @@ def _check_product_conv() -> dict[str, Any]:
 
 def _check_flat_conv(dtype: torch.dtype) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(9)
-    filters = [torch.randn(ROWS, n, generator=generator) for n in (CHANNELS, KERNEL, KERNEL)]
+    lateral, vertical, horizontal = (torch.randn(ROWS, n, generator=generator) for n in (CHANNELS, KERNEL, KERNEL))
     bias, worst = torch.randn(ROWS, generator=generator), 0.0
-    weight = torch.einsum("fc,fi,fj->fcij", *(f.double() for f in filters))
+    weight = torch.einsum("fc,fi,fj->fcij", *(f.double() for f in (lateral, vertical, horizontal)))
     for height, width, stride in IMAGES:
         for memory_format in (torch.contiguous_format, torch.channels_last):
             x = torch.randn(2, CHANNELS, height, width, generator=generator).to(dtype)
             x = x.contiguous(memory_format=memory_format)
-            y = flat_conv2d(x, *filters, bias=bias, stride=stride, padding=1)
+            y = flat_conv2d(x, lateral, vertical, horizontal, bias=bias, stride=stride, padding=1)
             reference = conv2d(x.double(), weight, bias.double(), stride, 1)
             size = conv2d(x.double().abs(), weight.abs(), bias.double().abs(), stride, 1)
             worst = max(worst, _largest(y, reference, size))
