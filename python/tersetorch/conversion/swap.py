@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tersetorch.conversion.candidates import Candidate
+from tersetorch.methods.modes import switch_off_fast_paths
 from tersetorch.nn.codebook_module import CodedModule
 from tersetorch.nn.sparse_conv_module import SparseConvBase
 from tersetorch.nn.sparse_linear_module import SparseLinearBase
@@ -116,7 +117,7 @@ def swapped_copy(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) 
             f"convert: model must hand copy.deepcopy's memo to its layers, got a {type(model).__name__} whose copy "
             "lacks the new ones; convert the part below it"
         )
-    _switch_off_fast_paths(copied, set(replacements.values()))
+    switch_off_fast_paths(copied, set(replacements.values()))
     return copied
 
 
@@ -130,14 +131,3 @@ def _take_over(module: nn.Module, replacement: nn.Module, memo: dict[int, Any]) 
     if bias is not None and "bias" in replacement._parameters:
         replacement.bias = copy.deepcopy(bias, memo)
     replacement.train(module.training)
-
-
-def _switch_off_fast_paths(model: nn.Module, replacements: set[nn.Module]) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoder | nn.TransformerEncoderLayer) and any(
-            inner in replacements for inner in module.modules()
-        ):
-            if isinstance(module, nn.TransformerEncoder):
-                module.use_nested_tensor = module.enable_nested_tensor = False
-            else:
-                module.activation_relu_or_gelu = 0

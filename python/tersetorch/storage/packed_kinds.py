@@ -1,4 +1,4 @@
-"""Layers of shared values, sub-vectors or signs, rebuilt from their sizes; their tensors are stored like any other.
+"""Layers of shared values, sub-vectors, signs or factors, rebuilt from their sizes; tensors are stored like any other.
 
 But for packed ones: kernels take codes and bits packed, with chunks that are not full. What a file holds, as
 "plain_codes", is uint8 [rows, codes], one by one, so that a coder sees their frequencies and neighbours; as "signs",
@@ -18,9 +18,12 @@ from tersetorch.methods.binarize import ShiftBatchNorm1d, ShiftBatchNorm2d, Sign
 from tersetorch.nn import (
     BinaryConv2d,
     BinaryLinear,
+    ClusteredConv2d,
     CodebookConv2d,
     CodebookEmbedding,
     CodebookLinear,
+    LowRankConv2d,
+    LowRankLinear,
     ProductConv2d,
     ProductLinear,
     ResidualConv2d,
@@ -55,9 +58,12 @@ _DENSE: dict[type[nn.Module], tuple[str, ...]] = {
 _LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     BinaryConv2d: nn.Conv2d,
     BinaryLinear: nn.Linear,
+    ClusteredConv2d: nn.Conv2d,
     CodebookConv2d: nn.Conv2d,
     CodebookEmbedding: nn.Embedding,
     CodebookLinear: nn.Linear,
+    LowRankConv2d: nn.Conv2d,
+    LowRankLinear: nn.Linear,
     ProductConv2d: nn.Conv2d,
     ProductLinear: nn.Linear,
     ResidualConv2d: nn.Conv2d,
@@ -103,9 +109,10 @@ def check_layer(module: nn.Module) -> None:
     """Refuses a layer whose tensors, taken from a file, are no weight.
 
     Raises:
-        TerseFileError: a tensor has another dtype, a code names no entry, or an unused bit is 1.
+        TerseFileError: a tensor has another dtype, a code names no entry, an unused bit is 1, or an
+            order of channels is none.
     """
-    if isinstance(module, SharedModule | SignModule | SignMaxPool2d):
+    if isinstance(module, SharedModule | SignModule | SignMaxPool2d | ClusteredConv2d):
         try:
             module.shared_weight.validate() if isinstance(module, SharedModule) else module.validate()
         except (TypeError, ValueError) as error:
@@ -189,7 +196,7 @@ def _config(layer: Any) -> Config:
 
 
 for _name, _cls in KINDS.items():
-    add(Kind(_name, _cls, _config, _cls.of_sizes))  # type: ignore[attr-defined]
+    add(Kind(_name, _cls, _config, getattr(_cls, "of_sizes", _cls)))
 for _cls in (Sign, ShiftBatchNorm1d, ShiftBatchNorm2d):
     _names = ("stochastic",) if _cls is Sign else ("num_features", "eps", "momentum", "affine", "track_running_stats")
     add(Kind(f"tersetorch.{_cls.__name__}", _cls, config_of(_names, _cls.__init__), _cls))
