@@ -143,9 +143,10 @@ def test_copies(make):
         half = make(layer).bfloat16()
         assert half(x.bfloat16()).dtype == torch.bfloat16
         torch.testing.assert_close(half(x), layer(x), rtol=0.05, atol=0.1)
-    other = FlattenedConv2d(**layer.sizes)
+    other = FlattenedConv2d.of_sizes(**layer.sizes)
+    assert other.layout == "fused"
     other.load_state_dict(layer.state_dict())
-    assert torch.equal(other(x), layer(x))
+    assert torch.equal(other(x), layer(x)) and torch.equal(layer.bias, layer.bias_0)
 
 
 @pytest.mark.parametrize("layout", ["chain", "fused"])

@@ -8,7 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tersetorch.conversion.candidates import Candidate
+from tersetorch.conversion.walk import weight_name
 from tersetorch.methods.modes import switch_off_fast_paths
+from tersetorch.nn import FlattenedConv2d
 from tersetorch.nn.codebook_module import CodedModule
 from tersetorch.nn.sparse_conv_module import SparseConvBase
 from tersetorch.nn.sparse_linear_module import SparseLinearBase
@@ -28,7 +30,7 @@ def build(candidate: Candidate, modules: list[nn.Module], samples: int | None = 
                 setattr(layer, name, tensor)
     for layer in layers:
         if candidate.layout != getattr(layer, "plain_layout", "csr"):
-            assert isinstance(layer, SparseModule | CodedModule)
+            assert isinstance(layer, SparseModule | CodedModule | FlattenedConv2d)
             layer.pack(candidate.layout, **candidate.options(samples))
     return layers
 
@@ -70,7 +72,11 @@ def dense_again(model: nn.Module, kept: Callable[[nn.Module], bool], identities:
     """
     memo: dict[int, Any] = {}
     weights: dict[int, Tensor] = {}
+    unpacked = False
     for layer in model.modules():
+        if isinstance(layer, FlattenedConv2d) and layer.layout != layer.plain_layout:
+            copy.deepcopy(layer, memo).pack(layer.plain_layout)
+            unpacked = True
         if not isinstance(layer, SparseLinearBase | SparseConvBase) or kept(layer):
             continue
         dense, source = layer.to_dense(), getattr(layer, layer.parameter_field)
@@ -79,7 +85,7 @@ def dense_again(model: nn.Module, kept: Callable[[nn.Module], bool], identities:
         if layer.bias is not None:
             dense.bias = copy.deepcopy(layer.bias, memo)
         memo[id(layer)] = dense
-    if not weights:
+    if not weights and not unpacked:
         return model
     memo |= {id(identity): nn.ReLU().train(identity.training) for identity in identities}
     restored = {dense for dense in memo.values() if isinstance(dense, nn.Linear)}
@@ -122,7 +128,12 @@ def swapped_copy(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) 
 
 
 def _take_over(module: nn.Module, replacement: nn.Module, memo: dict[int, Any]) -> None:
-    weight = module._parameters["weight"]
+    if type(replacement) is type(module):
+        for name, own in module._parameters.items():
+            replacement._parameters[name] = copy.deepcopy(own, memo)
+        replacement.train(module.training)
+        return
+    weight = module._parameters[weight_name(module)]
     bias = module._parameters.get("bias")
     assert weight is not None
     for name, parameter in replacement.named_parameters():

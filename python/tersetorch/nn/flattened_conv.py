@@ -69,6 +69,12 @@ class FlattenedConv2d(nn.Module):
 
     layouts = LAYOUTS
     plain_layout = "chain"
+    # The parameter that stands for the weight where only one can: its flags, its device, its dtype.
+    weight_parameter = "lateral_0"
+    # As an nn.Conv2d has them that this layer may stand for.
+    dilation = (1, 1)
+    groups = 1
+    padding_mode = "zeros"
 
     def __init__(
         self,
@@ -215,10 +221,17 @@ class FlattenedConv2d(nn.Module):
             return f"padding 'same' for the even kernel {module.kernel_size}"
         return None
 
+    @classmethod
+    def of_sizes(
+        cls, in_channels: int, out_channels: int, kernel_size: Sizes, layout: str = "chain", **more: Any
+    ) -> Self:
+        """A layer on any device, for tensors that come from elsewhere; more is what the constructor takes."""
+        return cls(in_channels, out_channels, kernel_size, **more).pack(layout)
+
     @property
     def sizes(self) -> dict[str, Any]:
-        """What the constructor takes to make a layer of the same sizes."""
-        usual = {"stride": (1, 1), "padding": (0, 0), "stages": 1, "rank": 1}
+        """What of_sizes takes to make a layer of the same sizes and layout."""
+        usual = {"stride": (1, 1), "padding": (0, 0), "stages": 1, "rank": 1, "layout": "chain"}
         own = {name: getattr(self, name) for name in ("in_channels", "out_channels", "kernel_size")}
         changed = {name: getattr(self, name) for name in usual if getattr(self, name) != usual[name]}
         return {**own, **changed, **({} if self.biased else {"bias": False})}
@@ -227,6 +240,11 @@ class FlattenedConv2d(nn.Module):
     def biased(self) -> bool:
         """Whether the layer has biases."""
         return self._parameters["bias_0"] is not None
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """The bias of the last stage."""
+        return self._parameters[f"bias_{self.stages - 1}"]
 
     def filters(self, stage: int) -> ops.FlatFilters:
         """The parameters of a stage, as ops.flat_conv2d takes them."""
