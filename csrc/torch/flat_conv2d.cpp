@@ -6,8 +6,10 @@
 #include <algorithm>
 #include <cstdint>
 #include <limits>
+#include <optional>
 #include <vector>
 
+#include "kernels/flat_conv2d/flat_conv2d_cuda.h"
 #include "torch/common.h"
 #include "torch/cuda.h"
 #include "torch/images.h"
@@ -82,7 +84,22 @@ std::int64_t WorkOf(const FlatStage* stages, std::int64_t count, std::int64_t be
   return work;
 }
 
-// How one image is cut: into bands of rows, or one stage after the other into panels of maps.
+// The images, laid out as the kernels take them; the sizes of what comes out are those of the first stage.
+Images ImagesOf(const Tensor& x, const FlatStage& s, Place place) {
+  return {kOp,
+          x,
+          {s.in_channels, s.out_channels, 1, s.kernel_h, s.kernel_w, s.stride_h, s.stride_w, 1, 1},
+          {s.pad_h, s.pad_w},
+          place};
+}
+
+Tensor Outputs(const Tensor& x, const Images& images, const FlatStage& last) {
+  return torch::stable::empty({images.count, last.out_channels, last.out_height, last.out_width}, x.scalar_type(),
+                              std::nullopt, x.device(), std::nullopt,
+                              images.channels_last ? torch::headeronly::MemoryFormat::ChannelsLast
+                                                   : torch::headeronly::MemoryFormat::Contiguous);
+}
+
 FlatImage<const void> At(const FlatImage<const void>& x, std::int64_t offset) {
   const std::int64_t bytes = x.stored_as == FloatDtype::kFloat32 ? 4 : 2;
   return {static_cast<const char*>(x.data) + offset * bytes, x.stored_as, x.channels_last, x.step};
@@ -97,15 +114,9 @@ Tensor ConvOnCpu(const Tensor& x, std::vector<Tensor> tensors, Ints sizes, bool 
   const Stages stages(x, tensors, sizes, kCpu);
   const FlatStage& first = stages.args[0];
   const FlatStage& last = stages.Last();
-  const Images input(kOp, x,
-                     ConvShape{first.in_channels, first.out_channels, 1, first.kernel_h, first.kernel_w, first.stride_h,
-                               first.stride_w, 1, 1},
-                     {first.pad_h, first.pad_w});
+  const Images input = ImagesOf(x, first, kCpu);
   const bool channels_last = input.channels_last;
-  const Tensor y = torch::stable::empty(
-      {input.count, last.out_channels, last.out_height, last.out_width}, x.scalar_type(), std::nullopt, x.device(),
-      std::nullopt,
-      channels_last ? torch::headeronly::MemoryFormat::ChannelsLast : torch::headeronly::MemoryFormat::Contiguous);
+  const Tensor y = Outputs(x, input, last);
   if (y.numel() == 0) return y;
 
   FlatConvArgs args{};
@@ -145,6 +156,45 @@ Tensor ConvOnCpu(const Tensor& x, std::vector<Tensor> tensors, Ints sizes, bool 
   return y;
 }
 
+#ifdef TERSETORCH_CUDA
+
+Tensor ConvOnCuda(const Tensor& x, std::vector<Tensor> tensors, Ints sizes, bool relu) {
+  const CudaCall call(kOp, x, "x");
+  const Place place = call.place();
+  CheckImages(kOp, x, place);
+  const Stages stages(x, tensors, sizes, place);
+  const FlatStage& last = stages.Last();
+  const Images images = ImagesOf(x, stages.args[0], place);
+  const Tensor y = Outputs(x, images, last);
+
+  FlatConvCudaArgs args{};
+  args.images = images.count;
+  args.x = images.tensor.const_data_ptr();
+  args.x_steps = StepsOf(stages.in_channels, images.height, images.width, images.channels_last);
+  args.x_stored_as = images.stored_as;
+  std::optional<Tensor> before;  // alive while the next stage reads it
+  for (std::int64_t s = 0; s < stages.count; ++s) {
+    const FlatStage& stage = stages.args[s];
+    const bool end = s + 1 == stages.count;
+    const Tensor lateral = EmptyOnDeviceOf(x, {FlatLateralFloats(stage, args.images)}, aoti_torch_dtype_float32());
+    const Tensor to = end ? y
+                          : EmptyOnDeviceOf(x, {args.images, stage.out_channels, stage.out_height, stage.out_width},
+                                            aoti_torch_dtype_float32());
+    args.stage = stage;
+    args.l = lateral.mutable_data_ptr<float>();
+    args.relu = end && relu;
+    args.y = to.mutable_data_ptr();
+    args.y_steps = StepsOf(stage.out_channels, stage.out_height, stage.out_width, end && images.channels_last);
+    args.y_stored_as = end ? images.stored_as : FloatDtype::kFloat32;
+    call.Check(FlatConvCuda(args, call.Stream()));
+    before = to;
+    args.x = args.y, args.x_steps = args.y_steps, args.x_stored_as = FloatDtype::kFloat32;
+  }
+  return y;
+}
+
+#endif
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(tersetorch, CPU, m) {
@@ -153,7 +203,12 @@ STABLE_TORCH_LIBRARY_IMPL(tersetorch, CPU, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tersetorch, CUDA, m) {
+#ifdef TERSETORCH_CUDA
+  m.impl("flat_conv2d", TORCH_BOX(&ConvOnCuda));
+  m.impl("flat_conv2d_inference", TORCH_BOX(&ConvOnCuda));
+#else
   for (const char* op : {"flat_conv2d", "flat_conv2d_inference"}) m.impl(op, &NotBuiltForCuda);
+#endif
 }
 
 }  // namespace tersetorch
