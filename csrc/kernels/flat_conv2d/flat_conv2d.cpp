@@ -8,8 +8,10 @@ namespace {
 
 using Index = std::int64_t;
 
-// Pixels that are multiplied at once, at least: what is left over of a tile then costs little.
-constexpr Index kPixels = 96;
+// Pixels that are worked on at once, at least: what is left over of a tile of pixels then costs little, and a row of l
+// is read from the second cache level once for several rows of y.
+constexpr Index kPixels = 192;
+constexpr Index kMostRows = 16;
 
 const FlatKernels& Active() {
   switch (ProcessCpuIsa().active) {
@@ -37,7 +39,9 @@ bool GivesAsIs(const FlatConvArgs& a) {
 }
 
 // Rows of width pixels that are worked on at once.
-Index RowsAtOnce(Index width, Index height) { return Smaller(Parts(kPixels, width), Larger(height, 1)); }
+Index RowsAtOnce(Index width, Index height) {
+  return Smaller(Smaller(Parts(kPixels, width), kMostRows), Larger(height, 1));
+}
 
 // Where the arrays of a stage begin.
 struct Numbers {
@@ -59,7 +63,8 @@ struct Memory {
   Memory(const FlatConvArgs& args, Index s, Index panels, Index from) {
     const FlatStage& stage = args.stages[s];
     batch = RowsAtOnce(stage.width, stage.height);
-    rows = (Parts(stage.kernel_h - 1, batch) + 1) * batch;
+    made = RowsAtOnce(stage.out_width, stage.out_height);
+    rows = (Parts((made - 1) * stage.stride_h + stage.kernel_h - 1, batch) + 1) * batch;
     row = stage.width * kFlatLanes;
     // One line more, so that panels do not share the sets of the cache.
     panel = rows * row + kFlatLanes;
@@ -70,7 +75,8 @@ struct Memory {
     end = pixels + (s == 0 && TakesAsIs(args.x) ? 0 : batch * stage.width * step);
   }
 
-  Index batch, rows;                // that are multiplied at once; of the ring, a multiple of it
+  Index batch, made;                // rows that are multiplied at once, and rows that are made of them
+  Index rows;                       // of the ring, a multiple of batch
   Index row, panel;                 // numbers from one row of the ring to the next, and from one panel
   Index ring, zeros, pixels, step;  // step: from one of the pixels to the next
   Index end;
@@ -123,20 +129,39 @@ class Walk {
     const Numbers numbers(stage);
     const bool last = s == args_.count - 1;
     const Index first = last ? panel_begin_ * kFlatLanes : 0, panels = last ? panels_ : stage.Panels();
-    const float* rows[kFlatMaxKernel];
-    for (Index i = begin; i < end; ++i, to += stage.out_width * step) {
-      const Index top = i * stage.stride_h - stage.pad_h;
+    const float* rows[kMostRows * kFlatMaxKernel];
+    const Index row_step = stage.out_width * step;
+    for (Index i = begin; i < end; i += memory.made, to += memory.made * row_step) {
+      const Index count = Smaller(memory.made, end - i), top = i * stage.stride_h - stage.pad_h;
+      const Index bottom = top + (count - 1) * stage.stride_h + stage.kernel_h;
       next_[s] = Larger(next_[s], top);
-      while (next_[s] < Smaller(top + stage.kernel_h, stage.height)) Multiply(s, panels, first);
-      for (Index k = 0; k < stage.kernel_h; ++k) {
-        const bool inside = 0 <= top + k && top + k < stage.height;
-        rows[k] = inside ? scratch_ + memory.ring + (top + k) % memory.rows * memory.row : nullptr;
+      while (next_[s] < Smaller(bottom, stage.height)) Multiply(s, panels, first);
+      for (Index k = 0; k < count * stage.kernel_h; ++k) {
+        const Index row = top + k / stage.kernel_h * stage.stride_h + k % stage.kernel_h;
+        const bool inside = 0 <= row && row < stage.height;
+        rows[k] = inside ? scratch_ + memory.ring + row % memory.rows * memory.row : nullptr;
       }
-      kernels_.planes({rows, scratch_ + memory.zeros, memory.panel, panels, stage.rank, stage.kernel_h, stage.kernel_w,
-                       stage.stride_w, stage.pad_w, stage.width, stage.out_width,
-                       numbers.vertical + first * stage.kernel_h, numbers.vertical_bias + first,
-                       numbers.horizontal + first * stage.kernel_w, numbers.bias + first, stage.Panels(),
-                       last && args_.relu, to, step});
+      kernels_.planes({rows,
+                       count,
+                       scratch_ + memory.zeros,
+                       memory.panel,
+                       panels,
+                       stage.rank,
+                       stage.kernel_h,
+                       stage.kernel_w,
+                       stage.stride_w,
+                       stage.pad_w,
+                       stage.width,
+                       stage.out_width,
+                       numbers.vertical + first * stage.kernel_h,
+                       numbers.vertical_bias + first,
+                       numbers.horizontal + first * stage.kernel_w,
+                       numbers.bias + first,
+                       stage.Panels(),
+                       last && args_.relu,
+                       to,
+                       row_step,
+                       step});
     }
   }
 

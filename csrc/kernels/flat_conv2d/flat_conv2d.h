@@ -90,11 +90,12 @@ struct FlatLateralArgs {
   std::int64_t panel_step;
 };
 
-// One row of y, to[j * step + p * 16 + lane] for panel p < panels.
+// Some rows of y, to[i * row_step + j * step + p * 16 + lane] for row i < count and panel p < panels.
 struct FlatPlanesArgs {
-  // Row k under the vertical filters, [rank * panels] arrays [width][16] that begin panel_step apart; null stands for
-  // zeros in all of them.
+  // Row k under the vertical filters of row i of y is rows[i * kernel_h + k], [rank * panels] arrays [width][16] that
+  // begin panel_step apart; null stands for zeros in all of them.
   const float* const* rows;
+  std::int64_t count;
   const float* zeros;  // [width][16]
   std::int64_t panel_step, panels, rank;
   std::int64_t kernel_h, kernel_w, stride_w, pad_w, width, out_width;
@@ -103,7 +104,7 @@ struct FlatPlanesArgs {
   std::int64_t rank_panels;
   bool relu;
   float* to;
-  std::int64_t step;
+  std::int64_t row_step, step;
 };
 
 // y[pixel first + i, channel] = from[i * step + channel], for i < count and channels [0, channels).

@@ -28,29 +28,32 @@ void Lateral(const FlatLateralArgs& a) noexcept {
   }
 }
 
-float Vertical(const FlatPlanesArgs& a, std::int64_t r, std::int64_t p, std::int64_t w, std::int64_t lane) {
+float Vertical(const FlatPlanesArgs& a, std::int64_t i, std::int64_t r, std::int64_t p, std::int64_t w,
+               std::int64_t lane) {
   if (w < 0 || w >= a.width) return 0;
   const std::int64_t panel = r * a.rank_panels + p;
   float sum = At<float>(a.vertical_bias, panel * kFlatLanes + lane);
   for (std::int64_t k = 0; k < a.kernel_h; ++k) {
-    const float* row = a.rows[k] == nullptr ? a.zeros : a.rows[k] + (r * a.panels + p) * a.panel_step;
+    const float* from = a.rows[i * a.kernel_h + k];
+    const float* row = from == nullptr ? a.zeros : from + (r * a.panels + p) * a.panel_step;
     sum += At<float>(a.vertical, (panel * a.kernel_h + k) * kFlatLanes + lane) * row[w * kFlatLanes + lane];
   }
   return sum;
 }
 
 void Planes(const FlatPlanesArgs& a) noexcept {
-  for (std::int64_t p = 0; p < a.panels; ++p) {
+  for (std::int64_t i = 0; i < a.count; ++i) {
     for (std::int64_t j = 0; j < a.out_width; ++j) {
-      for (std::int64_t lane = 0; lane < kFlatLanes; ++lane) {
-        float sum = At<float>(a.bias, p * kFlatLanes + lane);
+      for (std::int64_t map = 0; map < a.panels * kFlatLanes; ++map) {
+        const std::int64_t p = map / kFlatLanes, lane = map % kFlatLanes;
+        float sum = At<float>(a.bias, map);
         for (std::int64_t r = 0; r < a.rank; ++r) {
           for (std::int64_t k = 0; k < a.kernel_w; ++k) {
             const std::int64_t tap = ((r * a.rank_panels + p) * a.kernel_w + k) * kFlatLanes + lane;
-            sum += At<float>(a.horizontal, tap) * Vertical(a, r, p, j * a.stride_w - a.pad_w + k, lane);
+            sum += At<float>(a.horizontal, tap) * Vertical(a, i, r, p, j * a.stride_w - a.pad_w + k, lane);
           }
         }
-        Put(a.to, j * a.step + p * kFlatLanes + lane, a.relu && sum < 0 ? 0.0f : sum);
+        Put(a.to, i * a.row_step + j * a.step + map, a.relu && sum < 0 ? 0.0f : sum);
       }
     }
   }

@@ -127,7 +127,7 @@ void StorePixels(const FlatStoreArgs& args) noexcept {
 // ---- lateral
 
 template <int kPixels, int kPanels>
-inline void LateralTile(const FlatLateralArgs& a, Index panel, Index pixel) {
+__attribute__((noinline)) void LateralTile(const FlatLateralArgs& a, Index panel, Index pixel) {
   constexpr int kVectors = kPanels * kParts;
   const float* x = a.x + pixel * a.step;
   const float* weights = a.weights + panel * a.channels * kFlatLanes;
@@ -194,17 +194,29 @@ constexpr Index kStrip = 256;
 // Taps beyond which their number is no constant.
 constexpr int kMostTaps = 7;
 
+// What a loop reads again and again stands in local variables: a store might change anything else.
+
 // strip[w] = bias + sum_k taps[k] * rows[k][w], for w < count.
 template <int kTaps>
 inline void Vertical(const float* const* rows, Index taps_count, const float* taps, const float* bias, Index count,
                      float* strip) {
-  const Index number = kTaps == 0 ? taps_count : kTaps;
+  constexpr Index kKept = kTaps == 0 ? 1 : kTaps;
   for (int part = 0; part < kFlatLanes; part += kLanes) {
     const Lanes start = Load<Lanes>(bias + part);
+    Lanes tap[kKept];
+    const float* row[kKept];
+#pragma GCC unroll 8
+    for (Index k = 0; k < kTaps; ++k) tap[k] = Load<Lanes>(taps + k * kFlatLanes + part), row[k] = rows[k];
     for (Index w = part; w < count * kFlatLanes; w += kFlatLanes) {
       Lanes sum = start;
+      if constexpr (kTaps == 0) {
+        for (Index k = 0; k < taps_count; ++k) {
+          sum += Load<Lanes>(taps + k * kFlatLanes + part) * Load<Lanes>(rows[k] + w);
+        }
+      } else {
 #pragma GCC unroll 8
-      for (Index k = 0; k < number; ++k) sum += Load<Lanes>(taps + k * kFlatLanes + part) * Load<Lanes>(rows[k] + w);
+        for (Index k = 0; k < kTaps; ++k) sum += tap[k] * Load<Lanes>(row[k] + w);
+      }
       Store(strip + w, sum);
     }
   }
@@ -214,18 +226,79 @@ inline void Vertical(const float* const* rows, Index taps_count, const float* ta
 template <int kTaps>
 inline void Horizontal(const FlatPlanesArgs& a, const float* strip, const float* taps, const float* bias, bool first,
                        bool last, Index count, float* to) {
-  const Index number = kTaps == 0 ? a.kernel_w : kTaps, stride = a.stride_w * kFlatLanes;
+  constexpr Index kKept = kTaps == 0 ? 1 : kTaps;
+  const Index stride = a.stride_w * kFlatLanes, step = a.step, taps_count = a.kernel_w;
   for (int part = 0; part < kFlatLanes; part += kLanes) {
     const Lanes start = Load<Lanes>(bias + part);
     const Lanes floor = Splat<kLanes>(a.relu && last ? 0.0f : -__builtin_inff());
-    for (Index j = 0; j < count; ++j) {
-      Lanes sum = first ? start : Load<Lanes>(to + j * a.step + part);
-      const float* from = strip + j * stride + part;
+    Lanes tap[kKept];
 #pragma GCC unroll 8
-      for (Index k = 0; k < number; ++k) {
-        sum += Load<Lanes>(taps + k * kFlatLanes + part) * Load<Lanes>(from + k * kFlatLanes);
+    for (Index k = 0; k < kTaps; ++k) tap[k] = Load<Lanes>(taps + k * kFlatLanes + part);
+    const float* from = strip + part;
+    float* out = to + part;
+    for (Index j = 0; j < count; ++j, from += stride, out += step) {
+      Lanes sum = first ? start : Load<Lanes>(out);
+      if constexpr (kTaps == 0) {
+        for (Index k = 0; k < taps_count; ++k) {
+          sum += Load<Lanes>(taps + k * kFlatLanes + part) * Load<Lanes>(from + k * kFlatLanes);
+        }
+      } else {
+#pragma GCC unroll 8
+        for (Index k = 0; k < kTaps; ++k) sum += tap[k] * Load<Lanes>(from + k * kFlatLanes);
       }
-      Store(to + j * a.step + part, sum < floor ? floor : sum);
+      Store(out, sum < floor ? floor : sum);
+    }
+  }
+}
+
+// Both at once for a stride of 1 and as many taps down as along: the last kTaps columns of v stay in registers, and no
+// load follows a store to its neighbourhood.
+template <int kTaps>
+inline void Square(const FlatPlanesArgs& a, const float* const* rows, const float* vertical, const float* vertical_bias,
+                   const float* horizontal, const float* bias, bool first, bool last, float* to) {
+  const Index width = a.width, out_width = a.out_width, step = a.step, pad = a.pad_w;
+  for (int part = 0; part < kFlatLanes; part += kLanes) {
+    Lanes down[kTaps], along[kTaps], v[kTaps] = {};
+    const float* row[kTaps];
+#pragma GCC unroll 8
+    for (int k = 0; k < kTaps; ++k) {
+      down[k] = Load<Lanes>(vertical + k * kFlatLanes + part);
+      along[k] = Load<Lanes>(horizontal + k * kFlatLanes + part);
+      row[k] = rows[k] + part;
+    }
+    const Lanes start = Load<Lanes>(vertical_bias + part), end = Load<Lanes>(bias + part);
+    const Lanes floor = Splat<kLanes>(a.relu && last ? 0.0f : -__builtin_inff());
+    const auto take = [&](Index w) __attribute__((always_inline)) {
+      Lanes sum = start;
+#pragma GCC unroll 8
+      for (int k = 0; k < kTaps; ++k) sum += down[k] * Load<Lanes>(row[k] + w * kFlatLanes);
+      return sum;
+    };
+    const auto shift = [&](Lanes next) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+      for (int k = 0; k + 1 < kTaps; ++k) v[k] = v[k + 1];
+      v[kTaps - 1] = next;
+    };
+    float* out = to + part;
+    const auto give = [&]() __attribute__((always_inline)) {
+      Lanes sum = first ? end : Load<Lanes>(out);
+#pragma GCC unroll 8
+      for (int k = 0; k < kTaps; ++k) sum += along[k] * v[k];
+      Store(out, sum < floor ? floor : sum);
+      out += step;
+    };
+    // Output j follows column j - pad + kTaps - 1.
+    for (Index w = 0; w < kTaps - 1 - pad; ++w) shift(take(w));
+    Index j = 0;
+    for (; j < out_width && j - pad + kTaps - 1 < 0; ++j) give();
+    const Index whole = Smaller(out_width, width + pad - kTaps + 1);
+    for (Index w = j - pad + kTaps - 1; j < whole; ++j, ++w) {
+      shift(take(w));
+      give();
+    }
+    for (; j < out_width; ++j) {
+      shift(Lanes{});
+      give();
     }
   }
 }
@@ -233,6 +306,9 @@ inline void Horizontal(const FlatPlanesArgs& a, const float* strip, const float*
 using VerticalRun = void (*)(const float* const*, Index, const float*, const float*, Index, float*);
 using HorizontalRun = void (*)(const FlatPlanesArgs&, const float*, const float*, const float*, bool, bool, Index,
                                float*);
+using SquareRun = void (*)(const FlatPlanesArgs&, const float* const*, const float*, const float*, const float*,
+                           const float*, bool, bool, float*);
+constexpr SquareRun kSquare[] = {nullptr, nullptr, nullptr, Square<3>, nullptr, Square<5>, nullptr, Square<7>};
 constexpr VerticalRun kVertical[] = {Vertical<0>, Vertical<1>, Vertical<2>, Vertical<3>,
                                      Vertical<4>, Vertical<5>, Vertical<6>, Vertical<7>};
 constexpr HorizontalRun kHorizontal[] = {Horizontal<0>, Horizontal<1>, Horizontal<2>, Horizontal<3>,
@@ -242,30 +318,49 @@ inline void PutZeros(float* strip, Index columns) {
   if (columns > 0) __builtin_memset(strip, 0, static_cast<std::size_t>(columns * kFlatLanes * 4));
 }
 
+// One row of y, of one panel and one of its ranks. The rows of l are those of that panel.
+void Row(const FlatPlanesArgs& a, const float* const* rows, Index p, Index r, float* to) {
+  const Index panel = r * a.rank_panels + p;
+  const float* vertical = a.vertical + panel * a.kernel_h * kFlatLanes;
+  const float* vertical_bias = a.vertical_bias + panel * kFlatLanes;
+  const float* horizontal = a.horizontal + panel * a.kernel_w * kFlatLanes;
+  const float* bias = a.bias + p * kFlatLanes;
+  const bool first = r == 0, last = r + 1 == a.rank;
+  // Of an image that is narrower than the filters no column would be whole.
+  if (a.kernel_h == a.kernel_w && a.kernel_w <= kMostTaps && kSquare[a.kernel_w] != nullptr && a.stride_w == 1 &&
+      a.width + a.pad_w >= a.kernel_w) {
+    return kSquare[a.kernel_w](a, rows, vertical, vertical_bias, horizontal, bias, first, last, to);
+  }
+  alignas(64) float strip[kStrip * kFlatLanes];
+  const Index most = (kStrip - a.kernel_w) / a.stride_w + 1;  // outputs of a strip
+  for (Index j = 0; j < a.out_width; j += most) {
+    const Index count = Smaller(most, a.out_width - j), left = j * a.stride_w - a.pad_w;
+    const Index columns = (count - 1) * a.stride_w + a.kernel_w;
+    const Index begin = Smaller(Larger(-left, 0), columns);
+    const Index end = Larger(Smaller(a.width - left, columns), begin);
+    PutZeros(strip, begin);
+    PutZeros(strip + end * kFlatLanes, columns - end);
+    const float* pieces[kFlatMaxKernel];
+    for (Index k = 0; k < a.kernel_h; ++k) pieces[k] = rows[k] + (left + begin) * kFlatLanes;
+    kVertical[a.kernel_h <= kMostTaps ? a.kernel_h : 0](pieces, a.kernel_h, vertical, vertical_bias, end - begin,
+                                                        strip + begin * kFlatLanes);
+    kHorizontal[a.kernel_w <= kMostTaps ? a.kernel_w : 0](a, strip, horizontal, bias, first, last, count,
+                                                          to + j * a.step);
+  }
+}
+
+// Row after row of one panel: those of l that two rows of y share are still in the first cache level.
 void Planes(const FlatPlanesArgs& args) noexcept {
   const FlatPlanesArgs a = args;
-  alignas(64) float strip[kStrip * kFlatLanes];
-  const VerticalRun vertical = kVertical[a.kernel_h <= kMostTaps ? a.kernel_h : 0];
-  const HorizontalRun horizontal = kHorizontal[a.kernel_w <= kMostTaps ? a.kernel_w : 0];
-  const Index most = (kStrip - a.kernel_w) / a.stride_w + 1;  // outputs of a strip
   for (Index p = 0; p < a.panels; ++p) {
-    for (Index j = 0; j < a.out_width; j += most) {
-      const Index count = Smaller(most, a.out_width - j), left = j * a.stride_w - a.pad_w;
-      const Index columns = (count - 1) * a.stride_w + a.kernel_w;
-      const Index begin = Smaller(Larger(-left, 0), columns);
-      const Index end = Larger(Smaller(a.width - left, columns), begin);
-      PutZeros(strip, begin);
-      PutZeros(strip + end * kFlatLanes, columns - end);
+    for (Index i = 0; i < a.count; ++i) {
       for (Index r = 0; r < a.rank; ++r) {
-        const Index panel = r * a.rank_panels + p, at = (r * a.panels + p) * a.panel_step;
         const float* rows[kFlatMaxKernel];
         for (Index k = 0; k < a.kernel_h; ++k) {
-          rows[k] = (a.rows[k] == nullptr ? a.zeros : a.rows[k] + at) + (left + begin) * kFlatLanes;
+          const float* row = a.rows[i * a.kernel_h + k];
+          rows[k] = row == nullptr ? a.zeros : row + (r * a.panels + p) * a.panel_step;
         }
-        vertical(rows, a.kernel_h, a.vertical + panel * a.kernel_h * kFlatLanes, a.vertical_bias + panel * kFlatLanes,
-                 end - begin, strip + begin * kFlatLanes);
-        horizontal(a, strip, a.horizontal + panel * a.kernel_w * kFlatLanes, a.bias + p * kFlatLanes, r == 0,
-                   r + 1 == a.rank, count, a.to + j * a.step + p * kFlatLanes);
+        Row(a, rows, p, r, a.to + i * a.row_step + p * kFlatLanes);
       }
     }
   }
