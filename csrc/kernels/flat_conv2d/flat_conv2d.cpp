@@ -8,9 +8,9 @@ namespace {
 
 using Index = std::int64_t;
 
-// Pixels that are worked on at once, at least: what is left over of a tile of pixels then costs little, and a row of l
-// is read from the second cache level once for several rows of y.
-constexpr Index kPixels = 192;
+// Pixels that are worked on at once: enough that what is left over of a tile costs little and that rows of y share rows
+// of l, and so few that what they need fits the second cache level.
+constexpr Index kLeastPixels = 96, kMostPixels = 192, kNumbers = 24 * 1024;
 constexpr Index kMostRows = 16;
 
 const FlatKernels& Active() {
@@ -39,8 +39,9 @@ bool GivesAsIs(const FlatConvArgs& a) {
 }
 
 // Rows of width pixels that are worked on at once.
-Index RowsAtOnce(Index width, Index height) {
-  return Smaller(Smaller(Parts(kPixels, width), kMostRows), Larger(height, 1));
+Index RowsAtOnce(Index width, Index height, Index maps) {
+  const Index pixels = Larger(kLeastPixels, Smaller(kMostPixels, kNumbers / Larger(maps, 1)));
+  return Smaller(Smaller(Parts(pixels, width), kMostRows), Larger(height, 1));
 }
 
 // Where the arrays of a stage begin.
@@ -62,8 +63,10 @@ struct Memory {
   Memory() = default;
   Memory(const FlatConvArgs& args, Index s, Index panels, Index from) {
     const FlatStage& stage = args.stages[s];
-    batch = RowsAtOnce(stage.width, stage.height);
-    made = RowsAtOnce(stage.out_width, stage.out_height);
+    // Of all panels, so that what is enough for them is enough for a part.
+    const Index maps = stage.rank * stage.Panels() * kFlatLanes;
+    batch = RowsAtOnce(stage.width, stage.height, maps);
+    made = RowsAtOnce(stage.out_width, stage.out_height, maps);
     rows = (Parts((made - 1) * stage.stride_h + stage.kernel_h - 1, batch) + 1) * batch;
     row = stage.width * kFlatLanes;
     // One line more, so that panels do not share the sets of the cache.
@@ -108,7 +111,7 @@ class Walk {
       float* y = static_cast<float*>(args_.y.data) + begin * stage.out_width * args_.y.step + first;
       return Make(last, begin, end, y, args_.y.step);
     }
-    const Index step = panels_ * kFlatLanes, batch = RowsAtOnce(stage.out_width, stage.out_height);
+    const Index step = panels_ * kFlatLanes, batch = memory_[last].made;
     const Index bytes = args_.y.stored_as == FloatDtype::kFloat32 ? 4 : 2;
     FlatImage<void> y = args_.y;
     y.data = static_cast<char*>(y.data) + first * (y.channels_last ? 1 : y.step) * bytes;
@@ -205,12 +208,13 @@ class Walk {
 }  // namespace
 
 Index FlatScratchBytes(const FlatConvArgs& args) noexcept {
-  Index floats = 0;
-  for (Index s = 0; s < args.count; ++s) floats = Memory(args, s, args.stages[s].Panels(), floats).end;
-  const FlatStage& last = args.stages[args.count - 1];
-  if (!GivesAsIs(args)) {
-    floats += RowsAtOnce(last.out_width, last.out_height) * last.out_width * last.Panels() * kFlatLanes;
+  Index floats = 0, made = 0;
+  for (Index s = 0; s < args.count; ++s) {
+    const Memory memory(args, s, args.stages[s].Panels(), floats);
+    floats = memory.end, made = memory.made;
   }
+  const FlatStage& last = args.stages[args.count - 1];
+  if (!GivesAsIs(args)) floats += made * last.out_width * last.Panels() * kFlatLanes;
   return floats * Index{sizeof(float)};
 }
 

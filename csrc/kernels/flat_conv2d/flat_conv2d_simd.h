@@ -138,7 +138,9 @@ __attribute__((noinline)) void LateralTile(const FlatLateralArgs& a, Index panel
 #pragma GCC unroll 16
     for (int i = 0; i < kPixels; ++i) sums[i][v] = bias;
   }
+  const float* next = x + kPixels * a.step;
   for (Index c = 0; c < a.channels; ++c) {
+    __builtin_prefetch(next + c * kPixels);  // of the next pixels, which lie one after the other
     Lanes w[kVectors];
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
