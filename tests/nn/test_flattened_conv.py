@@ -178,7 +178,7 @@ def test_bad_input_is_refused():
     ):
         with pytest.raises(error, match=sentence):
             FlattenedConv2d(*arguments, **options)
-    layer = FlattenedConv2d(3, 8, 3)
+    layer, fused = FlattenedConv2d(3, 8, 3), FlattenedConv2d(3, 8, 3).eval().pack("fused")
     for x, error, sentence in (
         (None, TypeError, "input must be a tensor"),
         (torch.ones(1, 3, 5, 5).double(), TypeError, "input must be float32 or bfloat16"),
@@ -186,6 +186,8 @@ def test_bad_input_is_refused():
     ):
         with pytest.raises(error, match=sentence):
             layer(x)
+        with torch.no_grad(), pytest.raises(error, match=sentence):
+            fused(x)
     with pytest.raises(ValueError, match="layout must be one of"):
         layer.pack("direct")
     with pytest.raises(ValueError, match="kernel_size must be at most 63"):

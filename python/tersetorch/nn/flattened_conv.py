@@ -102,6 +102,12 @@ class FlattenedConv2d(nn.Module):
         self._padding = self._pad_sides()
         self._layout = self.plain_layout
         self._packed_from: Origin | None = None
+        self._packed_names = [f"packed_{s}" for s in range(self.stages)]
+        # As the op takes them.
+        self._op_sizes: list[int] = []
+        for s in range(self.stages):
+            steps = (1, 1) if s else self.stride
+            self._op_sizes += [self.out_channels, self.rank, *self.kernel_size, *steps, *self._padding]
         maps = self.rank * self.out_channels
         shapes: dict[str, tuple[int, ...]] = {"lateral_bias": (maps,), "vertical_bias": (maps,)}
         shapes |= {"vertical": (maps, self.kernel_size[0]), "horizontal": (maps, self.kernel_size[1])}
@@ -360,9 +366,9 @@ class FlattenedConv2d(nn.Module):
         if self._layout != "fused":
             return
         with torch.no_grad():
-            for s in range(self.stages):
+            for s, name in enumerate(self._packed_names):
                 packed = ops.flat_conv2d_pack(self.filters(s), rank=self.rank)
-                self.register_buffer(f"packed_{s}", packed, persistent=False)
+                self.register_buffer(name, packed, persistent=False)
         self._packed_from = [
             (name, tensor, tensor._version, tensor.data_ptr())
             for name, tensor in self._parameters.items()
@@ -370,38 +376,26 @@ class FlattenedConv2d(nn.Module):
         ]
 
     def _drop_packed(self) -> None:
-        for s in range(self.stages):
-            self._buffers.pop(f"packed_{s}", None)
+        for name in self._packed_names:
+            self._buffers.pop(name, None)
         self._packed_from = None
 
     def _packed_stages(self) -> list[Tensor] | None:
         """The packed stages as the parameters are now, or None where another one was lent to the layer."""
-        held: Any = self._buffers
-        if is_compiling() or torch._C._get_tracing_state() is not None:
-            if self._packed_from is None:
-                return None
-        elif self._packed_from is None:
-            if self.training:
+        if self._packed_from is None:
+            if self.training or is_compiling():
                 return None
             self._repack()
-        else:
-            changed = False
+        elif not is_compiling() and torch._C._get_tracing_state() is None:
             parameters = self._parameters
             for name, tensor, version, address in self._packed_from:
                 if parameters[name] is not tensor:
                     return None  # functional_call lent another one
-                changed |= tensor._version != version or tensor.data_ptr() != address
-            if changed:
-                self._repack()
-        return [held[f"packed_{s}"] for s in range(self.stages)]
-
-    @property
-    def _op_sizes(self) -> list[int]:
-        sizes: list[int] = []
-        for s in range(self.stages):
-            steps = (1, 1) if s else self.stride
-            sizes += [self.out_channels, self.rank, *self.kernel_size, *steps, *self._padding]
-        return sizes
+                if tensor._version != version or tensor.data_ptr() != address:
+                    self._repack()
+                    break
+        held: Any = self._buffers
+        return [held[name] for name in self._packed_names]
 
     def train(self, mode: bool = True) -> Self:
         """As nn.Module.train: training mode drops what the layout packed, eval mode builds it anew."""
@@ -428,6 +422,22 @@ class FlattenedConv2d(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Applies the layer to input, float [N, in_channels, H, W] or [in_channels, H, W]."""
+        # The op's twin drops forward-mode tangents, which no_grad does not switch off.
+        if self._layout == "fused" and not is_grad_enabled() and forward_ad._current_level < 0:
+            stages = self._packed_stages()
+            if stages is not None:
+                try:
+                    if input.dim() == 4:
+                        return _flat_conv2d(input, stages, self._op_sizes, False)  # type: ignore[no-any-return]
+                    y: Tensor = _flat_conv2d(input.unsqueeze(0), stages, self._op_sizes, False)
+                    return y.squeeze(0)
+                except (AttributeError, IndexError, RuntimeError, TypeError):
+                    self._check(input)  # what nearly every call passes is asked for only here
+                    raise
+        self._check(input)
+        return self._chain(input) if input.dim() == 4 else self._chain(input.unsqueeze(0)).squeeze(0)
+
+    def _check(self, input: object) -> None:
         if not isinstance(input, Tensor):
             raise TypeError(f"FlattenedConv2d: input must be a tensor, got {type(input).__name__}; pass a torch.Tensor")
         if input.dtype not in FLOATS and not torch.is_autocast_enabled(input.device.type):
@@ -437,12 +447,6 @@ class FlattenedConv2d(nn.Module):
                 f"FlattenedConv2d: input must be [N, {self.in_channels}, H, W] or [{self.in_channels}, H, W], got "
                 f"shape {tuple(input.shape)}; reshape it"
             )
-        x = input if input.dim() == 4 else input.unsqueeze(0)
-        # The op's twin drops forward-mode tangents, which no_grad does not switch off.
-        fused = self._layout == "fused" and not is_grad_enabled() and forward_ad._current_level < 0
-        stages = self._packed_stages() if fused else None
-        y: Tensor = self._chain(x) if stages is None else _flat_conv2d(x, stages, self._op_sizes, False)
-        return y if input.dim() == 4 else y.squeeze(0)
 
     def _chain(self, x: Tensor) -> Tensor:
         dtype = x.dtype
