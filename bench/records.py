@@ -21,11 +21,12 @@ from .coded_peers import CODED
 from .cuda import problems
 from .cuda.rates import Rates as CudaRates
 from .cuda.suite import Cuda
+from .flat_peers import FLAT
 from .implementations import LeftOut
 from .options import Options
 from .peers import PEERS
 from .rates import Rates, caches_kib
-from .suites import binary, binary_networks, codebook, coders, networks, product, sparse
+from .suites import binary, binary_networks, codebook, coders, flat, networks, product, sparse
 
 Record = dict[str, Any]
 
@@ -51,6 +52,7 @@ SUITES: dict[str, tuple[Any, type[Any]]] = {
     "product": (product.groups, product.Product),
     "binary": (binary.groups, binary.Binary),
     "binary_networks": (binary_networks.groups, binary_networks.BinaryNetworks),
+    "flat": (flat.groups, flat.Flattened),
     "coders": (coders.groups, coders.Coders),
     "networks": (networks.groups, networks.Networks),
 }
@@ -123,7 +125,7 @@ class Run:
 
 def missing(threads: int) -> dict[str, str]:
     """Peers that cannot run here, and why."""
-    rows = (*PEERS["linear"], *PEERS["conv"], *CODED, *product.peers(), *BINARY["linear"], *BINARY["conv"])
+    rows = (*PEERS["linear"], *PEERS["conv"], *CODED, *product.peers(), *BINARY["linear"], *BINARY["conv"], *FLAT)
     reasons = {row.name: row.missing(row.batches[0], threads) for row in rows}
     return {name: reason for name, reason in reasons.items() if reason}
 

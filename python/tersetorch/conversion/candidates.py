@@ -1,5 +1,6 @@
 """The table of layers that may stand in for a dense one: a new format that computes is one more row."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +18,7 @@ from tersetorch.nn import (
     CodebookConv2d,
     CodebookEmbedding,
     CodebookLinear,
+    FlattenedConv2d,
     LowRankConv2d,
     LowRankLinear,
     ProductConv2d,
@@ -31,6 +33,7 @@ from tersetorch.nn import (
     SparseLinear,
 )
 from tersetorch.nn.codebook_embedding import why_not
+from tersetorch.ops import FLAT_MAX_KERNEL
 
 MAX_DISTINCT = 255
 MAX_NARROW = 2**16
@@ -229,6 +232,12 @@ def _is_narrow_with_few_values(module: nn.Module) -> str | None:
 def _has_small_filters(module: nn.Module) -> str | None:
     weights = weight_of(module)[:1].numel()
     return f"more than {MAX_INT8_WEIGHTS} weights in a filter" if weights > MAX_INT8_WEIGHTS else None
+
+
+def _has_short_filters(module: nn.Module) -> str | None:
+    assert isinstance(module, FlattenedConv2d)
+    long = max(module.kernel_size) > FLAT_MAX_KERNEL
+    return f"filters of more than {FLAT_MAX_KERNEL} taps" if long else None
 
 
 def _for_samples(samples: int | None) -> dict[str, Any]:
@@ -446,6 +455,16 @@ CANDIDATES: dict[str, Candidate] = {
             signs=True,
         ),
         *_of_other_inputs("binary_conv2d", nn.Conv2d, BinaryConv2d),
+        Candidate(
+            "flattened_conv2d",
+            "",
+            FlattenedConv2d,
+            FlattenedConv2d,
+            1.0,
+            _has_short_filters,
+            copy.deepcopy,
+            layout="fused",
+        ),
         *_convolutions("1d", nn.Conv1d, SparseConv1d, SparseCodebookConv1d),
         _low_rank("low_rank_linear", nn.Linear, LowRankLinear),
         _low_rank("low_rank_conv2d", nn.Conv2d, LowRankConv2d),

@@ -18,7 +18,7 @@ from tersetorch.conversion.report import Trial
 from tersetorch.conversion.swap import build
 from tersetorch.conversion.timing import Contest, Timer, contest
 from tersetorch.conversion.verify import compare
-from tersetorch.conversion.walk import Site, label, own_parameter, why_not
+from tersetorch.conversion.walk import Site, label, why_not
 from tersetorch.nn.shared_module import SharedModule
 
 
@@ -175,7 +175,7 @@ class Planner:
         share = density(weight)
         return {
             "machine": dict(self.facts),
-            "layers": [[type(module).__name__, own_parameter(module, "bias") is not None] for module in modules],
+            "layers": [[type(module).__name__, module.extra_repr()] for module in modules],
             "weight": [list(weight.shape), list(weight.stride()), str(weight.dtype)],
             **({"factors": _shapes(modules[0])} if type(modules[0]) in FACTORED else {}),
             # In steps of a quarter: 1, 0.79, 0.63, 0.5, ...

@@ -8,7 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tersetorch.conversion.candidates import Candidate
+from tersetorch.conversion.walk import weight_name
 from tersetorch.methods.modes import switch_off_fast_paths
+from tersetorch.nn import FlattenedConv2d
 from tersetorch.nn.codebook_module import CodedModule
 from tersetorch.nn.low_rank import LowRankModule
 from tersetorch.nn.sparse_conv_module import SparseConvBase
@@ -29,7 +31,7 @@ def build(candidate: Candidate, modules: list[nn.Module], samples: int | None = 
             if name != "bias":
                 setattr(layer.get_submodule(owner), name, tensor)
     for layer in layers:
-        if isinstance(layer, SparseModule | CodedModule) and candidate.layout != layer.plain_layout:
+        if isinstance(layer, SparseModule | CodedModule | FlattenedConv2d) and candidate.layout != layer.plain_layout:
             layer.pack(candidate.layout, **candidate.options(samples))
     return layers
 
@@ -71,7 +73,11 @@ def dense_again(model: nn.Module, kept: Callable[[nn.Module], bool], identities:
     """
     memo: dict[int, Any] = {}
     weights: dict[int, Tensor] = {}
+    unpacked = False
     for layer in model.modules():
+        if isinstance(layer, FlattenedConv2d) and layer.layout != layer.plain_layout:
+            copy.deepcopy(layer, memo).pack(layer.plain_layout)
+            unpacked = True
         if not isinstance(layer, SparseLinearBase | SparseConvBase) or kept(layer):
             continue
         dense, source = layer.to_dense(), getattr(layer, layer.parameter_field)
@@ -80,7 +86,7 @@ def dense_again(model: nn.Module, kept: Callable[[nn.Module], bool], identities:
         if layer.bias is not None:
             dense.bias = copy.deepcopy(layer.bias, memo)
         memo[id(layer)] = dense
-    if not weights:
+    if not weights and not unpacked:
         return model
     memo |= {id(identity): nn.ReLU().train(identity.training) for identity in identities}
     restored = {dense for dense in memo.values() if isinstance(dense, nn.Linear)}
@@ -123,7 +129,12 @@ def swapped_copy(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) 
 
 
 def _take_over(module: nn.Module, replacement: nn.Module, memo: dict[int, Any]) -> None:
-    weight = module._parameters.get("weight")
+    if type(replacement) is type(module):
+        for name, own in module._parameters.items():
+            replacement._parameters[name] = copy.deepcopy(own, memo)
+        replacement.train(module.training)
+        return
+    weight = module._parameters.get(weight_name(module))
     bias = module._parameters.get("bias")
     for path, parameter in replacement.named_parameters():
         # Of factors the replacement has the flag already.

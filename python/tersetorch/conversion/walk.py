@@ -109,6 +109,12 @@ def own_parameter(module: nn.Module, name: str) -> nn.Parameter | None:
     return dict(module._parameters.items()).get(name)
 
 
+def weight_name(module: nn.Module) -> str:
+    """The parameter that is module's weight, or stands for it."""
+    name: str = getattr(type(module), "weight_parameter", "weight")
+    return name
+
+
 def current_format(module: nn.Module, table: Mapping[str, Candidate]) -> str:
     """What module runs as today: a format's name for a layer that convert built, otherwise "dense"."""
     layout = getattr(module, "layout", "csr")
@@ -122,7 +128,7 @@ def label(name: str) -> str:
 
 
 def _has_weight(module: nn.Module, table: Mapping[str, Candidate]) -> bool:
-    weight = own_parameter(module, "weight")
+    weight = own_parameter(module, weight_name(module))
     return (
         (weight is not None and weight.dim() >= 2)
         or isinstance(module, tuple({row.source for row in table.values()} | {row.layer for row in table.values()}))
@@ -137,7 +143,7 @@ def _is_quantized(module: nn.Module) -> bool:
 
 def _why_kept(module: nn.Module, parents: list[nn.Module], table: Mapping[str, Candidate]) -> str | None:
     kind = type(module)
-    weight = own_parameter(module, "weight")
+    weight = own_parameter(module, weight_name(module))
     if isinstance(module, SignModule):
         return f"already a {kind.__name__}"
     if current_format(module, table) != "dense":
@@ -219,9 +225,9 @@ def _overlapping_weights(names: Mapping[nn.Module, list[str]]) -> dict[nn.Module
             if other_device != device or start >= end:
                 break
             if other_identity != identity:
-                if attribute == "weight":
+                if attribute == weight_name(module):
                     found[module] = f"its weight shares memory with {other_path}"
-                if other_attribute == "weight":
+                if other_attribute == weight_name(other):
                     found[other] = f"its weight shares memory with {path}"
     return found
 
@@ -236,13 +242,14 @@ def _tie(sites: list[Site], names: Mapping[nn.Module, list[str]]) -> list[Site]:
     site_of = {site.module: site for site in sites}
     tied = []
     for site in sites:
-        weight = own_parameter(site.module, "weight")
-        users = owners[id(weight)] if weight is not None else [(site.module, "weight")]
+        own = weight_name(site.module)
+        weight = own_parameter(site.module, own)
+        users = owners[id(weight)] if weight is not None else [(site.module, own)]
         kept = site.kept
         for module, attribute in users:
             other = site_of.get(module)
             apart = other is None or other.kept is not None or type(module) is not type(site.module)
-            if kept is None and (attribute != "weight" or apart):
+            if kept is None and (attribute != own or apart):
                 path = f"{names[module][0]}.{attribute}".removeprefix(".")
                 kept = f"its weight is tied to {path}, which stays as it is"
         group = min((site_of[module].group for module, _ in users if module in site_of), default=site.group)

@@ -6,6 +6,7 @@ from tersetorch.nn.clustered_conv import ClusteredConv2d
 from tersetorch.nn.codebook_conv import CodebookConv2d
 from tersetorch.nn.codebook_embedding import CodebookEmbedding
 from tersetorch.nn.codebook_linear import CodebookLinear
+from tersetorch.nn.flattened_conv import FlattenedConv2d
 from tersetorch.nn.low_rank import LowRankConv2d, LowRankLinear
 from tersetorch.nn.product_conv import ProductConv2d, ResidualConv2d
 from tersetorch.nn.product_linear import ProductLinear, ResidualLinear
@@ -22,6 +23,7 @@ __all__ = [
     "CodebookConv2d",
     "CodebookEmbedding",
     "CodebookLinear",
+    "FlattenedConv2d",
     "LowRankConv2d",
     "LowRankLinear",
     "ProductConv2d",

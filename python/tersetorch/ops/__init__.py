@@ -42,6 +42,17 @@ from tersetorch.ops.codebook_matmul import (  # noqa: E402
     codebook_unpack,
 )
 from tersetorch.ops.csr_matmul import csr_matmul, csr_matmul_inference, csr_pack  # noqa: E402
+from tersetorch.ops.flat_conv2d import (  # noqa: E402
+    FLAT_MAX_KERNEL,
+    FLAT_MAX_STAGES,
+    FlatFilters,
+    flat_conv2d,
+    flat_conv2d_inference,
+    flat_conv2d_pack,
+    flat_conv2d_packed,
+    flat_conv2d_sizes,
+    flat_conv2d_unpack,
+)
 from tersetorch.ops.product_conv2d import product_conv2d, product_conv2d_inference  # noqa: E402
 from tersetorch.ops.product_matmul import (  # noqa: E402
     product_bytes,
@@ -68,6 +79,9 @@ from tersetorch.ops.xnor_matmul import xnor_matmul, xnor_pack, xnor_unpack  # no
 
 __all__ = [
     "CODEBOOK_MODES",
+    "FLAT_MAX_KERNEL",
+    "FLAT_MAX_STAGES",
+    "FlatFilters",
     "bitmap_columns_matmul",
     "bitmap_columns_matmul_inference",
     "bitmap_from_rows",
@@ -100,6 +114,12 @@ __all__ = [
     "csr_matmul",
     "csr_matmul_inference",
     "csr_pack",
+    "flat_conv2d",
+    "flat_conv2d_inference",
+    "flat_conv2d_pack",
+    "flat_conv2d_packed",
+    "flat_conv2d_sizes",
+    "flat_conv2d_unpack",
     "native_op",
     "product_bytes",
     "product_conv2d",

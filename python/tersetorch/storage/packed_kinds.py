@@ -22,6 +22,7 @@ from tersetorch.nn import (
     CodebookConv2d,
     CodebookEmbedding,
     CodebookLinear,
+    FlattenedConv2d,
     LowRankConv2d,
     LowRankLinear,
     ProductConv2d,
@@ -32,6 +33,7 @@ from tersetorch.nn import (
 )
 from tersetorch.nn.shared_module import SharedModule
 from tersetorch.nn.sign_module import SignModule
+from tersetorch.ops import FLAT_MAX_STAGES
 from tersetorch.storage.errors import refuse
 from tersetorch.storage.registry import Config, Kind, add, config_of
 
@@ -62,6 +64,7 @@ _LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     CodebookConv2d: nn.Conv2d,
     CodebookEmbedding: nn.Embedding,
     CodebookLinear: nn.Linear,
+    FlattenedConv2d: nn.Conv2d,
     LowRankConv2d: nn.Conv2d,
     LowRankLinear: nn.Linear,
     ProductConv2d: nn.Conv2d,
@@ -196,7 +199,9 @@ def _config(layer: Any) -> Config:
 
 
 for _name, _cls in KINDS.items():
-    add(Kind(_name, _cls, _config, getattr(_cls, "of_sizes", _cls)))
+    # What a layer computes from, made of its parameters.
+    _derived = (*(f"packed_{s}" for s in range(FLAT_MAX_STAGES)), "_packed_from") if _cls is FlattenedConv2d else ()
+    add(Kind(_name, _cls, _config, getattr(_cls, "of_sizes", _cls), ignored=_derived))
 for _cls in (Sign, ShiftBatchNorm1d, ShiftBatchNorm2d):
     _names = ("stochastic",) if _cls is Sign else ("num_features", "eps", "momentum", "affine", "track_running_stats")
     add(Kind(f"tersetorch.{_cls.__name__}", _cls, config_of(_names, _cls.__init__), _cls))
