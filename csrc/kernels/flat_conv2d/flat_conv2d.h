@@ -23,6 +23,7 @@
 
 #include <cstdint>
 
+#include "kernels/common/everywhere.h"
 #include "kernels/common/export.h"
 #include "kernels/common/float_dtype.h"
 
@@ -39,8 +40,10 @@ struct FlatStage {
   std::int64_t height, width;          // of what it takes
   std::int64_t out_height, out_width;  // of what it gives
 
-  std::int64_t Panels() const { return (out_channels + kFlatLanes - 1) / kFlatLanes; }
-  std::int64_t Vectors() const { return rank * Panels() * (in_channels + kernel_h + kernel_w + 2) + Panels(); }
+  TERSETORCH_EVERYWHERE std::int64_t Panels() const { return (out_channels + kFlatLanes - 1) / kFlatLanes; }
+  TERSETORCH_EVERYWHERE std::int64_t Vectors() const {
+    return rank * Panels() * (in_channels + kernel_h + kernel_w + 2) + Panels();
+  }
 };
 
 // An image: pixels of channels side by side, `step` numbers from one to the next, or channels of pixels side by side,
