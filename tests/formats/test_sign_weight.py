@@ -63,3 +63,12 @@ def test_refuses_damaged_fields():
     ):
         with pytest.raises(error, match=message):
             weight.validate()
+
+
+@pytest.mark.parametrize("channels", [1, 63, 64, 65, 128])
+def test_rows_turn_round(channels):
+    weight = SignWeight.from_dense(torch.where(torch.randn(5, 3 * channels) >= 0, 1.0, -1.0), 3)
+    rows = torch.tensor([True, False, True, True, False])
+    turned = weight.turned(rows)
+    turned.validate()
+    assert torch.equal(turned.to_dense(), torch.where(rows[:, None], -1.0, 1.0) * weight.to_dense())

@@ -47,6 +47,9 @@ inline std::vector<XnorConvCase> XnorConvCases() {
   cases.push_back({1, 64, 3, 50, 0, 3, 3});
   // More than a byte of bits holds at the AVX2 level, and rows of all remainders of pixels.
   cases.push_back({1, 320, 8, 9, 36, 5, 5, 1, 1, 2, 2});
+  // More pixels and tiles than that level counts together, and more words than its 16 bits hold.
+  cases.push_back({1, 64, 24, 13, 170, 1, 1});
+  cases.push_back({1, 1, 33, 34, 5, 33, 32});
   return cases;
 }
 

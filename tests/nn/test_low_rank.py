@@ -113,6 +113,15 @@ def test_weight_of_clusters_is_the_sum_that_its_docstring_writes():
     )
 
 
+def test_factors_of_a_dense_layer_draw_nothing():
+    torch.manual_seed(0)
+    linear, conv = nn.Linear(6, 5), nn.Conv2d(4, 8, 3)
+    state = torch.random.get_rng_state()
+    LowRankLinear.from_dense(linear, 2)
+    tt.factorize.bicluster(nn.Sequential(conv), 1, 2, 2, restarts=2)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
 def test_products_are_drawn_with_the_dense_layers_variance():
     torch.manual_seed(0)
     for layer, dense in (

@@ -11,7 +11,8 @@
 //         of these, a vpopcntq and an addition for 1,024 products, 2.5 cycles on Intel's two 512-bit ports, where xor,
 //         vpopcntq and addition of each word take 3. 2 samples and 4 vectors of rows are 8 such chains; loads, 6 for
 //         20 operations, stay behind. One sample reads an eighth of a byte for each product: the cache it comes from.
-//         AVX2 counts nibbles with a shuffle, after the same adder.
+//         AVX2 has no vpternlogq: lookups of kernels/common/sign_counts.h count 256 products a cycle of three ports;
+//         a single sample, which would not repay the vectors of nibbles, goes through the adder, 110 a cycle.
 // Source: Courbariaux et al., Binarized Neural Networks (2016), section 1.4; Rastegari et al., XNOR-Net (2016),
 //         section 3.2, for the scale; Harley and Seal's counter (Warren, Hacker's Delight, section 5-1) for the adder.
 //

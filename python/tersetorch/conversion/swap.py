@@ -12,6 +12,7 @@ from tersetorch.conversion.walk import weight_name
 from tersetorch.methods.modes import switch_off_fast_paths
 from tersetorch.nn import FlattenedConv2d
 from tersetorch.nn.codebook_module import CodedModule
+from tersetorch.nn.low_rank import LowRankModule
 from tersetorch.nn.sparse_conv_module import SparseConvBase
 from tersetorch.nn.sparse_linear_module import SparseLinearBase
 from tersetorch.nn.sparse_module import SparseModule
@@ -25,12 +26,12 @@ def build(candidate: Candidate, modules: list[nn.Module], samples: int | None = 
     layers = [candidate.build(module) for module in modules]
     first = layers[0]
     for layer in layers[1:]:
-        for name, tensor in (*first.named_parameters(), *first.named_buffers()):
+        for path, tensor in (*first.named_parameters(), *first.named_buffers()):
+            owner, _, name = path.rpartition(".")
             if name != "bias":
-                setattr(layer, name, tensor)
+                setattr(layer.get_submodule(owner), name, tensor)
     for layer in layers:
-        if candidate.layout != getattr(layer, "plain_layout", "csr"):
-            assert isinstance(layer, SparseModule | CodedModule | FlattenedConv2d)
+        if isinstance(layer, SparseModule | CodedModule | FlattenedConv2d) and candidate.layout != layer.plain_layout:
             layer.pack(candidate.layout, **candidate.options(samples))
     return layers
 
@@ -133,12 +134,13 @@ def _take_over(module: nn.Module, replacement: nn.Module, memo: dict[int, Any]) 
             replacement._parameters[name] = copy.deepcopy(own, memo)
         replacement.train(module.training)
         return
-    weight = module._parameters[weight_name(module)]
+    weight = module._parameters.get(weight_name(module))
     bias = module._parameters.get("bias")
-    assert weight is not None
-    for name, parameter in replacement.named_parameters():
-        if name != "bias":
+    for path, parameter in replacement.named_parameters():
+        # Of factors the replacement has the flag already.
+        if path.rpartition(".")[2] != "bias" and weight is not None:
             parameter.requires_grad_(weight.requires_grad)
-    if bias is not None and "bias" in replacement._parameters:
-        replacement.bias = copy.deepcopy(bias, memo)
+    holder = replacement.second if isinstance(replacement, LowRankModule) else replacement
+    if bias is not None and "bias" in holder._parameters:
+        holder.bias = copy.deepcopy(bias, memo)
     replacement.train(module.training)

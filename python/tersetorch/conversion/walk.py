@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from tersetorch.conversion.candidates import Candidate
+from tersetorch.conversion.candidates import FACTORED, Candidate
 from tersetorch.nn.sign_module import SignModule
 
 # Modules whose own forward reads a child's weight instead of calling the child.
@@ -86,6 +86,18 @@ def why_not(row: Candidate, group: list[Site]) -> str | None:
     return row.applies(group[0].module) or unsigned
 
 
+def inside_swapped(groups: list[list[Site]], swapped: Iterable[bool]) -> list[bool]:
+    """Which groups have a site inside one of another group that is swapped, and so go with it."""
+    gone = {
+        inner
+        for group, goes in zip(groups, swapped, strict=True)
+        for site in group
+        for inner in site.module.modules()
+        if goes and inner is not site.module
+    }
+    return [any(site.module in gone for site in group) for group in groups]
+
+
 def carries_hooks(module: nn.Module) -> bool:
     """Whether a swap of module would lose hooks."""
     return any(getattr(module, hooks) for hooks in HOOKS)
@@ -152,9 +164,25 @@ def _why_kept(module: nn.Module, parents: list[nn.Module], table: Mapping[str, C
         return "its forward was replaced on the instance"
     if carries_hooks(module):
         return "it carries hooks, which a swap would lose; remove them first"
+    if kind in FACTORED:
+        return _why_factors_kept(module)
     if weight is None:
         return "its weight is not a parameter"
     return _why_weight_kept(weight)
+
+
+def _why_factors_kept(module: nn.Module) -> str | None:
+    """Why a layer's factors must not be multiplied out, or None."""
+    for name, factor in module.named_children():
+        if type(factor) not in (nn.Linear, nn.Conv2d):
+            return f"its factor {name} is a {type(factor).__name__}, which stays as it is"
+        weight = own_parameter(factor, "weight")
+        if carries_hooks(factor) or "forward" in vars(factor) or weight is None:
+            return f"its factor {name} carries hooks or a forward of its own, which would be lost"
+        reason = _why_weight_kept(weight)
+        if reason is not None:
+            return f"of its factor {name}: {reason}"
+    return None
 
 
 def _why_weight_kept(weight: Tensor) -> str | None:
@@ -168,7 +196,7 @@ def _why_weight_kept(weight: Tensor) -> str | None:
         return f"its weight has layout {weight.layout}"
     if weight.numel() == 0:
         return "its weight is empty"
-    if not bool(weight.detach().isfinite().all()):
+    if not bool(torch.stack(weight.detach().aminmax()).isfinite().all()):
         return "its weight holds NaN or infinity"
     return None
 

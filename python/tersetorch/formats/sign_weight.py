@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -70,7 +70,8 @@ class SignWeight:
         sizes = rows.abs()
         if not bool(sizes[:, 0].isfinite().all()):
             return "NaN or infinity"
-        other = (sizes != sizes[:, :1]).any(1)
+        least, largest = sizes.aminmax(dim=1)
+        other = least != largest
         return f"more than that in row {int(other.int().argmax())}" if bool(other.any()) else None
 
     @classmethod
@@ -92,6 +93,13 @@ class SignWeight:
         weight = cls(ops.sign_pack(0.5 - by_tap.float()), columns // taps, scale)
         weight.validate()
         return weight
+
+    def turned(self, rows: Tensor) -> SignWeight:
+        """The weight with the other signs in some of its rows, bool [rows]."""
+        used = torch.full((self.bits.shape[2],), -1, device=self.bits.device)
+        if self.channels % WORD_BITS:
+            used[-1] = (1 << self.channels % WORD_BITS) - 1
+        return replace(self, bits=torch.where(rows[:, None, None], self.bits ^ used, self.bits))
 
     def to_dense(self) -> Tensor:
         """The exact weight the kernel uses: float32 [rows, channels * taps]."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from tersetorch.formats.vector_codes import VectorCodes, note_codes
 from tersetorch.methods.arguments import check_model
 from tersetorch.methods.binarize.binary_connect import bake
-from tersetorch.methods.parametrization import detach, live_weights, unshare
+from tersetorch.methods.parametrization import CompressedWeight, detach, live_weights, unshare
 
 
 def finalize(model: nn.Module) -> nn.Module:
@@ -24,6 +25,9 @@ def finalize(model: nn.Module) -> nn.Module:
     Weights that tt.binarize made signs become those signs, stochastic ones the real values that they are evaluated
     with.
 
+    Where rows are sums of shared ones, as tt.quantize.residual makes them, the module keeps their codes beside the
+    weight, outside the state dict: tt.save and tt.convert use them as long as the weight is not changed.
+
     Where other parametrizations were registered on top of ours, only ours is baked in, and they stay.
 
     Raises:
@@ -34,9 +38,18 @@ def finalize(model: nn.Module) -> nn.Module:
     with torch.no_grad():
         for weight in live:
             weight.original.copy_(weight.compressed(weight.original))
+            note_codes(weight.module, weight.tensor, _codes_of_sums(weight.compressed))
     for weight in reversed(live):
         # Before detach, which may leave the list without our parametrization.
         unshare(weight)
         detach(weight)
     bake(model)
     return model
+
+
+def _codes_of_sums(compressed: CompressedWeight) -> VectorCodes | None:
+    """Codes and codebooks whose sums a weight is; None for other weights, whose numbers say enough."""
+    codes, codebook = compressed.codes, compressed.codebook
+    if codes is None or codebook is None or codebook.dim() != 4 or codebook.shape[0] == 1:
+        return None
+    return VectorCodes(codes, codebook.detach())

@@ -168,7 +168,7 @@ class ClusteredConv2d(ConvLike):
             bias=module.bias is not None,
             form=form,
             **sizes_of(module),
-        )
+        ).to_empty(device=module.weight.device)
         order = _order(cls.__name__, "out_labels", out_labels, layer.output_order)
         inputs = _order(cls.__name__, "in_labels", in_labels, layer.input_order)
         with torch.no_grad():

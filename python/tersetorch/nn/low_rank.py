@@ -63,12 +63,17 @@ class LowRankModule(nn.Module):
         self.second.weight.copy_(self._second_weight(left))
 
     def _take(self, module: nn.Linear | nn.Conv2d) -> Self:
-        """Takes the nearest factors of module's weight, its bias and its flags."""
-        self.set_factors(*split(unfold(module.weight.detach(), self._form), self.rank))
+        """Made on device meta, takes module's device, bias and flags; the factors have no numbers yet."""
+        self.to_empty(device=module.weight.device)
         for factor in (self.first, self.second):
             factor.weight.requires_grad_(module.weight.requires_grad)
         self.second.bias = module.bias
         return self.train(module.training)
+
+    def _nearest(self, weight: Tensor) -> Self:
+        """Takes the factors nearest to weight."""
+        self.set_factors(*split(unfold(weight.detach(), self._form), self.rank))
+        return self
 
     _form: Form = "filters"
 
@@ -142,9 +147,13 @@ class LowRankLinear(LowRankModule):
         """
         if not isinstance(module, nn.Linear):
             raise TypeError(f"{cls.__name__}: module must be an nn.Linear, got {type(module).__name__}; pass a layer")
-        has_bias, weight = module.bias is not None, module.weight
-        layer = cls(module.in_features, module.out_features, rank, has_bias, weight.device, weight.dtype)
-        return layer._take(module)
+        return cls.like(module, rank)._nearest(module.weight)
+
+    @classmethod
+    def like(cls, module: nn.Linear, rank: int) -> Self:
+        """A layer for the place of module, with its bias and flags, whose factors have no numbers yet."""
+        has_bias, dtype = module.bias is not None, module.weight.dtype
+        return cls(module.in_features, module.out_features, rank, has_bias, "meta", dtype)._take(module)
 
     def to_dense(self) -> nn.Linear:
         """The plain layer with the factors multiplied out."""
@@ -310,16 +319,13 @@ class LowRankConv2d(ConvLike, LowRankModule):
                 form.
         """
         check_conv(cls.__name__, module)
-        layer = cls(
-            module.in_channels,
-            module.out_channels,
-            module.kernel_size,
-            rank,
-            bias=module.bias is not None,
-            form=form,
-            **sizes_of(module),
-        )
-        return layer._take(module)
+        return cls.like(module, rank, form)._nearest(module.weight)
+
+    @classmethod
+    def like(cls, module: nn.Conv2d, rank: int, form: Form = "filters") -> Self:
+        """A layer for the place of module, with its bias and flags, whose factors have no numbers yet."""
+        sizes: Any = {"kernel_size": module.kernel_size, "bias": module.bias is not None, **sizes_of(module)}
+        return cls(module.in_channels, module.out_channels, rank=rank, form=form, **sizes)._take(module)
 
     def to_dense(self) -> nn.Conv2d:
         """The plain layer with the factors multiplied out."""
@@ -356,9 +362,9 @@ CONV_SIZES = ("in_channels", "out_channels", "kernel_size", "stride", "padding",
 
 
 def sizes_of(module: nn.Conv2d) -> dict[str, Any]:
-    """What a factored convolution takes from the dense one beside channels and kernel."""
+    """What a factored convolution, made on device meta, takes from the dense one beside channels and kernel."""
     sizes = {name: getattr(module, name) for name in ("stride", "padding", "dilation", "padding_mode")}
-    return {**sizes, "device": module.weight.device, "dtype": module.weight.dtype}
+    return {**sizes, "device": "meta", "dtype": module.weight.dtype}
 
 
 def check_conv(where: str, module: object) -> None:

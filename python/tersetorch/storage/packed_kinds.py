@@ -101,8 +101,8 @@ def goes_in_chains(module: nn.Module) -> bool:
 
 def same_sizes(layer: nn.Module, dense: nn.Module) -> bool:
     """Whether a layer of a kind has the sizes of the dense layer it stands in for."""
-    # Thresholds hold what was a bias.
-    free = isinstance(layer, SignModule) and layer.thresholds is not None
+    # Thresholds hold what was a bias, and a bias may be a batch norm's.
+    free = isinstance(layer, SignModule) and (layer.thresholds is not None or layer.bias is not None)
     names = _DENSE[_LAYERS[type(layer)]]
     biased = [getattr(module, "bias", None) is not None for module in (layer, dense)]
     return (free or biased[0] == biased[1]) and all(getattr(layer, name) == getattr(dense, name) for name in names)

@@ -108,13 +108,13 @@ def test_an_outer_product_is_found():
 
 def test_more_terms_are_nearer_and_energy_takes_as_many_as_it_needs():
     before = network()
-    errors = [squared(tt.factorize.outer_product(network(), rank, targets="2"), before) for rank in (1, 2, 4, 8, 16)]
+    errors = [squared(tt.factorize.outer_product(network(), rank, targets="2"), before) for rank in (1, 2, 4, 8)]
     assert errors == sorted(errors, reverse=True)
     length = float(before[2].weight.square().sum().detach())
-    found = tt.factorize.outer_product(network(), energy={"2": 0.8})
+    found = tt.factorize.outer_product(network(), energy={"2": 0.5})
     rank = found[2].rank
     fewer = tt.factorize.outer_product(network(), {"2": rank - 1})
-    assert squared(found, before) <= 0.2 * length * (1 + 1e-5) < squared(fewer, before)
+    assert squared(found, before) <= 0.5 * length * (1 + 1e-5) < squared(fewer, before)
     assert type(found[0]) is nn.Conv2d
 
 

@@ -264,6 +264,17 @@ def test_encoder_layers_call_their_factors():
     assert len(called) == 4 and type(encoder.layers[0].self_attn.out_proj) is not LowRankLinear
 
 
+def test_factors_made_in_inference_mode_train_and_their_energy_counts():
+    model, x = convolutions(), images()
+    with torch.inference_mode():
+        tt.factorize.svd(model, {"5": 4})
+        tt.factorize.outer_product(model, 4, targets="2")
+    model(x).sum().backward()
+    assert model[5].first.weight.grad is not None and model[2].middle.weight.grad is not None
+    multiplies = {layer.name: layer.operations["multiply float32"] for layer in tt.energy(model, x).layers}
+    assert multiplies["5.first"] == 2 * 4 * 588 and multiplies["5.second"] == 2 * 4 * 30
+
+
 def test_shared_modules_share_their_factors():
     torch.manual_seed(0)
     layer = nn.Linear(6, 6)

@@ -20,7 +20,8 @@ def layer_by_layer(
 
     What is above then learns to do with what the approximation gives. Below is what the model registered before,
     which is the order in which most models call their layers. Where nothing above trains, retrain is not called.
-    Afterwards every parameter trains that trained before, those of the new layers too.
+    Afterwards every parameter trains that trained before, those of the new layers too. Running statistics of batch
+    normalisation below go on with the data in training mode.
 
     Example:
         ranks = {"conv1": 6, "conv2": 20}

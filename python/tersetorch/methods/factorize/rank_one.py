@@ -7,7 +7,8 @@ from torch import Tensor
 
 from tersetorch.methods.factorize.metrics import Metric
 
-ENOUGH = 1e-10
+# A vector of length 1 that moves by less no longer does.
+ENOUGH = 1e-6
 
 
 def terms(
@@ -52,16 +53,14 @@ def _nearest(bank: Tensor, metric: Metric, iterations: int) -> tuple[Tensor, Ten
     best: tuple[Tensor, Tensor] | None = None
     least = bank.new_zeros(0)
     for c, s in (_means(bank), _leading(bank)):
-        before = torch.full((len(bank),), torch.inf, dtype=bank.dtype)
         for _ in range(iterations):
             f = metric.best_filters(bank, c, s)
+            before = c, s
             c = _unit(metric.best_channels(bank, f, s))
             s = _unit(metric.best_taps(bank, f, c))
-            f = metric.best_filters(bank, c, s)
-            error = metric.squared(bank - _product(f, c, s))
-            if bool((error >= before * (1 - ENOUGH)).all()):
+            if max(float((new - old).abs().max()) for new, old in zip((c, s), before, strict=True)) < ENOUGH:
                 break
-            before = error
+        error = metric.squared(bank - _product(metric.best_filters(bank, c, s), c, s))
         if best is None:
             best, least = (c, s), error
         else:

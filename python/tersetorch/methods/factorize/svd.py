@@ -39,7 +39,7 @@ from tersetorch.methods.quantize.binary import check_matrix
 from tersetorch.methods.selection import Patterns, Target, assign
 from tersetorch.methods.vector_codes import metric
 from tersetorch.nn import LowRankConv2d, LowRankLinear
-from tersetorch.nn.low_rank_factors import Form, singular, split, unfold
+from tersetorch.nn.low_rank_factors import Form, split, unfold
 
 
 def svd(
@@ -138,7 +138,7 @@ def svd(
         else:
             matrices = [_seen(target, form, root) for target, root in zip(chosen, roots, strict=True)]
             curves = [
-                Curve(lost_shares(singular(matrix)[1], *matrix.shape), *layer_costs(target, form, unit, positions))
+                Curve(lost_shares(_values(matrix), *matrix.shape), *layer_costs(target, form, unit, positions))
                 for target, matrix in zip(chosen, matrices, strict=True)
             ]
             if limit is not None:
@@ -243,6 +243,11 @@ def _seen(target: Target, form: Form, root: Tensor | None) -> Tensor:
     return matrix if root is None else matrix.to("cpu", torch.float64) @ root
 
 
+def _values(matrix: Tensor) -> Tensor:
+    values: Tensor = torch.linalg.svdvals(matrix.to("cpu", torch.float64))
+    return values
+
+
 def _root(where: str, model: nn.Module, target: Target, data: Iterable[Any]) -> Tensor:
     """Lower R with R R^T the second moments, damped, of what the weight is multiplied with; on the CPU, float64."""
     return metric(where, input_moments(where, model, target, data).hessian[0]).cpu()
@@ -251,14 +256,15 @@ def _root(where: str, model: nn.Module, target: Target, data: Iterable[Any]) -> 
 def _layer(target: Target, rank: int, form: Form, root: Tensor | None, weights: Tensor | None) -> nn.Module:
     module = module_of(target)
     layer: LowRankLinear | LowRankConv2d
-    if isinstance(module, nn.Conv2d):
-        layer = LowRankConv2d.from_dense(module, rank, form)
-    else:
-        layer = LowRankLinear.from_dense(module, rank)
+    layer = (
+        LowRankConv2d.like(module, rank, form) if isinstance(module, nn.Conv2d) else LowRankLinear.like(module, rank)
+    )
     form = form_of(module, form)
-    if root is not None:
-        left, right = split(_seen(target, form, root), rank)
-        layer.set_factors(left, torch.linalg.solve_triangular(root, right, upper=False, left=False))
-    elif weights is not None:
+    if weights is not None:
         layer.set_factors(*weighted_split(unfold(target.weight, form), unfold(weights, form), rank))
+        return layer
+    left, right = split(_seen(target, form, root), rank)
+    if root is not None:
+        right = torch.linalg.solve_triangular(root, right, upper=False, left=False)
+    layer.set_factors(left, right)
     return layer
