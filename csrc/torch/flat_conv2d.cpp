@@ -109,6 +109,26 @@ FlatImage<void> At(const FlatImage<void>& y, std::int64_t offset) {
   return {static_cast<char*>(y.data) + offset * bytes, y.stored_as, y.channels_last, y.step};
 }
 
+constexpr std::int64_t kWorkPerTask = 512 * 1024;  // multiply-adds, some 10 microseconds
+
+// All images, each cut into bands of rows and parts of its maps.
+void Run(const FlatConvArgs& args, std::int64_t images, std::int64_t bands, std::int64_t parts, std::int64_t grain) {
+  const FlatStage &first = args.stages[0], &last = args.stages[args.count - 1];
+  const std::int64_t x_image = args.x.channels_last ? first.height * first.width : first.in_channels;
+  const std::int64_t y_image = args.y.channels_last ? last.out_height * last.out_width : last.out_channels;
+  ParallelFor(images * bands * parts, bands * parts > 1 ? 1 : grain, [&](std::int64_t begin, std::int64_t end) {
+    Scratch scratch(FlatScratchBytes(args));
+    for (std::int64_t task = begin; task < end; ++task) {
+      const std::int64_t n = task / parts / bands, band = task / parts % bands, part = task % parts;
+      FlatConvArgs own = args;
+      own.x = At(args.x, n * x_image * args.x.step);
+      own.y = At(args.y, n * y_image * args.y.step);
+      FlatConv2d(own, last.out_height * band / bands, last.out_height * (band + 1) / bands,
+                 last.Panels() * part / parts, last.Panels() * (part + 1) / parts, scratch.Data<char>());
+    }
+  });
+}
+
 Tensor ConvOnCpu(const Tensor& x, std::vector<Tensor> tensors, Ints sizes, bool relu) {
   CheckImages(kOp, x);
   const Stages stages(x, tensors, sizes, kCpu);
@@ -127,32 +147,46 @@ Tensor ConvOnCpu(const Tensor& x, std::vector<Tensor> tensors, Ints sizes, bool 
             channels_last ? first.in_channels : first.height * first.width};
   args.y = {y.mutable_data_ptr(), input.stored_as, channels_last,
             channels_last ? last.out_channels : last.out_height * last.out_width};
-  const std::int64_t x_image = first.in_channels * first.height * first.width;
-  const std::int64_t y_image = last.out_channels * last.out_height * last.out_width;
-  const auto of_image = [&](std::int64_t n) {
-    FlatConvArgs own = args;
-    own.x = At(args.x, n * x_image);
-    own.y = At(args.y, n * y_image);
-    return own;
-  };
-
-  // Images to threads; few of them are cut into bands of rows, which repeat the rows that they share.
+  // Images to threads; few of them are cut into bands of rows, which repeat the rows that they share, or, one stage
+  // after the other, into panels of maps, which repeat nothing but wait for each other.
   const auto threads = static_cast<std::int64_t>(torch::stable::get_num_threads());
   const std::int64_t whole = WorkOf(args.stages, args.count, 0, last.out_height);
-  constexpr std::int64_t kWorkPerTask = 512 * 1024;  // some 10 microseconds
-  std::int64_t bands = input.count >= threads ? 1 : Blocks(threads, input.count);
-  bands = std::min({bands, last.out_height, std::max<std::int64_t>(1, whole * input.count / kWorkPerTask)});
-  const std::int64_t tasks = input.count * bands;
-  const auto row = [&](std::int64_t band) { return last.out_height * band / bands; };
-
-  ParallelFor(tasks, bands > 1 ? 1 : std::max<std::int64_t>(1, kWorkPerTask / std::max<std::int64_t>(1, whole)),
-              [&](std::int64_t begin, std::int64_t end) {
-                Scratch scratch(FlatScratchBytes(args));
-                for (std::int64_t task = begin; task < end; ++task) {
-                  const std::int64_t band = task % bands;
-                  FlatConv2d(of_image(task / bands), row(band), row(band + 1), 0, last.Panels(), scratch.Data<char>());
-                }
-              });
+  const std::int64_t useful = std::max<std::int64_t>(1, whole * input.count / kWorkPerTask);
+  const std::int64_t pieces = input.count >= threads ? 1 : std::min(Blocks(threads, input.count), useful);
+  const std::int64_t bands = std::min(pieces, last.out_height);
+  std::int64_t longest = 0, panels = last.Panels();
+  for (std::int64_t b = 0; b < bands; ++b) {
+    const std::int64_t begin = last.out_height * b / bands, end = last.out_height * (b + 1) / bands;
+    longest = std::max(longest, WorkOf(args.stages, args.count, begin, end));
+  }
+  std::int64_t by_panels = 0;
+  for (std::int64_t s = 0; s < args.count; ++s) {
+    const std::int64_t of_stage = WorkOf(args.stages + s, 1, 0, args.stages[s].out_height);
+    panels = std::min(panels, args.stages[s].Panels());
+    by_panels +=
+        of_stage * Blocks(args.stages[s].Panels(), pieces) / std::max<std::int64_t>(1, args.stages[s].Panels());
+    by_panels += kWorkPerTask / 4;  // of waiting
+  }
+  if (pieces == 1 || panels < pieces || longest <= by_panels) {
+    Run(args, input.count, bands, 1, std::max<std::int64_t>(1, kWorkPerTask / std::max<std::int64_t>(1, whole)));
+    return y;
+  }
+  std::optional<Tensor> before;  // alive while the next stage reads it
+  FlatConvArgs one{};
+  one.count = 1;
+  one.x = args.x;
+  for (std::int64_t s = 0; s < args.count; ++s) {
+    const FlatStage& stage = one.stages[0] = args.stages[s];
+    const bool end = s + 1 == args.count;
+    const std::int64_t step = stage.Panels() * kFlatLanes, pixels = stage.out_height * stage.out_width;
+    std::optional<Tensor> made;
+    if (!end) made = EmptyOnDeviceOf(x, {input.count, pixels, step}, aoti_torch_dtype_float32());
+    one.y = end ? args.y : FlatImage<void>{made->mutable_data_ptr(), FloatDtype::kFloat32, true, step};
+    one.relu = end && relu;
+    Run(one, input.count, 1, pieces, 1);
+    one.x = {one.y.data, FloatDtype::kFloat32, true, step};
+    before = made;
+  }
   return y;
 }
 

@@ -82,13 +82,22 @@ def test_a_chain_has_the_bits_of_its_stages():
     assert torch.equal(ops.flat_conv2d_inference(x, stages, sizes, True), want.relu())
     last = x.contiguous(memory_format=torch.channels_last)
     assert torch.equal(ops.flat_conv2d_packed(last, stages, sizes), want)
-    # As many threads as there are, and one.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(3 if threads != 3 else 2)
+
+
+@pytest.mark.parametrize("channels,size", [(96, 14), (16, 60)])  # cut into panels of maps, and into rows
+def test_threads_change_no_bit(channels, size):
+    x = inputs(1, channels, size, size)
+    f, g = (filters_of(channels, channels, (5, 5), seed=seed) for seed in (1, 2))
+    stages, sizes = [ops.flat_conv2d_pack(f), ops.flat_conv2d_pack(g)], 2 * ops.flat_conv2d_sizes(f, padding=2)
+    before, found = torch.get_num_threads(), []
     try:
-        assert torch.equal(ops.flat_conv2d_packed(x[:1], stages, sizes), want[:1])
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(ops.flat_conv2d_packed(x, stages, sizes, relu=True))
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
+    want = ops.flat_conv2d(ops.flat_conv2d(x, *f, padding=2), *g, padding=2, relu=True)
+    assert all(torch.equal(each, want) for each in found)
 
 
 def test_is_the_convolution_with_the_product_of_its_filters():
