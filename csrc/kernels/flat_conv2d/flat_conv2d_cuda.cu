@@ -20,9 +20,6 @@ struct PlaneTile {
   static constexpr int kThreads = 128;
 };
 
-// FlatStage::Panels is the host's.
-__device__ std::int64_t PanelsOf(const FlatStage& s) { return CeilDiv(s.out_channels, kFlatLanes); }
-
 // ---- kernels
 
 template <typename Tile>
@@ -37,7 +34,7 @@ __global__ void __launch_bounds__(Tile::kThreads) LateralKernel(FlatConvCudaArgs
   auto& memory = SharedMemory<LateralMemory<Tile>>();
   const FlatStage& s = a.stage;
   const int thread = static_cast<int>(threadIdx.x);
-  const std::int64_t panels = s.rank * PanelsOf(s), panel = blockIdx.x % panels;
+  const std::int64_t panels = s.rank * s.Panels(), panel = blockIdx.x % panels;
   const std::int64_t plane = s.height * s.width, pixels = a.images * plane;
   const std::int64_t first = blockIdx.x / panels * Tile::kPixels;
   const int lane = thread % Tile::kPixels, maps = thread / Tile::kPixels * Tile::kMaps;
@@ -84,7 +81,7 @@ __global__ void __launch_bounds__(Tile::kThreads) PlaneKernel(FlatConvCudaArgs a
   const std::int64_t j = output % s.out_width, i = output / s.out_width % s.out_height;
   const std::int64_t image = output / s.out_width / s.out_height;
   if (image >= a.images) return;
-  const std::int64_t panels = s.rank * PanelsOf(s), lanes = panels * kFlatLanes, plane = s.height * s.width;
+  const std::int64_t panels = s.rank * s.Panels(), lanes = panels * kFlatLanes, plane = s.height * s.width;
   const float* vertical = s.packed + lanes * (s.in_channels + 1);
   const float* vertical_bias = vertical + lanes * s.kernel_h;
   const float* horizontal = vertical_bias + lanes;
@@ -93,7 +90,7 @@ __global__ void __launch_bounds__(Tile::kThreads) PlaneKernel(FlatConvCudaArgs a
   const std::int64_t top = i * s.stride_h - s.pad_h, left = j * s.stride_w - s.pad_w;
   float sum = bias[channel];
   for (std::int64_t r = 0; r < s.rank; ++r) {
-    const std::int64_t panel = r * PanelsOf(s) + channel / kFlatLanes;
+    const std::int64_t panel = r * s.Panels() + channel / kFlatLanes;
     const float* l = a.l + ((image * panels + panel) * kFlatLanes + lane) * plane;
     for (std::int64_t k = 0; k < s.kernel_w; ++k) {
       const std::int64_t w = left + k;
