@@ -42,6 +42,12 @@ from tersetorch.ops.codebook_matmul import (  # noqa: E402
     codebook_unpack,
 )
 from tersetorch.ops.csr_matmul import csr_matmul, csr_matmul_inference, csr_pack  # noqa: E402
+from tersetorch.ops.fixed_round import (  # noqa: E402
+    RANDOM_BLOCK,
+    fixed_round,
+    fixed_round_inference,
+    fixed_round_whole,
+)
 from tersetorch.ops.product_conv2d import product_conv2d, product_conv2d_inference  # noqa: E402
 from tersetorch.ops.product_matmul import (  # noqa: E402
     product_bytes,
@@ -68,6 +74,7 @@ from tersetorch.ops.xnor_matmul import xnor_matmul, xnor_pack, xnor_unpack  # no
 
 __all__ = [
     "CODEBOOK_MODES",
+    "RANDOM_BLOCK",
     "bitmap_columns_matmul",
     "bitmap_columns_matmul_inference",
     "bitmap_from_rows",
@@ -100,6 +107,9 @@ __all__ = [
     "csr_matmul",
     "csr_matmul_inference",
     "csr_pack",
+    "fixed_round",
+    "fixed_round_inference",
+    "fixed_round_whole",
     "native_op",
     "product_bytes",
     "product_conv2d",
