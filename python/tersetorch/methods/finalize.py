@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from tersetorch.methods.arguments import check_model
-from tersetorch.methods.binarize.binary_connect import bake
-from tersetorch.methods.parametrization import detach, live_weights, unshare
+from tersetorch.methods.parametrization import bake, detach, live_weights, unshare
+from tersetorch.methods.quantize.fixed_point import release
 
 
 def finalize(model: nn.Module) -> nn.Module:
@@ -22,7 +22,7 @@ def finalize(model: nn.Module) -> nn.Module:
     train at fixed sparsity, finalize afterwards, or convert to SparseLinear layers.
 
     Weights that tt.binarize made signs become those signs, stochastic ones the real values that they are evaluated
-    with.
+    with. Weights in fixed point stay the numbers that they are; activations are no longer rounded.
 
     Where other parametrizations were registered on top of ours, only ours is baked in, and they stay.
 
@@ -39,4 +39,5 @@ def finalize(model: nn.Module) -> nn.Module:
         unshare(weight)
         detach(weight)
     bake(model)
+    release(model)
     return model

@@ -44,9 +44,12 @@ from tersetorch.ops.codebook_matmul import (  # noqa: E402
 from tersetorch.ops.csr_matmul import csr_matmul, csr_matmul_inference, csr_pack  # noqa: E402
 from tersetorch.ops.fixed_round import (  # noqa: E402
     RANDOM_BLOCK,
+    ROUNDINGS,
+    check_fixed,
     fixed_round,
     fixed_round_inference,
     fixed_round_whole,
+    inside_range,
 )
 from tersetorch.ops.product_conv2d import product_conv2d, product_conv2d_inference  # noqa: E402
 from tersetorch.ops.product_matmul import (  # noqa: E402
@@ -75,6 +78,7 @@ from tersetorch.ops.xnor_matmul import xnor_matmul, xnor_pack, xnor_unpack  # no
 __all__ = [
     "CODEBOOK_MODES",
     "RANDOM_BLOCK",
+    "ROUNDINGS",
     "bitmap_columns_matmul",
     "bitmap_columns_matmul_inference",
     "bitmap_from_rows",
@@ -93,6 +97,7 @@ __all__ = [
     "blocked_matmul",
     "blocked_matmul_inference",
     "blocked_pack",
+    "check_fixed",
     "codebook_conv2d",
     "codebook_conv2d_inference",
     "codebook_dense",
@@ -110,6 +115,7 @@ __all__ = [
     "fixed_round",
     "fixed_round_inference",
     "fixed_round_whole",
+    "inside_range",
     "native_op",
     "product_bytes",
     "product_conv2d",
