@@ -230,4 +230,11 @@ STABLE_TORCH_LIBRARY(tersetorch, m) {
   m.def(
       "fixed_round_whole(Tensor x, int integer_bits, int fraction_bits, ScalarType dtype, str rounding='nearest', int "
       "seed=0, int offset=0) -> Tensor");
+
+  // x int8 or int16 [..., in] and weight [out, in], bias int64 [out] in units of their sums, 2^-sum_fraction_bits; sums
+  // are exact and converted once, to <integer_bits, fraction_bits>, at least 0 with relu -> [..., out] of dtype, whole
+  // numbers of steps in int8, int16 or int32, or float32
+  m.def(
+      "fixed_matmul(Tensor x, Tensor weight, Tensor? bias, int sum_fraction_bits, int integer_bits, int fraction_bits, "
+      "ScalarType dtype, str rounding='nearest', int seed=0, int offset=0, bool relu=False) -> Tensor");
 }
