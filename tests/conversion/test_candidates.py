@@ -4,6 +4,8 @@ from torch import nn
 
 from tersetorch.conversion.candidates import CANDIDATES, density, distinct_values
 from tersetorch.conversion.swap import build
+from tersetorch.formats import FixedFormat, FixedFormats
+from tersetorch.formats.fixed_format import note_formats
 from tersetorch.nn import BinaryConv2d, BinaryLinear
 
 
@@ -28,13 +30,17 @@ def test_what_is_built_has_the_same_weight(name, sparse_linear):
     if row.layer in (BinaryLinear, BinaryConv2d):
         assert "a row must hold +a and -a only" in row.applies(layer)
         layer.weight.data = torch.where(layer.weight >= 0, 0.5, -0.5)
+    if row.alias == "fixed":
+        assert "no formats known" in row.applies(layer)
+        note_formats(layer, FixedFormats(*[FixedFormat(4, 12)] * 3))
+        layer.weight.data = FixedFormat(4, 12).nearest(layer.weight.data)
     assert row.applies(layer) is None
     for samples in (None, 0, 1, 64):
         (built,) = build(row, [layer], samples)
         assert type(built) is row.layer
         assert torch.equal(built.weight, layer.weight)
         assert built.layout == row.layout
-        if row.source is nn.Linear and row.layout != "csr" and row.layer is not BinaryLinear:
+        if row.source is nn.Linear and row.layout not in ("csr", "fixed") and row.layer is not BinaryLinear:
             error = 0 if row.exact else 1e-2 * float(layer.weight.abs().max())
             torch.testing.assert_close(built.packed_weight.to_dense().float(), layer.weight, atol=error, rtol=0)
 

@@ -15,6 +15,8 @@ from tersetorch.nn import (
     CodebookConv2d,
     CodebookEmbedding,
     CodebookLinear,
+    FixedPointConv2d,
+    FixedPointLinear,
     SparseCodebookConv1d,
     SparseCodebookConv2d,
     SparseCodebookLinear,
@@ -328,6 +330,13 @@ CANDIDATES: dict[str, Candidate] = {
             source=nn.Conv2d,
             layout="signs",
             signs=True,
+        ),
+        *(
+            _row(name, layer, 1.0, layer.why_not, alias="fixed", source=source, layout="fixed", exact=False)
+            for name, layer, source in (
+                ("fixed_linear", FixedPointLinear, nn.Linear),
+                ("fixed_conv2d", FixedPointConv2d, nn.Conv2d),
+            )
         ),
         *_convolutions("1d", nn.Conv1d, SparseConv1d, SparseCodebookConv1d),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from tersetorch.ops import check_fixed, fixed_round_inference
 
@@ -73,3 +73,27 @@ def as_fixed(where: str, name: str, value: str | FixedFormat) -> FixedFormat:
     integer_bits, fraction_bits = int(found[1]), int(found[2])
     check_fixed(f"{where}: {name}", integer_bits, fraction_bits)
     return FixedFormat(integer_bits, fraction_bits)
+
+
+# Where a layer keeps its formats; files leave such notes out.
+_NOTE = "_tersetorch_fixed_formats"
+
+
+@dataclass(frozen=True)
+class FixedFormats:
+    """The formats of a layer's weight, of its input and of its output."""
+
+    weight: FixedFormat
+    input: FixedFormat
+    output: FixedFormat
+
+
+def note_formats(module: nn.Module, formats: FixedFormats) -> None:
+    """Leaves formats at a layer, for FixedPointLinear.from_dense and its like; a deep copy has them too."""
+    setattr(module, _NOTE, formats)
+
+
+def noted_formats(module: nn.Module) -> FixedFormats | None:
+    """The formats that were left at a layer last."""
+    found = getattr(module, _NOTE, None)
+    return found if isinstance(found, FixedFormats) else None

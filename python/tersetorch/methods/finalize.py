@@ -22,7 +22,8 @@ def finalize(model: nn.Module) -> nn.Module:
     train at fixed sparsity, finalize afterwards, or convert to SparseLinear layers.
 
     Weights that tt.binarize made signs become those signs, stochastic ones the real values that they are evaluated
-    with. Weights in fixed point stay the numbers that they are; activations are no longer rounded.
+    with. Weights in fixed point stay the numbers that they are; activations are no longer rounded, but their formats
+    are left for tt.convert(model, plan="fixed").
 
     Where other parametrizations were registered on top of ours, only ours is baked in, and they stay.
 
@@ -38,6 +39,6 @@ def finalize(model: nn.Module) -> nn.Module:
         # Before detach, which may leave the list without our parametrization.
         unshare(weight)
         detach(weight)
-    bake(model)
     release(model)
+    bake(model)
     return model

@@ -5,6 +5,8 @@ from tersetorch.nn.binary_linear import BinaryLinear
 from tersetorch.nn.codebook_conv import CodebookConv2d
 from tersetorch.nn.codebook_embedding import CodebookEmbedding
 from tersetorch.nn.codebook_linear import CodebookLinear
+from tersetorch.nn.fixed_conv import FixedPointConv2d
+from tersetorch.nn.fixed_linear import FixedPointLinear
 from tersetorch.nn.product_conv import ProductConv2d, ResidualConv2d
 from tersetorch.nn.product_linear import ProductLinear, ResidualLinear
 from tersetorch.nn.sign_pool import SignMaxPool2d
@@ -19,6 +21,8 @@ __all__ = [
     "CodebookConv2d",
     "CodebookEmbedding",
     "CodebookLinear",
+    "FixedPointConv2d",
+    "FixedPointLinear",
     "ProductConv2d",
     "ProductLinear",
     "ResidualConv2d",

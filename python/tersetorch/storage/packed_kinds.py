@@ -1,4 +1,4 @@
-"""Layers of shared values, sub-vectors or signs, rebuilt from their sizes; their tensors are stored like any other.
+"""Layers of shared values, sub-vectors, signs or steps, rebuilt from their sizes; their tensors are stored like others.
 
 But for packed ones: kernels take codes and bits packed, with chunks that are not full. What a file holds, as
 "plain_codes", is uint8 [rows, codes], one by one, so that a coder sees their frequencies and neighbours; as "signs",
@@ -21,12 +21,15 @@ from tersetorch.nn import (
     CodebookConv2d,
     CodebookEmbedding,
     CodebookLinear,
+    FixedPointConv2d,
+    FixedPointLinear,
     ProductConv2d,
     ProductLinear,
     ResidualConv2d,
     ResidualLinear,
     SignMaxPool2d,
 )
+from tersetorch.nn.fixed_module import FixedPointModule
 from tersetorch.nn.shared_module import SharedModule
 from tersetorch.nn.sign_module import SignModule
 from tersetorch.storage.errors import refuse
@@ -58,6 +61,8 @@ _LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     CodebookConv2d: nn.Conv2d,
     CodebookEmbedding: nn.Embedding,
     CodebookLinear: nn.Linear,
+    FixedPointConv2d: nn.Conv2d,
+    FixedPointLinear: nn.Linear,
     ProductConv2d: nn.Conv2d,
     ProductLinear: nn.Linear,
     ResidualConv2d: nn.Conv2d,
@@ -85,6 +90,12 @@ def is_of_codes(kind: object) -> bool:
     return cls is not None and issubclass(cls, SharedModule)
 
 
+def is_of_steps(kind: object) -> bool:
+    """Whether modules of a kind hold whole steps of fixed point."""
+    cls = KINDS.get(kind) if isinstance(kind, str) else None
+    return cls is not None and issubclass(cls, FixedPointModule)
+
+
 def goes_in_chains(module: nn.Module) -> bool:
     """Whether convert may have put an nn.Identity in the place of such a module, as a part of a chain of signs."""
     return isinstance(module, (Sign, *MONOTONE))
@@ -103,9 +114,9 @@ def check_layer(module: nn.Module) -> None:
     """Refuses a layer whose tensors, taken from a file, are no weight.
 
     Raises:
-        TerseFileError: a tensor has another dtype, a code names no entry, or an unused bit is 1.
+        TerseFileError: a tensor has another dtype, a code names no entry, an unused bit is 1, or a step is none.
     """
-    if isinstance(module, SharedModule | SignModule | SignMaxPool2d):
+    if isinstance(module, FixedPointModule | SharedModule | SignModule | SignMaxPool2d):
         try:
             module.shared_weight.validate() if isinstance(module, SharedModule) else module.validate()
         except (TypeError, ValueError) as error:
@@ -189,7 +200,9 @@ def _config(layer: Any) -> Config:
 
 
 for _name, _cls in KINDS.items():
-    add(Kind(_name, _cls, _config, _cls.of_sizes))  # type: ignore[attr-defined]
+    # Formats are in the config.
+    _formats = ("weight_format", "input_format", "output_format") if issubclass(_cls, FixedPointModule) else ()
+    add(Kind(_name, _cls, _config, _cls.of_sizes, ignored=_formats))  # type: ignore[attr-defined]
 for _cls in (Sign, ShiftBatchNorm1d, ShiftBatchNorm2d):
     _names = ("stochastic",) if _cls is Sign else ("num_features", "eps", "momentum", "affine", "track_running_stats")
     add(Kind(f"tersetorch.{_cls.__name__}", _cls, config_of(_names, _cls.__init__), _cls))

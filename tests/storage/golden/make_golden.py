@@ -1,7 +1,7 @@
 """Wrote version1.terse: every form and coder, both sparse layers, ties, flags and overrides; and, when they came,
 version1_layouts.terse: every layout, and the sparse convolutions; version2.terse: the coders of version 2;
 version2_packed_codes.terse: layers of codes as first written; version2_plain_codes.terse: as written now;
-version2_signs.terse: rows of two values, and layers of signs.
+version2_signs.terse: rows of two values, and layers of signs; version2_fixed.terse: layers in fixed point.
 
 Run once for each version of the format and each new kind of layer; a file is then never written again.
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from tersetorch.formats import CodebookWeight, SignWeight
+from tersetorch.formats import CodebookWeight, FixedFormat, FixedWeight, SignWeight
 from tersetorch.methods.binarize import ShiftBatchNorm1d, Sign
 from tersetorch.nn import (
     BinaryConv2d,
@@ -19,6 +19,8 @@ from tersetorch.nn import (
     CodebookConv2d,
     CodebookEmbedding,
     CodebookLinear,
+    FixedPointConv2d,
+    FixedPointLinear,
     ProductLinear,
     ResidualLinear,
     SignMaxPool2d,
@@ -194,6 +196,23 @@ def signs():
     ).eval()
 
 
+def fixed():
+    """The model in the file of fixed point."""
+
+    def weight(rows, columns, integer_bits, fraction_bits):
+        return FixedWeight.from_dense(numbers(rows, columns), FixedFormat(integer_bits, fraction_bits))
+
+    bias = (numbers(20) * 2**20).long()
+    sizes = {"kernel_size": (3, 2), "padding": "same", "dilation": 2, "groups": 2, "padding_mode": "circular"}
+    return nn.ModuleList(
+        [
+            FixedPointLinear(weight(20, 70, 2, 14), bias, input_format="<6,10>", output_format="<4,20>"),
+            FixedPointLinear(weight(9, 20, 1, 7), input_format="<3,5>", output_format="<4,4>"),
+            FixedPointConv2d(weight(20, 24, 2, 6), bias, input_format="<6,10>", output_format="<6,10>", **sizes),
+        ]
+    ).eval()
+
+
 # Limits that make small tensors take the coders of large ones.
 SMALL = {"MAX_CONTEXT_BITS": 3000, "MAX_NUMBERS": 300}
 
@@ -204,7 +223,7 @@ if __name__ == "__main__":
         setattr(streams, name, value)
     files = {"version1": (model, PROVENANCE), "version1_layouts": (layouts, None), "version2": (coders, None)}
     files |= {"version2_packed_codes": (products, None), "version2_plain_codes": (coded, None)}
-    files["version2_signs"] = (signs, None)
+    files |= {"version2_signs": (signs, None), "version2_fixed": (fixed, None)}
     for name, (network, notes) in files.items():
         path = folder / f"{name}.terse"
         if not path.exists():

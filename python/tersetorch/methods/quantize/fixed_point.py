@@ -14,7 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
 from tersetorch.formats import FixedFormat
-from tersetorch.formats.fixed_format import as_fixed
+from tersetorch.formats.fixed_format import FixedFormats, as_fixed, note_formats
 from tersetorch.methods.arguments import check_choice, check_int, check_model
 from tersetorch.methods.parametrization import PLACE, BakedWeight, own_class, parametrization_list
 from tersetorch.methods.quantize.fixed_rounding import DTYPES, Rounding, from_state, rounded, to_state
@@ -235,14 +235,19 @@ def follow(weight: FixedWeight, original: nn.Parameter) -> None:
 
 
 def release(model: nn.Module) -> None:
-    """Takes the rounding of activations off; finalize does the rest."""
+    """Takes the rounding of activations off and leaves its formats at the layers; finalize does the rest."""
     for module in model.modules():
-        if not isinstance(module._modules.get(ACTIVATIONS), FixedActivations):
+        of_layer = module._modules.get(ACTIVATIONS)
+        if not isinstance(of_layer, FixedActivations):
             continue
         del module._modules[ACTIVATIONS]
         for hooks, ours in ((module._forward_pre_hooks, _round_input), (module._forward_hooks, _round_output)):
             for key in [key for key, hook in hooks.items() if hook is ours]:
                 del hooks[key]
+        held = parametrization_list(module, "weight")
+        if held is not None and isinstance(held[0], FixedWeight) and of_layer.inputs and of_layer.outputs:
+            formats = FixedFormats(held[0].values.format, of_layer.inputs.format, of_layer.outputs.format)
+            note_formats(module, formats)
 
 
 def _optional(where: str, name: str, value: str | FixedFormat | None, default: FixedFormat) -> FixedFormat | None:
