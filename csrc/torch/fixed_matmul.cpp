@@ -100,8 +100,8 @@ Tensor FixedMatmulOnCpu(const Tensor& x, const Tensor& weight, const std::option
     args.samples = std::min(block, all.samples - n);
     args.sums = scratch.Data<std::int64_t>();
     const std::int64_t of_tile = args.samples * (all.columns / 16 + 4);
-    ParallelFor(Blocks(all.rows, 4), GrainItems(of_tile), [&](std::int64_t begin, std::int64_t end) {
-      FixedMatmul(args, 4 * begin, std::min(all.rows, 4 * end));
+    ParallelFor(Blocks(all.rows, 8), GrainItems(2 * of_tile), [&](std::int64_t begin, std::int64_t end) {
+      FixedMatmul(args, 8 * begin, std::min(all.rows, 8 * end));
     });
     FixedConvertArgs conversion = inputs.conversion;
     conversion.sums = args.sums;

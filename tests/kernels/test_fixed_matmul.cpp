@@ -56,9 +56,13 @@ void TestProducts(const Variant& variant, std::mt19937& rng) {
       for (const Index samples : {1, 6}) TestProduct<std::int16_t>(variant, samples, 6, columns, 16, extreme, rng);
     }
   }
-  // More steps than lanes of 32 bits last, of int8 too.
-  TestProduct<std::int8_t>(variant, 1, 1, 64 * 16000 + 70, 8, true, rng);
-  TestProduct<std::int8_t>(variant, 2, 1, 16 * 65000 + 70, 8, true, rng);
+  // Several chunks of columns.
+  for (const Index columns : {1024, 2048, 4170}) {
+    for (const Index samples : {1, 3}) {
+      TestProduct<std::int8_t>(variant, samples, 9, columns, 8, true, rng);
+      for (const int bits : {9, 13, 16}) TestProduct<std::int16_t>(variant, samples, 9, columns, bits, bits == 16, rng);
+    }
+  }
 }
 
 Index BytesOfNumber(FixedAs as) { return as == FixedAs::kInt8 ? 1 : as == FixedAs::kInt16 ? 2 : 4; }

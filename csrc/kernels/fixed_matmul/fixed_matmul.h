@@ -9,10 +9,12 @@
 //         Value i, row-major in [samples, rows], has number offset + i.
 // Layout: x row-major [samples, columns], W row-major [rows, columns].
 // Limits: of int8 AVX-512 multiplies 64 pairs an instruction (vpdpbusd, x raised by 128, what that adds is taken off by
-//         the sums of the rows), of int16 32 (vpdpwssd), AVX2 16 with 2 instructions (vpmaddwd). Two such instructions
-//         a cycle need as many registers loaded, 4 + 4 for the 16 of a tile. Lanes of 32 bits take as many of them as
-//         the largest |x| and |w| at hand cannot overflow (at least one) before they are added to 64 bits, in 5
-//         operations: 8 of them where both are 2^12, 64 columns each 2048 where x is 2^12 and w 2^10.
+//         the sums of the rows), of int16 32 (vpdpwssd), AVX2 16 with 2 instructions (vpmaddwd). A tile of 8 rows and 2
+//         samples loads 10 registers for 16 such instructions, 5 cycles beside 8, the rows from the first cache level,
+//         of which 2 KiB each are multiplied with all samples, the samples from the second. Lanes of 32 bits take as
+//         many products as the largest |x| and |w| at hand cannot overflow (at least one); adding them to 64 bits takes
+//         4 operations and memory: every 4 steps where both are near 2^14, once a chunk where their product is below
+//         2^25.
 // Source: Gupta et al., Deep Learning with Limited Numerical Precision (2015), section 3.2: z = sum a_i b_i is kept
 // exact.
 //

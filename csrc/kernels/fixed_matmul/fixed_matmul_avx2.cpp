@@ -11,36 +11,28 @@
 namespace tersetorch {
 namespace {
 
-struct Sums {
+// 8 sums in registers.
+struct Tiles {
   using Register = __m256i;
-  using Wide = __m256i;  // of 64 bits: + adds those
-  static constexpr Index kColumns = 16, kLanes = 8;
-  static constexpr int kSamples = 2;
+  static constexpr int kRows = 4, kSamples = 2;
+  static constexpr Index kColumns = 16;
 
+  static __m256i Add(__m256i sums, __m256i x, __m256i w) { return _mm256_add_epi32(sums, _mm256_madd_epi16(x, w)); }
+  static Index First(Index count) { return count; }
   static Index Raised(const char*, Index) { return 0; }
-  static Register Zero() { return _mm256_setzero_si256(); }
-  static Register Add(Register sums, Register x, Register w) { return _mm256_add_epi32(sums, _mm256_madd_epi16(x, w)); }
-
-  // What sums - 1 are in 64 bits, two lanes of 32 in one.
-  static Wide Widened(Register sums) {
-    const __m256i less = _mm256_sub_epi32(sums, _mm256_set1_epi32(1));
-    return _mm256_add_epi64(_mm256_cvtepi32_epi64(_mm256_castsi256_si128(less)),
-                            _mm256_cvtepi32_epi64(_mm256_extracti128_si256(less, 1)));
-  }
-
-  static void Sum(Wide a, Wide b, Wide c, Wide d, Index* sums) {
-    const __m256i ab = _mm256_add_epi64(_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b));
-    const __m256i cd = _mm256_add_epi64(_mm256_unpacklo_epi64(c, d), _mm256_unpackhi_epi64(c, d));
-    Store(sums, _mm256_add_epi64(_mm256_permute2x128_si256(ab, cd, 0x20), _mm256_permute2x128_si256(ab, cd, 0x31)));
-  }
 };
 
-struct Words : Sums {
-  static constexpr Index kBytes = 2, kSteps = 0;
+struct Words : Tiles {
+  static constexpr Index kBytes = 2;
+  static constexpr bool kFew = false;
 
-  static __m256i X(const char* p, Index count) { return W(p, count); }
+  template <typename Within>
+  static __m256i X(const char* p, Within within) {
+    return W(p, within);
+  }
+  static __m256i W(const char* p, All) { return LoadAt<__m256i>(p, 0, 0); }
   static __m256i W(const char* p, Index count) {
-    if (count >= kColumns) return LoadAt<__m256i>(p, 0, 0);
+    if (count >= kColumns) return W(p, All{});
     alignas(32) std::int16_t some[kColumns] = {};
     __builtin_memcpy(some, p, 2 * count);
     return LoadAt<__m256i>(some, 0, 0);
@@ -57,20 +49,63 @@ struct Words : Sums {
     for (const std::uint16_t one : of_lane) most = one > most ? one : most;
     return most;
   }
+
+  // Sums of 32 bits, raised to be positive: pairs of them as they stand, modulo 2^64, and the upper ones.
+  struct Wide {
+    __m256i pairs, upper;
+  };
+  static void Accumulate(Wide& total, __m256i sums) {
+    const __m256i positive = _mm256_add_epi32(sums, _mm256_set1_epi32(kSumRaised));
+    total.pairs = _mm256_add_epi64(total.pairs, positive);
+    total.upper = _mm256_add_epi64(total.upper, _mm256_srli_epi64(positive, 32));
+  }
+  static __m256i Lanes(const Wide& total) {
+    const __m256i lower = _mm256_sub_epi64(total.pairs, _mm256_slli_epi64(total.upper, 32));
+    return _mm256_add_epi64(lower, total.upper);
+  }
+  static void Sum(const Wide* four, Index flushes, Index* sums) {
+    const __m256i all = Add4(Lanes(four[0]), Lanes(four[1]), Lanes(four[2]), Lanes(four[3]));
+    Store(sums, _mm256_sub_epi64(all, _mm256_set1_epi64x(8 * flushes * kSumRaised)));
+  }
+
+  // One alone may be 2^31, which - 1 makes fit.
+  static __m256i Widened(__m256i sums) {
+    const __m256i less = _mm256_sub_epi32(sums, _mm256_set1_epi32(1));
+    return _mm256_add_epi64(_mm256_cvtepi32_epi64(_mm256_castsi256_si128(less)),
+                            _mm256_cvtepi32_epi64(_mm256_extracti128_si256(less, 1)));
+  }
+  static void Sum(const __m256i* four, Index* sums) {
+    const __m256i all = Add4(Widened(four[0]), Widened(four[1]), Widened(four[2]), Widened(four[3]));
+    Store(sums, _mm256_add_epi64(all, _mm256_set1_epi64x(8)));
+  }
+
+  static __m256i Add4(__m256i a, __m256i b, __m256i c, __m256i d) {
+    const __m256i ab = _mm256_add_epi64(_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b));
+    const __m256i cd = _mm256_add_epi64(_mm256_unpacklo_epi64(c, d), _mm256_unpackhi_epi64(c, d));
+    return _mm256_add_epi64(_mm256_permute2x128_si256(ab, cd, 0x20), _mm256_permute2x128_si256(ab, cd, 0x31));
+  }
 };
 
-struct Bytes : Sums {
-  // A lane adds 2 products of at most 128 * 128 a step.
-  static constexpr Index kBytes = 1, kSteps = 65000;
+struct Bytes : Tiles {
+  static constexpr Index kBytes = 1;
+  static constexpr bool kFew = true;
 
-  static __m256i X(const char* p, Index count) { return W(p, count); }
+  template <typename Within>
+  static __m256i X(const char* p, Within within) {
+    return W(p, within);
+  }
+  static __m256i W(const char* p, All) { return _mm256_cvtepi8_epi16(LoadAt<__m128i>(p, 0, 0)); }
   static __m256i W(const char* p, Index count) {
-    if (count >= kColumns) return _mm256_cvtepi8_epi16(LoadAt<__m128i>(p, 0, 0));
     alignas(16) char some[kColumns] = {};
     __builtin_memcpy(some, p, count);
     return _mm256_cvtepi8_epi16(LoadAt<__m128i>(some, 0, 0));
   }
-  static Index Largest(const void*, Index) { return 0; }
+
+  static void Sum(const __m256i* four, Index* sums) {
+    const __m256i all = _mm256_hadd_epi32(_mm256_hadd_epi32(four[0], four[1]), _mm256_hadd_epi32(four[2], four[3]));
+    const __m128i whole = _mm_add_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
+    Store(sums, _mm256_cvtepi32_epi64(whole));
+  }
 };
 
 void Multiply(const FixedMatmulArgs& a, Index row_begin, Index row_end) noexcept {

@@ -26,7 +26,7 @@ void Multiply(const FixedMatmulArgs& a, std::int64_t row_begin, std::int64_t row
 void Convert(const FixedConvertArgs& a, std::int64_t begin, std::int64_t end) noexcept {
   const FixedConversion conversion(a.sum_fraction_bits, a.integer_bits, a.fraction_bits, a.stochastic, a.relu);
   for (std::int64_t i = begin; i < end; ++i) {
-    const std::uint32_t u = a.stochastic ? RandomBits(a.seed, a.offset + static_cast<std::uint64_t>(i)) : 0;
+    const std::uint32_t u = conversion.random ? RandomBits(a.seed, a.offset + static_cast<std::uint64_t>(i)) : 0;
     const std::int32_t k = conversion.Of(At<std::int64_t>(a.sums, i), u);
     switch (a.as) {
       case FixedAs::kFloats:

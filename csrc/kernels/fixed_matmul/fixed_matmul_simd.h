@@ -1,11 +1,12 @@
 // What the vector levels share: the walk over tiles, how long 32 bits last, and conversions. Local to the including
 // file.
 //
-// A level gives, for int8 and for int16, a struct Numbers: Register, of kLanes sums of 32 bits; kColumns that it
-// multiplies at once, of kSamples samples with 4 rows, kBytes each; kSteps that never overflow, 0 where that depends on
-// Largest(p, count), the largest |number|. X(p, count) and W(p, count) load the first count columns, then zeros;
-// Add(sums, x, w) multiplies them, and Raised(w, columns) is how much larger than it should be that makes a row's sum.
-// Wide is of 64 bits: Widened(sums) - 1 for each lane, Sum(a, b, c, d, sums) four of them.
+// A level gives, for int8 and for int16, a struct Numbers: Register, of sums of 32 bits; kColumns that it multiplies at
+// once, of kSamples samples with kRows rows, kBytes each. X(p, count) and W(p, count) load the first count columns,
+// then zeros; Add(sums, x, w) multiplies them, and Raised(w, columns) is how much larger than it should be that makes a
+// row's sum. Sum(four, sums) adds the lanes of four registers. Where kFew, a chunk of columns never overflows 32 bits;
+// elsewhere Largest(p, count), the largest |number|, says how many steps do not, then Accumulate(total, sums) adds them
+// to a Wide of 64 bits, and Sum(four, flushes, sums) adds the lanes of four of these.
 #pragma once
 
 #include <cstdint>
@@ -18,111 +19,138 @@ namespace tersetorch {
 namespace {
 
 // How many vectors of products 32 bits can add up: sums s keep to |s| < 2^31, and a single one to -2^31 < s <= 2^31,
-// since the two products of a pair are both 2^30 at most where they are positive. So s - 1 always fits.
+// since the two products of a pair are both 2^30 at most where they are positive. Raised by this, s fits 32 bits.
+constexpr std::int32_t kSumRaised = 0x7fffffff;
+
 inline Index StepsOf(Index largest_x, Index largest_w) {
   const Index pair = 2 * largest_x * largest_w;
   const Index steps = pair == 0 ? 0x7fffffff : 0x7fffffff / pair;
   return steps < 1 ? 1 : steps;
 }
 
+// Bytes of a row that are multiplied with all samples before the next ones: the rows of a tile stay in the first cache
+// level, the samples stream from the second.
+constexpr Index kChunkBytes = 2048;
+
+// Marks all columns of a vector: a load that leaves some out takes one of the ports that multiply.
+struct All {};
+
 // kRows rows times kSamples samples, some of which may be the same.
 template <typename Numbers, int kRows, int kSamples>
-void MultiplyTile(const char* const (&x)[kSamples], const char* const (&w)[kRows], Index columns, Index steps,
-                  typename Numbers::Wide (&totals)[kRows][kSamples], Index* flushes) {
-  constexpr Index kColumns = Numbers::kColumns, kBytes = Numbers::kBytes;
-  for (auto& row : totals) {
-    for (auto& total : row) total = typename Numbers::Wide{};
-  }
-  for (Index c = 0; c < columns;) {
-    typename Numbers::Register sums[kRows][kSamples];
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
+struct Products {
+  static constexpr Index kColumns = Numbers::kColumns, kBytes = Numbers::kBytes;
+
+  // Columns [c, end), which 32 bits last for.
+  void Multiply(Index c, Index end) {
+    typename Numbers::Register of_rows[kSamples][kRows];
 #pragma GCC unroll 4
-      for (int n = 0; n < kSamples; ++n) sums[r][n] = Numbers::Zero();
+    for (int n = 0; n < kSamples; ++n) {
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) of_rows[n][r] = typename Numbers::Register{};
     }
-    const auto add = [&](Index count) {
+    const auto add = [&](auto within) __attribute__((always_inline)) {
       typename Numbers::Register of_x[kSamples];
 #pragma GCC unroll 4
-      for (int n = 0; n < kSamples; ++n) of_x[n] = Numbers::X(x[n] + c * kBytes, count);
+      for (int n = 0; n < kSamples; ++n) of_x[n] = Numbers::X(x[n] + c * kBytes, within);
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
-        const auto of_w = Numbers::W(w[r] + c * kBytes, count);
+        const auto of_w = Numbers::W(w[r] + c * kBytes, within);
 #pragma GCC unroll 4
-        for (int n = 0; n < kSamples; ++n) sums[r][n] = Numbers::Add(sums[r][n], of_x[n], of_w);
+        for (int n = 0; n < kSamples; ++n) of_rows[n][r] = Numbers::Add(of_rows[n][r], of_x[n], of_w);
       }
     };
-    const Index left = columns - c,
-                end = left / kColumns < steps ? c + left / kColumns * kColumns : c + steps * kColumns;
-    const bool tail = end < columns && columns - end < kColumns && (end - c) / kColumns < steps;
-    for (; c < end; c += kColumns) add(kColumns);
-    if (tail) {
-      add(columns - c);
-      c = columns;
+    for (; c + kColumns <= end; c += kColumns) {
+      __asm__("" : "+r"(c));  // an index beside eleven addresses, or each of these takes two operations a step
+      add(All{});
     }
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
+    if (c < end) add(Numbers::First(end - c));
 #pragma GCC unroll 4
-      for (int n = 0; n < kSamples; ++n) totals[r][n] += Numbers::Widened(sums[r][n]);
+    for (int n = 0; n < kSamples; ++n) {
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) sums[n][r] = of_rows[n][r];
     }
-    ++*flushes;
   }
-}
+
+  // result[n][r] of columns [0, columns), of which `steps` vectors never overflow 32 bits.
+  void Sum(Index columns, Index steps, Index (&result)[kSamples][kRows]) {
+    if (columns <= steps * kColumns) {
+      Multiply(0, columns);
+      for (int n = 0; n < kSamples; ++n) {
+        for (int r = 0; r < kRows; r += 4) Numbers::Sum(sums[n] + r, result[n] + r);
+      }
+      return;
+    }
+    if constexpr (!Numbers::kFew) {
+      typename Numbers::Wide totals[kSamples][kRows] = {};
+      Index flushes = 0;
+      for (Index c = 0; c < columns; c += steps * kColumns, ++flushes) {
+        Multiply(c, columns - c < steps * kColumns ? columns : c + steps * kColumns);
+        for (int n = 0; n < kSamples; ++n) {
+          for (int r = 0; r < kRows; ++r) Numbers::Accumulate(totals[n][r], sums[n][r]);
+        }
+      }
+      for (int n = 0; n < kSamples; ++n) {
+        for (int r = 0; r < kRows; r += 4) Numbers::Sum(totals[n] + r, flushes, result[n] + r);
+      }
+    }
+  }
+
+  const char *x[kSamples], *w[kRows];
+  typename Numbers::Register sums[kSamples][kRows];
+};
 
 template <typename Numbers>
 struct Multiplication {
-  static constexpr Index kBytes = Numbers::kBytes;
+  static constexpr Index kBytes = Numbers::kBytes, kChunk = kChunkBytes / kBytes;
+  static constexpr int kRows = Numbers::kRows;
 
   const char* RowOfX(Index n) const { return static_cast<const char*>(a.x) + n * a.columns * kBytes; }
   const char* RowOfWeight(Index r) const { return static_cast<const char*>(a.weight) + r * a.columns * kBytes; }
 
-  template <int kRows, int kSamples>
-  void Tile(Index r, Index row_end, const Index (&added)[kRows], Index n, Index steps) const {
-    const char *x[kSamples], *w[kRows];
-    const Index rows = row_end - r < kRows ? row_end - r : kRows;
+  // Columns [c, c + columns) of up to kRows rows from r on and kSamples samples from n on, added to their sums, or to
+  // `added` where they are the first.
+  template <int kSamples>
+  void Tile(Index r, Index rows, const Index (&added)[kRows], Index n, Index c, Index columns, Index steps) const {
+    Products<Numbers, kRows, kSamples> products;
     const Index samples = a.samples - n < kSamples ? a.samples - n : kSamples;
-    for (Index i = 0; i < kSamples; ++i) x[i] = RowOfX(n + (i < samples ? i : 0));
-    for (Index i = 0; i < kRows; ++i) w[i] = RowOfWeight(r + (i < rows ? i : 0));
-    typename Numbers::Wide totals[kRows][kSamples];
-    Index flushes = 0;
-    MultiplyTile<Numbers, kRows, kSamples>(x, w, a.columns, steps, totals, &flushes);
-    static_assert(kRows % 4 == 0);
-    for (int m = 0; m < samples; ++m) {
-      Index sums[kRows];
-      for (int i = 0; i < kRows; i += 4) {
-        Numbers::Sum(totals[i][m], totals[i + 1][m], totals[i + 2][m], totals[i + 3][m], sums + i);
-      }
-      for (int i = 0; i < rows; ++i) {
-        Store(reinterpret_cast<char*>(a.sums) + 8 * ((n + m) * a.rows + r + i),
-              sums[i] + flushes * Numbers::kLanes + added[i]);
-      }
+    for (Index i = 0; i < kSamples; ++i) products.x[i] = RowOfX(n + (i < samples ? i : 0)) + c * kBytes;
+    for (Index i = 0; i < kRows; ++i) products.w[i] = RowOfWeight(r + (i < rows ? i : 0)) + c * kBytes;
+    Index sums[kSamples][kRows] = {};
+    products.Sum(columns, steps, sums);
+    for (Index m = 0; m < samples; ++m) {
+      char* to = reinterpret_cast<char*>(a.sums) + 8 * ((n + m) * a.rows + r);
+      for (Index i = 0; i < rows; ++i) Store(to + 8 * i, (c == 0 ? added[i] : LoadAt<Index>(to, i, 8)) + sums[m][i]);
     }
   }
 
-  // A few rows of all samples.
-  template <int kRows>
-  void Rows(Index r, Index row_end, Index largest_x) const {
-    Index added[kRows] = {}, largest_w = 32768;
-    for (Index i = 0; i < kRows && r + i < row_end; ++i) {
+  // Up to kRows rows of all samples.
+  void Rows(Index r, Index rows, Index largest_x) const {
+    Index added[kRows] = {}, steps = kChunk;
+    for (Index i = 0; i < rows; ++i) {
       const Index bias = a.bias == nullptr ? 0 : LoadAt<Index>(a.bias, r + i, 8);
-      added[i] = (bias < -kMostBias  ? -kMostBias
-                  : bias > kMostBias ? kMostBias
-                                     : bias) -
-                 Numbers::Raised(RowOfWeight(r + i), a.columns);
+      const Index kept = bias < -kMostBias ? -kMostBias : bias > kMostBias ? kMostBias : bias;
+      added[i] = kept - Numbers::Raised(RowOfWeight(r + i), a.columns);
     }
-    // A pass over the weights pays for several samples.
-    if (Numbers::kSteps == 0 && a.samples > 1) {
-      const Index rows = row_end - r < kRows ? row_end - r : kRows;
-      largest_w = Numbers::Largest(RowOfWeight(r), rows * a.columns);
+    if constexpr (!Numbers::kFew) {
+      // A pass over the weights pays for several samples.
+      const Index largest_w = a.samples > 1 ? Numbers::Largest(RowOfWeight(r), rows * a.columns) : 32768;
+      steps = StepsOf(largest_x, largest_w);
     }
-    const Index steps = Numbers::kSteps == 0 ? StepsOf(largest_x, largest_w) : Numbers::kSteps;
-    Index n = 0;
-    for (; n + 1 < a.samples; n += Numbers::kSamples) Tile<kRows, Numbers::kSamples>(r, row_end, added, n, steps);
-    if (n < a.samples) Tile<kRows, 1>(r, row_end, added, n, steps);
+    constexpr int kSamples = Numbers::kSamples;
+    Index c = 0;
+    do {  // once where there are no columns
+      const Index columns = a.columns - c < kChunk ? a.columns - c : kChunk;
+      Index n = 0;
+      for (; n + 1 < a.samples; n += kSamples) Tile<kSamples>(r, rows, added, n, c, columns, steps);
+      if (n < a.samples) Tile<1>(r, rows, added, n, c, columns, steps);
+      c += kChunk;
+    } while (c < a.columns);
   }
 
   void Run(Index row_begin, Index row_end) const {
-    const Index largest_x = Numbers::kSteps == 0 ? Numbers::Largest(a.x, a.samples * a.columns) : 0;
-    for (Index r = row_begin; r < row_end; r += 4) Rows<4>(r, row_end, largest_x);
+    Index largest_x = 0;
+    if constexpr (!Numbers::kFew) largest_x = Numbers::Largest(a.x, a.samples * a.columns);
+    for (Index r = row_begin; r < row_end; r += kRows) Rows(r, row_end - r < kRows ? row_end - r : kRows, largest_x);
   }
 
   const FixedMatmulArgs& a;
@@ -135,7 +163,9 @@ inline void ConvertSome(const FixedConvertArgs& a, const FixedConversion& conver
   char* y = static_cast<char*>(a.y);
   std::int32_t k[kRandomBlock];
   const Index count = end - begin;
-  for (Index i = 0; i < count; ++i) k[i] = conversion.Of(LoadAt<Index>(a.sums, begin + i, 8), u[i]);
+  // In registers, so that the loop becomes one of vectors.
+  const FixedConversion local = conversion;
+  for (Index i = 0; i < count; ++i) k[i] = local.Of(LoadAt<Index>(a.sums, begin + i, 8), u[i]);
   switch (a.as) {
     case FixedAs::kFloats:
       for (Index i = 0; i < count; ++i) Store(y + 4 * (begin + i), static_cast<float>(k[i]) * step);
