@@ -140,7 +140,7 @@ def _binary_goals() -> Iterator[Goal]:
 
     def one(case: str, batch: int, peers: tuple[str, ...], prototype: float | None, goal: float, **more: Any) -> Goal:
         words = f"signs, {case}, batch {batch}, {more.pop('words', 'floats out')}"
-        where = {"suite": "binary", "case": case, "batch": batch} | more.pop("where", {})
+        where = {"suite": "binary", "case": case, "batch": batch, "pattern": "signs"} | more.pop("where", {})
         before = () if prototype is None else (prototype,)
         return Goal(words, where, peers, mode, before, (goal,), **({"ours": floats} | more))
 
@@ -165,6 +165,10 @@ def _binary_goals() -> Iterator[Goal]:
         yield one(case, batch, ("NumKong packed",), prototype, goal, **theirs)
     for batch in (64, 1024):
         yield one("alexnet fc7", batch, linear, None, 7, where={"isa": "avx2"}, words="AVX2")
+    for batch, goal in ((1, 40), (100, 12)):
+        case = "MNIST MLP 784-4096-4096-4096-10"
+        words = f"{case} of signs, batch {batch}"
+        yield Goal(words, {"suite": "binary_networks", "case": case, "batch": batch}, packed, mode, (), (goal,))
 
 
 GOALS = tuple(_goals())

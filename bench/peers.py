@@ -42,7 +42,7 @@ def _packed_linear(dtype: torch.dtype) -> Callable[[Case, Tensor, int, int], Pac
 def _dynamic_int8(engine: str) -> Callable[[Case, Tensor, int, int], Packed]:
     def pack(case: Case, weight: Tensor, batch: int, threads: int) -> Packed:
         with _engine(engine):
-            packed = _quantized.linear_prepack(_per_row_int8(weight), None)
+            packed = _quantized.linear_prepack(per_row_int8(weight), None)
 
         def bind(x: Tensor) -> Callable[[], Tensor]:
             return lambda: _quantized.linear_dynamic(x, packed, False)
@@ -241,7 +241,7 @@ def _static_int8_conv(case: Case, weight: Tensor, batch: int, threads: int) -> P
     assert isinstance(case, Conv)
     with _engine("x86"):
         packed = _quantized.conv2d_prepack(
-            _per_row_int8(weight), None, [case.stride] * 2, [case.padding] * 2, [1, 1], case.groups
+            per_row_int8(weight), None, [case.stride] * 2, [case.padding] * 2, [1, 1], case.groups
         )
 
     def bind(x: Tensor) -> Callable[[], Tensor]:
@@ -256,7 +256,8 @@ def _static_int8_conv(case: Case, weight: Tensor, batch: int, threads: int) -> P
     return Packed(bind, weight.numel() + 4 * len(weight))
 
 
-def _per_row_int8(weight: Tensor) -> Tensor:
+def per_row_int8(weight: Tensor) -> Tensor:
+    """A quantized tensor with a symmetric scale for each row."""
     scales = (weight.abs().flatten(1).amax(1) / 127).clamp(min=1e-9).double()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", _QUIET)

@@ -25,7 +25,7 @@ from .implementations import LeftOut
 from .options import Options
 from .peers import PEERS
 from .rates import Rates, caches_kib
-from .suites import binary, codebook, coders, fixed, networks, product, sparse
+from .suites import binary, binary_networks, codebook, coders, fixed, networks, product, sparse
 
 Record = dict[str, Any]
 
@@ -50,6 +50,7 @@ SUITES: dict[str, tuple[Any, type[Any]]] = {
     "codebook": (codebook.groups, codebook.Codebook),
     "product": (product.groups, product.Product),
     "binary": (binary.groups, binary.Binary),
+    "binary_networks": (binary_networks.groups, binary_networks.BinaryNetworks),
     "fixed": (fixed.groups, fixed.Fixed),
     "coders": (coders.groups, coders.Coders),
     "networks": (networks.groups, networks.Networks),

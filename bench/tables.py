@@ -414,6 +414,7 @@ def reproductions() -> str:
         drawn = "" if seeds == list(SEEDS) else "".join(f" --seed {seed}" for seed in seeds)
         picture = f"\n![{row.words}](plots/{row.name}.svg)\n" if row.draw is not None else ""
         parts.append(f"## {row.words}\n`tersetorch reproduce {row.name}{drawn}`: {minutes} on {place}.\n\n")
+        parts.append(f"{shown.caption}\n\n" if shown.caption else "")
         parts.append(f"{table}{picture}\n")
     return "".join(parts)
 

@@ -103,7 +103,7 @@ def test_instruction_set_files_include_only_intrinsics_and_their_contract():
     assert files
     for file in files:
         op = file.parent.name
-        names = ("vectors", "code_vectors", "fixed_sums", "philox", "sign_tiles")
+        names = ("vectors", "code_vectors", "fixed_sums", "philox", "sign_counts", "sign_tiles")
         shared = {f'"kernels/common/{name}.h"' for name in names}
         allowed = {"<immintrin.h>", "<cstdint>", *shared}
         allowed |= {f'"kernels/{op}/{op}.h"', f'"kernels/{op}/{op}_simd.h"'}

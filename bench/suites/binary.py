@@ -1,19 +1,25 @@
-"""Products of signs with weights of signs, beside dense layers, which take the same numbers as floats or int8.
+"""Products with weights of signs, beside dense layers, which take the same numbers as floats or int8.
 
-Ours takes float samples and packs their signs within the time, unless its name says "packed": then samples come as the
-layer before leaves them. "signs out" compares with thresholds and leaves packed signs for the next layer.
+Samples are signs, but for some groups: reals, as BinaryConnect's layers take them, and pixels, 8-bit numbers, as the
+first layer of a network of signs does.
+
+Of signs ours takes float samples and packs them within the time, unless its name says "packed": then samples come as
+the layer before leaves them. "signs out" compares with thresholds and leaves packed signs for the next layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from tersetorch.ops import (
+    bitplane_conv2d,
+    bitplane_matmul,
+    sign_matmul,
     sign_pack,
     sign_pack_images,
     sign_unpack,
@@ -26,7 +32,7 @@ from tersetorch.ops import (
 from ..binary_peers import BINARY
 from ..cases import CASES, Case, Conv, Linear
 from ..implementations import Implementation, LeftOut, Packed
-from ..layers import Layers, Row
+from ..layers import Layers, Row, same
 from ..options import Options
 from ..peers import PEERS
 from ..rates import Rates
@@ -35,19 +41,28 @@ SECONDS, QUICK_SECONDS = 0.15, 0.05
 DENSE = ("torch", "oneDNN packed", "openvino", "LiteRT")
 SPARSE = "torch sparse CSR"
 LINEAR_BATCHES, CONV_BATCHES = (1, 64, 1024), (1, 16)
+# Of samples that are no signs.
+OTHERS: dict[Samples, tuple[tuple[Case, tuple[int, ...]], ...]] = {
+    "reals": ((CASES["alexnet fc7"], (1, 64)), (CASES["transformer ffn up"], (64,))),
+    "pixels": ((Linear("MNIST first layer", 4096, 784), (1, 100)), (Conv("CIFAR first layer", 128, 3, 3, 32), (1, 16))),
+}
+
+
+Samples = Literal["signs", "reals", "pixels"]
 
 
 @dataclass(frozen=True)
 class Group:
-    """What is timed side by side: one layer and one batch."""
+    """What is timed side by side: one layer and one batch of samples of a kind."""
 
     case: Case
     batch: int
+    samples: Samples = "signs"
 
     @property
     def label(self) -> str:
         """One line for a person."""
-        return f"{self.case.name}, batch {self.batch}, signs"
+        return f"{self.case.name}, batch {self.batch}, {self.samples}"
 
 
 def groups(options: Options) -> list[Group]:
@@ -59,6 +74,11 @@ def groups(options: Options) -> list[Group]:
         chosen = [Group(case, batch) for case in CASES.values() for batch in options.batches or _batches(case)]
     else:
         chosen = [Group(CASES[name], batch) for name, batch in (_quick() if options.quick else _selection())]
+    if not options.quick:
+        others = [(case, batches, samples) for samples, rows in OTHERS.items() for case, batches in rows]
+        chosen += [
+            Group(case, batch, samples) for case, batches, samples in others for batch in options.batches or batches
+        ]
     return [group for group in chosen if options.takes_case(group.case.name)]
 
 
@@ -87,12 +107,13 @@ class Binary:
 
     def __init__(self, options: Options, rates: Rates) -> None:
         self._options = options
-        self._layers = Layers("binary", options, rates, signs)
+        kinds: dict[Samples, Callable[[Tensor], Tensor]] = {"signs": signs, "reals": same, "pixels": pixels}
+        self._layers = {kind: Layers("binary", options, rates, made) for kind, made in kinds.items()}
 
     def measure(self, group: Group) -> tuple[list[dict[str, Any]], list[LeftOut]]:
         """The records of a group, and what was left out."""
         seconds = QUICK_SECONDS if self._options.quick else SECONDS
-        return self._layers.measure(group.case, group.batch, _rows(group), group.label, seconds)
+        return self._layers[group.samples].measure(group.case, group.batch, _rows(group), group.label, seconds)
 
 
 def _rows(group: Group) -> Iterator[Row]:
@@ -100,7 +121,18 @@ def _rows(group: Group) -> Iterator[Row]:
     weight = weight_of(case)
     for one in PEERS[case.kind]:
         if one.name.startswith(DENSE) and one.name != SPARSE:
-            yield Row(one, weight, ("signs",))
+            yield Row(one, weight, (group.samples,))
+    if group.samples == "reals":
+        # An addition for every four columns.
+        yield Row(_REALS, weight, ("reals",), operations=case.multiplies(batch, 1.0) / 2)
+    elif group.samples == "pixels":
+        x = case.samples(batch)
+        yield Row(_PIXELS, weight, ("pixels",), moved=x.numel() + 4 * case.numbers_out(batch))
+    else:
+        yield from _signs(case, batch, weight)
+
+
+def _signs(case: Case, batch: int, weight: Tensor) -> Iterator[Row]:
     depth, positions = (case.in_features, 1) if isinstance(case, Linear) else (case.in_channels, case.size**2)
     packed_in, floats_in = batch * positions * 8 * -(-depth // 64), 4 * batch * positions * depth
     floats_out = 4 * case.numbers_out(batch)
@@ -119,10 +151,38 @@ def signs(numbers: Tensor) -> Tensor:
     return torch.where(numbers >= 0, 1.0, -1.0).to(numbers.dtype)
 
 
+def pixels(numbers: Tensor) -> Tensor:
+    """Whole numbers from 0 to 255, of numbers around 0."""
+    return (64 * numbers + 128).round().clamp(0, 255)
+
+
 def weight_of(case: Case) -> Tensor:
     """Random signs, always the same for the same case."""
     generator = torch.Generator().manual_seed(0)
     return signs(torch.rand(case.shape, generator=generator) - 0.5)
+
+
+def _pack_reals(case: Case, weight: Tensor, batch: int, threads: int) -> Packed:
+    stored, rows = xnor_pack(sign_pack(weight)), len(weight)
+    return Packed(lambda x: lambda: sign_matmul(x, stored, out_features=rows), stored.nbytes)
+
+
+def _pack_pixels(case: Case, weight: Tensor, batch: int, threads: int) -> Packed:
+    stored, rows, scale = xnor_pack(sign_pack(weight.flatten(1))), len(weight), torch.ones(len(weight))
+
+    def bind(x: Tensor) -> Callable[[], Tensor]:
+        images = x.to(torch.uint8)
+        if isinstance(case, Linear):
+            return lambda: bitplane_matmul(images, stored, in_features=case.in_features, out_features=rows, scale=scale)
+        sizes: dict[str, Any] = {"kernel_size": case.kernel, "stride": case.stride, "padding": case.padding}
+        return lambda: bitplane_conv2d(images, stored, out_channels=rows, scale=scale, **sizes)
+
+    return Packed(bind, stored.nbytes)
+
+
+_REALS = Implementation("tersetorch sign matmul", "ours", "float32", _pack_reals)
+# Exact, but held against int8 products, which the pixels could have too.
+_PIXELS = Implementation("tersetorch bitplane", "ours", "int8", _pack_pixels)
 
 
 def _ours(case: Case, packed: bool, bits: bool) -> Implementation:

@@ -23,26 +23,34 @@ from ..timing import interleave
 # Seconds for each coder in each direction.
 SECONDS, QUICK_SECONDS = 0.4, 0.1
 SIZE, QUICK_SIZE = 1 << 20, 1 << 16
+SMALL_SIZE = 1 << 14
 BITS = (4, 5, 8)
+# Shares of codes: of normal numbers in steps of equal width, from -4 to 4 standard deviations, as linear initialisation
+# leaves them; of the same from -1 to 1, nearly uniform; of the zeros before each of a tenth of all positions.
+KINDS = ("", "near uniform", "gaps")
 Codes = NDArray[np.uint16]
 
 
 @dataclass(frozen=True)
 class Group:
-    """Codes of normal numbers in steps of equal width, from -4 to 4 standard deviations: linear initialisation's."""
+    """Codes of one of KINDS."""
 
     bits: int
     size: int = SIZE
+    kind: str = ""
 
     @property
     def label(self) -> str:
         """One line for a person."""
-        return f"{self.size} codes of {self.bits} bits"
+        return f"{self.size} codes of {self.bits} bits" + (self.kind and f", {self.kind}")
 
     def codes(self) -> Codes:
         """The same at every call."""
-        steps = np.linspace(-4, 4, (1 << self.bits) + 1)
+        last = 1 if self.kind == "near uniform" else 4
+        steps = np.linspace(-last, last, (1 << self.bits) + 1)
         chances = np.diff([math.erf(step / math.sqrt(2)) for step in steps])
+        if self.kind == "gaps":
+            chances = 0.9 ** np.arange(1 << self.bits)
         drawn = np.random.default_rng(0).choice(1 << self.bits, self.size, p=chances / chances.sum())
         return drawn.astype(np.uint16)
 
@@ -72,6 +80,12 @@ def _matrix(count: int, entries: int) -> tuple[NDArray[np.int64], int, int, int,
 
 
 CODERS = (
+    Coder(
+        "tersetorch packed",
+        "ours",
+        lambda codes, entries: _native.write_bits(codes.astype(np.uint32), entries.bit_length() - 1),
+        lambda data, entries, count: _native.read_bits(data, entries.bit_length() - 1, count),
+    ),
     Coder("tersetorch huffman", "ours", _native.huffman_encode, _native.huffman_decode),
     Coder("tersetorch rans", "ours", _native.rans_encode, _native.rans_decode),
     Coder(
@@ -88,7 +102,8 @@ CODERS = (
 def groups(options: Options) -> list[Group]:
     """The groups that the options ask for: none with several threads, which no coder uses."""
     size = QUICK_SIZE if options.quick else SIZE
-    return [group for bits in BITS if options.threads == 1 and options.takes_case((group := Group(bits, size)).label)]
+    asked = [Group(bits, size, kind) for kind in KINDS for bits in BITS] + [Group(4, SMALL_SIZE)]
+    return [group for group in asked if options.threads == 1 and options.takes_case(group.label)]
 
 
 class Coders:

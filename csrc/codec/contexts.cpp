@@ -60,7 +60,22 @@ constexpr auto kConfidence = [] {
   return confidence;
 }();
 
-using Slots = std::array<AdaptiveBit*, kContexts>;
+// A context's bit and what it tells the mixer, which is kept, since it is wanted at once when the bit comes up again.
+class Slot {
+ public:
+  std::int32_t Input() const { return input_; }
+
+  void Update(std::uint32_t bit) {
+    bit_.Update(bit);
+    input_ = kLogistic.Odds(bit_.Probability()) * kConfidence[bit_.Seen()] / 256;
+  }
+
+ private:
+  AdaptiveBit bit_;
+  std::int32_t input_ = kLogistic.Odds(kCertain / 2) * kConfidence[0] / 256;
+};
+
+using Slots = std::array<Slot*, kContexts>;
 
 class Mixer {
  public:
@@ -69,24 +84,23 @@ class Mixer {
     std::array<std::int32_t, kContexts> inputs;
     std::int64_t sum = 0;
     for (std::size_t i = 0; i < kContexts; ++i) {
-      const AdaptiveBit& slot = *slots[i];
-      inputs[i] = kLogistic.Odds(slot.Probability()) * kConfidence[slot.Seen()] / 256;
+      inputs[i] = slots[i]->Input();
       sum += std::int64_t{weights_[i]} * inputs[i];
     }
-    const auto odds = static_cast<std::int32_t>(std::clamp<std::int64_t>(sum >> 16, -kMostOdds, kMostOdds));
-    const std::uint32_t probability = kLogistic.Probability(odds);
+    // Four weights of at most 2^20 times inputs of at most 2815, by 2^16: within 32 bits.
+    const std::uint32_t probability = kLogistic.Probability(static_cast<std::int32_t>(sum >> 16));
     bit = coder.Code(bit, probability);
     const std::int32_t error = (bit ? 65536 : 0) - static_cast<std::int32_t>(probability);
     for (std::size_t i = 0; i < kContexts; ++i) {
-      const std::int64_t step = std::int64_t{inputs[i]} * error >> 16;  // a rate of 1 / 256
-      weights_[i] = static_cast<std::int32_t>(std::clamp<std::int64_t>(weights_[i] + step, -kMostWeight, kMostWeight));
+      const std::int32_t step = inputs[i] * error >> 16;  // a rate of 1 / 256
+      weights_[i] = std::clamp(weights_[i] + step, -kMostWeight, kMostWeight);
       slots[i]->Update(bit);
     }
     return bit;
   }
 
  private:
-  static constexpr std::int64_t kMostWeight = std::int64_t{1} << 20;
+  static constexpr std::int32_t kMostWeight = std::int32_t{1} << 20;
   std::array<std::int32_t, kContexts> weights_ = {22000, 22000, 22000, 22000};  // 2^16 is 1
 };
 
@@ -97,25 +111,35 @@ std::uint32_t Quarters(std::uint32_t number) {
   return static_cast<std::uint32_t>(4 * shift) + (number >> shift);
 }
 
+// For every number in [kFirst, kLast] how many of the rising edges it has reached, by kEvery numbers.
+template <std::int32_t kFirst, std::int32_t kLast, std::int32_t kEvery, std::size_t kEdges>
+class StepTable {
+ public:
+  constexpr explicit StepTable(const std::array<std::int32_t, kEdges>& edges) {
+    std::size_t reached = 0;
+    for (std::int32_t number = kFirst; number <= kLast; number += kEvery) {
+      while (reached < kEdges && number >= edges[reached]) ++reached;
+      steps_[static_cast<std::size_t>((number - kFirst) / kEvery)] = static_cast<std::uint8_t>(reached);
+    }
+  }
+
+  constexpr std::uint32_t operator()(std::int32_t number) const {
+    return steps_[static_cast<std::size_t>((number - kFirst) / kEvery)];
+  }
+
+ private:
+  std::array<std::uint8_t, (kLast - kFirst) / kEvery + 1> steps_{};
+};
+
 // A signed size in 11 steps; symbols of fewer than 8 bits are scaled up to these.
-std::uint32_t Steps(std::int32_t size) {
-  constexpr std::array<std::int32_t, 10> kEdges = {-60, -40, -25, -12, 0, 1, 12, 25, 40, 60};
-  std::uint32_t step = 0;
-  for (const std::int32_t edge : kEdges) step += size >= edge;
-  return step;
-}
+constexpr StepTable<-256, 255, 1, 10> Steps({-60, -40, -25, -12, 0, 1, 12, 25, 40, 60});
 
 // A share that follows what it is shown: 65536 is 1.
 void Follow(std::int32_t& share, std::int32_t shown, int slowness) { share += (shown - share) >> slowness; }
 
-// A share of stored weights in 12 steps.
-std::uint32_t ShareSteps(std::int32_t share) {
-  constexpr std::array<std::int32_t, 11> kEdges = {800,   3300,  6600,  9800,  13100, 16400,
-                                                   19700, 24500, 31000, 39000, 52000};
-  std::uint32_t step = 0;
-  for (const std::int32_t edge : kEdges) step += share >= edge;
-  return step;
-}
+// A share of stored weights in 12 steps; the edges are multiples of 4.
+constexpr StepTable<0, kCertain, 4, 11> ShareSteps({800, 3300, 6600, 9800, 13100, 16400, 19700, 24500, 31000, 39000,
+                                                    52000});
 
 // Codes all positions: is_stored(position) for an encoder, store(position) for a decoder.
 template <typename Coder, typename IsStored, typename Store>
@@ -124,9 +148,8 @@ void CodePositions(Coder& coder, const WeightGrid& grid, IsStored is_stored, Sto
   const auto channels = static_cast<std::size_t>(grid.channels);
   const auto line = static_cast<std::size_t>(grid.kernel_width);
   const std::size_t columns = channels * kernel;
-  std::array<std::vector<AdaptiveBit>, kContexts> bits = {
-      std::vector<AdaptiveBit>(12 * 12), std::vector<AdaptiveBit>(8 * 16 * 4), std::vector<AdaptiveBit>(64),
-      std::vector<AdaptiveBit>(12 * 16)};
+  std::array<std::vector<Slot>, kContexts> bits = {std::vector<Slot>(12 * 12), std::vector<Slot>(8 * 16 * 4),
+                                                   std::vector<Slot>(64), std::vector<Slot>(12 * 16)};
   std::array<Mixer, 16> mixers;
   // A margin of two channels before the row, so that what is left of the first is there to be read.
   const std::size_t margin = 2 * kernel;
@@ -178,9 +201,9 @@ void CodeSymbols(Coder& coder, std::span<const std::int64_t> positions, const We
   const std::size_t columns = channels * kernel;
   const std::size_t alphabet = std::size_t{1} << range.width;
   const int scale = kMaxContextBits - range.width;
-  std::array<std::vector<AdaptiveBit>, kContexts> bits = {
-      std::vector<AdaptiveBit>(64 * alphabet), std::vector<AdaptiveBit>(64 * alphabet),
-      std::vector<AdaptiveBit>(121 * alphabet), std::vector<AdaptiveBit>(121 * alphabet)};
+  std::array<std::vector<Slot>, kContexts> bits = {std::vector<Slot>(64 * alphabet), std::vector<Slot>(64 * alphabet),
+                                                   std::vector<Slot>(121 * alphabet),
+                                                   std::vector<Slot>(121 * alphabet)};
   std::array<Mixer, kMaxContextBits> mixers;
   std::vector<std::int16_t> row(columns + kernel);  // sizes, 0 where nothing is stored; a margin of one channel
   std::vector<std::int16_t> above(row.size());

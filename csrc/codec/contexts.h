@@ -16,7 +16,7 @@
 // the two codes before); those at its place in the row and in the channel before. Symbols are in the order of their
 // values, so that symbol - center is a size with a sign.
 //
-// Decoding takes about 35 nanoseconds for each bit: one for each weight (positions), the symbols' width for each code.
+// Decoding takes 25 to 30 nanoseconds for each bit: one for each weight (positions), the symbols' width for each code.
 #pragma once
 
 #include <cstddef>

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cstring>
 #include <numeric>
 #include <stdexcept>
 #include <string>
@@ -11,6 +12,8 @@ namespace tersetorch {
 namespace {
 
 constexpr int kLengthBits = 4;  // of a length written out
+
+constexpr std::size_t kManySymbols = 4096;  // to read, for which runs are prepared
 
 // Canonical codes, first bit lowest. The lengths must be a prefix code.
 std::vector<std::uint16_t> CanonicalCodes(std::span<const std::uint8_t> lengths) {
@@ -155,7 +158,7 @@ void HuffmanEncoder::WriteTable(BitWriter& writer) const {
   writer.Align();
 }
 
-HuffmanDecoder::HuffmanDecoder(std::size_t alphabet, BitReader& reader) {
+HuffmanDecoder::HuffmanDecoder(std::size_t alphabet, BitReader& reader, std::size_t count) {
   const std::vector<std::uint8_t> lengths = ReadLengths(alphabet, reader);
   if (!reader.Align()) throw std::invalid_argument("huffman: the code table must end in zero bits, got a set one");
 
@@ -181,13 +184,67 @@ HuffmanDecoder::HuffmanDecoder(std::size_t alphabet, BitReader& reader) {
       table_[index] = {static_cast<std::uint16_t>(symbol), lengths[symbol]};
     }
   }
+  if (count >= kManySymbols) PrepareRuns();
 }
 
-std::uint32_t HuffmanDecoder::Read(BitReader& reader) const {
+void HuffmanDecoder::PrepareRuns() {
+  runs_.resize(std::size_t{1} << kRunBits);
+  const std::size_t mask = table_.size() - 1;
+  for (std::size_t index = 0; index < runs_.size(); ++index) {
+    Run& run = runs_[index];
+    while (run.count < kRunSymbols) {
+      // Bits past the index are zeros here, but a code that fits the rest of it is told by that rest.
+      const Entry entry = table_[index >> run.length & mask];
+      if (entry.length == 0 || run.length + entry.length > kRunBits) break;
+      run.symbols[run.count++] = entry.symbol;
+      run.length = static_cast<std::uint8_t>(run.length + entry.length);
+    }
+  }
+}
+
+std::uint16_t HuffmanDecoder::ReadOne(BitReader& reader) const {
   const Entry entry = table_[reader.Peek(index_bits_)];
   if (entry.length == 0) throw std::invalid_argument("huffman: data must hold codes of its table, got other bits");
   if (!reader.Skip(entry.length)) throw std::invalid_argument("huffman: data must hold every code, got fewer");
   return entry.symbol;
+}
+
+// A look-up, which has to wait for the length of the one before, takes about 8 cycles and gives up to three symbols.
+std::size_t HuffmanDecoder::ReadRuns(BitReader& reader, std::span<std::uint16_t> symbols) const {
+  // Runs to a load of 8 bytes, of which at least 57 bits are new; a run is stored whole, its last two bytes too.
+  constexpr int kRuns = 57 / kRunBits;
+  constexpr std::size_t kMost = kRuns * kRunSymbols + sizeof(Run) / sizeof(std::uint16_t) - kRunSymbols;
+  const std::span<const std::uint8_t> bytes = reader.Bytes();
+  std::uint64_t place = reader.Place();
+  std::size_t done = 0;
+  while (place / 8 + 8 <= bytes.size() && done + kMost <= symbols.size()) {
+    std::uint64_t bits;
+    std::memcpy(&bits, bytes.data() + place / 8, 8);
+    bits >>= place % 8;
+    for (int i = 0; i < kRuns; ++i) {
+      // In one register, since fields that are read one by one are waited for one by one.
+      std::uint64_t run;
+      std::memcpy(&run, &runs_[bits & ((1u << kRunBits) - 1)], sizeof(Run));
+      const std::uint64_t length = run >> 56, count = run >> 48 & 255;
+      if (count == 0) {
+        reader.MoveTo(place);
+        symbols[done++] = ReadOne(reader);
+        place = reader.Place();
+        break;
+      }
+      std::memcpy(symbols.data() + done, &run, sizeof(Run));
+      done += count;
+      bits >>= length;
+      place += length;
+    }
+  }
+  reader.MoveTo(place);
+  return done;
+}
+
+void HuffmanDecoder::Read(BitReader& reader, std::span<std::uint16_t> symbols) const {
+  std::size_t done = runs_.empty() ? 0 : ReadRuns(reader, symbols);
+  for (; done < symbols.size(); ++done) symbols[done] = ReadOne(reader);
 }
 
 }  // namespace tersetorch

@@ -54,20 +54,34 @@ class TERSETORCH_API HuffmanEncoder {
 
 class TERSETORCH_API HuffmanDecoder {
  public:
-  // Reads the table. Throws std::invalid_argument when it is cut short or its lengths are no complete prefix code.
-  HuffmanDecoder(std::size_t alphabet, BitReader& reader);
+  // Reads the table; of `count` symbols, or more, that follow, many make it worth while to prepare for runs of them.
+  // Throws std::invalid_argument when the table is cut short or its lengths are no complete prefix code.
+  HuffmanDecoder(std::size_t alphabet, BitReader& reader, std::size_t count);
 
-  // The next symbol. Throws std::invalid_argument when the stream ends or its bits are no code.
-  std::uint32_t Read(BitReader& reader) const;
+  // The next symbols. Throws std::invalid_argument when the stream ends or its bits are no code.
+  void Read(BitReader& reader, std::span<std::uint16_t> symbols) const;
 
  private:
+  std::uint16_t ReadOne(BitReader& reader) const;
+  void PrepareRuns();
+  std::size_t ReadRuns(BitReader& reader, std::span<std::uint16_t> symbols) const;
+
   struct Entry {
     std::uint16_t symbol;
     std::uint8_t length;  // 0: no code starts with these bits
   };
 
+  // As many whole codes as the next kRunBits bits hold, but no more than kRunSymbols.
+  static constexpr int kRunBits = 11, kRunSymbols = 3;
+  struct Run {
+    std::uint16_t symbols[kRunSymbols];
+    std::uint8_t count;  // 0: the next code is longer, or there is none
+    std::uint8_t length;
+  };
+
   int index_bits_ = 1;
   std::vector<Entry> table_;  // [2^index_bits_], by the next bits of the stream
+  std::vector<Run> runs_;     // [2^kRunBits], likewise, or empty
 };
 
 }  // namespace tersetorch

@@ -1,5 +1,7 @@
 #include "codec/positions.h"
 
+#include <algorithm>
+#include <array>
 #include <bit>
 #include <map>
 #include <stdexcept>
@@ -61,20 +63,25 @@ struct GapHistogram {
   std::vector<std::uint64_t> Counts(int width) const { return SymbolCounts(short_gaps, long_gaps, width); }
 };
 
-template <typename ReadSymbol>
-void DecodeGapSymbols(std::uint32_t filler, std::int64_t size, std::span<std::int64_t> positions, ReadSymbol read) {
+// read(symbols) decodes many symbols at a time, but never more than the positions that are left, each of which has one.
+template <typename Read>
+void DecodeGapSymbols(std::uint32_t filler, std::int64_t size, std::span<std::int64_t> positions, Read read) {
+  std::array<std::uint16_t, 512> symbols;
+  std::size_t held = 0;
+  std::size_t taken = 0;
   std::int64_t next = 0;
-  for (std::int64_t& position : positions) {
-    std::uint32_t symbol = read();
-    while (symbol == filler && next < size) {
-      next += filler;
-      symbol = read();
+  for (std::size_t i = 0; i < positions.size();) {
+    if (taken == held) {
+      held = std::min(positions.size() - i, symbols.size());
+      taken = 0;
+      read(std::span(symbols).first(held));
     }
+    const std::uint32_t symbol = symbols[taken++];
     next += symbol;
-    if (symbol == filler || next >= size) {
+    if (next >= size) {
       throw std::invalid_argument("positions: they must lie in [0, " + std::to_string(size) + "), got one beyond");
     }
-    position = next++;
+    if (symbol != filler) positions[i++] = next++;
   }
 }
 
@@ -139,21 +146,23 @@ std::vector<std::uint8_t> EncodeBitmap(std::span<const std::int64_t> positions, 
 void DecodeGaps(std::span<const std::uint8_t> stream, int width, GapCoder coder, std::int64_t size,
                 std::span<std::int64_t> positions) {
   const std::uint32_t filler = Filler(width);
+  const std::size_t alphabet = std::size_t{filler} + 1;
+  using Symbols = std::span<std::uint16_t>;
   if (coder == GapCoder::kRans) {
-    RansDecoder decoder(std::size_t{filler} + 1, stream);
-    DecodeGapSymbols(filler, size, positions, [&]() -> std::uint32_t { return decoder.Read(); });
+    RansDecoder decoder(alphabet, stream);
+    DecodeGapSymbols(filler, size, positions, [&](Symbols symbols) { decoder.Read(symbols); });
     decoder.Finish();
     return;
   }
   BitReader reader(stream.data(), stream.size());
   if (coder == GapCoder::kHuffman) {
-    const HuffmanDecoder decoder(std::size_t{filler} + 1, reader);
-    DecodeGapSymbols(filler, size, positions, [&] { return decoder.Read(reader); });
+    const HuffmanDecoder decoder(alphabet, reader, positions.size());
+    DecodeGapSymbols(filler, size, positions, [&](Symbols symbols) { decoder.Read(reader, symbols); });
   } else {
-    DecodeGapSymbols(filler, size, positions, [&] {
-      const std::optional<std::uint32_t> symbol = reader.Read(width);
-      if (!symbol) throw std::invalid_argument("positions: data must hold every position, got fewer");
-      return *symbol;
+    DecodeGapSymbols(filler, size, positions, [&](Symbols symbols) {
+      if (!reader.Read(width, symbols)) {
+        throw std::invalid_argument("positions: data must hold every position, got fewer");
+      }
     });
   }
   if (!reader.OnlyPaddingLeft()) throw std::invalid_argument("positions: data must end after the last, got more");

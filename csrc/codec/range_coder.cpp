@@ -20,11 +20,7 @@ RangeDecoder::RangeDecoder(std::span<const std::uint8_t> bytes) : bytes_(bytes) 
   for (int i = 0; i < 4; ++i) Shift();
 }
 
-void RangeDecoder::Shift() {
-  if (next_ >= bytes_.size() + 4) throw std::invalid_argument("range coder: data must hold every bit, got fewer");
-  number_ = number_ << 8 | (next_ < bytes_.size() ? bytes_[next_] : 0u);
-  ++next_;
-}
+void RangeDecoder::RefuseEnd() { throw std::invalid_argument("range coder: data must hold every bit, got fewer"); }
 
 void RangeDecoder::Finish() const {
   if (next_ < bytes_.size()) throw std::invalid_argument("range coder: data must end after the last bit, got more");

@@ -55,7 +55,9 @@ class TERSETORCH_API RangeDecoder {
     const std::uint32_t middle =
         low_ + static_cast<std::uint32_t>(std::uint64_t{high_ - low_} * probability_of_1 >> 16);
     const std::uint32_t bit = number_ <= middle;
-    bit ? high_ = middle : low_ = middle + 1;
+    // Nobody can guess a branch here.
+    high_ = bit ? middle : high_;
+    low_ = bit ? low_ : middle + 1;
     for (; (low_ ^ high_) >> 24 == 0; low_ <<= 8, high_ = high_ << 8 | 255) Shift();
     return bit;
   }
@@ -64,7 +66,12 @@ class TERSETORCH_API RangeDecoder {
   void Finish() const;
 
  private:
-  void Shift();
+  void Shift() {
+    if (next_ >= bytes_.size() + 4) RefuseEnd();
+    number_ = number_ << 8 | (next_ < bytes_.size() ? bytes_[next_] : 0u);
+    ++next_;
+  }
+  [[noreturn]] static void RefuseEnd();
 
   std::span<const std::uint8_t> bytes_;
   std::size_t next_ = 0;  // bytes taken, up to four of them beyond the end

@@ -90,7 +90,8 @@ Codes ReadBits(const py::bytes& data, int width, std::int64_t count) {
   CheckCount("read_bits", count, stream.size(), width);
   Codes codes(count);
   BitReader reader(stream.data(), stream.size());
-  for (std::int64_t i = 0; i < count; ++i) codes.mutable_data()[i] = reader.Read(width).value();
+  reader.Read(width,
+              std::span(codes.mutable_data(), static_cast<std::size_t>(count)));  // CheckCount saw that it holds them
   if (!reader.OnlyPaddingLeft()) {
     throw py::value_error("read_bits: data must end after the last code in zero bits, got " +
                           std::to_string(stream.size()) + " bytes; pass the stream alone");
@@ -127,11 +128,9 @@ Symbols HuffmanDecode(const py::bytes& data, std::int64_t alphabet, std::int64_t
   const std::span<const std::uint8_t> stream = BytesOf(data);
   CheckCount("huffman_decode", count, stream.size(), 1);
   BitReader reader(stream.data(), stream.size());
-  const HuffmanDecoder decoder(static_cast<std::size_t>(alphabet), reader);
+  const HuffmanDecoder decoder(static_cast<std::size_t>(alphabet), reader, static_cast<std::size_t>(count));
   Symbols symbols(count);
-  for (std::int64_t i = 0; i < count; ++i) {
-    symbols.mutable_data()[i] = static_cast<std::uint16_t>(decoder.Read(reader));
-  }
+  decoder.Read(reader, {symbols.mutable_data(), static_cast<std::size_t>(count)});
   if (!reader.OnlyPaddingLeft()) {
     throw py::value_error("huffman_decode: data must end after the last code in zero bits, got " +
                           std::to_string(stream.size()) + " bytes; pass the stream alone");
@@ -143,7 +142,7 @@ std::size_t HuffmanTableSize(const py::bytes& data, std::int64_t alphabet) {
   CheckRange("huffman_table_size", "alphabet", alphabet, 0, kMaxAlphabet);
   const std::span<const std::uint8_t> stream = BytesOf(data);
   BitReader reader(stream.data(), stream.size());
-  const HuffmanDecoder decoder(static_cast<std::size_t>(alphabet), reader);
+  const HuffmanDecoder decoder(static_cast<std::size_t>(alphabet), reader, 0);
   return reader.BytesTaken();
 }
 

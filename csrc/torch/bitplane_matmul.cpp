@@ -35,6 +35,7 @@ struct Inputs {
     tables = {nullptr, nullptr, 0, 0, columns, static_cast<std::int32_t>(step), static_cast<std::int32_t>(zero), {}};
     args.weight = reinterpret_cast<const std::uint64_t*>(weight.const_data_ptr<std::int64_t>());
     args.words = Blocks(columns, 64);
+    args.columns = columns;
     args.rows = rows;
     args.scale = epilogue.scale.Data<float>();
     args.bias = epilogue.bias.Data<float>();

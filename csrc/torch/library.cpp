@@ -174,7 +174,7 @@ STABLE_TORCH_LIBRARY(tersetorch, m) {
   // That weight -> float32 [out, in]
   m.def("product_decode(Tensor codes, Tensor codebooks, int out_features, int in_features) -> Tensor");
 
-  // Signs of x float [..., in] as bits, 1 where x >= 0 -> int64 [..., ceil(in / 64)]
+  // Signs of x float [..., in] as bits, 0 where x >= 0, else 1 -> int64 [..., ceil(in / 64)]
   m.def("sign_pack(Tensor x) -> Tensor");
   // x, packed signs int64 [..., words] or float [..., in] of which the signs count, and a weight of signs int64 [tiles,
   // words, 32] as xnor_pack lays it out, words >= ceil(in / 64) -> int32 [..., out]; float32 with scale or bias; with

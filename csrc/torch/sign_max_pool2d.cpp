@@ -56,6 +56,9 @@ struct Inputs {
                     kernel[axis], ", got ", padding[axis], "; pass that of the layer");
     STD_TORCH_CHECK(padded >= reach, kOp, ": x must be as large as the window's ", reach, ", got ", size,
                     " before padding; pass larger images");
+    // Else a window would lie outside altogether, and have no largest sign.
+    STD_TORCH_CHECK(kernel[axis] == 1 || size >= dilation[axis], kOp, ": x must be as large as dilation, ",
+                    dilation[axis], ", got ", size, "; pass larger images");
     const std::int64_t more = ceil_mode ? stride[axis] - 1 : 0;
     const std::int64_t outputs = (padded - reach + more) / stride[axis] + 1;
     // The last window begins inside the image or before it.

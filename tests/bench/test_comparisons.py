@@ -8,6 +8,7 @@ from tersetorch.bench.comparisons import GOALS, Goal, Reached, break_even, by_ca
 from tersetorch.bench.implementations import MAX_ERROR
 from tersetorch.bench.ours import OURS
 from tersetorch.bench.peers import PEERS
+from tersetorch.bench.suites.binary_networks import Group
 
 
 def record(implementation, family, p30_ms, mode="float32", **more):
@@ -40,7 +41,7 @@ def test_goals_show_wins_losses_and_what_is_not_measured():
 
 
 def test_goals_take_the_level_they_name_or_the_cpus_own():
-    where = {"suite": "binary", "case": "alexnet fc7", "batch": 64}
+    where = {"suite": "binary", "case": "alexnet fc7", "batch": 64, "pattern": "signs"}
     records = [
         record("torch F.linear float32", "dense", 30.0, **where),
         record("tersetorch xnor", "ours", 1.0, "binary", **where),
@@ -55,7 +56,7 @@ def test_goals_name_cases_and_peers_that_exist():
     peers = [row.name for rows in PEERS.values() for row in rows] + [row.name for row in CODED]
     peers += ["torch dense", *(row.name for rows in BINARY.values() for row in rows)]
     for goal in GOALS:
-        assert goal.where["case"] in CASES or goal.where["case"] == "SqueezeNet of Deep Compression"
+        assert goal.where["case"] in {*CASES, "SqueezeNet of Deep Compression", Group(4096, 1).case}
         for pattern in goal.peers:
             assert any(name.startswith(pattern.rstrip("*")) for name in peers)
         assert len(goal.goal) in (1, 2) and all(mode in MAX_ERROR for mode in goal.modes)

@@ -82,6 +82,14 @@ def test_convert_follows_a_plan(tersetorch, terse_file, tmp_path):
     torch.testing.assert_close(fast(x), dense(x), rtol=1e-5, atol=1e-5)
 
 
+def test_convert_writes_with_the_coders_it_is_told(tersetorch, terse_file, tmp_path):
+    output = tmp_path / "fast.terse"
+    done = tersetorch("convert", terse_file, output, "--plan", "sparse", "--coders", "fast")
+    assert done.returncode == 0, done.stderr
+    assert "contexts" not in {coder for tensor in tt.inspect(output).tensors for coder in tensor.coders}
+    assert tersetorch("convert", terse_file, output, "--plan", "sparse", "--coders", "slow").returncode == 2
+
+
 def test_convert_measures_and_reads_a_state_dict(tersetorch, tmp_path):
     torch.manual_seed(0)
     network = tt.zoo.LeNet300100()
@@ -152,10 +160,7 @@ def test_compress_prunes_shares_and_stores(tersetorch, tmp_path):
         (["bench", "sparse", "--quick", "--case", "nosuch"], "must leave something to measure"),
         (["reproduce", "nothing"], "ROW must be one of"),
         (["reproduce", "trade_off", "--json", "missing/x.json"], "--json must name a file in a folder"),
-        (
-            ["bench", "nothing"],
-            "SUITE must be one of sparse, codebook, product, binary, fixed, coders, networks, rates",
-        ),
+        (["bench", "nothing"], "SUITE must be one of sparse, codebook, product, binary, binary_networks, fixed, "),
         (["bench", "sparse", "--density", "2"], "should be less than or equal to 1"),
         (["frobnicate"], "No such command"),
     ],

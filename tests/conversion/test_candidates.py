@@ -2,11 +2,14 @@ import pytest
 import torch
 from torch import nn
 
+import tersetorch as tt
 from tersetorch.conversion.candidates import CANDIDATES, density, distinct_values
 from tersetorch.conversion.swap import build
 from tersetorch.formats import FixedFormat, FixedFormats
 from tersetorch.formats.fixed_format import note_formats
 from tersetorch.nn import BinaryConv2d, BinaryLinear
+from tersetorch.nn.fixed_module import FixedPointModule
+from tersetorch.nn.product_module import ProductModule
 
 
 def test_names_and_aliases_are_unique():
@@ -14,7 +17,7 @@ def test_names_and_aliases_are_unique():
     several = [(row.alias, row.source) for row in CANDIDATES.values()]
     # Of two with one alias the smaller is taken.
     more = {pair for pair in several if several.count(pair) > 1}
-    assert more == {("codebook", nn.Linear), ("codebook", nn.Conv2d), ("binary", nn.Linear), ("", nn.Linear)}
+    assert more == {(alias, source) for alias in ("codebook", "binary", "") for source in (nn.Linear, nn.Conv2d)}
     assert "dense" not in CANDIDATES
 
 
@@ -34,13 +37,19 @@ def test_what_is_built_has_the_same_weight(name, sparse_linear):
         assert "no formats known" in row.applies(layer)
         note_formats(layer, FixedFormats(*[FixedFormat(4, 12)] * 3))
         layer.weight.data = FixedFormat(4, 12).nearest(layer.weight.data)
+    if issubclass(row.layer, ProductModule):
+        assert "its rows " in row.applies(nn.Linear(40, 300) if row.source is nn.Linear else nn.Conv2d(10, 300, 2))
+        residual = name.startswith("residual")
+        quantized = tt.quantize.residual(layer, 2, 5) if residual else tt.quantize.product(layer, 6, sub_vector=5)
+        tt.finalize(quantized)
     assert row.applies(layer) is None
     for samples in (None, 0, 1, 64):
         (built,) = build(row, [layer], samples)
         assert type(built) is row.layer
         assert torch.equal(built.weight, layer.weight)
         assert built.layout == row.layout
-        if row.source is nn.Linear and row.layout not in ("csr", "fixed") and row.layer is not BinaryLinear:
+        packed = not issubclass(row.layer, BinaryLinear | FixedPointModule | ProductModule)
+        if row.source is nn.Linear and row.layout != "csr" and packed:
             error = 0 if row.exact else 1e-2 * float(layer.weight.abs().max())
             torch.testing.assert_close(built.packed_weight.to_dense().float(), layer.weight, atol=error, rtol=0)
 

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional
 
 import tersetorch as tt
-from tersetorch.conversion.thresholds import ALWAYS, NEVER, UnfoldableError, _scaled, thresholds_of
+from tersetorch.conversion.thresholds import ALWAYS, NEVER, UnfoldableError, scaled, thresholds_of
 from tersetorch.formats import SignWeight
 from tersetorch.methods.binarize import ShiftBatchNorm1d, Sign
 from tersetorch.nn import BinaryLinear
@@ -73,7 +73,7 @@ def test_thresholds_decide_as_float_modules_do_for_every_sum(norm, scaled, colum
     scale = torch.rand(40) if scaled else None
     bias = torch.randn(40) if scaled else None
     # Samples that agree with none, one, two, ... of the weights, all +1 here, meet every sum.
-    weight = SignWeight.from_signs(torch.ones(40, columns, dtype=torch.bool), 1, scale)
+    weight = SignWeight.from_signs(torch.zeros(40, columns, dtype=torch.bool), 1, scale)
     x = torch.where(torch.arange(columns)[None] < torch.arange(columns + 1)[:, None], 1.0, -1.0)
     layer = BinaryLinear(weight, bias)
     modules = list(norm) if isinstance(norm, nn.Sequential) else [norm]
@@ -86,16 +86,16 @@ def test_thresholds_decide_as_float_modules_do_for_every_sum(norm, scaled, colum
     assert torch.equal(level, (found.values == ALWAYS) | (found.values == NEVER))
 
 
-def test_sums_are_scaled_as_the_kernel_scales_them():
+def test_sums_arescaled_as_the_kernel_scales_them():
     columns, rows = 333, 2000
     scale, bias = torch.rand(rows), torch.randn(rows) * 10.0 ** torch.randint(-9, 9, (rows,))
     x = torch.where(torch.arange(columns)[None] < torch.arange(columns + 1)[:, None], 1.0, -1.0)
-    weight = SignWeight.from_signs(torch.ones(rows, columns, dtype=torch.bool))
+    weight = SignWeight.from_signs(torch.zeros(rows, columns, dtype=torch.bool))
     layer = BinaryLinear(weight)
     sizes = {"in_features": columns, "out_features": rows}
     dots = torch.arange(-columns, columns + 1, 2).int()
     for more in ({"scale": scale}, {"bias": bias}, {"scale": scale, "bias": bias}):
-        got = _scaled(dots[:, None].expand(-1, rows), more.get("scale"), more.get("bias"))
+        got = scaled(dots[:, None].expand(-1, rows), more.get("scale"), more.get("bias"))
         assert torch.equal(got, xnor_matmul(x, layer.bits, **sizes, **more))
 
 
@@ -123,7 +123,7 @@ def test_a_network_stays_packed_and_decides_alike(scale):
     assert fast[0].inputs == "real"
     assert "asked for by plan; binary_linear: its input is the model's input input, not signs" in why["0"]
     assert "packs the signs of its input, hands packed signs on: its thresholds stand for 4, 5, 6, 7" in why["3"]
-    assert why["11"].endswith("takes packed signs, returns floats: it is followed by the model's output, not by a Sign")
+    assert "takes packed signs, returns floats: it is followed by the model's output, not by a Sign; 12 st" in why["11"]
     again = tt.convert(model, plan=tt.report(fast).plan)
     with torch.no_grad():
         assert torch.equal(again(x), got)
@@ -347,6 +347,26 @@ def test_measuring_keeps_the_chains_that_are_faster(timer):
     assert fast[8].thresholds is None and "its signs are used by" not in reasons(fast)["3"]
     with torch.no_grad():
         assert torch.equal(fast(x), model(x))
+
+
+def test_a_layer_that_pays_only_in_a_chain_is_taken_with_it(timer):
+    model, x = mlp(), torch.randn(20, 30)
+    timer.seconds |= {"codebook_linear": 2e-3, "binary_linear": 1e-4, "11: binary_linear": 2e-3}
+    timer.seconds["the chains: whole"] = 5e-4
+    for cached in (False, True):
+        fast = tt.convert(model, x)
+        assert tt.report(fast).plan == {"0": "dense", **dict.fromkeys(["3", "8", "11"], "binary_linear")}
+        assert fast[8].thresholds is not None and "hands packed signs on" in reasons(fast)["8"]
+        why = reasons(fast)["11"]
+        assert "not faster: 2 ms" in why and "; chains with all such layers faster: 0.5 ms against 1 ms (as dec" in why
+        assert tt.report(fast).layers[3].cached == cached
+    with torch.no_grad():
+        assert torch.equal(fast(x), model(x))
+    # Where no chain grows nothing is timed.
+    asked = timer.count("the chains: whole")
+    alone = binarized(nn.Sequential(Sign(), nn.Linear(30, 20, bias=False), nn.ReLU()))
+    tt.convert(alone, x)
+    assert timer.count("the chains: whole") == asked
 
 
 def test_compiles_whole():

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import tersetorch as tt
+from tersetorch import zoo
 from tersetorch.conversion.thresholds import thresholds_of
 from tersetorch.methods.binarize import ShiftBatchNorm2d, Sign
 from tersetorch.nn import BinaryConv2d, BinaryLinear, SignMaxPool2d
@@ -70,6 +71,7 @@ def test_chains_of_images_decide_alike(middle, options):
     model, x = network(*middle(), size=13, **options)
     fast = tt.convert(model, x, plan="binary")
     layers = [module for module in fast if isinstance(module, BinaryConv2d | BinaryLinear)]
+    assert layers.pop(0).inputs == "real"
     assert [layer.thresholds is not None for layer in layers] == [True, True, True, False]
     assert not any(isinstance(module, Sign | nn.BatchNorm2d | nn.MaxPool2d) for module in list(fast)[2:])
     with torch.no_grad():
@@ -99,6 +101,61 @@ def test_pooled_thresholds_decide_as_float_modules_do(order):
 def _to_signs(module):
     module.weight.copy_(torch.where(module.weight >= 0, 1.0, -1.0))
     module.bias.normal_()
+
+
+@pytest.mark.parametrize("inputs", ["pixels", "signed_pixels"])
+@pytest.mark.parametrize("scale", ["none", "row"])
+@pytest.mark.parametrize("shift", [False, True])
+def test_a_whole_network_of_the_zoo_is_integer_throughout(inputs, scale, shift, tmp_path):
+    torch.manual_seed(0)
+    model = zoo.BinaryVGG(channels=5, shift=shift)
+    tt.binarize.bnn(model, scale=scale)
+    stir(tt.finalize(model))
+    pixels = torch.randint(0, 256, (40, 3, 32, 32)).to(torch.uint8)
+    x = pixels / 255 if inputs == "pixels" else 2 * (pixels / 255) - 1
+    names = [name for name, module in model.named_children() if isinstance(module, nn.Conv2d | nn.Linear)]
+    plan = {name: "binary_conv2d" if "conv" in name else "binary_linear" for name in names}
+    fast = tt.convert(model, x, plan=plan | {"conv1": f"binary_conv2d_{inputs}"})
+    assert [fast.get_submodule(name).thresholds is not None for name in names] == [True] * 8 + [False]
+    reasons = {layer.name: layer.reason for layer in tt.report(fast).layers}
+    assert "takes 8-bit pixels, hands packed signs on: its thresholds stand for bn1, act1" in reasons["conv1"]
+    # What float modules decide of the exact sums.
+    first = BinaryConv2d.from_dense(model.conv1, inputs=inputs)
+    with torch.no_grad():
+        assert torch.equal(fast.conv1(pixels), tt.ops.sign_pack_images(model.act1(model.bn1(first(pixels)))))
+        got = fast(x)
+        assert torch.equal(got.argmax(1), model(x).argmax(1)) and torch.equal(fast(pixels), got)
+    tt.save(fast, tmp_path / "m.terse")
+    loaded = tt.load(tmp_path / "m.terse")
+    assert type(loaded) is zoo.BinaryVGG and torch.equal(loaded(x), got) and repr(loaded) == repr(fast)
+    twin = tt.load(tmp_path / "m.terse", model=model)
+    assert torch.equal(twin(x), got)
+    signs = [tensor for tensor in tt.inspect(tmp_path / "m.terse").tensors if tensor.name.endswith("signs")]
+    assert signs[0].shape == (5, 3, 3, 3) and len(signs) == 9
+
+
+def test_measuring_keeps_chains_of_images(timer):
+    model, x = network(nn.MaxPool2d(2), norm(), Sign())
+    timer.seconds |= {"binary_conv2d": 1e-4, "binary_linear": 1e-4}
+    fast = tt.convert(model, x)
+    assert tt.report(fast).plan["3"] == "binary_conv2d" and fast[3].thresholds is not None
+    with torch.no_grad():
+        assert torch.equal(fast(x), model(x))
+
+
+def test_pixels_in_the_middle_of_a_chain_end_it():
+    model, x = network(norm(), Sign())
+    plan = {"0": "binary_conv2d_real", "3": "binary_conv2d", "6": "binary_conv2d_signed_pixels"}
+    fast = tt.convert(model, plan=plan)
+    assert [fast[i].thresholds is not None for i in (3, 6)] == [False, False]
+    reasons = {layer.name: layer.reason for layer in tt.report(fast).layers}
+    assert "its signs are used by 6 (BinaryConv2d)" in reasons["3"]
+    with torch.no_grad():
+        assert torch.equal(fast(x), model(x))
+    grouped = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2))
+    tt.binarize.binary_connect(grouped)
+    with pytest.raises(ValueError, match="2 groups, which only convolutions of signs have"):
+        tt.convert(grouped, plan={"0": "binary_conv2d_pixels"})
 
 
 def test_pools_come_back_from_files(tmp_path):

@@ -195,6 +195,25 @@ def test_cache_key_covers_the_layer(decide, sparse_linear, other):
     assert not decide(sparse_linear(distinct=9, **other), inputs=inputs, cache=DecisionCache()).cached
 
 
+def test_cache_key_covers_the_width_of_codes_and_their_tables(decide):
+    torch.manual_seed(0)
+    values, inputs = torch.randn(32), [torch.ones(4, 128)]
+    places = torch.arange(64 * 128).view(64, 128)
+
+    def layer(codes):
+        linear = nn.Linear(128, 64)
+        linear.weight.data = values[codes]
+        return linear
+
+    # 4 and 8 bits; then 4 bits with one table and with one for each row.
+    layers = [layer(places * 7919 % count) for count in (16, 20)]
+    layers.append(layer(places * 7919 % 16 + (torch.arange(64) % 2 * 16)[:, None]))
+    for linear in layers:
+        assert not decide(linear, inputs=inputs, cache=DecisionCache()).cached
+    for linear in layers:
+        assert decide(linear, inputs=inputs, cache=DecisionCache()).cached
+
+
 def test_cache_key_covers_threads_and_machine(decide, sparse_linear, timer):
     layer, inputs = sparse_linear(distinct=9), [torch.ones(4, 40)]
     decide(layer, inputs=inputs, cache=DecisionCache())

@@ -14,12 +14,18 @@ def test_is_exact(rows, channels, taps, scaled):
     dense = signs * torch.rand(rows, 1, generator=generator) if scaled else signs
     weight = SignWeight.from_dense(dense, taps)
     weight.validate()
-    assert torch.equal(weight.to_dense(), dense) and torch.equal(weight.positive(), signs > 0)
-    again = SignWeight.from_signs(weight.positive(), taps, weight.scale)
+    assert torch.equal(weight.to_dense(), dense) and torch.equal(weight.negative(), signs < 0)
+    again = SignWeight.from_signs(weight.negative(), taps, weight.scale)
     assert torch.equal(again.bits, weight.bits) and again.channels == channels
     assert weight.shape == dense.shape and weight.nnz == dense.numel()
     assert (weight.scale is not None) == (scaled and dense.numel() > 0)
     assert weight.nbytes == rows * taps * -(-channels // 64) * 8 + (4 * rows if weight.scale is not None else 0)
+
+
+def test_a_bit_of_1_is_minus():
+    for weight in (SignWeight.from_dense(torch.tensor([[2.0, -2.0, 2.0]])), SignWeight(torch.tensor([[[0b010]]]), 3)):
+        assert weight.bits.item() == 0b010 and weight.negative().tolist() == [[False, True, False]]
+        assert weight.to_dense().sign().tolist() == [[1, -1, 1]]
 
 
 def test_bfloat16_and_zeros():
@@ -40,7 +46,7 @@ def test_refuses_other_weights():
         SignWeight.from_dense(torch.ones(2, 3), 2)
     with pytest.raises(TypeError, match="weight must be float32 or bfloat16"):
         SignWeight.from_dense(torch.ones(2, 3).double())
-    with pytest.raises(TypeError, match=r"positive must be bool \[rows, columns\]"):
+    with pytest.raises(TypeError, match=r"negative must be bool \[rows, columns\]"):
         SignWeight.from_signs(torch.ones(2, 3))
 
 
@@ -57,3 +63,12 @@ def test_refuses_damaged_fields():
     ):
         with pytest.raises(error, match=message):
             weight.validate()
+
+
+@pytest.mark.parametrize("channels", [1, 63, 64, 65, 128])
+def test_rows_turn_round(channels):
+    weight = SignWeight.from_dense(torch.where(torch.randn(5, 3 * channels) >= 0, 1.0, -1.0), 3)
+    rows = torch.tensor([True, False, True, True, False])
+    turned = weight.turned(rows)
+    turned.validate()
+    assert torch.equal(turned.to_dense(), torch.where(rows[:, None], -1.0, 1.0) * weight.to_dense())

@@ -67,7 +67,7 @@ struct BitplaneProblem {
         if (n == 0 && r % 3 == 0) thresholds[r] = dot;  // ties
         dots.push_back(dot);
         floats.push_back(std::fmaf(static_cast<float>(dot), scale[r], bias[r]));
-        bits[n * words + r / 64] |= std::uint64_t{dot >= thresholds[r]} << r % 64;
+        bits[n * words + r / 64] |= std::uint64_t{dot < thresholds[r]} << r % 64;
       }
     }
   }

@@ -29,18 +29,18 @@ struct SignPoolProblem {
   SignPoolProblem(const SignMaxPool2dArgs& a, std::mt19937& rng)
       : x(a.images * a.height * a.width * a.words), flips(a.words) {
     const auto word = [&] { return std::uint64_t{rng()} << 32 | rng(); };
-    for (std::uint64_t& bits : x) bits = word() & word() & word();
+    for (std::uint64_t& bits : x) bits = word() | word() | word();
     for (std::uint64_t& bits : flips) bits = word();
     for (Index at = 0; at < a.images * a.out_height * a.out_width * a.words; ++at) {
       const Index k = at % a.words, pixel = at / a.words, r = pixel / a.out_width;
-      std::uint64_t bits = 0;
+      std::uint64_t bits = ~std::uint64_t{0};
       for (Index row = 0; row < a.height; ++row) {
         for (Index column = 0; column < a.width; ++column) {
           const Index h = row + a.pad_h - r % a.out_height * a.stride_h;
           const Index w = column + a.pad_w - pixel % a.out_width * a.stride_w;
           const bool in_window = h >= 0 && w >= 0 && h % a.dilation_h == 0 && w % a.dilation_w == 0 &&
                                  h / a.dilation_h < a.kernel_h && w / a.dilation_w < a.kernel_w;
-          if (in_window) bits |= x[((r / a.out_height * a.height + row) * a.width + column) * a.words + k];
+          if (in_window) bits &= x[((r / a.out_height * a.height + row) * a.width + column) * a.words + k];
         }
       }
       plain.push_back(bits);

@@ -33,7 +33,8 @@ std::vector<T> Multiply(const BitplaneMatmulKernels& kernels, const BitplaneProb
     make.tables = tables.data();
     kernels.tables(make, words / 2, words);
     kernels.tables(make, 0, words / 2);
-    BitplaneMatmulArgs args{weight.data(), tables.data(), count, words, p.signs.rows, {}, {}, {}, {}, {}, {}};
+    BitplaneMatmulArgs args{weight.data(),  tables.data(), count, words, p.signs.rows, {}, {}, {}, {}, {}, {},
+                            p.signs.columns};
     if (output == BitplaneOutput::kFloats) {
       args.scale = scale.data();
       args.bias = bias.data();

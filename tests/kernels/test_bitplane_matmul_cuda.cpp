@@ -19,7 +19,7 @@ std::vector<T> Multiply(const BitplaneProblem& p, BitplaneOutput output) {
   DeviceArray<float> scale("scale", p.scale), bias("bias", p.bias);
   DeviceArray<std::int32_t> thresholds("thresholds", p.thresholds);
   DeviceArray<T> y("y", static_cast<std::size_t>(p.Size(output)));
-  BitplaneMatmulArgs args{weight.data(), nullptr, p.samples, p.signs.words, p.signs.rows, {}, {}, {}, {}, {}, {}};
+  BitplaneMatmulArgs args{weight.data(), nullptr, p.samples, p.signs.words, p.signs.rows, {}, {}, {}, {}, {}, {}, {}};
   if (output == BitplaneOutput::kFloats) {
     args.scale = scale.data();
     args.bias = bias.data();

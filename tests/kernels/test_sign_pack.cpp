@@ -43,7 +43,7 @@ void TestOne(const Variant& variant, Index samples, Index columns, FloatDtype st
   bool right = true;
   for (Index n = 0; n < samples; ++n) {
     for (Index c = 0; c < words * kSignBits; ++c) {
-      const bool want = c < columns && numbers[n * columns + c] >= 0;
+      const bool want = c < columns && !(numbers[n * columns + c] >= 0);
       right = right && (got[n * words + c / 64] >> c % 64 & 1) == want;
     }
   }
@@ -69,7 +69,7 @@ void TestPlanes(const Variant& variant, Index groups, Index channels, Index pixe
   for (Index p = 0; p < pixels; ++p) {
     for (Index c = 0; c < groups * words * kSignBits; ++c) {
       const Index group = c / (words * kSignBits), channel = c % (words * kSignBits);
-      const bool want = channel < channels && numbers[(group * channels + channel) * pixels + p] >= 0;
+      const bool want = channel < channels && !(numbers[(group * channels + channel) * pixels + p] >= 0);
       right = right && (got[p * groups * words + c / 64] >> c % 64 & 1) == want;
     }
   }

@@ -50,7 +50,7 @@ void TestPlanes(Index images, Index groups, Index channels, Index pixels, FloatD
     for (Index c = 0; c < groups * words * kSignBits; ++c) {
       const Index group = c / (words * kSignBits), channel = c % (words * kSignBits);
       const Index plane = (p / pixels * groups + group) * channels + channel;
-      const bool want = channel < channels && numbers[plane * pixels + p % pixels] >= 0;
+      const bool want = channel < channels && !(numbers[plane * pixels + p % pixels] >= 0);
       right = right && (got[p * groups * words + c / 64] >> c % 64 & 1) == want;
     }
   }

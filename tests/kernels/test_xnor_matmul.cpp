@@ -69,6 +69,10 @@ int main() {
     for (const Index columns : {0, 128, 129, 191, 192, 193, 3967, 3968, 3969, 4032, 4096, 4097, 8200}) {
       for (const Index samples : {0, 1, 2, 5}) TestOne(variant, 37, columns, samples, rng);
     }
+    // Around the words, tiles and samples that lookups count together, and more words than 16 bits count.
+    for (const Index columns : {767, 769, 1345}) TestOne(variant, 161, columns, 7, rng);
+    for (const Index samples : {128, 129}) TestOne(variant, 33, 70, samples, rng);
+    for (const Index columns : {65472, 65473}) TestOne(variant, 5, columns, 2, rng);
   }
   return Failures() != 0;
 }

@@ -55,7 +55,7 @@ void TestSigns(Index samples, Index columns, FloatDtype stored_as, std::mt19937&
   bool right = true;
   for (Index n = 0; n < samples; ++n) {
     for (Index c = 0; c < words * kSignBits; ++c) {
-      const bool want = c < columns && numbers[n * columns + c] >= 0;
+      const bool want = c < columns && !(numbers[n * columns + c] >= 0);
       right = right && (got[n * words + c / 64] >> c % 64 & 1) == want;
     }
   }

@@ -47,6 +47,9 @@ inline std::vector<XnorConvCase> XnorConvCases() {
   cases.push_back({1, 64, 3, 50, 0, 3, 3});
   // More than a byte of bits holds at the AVX2 level, and rows of all remainders of pixels.
   cases.push_back({1, 320, 8, 9, 36, 5, 5, 1, 1, 2, 2});
+  // More pixels and tiles than that level counts together, and more words than its 16 bits hold.
+  cases.push_back({1, 64, 24, 13, 170, 1, 1});
+  cases.push_back({1, 1, 33, 34, 5, 33, 32});
   return cases;
 }
 
@@ -123,10 +126,10 @@ struct XnorConvProblem {
           const bool inside = row >= 0 && row < c.height && column >= 0 && column < c.width;
           if (!inside && c.outside == 0) continue;
           for (Index k = 0; k < channels; ++k) {
-            const bool sign =
+            const bool negative =
                 inside ? bit(x, (n * c.height + row) * c.width + column, c.channels, o / args.filters * channels + k)
-                       : c.outside > 0;
-            dot += sign == bit(weight, o * taps + tap, channels, k) ? 1 : -1;
+                       : c.outside < 0;
+            dot += negative == bit(weight, o * taps + tap, channels, k) ? 1 : -1;
           }
         }
         if (pixel % 3 == 1 && thresholds[o] == dot + 1) thresholds[o] = dot;  // more ties
@@ -136,7 +139,7 @@ struct XnorConvProblem {
     }
     for (Index i = 0; i < static_cast<Index>(dots.size()); ++i) {
       const Index pixel = i / c.filters, o = i % c.filters;
-      if (dots[i] >= thresholds[o]) bits[pixel * y_words + o / 64] |= std::uint64_t{1} << o % 64;
+      if (dots[i] < thresholds[o]) bits[pixel * y_words + o / 64] |= std::uint64_t{1} << o % 64;
     }
   }
 

@@ -58,7 +58,7 @@ struct XnorProblem {
     }
     for (Index n = 0; n < samples; ++n) {
       for (Index r = 0; r < rows; ++r) {
-        if (dots[n * rows + r] >= thresholds[r]) {
+        if (dots[n * rows + r] < thresholds[r]) {
           bits[n * ((rows + 63) / 64) + r / 64] |= std::uint64_t{1} << r % 64;
         }
       }

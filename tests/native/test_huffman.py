@@ -56,6 +56,18 @@ def test_decode_inverts_encode_and_size_is_exact(alphabet, count):
     np.testing.assert_array_equal(_native.huffman_decode(data, alphabet, count), symbols)
 
 
+@pytest.mark.parametrize("count", [4095, 4096, 4097, 20011])
+@pytest.mark.parametrize("chance", [0.9, 0.5, 0.1, 0.002])
+def test_many_symbols_of_short_and_long_codes(chance, count):
+    # From the 4,096th on, runs of codes are looked up together; codes of more than 11 bits are not among them.
+    rng = np.random.default_rng(count)
+    symbols = np.minimum(rng.geometric(chance, count) - 1, 2999).astype(np.uint16)
+    data = _native.huffman_encode(symbols, 3000)
+    np.testing.assert_array_equal(_native.huffman_decode(data, 3000, count), symbols)
+    with pytest.raises(ValueError, match="data must hold every code, got fewer"):
+        _native.huffman_decode(data[:-8], 3000, count)
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.integers(1, 300).flatmap(lambda n: st.tuples(st.just(n), st.lists(st.integers(0, n - 1), max_size=400))))
 def test_any_symbols_round_trip(case):

@@ -59,7 +59,7 @@ def test_from_dense_takes_over_codes_and_finds_parts():
     assert torch.equal(layer.weight, module.weight) and layer.codebooks.shape == (1, 12, 3, 9)
     found = ProductConv2d.from_dense(layer.to_dense(), 3)
     assert torch.equal(found.weight, layer.weight)
-    with pytest.raises(ValueError, match="convert before finalize"):
+    with pytest.raises(ValueError, match="nobody changed since"):
         ResidualConv2d.from_dense(layer.to_dense())
     with pytest.raises(TypeError, match=r"module must be an nn\.Conv2d, got Linear"):
         ProductConv2d.from_dense(nn.Linear(2, 2))

@@ -47,9 +47,9 @@ def test_from_dense_finds_the_parts_again():
     found = ProductLinear.from_dense(layer.to_dense(), 3)
     assert torch.equal(found.weight, layer.weight)
     assert found.codebooks.shape == layer.codebooks.shape
-    with pytest.raises(ValueError, match="at most 256 distinct parts in each 4 columns, got 300"):
+    with pytest.raises(ValueError, match="at most 256 distinct parts in each 4 columns, got more"):
         ProductLinear.from_dense(nn.Linear(8, 300))
-    with pytest.raises(ValueError, match="convert before finalize"):
+    with pytest.raises(ValueError, match="nobody changed since"):
         ResidualLinear.from_dense(layer.to_dense())
 
 

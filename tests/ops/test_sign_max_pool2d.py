@@ -30,7 +30,7 @@ def test_is_the_largest_sign(case):
     packed = sign_pack_images(x)
     assert torch.equal(sign_max_pool2d(packed, kernel, **how), sign_pack_images(want))
     flipped = torch.arange(shape[1]) % 3 == 0
-    flips = sign_pack_images(torch.where(flipped, 1.0, -1.0).view(1, -1, 1, 1)).flatten()
+    flips = sign_pack_images(torch.where(flipped, -1.0, 1.0).view(1, -1, 1, 1)).flatten()
     want = torch.where(flipped.view(-1, 1, 1), -want, want)
     assert torch.equal(sign_max_pool2d(packed, kernel, **how, flips=flips), sign_pack_images(want))
 
@@ -74,6 +74,7 @@ def test_refuses():
         (ValueError, r"flips must be \[2\] on cpu, got shape \(3,\)", (x, 2, None, 0, 1, False, x.new_zeros(3))),
         (ValueError, "padding must be at most half of kernel_size, 2 high, got 2", (x, 2, None, 2)),
         (ValueError, "x must be at least 7 high for these windows", (x, 7)),
+        (ValueError, "x must be at least 8 wide, as dilation is, got 7", (x, 2, None, 1, (1, 8))),
         (ValueError, "kernel_size must be at least 1, got 0", (x, 0)),
         (TypeError, "stride must be an int or two ints", (x, 2, 1.5)),
     ):
@@ -82,6 +83,7 @@ def test_refuses():
     for message, arguments in (
         ("x must be packed images int64", (x.float(), [2, 2], [2, 2], [0, 0], [1, 1])),
         ("x must be as large as the window's 7", (x, [7, 2], [2, 2], [0, 0], [1, 1])),
+        ("x must be as large as dilation, 8, got 7", (x, [2, 2], [2, 2], [0, 1], [1, 8])),
         ("padding must be at most half of kernel_size, 2, got 2", (x, [2, 2], [2, 2], [2, 0], [1, 1])),
         ("flips must be int64", (x, [2, 2], [2, 2], [0, 0], [1, 1], False, x.new_zeros(3))),
     ):

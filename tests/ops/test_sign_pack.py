@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tersetorch.ops import sign_pack, sign_unpack, sign_words
+from tersetorch.ops import sign_pack, sign_pack_images, sign_unpack, sign_words
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -15,14 +15,20 @@ def test_packs_the_signs(shape, dtype):
     assert torch.equal(sign_unpack(bits, shape[-1]), torch.where(x >= 0, 1.0, -1.0))
 
 
-def test_zero_counts_as_positive_and_nan_as_negative():
-    x = torch.tensor([0.0, -0.0, float("nan"), float("inf"), -float("inf"), -1e-40])
-    assert sign_pack(x).item() == 0b001011
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bit_0_is_plus_and_bit_1_minus_the_first_one_lowest(dtype):
+    x = torch.tensor([1.0, -1.0, 1.0, 1.0, -0.0, float("nan")], dtype=dtype)
+    assert sign_pack(x).item() == sign_pack_images(x.view(1, -1, 1, 1)).item() == 0b100010
+    assert sign_unpack(torch.tensor([0b100010]), 6).tolist() == [1, -1, 1, 1, 1, -1]
+    x = torch.tensor([0.0, -0.0, float("nan"), -float("nan"), float("inf"), -float("inf"), 1e-40, -1e-40], dtype=dtype)
+    for times in range(1, 8):  # with and without whole vectors before the last
+        assert sign_pack(x.repeat(times)).item() >> 8 * (times - 1) == 0b10101100
 
 
 def test_bits_past_the_last_are_zero():
-    assert sign_pack(torch.ones(3)).item() == 7
-    assert sign_pack(torch.ones(64)).item() == -1
+    assert sign_pack(-torch.ones(3)).item() == 7
+    assert sign_pack(-torch.ones(64)).item() == -1
+    assert sign_pack(torch.ones(64)).item() == 0
 
 
 def test_takes_any_strides():

@@ -194,6 +194,8 @@ def test_a_missing_or_broken_file_is_said(tmp_path):
         deep_compression(model, plan, ignore, path=tmp_path / "missing" / "m.terse")
     with pytest.raises(ValueError, match="deep_compression: path must name a file, got the folder"):
         deep_compression(model, plan, ignore, path=tmp_path)
+    with pytest.raises(ValueError, match="deep_compression: coders must be one of smallest, fast, got 'quick'"):
+        deep_compression(model, plan, ignore, path=tmp_path / "m.terse", coders="quick")
     assert not is_live(model)
     path = tmp_path / "broken.yaml"
     path.write_text("prune: [")
@@ -325,14 +327,16 @@ def test_a_folder_of_another_run_is_refused(tmp_path):
 
 def test_path_stores_what_is_left(tmp_path):
     model, bars = network(), Progress(disable=True)
-    deep_compression(model, TWO_ROUNDS, jitter, path=tmp_path / "m.terse", progress=bars)
+    deep_compression(model, TWO_ROUNDS, jitter, path=tmp_path / "m.terse", coders="fast", progress=bars)
     again = tt.load(tmp_path / "m.terse")
-    assert [(task.completed, task.total) for task in bars.tasks] == [(3, 3)]
+    counted, saved = bars.tasks
+    assert (counted.completed, counted.total) == (3, 3) and saved.description == "saving" and saved.finished
     assert is_live(model)
     finalize(model)
     assert torch.equal(again[0].weight, model[0].weight) and torch.equal(again[3].weight, model[3].weight)
     stored = {tensor.name: tensor for tensor in tt.inspect(tmp_path / "m.terse").tensors}
     assert stored["0.weight"].form.endswith("codebook") and stored["0.weight"].nbytes < 200
+    assert not any("contexts" in tensor.coders for tensor in stored.values())
     assert again[0].weight.count_nonzero() == 120
 
 

@@ -48,7 +48,7 @@ def test_sizes_of_what_will_be_decoded():
         (RAW | {"d": "f31"}, "as a dtype, got 'f31'"),
         (
             RAW | {"f": "zip"},
-            "have one of raw, codebook, codebooks, sparse, sparse-codebook, signs as a form, got 'zip'",
+            "vectors, sparse, sparse-codebook, signs, integers, affine, scaled as a form, got 'zip'",
         ),
         (RAW | {"n": 6}, "only the fields of a tensor stored as raw"),
         (RAW | {"k": 6}, "only the fields of a tensor stored as raw"),

@@ -8,6 +8,7 @@ import tersetorch as tt
 from tersetorch.formats import SignWeight
 from tersetorch.nn import BinaryLinear
 from tersetorch.storage import TerseFileError
+from tersetorch.storage.packed_kinds import plain_form
 from tersetorch.storage.tensors import decode_tensor, encode_tensor
 
 
@@ -71,6 +72,11 @@ def test_layers_come_back_to_the_bit(tmp_path, round_trip):
     ]
     tt.save(loaded, tmp_path / "again.terse")
     assert (tmp_path / "again.terse").read_bytes() == (tmp_path / "model.terse").read_bytes()
+
+
+def test_a_stored_1_is_minus():
+    for layer in layers():
+        assert torch.equal(plain_form(layer), layer.weight < 0)
 
 
 def test_a_finalized_network_is_stored_as_bits(tmp_path, round_trip):

@@ -65,7 +65,7 @@ def test_any_bit_patterns_round_trip(name, data):
 def test_the_form_follows_from_the_values(density, levels, form, same_bits):
     weight, mask = random_weight(101, 97, density=density)
     if levels:
-        weight = (weight * levels).round().clamp(-levels, levels) + 0.5
+        weight = ((weight * levels).round().clamp(-levels, levels) + 0.5).atan()
     tensor = torch.where(mask, weight, 0)
     entry, _, found = round_trip(tensor)
     assert entry.form == form

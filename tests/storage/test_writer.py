@@ -9,9 +9,9 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from tersetorch import methods
-from tersetorch.nn import SparseCodebookLinear, SparseLinear
+from tersetorch.nn import CodebookLinear, SparseCodebookLinear, SparseLinear
 from tersetorch.nn.layout import LAYOUTS
-from tersetorch.storage import TerseFileError, inspect, load, save, streams
+from tersetorch.storage import TerseFileError, inspect, integers, load, save, streams, vectors
 
 
 class Stateful(nn.Module):
@@ -351,8 +351,10 @@ def test_the_golden_file_of_version_2(same_state, tmp_path, monkeypatch):
     assert found.version == 2
     coders = {coder for tensor in found.tensors for coder in tensor.coders}
     assert coders >= {"numbers", "planes", "rans", "contexts", "gaps-rans"}
+    monkeypatch.setattr(vectors, "TRIED", 0)  # came later, and one of the weights has shared sub-vectors
     for name, value in namespace["SMALL"].items():
         monkeypatch.setattr(streams, name, value)
+    monkeypatch.setattr(integers, "find", lambda *args: None)  # a form that came later, and is smaller
     save(model, tmp_path / "m.terse")
     assert (tmp_path / "m.terse").read_bytes() == path.read_bytes()
 
@@ -375,6 +377,23 @@ def test_the_golden_files_of_packed_layers(same_state, tmp_path, monkeypatch, na
         assert (tmp_path / "again.terse").read_bytes() == path.read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("name", "made_by", "forms"),
+    [("codebooks", "tables", {"codebooks"}), ("integers", "quantized", {"integers", "affine", "scaled"})],
+)
+def test_the_golden_files_of_dense_weights_with_few_values(same_state, tmp_path, monkeypatch, name, made_by, forms):
+    path = Path(__file__).parent / "golden" / f"version2_{name}.terse"
+    namespace = runpy.run_path(path.parent / "make_golden.py", run_name="golden")
+    model = namespace[made_by]()
+    same_state(model, load(path))
+    found = inspect(path)
+    assert {tensor.form for tensor in found.tensors if len(tensor.shape) > 1} == forms
+    for limit, value in namespace["SMALL"].items():
+        monkeypatch.setattr(streams, limit, value)
+    save(model, tmp_path / "again.terse")
+    assert (tmp_path / "again.terse").read_bytes() == path.read_bytes()
+
+
 def test_the_golden_file_of_layouts_and_convolutions(same_state):
     path = Path(__file__).parent / "golden" / "version1_layouts.terse"
     model = runpy.run_path(path.parent / "make_golden.py", run_name="golden")["layouts"]()
@@ -387,6 +406,38 @@ def test_the_golden_file_of_layouts_and_convolutions(same_state):
             given = torch.ones(5, 70) if linear else torch.ones(2, ours.in_channels, *(11, 9)[-ours.dims :])
             assert torch.equal(theirs(given), ours(given))
     assert {layer.layout for layer in loaded[:14]} == set(LAYOUTS)
+
+
+def test_fast_coders_leave_out_contexts_and_nothing_else(tmp_path, same_state):
+    torch.manual_seed(0)
+    grid = torch.arange(64 * 27)
+    conv = nn.Conv2d(3, 64, 3)
+    rows, codes, signs, layer, dense = (nn.Linear(96, 64) for _ in range(5))
+    with torch.no_grad():
+        conv.weight.copy_(torch.where(grid // 27 % 4 == 0, grid % 5, 0).reshape(64, 3, 3, 3))
+        rows.weight.copy_(torch.randint(0, 7, (64, 96)) * torch.rand(64, 1))
+        codes.weight.copy_(torch.arange(64)[:, None] // 8 + torch.randint(0, 2, (64, 96)))
+        signs.weight.copy_(torch.where(torch.arange(96) < 48, 1.0, -1.0) * torch.rand(64, 1))
+        layer.weight.mul_(torch.arange(96) % 3 == 0)
+        dense.weight.copy_(layer.weight.roll(1, 1))
+    shared = CodebookLinear.from_dense(codes)
+    model = nn.Sequential(conv, rows, codes, signs, SparseLinear.from_dense(layer), dense, shared)
+    coders = {}
+    for name in streams.CODERS:
+        save(model, tmp_path / name, coders=name)
+        coders[name] = {coder for tensor in inspect(tmp_path / name).tensors for coder in tensor.coders}
+        same_state(model, load(tmp_path / name))
+    save(model, tmp_path / "usual")
+    assert (tmp_path / "usual").read_bytes() == (tmp_path / "smallest").read_bytes()
+    assert "contexts" in coders["smallest"] and "contexts" not in coders["fast"]
+    assert (tmp_path / "smallest").stat().st_size < (tmp_path / "fast").stat().st_size
+
+
+@pytest.mark.parametrize("coders", ["slow", "", None, 3, ["fast"]])
+def test_other_coders_are_refused_before_anything_is_written(tmp_path, coders):
+    with pytest.raises(ValueError, match=r"save: coders must be one of smallest, fast, got .*; pass one of these"):
+        save(nn.Linear(2, 2), tmp_path / "m.terse", coders=coders)
+    assert not list(tmp_path.iterdir())
 
 
 def test_bars_end_with_every_byte(tmp_path):

@@ -2,16 +2,17 @@
 //
 // Math:   v = step * x - zero for x in [0, 255]; dot[n][r] = sum_c w[r][c] * v[n][c], the same as the sum over the
 //         bits b of x of 2^b times the product of plane b with signs. y[n][r] = dot (int32), fma(dot, scale[r],
-//         bias[r]) (float32), or the bit dot[n][r] >= thresholds[r], as kernels/xnor_matmul has them.
-// Layout: weight as kernels/xnor_matmul has it, a set bit for +1. v past the columns is 0, whatever the bits there. x
-// is
-//         row-major [samples, columns], or patches of images: sample n is a position of the output, its columns are
+//         bias[r]) (float32), or the bit dot[n][r] < thresholds[r], as kernels/xnor_matmul has them.
+// Layout: weight as kernels/xnor_matmul has it, a set bit for -1. v past the columns is 0, whatever the bits there. x
+//         is row-major [samples, columns], or patches of images: sample n is a position of the output, its columns are
 //         [channel][kernel row][kernel column], those outside the image have v = 0.
 // Limits: eight planes of exclusive or and population count are 51 products a cycle. Instead BitplaneTables computes
 //         the 16 sums that 4 columns can have under signs, in 16 bits, and vpermw finds those of 32 rows by 4 bits of
 //         each: a permutation and an addition for 128 products are one cycle of Intel's two 512-bit ports, as are two
 //         VNNI products, which would want the signs as bytes first. 32 of these sums fit 16 bits. AVX2 has two
 //         shuffles, of low and of high bytes, and puts them together: 32 products an instruction, three a cycle.
+//         A first layer of 27 columns looks up half of a word's; its 128 numbers for each position and the tables of a
+//         patch take longer than its sums.
 // Source: Courbariaux et al., Binarized Neural Networks (2016), section 1.5, equation 3: 8-bit inputs by planes; tables
 //         as kernels/sign_matmul has them.
 //
@@ -57,6 +58,7 @@ struct BitplaneMatmulArgs {
   std::int32_t* dots;
   float* floats;
   std::uint64_t* bits;
+  std::int64_t columns;  // of words; what tables have past them counts for nothing
 };
 
 // The tables of words [word_begin, word_end).
@@ -76,39 +78,5 @@ struct BitplaneMatmulKernels {
 extern const BitplaneMatmulKernels kBitplaneMatmulScalar;
 extern const BitplaneMatmulKernels kBitplaneMatmulAvx2;
 extern const BitplaneMatmulKernels kBitplaneMatmulAvx512;
-
-namespace {
-
-// v of columns [begin, begin + count) of sample n.
-[[maybe_unused]] void BitplaneNumbers(const BitplaneTablesArgs& a, std::int64_t n, std::int64_t begin,
-                                      std::int64_t count, std::int16_t* v) {
-  if (a.images == nullptr) {
-    const std::uint8_t* x = a.x + (a.first + n) * a.columns + begin;
-    for (std::int64_t c = 0; c < count; ++c) v[c] = static_cast<std::int16_t>(a.step * x[c] - a.zero);
-    return;
-  }
-  const BitplaneImages& i = *a.images;
-  const std::int64_t position = a.first + n, in_image = position % (i.out_height * i.out_width);
-  const std::uint8_t* image = a.x + position / (i.out_height * i.out_width) * i.image_stride;
-  const std::int64_t top = in_image / i.out_width * i.stride_y - i.padding_y;
-  const std::int64_t left = in_image % i.out_width * i.stride_x - i.padding_x;
-  std::int64_t kx = begin % i.kernel_width, ky = begin / i.kernel_width % i.kernel_height;
-  std::int64_t channel = begin / (i.kernel_width * i.kernel_height);
-  for (std::int64_t c = 0; c < count; ++c) {
-    const std::int64_t y = top + ky * i.dilation_y, x = left + kx * i.dilation_x;
-    const bool inside = y >= 0 && y < i.height && x >= 0 && x < i.width;
-    const std::uint8_t* from = image + channel * i.channel_stride + y * i.row_stride + x * i.column_stride;
-    v[c] = inside ? static_cast<std::int16_t>(a.step * *from - a.zero) : std::int16_t{0};
-    if (++kx == i.kernel_width) {
-      kx = 0;
-      if (++ky == i.kernel_height) {
-        ky = 0;
-        ++channel;
-      }
-    }
-  }
-}
-
-}  // namespace
 
 }  // namespace tersetorch

@@ -34,7 +34,7 @@ void Bytes(const char* weight, __m256i (&of)[8]) {
 
 // Two lookups in registers whose bytes make numbers of 16 bits.
 template <int kSamples, int kPart>
-void AddRows(const char* weight, Index words, const char* tables, std::int32_t* to) {
+void AddRows(const TablesEnd& end, const char* weight, Index words, const char* tables, std::int32_t* to) {
   const __m256i nibbles = _mm256_set1_epi8(15);
   for (Index i = 0; i < words; i += kExactWords) {
     __m256i sums[kPart][2];
@@ -43,8 +43,9 @@ void AddRows(const char* weight, Index words, const char* tables, std::int32_t* 
     for (Index k = i; k < i + kExactWords && k < words; ++k) {
       __m256i bytes[8];
       Bytes(weight + k * kTileWordBytes, bytes);
+      const Index fours = end.Fours(tables);
 #pragma GCC unroll 1
-      for (int g = 0; g < 16; ++g) {
+      for (Index g = 0; g < fours; ++g) {
         const __m256i both = bytes[g / 2];
         const __m256i place = _mm256_and_si256(g % 2 == 0 ? both : _mm256_srli_epi16(both, 4), nibbles);
 #pragma GCC unroll 4
@@ -81,12 +82,14 @@ void InOrder(std::int32_t (&sums)[kTileRows]) {
 
 template <int kSamples>
 struct AddWords {
+  TablesEnd end;
   template <int kTiles>
   void operator()(const char* weight, Index, Index words, const char* tables, std::int32_t* to) const {
     static_assert(kTiles == 1);
     constexpr int kPart = kSamples < 4 ? kSamples : 4;
     for (int m = 0; m < kSamples; m += kPart) {
-      AddRows<kSamples, kPart>(weight, words, tables + m * kWordTables * kTableBytes, to + m * kTileRows);
+      const Index from = m * kWordTables * kTableBytes;
+      AddRows<kSamples, kPart>({end.fours, end.last + from}, weight, words, tables + from, to + m * kTileRows);
     }
   }
 };
@@ -94,7 +97,7 @@ struct AddWords {
 template <int kSamples>
 void MultiplySamples(const BitplaneMatmulArgs& a, Index tile_begin, Index tile_end) {
   ForTiles<std::int32_t, kSamples, 1, kTableBytes>(a.weight, a.words, a.tables, tile_begin, tile_end,
-                                                   AddWords<kSamples>{},
+                                                   AddWords<kSamples>{EndOf(a)},
                                                    [&](Index tile, std::int32_t (&sums)[kSamples][kTileRows]) {
                                                      for (auto& of_sample : sums) InOrder(of_sample);
                                                      FinishTile<kSamples>(a, tile, sums);

@@ -20,6 +20,7 @@ void Tables(const BitplaneTablesArgs& a, Index word_begin, Index word_end) noexc
 
 template <int kSamples>
 struct AddWords {
+  TablesEnd end;
   template <int kTiles>
   void operator()(const char* weight, Index step, Index words, const char* tables, std::int32_t* to) const {
     constexpr int kVectors = 2 * kTiles;  // of 16 rows
@@ -55,9 +56,11 @@ struct AddWords {
           bytes[2][v] = _mm512_multishift_epi64_epi8(first, high_half);
           bytes[3][v] = _mm512_multishift_epi64_epi8(second, high_half);
         }
+        const Index used = (end.Fours(tables) + 7) / 8 * 2;  // by halves of a word
         // Unrolled, the compiler would look everything up before it adds, and keep it in memory.
 #pragma GCC unroll 1
-        for (auto& nibbles : bytes) {
+        for (Index byte = 0; byte < used; ++byte) {
+          auto& nibbles = bytes[byte];
 #pragma GCC unroll 1
           for (int nibble = 0; nibble < 2; ++nibble) {
             __m512i places[kVectors];
@@ -95,7 +98,7 @@ struct AddWords {
 template <int kSamples, int kTogether>
 void MultiplySamples(const BitplaneMatmulArgs& a, Index tile_begin, Index tile_end) {
   ForTiles<std::int32_t, kSamples, kTogether, kTableBytes>(
-      a.weight, a.words, a.tables, tile_begin, tile_end, AddWords<kSamples>{},
+      a.weight, a.words, a.tables, tile_begin, tile_end, AddWords<kSamples>{EndOf(a)},
       [&](Index tile, const std::int32_t (&dots)[kSamples][kTileRows]) { FinishTile<kSamples>(a, tile, dots); });
 }
 

@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(Tile::kThreads) BitplaneKernel(Samples samples
     const std::int64_t r = tile * kXnorRows + lane;
     const bool within = r < a.rows;
     if (a.bits != nullptr) {
-      const unsigned signs = __ballot_sync(kWholeWarp, within && dot >= a.thresholds[r]);
+      const unsigned signs = __ballot_sync(kWholeWarp, within && dot < a.thresholds[r]);
       auto* y = reinterpret_cast<std::uint32_t*>(a.bits) + n * 2 * CeilDiv(a.rows, 64);
       if (lane == 0) y[tile] = signs;
       // The second half of the last word, where no tile has it.

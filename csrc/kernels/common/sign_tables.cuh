@@ -24,7 +24,7 @@ struct SignTablesTile {
 // The product of four numbers with the signs that entry has.
 template <typename Sum>
 __device__ Sum SignedSum(const Sum (&x)[4], int entry) {
-  const auto number = [&](int j) { return (entry >> j & 1) != 0 ? x[j] : -x[j]; };
+  const auto number = [&](int j) { return (entry >> j & 1) != 0 ? -x[j] : x[j]; };
   return (number(0) + number(1)) + (number(2) + number(3));
 }
 

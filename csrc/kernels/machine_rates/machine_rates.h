@@ -21,7 +21,8 @@ enum class Arithmetic : int {
   kFloat32,   // fused multiply-adds
   kBFloat16,  // dot products of pairs, summed in float32; level avx512bf16 only
   kInt8,      // dot products of fours, summed in int32; avx2: pairs summed in int16, then in int32
-  kBinary,    // products of signs: exclusive or of two words, a full adder, and a count of the carries' bits
+  kBinary,    // products of signs: exclusive or of two words, a full adder, and a count of the carries' bits; avx2:
+              // lookups of how many differ
 };
 inline constexpr int kArithmetics = 4;
 

@@ -3,7 +3,7 @@
 // Math:   dot[n][r] = sum over groups g of 4 columns of ((+-x0 +- x1) + (+-x2 +- x3)), one group after the other, in
 //         float32, with the signs of w[r]; y[n][r] = fma(dot, scale[r], bias[r]), at least 0 with relu. The order is
 //         the same at every level and for every number of samples and threads, so y has the same bits.
-// Layout: weight as kernels/xnor_matmul has it, a set bit for +1, so that one weight serves both products. x past the
+// Layout: weight as kernels/xnor_matmul has it, a set bit for -1, so that one weight serves both products. x past the
 //         columns counts as 0, whatever the bits there.
 // Limits: SignMatmulTables computes the 16 sums of each group once a sample, 64 bytes: one register, in which vpermps
 //         finds those of 16 rows by 4 bits of each. A permutation and an addition for 64 products are one cycle of

@@ -17,10 +17,8 @@ constexpr int kVectors = 2;  // of 8 rows, whose sums stay in registers
 void Tables(const SignTablesArgs& a, Index word_begin, Index word_end) noexcept {
   const __m256i entry = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
   __m256 minus[3];
-  for (int j = 0; j < 3; ++j)
-    minus[j] = (__m256)_mm256_slli_epi32(_mm256_xor_si256(entry, _mm256_set1_epi32(7)), 31 - j);
   const __m256 sign = _mm256_set1_ps(-0.0f);
-  for (__m256& m : minus) m = _mm256_and_ps(m, sign);
+  for (int j = 0; j < 3; ++j) minus[j] = _mm256_and_ps((__m256)_mm256_slli_epi32(entry, 31 - j), sign);
   ForFours<kTableBytes>(a, word_begin, word_end, [&](const float* x, char* table) {
     const auto number = [&](int j) { return _mm256_xor_ps(_mm256_set1_ps(x[j]), minus[j]); };
     const __m256 sum =
@@ -54,7 +52,7 @@ void AddRows(const char* weight, Index words, const char* tables, float* to) {
         const auto first = LoadAt<__m256>(weight, 2 * v, 32), second = LoadAt<__m256>(weight, 2 * v + 1, 32);
         const auto bits =
             (__m256i)(h == 0 ? _mm256_shuffle_ps(first, second, 0x88) : _mm256_shuffle_ps(first, second, 0xdd));
-        minus[v] = _mm256_andnot_si256(bits, fourths);
+        minus[v] = _mm256_and_si256(bits, fourths);
         places[v] = _mm256_xor_si256(bits, _mm256_sub_epi32(minus[v], _mm256_srli_epi32(minus[v], 3)));
       }
       // Unrolled, the compiler would look everything up before it adds, and keep it in memory.

@@ -16,8 +16,8 @@ void Tables(const SignTablesArgs& a, Index word_begin, Index word_end) noexcept 
   __m512 minus[4];  // the sign bit where number j of a table's entry is subtracted
   const __m512i entry = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   for (int j = 0; j < 4; ++j) {
-    const __mmask16 added = _mm512_test_epi32_mask(entry, _mm512_set1_epi32(1 << j));
-    minus[j] = (__m512)_mm512_mask_blend_epi32(added, _mm512_set1_epi32(1 << 31), _mm512_setzero_si512());
+    const __mmask16 subtracted = _mm512_test_epi32_mask(entry, _mm512_set1_epi32(1 << j));
+    minus[j] = (__m512)_mm512_maskz_set1_epi32(subtracted, 1 << 31);
   }
   ForFours<kTableBytes>(a, word_begin, word_end, [&](const float* x, char* table) {
     const auto number = [&](int j) { return _mm512_xor_ps(_mm512_set1_ps(x[j]), minus[j]); };

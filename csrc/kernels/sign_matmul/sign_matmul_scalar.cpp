@@ -17,7 +17,7 @@ void Tables(const SignTablesArgs& a, std::int64_t word_begin, std::int64_t word_
   }
 }
 
-float Signed(std::uint64_t bits, std::int64_t c, const float* x) { return (bits >> c & 1) != 0 ? x[c] : -x[c]; }
+float Signed(std::uint64_t bits, std::int64_t c, const float* x) { return (bits >> c & 1) != 0 ? -x[c] : x[c]; }
 
 float Dot(const SignMatmulArgs& a, std::int64_t n, std::int64_t r) {
   float dot = 0;

@@ -1,15 +1,14 @@
 // The largest sign in each window of images of signs.
 //
-// Math:   bit c of y[n][i][j] is 1, for +1, where it is in x[n][i * stride_h + kh * dilation_h - pad_h][j * stride_w +
+// Math:   bit c of y[n][i][j] is 0, for +1, where it is in x[n][i * stride_h + kh * dilation_h - pad_h][j * stride_w +
 //         kw * dilation_w - pad_w] for any tap (kh, kw); positions outside the image count as -1. Then it is turned
 //         round where bit c of flips is 1: max(s x) of signs with s = -1 is a minimum, which batch norm may ask for.
+//         A window that lies outside altogether has all bits 1, those past the last channel too: callers refuse it.
 // Layout: x [images, height, width, words] as kernels/sign_pack lays out the channels of a pixel; y [images,
-// out_height,
-//         out_width, words]; flips [words], 0 past the last channel.
-// Limits: each word of a window is read and joined by one or; memory of a 32nd of float32's.
+//         out_height, out_width, words]; flips [words], 0 past the last channel.
+// Limits: each word of a window is read and joined by one and; memory of a 32nd of float32's.
 // Source: Courbariaux et al., Binarized Neural Networks (2016), section 2.3, for pooling of signs; Umuroglu et al.,
-// FINN
-//         (2017), section 4.2.3, for pooling as an or.
+//         FINN (2017), section 4.2.3, for pooling by one operation on bits.
 //
 // Single-threaded. No pointer needs to be aligned.
 #pragma once

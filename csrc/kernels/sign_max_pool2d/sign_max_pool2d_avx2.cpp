@@ -11,7 +11,7 @@ namespace {
 struct Avx2 {
   static constexpr Index kWords = 4;
 
-  static __m256i None() { return _mm256_setzero_si256(); }
+  static __m256i Ones() { return _mm256_set1_epi64x(-1); }
   static __m256i Within(Index count) {
     return _mm256_cmpgt_epi64(_mm256_set1_epi64x(count), _mm256_setr_epi64x(0, 1, 2, 3));
   }

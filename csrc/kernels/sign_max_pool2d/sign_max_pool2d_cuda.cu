@@ -15,13 +15,13 @@ __global__ void __launch_bounds__(Tile::kThreads) SignMaxPool2dKernel(SignMaxPoo
   if (at >= a.images * a.out_height * a.out_width * a.words) return;
   const std::int64_t k = at % a.words, pixel = at / a.words, j = pixel % a.out_width, r = pixel / a.out_width;
   const std::int64_t n = r / a.out_height, first_row = r % a.out_height * a.stride_h - a.pad_h;
-  std::uint64_t signs = 0;
+  std::uint64_t signs = ~std::uint64_t{0};
   for (std::int64_t kh = 0; kh < a.kernel_h; ++kh) {
     const std::int64_t row = first_row + kh * a.dilation_h;
     if (row < 0 || row >= a.height) continue;
     for (std::int64_t kw = 0; kw < a.kernel_w; ++kw) {
       const std::int64_t column = j * a.stride_w - a.pad_w + kw * a.dilation_w;
-      if (column >= 0 && column < a.width) signs |= a.x[((n * a.height + row) * a.width + column) * a.words + k];
+      if (column >= 0 && column < a.width) signs &= a.x[((n * a.height + row) * a.width + column) * a.words + k];
     }
   }
   a.y[at] = a.flips == nullptr ? signs : signs ^ a.flips[k];

@@ -33,11 +33,11 @@ void PoolRows(const SignMaxPool2dArgs& a, Index row_begin, Index row_end) noexce
       const TapsInside columns(column, a.width, a.kernel_w, a.dilation_w);
       for (Index k = 0; k < a.words; k += Level::kWords) {
         const Index count = a.words - k < Level::kWords ? a.words - k : Level::kWords;
-        auto signs = Level::None();
+        auto signs = Level::Ones();
         for (Index kh = rows.begin; kh < rows.end; ++kh) {
           for (Index kw = columns.begin; kw < columns.end; ++kw) {
             const Index pixel = (image_row + kh * a.dilation_h) * a.width + column + kw * a.dilation_w;
-            signs = signs | Level::Load(reinterpret_cast<const char*>(a.x) + 8 * (pixel * a.words + k), count);
+            signs = signs & Level::Load(reinterpret_cast<const char*>(a.x) + 8 * (pixel * a.words + k), count);
           }
         }
         if (flips != nullptr) signs = signs ^ Level::Load(flips + 8 * k, count);

@@ -1,8 +1,8 @@
 // The signs of samples as bits, which the binary products multiply.
 //
-// Math:   bit c of sample n is 1, for +1, where x[n][c] >= 0, -0 too; 0, for -1, elsewhere, NaN too.
+// Math:   bit c of sample n is 0, for +1, where x[n][c] >= 0, -0 too; 1, for -1, elsewhere, NaN too.
 // Layout: x row-major [samples, columns]; bits [samples, words], words = ceil(columns / 64), bit c in word c / 64 at
-//         place c % 64. Bits past the columns are 0.
+//         place c % 64. Bits past the columns are 0, so that those of two factors do not differ.
 //         SignPackPlanes takes images whose channels lie in planes, [groups * channels, pixels], and packs the
 //         channels of each pixel: bits [pixels, groups * words], so that every group begins with a word.
 // Limits: 4 or 2 bytes read for each bit written; 16 comparisons of AVX-512 a word's quarter, so memory is the limit.

@@ -8,9 +8,11 @@
 namespace tersetorch {
 namespace {
 
-__m256 AtLeastZero(Float8 x) { return _mm256_cmp_ps((__m256)x, _mm256_setzero_ps(), _CMP_GE_OQ); }
+// Less than 0, or NaN.
+__m256 IsNegative(Float8 x) { return _mm256_cmp_ps((__m256)x, _mm256_setzero_ps(), _CMP_NGE_UQ); }
+bool IsNegative(float x) { return !(x >= 0); }
 
-std::uint64_t SignsOf(Float8 x) { return static_cast<unsigned>(_mm256_movemask_ps(AtLeastZero(x))); }
+std::uint64_t SignsOf(Float8 x) { return static_cast<unsigned>(_mm256_movemask_ps(IsNegative(x))); }
 
 void Pack(const SignPackArgs& a, Index word_begin, Index word_end) noexcept {
   const Index words = SignWords(a.columns);
@@ -22,7 +24,7 @@ void Pack(const SignPackArgs& a, Index word_begin, Index word_end) noexcept {
     std::uint64_t bits = 0;
     Index c = 0;
     for (; c + 8 <= count; c += 8) bits |= SignsOf(LoadFloats(a.x, a.stored_as, begin + c)) << c;
-    for (; c < count; ++c) bits |= std::uint64_t{LoadFloat(a.x, a.stored_as, begin + c) >= 0} << c;
+    for (; c < count; ++c) bits |= std::uint64_t{IsNegative(LoadFloat(a.x, a.stored_as, begin + c))} << c;
     Store(reinterpret_cast<char*>(a.bits) + 8 * i, bits);
     if (++word < words) continue;
     word = 0;
@@ -41,12 +43,12 @@ void PackPixels(const SignPackPlanesArgs& a, Index p) {
     for (Index c = 0; c < left && c < 32; ++c) {
       const Index at = (plane + c) * a.pixels + p;
       if constexpr (kLanes == 1) {
-        of_pixels[0] |= std::uint32_t{LoadFloat(a.x, a.stored_as, at) >= 0} << c;
+        of_pixels[0] |= std::uint32_t{IsNegative(LoadFloat(a.x, a.stored_as, at))} << c;
         continue;
       }
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
-        const __m256i ones = _mm256_castps_si256(AtLeastZero(LoadFloats(a.x, a.stored_as, at + 8 * v)));
+        const __m256i ones = _mm256_castps_si256(IsNegative(LoadFloats(a.x, a.stored_as, at + 8 * v)));
         signs[v] = _mm256_or_si256(signs[v], _mm256_and_si256(ones, bit));
       }
       bit = _mm256_slli_epi32(bit, 1);

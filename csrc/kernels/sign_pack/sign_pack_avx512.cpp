@@ -8,7 +8,7 @@
 namespace tersetorch {
 namespace {
 
-// Of 16 numbers, those that `within` marks; the others are not read.
+// Which of 16 numbers are less than 0, or NaN, of those that `within` marks; the others are not read.
 __mmask16 SignsOf(const void* x, FloatDtype stored_as, Index i, __mmask16 within) {
   __m512 floats;
   if (stored_as == FloatDtype::kFloat32) {
@@ -17,7 +17,7 @@ __mmask16 SignsOf(const void* x, FloatDtype stored_as, Index i, __mmask16 within
     const __m256i halves = _mm256_maskz_loadu_epi16(within, static_cast<const char*>(x) + 2 * i);
     floats = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
   }
-  return _mm512_mask_cmp_ps_mask(within, floats, _mm512_setzero_ps(), _CMP_GE_OQ);
+  return _mm512_mask_cmp_ps_mask(within, floats, _mm512_setzero_ps(), _CMP_NGE_UQ);
 }
 
 void Pack(const SignPackArgs& a, Index word_begin, Index word_end) noexcept {

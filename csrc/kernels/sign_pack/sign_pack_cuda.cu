@@ -18,8 +18,8 @@ __global__ void __launch_bounds__(Tile::kThreads) SignPackWords(SignPackArgs a, 
   if (i >= samples * words) return;
   const std::int64_t n = i / words, c = i % words * kSignBits + threadIdx.x % kWarpSize;
   const Float* x = static_cast<const Float*>(a.x) + n * a.columns;
-  const bool low = c < a.columns && ToFloat(x[c]) >= 0;
-  const bool high = c + kWarpSize < a.columns && ToFloat(x[c + kWarpSize]) >= 0;
+  const bool low = c < a.columns && !(ToFloat(x[c]) >= 0);
+  const bool high = c + kWarpSize < a.columns && !(ToFloat(x[c + kWarpSize]) >= 0);
   const std::uint64_t low_bits = __ballot_sync(kWholeWarp, low), high_bits = __ballot_sync(kWholeWarp, high);
   if (threadIdx.x % kWarpSize == 0) a.bits[i] = low_bits | high_bits << kWarpSize;
 }
@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(Tile::kThreads) SignPackPlanesKernel(SignPackP
   const auto* x = static_cast<const Float*>(a.x) + ((n * a.groups + group) * a.channels + first) * a.pixels + p;
   const int count = static_cast<int>(min(kSignBits, a.channels - first));
   std::uint64_t bits = 0;
-  for (int c = 0; c < count; ++c) bits |= std::uint64_t{ToFloat(x[c * a.pixels]) >= 0} << c;
+  for (int c = 0; c < count; ++c) bits |= std::uint64_t{!(ToFloat(x[c * a.pixels]) >= 0)} << c;
   a.bits[(n * a.pixels + p) * a.groups * words + word] = bits;
 }
 

@@ -10,7 +10,7 @@ void Pack(const SignPackArgs& a, std::int64_t word_begin, std::int64_t word_end)
     const std::int64_t sample = i / words, first = i % words * kSignBits;
     std::uint64_t bits = 0;
     for (std::int64_t c = first; c < a.columns && c < first + kSignBits; ++c) {
-      if (Load(a.x, a.stored_as, sample * a.columns + c) >= 0) bits |= std::uint64_t{1} << (c - first);
+      if (!(Load(a.x, a.stored_as, sample * a.columns + c) >= 0)) bits |= std::uint64_t{1} << (c - first);
     }
     Put(a.bits, i, bits);
   }
@@ -23,8 +23,8 @@ void PackPlanes(const SignPackPlanesArgs& a, std::int64_t pixel_begin, std::int6
       const std::int64_t group = i / words, first = i % words * kSignBits;
       std::uint64_t bits = 0;
       for (std::int64_t c = first; c < a.channels && c < first + kSignBits; ++c) {
-        const bool sign = Load(a.x, a.stored_as, (group * a.channels + c) * a.pixels + p) >= 0;
-        bits |= std::uint64_t{sign} << (c - first);
+        const bool negative = !(Load(a.x, a.stored_as, (group * a.channels + c) * a.pixels + p) >= 0);
+        bits |= std::uint64_t{negative} << (c - first);
       }
       Put(a.bits, p * a.groups * words + i, bits);
     }

@@ -2,8 +2,9 @@
 //
 // Math:   for w and x of +1 and -1, dot[n][o][i][j] = sum over c, kh, kw of w[o][c][kh][kw] * x[n][c of o's group]
 //         [i * stride_h + kh * dilation_h - pad_h][j * stride_w + kw * dilation_w - pad_w], exact. Outside the image x
-//         is 0, +1 or -1. y = dot (int32), fma(dot, scale[o], bias[o]) (float32), or the bit dot >= thresholds[o]: the
-//         sign that a batch norm behind the convolution leaves, and the x of the next one.
+//         is 0, +1 or -1. y = dot (int32), fma(dot, scale[o], bias[o]) (float32), or a bit that is 0, for +1, where
+//         dot >= thresholds[o], else 1: the sign that a batch norm behind the convolution leaves, and the x of the
+//         next one.
 // Method: positions outside the image are left out. Outputs that see the same taps make rectangles, so that no tap is
 //         tested; a rectangle's dot is taps * channels - 2 * (the bits that differ), and where x is +1 or -1 outside,
 //         what those taps give is one number for each of its filters, counted once.
@@ -17,7 +18,8 @@
 //         where xor, vpopcntq and addition of each word take 3. Lanes of 32 bits are filters, so that nothing crosses
 //         lanes, and a single word of channels fills an adder. 4 pixels and 2 vectors of filters are 8 such chains;
 //         loads, 12 for 40 operations, stay behind. Leaving out what lies outside saves a tenth of 3 x 3 on 14 x 14.
-//         AVX2 counts nibbles with a shuffle, after the same adder.
+//         AVX2 has no vpternlogd: lookups of kernels/common/sign_counts.h count 256 products a cycle of three ports;
+//         a single pixel, which would not repay the vectors of nibbles, goes through the adder, 110 a cycle.
 // Source: Rastegari et al., XNOR-Net (2016), section 3.2; Courbariaux et al., Binarized Neural Networks (2016), section
 //         1.4; Harley and Seal's counter (Warren, Hacker's Delight, section 5-1) for the adder.
 //

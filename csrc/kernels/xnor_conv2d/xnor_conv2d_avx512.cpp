@@ -141,8 +141,8 @@ struct Avx512 {
   static void StorePixel(const XnorConv2dArgs& a, const XnorTile& tile, const Filters& filters, Index pixel,
                          const __m512i (&counts)[kVectors]) {
     if (a.bits != nullptr) {
-      const std::uint32_t low = _mm512_mask_cmple_epi32_mask(filters.within[0], counts[0], filters.limit[0]);
-      const std::uint32_t high = _mm512_mask_cmple_epi32_mask(filters.within[1], counts[1], filters.limit[1]);
+      const std::uint32_t low = _mm512_mask_cmpgt_epi32_mask(filters.within[0], counts[0], filters.limit[0]);
+      const std::uint32_t high = _mm512_mask_cmpgt_epi32_mask(filters.within[1], counts[1], filters.limit[1]);
       return StoreBits(a, tile, pixel, low | high << 16);
     }
     for (int v = 0; v < kVectors; ++v) {

@@ -29,10 +29,10 @@ struct PairCounter {
   __device__ int Count() const { return 2 * twos + __popc(one); }
 };
 
-// Channels [64 i, 64 i + 64) of a group that are all +1, or 0 for -1.
+// Channels [64 i, 64 i + 64) of a group that are all -1, or 0 for +1.
 __device__ std::uint64_t OutsideWord(const XnorConv2dArgs& a, std::int64_t i) {
   const std::int64_t rest = a.channels - 64 * i;
-  if (a.outside < 0) return 0;
+  if (a.outside > 0) return 0;
   return rest >= 64 ? ~std::uint64_t{0} : (std::uint64_t{1} << rest) - 1;
 }
 
@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(Tile::kThreads) XnorConvKernel(XnorConv2dArgs 
       if (pixel >= pixels) break;
       const int dot = taps[m] * static_cast<int>(a.channels) - 2 * counters[m].Count();
       if (a.bits != nullptr) {
-        const unsigned bits = __ballot_sync(kWholeWarp, within && dot >= a.thresholds[o]);
+        const unsigned bits = __ballot_sync(kWholeWarp, within && dot < a.thresholds[o]);
         if (lane == 0) StoreBits(a, whole, pixel, first, bits);
       } else if (within && a.dots != nullptr) {
         a.dots[pixel * a.groups * a.filters + o] = dot;

@@ -4,10 +4,10 @@
 namespace tersetorch {
 namespace {
 
-// Channels [64 i, 64 i + 64) of a group that are all +1, or 0 for -1.
+// Channels [64 i, 64 i + 64) of a group that are all -1, or 0 for +1.
 std::uint64_t Outside(const XnorConv2dArgs& a, std::int64_t i) {
   const std::int64_t left = a.channels - 64 * i;
-  if (a.outside < 0) return 0;
+  if (a.outside > 0) return 0;
   return left >= 64 ? ~std::uint64_t{0} : (std::uint64_t{1} << left) - 1;
 }
 
@@ -50,7 +50,7 @@ void Store(const XnorConv2dArgs& a, std::int64_t pixel, std::int64_t o, std::int
     return Put(a.floats, pixel * filters + o, __builtin_fmaf(static_cast<float>(dot), scale, bias));
   }
   const std::int64_t word = pixel * ((filters + 63) / 64) + o / 64;
-  const std::uint64_t bit = dot >= At<std::int32_t>(a.thresholds, o);
+  const std::uint64_t bit = dot < At<std::int32_t>(a.thresholds, o);
   Put(a.bits, word, At<std::uint64_t>(a.bits, word) | bit << o % 64);
 }
 

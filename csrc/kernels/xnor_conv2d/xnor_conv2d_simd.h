@@ -85,10 +85,10 @@ struct XnorPixels {
   Index y, next_y;          // in pixels
 };
 
-// Channels [64 i, 64 i + 64) of a group that are all +1, or 0 for -1.
+// Channels [64 i, 64 i + 64) of a group that are all -1, or 0 for +1.
 inline std::uint64_t OutsideWord(const XnorConv2dArgs& a, Index i) {
   const Index rest = a.channels - 64 * i;
-  if (a.outside < 0) return 0;
+  if (a.outside > 0) return 0;
   return rest >= 64 ? ~std::uint64_t{0} : (std::uint64_t{1} << rest) - 1;
 }
 
@@ -119,22 +119,28 @@ void ConvolvePixels(const XnorConv2dArgs& a, const XnorTile& tile, const XnorTap
   if constexpr (kPixels > 1) ConvolvePixels<Level, kPixels / 2>(a, tile, taps, filters, pixels);
 }
 
+// Calls convolve(rows, columns, begin, end) for each rectangle of outputs: rows [begin, end) of those of a span.
+template <typename Convolve>
+void ForRectangles(const XnorConv2dArgs& a, const XnorConvPart& p, const Convolve& convolve) {
+  for (Index r = 0; r < a.row_span_count; ++r) {
+    const XnorSpan& rows = a.row_spans[r];
+    const Index begin = rows.begin < p.row_begin ? p.row_begin : rows.begin;
+    const Index end = rows.end < p.row_end ? rows.end : p.row_end;
+    if (begin >= end) continue;
+    for (Index c = 0; c < a.column_span_count; ++c) convolve(rows, a.column_spans[c], begin, end);
+  }
+}
+
 template <typename Level>
 void ConvolveTiles(const XnorConv2dArgs& a, const XnorConvPart& p) noexcept {
   for (Index t = p.tile_begin; t < p.tile_end; ++t) {
     const XnorTile tile(a, t);
-    for (Index r = 0; r < a.row_span_count; ++r) {
-      const XnorSpan& rows = a.row_spans[r];
-      const Index begin = rows.begin < p.row_begin ? p.row_begin : rows.begin;
-      const Index end = rows.end < p.row_end ? rows.end : p.row_end;
-      if (begin >= end) continue;
-      for (Index c = 0; c < a.column_span_count; ++c) {
-        const XnorTaps taps(a, tile, rows, a.column_spans[c]);
-        const typename Level::Filters filters(a, tile, taps);
-        XnorPixels pixels(a, taps, tile.group, p.image, begin, end, a.column_spans[c]);
-        ConvolvePixels<Level, Level::kPixels>(a, tile, taps, filters, pixels);
-      }
-    }
+    ForRectangles(a, p, [&](const XnorSpan& rows, const XnorSpan& columns, Index begin, Index end) {
+      const XnorTaps taps(a, tile, rows, columns);
+      const typename Level::Filters filters(a, tile, taps);
+      XnorPixels pixels(a, taps, tile.group, p.image, begin, end, columns);
+      ConvolvePixels<Level, Level::kPixels>(a, tile, taps, filters, pixels);
+    });
   }
 }
 

@@ -1,8 +1,9 @@
 // The product of signs with a weight of signs, by exclusive or and population count.
 //
 // Math:   for w and x of +1 and -1, dot[n][r] = sum_c w[r][c] * x[n][c] = columns - 2 * popcount(w[r] ^ x[n]), exact.
-//         y[n][r] = dot (int32), fma(dot, scale[r], bias[r]) (float32), or the bit dot[n][r] >= thresholds[r]: the
-//         sign that a batch norm behind the product leaves, and the x of the next one.
+//         y[n][r] = dot (int32), fma(dot, scale[r], bias[r]) (float32), or a bit that is 0, for +1, where
+//         dot[n][r] >= thresholds[r], else 1: the sign that a batch norm behind the product leaves, and the x of the
+//         next one.
 // Layout: x [samples, words] as kernels/sign_pack lays them out; weight [tiles][words][32], the words of a tile's 32
 //         rows side by side, rows past the last all 0. y row-major [samples, rows], or bits [samples, ceil(rows / 64)]
 //         as x has them. Bits past the columns are 0 in both, so they never differ.
@@ -10,7 +11,8 @@
 //         of these, a vpopcntq and an addition for 1,024 products, 2.5 cycles on Intel's two 512-bit ports, where xor,
 //         vpopcntq and addition of each word take 3. 2 samples and 4 vectors of rows are 8 such chains; loads, 6 for
 //         20 operations, stay behind. One sample reads an eighth of a byte for each product: the cache it comes from.
-//         AVX2 counts nibbles with a shuffle, after the same adder.
+//         AVX2 has no vpternlogq: lookups of kernels/common/sign_counts.h count 256 products a cycle of three ports;
+//         a single sample, which would not repay the vectors of nibbles, goes through the adder, 110 a cycle.
 // Source: Courbariaux et al., Binarized Neural Networks (2016), section 1.4; Rastegari et al., XNOR-Net (2016),
 //         section 3.2, for the scale; Harley and Seal's counter (Warren, Hacker's Delight, section 5-1) for the adder.
 //

@@ -97,7 +97,7 @@ void StoreHalf(const XnorMatmulArgs& a, const Half& half, Index n, __m512i count
     const __m512 y = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), half.scale, half.bias);
     _mm512_mask_storeu_ps(reinterpret_cast<char*>(a.floats) + at, half.within, y);
   } else {
-    const std::uint16_t bits = _mm512_mask_cmpge_epi32_mask(half.within, dot, half.thresholds);
+    const std::uint16_t bits = _mm512_mask_cmplt_epi32_mask(half.within, dot, half.thresholds);
     Store(reinterpret_cast<char*>(a.bits) + (n * ((a.rows + 63) / 64) * 64 + half.row) / 8, bits);
   }
 }

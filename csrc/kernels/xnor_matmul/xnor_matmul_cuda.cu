@@ -28,7 +28,7 @@ __device__ void StoreRow(const XnorMatmulArgs& a, std::int64_t tile, std::int64_
   const std::int64_t r = tile * kXnorRows + lane;
   const bool within = r < a.rows;
   if (a.bits != nullptr) {
-    const unsigned signs = __ballot_sync(kWholeWarp, within && dot >= a.thresholds[r]);
+    const unsigned signs = __ballot_sync(kWholeWarp, within && dot < a.thresholds[r]);
     if (lane == 0) StoreSigns(a, tile, n, signs);
   } else if (within && a.dots != nullptr) {
     a.dots[n * a.rows + r] = dot;
@@ -329,7 +329,7 @@ __global__ void __launch_bounds__(Tile::kThreads) XnorManyKernel(XnorMatmulArgs 
             if (n >= a.samples || r >= a.rows) continue;
             const int dot = static_cast<int>(a.columns) - 2 * common.Differ(f, p, 2 * h + c);
             if (a.bits != nullptr) {
-              signs |= std::uint32_t{dot >= rows.threshold[p][c]} << place;
+              signs |= std::uint32_t{dot < rows.threshold[p][c]} << place;
             } else if (a.dots != nullptr) {
               a.dots[n * a.rows + r] = dot;
             } else {

@@ -12,7 +12,7 @@ void Store(const XnorMatmulArgs& a, std::int64_t n, std::int64_t r, std::int32_t
     return Put(a.floats, n * a.rows + r, __builtin_fmaf(static_cast<float>(dot), scale, bias));
   }
   const std::int64_t words = (a.rows + 63) / 64, word = n * words + r / 64;
-  const std::uint64_t bit = dot >= At<std::int32_t>(a.thresholds, r);
+  const std::uint64_t bit = dot < At<std::int32_t>(a.thresholds, r);
   Put(a.bits, word, (r % 64 == 0 ? 0 : At<std::uint64_t>(a.bits, word)) | bit << r % 64);
 }
 

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from tersetorch import storage, zoo
+from tersetorch.cli.coders import CodersOption
 from tersetorch.cli.model_file import read_model
 from tersetorch.recipes.deep_compression import PUBLISHED, deep_compression
 from tersetorch.recipes.trainer import trainer
@@ -24,6 +25,7 @@ def compress(
     network: Annotated[str, typer.Option(help="The zoo's network that a state dict belongs to.")] = "",
     batch_size: Annotated[int, typer.Option(min=1, help="Images a step.")] = 128,
     seed: Annotated[int, typer.Option(min=0, help="Seed of held-out images and of training.")] = 0,
+    coders: CodersOption = "smallest",
     folder: Annotated[
         Path | None,
         typer.Option(help="Keep the state after each training here; a run that is stopped goes on from it."),
@@ -44,6 +46,7 @@ def compress(
             trainer(loaded, batch_size=batch_size, seed=seed, progress=progress),
             steps_per_epoch=zoo.steps_per_epoch(len(loaded.train_images), batch_size),
             path=output,
+            coders=coders,
             folder=folder,
             progress=progress,
         )

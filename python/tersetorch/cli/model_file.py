@@ -4,10 +4,18 @@ from pathlib import Path
 
 import torch
 import typer
+from rich.console import Console
+from rich.progress import Progress
 from safetensors.torch import load_file
 
 from tersetorch import storage, zoo
 from tersetorch.storage.importers.quantized import is_quantized_file
+
+
+def file_bar() -> Progress:
+    """For reading or writing a file: drawn on a terminal, since elsewhere nobody watches it."""
+    console = Console(stderr=True)
+    return Progress(console=console, disable=not console.is_terminal)
 
 
 def read_model(verb: str, path: Path, network: str) -> torch.nn.Module:
@@ -21,7 +29,8 @@ def read_model(verb: str, path: Path, network: str) -> torch.nn.Module:
     if path.exists() and not path.is_file():  # reading a pipe would wait for its writer
         raise typer.BadParameter(f"MODEL must be a regular file, got {path}")
     if path.suffix == ".terse":
-        return storage.load(path)
+        with file_bar() as progress:
+            return storage.load(path, progress=progress)
     if path.suffix not in (".pt", ".pth", ".safetensors"):
         raise typer.BadParameter(f"MODEL must be a .terse, .pt, .pth or .safetensors file, got {path}")
     if network not in zoo.NETWORKS:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tersetorch.formats import CodebookWeight, SignWeight
+from tersetorch.formats import CodebookWeight, ProductWeight, SignWeight
+from tersetorch.formats.vector_codes import noted_codes
 from tersetorch.nn import (
     BinaryConv2d,
     BinaryLinear,
@@ -17,6 +18,10 @@ from tersetorch.nn import (
     CodebookLinear,
     FixedPointConv2d,
     FixedPointLinear,
+    ProductConv2d,
+    ProductLinear,
+    ResidualConv2d,
+    ResidualLinear,
     SparseCodebookConv1d,
     SparseCodebookConv2d,
     SparseCodebookLinear,
@@ -30,7 +35,7 @@ MAX_DISTINCT = 255
 MAX_NARROW = 2**16
 MAX_INT8_WEIGHTS = 128 * 1024
 MIN_CODED = 16
-# Non-zeros looked at first: a weight that nobody shared is recognised without sorting all of it.
+# Weights looked at at once: one that nobody shared is recognised by the first of them.
 SAMPLE = 65536
 
 
@@ -53,6 +58,7 @@ class Candidate:
             caller allows an error, or told by plan.
         nbytes: of the new layer's weight; told only where another candidate for the same layer has the same alias.
         signs: whether it multiplies signs only, so that a layer's input must be known to be that.
+        pays: why it is not worth measuring, since another candidate is smaller, or None.
         min_samples, max_samples: with fewer or more at once another candidate is always faster, and this one is not
             measured.
     """
@@ -69,6 +75,7 @@ class Candidate:
     exact: bool = True
     nbytes: Callable[[nn.Module], int] = lambda module: 0
     signs: bool = False
+    pays: Callable[[nn.Module], str | None] = lambda module: None
     min_samples: int = 0
     max_samples: int | None = None
 
@@ -97,10 +104,17 @@ def density(weight: Tensor) -> float:
 
 def distinct_values(weight: Tensor) -> int | None:
     """Number of distinct non-zero values of weight where it is at most 255, otherwise None."""
-    stored = weight[weight != 0]
-    if torch.unique(stored[:SAMPLE]).numel() > MAX_DISTINCT:
-        return None
-    count = torch.unique(stored).numel()
+    values = weight.flatten()
+    found = values[:0]
+    # Looking a value up among few is faster than sorting all of them.
+    for part in values.split(SAMPLE):
+        at = torch.searchsorted(found, part).clamp_(max=max(0, found.numel() - 1))
+        new = part[found[at] != part] if found.numel() else part
+        if new.numel():
+            found = torch.unique(torch.cat([found, new]))
+            if found.numel() > MAX_DISTINCT + 1:
+                break
+    count = int(torch.count_nonzero(found))
     return count if count <= MAX_DISTINCT else None
 
 
@@ -126,6 +140,33 @@ def _is_shared_embedding(module: nn.Module) -> str | None:
     return why_not(module) or _is_shared(module)
 
 
+def _is_of_parts(module: nn.Module) -> str | None:
+    weight = weight_of(module)
+    if weight.dtype not in (torch.float32, torch.bfloat16):
+        return f"weights of {weight.dtype}"
+    if noted_codes(module, "weight") is not None:
+        return "its rows are sums of shared rows, which quantize.residual made"
+    found = ProductWeight.find(weight.flatten(1))
+    return "its rows share no sub-vectors, at most 256 in each segment of columns" if found is None else None
+
+
+def _pays_in_parts(module: nn.Module) -> str | None:
+    weight = weight_of(module)
+    others = min(size for size in (_bytes_of_nonzeros(module), _bytes_of_codes(module), weight.numel() * 4) if size)
+    if SignWeight.why_not(weight) is None or ProductWeight.find(weight.flatten(1), others) is None:
+        return "no shared sub-vectors take fewer bytes than its signs, its non-zeros or codes of its values"
+    return None
+
+
+def _is_of_sums(module: nn.Module) -> str | None:
+    weight = weight_of(module)
+    if weight.dtype != torch.float32:
+        return f"weights of {weight.dtype}, which rounds sums of shared rows"
+    if noted_codes(module, "weight") is None:
+        return "its rows are no sums that quantize.residual made and nobody changed since"
+    return None
+
+
 def _bytes_of_nonzeros(module: nn.Module) -> int:
     weight = weight_of(module)
     return 5 * int(torch.count_nonzero(weight)) + 4 * weight.shape[0]
@@ -142,11 +183,11 @@ def _is_shared_in_filters(module: nn.Module) -> str | None:
     return f"fewer than {MIN_CODED} weights in a filter" if weights < MIN_CODED else _is_shared(module)
 
 
-def _is_of_signs(module: nn.Module) -> str | None:
+def _is_of_signs(module: nn.Module, inputs: str = "signs") -> str | None:
     weight = weight_of(module)
     if weight.dtype not in (torch.float32, torch.bfloat16):
         return f"weights of {weight.dtype}"
-    sizes = BinaryConv2d.why_not(module) if isinstance(module, nn.Conv2d) else None
+    sizes = BinaryConv2d.why_not(module, inputs) if isinstance(module, nn.Conv2d) else None
     why_not = SignWeight.why_not(weight)
     return sizes or (None if why_not is None else f"a row must hold +a and -a only, and there is {why_not}")
 
@@ -228,6 +269,49 @@ def _coded(
     )
 
 
+def _vectors(
+    name: str, source: type[nn.Module], layer: type[Any], residual: type[Any], modes: tuple[str, ...]
+) -> tuple[Candidate, ...]:
+    """Products of shared sub-vectors, and sums of them, exact and in other modes."""
+    return tuple(
+        Candidate(
+            f"{kind}_{name}{suffix}",
+            "" if suffix else kind,
+            source,
+            cls,
+            1.0,
+            applies,
+            partial(cls.from_dense, mode=suffix[1:]) if suffix else cls.from_dense,
+            layout=f"product{suffix}",
+            exact=not suffix,
+            pays=pays,
+        )
+        for kind, cls, applies, pays in (
+            ("product", layer, _is_of_parts, _pays_in_parts),
+            ("residual", residual, _is_of_sums, _always),
+        )
+        for suffix in ("", *(f"_{mode}" for mode in modes))
+    )
+
+
+def _of_other_inputs(name: str, source: type[nn.Module], layer: type[Any]) -> tuple[Candidate, ...]:
+    return tuple(
+        Candidate(
+            f"{name}_{inputs}",
+            "binary" if inputs == "real" else "",
+            source,
+            layer,
+            1.0,
+            partial(_is_of_signs, inputs=inputs),
+            partial(layer.from_dense, inputs=inputs),
+            layout=inputs,
+            # Pixels are the nearest of 256.
+            exact=inputs == "real",
+        )
+        for inputs in ("real", "pixels", "signed_pixels")
+    )
+
+
 # Below max_density a format is smaller than the dense weight, 32 bits each: with b bits a value, csr takes 32 + b of
 # them a non-zero, csr16 and blocked 16 + b, a bitmap b and 1 for each weight. Bounds on samples are measured.
 CANDIDATES: dict[str, Candidate] = {
@@ -305,22 +389,10 @@ CANDIDATES: dict[str, Candidate] = {
         ),
         *_convolutions("2d", nn.Conv2d, SparseConv2d, SparseCodebookConv2d),
         *_coded("codebook_conv2d", CodebookConv2d, _is_shared_in_filters, source=nn.Conv2d),
+        *_vectors("linear", nn.Linear, ProductLinear, ResidualLinear, ("int8",)),
+        *_vectors("conv2d", nn.Conv2d, ProductConv2d, ResidualConv2d, ()),
         _row("binary_linear", BinaryLinear, 1.0, _is_of_signs, alias="binary", layout="signs", signs=True),
-        *(
-            Candidate(
-                f"binary_linear_{inputs}",
-                "binary" if inputs == "real" else "",
-                nn.Linear,
-                BinaryLinear,
-                1.0,
-                _is_of_signs,
-                partial(BinaryLinear.from_dense, inputs=inputs),
-                layout=inputs,
-                # Pixels are the nearest of 256.
-                exact=inputs == "real",
-            )
-            for inputs in ("real", "pixels", "signed_pixels")
-        ),
+        *_of_other_inputs("binary_linear", nn.Linear, BinaryLinear),
         _row(
             "binary_conv2d",
             BinaryConv2d,
@@ -338,6 +410,7 @@ CANDIDATES: dict[str, Candidate] = {
                 ("fixed_conv2d", FixedPointConv2d, nn.Conv2d),
             )
         ),
+        *_of_other_inputs("binary_conv2d", nn.Conv2d, BinaryConv2d),
         *_convolutions("1d", nn.Conv1d, SparseConv1d, SparseCodebookConv1d),
     )
 }

@@ -3,7 +3,8 @@
     layer -> batch norm, Hardtanh, ... -> (max-pool -> batch norm, ...) -> Sign -> (max-pool, flatten) -> layers
 
 The first layer then computes the next one's packed input, a pool pools packed signs, and every other module in between
-becomes an nn.Identity. A layer whose surroundings are anything else returns floats, and the report says why.
+becomes an nn.Identity. A layer whose surroundings are anything else returns floats, and the report says why; a batch
+norm behind it becomes its scale and bias where that changes no bit.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from torch import fx, nn
 
 from tersetorch.conversion.graph import graphs, has_one_path, put
+from tersetorch.conversion.scales import NORMS, scale_of
 from tersetorch.conversion.thresholds import MONOTONE, Thresholds, UnfoldableError, thresholds_of
 from tersetorch.conversion.walk import Site, carries_hooks, label
 from tersetorch.formats import SignWeight
@@ -191,14 +193,35 @@ def fold(model: nn.Module, layers: Iterable[nn.Module]) -> dict[str, str]:
     _drop_entangled(seen, chains, ends)
     for chain in chains.values():
         _apply(seen, chain)
+    normed = {name: _fold_norm(seen, name, names[name]) for name in ends}
     gone = {node for chain in chains.values() for node in chain.dropped}
     _drop_signs(seen, gone)
     packed = {str(taker.target) for chain in chains.values() for taker in chain.way.takers}
     return {
         name: _taken(layer, name in packed)
-        + (_told(seen, chains[name]) if name in chains else f"returns floats: {ends.get(name, 'it is not called')}")
+        + (_told(seen, chains[name]) if name in chains else f"returns floats: {ends[name]}{normed[name]}")
         for name, layer in names.items()
     }
+
+
+def _fold_norm(seen: _Model, name: str, layer: Layer) -> str:
+    """Lets a layer that returns floats compute the batch norm that follows it; says what became of it, or nothing."""
+    calls = seen.calls.get(name, [])
+    node = next(iter(calls[0].users), None) if len(calls) == 1 and len(calls[0].users) == 1 else None
+    if node is None or type(seen.module(node)) not in NORMS or _argument(node) is None:
+        return ""
+    norm = _known(seen.module(node))
+    try:
+        for each in (calls[0], node):
+            seen.check(each)
+        if len(seen.calls[str(node.target)]) != 1:
+            raise _BrokenError("it is called elsewhere too")
+        scale, bias = scale_of(layer, norm)
+    except (_BrokenError, UnfoldableError) as reason:
+        return f"; {node.target} stays: {reason}"
+    layer.scale_(scale.to(layer.bits.device), bias.to(layer.bits.device))
+    put(seen.model, norm, nn.Identity().train(norm.training))
+    return f"; its scale and bias stand for {node.target}"
 
 
 def _taken(layer: Layer, packed: bool) -> str:
@@ -266,7 +289,7 @@ def _follow_signs(seen: _Model, node: fx.Node, images: bool, layer: Layer, way: 
             if _argument(user) is not node:
                 raise _BrokenError(f"its signs are also given to {_shown(seen, user)}")
             seen.check(user)
-        if isinstance(module, BinaryConv2d) and images and not flattened:
+        if isinstance(module, BinaryConv2d) and module.inputs == "signs" and images and not flattened:
             way.takers.append(user)
         elif isinstance(module, BinaryLinear) and module.inputs == "signs" and (flattened or not images):
             if flattened:

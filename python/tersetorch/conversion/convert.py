@@ -75,8 +75,10 @@ def convert(
     Between layers of signs ("binary_linear", "binary_conv2d") what stands before the next tersetorch.binarize.Sign, a
     batch norm and a max-pool, becomes integer thresholds that make the same decisions of the same sums, and packed
     signs flow; the report says of each such layer what it takes and returns, and why. Such a model computes what the
-    original computes in evaluation, whatever its flags, and has no gradients there. Without example_inputs an
-    nn.BatchNorm1d is taken to see [samples, features].
+    original computes in evaluation, whatever its flags, and has no gradients there. A batch norm behind a layer that
+    returns floats becomes its scale and bias where that changes no bit of any sum the layer can have. Without
+    example_inputs an nn.BatchNorm1d is taken to see [samples, features]. Layers of signs that alone are no faster are
+    taken where they make chains longer and the model with them passes the same contest against that without.
 
     Where a model with convolutions is the fastest in channels_last, the result's dense convolutions hold their weights
     so, and hand that memory format on, whatever they are given; its outputs may then have other strides.
@@ -88,15 +90,18 @@ def convert(
         model: any nn.Module.
         example_inputs: what model is called with: a tensor, a tuple of arguments or a dict of keyword arguments. With
             plan, only for the report's largest output difference.
-        plan: "sparse", "codebook" or "binary", every layer that can; or format names by layer name, the others stay
-            dense: "dense", "csr", "sparse_codebook", "sparse_conv2d" and the other names in
+        plan: "sparse", "codebook", "product", "residual" or "binary", every layer that can; or format names by layer
+            name, the others stay dense: "dense", "csr", "sparse_codebook", "sparse_conv2d" and the other names in
             tersetorch.conversion.candidates.CANDIDATES. "codebook" keeps codes of at most 8 bits, of a weight's
             non-zeros ("sparse_codebook") or of all its weights ("codebook_linear"), whichever takes fewer bytes: at 4
             bits that of all from a tenth of non-zeros on; an nn.Embedding's are always those of all
-            ("codebook_embedding"). "binary" takes layers whose weights are +a and -a in each row: those whose input is
-            signs, as the model's graph shows, and linear ones of any input ("binary_linear_real"). By name a first
-            linear layer can also be told that its input is 8-bit images: "binary_linear_pixels" for k / 255,
-            "binary_linear_signed_pixels" for 2 k / 255 - 1; it takes the nearest k, and its batch norm becomes
+            ("codebook_embedding"). "product" keeps codes of the sub-vectors that a weight's rows share, whoever made
+            them ("product_linear", "product_conv2d"); "residual" those of the sums that quantize.residual made, as long
+            as nobody changed the weight since ("residual_linear", "residual_conv2d"). "binary" takes layers whose
+            weights are +a and -a in each row: those whose input is signs, as the model's graph shows, and those of any
+            input ("binary_linear_real", "binary_conv2d_real"). By name a first layer can also be told that its input is
+            8-bit images: "binary_linear_pixels" and "binary_conv2d_pixels" for k / 255, "binary_linear_signed_pixels"
+            and "binary_conv2d_signed_pixels" for 2 k / 255 - 1; it takes the nearest k, and its batch norm becomes
             thresholds too. Nothing is measured and max_error does not apply: formats with int8 or bfloat16 in their
             name round.
         max_error: largest |output difference| of a layer, as a share of its largest |output|; formats that round are

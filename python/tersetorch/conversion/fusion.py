@@ -10,11 +10,11 @@ from torch import fx, nn
 
 from tersetorch.conversion.graph import graphs, has_one_path, parent, put
 from tersetorch.conversion.walk import carries_hooks
-from tersetorch.nn.codebook_module import CodedModule
+from tersetorch.nn.shared_module import SharedProduct
 from tersetorch.nn.sparse_module import SparseModule
 
 # Layers that have a ReLU of their own.
-OURS = (SparseModule, CodedModule)
+OURS = (SparseModule, SharedProduct)
 # What these return is theirs to give away: no input, and nothing that their gradients need.
 _DENSE = (
     nn.Linear,

@@ -19,6 +19,7 @@ from tersetorch.conversion.swap import build
 from tersetorch.conversion.timing import Contest, Timer, contest
 from tersetorch.conversion.verify import compare
 from tersetorch.conversion.walk import Site, label, own_parameter, why_not
+from tersetorch.nn.shared_module import SharedModule
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Decision:
         chosen: "dense" or a format's name.
         reason: why, in words.
         layers: the replacements, one for each site; empty for "dense".
+        signs: the format and layers that multiply signs, where they can stand in and were not chosen.
         ratio: time of the chosen candidate over the strongest dense form's.
         dense_form, dense_ms, noise, cached, trials: as in LayerReport.
     """
@@ -42,6 +44,7 @@ class Decision:
     noise: float | None = None
     cached: bool = False
     trials: tuple[Trial, ...] = ()
+    signs: tuple[str, list[nn.Module]] | None = None
 
     def undone(self, reason: str) -> Decision:
         """The same measurements, but dense."""
@@ -87,14 +90,15 @@ class Planner:
             if not ready:
                 reasons = "; ".join(f"{trial.format} {trial.reason}" for trial in trials.values())
                 return Decision("dense", reasons, trials=tuple(trials.values()))
-            key = self._key(modules, calls, sorted(ready))
-            known = self._recall(key, ready, trials)
-            if known is not None:
-                return known
-            decision, final = self._measure(label(sites[0].name), modules, calls, ready, trials)
-        if final and self.cache is not None:
-            self.cache.store(key, _record(decision))
-        return decision
+            key = self._key(modules, calls, ready)
+            decision = self._recall(key, ready, trials)
+            if decision is None:
+                decision, final = self._measure(label(sites[0].name), modules, calls, ready, trials)
+                if final and self.cache is not None:
+                    self.cache.store(key, _record(decision))
+        others = [(name, layers) for name, layers in ready.items() if self.table[name].signs]
+        spare = None if decision.chosen in dict(others) else next(iter(others), None)
+        return replace(decision, signs=spare)
 
     def _prepare(self, sites: list[Site], calls: list[Call]) -> tuple[dict[str, list[nn.Module]], dict[str, Trial]]:
         """The candidates' layers that may be timed, and what is known of every candidate so far."""
@@ -106,10 +110,9 @@ class Planner:
         for name, row in self.table.items():
             if any(type(module) is not row.source for module in modules):
                 continue
-            reason = why_not(row, sites)
+            reason = row.fits(samples, self.max_error) or row.pays(modules[0]) or why_not(row, sites)
             if reason is None and share > row.max_density:
                 reason = f"larger than the dense weight at density {share:.2f}"
-            reason = reason or row.fits(samples, self.max_error)
             if reason is not None:
                 trials[name] = Trial(name, f"not tried: {reason}")
                 continue
@@ -167,7 +170,7 @@ class Planner:
         )
         return replace(outcome, reason=f"{best} {trials[best].reason}", trials=tuple(trials.values())), decided
 
-    def _key(self, modules: list[nn.Module], calls: list[Call], ready: list[str]) -> dict[str, Any]:
+    def _key(self, modules: list[nn.Module], calls: list[Call], ready: dict[str, list[nn.Module]]) -> dict[str, Any]:
         weight = weight_of(modules[0])
         share = density(weight)
         return {
@@ -182,7 +185,8 @@ class Planner:
             ],
             "autocast": str(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else None,
             "max_error": self.max_error,
-            "candidates": ready,
+            # Of codes: how wide they are, and the sizes of what they look up.
+            "candidates": {name: _sizes_of_codes(layers[0]) for name, layers in sorted(ready.items())},
         }
 
     def _recall(
@@ -198,6 +202,12 @@ class Planner:
         except (KeyError, TypeError, ValueError) as error:
             self.cache.refuse(key, f"{type(error).__name__}: {error}")
             return None
+
+
+def _sizes_of_codes(layer: nn.Module) -> list[list[int]]:
+    if not isinstance(layer, SharedModule):
+        return []
+    return [list(layer.codes.shape), list(getattr(layer, layer.parameter_field).shape)]
 
 
 def samples_of(calls: list[Call]) -> int:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from tersetorch.methods.binarize import ShiftBatchNorm1d, ShiftBatchNorm2d
 from tersetorch.nn import BinaryConv2d, BinaryLinear
-from tersetorch.nn.binary_linear import PIXELS
+from tersetorch.nn.sign_module import PIXELS
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, ShiftBatchNorm1d, ShiftBatchNorm2d)
 # Modules that keep the order of numbers, or reverse it, in each row by itself.
@@ -69,20 +69,18 @@ def thresholds_of(
     weight = layer.sign_weight
     rows, terms = weight.shape
     scale, bias = layer.scale, layer.bias
-    if isinstance(layer, BinaryLinear) and layer.inputs != "signs":
+    if layer.inputs != "signs":
         terms, scale = terms * PIXELS, layer.unit_scale()
     if terms >= MAX_PRODUCTS:
         raise UnfoldableError(f"it adds up {terms} products, which float32 does not count exactly")
     convolves = isinstance(layer, BinaryConv2d)
     dtype = _dtype((*before, *after))
-    chain = [[_in_evaluation(module, rows, convolves) for module in part] for part in (before, after)]
-    # Every product is +1 or -1, so that sums go in steps of 2, but where a border leaves some of them out.
-    borders = isinstance(layer, BinaryConv2d) and layer.padding_value == 0 and any(layer._padding)
-    step = 1 if borders or layer.inputs == "pixels" else 2
+    chain = [[in_evaluation(module, rows, convolves) for module in part] for part in (before, after)]
+    step = steps(layer)
 
     def after_layer(places: Tensor) -> tuple[Tensor, Tensor]:
         """What before returns, and the sign behind all of it, for one sum of each row, counted from -terms in steps."""
-        y = _scaled(step * places - terms, scale, bias).to(dtype)[None]
+        y = scaled(step * places - terms, scale, bias).to(dtype)[None]
         y = y[..., None, None] if convolves else y
         for module in chain[0]:
             y = module(y)
@@ -115,7 +113,14 @@ def thresholds_of(
     return Thresholds(values, ~rises & ~level, flipped)
 
 
-def _scaled(dots: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+def steps(layer: BinaryLinear | BinaryConv2d) -> int:
+    """How far the sums of a layer lie apart."""
+    # Every product is +1 or -1, so that sums go in steps of 2, but where a border leaves some of them out.
+    borders = isinstance(layer, BinaryConv2d) and layer.padding_value == 0 and any(layer._padding)
+    return 1 if borders or layer.inputs == "pixels" else 2
+
+
+def scaled(dots: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
     """fma(dot, scale, bias) as the kernels round it: float32 of dots' shape [..., rows]."""
     # A product of two float32 is exact in float64. A sum that is not is set to the odd one of its two neighbours, whose
     # rounding to float32 is that of the exact sum (Boldo and Melquiond, Emulation of FMA and correctly rounded sums,
@@ -133,7 +138,12 @@ def _scaled(dots: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
     return odd.view(torch.float64).float()
 
 
-def _in_evaluation(module: nn.Module, rows: int, convolves: bool) -> nn.Module:
+def in_evaluation(module: nn.Module, rows: int, convolves: bool) -> nn.Module:
+    """A copy of module as it computes in evaluation.
+
+    Raises:
+        UnfoldableError: it is a batch norm without statistics, or of something else than a layer's rows.
+    """
     if isinstance(module, BATCH_NORMS):
         if module.running_mean is None or module.running_var is None:
             raise UnfoldableError(f"its {type(module).__name__} takes the statistics of each batch")

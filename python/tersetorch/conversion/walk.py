@@ -162,7 +162,7 @@ def _why_weight_kept(weight: Tensor) -> str | None:
         return f"its weight has layout {weight.layout}"
     if weight.numel() == 0:
         return "its weight is empty"
-    if not bool(weight.detach().isfinite().all()):
+    if not bool(torch.stack(weight.detach().aminmax()).isfinite().all()):
         return "its weight holds NaN or infinity"
     return None
 

@@ -19,7 +19,7 @@ from tersetorch.conversion.report import ConversionReport
 from tersetorch.conversion.swap import deep_copy, swapped_copy
 from tersetorch.conversion.verify import output_difference
 from tersetorch.conversion.walk import Site
-from tersetorch.nn.codebook_module import CodedModule
+from tersetorch.nn.shared_module import SharedProduct
 from tersetorch.nn.sign_module import SignModule
 from tersetorch.nn.sparse_module import SparseModule
 
@@ -50,7 +50,7 @@ def assemble(
     fusion = replace(fuse(copied, replacements.values()), signs=signs)
     if inputs is not None and (fusion.fused or fusion.in_place) and not _same(before, _output(copied, inputs)):
         for layer in replacements.values():
-            if isinstance(layer, SparseModule | CodedModule):
+            if isinstance(layer, SparseModule | SharedProduct):
                 layer.relu = False
         copied, signs, replacements = _chained(model, chosen, inputs)
         return copied, Fusion(signs=signs), replacements
@@ -116,7 +116,7 @@ def settle(
     Returns:
         The decisions that stand, and the report's figures for the whole model.
     """
-    decisions = list(decisions)
+    decisions = _with_whole_chains(probe, inputs, groups, decisions, planner)
     if not any(decision.layers for decision in decisions):
         return decisions, _stays_dense("No layer is faster in another format: the model stays as it is.")
     # What a user who knows torch would run on a CPU.
@@ -173,6 +173,37 @@ def settle(
         _undo(decisions, _weakest(decisions, swapped), f"undone: with it the whole model was {verdict}")
     reason = f"All swaps were undone and the model stays as it is; with the last ones it was {verdict}."
     return decisions, _stays_dense(reason, dense_ms)
+
+
+def _with_whole_chains(
+    probe: nn.Module, inputs: Inputs, groups: list[list[Site]], decisions: list[Decision], planner: Planner
+) -> list[Decision]:
+    """The decisions, with layers of signs that pay only as parts of a chain, where it is faster with them."""
+    if not any(d.signs for d in decisions):
+        return list(decisions)
+    whole = [d if d.signs is None else replace(d, chosen=d.signs[0], layers=d.signs[1]) for d in decisions]
+    forms = [assemble(probe, groups, each, inputs)[0] for each in (decisions, whole)]
+    fails = any(isinstance(_output(form, inputs), Exception) for form in forms)
+    if fails or _packing_layers(forms[0]) >= _packing_layers(forms[1]):
+        return list(decisions)
+    result = timing.contest(
+        {"as decided": _runner(forms[0], inputs.copy())},
+        {"whole": _runner(forms[1], inputs.copy())},
+        seed=planner.seed,
+        timer=planner.timer,
+        label="the chains: ",
+    )
+    if not result.passes("whole"):
+        return list(decisions)
+    ratio, verdict = result.scores["whole"].ratio, result.describe("whole")
+    return [
+        d if d.signs is None else replace(w, ratio=ratio, reason=f"{d.reason}; chains with all such layers {verdict}")
+        for d, w in zip(decisions, whole, strict=True)
+    ]
+
+
+def _packing_layers(model: nn.Module) -> int:
+    return sum(isinstance(module, SignModule) and module.thresholds is not None for module in model.modules())
 
 
 def _stays_dense(reason: str, dense_ms: float | None = None) -> ConversionReport:

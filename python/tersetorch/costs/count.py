@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.conv import _ConvNd
 
-from tersetorch.methods.modes import evaluating
+from tersetorch.costs.runs import LayerRun, arguments, run
 from tersetorch.nn import CodebookEmbedding
 from tersetorch.nn.fixed_module import FixedPointModule
 from tersetorch.nn.shared_module import SharedModule, SharedProduct
@@ -120,45 +120,26 @@ def count(model: nn.Module, example_inputs: Tensor | tuple[Any, ...] | Mapping[s
     Source:
         Han et al., Learning both weights and connections (2015), tables 3 to 5: weights and FLOP that are left.
     """
-    args, kwargs = _arguments(model, example_inputs)
-    modules = list(_own_modules(model))
-    sizes = {module: _weight_size(module) for _, module in modules if multiplies(module)}
-    calls, positions = _run(model, sizes, args, kwargs)
+    args, kwargs = arguments("count", model, example_inputs)
+    modules = list(own_modules(model))
+    sizes = {module: weight_size(module) for _, module in modules if multiplies(module)}
+    runs = run(model, sizes, args, kwargs)
     seen: set[int] = set()
     layers = []
     for name, module in modules:
         # Codes stand for parameters, looked up ones too.
-        own = _weight_size(module) if isinstance(module, SharedModule) else sizes.get(module)
+        own = weight_size(module) if isinstance(module, SharedModule) else sizes.get(module)
         parameters, nonzeros, held = _holds(module, own, seen)
         size, left = sizes.get(module, (0, 0))
         if held or parameters or module in sizes:
-            here = positions.get(module, 0)
-            ran = calls.get(module, 0)
-            kind = nn.utils.parametrize.type_before_parametrizations(module).__name__
-            layers.append(LayerCount(name, kind, ran, parameters, nonzeros, held, here * size, here * left))
-    uncounted = tuple(name for name, module in modules if module not in sizes and _hides_products(module))
+            ran = runs.get(module, LayerRun())
+            macs, effective = ran.positions * size, ran.positions * left
+            layers.append(LayerCount(name, kind_of(module), ran.calls, parameters, nonzeros, held, macs, effective))
+    uncounted = tuple(name for name, module in modules if module not in sizes and hides_products(module))
     return ModelCount(tuple(layers), uncounted)
 
 
-def _arguments(model: nn.Module, example_inputs: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"count: model must be a torch.nn.Module, got {type(model).__name__}; pass a network")
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if nn.parameter.is_lazy(tensor):
-            raise ValueError(f"count: model must know its shapes, got lazy {name}; run it once on an input")
-    if isinstance(example_inputs, Tensor):
-        return (example_inputs,), {}
-    if isinstance(example_inputs, tuple):
-        return example_inputs, {}
-    if isinstance(example_inputs, Mapping) and all(isinstance(key, str) for key in example_inputs):
-        return (), dict(example_inputs)
-    raise TypeError(
-        "count: example_inputs must be a tensor, a tuple of arguments or a dict of keyword arguments, "
-        f"got {type(example_inputs).__name__}; wrap a single argument in a tuple"
-    )
-
-
-def _own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Every module once, parametrizations apart: they belong to the layer whose weight they make."""
     inside: set[nn.Module] = set()
     for name, module in model.named_modules():
@@ -168,13 +149,19 @@ def _own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
                 inside |= set(module.parametrizations.modules())
 
 
+def kind_of(module: nn.Module) -> str:
+    """The name of module's class, as it was before parametrizations."""
+    kind: str = nn.utils.parametrize.type_before_parametrizations(module).__name__
+    return kind
+
+
 def multiplies(module: nn.Module) -> bool:
     """Whether module is a linear or convolutional layer, one of ours too."""
     ours = isinstance(module, FixedPointModule | SharedProduct | SignModule) or hasattr(type(module), "sparse_weight")
     return ours or isinstance(module, nn.Linear | _ConvNd)
 
 
-def _weight_size(module: nn.Module) -> tuple[int, int]:
+def weight_size(module: nn.Module) -> tuple[int, int]:
     """Values of the dense weight, and those that are not zero or are stored."""
     if hasattr(type(module), "sparse_weight"):
         sparse: Any = module.sparse_weight
@@ -212,31 +199,6 @@ def _holds(module: nn.Module, weight: tuple[int, int] | None, seen: set[int]) ->
     return total, sum(_nonzeros(tensor) for tensor in parameters.values()), held
 
 
-def _hides_products(module: nn.Module) -> bool:
+def hides_products(module: nn.Module) -> bool:
+    """Whether module may multiply by parameters of its own without being a layer that is counted."""
     return not isinstance(module, _LOOKUPS) and any(tensor.ndim >= 2 for tensor in module.parameters(recurse=False))
-
-
-def _run(
-    model: nn.Module, layers: Mapping[nn.Module, object], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[dict[nn.Module, int], dict[nn.Module, int]]:
-    """Calls and positions of each of layers when model runs."""
-    calls: dict[nn.Module, int] = {}
-    positions: dict[nn.Module, int] = {}
-
-    def record(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> None:
-        calls[module] = calls.get(module, 0) + 1
-        seen, channels = output, getattr(module, "out_features", None) or getattr(module, "out_channels", 0)
-        if isinstance(module, _ConvTransposeNd):
-            seen, channels = inputs[0] if inputs else next(iter(named.values())), module.in_channels
-        if isinstance(module, SignModule) and module.thresholds is not None:
-            channels = output.shape[-1]  # words of packed signs
-        positions[module] = positions.get(module, 0) + (seen.numel() // channels if channels else 0)
-
-    handles = [module.register_forward_hook(record, with_kwargs=True) for module in layers]
-    try:
-        with torch.no_grad(), evaluating(model):
-            model(*args, **kwargs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return calls, positions

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -9,8 +10,10 @@ from torch import Tensor
 
 from tersetorch import ops
 from tersetorch.formats.csr_pattern import check_dense, check_tensor
+from tersetorch.formats.shared_parts import MAX_ENTRIES, find_parts, widths
 
-MAX_ENTRIES = 256
+# Widths of parts that are looked at in all segments.
+TRIED = 2
 
 
 @dataclass(frozen=True)
@@ -58,40 +61,63 @@ class ProductWeight:
         return weight
 
     @classmethod
-    def from_dense(cls, weight: Tensor, sub_vector: int = 4) -> ProductWeight:
+    def from_dense(cls, weight: Tensor, sub_vector: int | None = None) -> ProductWeight:
         """Finds the sub-vectors of a weight that was product-quantised, float32 or bfloat16 [rows, columns], exactly.
 
         Args:
             weight: what is to be stored.
-            sub_vector: columns of a segment.
+            sub_vector: columns of a segment; None for those that find finds, or 4.
 
         Raises:
             TypeError: weight is not a float32 or bfloat16 tensor.
             ValueError: weight is not 2-D, sub_vector is not positive, or a segment has more than 256 distinct parts.
         """
+        found = cls.find(weight) if sub_vector is None else None
+        if found is not None:
+            return found
         check_dense("ProductWeight", weight)
-        if sub_vector < 1:
-            raise ValueError(f"ProductWeight: sub_vector must be at least 1, got {sub_vector}; pass a width")
-        dense = weight.detach().float()
-        rows, columns = dense.shape
-        segments = ops.product_segments(columns, sub_vector)
-        whole = torch.nn.functional.pad(dense, (0, segments * sub_vector - columns))
-        found = []
-        for part in whole.view(rows, segments, sub_vector).unbind(1):
-            distinct, named = part.unique(dim=0, return_inverse=True)
-            if len(distinct) > MAX_ENTRIES:
-                raise ValueError(
-                    f"ProductWeight: weight must have at most {MAX_ENTRIES} distinct parts in each {sub_vector} "
-                    f"columns, got {len(distinct)}; quantise it first, for example with tt.quantize.product(model)"
-                )
-            found.append((distinct.T, named.to(torch.uint8)))
-        entries = max((table.shape[1] for table, _ in found), default=1) or 1
-        codebooks = dense.new_zeros(1, max(1, segments), sub_vector, entries)
-        codes = torch.zeros(rows, segments, dtype=torch.uint8, device=dense.device)
-        for segment, (table, named) in enumerate(found):
-            codebooks[0, segment, :, : table.shape[1]] = table
-            codes[:, segment] = named
-        return cls.from_codes(codes, codebooks, columns)
+        width = 4 if sub_vector is None else sub_vector
+        if width < 1:
+            raise ValueError(f"ProductWeight: sub_vector must be at least 1, got {width}; pass a width")
+        if not weight.numel():
+            segments = ops.product_segments(weight.shape[1], width)
+            codes = torch.zeros(weight.shape[0], segments, dtype=torch.uint8, device=weight.device)
+            return cls.from_codes(codes, codes.new_zeros(1, 1, width, 1, dtype=torch.float32), weight.shape[1])
+        found = cls._of_width(weight, width)
+        if found is None:
+            raise ValueError(
+                f"ProductWeight: weight must have at most {MAX_ENTRIES} distinct parts in each {width} columns, got "
+                "more; quantise it first, for example with tt.quantize.product(model)"
+            )
+        return found
+
+    @classmethod
+    def find(cls, weight: Tensor, nbytes: float = math.inf) -> ProductWeight | None:
+        """The smallest form of one stage that holds weight, float32 or bfloat16 [rows, columns], exactly, or None.
+
+        Rows share parts of 2 or more columns, at most 256 in each segment, which together take fewer bytes than the
+        weight, and than nbytes; numbers are told apart by their bits. formats.shared_parts says how widths are found.
+
+        Raises:
+            TypeError: weight is not a float32 or bfloat16 tensor.
+            ValueError: weight is not 2-D.
+        """
+        check_dense("ProductWeight", weight)
+        best = None
+        for found in widths(_bits(weight))[:TRIED]:
+            tables = ops.product_segments(weight.shape[1], found.width)
+            if 4 * found.numbers + ops.product_bytes(weight.shape[0], tables, found.entries) < nbytes:
+                candidate = cls._of_width(weight, found.width)
+                if candidate is not None and candidate.nbytes < nbytes:
+                    best, nbytes = candidate, candidate.nbytes
+        return best
+
+    @classmethod
+    def _of_width(cls, weight: Tensor, width: int) -> ProductWeight | None:
+        found = find_parts(_bits(weight), width)
+        if found is None:
+            return None
+        return cls.from_codes(found.codes, found.codebooks.view(torch.float32)[None], weight.shape[1])
 
     def to_dense(self) -> Tensor:
         """The exact weight the kernel uses: float32 [rows, columns]; differentiable in codebooks."""
@@ -164,6 +190,11 @@ class ProductWeight:
     def nbytes(self) -> int:
         """Bytes of the stored tensors."""
         return self.codes.nbytes + self.codebooks.nbytes
+
+
+def _bits(weight: Tensor) -> Tensor:
+    """The numbers of a weight as float32, as bit patterns."""
+    return weight.detach().float().contiguous().view(torch.int32)
 
 
 def _check_codebooks(codebooks: Tensor, columns: int) -> None:

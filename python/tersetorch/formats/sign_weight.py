@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -70,36 +70,44 @@ class SignWeight:
         sizes = rows.abs()
         if not bool(sizes[:, 0].isfinite().all()):
             return "NaN or infinity"
-        other = (sizes != sizes[:, :1]).any(1)
+        least, largest = sizes.aminmax(dim=1)
+        other = least != largest
         return f"more than that in row {int(other.int().argmax())}" if bool(other.any()) else None
 
     @classmethod
-    def from_signs(cls, positive: Tensor, taps: int = 1, scale: Tensor | None = None) -> SignWeight:
-        """Packs signs, bool [rows, channels * taps], True for +1, beside a scale, which is used, not copied.
+    def from_signs(cls, negative: Tensor, taps: int = 1, scale: Tensor | None = None) -> SignWeight:
+        """Packs signs, bool [rows, channels * taps], True for -1, beside a scale, which is used, not copied.
 
         Raises:
             TypeError, ValueError: an argument has another dtype or does not fit the others.
         """
-        check_tensor("SignWeight", "positive", positive)
-        if positive.dtype != torch.bool or positive.dim() != 2:
+        check_tensor("SignWeight", "negative", negative)
+        if negative.dtype != torch.bool or negative.dim() != 2:
             raise TypeError(
-                f"SignWeight: positive must be bool [rows, columns], got {positive.dtype} {list(positive.shape)}; "
+                f"SignWeight: negative must be bool [rows, columns], got {negative.dtype} {list(negative.shape)}; "
                 "compare the weight with 0"
             )
-        rows, columns = positive.shape
+        rows, columns = negative.shape
         _check_taps(taps, columns)
-        by_tap = positive.view(rows, columns // taps, taps).transpose(1, 2)
-        weight = cls(ops.sign_pack(by_tap.float() - 0.5), columns // taps, scale)
+        by_tap = negative.view(rows, columns // taps, taps).transpose(1, 2)
+        weight = cls(ops.sign_pack(0.5 - by_tap.float()), columns // taps, scale)
         weight.validate()
         return weight
+
+    def turned(self, rows: Tensor) -> SignWeight:
+        """The weight with the other signs in some of its rows, bool [rows]."""
+        used = torch.full((self.bits.shape[2],), -1, device=self.bits.device)
+        if self.channels % WORD_BITS:
+            used[-1] = (1 << self.channels % WORD_BITS) - 1
+        return replace(self, bits=torch.where(rows[:, None, None], self.bits ^ used, self.bits))
 
     def to_dense(self) -> Tensor:
         """The exact weight the kernel uses: float32 [rows, channels * taps]."""
         scale = self.bits.new_ones(1, dtype=torch.float32) if self.scale is None else self.scale[:, None]
-        return torch.where(self.positive(), scale, -scale)
+        return torch.where(self.negative(), -scale, scale)
 
-    def positive(self) -> Tensor:
-        """Which weights are +1, bool [rows, channels * taps]."""
+    def negative(self) -> Tensor:
+        """Which weights are -1, bool [rows, channels * taps]."""
         places = 2 ** torch.arange(8, device=self.bits.device, dtype=torch.uint8)
         octets = self.bits.contiguous().view(torch.uint8)
         by_tap = (octets.unsqueeze(-1) & places).ne(0).flatten(-2)[..., : self.channels]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from tersetorch.formats.vector_codes import VectorCodes, note_codes
 from tersetorch.methods.arguments import check_model
-from tersetorch.methods.parametrization import bake, detach, live_weights, unshare
+from tersetorch.methods.parametrization import CompressedWeight, bake, detach, live_weights, unshare
 from tersetorch.methods.quantize.fixed_point import release
 
 
@@ -25,6 +26,9 @@ def finalize(model: nn.Module) -> nn.Module:
     with. Weights in fixed point stay the numbers that they are; activations are no longer rounded, but their formats
     are left for tt.convert(model, plan="fixed").
 
+    Where rows are sums of shared ones, as tt.quantize.residual makes them, the module keeps their codes beside the
+    weight, outside the state dict: tt.save and tt.convert use them as long as the weight is not changed.
+
     Where other parametrizations were registered on top of ours, only ours is baked in, and they stay.
 
     Raises:
@@ -35,6 +39,7 @@ def finalize(model: nn.Module) -> nn.Module:
     with torch.no_grad():
         for weight in live:
             weight.original.copy_(weight.compressed(weight.original))
+            note_codes(weight.module, weight.tensor, _codes_of_sums(weight.compressed))
     for weight in reversed(live):
         # Before detach, which may leave the list without our parametrization.
         unshare(weight)
@@ -42,3 +47,11 @@ def finalize(model: nn.Module) -> nn.Module:
     release(model)
     bake(model)
     return model
+
+
+def _codes_of_sums(compressed: CompressedWeight) -> VectorCodes | None:
+    """Codes and codebooks whose sums a weight is; None for other weights, whose numbers say enough."""
+    codes, codebook = compressed.codes, compressed.codebook
+    if codes is None or codebook is None or codebook.dim() != 4 or codebook.shape[0] == 1:
+        return None
+    return VectorCodes(codes, codebook.detach())

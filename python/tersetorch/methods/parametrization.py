@@ -77,8 +77,10 @@ class CompressedWeight(BakedWeight):
             shape = self.mask.shape
             return vector_codes.decode(self.codes, codebook, shape[1:].numel()).view(shape).to(dtype)
         if self.rounded:
-            # The difference is exact, and so the sum is the rounded number.
-            codebook = codebook + (codebook.to(torch.bfloat16).to(codebook.dtype) - codebook).detach()
+            # Finite values stay so, as where they are found; what is added is 0, and lets codebook train.
+            largest = torch.finfo(torch.bfloat16).max
+            nearest = codebook.detach().clamp(-largest, largest).to(torch.bfloat16).to(codebook.dtype)
+            codebook = nearest + (codebook - codebook.detach())
         return codebook.flatten().index_select(0, self._places().flatten()).view(self.mask.shape).to(dtype)
 
     def _places(self) -> Tensor:

@@ -1,49 +1,21 @@
-"""What product and residual quantisation share: their form, its checks, and the metric that calibration data gives."""
+"""What product and residual quantisation share: checks of their form, and the metric that calibration data gives."""
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from tersetorch.formats.vector_codes import VectorCodes as VectorCodes
+from tersetorch.formats.vector_codes import decode as decode
 
 MAX_ENTRIES = 256
 # Added to the diagonal of second moments, in parts of its mean: an input that never varied must not weigh nothing.
 DAMPING = 1e-2
 # Of the members of a mean entry, so that least squares have one solution: codebooks may move against each other.
 LEAST_RIDGE = 1e-4
-
-
-class VectorCodes(NamedTuple):
-    """W[r, s * width + j] = sum over stages t of codebooks[t, s, j, codes[r, t * segments + s]].
-
-    Product quantisation has one stage, residual quantisation one segment as wide as W. With codebooks of one segment
-    for several of codes, all segments share it. Columns past the last of W are padding.
-
-    Attributes:
-        codes: uint8 [rows, stages * segments].
-        codebooks: float32 [stages, segments or 1, width, entries], entries <= 256.
-    """
-
-    codes: Tensor
-    codebooks: Tensor
-
-
-def decode(codes: Tensor, codebooks: Tensor, columns: int) -> Tensor:
-    """The weight [rows, columns] that codes and codebooks stand for, as VectorCodes says; differentiable in codebooks.
-
-    Args:
-        codes: uint8 [rows, stages * segments], segments the number of widths that columns take, rounded up.
-        codebooks: float [stages, segments or 1, width, entries].
-        columns: of the weight.
-    """
-    stages, books, width, _ = codebooks.shape
-    segments = -(-columns // width)
-    places = codes.T.reshape(stages, segments, 1, -1).long()
-    source = codebooks.expand(-1, segments, -1, -1) if books != segments else codebooks
-    columns_of = source.gather(3, places.expand(-1, -1, width, -1)).sum(0)  # [segments, width, rows]
-    return columns_of.reshape(segments * width, -1)[:columns].T.contiguous()
 
 
 @torch.no_grad()

@@ -9,11 +9,8 @@ from torch import Tensor, nn
 
 from tersetorch import ops
 from tersetorch.formats import SignWeight
-from tersetorch.nn.shared_module import records
 from tersetorch.nn.sign_module import SignModule
 
-INPUTS = ("signs", "real", "pixels", "signed_pixels")
-PIXELS = 255
 _xnor_matmul = ops.native_op("xnor_matmul")
 _bitplane_matmul = ops.native_op("bitplane_matmul")
 
@@ -61,17 +58,13 @@ class BinaryLinear(SignModule):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__(weight, bias, thresholds, dtype, inputs=inputs)
-        if inputs == "real" and thresholds is not None:
-            raise ValueError('BinaryLinear: thresholds need inputs="signs", got "real"; leave one of them out')
 
     def _take_sizes(self, weight: SignWeight, inputs: str = "signs", **sizes: Any) -> None:
-        if inputs not in INPUTS:
-            raise ValueError(f"BinaryLinear: inputs must be one of {list(INPUTS)}, got {inputs!r}; choose one of them")
+        self._take_inputs(inputs)
         if inputs != "signs" and weight.taps != 1:
             raise ValueError(
                 f"BinaryLinear: weight must have one tap for inputs={inputs!r}, got {weight.taps}; leave taps out"
             )
-        self.inputs = inputs
         self.out_features, self.in_features = weight.shape
 
     def _packed(self, bits: Tensor) -> Tensor:
@@ -130,7 +123,7 @@ class BinaryLinear(SignModule):
         """Lays the weight out for flattened packed images of so many positions."""
         weight, bias, thresholds = self.sign_weight, self.bias, self.thresholds
         self._buffers.clear()
-        self._hold(SignWeight.from_signs(weight.positive(), taps, weight.scale), bias, thresholds)
+        self._hold(SignWeight.from_signs(weight.negative(), taps, weight.scale), bias, thresholds)
 
     @property
     def weight_shape(self) -> torch.Size:
@@ -145,7 +138,7 @@ class BinaryLinear(SignModule):
         """Applies the layer to input, float [..., in_features], or packed signs."""
         self._checked(input)
         if self.inputs != "signs":
-            return self._multiplied(input) if self.inputs == "real" else self._of_pixels(input)
+            return self._products(input) if self.inputs == "real" else self._of_pixels(input)
         x = input
         if x.dtype != torch.int64 and self.taps > 1 and x.shape[-1] == self.in_features:
             x = ops.sign_pack(x.unflatten(-1, (self._channels, self.taps)).transpose(-1, -2)).flatten(-2)
@@ -156,35 +149,9 @@ class BinaryLinear(SignModule):
         )
         return self._finished(y, input.dtype)
 
-    def _multiplied(self, x: Tensor) -> Tensor:
-        """The product with numbers."""
-        if x.dtype == torch.int64:
-            raise TypeError(
-                'BinaryLinear: input must be float32 or bfloat16 for inputs="real", got packed signs; unpack'
-            )
-        if not records():
-            return ops.sign_matmul_inference(x, self.bits, self.out_features, self.scale, self.bias)
-        return ops.sign_matmul(x, self.bits, out_features=self.out_features, scale=self.scale, bias=self.bias)
-
-    @property
-    def unit(self) -> float:
-        """What the integer product of inputs stands for: 1 / 255 of pixels, 1 otherwise."""
-        return 1 / PIXELS if self.inputs in ("pixels", "signed_pixels") else 1.0
-
-    def unit_scale(self) -> Tensor | None:
-        """The scale of the integer product, float32 [out_features], or None for 1."""
-        if self.unit == 1.0:
-            return self.scale
-        ones = torch.ones(self.out_features, device=self.bits.device) if self.scale is None else self.scale
-        return ones / PIXELS
-
     def _of_pixels(self, x: Tensor) -> Tensor:
         """The product with pixels, floats of which the nearest counts."""
-        step, zero = (2, PIXELS) if self.inputs == "signed_pixels" else (1, 0)
-        pixels = x
-        if x.dtype != torch.uint8:
-            # In float32, since bfloat16 does not hold all 256.
-            pixels = ((x.float() * PIXELS + zero) / step).round_().clamp_(0, PIXELS).to(torch.uint8)
+        pixels, step, zero = self._pixels(x)
         held = self._buffers
         scale = None if held["thresholds"] is not None else self.unit_scale()
         y: Tensor = _bitplane_matmul(
@@ -198,7 +165,7 @@ class BinaryLinear(SignModule):
             held["bias"],
             held["thresholds"],
         )
-        return self._finished(y, torch.int64 if x.dtype == torch.uint8 else x.dtype)
+        return self._finished(y, x.dtype)
 
     def extra_repr(self) -> str:
         """What print(module) shows between the parentheses."""

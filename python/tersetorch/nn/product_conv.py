@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from tersetorch import ops
 from tersetorch.formats import ProductWeight
 from tersetorch.nn.conv_sizes import ConvSizes, Sizes
-from tersetorch.nn.product_linear import ResidualForm, shared_weight, zero_weight
-from tersetorch.nn.shared_module import SharedProduct, records
+from tersetorch.nn.product_module import ProductModule, ResidualForm, zero_weight
+from tersetorch.nn.shared_module import records
 
 
-class ProductConv2d(ConvSizes, SharedProduct):
+class ProductConv2d(ConvSizes, ProductModule):
     """y = conv2d(input, W) + bias, at least 0 with relu, with W in product-quantised form; the codebooks train.
 
     Shapes: input float32 or bfloat16 [N, in_channels, H, W] or [in_channels, H, W], contiguous or channels_last; y
@@ -37,11 +37,7 @@ class ProductConv2d(ConvSizes, SharedProduct):
         Gong et al., Compressing deep convolutional networks using vector quantization (2014), section 3.3.
     """
 
-    format = ProductWeight
-    parameter_field = "codebooks"
     dims = 2
-
-    codebooks: nn.Parameter
 
     def __init__(
         self,
@@ -67,15 +63,17 @@ class ProductConv2d(ConvSizes, SharedProduct):
         return ProductWeight(codes, values, *self._shape)
 
     @classmethod
-    def from_dense(cls, module: nn.Conv2d, sub_vector: int = 4) -> Self:
+    def from_dense(cls, module: nn.Conv2d, sub_vector: int | None = None) -> Self:
         """The layer that computes what module computes.
 
-        A module that quantize.product or quantize.residual has made share keeps its codes and codebooks. Another one is
-        searched for the parts that its filters share.
+        A module that quantize.product or quantize.residual has made share keeps its codes and codebooks; of sums they
+        are still known after finalize, until the weight is changed. Any other weight is searched for the parts that
+        its filters share.
 
         Args:
             module: the layer.
-            sub_vector: columns of a segment, where they have to be searched for.
+            sub_vector: columns of a segment, where they have to be searched for; None for those that take the fewest
+                bytes, see ProductWeight.find.
 
         Raises:
             TypeError: module is not an nn.Conv2d, or its weight is neither float32 nor bfloat16.
@@ -84,12 +82,8 @@ class ProductConv2d(ConvSizes, SharedProduct):
         """
         if not isinstance(module, nn.Conv2d):
             raise TypeError(f"{cls.__name__}: module must be an nn.Conv2d, got {type(module).__name__}; pass a layer")
-        weight = shared_weight(cls.__name__, module)
-        if weight is None:
-            weight = cls._from_weight(module.weight.detach().flatten(1), sub_vector)
         layer = cls(
-            weight,
-            None if module.bias is None else module.bias.detach().clone(),
+            *cls._parts_of(module, sub_vector),
             kernel_size=module.kernel_size,
             stride=module.stride,
             padding=module.padding,
@@ -98,10 +92,6 @@ class ProductConv2d(ConvSizes, SharedProduct):
             padding_mode=module.padding_mode,
         )
         return layer.train(module.training)
-
-    @classmethod
-    def _from_weight(cls, weight: Tensor, sub_vector: int) -> ProductWeight:
-        return ProductWeight.from_dense(weight, sub_vector)
 
     @classmethod
     def of_sizes(
@@ -146,11 +136,6 @@ class ProductConv2d(ConvSizes, SharedProduct):
         """The plain layer with the same weight and bias, of one dtype: float32 where they differ and one needs it."""
         dense: nn.Conv2d = self._dense(nn.Conv2d)
         return self._filled(dense)
-
-    @property
-    def product_weight(self) -> ProductWeight:
-        """The weight in its format; it shares memory with the layer."""
-        return self._weight_of(self.codes, self.codebooks)
 
     @property
     def weight(self) -> Tensor:

@@ -9,12 +9,13 @@ from torch import Tensor, nn
 
 from tersetorch import ops
 from tersetorch.formats import ProductWeight
-from tersetorch.nn.shared_module import SharedProduct, records
+from tersetorch.nn.product_module import ProductModule, ResidualForm, zero_weight
+from tersetorch.nn.shared_module import records
 
 MODES = ("exact", "int8")
 
 
-class ProductLinear(SharedProduct):
+class ProductLinear(ProductModule):
     """y = input @ W.T + bias, at least 0 with relu, with W in product-quantised form; the codebooks train.
 
     Shapes: input float32 or bfloat16 [..., in_features] -> y [..., out_features], of input's dtype; sums in float32.
@@ -36,11 +37,6 @@ class ProductLinear(SharedProduct):
     Source:
         Gong et al., Compressing deep convolutional networks using vector quantization (2014), section 3.3.
     """
-
-    format = ProductWeight
-    parameter_field = "codebooks"
-
-    codebooks: nn.Parameter
 
     def __init__(
         self, weight: ProductWeight, bias: Tensor | None = None, *, mode: str = "exact", relu: bool = False
@@ -107,39 +103,31 @@ class ProductLinear(SharedProduct):
         }
 
     @classmethod
-    def from_dense(cls, module: nn.Linear, sub_vector: int = 4) -> Self:
+    def from_dense(cls, module: nn.Linear, sub_vector: int | None = None, *, mode: str = "exact") -> Self:
         """The layer that computes what module computes.
 
-        A module that quantize.product or quantize.residual has made share keeps its codes and codebooks. Another one is
-        searched for the parts that its rows share.
+        A module that quantize.product or quantize.residual has made share keeps its codes and codebooks; of sums they
+        are still known after finalize, until the weight is changed. Any other weight is searched for the parts that
+        its rows share.
 
         Args:
             module: the layer.
-            sub_vector: columns of a segment, where they have to be searched for.
+            sub_vector: columns of a segment, where they have to be searched for; None for those that take the fewest
+                bytes, see ProductWeight.find.
+            mode: of the layer.
 
         Raises:
             TypeError: module is not an nn.Linear, or its weight is neither float32 nor bfloat16.
             ValueError: the weight has more distinct parts than codes can name, or is not what its codes say, since it
-                was pruned after, or rounded where rows are sums.
+                was pruned after, or rounded where rows are sums; or there is no such mode.
         """
         if not isinstance(module, nn.Linear):
             raise TypeError(f"{cls.__name__}: module must be an nn.Linear, got {type(module).__name__}; pass a layer")
-        bias = None if module.bias is None else module.bias.detach().clone()
-        weight = shared_weight(cls.__name__, module) or cls._from_weight(module.weight, sub_vector)
-        return cls(weight, bias).train(module.training)
-
-    @classmethod
-    def _from_weight(cls, weight: Tensor, sub_vector: int) -> ProductWeight:
-        return ProductWeight.from_dense(weight, sub_vector)
+        return cls(*cls._parts_of(module, sub_vector), mode=mode).train(module.training)
 
     def to_dense(self) -> nn.Linear:
         """The plain layer with the same weight and bias, of one dtype: float32 where they differ and one needs it."""
         return self._filled(nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta"))
-
-    @property
-    def product_weight(self) -> ProductWeight:
-        """The weight in its format; it shares memory with the layer."""
-        return self._weight_of(self.codes, self.codebooks)
 
     def forward(self, input: Tensor) -> Tensor:
         """Applies the layer to input, float [..., in_features]."""
@@ -163,25 +151,6 @@ class ProductLinear(SharedProduct):
         )
 
 
-class ResidualForm:
-    """The form that residual quantisation gives a weight, as a layer that computes with it checks it."""
-
-    def _check_form(self, weight: ProductWeight) -> None:
-        if weight.segments > 1:
-            name = type(self).__name__
-            raise ValueError(
-                f"{name}: weight must have one segment as wide as its {weight.columns} columns, got "
-                f"{weight.segments} segments; use {name.replace('Residual', 'Product')}"
-            )
-
-    @classmethod
-    def _from_weight(cls, weight: Tensor, sub_vector: int) -> ProductWeight:
-        raise ValueError(
-            f"{cls.__name__}: module must carry the codes that quantize.residual gives it, got a plain weight, "
-            "whose sums nobody can take apart; convert before finalize"
-        )
-
-
 class ResidualLinear(ResidualForm, ProductLinear):
     """y = input @ W.T + bias, each row of W a sum of shared rows, one of each stage; the codebooks train.
 
@@ -193,35 +162,3 @@ class ResidualLinear(ResidualForm, ProductLinear):
     Source:
         Gong et al., Compressing deep convolutional networks using vector quantization (2014), section 3.4.
     """
-
-
-def shared_weight(owner: str, module: nn.Linear | nn.Conv2d) -> ProductWeight | None:
-    """The codes and codebooks of a live weight of shared sub-vectors, or None for another weight.
-
-    Raises:
-        ValueError: they do not say all of the weight: a mask hides some, or its dtype rounds sums of them.
-    """
-    lists: Any = getattr(module, "parametrizations", None)
-    held: Any = None if lists is None or "weight" not in lists else lists["weight"][0]
-    codes, codebook = getattr(held, "codes", None), getattr(held, "codebook", None)
-    if not (isinstance(codes, Tensor) and isinstance(codebook, Tensor) and codebook.dim() == 4):
-        return None
-    dense, stages = module.weight.detach().flatten(1), codebook.shape[0]
-    # A weight of one stage is its entries, which the dtype rounds alike; sums are rounded after they are made.
-    values = (codebook.detach().to(dense.dtype) if stages == 1 else codebook.detach()).float().clone()
-    weight = ProductWeight.from_codes(codes.flatten(1), values, dense.shape[1])
-    found, dense = weight.to_dense(), dense.float()
-    # The order of a sum's terms may move its last bits.
-    slack = 1e-6 * stages * float(dense.abs().max()) if stages > 1 and dense.numel() else 0.0
-    if not torch.allclose(found, dense, rtol=0, atol=slack, equal_nan=True):
-        raise ValueError(
-            f"{owner}: module's weight must be what its codes and codebooks say, got one that a mask or its dtype, "
-            f"{module.weight.dtype}, makes another; prune and convert to that dtype first, then quantise"
-        )
-    return weight
-
-
-def zero_weight(rows: int, columns: int, shape: tuple[int, int, int, int]) -> ProductWeight:
-    """A weight of zeros with codebooks of this shape, for tensors that come from elsewhere."""
-    codes = torch.zeros(rows, shape[0] * ops.product_segments(columns, shape[2]), dtype=torch.uint8)
-    return ProductWeight(ops.product_pack(codes, shape[3]), torch.zeros(shape), rows, columns)

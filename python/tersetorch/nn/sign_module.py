@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from tersetorch import ops
 from tersetorch.formats import SignWeight
+from tersetorch.nn.shared_module import records
 
 FLOATS = (torch.float32, torch.bfloat16)
+PIXEL_INPUTS = ("pixels", "signed_pixels")
+INPUTS = ("signs", "real", *PIXEL_INPUTS)
+PIXELS = 255
 
 Dense = TypeVar("Dense", nn.Linear, nn.Conv2d)
 
@@ -19,9 +25,10 @@ class SignModule(nn.Module):
     """A layer over a weight of signs: dot is the product of them with the signs of its input, an exact integer.
 
     Its output is fma(dot, scale, bias), or, with thresholds, the packed signs that are +1 where dot >= threshold, for
-    the next such layer. It has no gradients: train what it was made from. All its tensors are buffers: bits int64 as
-    the kernel has them, scale and bias float32 [rows] or None, thresholds int32 [rows] or None. They keep their dtypes
-    under .half(), .bfloat16() and .double(); these change dtype, that of y where the input is packed signs.
+    the next such layer. With inputs="real" it has gradients of its input, and no others: train what it was made from.
+    All its tensors are buffers: bits int64 as the kernel has them, scale and bias float32 [rows] or None, thresholds
+    int32 [rows] or None. They keep their dtypes under .half(), .bfloat16() and .double(); these change dtype, that of y
+    where the input is packed signs.
     """
 
     inputs: str = "signs"
@@ -55,11 +62,23 @@ class SignModule(nn.Module):
             raise TypeError(f"{type(self).__name__}: dtype must be a floating-point dtype, got {dtype}; pass float32")
         self.dtype = dtype
 
+    def _take_inputs(self, inputs: str) -> None:
+        """Notes what the weight multiplies, checked."""
+        if inputs not in INPUTS:
+            raise ValueError(
+                f"{type(self).__name__}: inputs must be one of {list(INPUTS)}, got {inputs!r}; choose one of them"
+            )
+        self.inputs = inputs
+
     def _take_sizes(self, weight: SignWeight, **sizes: Any) -> None:
         """Notes a weight's sizes and those that the constructor was given, checked."""
         raise NotImplementedError
 
     def _hold(self, weight: SignWeight, bias: Tensor | None, thresholds: Tensor | None) -> None:
+        if self.inputs == "real" and thresholds is not None:
+            raise ValueError(
+                f'{type(self).__name__}: thresholds need inputs="signs", got "real"; leave one of them out'
+            )
         self._channels, self.taps = weight.channels, weight.taps
         held = {"bits": self._packed(weight.bits), "scale": weight.scale, "bias": bias, "thresholds": thresholds}
         # None last: torch.export counts the others by their places.
@@ -68,10 +87,15 @@ class SignModule(nn.Module):
 
     def fold_(self, thresholds: Tensor, negated: Tensor) -> None:
         """Takes thresholds int32 [rows] in the place of scale and bias, for the other signs in rows negated, bool."""
-        weight = self.sign_weight
-        positive = weight.positive() ^ negated[:, None]
+        weight = replace(self.sign_weight.turned(negated), scale=None)
         self._buffers.clear()
-        self._hold(SignWeight.from_signs(positive, weight.taps), None, thresholds)
+        self._hold(weight, None, thresholds)
+
+    def scale_(self, scale: Tensor, bias: Tensor) -> None:
+        """Takes float32 [rows] in the place of scale and bias."""
+        weight = replace(self.sign_weight, scale=scale)
+        self._buffers.clear()
+        self._hold(weight, bias, None)
 
     def _packed(self, bits: Tensor) -> Tensor:
         """Bits [rows, taps, words] as the kernel takes them."""
@@ -102,18 +126,18 @@ class SignModule(nn.Module):
         return self.sign_weight.to_dense().view(self.weight_shape)
 
     @property
-    def positive(self) -> Tensor:
-        """Which weights are +1, bool of weight's shape."""
-        return self.sign_weight.positive().view(self.weight_shape)
+    def negative(self) -> Tensor:
+        """Which weights are -1, bool of weight's shape."""
+        return self.sign_weight.negative().view(self.weight_shape)
 
     @property
     def weight_shape(self) -> torch.Size:
         """The shape of the dense weight."""
         raise NotImplementedError
 
-    def packed(self, positive: Tensor) -> Tensor:
-        """Signs, bool of weight's shape and on the CPU, as this layer's bits have them."""
-        rows = positive.reshape(self.weight_shape[0], self.weight_shape[1:].numel())
+    def packed(self, negative: Tensor) -> Tensor:
+        """Signs, bool of weight's shape, True for -1, and on the CPU, as this layer's bits have them."""
+        rows = negative.reshape(self.weight_shape[0], self.weight_shape[1:].numel())
         return self._packed(SignWeight.from_signs(rows, self.taps).bits)
 
     def validate(self) -> None:
@@ -173,15 +197,41 @@ class SignModule(nn.Module):
             raise TypeError(
                 f"{type(self).__name__}: input must be a tensor, got {type(x).__name__}; pass a torch.Tensor"
             )
-        other = (torch.int64, "packed signs, int64") if self.inputs in ("signs", "real") else (torch.uint8, "uint8")
-        if x.dtype != other[0] and x.dtype not in FLOATS:
-            raise TypeError(
-                f"{type(self).__name__}: input must be float32, bfloat16 or {other[1]}, got {x.dtype}; convert it"
-            )
+        if x.dtype in FLOATS:
+            return
+        name = type(self).__name__
+        if self.inputs == "real":
+            got = "packed signs; unpack" if x.dtype == torch.int64 else f"{x.dtype}; convert it"
+            raise TypeError(f'{name}: input must be float32 or bfloat16 for inputs="real", got {got}')
+        other = (torch.int64, "packed signs, int64") if self.inputs == "signs" else (torch.uint8, "uint8")
+        if x.dtype != other[0]:
+            raise TypeError(f"{name}: input must be float32, bfloat16 or {other[1]}, got {x.dtype}; convert it")
+
+    def unit_scale(self) -> Tensor | None:
+        """The scale of the integer product, float32 [rows], or None for 1: of pixels it counts 255ths."""
+        if self.inputs not in PIXEL_INPUTS:
+            return self.scale
+        ones = torch.ones(self.weight_shape[0], device=self.bits.device) if self.scale is None else self.scale
+        return ones / PIXELS
+
+    def _pixels(self, x: Tensor) -> tuple[Tensor, int, int]:
+        """Pixels uint8, of floats the nearest, and the step and zero that ops.bitplane_matmul takes with them."""
+        step, zero = (2, PIXELS) if self.inputs == "signed_pixels" else (1, 0)
+        if x.dtype != torch.uint8:
+            # In float32, since bfloat16 does not hold all 256.
+            x = ((x.float() * PIXELS + zero) / step).round_().clamp_(0, PIXELS).to(torch.uint8)
+        return x, step, zero
+
+    def _products(self, x: Tensor) -> Tensor:
+        """Those of numbers [..., columns] with the rows of the weight, [..., rows] of x's dtype."""
+        rows = self.weight_shape[0]
+        if not records():
+            return ops.sign_matmul_inference(x, self.bits, rows, self.scale, self.bias)
+        return ops.sign_matmul(x, self.bits, out_features=rows, scale=self.scale, bias=self.bias)
 
     def _finished(self, y: Tensor, given: torch.dtype) -> Tensor:
         """What the op returned as the layer does: packed signs, or floats of a float input's dtype."""
-        dtype = self.dtype if given == torch.int64 else given
+        dtype = given if given in FLOATS else self.dtype
         return y if y.dtype in (torch.int64, dtype) else y.to(dtype)
 
     def _shown(self) -> list[str]:
@@ -193,7 +243,11 @@ class SignModule(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = {name: self._buffers[name] for name in ("scale", "bias")}
+        # A memory format is for images: .to would lay bits of four or five dimensions out anew, or fail.
+        bits, flat = self.bits, self.bits.flatten()
+        self.bits = flat
         super()._apply(fn, recurse)
+        self.bits = bits if self.bits is flat else self.bits.view(bits.shape)
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.bits.device)).dtype
         for name, was in before.items():
             now = self._buffers[name]

@@ -61,7 +61,7 @@ class SignMaxPool2d(nn.Module):
     @classmethod
     def from_dense(cls, module: nn.MaxPool2d, flipped: Tensor | None = None) -> Self:
         """The pool of packed signs that module is of the numbers behind them; flipped is bool [channels]."""
-        flips = ops.sign_pack(flipped.float() - 0.5) if flipped is not None and bool(flipped.any()) else None
+        flips = ops.sign_pack(0.5 - flipped.float()) if flipped is not None and bool(flipped.any()) else None
         pool = cls(module.kernel_size, module.stride, module.padding, module.dilation, module.ceil_mode, flips=flips)
         return pool.train(module.training)
 

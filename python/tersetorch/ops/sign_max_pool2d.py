@@ -20,10 +20,10 @@ def sign_max_pool2d(
     ceil_mode: bool = False,
     flips: Tensor | None = None,
 ) -> Tensor:
-    """max_pool2d of images of signs, which is an or of bits.
+    """max_pool2d of images of signs, which is an and of bits.
 
     y[n, i, j, c] = max_(kh, kw) x[n, i * stride + kh * dilation - padding, ..., c], times -1 where bit c of flips is 1.
-    Positions outside the image never win; a window that lies outside altogether gives -1.
+    Positions outside the image never win; a window that lies outside altogether is refused.
 
     Args:
         x: packed images int64 [N, H, W, words] or [H, W, words], as sign_pack_images or a product with thresholds
@@ -75,6 +75,11 @@ def sign_max_pool2d(
             raise ValueError(
                 f"{op}: x must be at least {reach - 2 * pads[i]} {axis} for these windows and padding, got {size}; "
                 "pass larger images"
+            )
+        # Else a window would lie outside altogether, and have no largest sign.
+        if kernel[i] > 1 and size < gaps[i]:
+            raise ValueError(
+                f"{op}: x must be at least {gaps[i]} {axis}, as dilation is, got {size}; pass larger images"
             )
     images = x if x.dim() == 4 else x.unsqueeze(0)
     y = cast(Tensor, _sign_max_pool2d(images, kernel, steps, pads, gaps, ceil_mode, flips))

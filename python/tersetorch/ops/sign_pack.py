@@ -12,7 +12,7 @@ _sign_pack_images = torch.ops.tersetorch.sign_pack_images.default
 
 
 def sign_pack(x: Tensor) -> Tensor:
-    """The signs of x as bits: 1 (for +1) where x >= 0, -0 too; 0 (for -1) elsewhere, NaN too.
+    """The signs of x as bits: 0 (for +1) where x >= 0, -0 too; 1 (for -1) elsewhere, NaN too.
 
     Args:
         x: float32 or bfloat16 [..., n], any strides.
@@ -69,7 +69,7 @@ def sign_unpack(bits: Tensor, n: int) -> Tensor:
     """The signs +1 and -1, float32 [..., n], that sign_pack packed."""
     places = torch.arange(WORD_BITS, device=bits.device)
     signs = (bits.unsqueeze(-1) >> places & 1).flatten(-2)[..., :n]
-    return 2.0 * signs - 1.0
+    return 1.0 - 2.0 * signs
 
 
 def sign_words(n: int) -> int:

@@ -15,10 +15,12 @@ from rich.progress import Progress
 from torch import nn
 
 from tersetorch.methods import prune, quantize
+from tersetorch.methods.arguments import check_choice
 from tersetorch.methods.selection import Pattern, assign, select
 from tersetorch.recipes.run_folder import RunFolder, fingerprint
 from tersetorch.storage import save
 from tersetorch.storage.arguments import target_of
+from tersetorch.storage.streams import CODERS
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Bits = Annotated[int, Field(ge=1, le=8)]
@@ -219,6 +221,7 @@ def deep_compression(
     *,
     steps_per_epoch: int | None = None,
     path: str | os.PathLike[str] | None = None,
+    coders: Literal["smallest", "fast"] = "smallest",
     folder: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> nn.Module:
@@ -243,6 +246,7 @@ def deep_compression(
         train: retrains model in place; what it returns is not looked at.
         steps_per_epoch: optimizer steps that train takes in an epoch; needed when recipe.prune.ramp_epochs is given.
         path: the file to store the compressed model in, as tersetorch.save does; None to store none.
+        coders: of that file, as tersetorch.save takes it.
         folder: where the model's state is kept after each training: the same call, with the model as it came, goes on
             from there after an interruption and ends with the same bits, if train is deterministic. Made where it is
             missing.
@@ -259,7 +263,7 @@ def deep_compression(
         Han, Mao, Dally, Deep Compression (2016), sections 2 and 3. Where we differ: dropout is scaled, and sparsity
         may rise while training (Zhu and Gupta, To prune, or not to prune, 2017, equation 1).
     """
-    plan, layers = _check(model, recipe, train, steps_per_epoch, path)
+    plan, layers = _check(model, recipe, train, steps_per_epoch, path, coders)
     steps = _steps(model, plan, train, steps_per_epoch)
     weights = None if folder is None else fingerprint(model)
     settings = {"recipe": plan.model_dump(), "steps_per_epoch": steps_per_epoch, "weights": weights}
@@ -277,7 +281,7 @@ def deep_compression(
         if progress is not None and task is not None:
             progress.advance(task)
     if path is not None:
-        save(model, path)
+        save(model, path, coders=coders, progress=progress)
     return model
 
 
@@ -287,6 +291,7 @@ def _check(
     train: Train,
     steps_per_epoch: int | None,
     path: str | os.PathLike[str] | None,
+    coders: str,
 ) -> tuple[DeepCompressionRecipe, list[str]]:
     """The plan, and the names of the layers that it changes."""
     if not isinstance(model, nn.Module):
@@ -307,6 +312,7 @@ def _check(
             "deep_compression: steps_per_epoch must be at least 1 where recipe.prune has ramp_epochs, "
             f"got {steps_per_epoch}; pass the optimizer steps that train takes in an epoch"
         )
+    check_choice("deep_compression", "coders", coders, CODERS)
     if path is not None:  # looked at now, since the file comes last, after hours of training maybe
         target_of("deep_compression", path)
     layers = []

@@ -21,6 +21,7 @@ from typing import Any
 from rich.progress import Progress
 from torch import Tensor, nn
 
+from tersetorch.formats.vector_codes import VectorCodes, noted_codes
 from tersetorch.storage import registry
 from tersetorch.storage.compare import difference, needs_values
 from tersetorch.storage.entry import Entry
@@ -43,7 +44,8 @@ _SUMMING = (
 class Describer:
     """Walks a model once. Afterwards entries and streams hold its tensors, each stored once."""
 
-    def __init__(self, model: nn.Module, progress: Progress | None = None) -> None:
+    def __init__(self, model: nn.Module, progress: Progress | None = None, in_context: bool = True) -> None:
+        self._in_context = in_context
         self.entries: list[Entry] = []
         self.streams: list[list[Stream]] = []
         self._numbers: dict[int, int] = {}
@@ -123,7 +125,7 @@ class Describer:
             if id(parameter) in self._numbers:
                 raise ValueError(_tied(path))
             self._layers[id(parameter)] = layer
-            number = self._add(parameter, *encode_layer(path or "the model", layer))
+            number = self._add(parameter, *encode_layer(path or "the model", layer, self._in_context))
         else:
             number = self._numbers[id(parameter)]
             same = all(getattr(layer, field).equal(getattr(earlier, field)) for field in layer.buffer_fields)
@@ -158,21 +160,23 @@ class Describer:
                 if plain is not None:
                     numbers[packed[1]] = self._number_of_packed(module, tensor, plain, _join(path, name))
                     continue
-            numbers[name] = self._number(tensor, _join(path, name))
+            numbers[name] = self._number(tensor, _join(path, name), noted_codes(module, name))
         return numbers
 
     def _number_of_packed(self, layer: nn.Module, packed: Tensor, plain: Tensor, path: str) -> int:
         key = id(packed), *packing(layer)
         if key not in self._packed:
-            self._packed[key] = self._append(*encode_tensor(path, plain, trains=True), packed.nbytes)
+            encoded = encode_tensor(path, plain, trains=True, in_context=self._in_context)
+            self._packed[key] = self._append(*encoded, packed.nbytes)
         return self._packed[key]
 
-    def _number(self, tensor: Tensor, path: str) -> int:
+    def _number(self, tensor: Tensor, path: str, sums: VectorCodes | None = None) -> int:
         if id(tensor) in self._layers:
             raise ValueError(_tied(path))
         if id(tensor) not in self._numbers:
             trains = tensor.requires_grad or not isinstance(tensor, nn.Parameter)
-            return self._add(tensor, *encode_tensor(path, tensor, trains, id(tensor) not in self._exact))
+            summed = id(tensor) not in self._exact
+            return self._add(tensor, *encode_tensor(path, tensor, trains, summed, sums, self._in_context))
         return self._numbers[id(tensor)]
 
     def _add(self, tensor: Tensor, entry: Entry, streams: list[Stream]) -> int:

@@ -4,8 +4,13 @@
     d  dtype
     f  form
     n  positions stored (sparse forms)
-    k  entries of the codebook, or of each (codebook forms)
-    w  columns of a block that has a codebook (codebooks; left out where rows have them)
+    k  entries of the codebook, or of each (codebook forms, vectors); codes, from 0 on (integers, affine, scaled)
+    w  columns of a block that has a codebook (codebooks; left out where rows have them), or of a segment (vectors);
+       weights, consecutive in C order, that share a scale (integers, affine, scaled)
+    u  terms that a number is a sum of (vectors; 1 where it is left out)
+    h  true: all segments share a codebook (vectors)
+    i  the least integer, which is code 0 (integers; 0 where it is left out)
+    m  bit pattern of a float32 number that products are multiplied by (integers; by none where it is left out)
     b  bit pattern of every position that is not stored (sparse forms; 0 where it is left out)
     t  true: positions run down the columns
     o  dimensions from outermost to innermost in memory
@@ -14,14 +19,21 @@
     v  kernel of a sparse convolution, whose weight is stored as a matrix
     x  streams: [coder, bytes] or [coder, bytes, width]
 
-Forms and their streams:
+Forms and their streams (the codebook of sums is float32 where the tensor is narrower):
 
     raw               values
     codebook          codebook, codes
     sparse            positions, values
     sparse-codebook   positions, codebook, codes
     codebooks         codebook (of every row or block of columns, one after the other), codes
+    vectors           codebook [terms, segments or 1, columns of a segment, entries], codes [rows, terms * segments]
     signs             scales (magnitudes, one for each row), signs (1 for a negative number)
+    integers          scales (float32, one for each run of w weights), codes; a weight is
+                      dtype(float32(float32((i + code) scale) m)), to nearest, ties to even
+    affine            scales, offsets (one for each run of w weights), codes; a weight is
+                      float32(float32(code scale) + offset)
+    scaled            codebook (float32), scales (one for each run of w weights), codes; a weight is
+                      dtype(float32(codebook[code] scale)), to nearest, ties to even
 """
 
 from __future__ import annotations
@@ -76,16 +88,26 @@ FORMS = {
     "raw": ("values",),
     "codebook": ("codebook", "codes"),
     "codebooks": ("codebook", "codes"),
+    "vectors": ("codebook", "codes"),
     "sparse": ("positions", "values"),
     "sparse-codebook": ("positions", "codebook", "codes"),
     "signs": ("scales", "signs"),
+    "integers": ("scales", "codes"),
+    "affine": ("scales", "offsets", "codes"),
+    "scaled": ("codebook", "scales", "codes"),
 }
+# Forms that name how many codes there are.
+CODED = ("codebook", "codebooks", "vectors", "sparse-codebook", "integers", "affine", "scaled")
+# Forms of runs of weights that have a scale each.
+SCALED = ("integers", "affine", "scaled")
+MAX_INTEGER = 255
 ROLE_CODERS = {
     "values": VALUE_CODERS,
     "codebook": VALUE_CODERS,
     "codes": CODE_CODERS,
     "positions": POSITION_CODERS,
     "scales": VALUE_CODERS,
+    "offsets": VALUE_CODERS,
     "signs": CODE_CODERS[:-1],
 }
 MAX_GAP_WIDTH = 15
@@ -111,6 +133,10 @@ class Entry:
     stored: int
     entries: int = 0
     block: int = 0
+    least: int = 0
+    factor: int = 0
+    stages: int = 1
+    one_book: bool = False
     base: int = 0
     down_columns: bool = False
     order: tuple[int, ...] | None = None
@@ -131,7 +157,9 @@ class Entry:
 
     @property
     def grid(self) -> Grid:
-        """The tensor as coders in context see it: a tensor without columns is one row."""
+        """The tensor, or the codes of sub-vectors, as coders in context see it: a tensor without columns is one row."""
+        if self.form == "vectors":
+            return Grid(self.stored, self.stages * self.segments, 1, 1)
         shape = (*self.shape, 2) if self.dtype in REAL else self.shape
         rows = shape[0] if len(shape) > 1 else 1
         kernel = math.prod(self.kernel or shape[2:])
@@ -144,17 +172,34 @@ class Entry:
         return self.form.startswith("sparse")
 
     @property
+    def segments(self) -> int:
+        """Parts of a row that have a code each, or for each term: a block is one."""
+        return -(-(self.numel // self.shape[0]) // self.block) if self.block and self.numel else 1
+
+    @property
     def codebooks(self) -> int:
         """Codebooks that are stored."""
+        if self.form == "vectors":
+            return self.stages * (1 if self.one_book else self.segments)
         if self.form != "codebooks":
-            return int(self.form.endswith("codebook"))
-        return self.numel // self.shape[0] // self.block if self.block else self.shape[0]
+            return int("codebook" in FORMS[self.form])
+        return self.segments if self.block else self.shape[0]
 
     def count(self, role: str) -> int:
         """Items in a stream of this role."""
-        return {"codebook": self.entries * self.codebooks, "scales": self.shape[0] if self.shape else 0}.get(
+        if role in ("scales", "offsets") and self.form in SCALED:
+            return self.numel // self.block
+        width = self.block if self.form == "vectors" else 1
+        return {"codebook": self.entries * self.codebooks * width, "scales": self.shape[0] if self.shape else 0}.get(
             role, self.stored
         )
+
+    def dtype_of(self, role: str) -> torch.dtype:
+        """The dtype of the numbers in a stream of values of this role."""
+        if role != "codes" and self.form in SCALED:
+            return torch.float32
+        sums = role == "codebook" and self.stages > 1
+        return torch.promote_types(self.real_dtype, torch.float32) if sums else self.real_dtype
 
     @property
     def decoded_bytes(self) -> int:
@@ -175,10 +220,18 @@ class Entry:
         data: dict[str, Any] = {"s": list(self.shape), "d": DTYPE_NAMES[self.dtype], "f": self.form}
         if self.is_sparse:
             data["n"] = self.stored
-        if self.codebooks:
+        if self.form in CODED:
             data["k"] = self.entries
         if self.block:
             data["w"] = self.block
+        if self.least:
+            data["i"] = self.least
+        if self.factor:
+            data["m"] = self.factor
+        if self.stages > 1:
+            data["u"] = self.stages
+        if self.one_book:
+            data["h"] = True
         if self.base:
             data["b"] = self.base
         if self.down_columns:
@@ -201,7 +254,7 @@ class Entry:
         Raises:
             TerseFileError: a field is unknown, missing or out of range, or the fields contradict each other.
         """
-        data = fields.check_keys(data, "a tensor", set("sdfnkwbtogcvx"))
+        data = fields.check_keys(data, "a tensor", set("sdfnkwuhimbtogcvx"))
         sizes = fields.items(data.get("s"), "a shape")
         shape = tuple(fields.integer(size, "a dimension", 0, fields.MAX_SIZE) for size in sizes[:65])
         if len(sizes) > 64 or math.prod(shape) >= fields.MAX_SIZE // 2:
@@ -211,13 +264,16 @@ class Entry:
         entry = cls(shape, dtype, form, 0)
         numel = entry.numel
         stored = fields.integer(data.get("n"), "a count", 0, numel) if entry.is_sparse else numel
-        codebook = form.endswith(("codebook", "codebooks"))
-        entries = fields.integer(data.get("k"), "codebook entries", 0, MAX_ENTRIES) if codebook else 0
+        entries = fields.integer(data.get("k"), "codebook entries", 0, MAX_ENTRIES) if form in CODED else 0
         entry = replace(
             entry,
             stored=stored,
             entries=entries,
             block=fields.integer(data["w"], "columns of a block", 1, fields.MAX_SIZE) if "w" in data else 0,
+            least=fields.integer(data.get("i", 0), "the least integer", -MAX_INTEGER, MAX_INTEGER),
+            factor=fields.integer(data.get("m", 0), "a bit pattern", 0, (1 << 32) - 1),
+            stages=fields.integer(data.get("u", 1), "terms", 1, MAX_ENTRIES),
+            one_book=fields.flag(data.get("h", False), "h"),
             base=fields.integer(data.get("b", 0), "a bit pattern", 0, (1 << 8 * entry.real_dtype.itemsize) - 1),
             down_columns=fields.flag(data.get("t", False), "t"),
             order=_order(data["o"], len(shape)) if "o" in data else None,
@@ -225,6 +281,8 @@ class Entry:
             compressed=fields.flag(data.get("c", False), "c"),
             kernel=_kernel(data["v"], shape) if "v" in data else (),
         )
+        if form == "vectors":
+            entry = entry._with_checked_vectors()
         roles = FORMS[form]
         specs = fields.items(data.get("x"), "streams")
         if len(specs) != len(roles):
@@ -235,14 +293,21 @@ class Entry:
 
     def _check(self, data: dict[str, Any]) -> None:
         """What the fields owe each other. A count is compared with its stream before anything is allocated for it."""
-        if (data.keys() & set("nbt") and not self.is_sparse) or (
-            "k" in data and not self.form.endswith(("codebook", "codebooks"))
+        vectors = self.form == "vectors"
+        if (
+            (data.keys() & set("nbt") and not self.is_sparse)
+            or ("k" in data and self.form not in CODED)
+            or (data.keys() & set("uh") and not vectors)
         ):
             refuse(f"have only the fields of a tensor stored as {self.form}", sorted(data))
         if self.form == "codebooks":
             self._check_codebooks()
-        elif self.block:
+        elif self.form in SCALED:
+            self._check_runs()
+        elif self.block and not vectors:
             refuse("have blocks of columns with codebooks of their own only", self.form)
+        if data.keys() & set("im") and self.form != "integers":
+            refuse("have a least integer and a factor with integers only", self.form)
         if self.form == "signs" and (len(self.shape) < 2 or not self.dtype.is_floating_point):
             refuse("keep floating-point rows as signs", f"{self.dtype} {list(self.shape)}")
         if self.down_columns and len(self.shape) < 2:
@@ -261,7 +326,7 @@ class Entry:
                     refuse("code in context a tensor by rows, of few enough weights", f"{spec.role} of {self.numel}")
             if spec.coder == "raw":
                 count = self.count(spec.role)
-                if spec.nbytes != count * self.real_dtype.itemsize:
+                if spec.nbytes != count * self.dtype_of(spec.role).itemsize:
                     refuse(f"hold {count} items in a stream of {spec.role}", f"{spec.nbytes} bytes")
             elif spec.coder == "constant":
                 if spec.nbytes or self.entries != 1:
@@ -271,7 +336,7 @@ class Entry:
                     refuse("store every position and no bytes for them", f"{self.stored}, {spec.nbytes} bytes")
             elif spec.coder == "numbers" and self.count(spec.role) > MAX_NUMBERS:
                 refuse(f"hold at most {MAX_NUMBERS} values in a stream of numbers", self.count(spec.role))
-            elif spec.role in ("codebook", "scales"):
+            elif spec.role in ("codebook", "scales", "offsets"):
                 if self.count(spec.role) > spec.nbytes * MAX_ITEMS_PER_BYTE:
                     refuse(f"hold {self.count(spec.role)} items in a stream of {spec.role}", f"{spec.nbytes} bytes")
             elif self.stored > spec.nbytes * (MAX_ITEMS_PER_BYTE if spec.coder in SUBBIT_CODERS else 8):
@@ -279,12 +344,47 @@ class Entry:
 
     def _check_codebooks(self) -> None:
         """Codebooks are those of a matrix's rows or blocks, and hold no more numbers than it."""
-        if len(self.shape) < 2 or not self.numel or not self.dtype.is_floating_point:
-            refuse("keep a floating-point matrix with codebooks", f"{self.dtype} {list(self.shape)[:8]}")
-        if self.block and self.numel // self.shape[0] % self.block:
-            refuse("have blocks that divide the columns", self.block)
+        known = self.dtype.is_floating_point or self.dtype is torch.uint8
+        if len(self.shape) < 2 or not self.numel or not known:
+            refuse("keep a floating-point or uint8 matrix with codebooks", f"{self.dtype} {list(self.shape)[:8]}")
+        columns = self.numel // self.shape[0]
+        if self.block >= max(2, columns):
+            refuse(f"have blocks of fewer than {columns} columns", self.block)
         if not 1 <= self.entries <= MAX_CONTEXT_ENTRIES or self.count("codebook") > self.numel:
             refuse(f"have codebooks of at most {self.numel} numbers, {MAX_CONTEXT_ENTRIES} each", self.entries)
+
+    def _check_runs(self) -> None:
+        """Integers are those of a matrix, in whole runs; the factor is a positive number."""
+        known = (torch.float32, torch.bfloat16, torch.float16)[: 1 if self.form == "affine" else None]
+        if len(self.shape) < 2 or not self.numel or self.dtype not in known:
+            names = " or ".join(str(dtype).removeprefix("torch.") for dtype in known)
+            refuse(f"keep a matrix of {names} as {self.form}", f"{self.dtype} {list(self.shape)[:8]}")
+        if not self.block or self.numel % self.block:
+            refuse("have runs that divide the weights", self.block)
+        if self.form == "scaled" and self.entries > min(MAX_CONTEXT_ENTRIES, self.numel):
+            refuse(f"have a codebook of at most {min(MAX_CONTEXT_ENTRIES, self.numel)} numbers", self.entries)
+        if not 1 <= self.entries <= MAX_INTEGER + 1 - self.least:
+            refuse(f"have integers of at most {MAX_INTEGER}", f"{self.entries} from {self.least} on")
+        if (self.factor >> 23 in (0, 255) and self.factor) or self.factor >> 31:
+            refuse("have a normal, positive number as a factor", f"pattern {self.factor:#x}")
+
+    def _with_checked_vectors(self) -> Entry:
+        """The entry with its number of codes; of these and of numbers in codebooks the tensor has at least as many."""
+        if len(self.shape) < 2 or not self.numel or not self.dtype.is_floating_point:
+            refuse(
+                "share sub-vectors among the rows of a floating-point matrix", f"{self.dtype} {list(self.shape)[:8]}"
+            )
+        columns = self.numel // self.shape[0]
+        if not 1 <= self.block <= columns:
+            refuse(f"have segments of 1 to {columns} columns", self.block)
+        if self.one_book and self.segments == 1:
+            refuse("share a codebook among several segments", self.segments)
+        stored = self.shape[0] * self.stages * self.segments
+        if stored > self.numel:
+            refuse(f"have at most {self.numel} codes of sub-vectors", stored)
+        if not 1 <= self.entries <= MAX_CONTEXT_ENTRIES or self.count("codebook") > self.numel:
+            refuse(f"have codebooks of at most {self.numel} numbers, {MAX_CONTEXT_ENTRIES} entries each", self.entries)
+        return replace(self, stored=stored)
 
 
 def _order(value: Any, dimensions: int) -> tuple[int, ...]:

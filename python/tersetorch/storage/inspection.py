@@ -42,6 +42,7 @@ _ROLE_PARTS = {
     "positions": "positions",
     "signs": "signs",
     "scales": "scales",
+    "offsets": "scales",
 }
 # Tensors of layers of signs, all of whose bytes count as one part.
 _NAME_PARTS = {"signs": "signs", "scale": "scales", "thresholds": "thresholds", "flips": "thresholds"}
@@ -57,10 +58,10 @@ class StoredTensor:
         name: its first name in the model, such as "fc1.weight".
         shape: of the dense tensor.
         dtype: such as "float32".
-        form: raw, codebook, codebooks, sparse, sparse-codebook or signs.
+        form: raw, codebook, codebooks, vectors, sparse, sparse-codebook, signs, integers, affine or scaled.
         coders: of its streams.
         stored: numbers that are stored, each by its value or code.
-        entries: of the codebook or of each, 0 for none.
+        entries: of the codebook or of each, or integers from the least to the greatest; 0 for none.
         dense_bytes: as float32 (as it is, for an integer tensor); of a layer's codes or signs, those of the weight that
             they stand for, and 0 of its codebook.
         parts: bytes by part, some of PARTS.

@@ -41,8 +41,8 @@ KINDS = {cls: kind for kind, cls in LAYERS.items()}
 _NUMPY_CODEBOOK = np.dtype(np.uint32)
 
 
-def encode_layer(name: str, layer: Layer) -> tuple[Entry, list[Stream]]:
-    """The sparse weight of a layer in the smaller of row and column order.
+def encode_layer(name: str, layer: Layer, in_context: bool = True) -> tuple[Entry, list[Stream]]:
+    """The sparse weight of a layer in the smaller of row and column order; with or without coders with contexts.
 
     Raises:
         ValueError: the layer's tensors are not a valid sparse weight, or have no data.
@@ -71,12 +71,13 @@ def encode_layer(name: str, layer: Layer) -> tuple[Entry, list[Stream]]:
     by_rows = row_of * columns + column_of
     positions, coding, down_columns = min(
         (
-            (by_rows, streams.best_position_coding(by_rows, rows * columns, entry.grid), False),
+            (by_rows, streams.best_position_coding(by_rows, rows * columns, entry.grid if in_context else None), False),
             (by_columns[down], streams.best_position_coding(by_columns[down], rows * columns), True),
         ),
         key=lambda choice: choice[1].nbytes,
     )
-    entries, encoded = _encode_values(weight, entry, down if down_columns else None, by_rows)
+    order = down if down_columns else None
+    entries, encoded = _encode_values(weight, entry, order, by_rows, in_context and not down_columns)
     form = "sparse-codebook" if len(encoded) == 2 else "sparse"
     entry = replace(entry, form=form, entries=entries, down_columns=down_columns)
     encoded = [streams.encode_positions("positions", positions, rows * columns, coding), *encoded]
@@ -128,14 +129,18 @@ def dense_shape(layer: Layer) -> tuple[int, ...]:
 
 
 def _encode_values(
-    weight: CsrWeight | SparseCodebookWeight, entry: Entry, order: Array | None, positions: NDArray[np.int64]
+    weight: CsrWeight | SparseCodebookWeight,
+    entry: Entry,
+    order: Array | None,
+    positions: NDArray[np.int64],
+    in_context: bool,
 ) -> tuple[int, list[Stream]]:
     """Entries of the codebook (0 for none), and the streams of the values, in this order or as they are."""
     if isinstance(weight, SparseCodebookWeight):
         codes: Array = weight.codes.cpu().numpy()
         codebook = tensors.patterns(weight.codebook)
         counts = np.bincount(codes, minlength=codebook.size)
-        context = None if order is not None else tensors.context_of(entry, codebook, positions)
+        context = tensors.context_of(entry, codebook, positions) if in_context else None
         coding = streams.best_code_coding(counts, lambda: codes, context)
         return codebook.size, [
             streams.value_stream("codebook", codebook),
@@ -145,7 +150,7 @@ def _encode_values(
     table = tensors.count_patterns(values)
     if order is not None:
         values = values[order]
-    coded = tensors.value_coding(values, table, None if order is not None else entry, positions)
+    coded = tensors.value_coding(values, table, entry if in_context else None, positions)
     return tensors.value_streams(values, table, coded)
 
 

@@ -2,7 +2,7 @@
 
 But for packed ones: kernels take codes and bits packed, with chunks that are not full. What a file holds, as
 "plain_codes", is uint8 [rows, codes], one by one, so that a coder sees their frequencies and neighbours; as "signs",
-bool of the dense weight's shape, True for +1. A reader packs them again. Older files hold the packed "codes".
+bool of the dense weight's shape, True for -1. A reader packs them again. Older files hold the packed "codes".
 """
 
 from __future__ import annotations
@@ -103,8 +103,8 @@ def goes_in_chains(module: nn.Module) -> bool:
 
 def same_sizes(layer: nn.Module, dense: nn.Module) -> bool:
     """Whether a layer of a kind has the sizes of the dense layer it stands in for."""
-    # Thresholds hold what was a bias.
-    free = isinstance(layer, SignModule) and layer.thresholds is not None
+    # Thresholds hold what was a bias, and a bias may be a batch norm's.
+    free = isinstance(layer, SignModule) and (layer.thresholds is not None or layer.bias is not None)
     names = _DENSE[_LAYERS[type(layer)]]
     biased = [getattr(module, "bias", None) is not None for module in (layer, dense)]
     return (free or biased[0] == biased[1]) and all(getattr(layer, name) == getattr(dense, name) for name in names)
@@ -140,7 +140,7 @@ def plain_form(layer: nn.Module) -> Tensor | None:
     except ValueError:
         return None
     if isinstance(layer, SignModule):
-        return layer.positive
+        return layer.negative
     weight = layer.shared_weight
     plain = weight.unpacked() if isinstance(weight, CodebookWeight) else weight.row_codes
     return plain if torch.equal(_packed(weight, plain), weight.codes) else None

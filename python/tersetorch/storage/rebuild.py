@@ -9,6 +9,7 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from tersetorch.conversion.swap import deep_copy
+from tersetorch.formats.vector_codes import VectorCodes, note_codes
 from tersetorch.storage import fields, registry
 from tersetorch.storage.compare import needs_values
 from tersetorch.storage.entry import Entry
@@ -24,7 +25,7 @@ from tersetorch.storage.packed_kinds import (
     replaces,
     same_sizes,
 )
-from tersetorch.storage.tensors import decode_tensor
+from tersetorch.storage.tensors import decode_tensor, vector_codes
 
 _NODE_KEYS = set("kcatmeo")
 
@@ -59,6 +60,11 @@ class Tensors:
             self._plain[number] = decode_tensor(entry, self._data[number])
             self._progress.advance(self._task, entry.decoded_bytes)
         return self._plain[number]
+
+    def sums(self, number: Any) -> VectorCodes | None:
+        """Codes of the tensor of this number where it consists of sums, which the tensor does not tell."""
+        entry = self.entry(number, compressed=False)
+        return vector_codes(entry, self._data[number]) if entry.stages > 1 else None
 
     def packed(self, number: Any, layer: nn.Module, name: str) -> Tensor:
         """The tensor of this number as layer packs it into buffer name; layers of the same sizes share it."""
@@ -357,6 +363,7 @@ def _assign(module: nn.Module, names: dict[str, Any], tensors: Tensors, path: st
     for name, number in names.items():
         if name in module._parameters:
             setattr(module, name, tensors.parameter(number))
+            note_codes(module, name, tensors.sums(number))
             # The file's order is that of state dicts and optimizers.
             module._parameters[name] = module._parameters.pop(name)
         elif name == packed:

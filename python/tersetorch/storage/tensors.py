@@ -16,8 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tersetorch.storage import codebooks, streams
-from tersetorch.storage.entry import DTYPE_NAMES, REAL, Entry
+from tersetorch.formats.vector_codes import VectorCodes
+from tersetorch.storage import affine, codebooks, integers, scaled, streams, vectors
+from tersetorch.storage.entry import DTYPE_NAMES, REAL, SCALED, Entry
 from tersetorch.storage.errors import refuse
 from tersetorch.storage.streams import Array, Coding, Context, Stream
 
@@ -38,7 +39,14 @@ class _Choice:
     build: Callable[[], tuple[Entry, list[Stream]]]
 
 
-def encode_tensor(name: str, tensor: Tensor, trains: bool, summed: bool = False) -> tuple[Entry, list[Stream]]:
+def encode_tensor(
+    name: str,
+    tensor: Tensor,
+    trains: bool,
+    summed: bool = False,
+    sums: VectorCodes | None = None,
+    in_context: bool = True,
+) -> tuple[Entry, list[Stream]]:
     """The smallest form of a plain tensor of any dtype and shape.
 
     Args:
@@ -47,6 +55,8 @@ def encode_tensor(name: str, tensor: Tensor, trains: bool, summed: bool = False)
         trains: whether it is no parameter that does not train.
         summed: its owners only add up products with it, so that -0.0 becomes 0.0 if it is a parameter of two dimensions
             or more.
+        sums: codes and codebooks whose sums, rounded to its dtype, tensor is to the bit, where somebody knows them.
+        in_context: coders with contexts are tried, too.
 
     Raises:
         ValueError: tensor is no plain strided tensor with data, or has a dtype that the format does not know.
@@ -66,18 +76,32 @@ def encode_tensor(name: str, tensor: Tensor, trains: bool, summed: bool = False)
     values = bits[kept]
     table = count_patterns(values)
     rest = bits.size - values.size
-    choices = [_dense_choice(replace(plain, base=0), bits, _with_pattern(table, common, rest))]
-    if len(shape) > 1 and dtype.is_floating_point and bits.size and _is_of_signs(bits.reshape(shape[0], -1)):
-        choices.append(_sign_choice(replace(plain, form="signs", base=0), bits))
+    choices = [_dense_choice(replace(plain, base=0), bits, _with_pattern(table, common, rest), in_context)]
+    is_matrix = len(shape) > 1 and (dtype.is_floating_point or dtype is torch.uint8) and bits.size > 0
+    of_signs = is_matrix and dtype.is_floating_point and _is_of_signs(bits.reshape(shape[0], -1))
+    if of_signs:
+        choices.append(_sign_choice(replace(plain, form="signs", base=0), bits, in_context))
     if rest:
         choices += [
-            _sparse_choice(plain, bits, kept, table, down_columns)
+            _sparse_choice(plain, bits, kept, table, down_columns, in_context)
             for down_columns in (False, True)[: 1 + (len(shape) > 1 and dtype not in REAL)]
         ]
-    if len(shape) > 1 and dtype.is_floating_point and bits.size:
+    if is_matrix:
         least = min(choice.nbytes for choice in choices)
-        found = codebooks.candidates(bits.reshape(shape[0], -1), least)
-        choices += [_codebooks_choice(replace(plain, form="codebooks", base=0), *candidate) for candidate in found]
+        found = codebooks.candidates(bits.reshape(shape[0], -1), least, dtype.is_floating_point)
+        with_tables = replace(plain, form="codebooks", base=0)
+        choices += [_codebooks_choice(with_tables, *candidate, in_context) for candidate in found]
+    if is_matrix and dtype in integers.DTYPES and not of_signs:
+        distinct = None if table is None else table[0] if not rest else np.append(table[0], bits.dtype.type(common))
+        choices += _quantized_choices(plain, bits.reshape(shape[0], -1), distinct, in_context)
+    if is_matrix and dtype.is_floating_point:
+        of_sums = None if sums is None else vectors.entry_of(plain, sums)
+        if of_sums is not None and sums is not None and sums.codebooks.dtype == of_sums.dtype_of("codebook"):
+            choices.append(_vectors_choice(of_sums, patterns(sums.codebooks), sums, in_context))
+        least = min(choice.nbytes for choice in choices)
+        for entry, parts in vectors.candidates(plain, bits, least):
+            books = parts.codebooks.numpy().view(bits.dtype).reshape(-1)
+            choices.append(_vectors_choice(entry, books, parts, in_context))
     entry, encoded = min(choices, key=lambda choice: choice.nbytes).build()
     return entry.with_streams(encoded), encoded
 
@@ -93,6 +117,10 @@ def decode_tensor(entry: Entry, data: list[bytes]) -> Tensor:
         return _from_bits(entry, _sign_bits(entry, data, pattern))
     if entry.form == "codebooks":
         return _from_bits(entry, _codebooks_bits(entry, data, pattern))
+    if entry.form in SCALED:
+        return _from_bits(entry, _runs_bits(entry, data))
+    if entry.form == "vectors":
+        return _from_bits(entry, patterns(vectors.numbers(entry, vector_codes(entry, data)).to(entry.dtype)))
     positions = positions_of(entry, data) if entry.is_sparse else None
     bits = values_of(entry, data, pattern, positions)
     if positions is not None:
@@ -232,8 +260,8 @@ def check_plain(name: str, tensor: Tensor) -> None:
         raise ValueError(f"save: {name} must have one of the dtypes {known}, got {tensor.dtype}; cast it first")
 
 
-def _dense_choice(plain: Entry, bits: Array, table: Table | None) -> _Choice:
-    coding = value_coding(bits, table, plain)
+def _dense_choice(plain: Entry, bits: Array, table: Table | None, in_context: bool) -> _Choice:
+    coding = value_coding(bits, table, plain if in_context else None)
     form = "raw" if coding.codes is None else "codebook"
 
     def build() -> tuple[Entry, list[Stream]]:
@@ -244,14 +272,15 @@ def _dense_choice(plain: Entry, bits: Array, table: Table | None) -> _Choice:
 
 
 def _sparse_choice(
-    plain: Entry, bits: Array, kept: NDArray[np.bool_], table: Table | None, down_columns: bool
+    plain: Entry, bits: Array, kept: NDArray[np.bool_], table: Table | None, down_columns: bool, in_context: bool
 ) -> _Choice:
     """Storing the patterns marked in kept, by rows or by columns."""
     if down_columns:
         bits, kept = (array.reshape(plain.shape[0], -1).T.ravel() for array in (bits, kept))
     positions = np.flatnonzero(kept)
-    position_coding = streams.best_position_coding(positions, bits.size, None if down_columns else plain.grid)
-    coding = value_coding(bits[positions], table, None if down_columns else plain, positions)
+    neighbours = plain if in_context and not down_columns else None
+    position_coding = streams.best_position_coding(positions, bits.size, neighbours.grid if neighbours else None)
+    coding = value_coding(bits[positions], table, neighbours, positions)
     nbytes = coding.nbytes + position_coding.nbytes + STREAM_BYTES * (2 if plain.base else 1)
     form = "sparse" if coding.codes is None else "sparse-codebook"
 
@@ -270,14 +299,15 @@ def _is_of_signs(rows: Array) -> bool:
     return bool((magnitudes[0] == magnitudes[0, 0]).all() and (magnitudes == magnitudes[:, :1]).all())
 
 
-def _sign_choice(plain: Entry, bits: Array) -> _Choice:
+def _sign_choice(plain: Entry, bits: Array, in_context: bool) -> _Choice:
     """Storing each row's magnitude and everyone's sign."""
     sign = _sign_bit(bits.dtype)
     scales = bits.reshape(plain.shape[0], -1)[:, 0] & sign - sign.dtype.type(1)
     codes = (bits & sign != 0).astype(np.uint8)
     value_coding = streams.best_value_coding(scales)
     counts = np.bincount(codes, minlength=2)
-    code_coding = streams.best_code_coding(counts, lambda: codes, _sign_context(plain, bits.dtype))
+    context = _sign_context(plain, bits.dtype) if in_context else None
+    code_coding = streams.best_code_coding(counts, lambda: codes, context)
 
     def build() -> tuple[Entry, list[Stream]]:
         encoded = streams.encode_codes(codes, 2, code_coding)
@@ -298,30 +328,103 @@ def _sign_bits(entry: Entry, data: list[bytes], pattern: np.dtype[Any]) -> Array
     return bits
 
 
-def _codebooks_choice(plain: Entry, block: int, tables: Array, codes: Array) -> _Choice:
+def vector_codes(entry: Entry, data: list[bytes]) -> VectorCodes:
+    """Codes and codebooks of a tensor that is stored as sub-vectors."""
+    tables, codes = _tables_and_codes(entry, data, lambda tables: vectors.context(entry))
+    return vectors.codes_of(entry, from_patterns(tables, entry.dtype_of("codebook")), codes)
+
+
+def _vectors_choice(entry: Entry, books: Array, found: VectorCodes, in_context: bool) -> _Choice:
+    """Storing sub-vectors, and a code for each term and segment of a row."""
+    codes = found.codes.cpu().contiguous().numpy().reshape(-1)
+    return _tables_choice(entry, books, codes, vectors.context(entry) if in_context else None)
+
+
+def _codebooks_choice(plain: Entry, block: int, tables: Array, codes: Array, in_context: bool) -> _Choice:
     """Storing a table for each row or block of columns, and everyone's code."""
     entry = replace(plain, block=block, entries=tables.shape[1])
-    value_coding = streams.best_value_coding(tables.reshape(-1))
+    return _tables_choice(entry, tables.reshape(-1), codes, codebooks.context(entry, tables) if in_context else None)
+
+
+def _codebooks_bits(entry: Entry, data: list[bytes], pattern: np.dtype[Any]) -> Array:
+    """The bit patterns of a tensor that is stored with many tables."""
+    tables, codes = _tables_and_codes(
+        entry, data, lambda tables: codebooks.context(entry, tables.reshape(-1, entry.entries))
+    )
+    return codebooks.numbers(entry, tables.reshape(-1, entry.entries), codes)
+
+
+def _tables_choice(entry: Entry, tables: Array, codes: Array, context: Context | None) -> _Choice:
+    value_coding = streams.best_value_coding(tables)
     counts = np.bincount(codes, minlength=entry.entries)
-    code_coding = streams.best_code_coding(counts, lambda: codes, codebooks.context(entry, tables))
+    code_coding = streams.best_code_coding(counts, lambda: codes, context)
 
     def build() -> tuple[Entry, list[Stream]]:
         return entry, [
-            streams.value_stream("codebook", tables.reshape(-1), value_coding),
+            streams.value_stream("codebook", tables, value_coding),
             streams.encode_codes(codes, entry.entries, code_coding),
         ]
 
     return _Choice(value_coding.nbytes + code_coding.nbytes + 2 * STREAM_BYTES, build)
 
 
-def _codebooks_bits(entry: Entry, data: list[bytes], pattern: np.dtype[Any]) -> Array:
-    """The bit patterns of a tensor that is stored with many tables."""
+def _tables_and_codes(entry: Entry, data: list[bytes], context_of: Callable[[Array], Context]) -> tuple[Array, Array]:
     table_spec, code_spec = entry.streams
+    pattern: np.dtype[Any] = np.dtype(_PATTERNS[entry.dtype_of("codebook").itemsize])
     tables = streams.decode_values(data[0], table_spec.coder, pattern, entry.count("codebook"))
-    tables = tables.reshape(-1, entry.entries)
-    context = codebooks.context(entry, tables)
-    codes = streams.decode_codes(data[1], code_spec.coder, entry.entries, entry.stored, context)
-    return codebooks.numbers(entry, tables, codes)
+    return tables, streams.decode_codes(data[1], code_spec.coder, entry.entries, entry.stored, context_of(tables))
+
+
+def _quantized_choices(plain: Entry, matrix: Array, distinct: Array | None, in_context: bool) -> list[_Choice]:
+    """Storing what a quantised weight was made of, if it was one; distinct holds its patterns if they are few."""
+    of_integers = integers.find(matrix, plain.dtype, distinct)
+    if of_integers is not None:
+        least = int(of_integers.integers.min())
+        codes = (of_integers.integers - least).astype(np.uint16)
+        entries = int(codes.max()) + 1
+        entry = replace(plain, form="integers", base=0, block=of_integers.run, entries=entries)
+        entry = replace(entry, least=least, factor=of_integers.factor)
+        return [_runs_choice(entry, {"scales": of_integers.scales}, codes, integers.context(entry), in_context)]
+    of_table = scaled.find(matrix, plain.dtype)
+    if of_table is not None:
+        entry = replace(plain, form="scaled", base=0, block=of_table.run, entries=len(of_table.table))
+        values = {"codebook": of_table.table, "scales": of_table.scales}
+        return [_runs_choice(entry, values, of_table.codes, scaled.context(entry, of_table.table), in_context)]
+    sums = affine.find(matrix) if plain.dtype is torch.float32 else None
+    if sums is None:
+        return []
+    entry = replace(plain, form="affine", base=0, block=sums.run, entries=int(sums.codes.max()) + 1)
+    values = {"scales": sums.scales, "offsets": sums.offsets}
+    return [_runs_choice(entry, values, sums.codes, affine.context(entry), in_context)]
+
+
+def _runs_choice(entry: Entry, values: dict[str, Array], codes: Array, context: Context, in_context: bool) -> _Choice:
+    """Storing values by their roles, and everyone's code."""
+    value_codings = [streams.best_value_coding(each) for each in values.values()]
+    counts = np.bincount(codes, minlength=entry.entries)
+    code_coding = streams.best_code_coding(counts, lambda: codes, context if in_context else None)
+
+    def build() -> tuple[Entry, list[Stream]]:
+        parts = zip(values.items(), value_codings, strict=True)
+        encoded = [streams.value_stream(role, each, coding) for (role, each), coding in parts]
+        return entry, [*encoded, streams.encode_codes(codes, entry.entries, code_coding)]
+
+    codings = [*value_codings, code_coding]
+    return _Choice(sum(coding.nbytes for coding in codings) + STREAM_BYTES * len(codings), build)
+
+
+def _runs_bits(entry: Entry, data: list[bytes]) -> Array:
+    """The bit patterns of a tensor that is stored with a scale for each run."""
+    *value_specs, code_spec = entry.streams
+    values = [
+        streams.decode_values(stream, spec.coder, np.dtype(np.uint32), entry.count(spec.role))
+        for stream, spec in zip(data, value_specs, strict=False)
+    ]
+    form = {"integers": integers, "affine": affine, "scaled": scaled}[entry.form]
+    context = scaled.context(entry, values[0]) if form is scaled else form.context(entry)
+    codes = streams.decode_codes(data[-1], code_spec.coder, entry.entries, entry.stored, context)
+    bits: Array = form.numbers(entry, *values, codes)
+    return bits
 
 
 def _sign_context(entry: Entry, pattern: np.dtype[Any]) -> Context:

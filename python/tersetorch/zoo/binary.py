@@ -144,6 +144,7 @@ class BinaryVGG(nn.Module):
             self.add_module(f"bn{number}", norm2(times * channels, eps=EPS))
             self.add_module(f"act{number}", ACTIVATIONS[activation]())
             inputs = times * channels
+        self.flatten = nn.Flatten()
         inputs *= 4 * 4
         for number, outputs in enumerate((FEATURES * channels, FEATURES * channels, classes), 7):
             self.add_module(f"fc{number}", nn.Linear(inputs, outputs, bias=False))
@@ -162,7 +163,7 @@ class BinaryVGG(nn.Module):
         check_images("BinaryVGG", images, 3, 32)
         x = images
         for name in self.order:
-            x = self.get_submodule(name)(x.flatten(1) if name == "fc7" else x)
+            x = self.get_submodule(name)(x)
         return x
 
 
@@ -177,9 +178,10 @@ def _check_choices(where: str, activation: str, shift: bool) -> None:
 def _activation(model: nn.Module) -> Activation:
     """What stands behind the first layer now, whatever the network was built with."""
     found = model.get_submodule("act1")
-    if not isinstance(found, Sign):
-        return "relu"
-    return "stochastic sign" if found.stochastic else "sign"
+    if isinstance(found, Sign):
+        return "stochastic sign" if found.stochastic else "sign"
+    # Thresholds stand for signs alone.
+    return "sign" if isinstance(found, nn.Identity) else "relu"
 
 
 register_module(

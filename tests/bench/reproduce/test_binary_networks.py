@@ -36,7 +36,8 @@ def digits(seed):
 
 def noise(seed):
     drawn = torch.Generator().manual_seed(seed)
-    parts = [(torch.rand(40, 3, 32, 32, generator=drawn), torch.arange(40) % 10) for _ in range(3)]
+    shape = (40, 3, 32, 32)
+    parts = [(torch.randint(256, shape, generator=drawn) / 255, torch.arange(40) % 10) for _ in range(3)]
     return Images(*parts)
 
 

@@ -2,11 +2,13 @@ import dataclasses
 
 from tersetorch.bench.options import Options
 from tersetorch.bench.suites import coders
-from tersetorch.bench.suites.coders import BITS, CODERS, Coders, Group, groups
+from tersetorch.bench.suites.coders import BITS, CODERS, KINDS, Coders, Group, groups
 
 
 def test_groups_are_of_one_thread():
-    assert [group.bits for group in groups(Options())] == list(BITS)
+    asked = groups(Options())
+    assert {(group.bits, group.kind) for group in asked} == {(bits, kind) for bits in BITS for kind in KINDS}
+    assert len({group.label for group in asked}) == len(asked) == len(BITS) * len(KINDS) + 1
     assert groups(Options(threads=2)) == [] and groups(Options(cases=("nothing",))) == []
 
 
@@ -15,6 +17,7 @@ def test_every_coder_is_verified_and_timed_in_both_directions(measured, monkeypa
     records, left_out = Coders(Options(quick=True), measured).measure(Group(5, 4096))
     assert not left_out and len(records) == 2 * len(CODERS)
     of = {(record["implementation"], record["pattern"]): record for record in records}
+    assert of["tersetorch packed", "decode"]["bytes"] == 4096 * 5 // 8
     # 4.05 bits of entropy a code, and tables.
     for name in ("huffman", "rans", "contexts"):
         assert 4096 * 4 / 8 < of[f"tersetorch {name}", "decode"]["bytes"] < 4096 * 4.2 / 8

@@ -168,6 +168,18 @@ def test_bfloat16_values_are_kept_through_training(mlp, train):
     assert not torch.equal(mlp[0].weight, mlp[0].weight.bfloat16().float())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_bfloat16_values_trained_past_its_range_become_its_largest(mlp, dtype):
+    quantize.kmeans(mlp.to(dtype), 2, bfloat16=True)
+    codebook, largest = compressed(mlp[0]).codebook, torch.finfo(torch.bfloat16).max
+    past = torch.finfo(dtype).max
+    codebook.data.copy_(torch.tensor([[-past, -1.0, 1.0, past]], dtype=dtype))
+    assert set(mlp[0].weight.unique().tolist()) == {-largest, -1.0, 1.0, largest}
+    mlp[0].weight.sum().backward()
+    counts = torch.bincount(compressed(mlp[0]).codes.flatten(), minlength=4)
+    assert torch.equal(codebook.grad[0], counts.to(dtype))
+
+
 def test_bfloat16_values_are_nearest_to_their_weights(mlp):
     dense = mlp[0].weight.detach().clone()
     quantize.kmeans(mlp, 8, bfloat16=True)

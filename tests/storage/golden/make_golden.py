@@ -1,7 +1,9 @@
 """Wrote version1.terse: every form and coder, both sparse layers, ties, flags and overrides; and, when they came,
 version1_layouts.terse: every layout, and the sparse convolutions; version2.terse: the coders of version 2;
 version2_packed_codes.terse: layers of codes as first written; version2_plain_codes.terse: as written now;
-version2_signs.terse: rows of two values, and layers of signs; version2_fixed.terse: layers in fixed point.
+version2_signs.terse: rows of two values, and layers of signs; version2_vectors.terse: dense layers whose rows share
+sub-vectors or are sums of shared rows; version2_codebooks.terse: dense weights with a table for each row or block of
+columns; version2_integers.terse: dense weights that were integers; version2_fixed.terse: layers in fixed point.
 
 Run once for each version of the format and each new kind of layer; a file is then never written again.
 """
@@ -12,6 +14,7 @@ import torch
 from torch import nn
 
 from tersetorch.formats import CodebookWeight, FixedFormat, FixedWeight, SignWeight
+from tersetorch.formats.vector_codes import VectorCodes, decode, note_codes
 from tersetorch.methods.binarize import ShiftBatchNorm1d, Sign
 from tersetorch.nn import (
     BinaryConv2d,
@@ -32,6 +35,7 @@ from tersetorch.nn import (
     SparseLinear,
 )
 from tersetorch.storage import save, streams
+from tersetorch.storage.importers.bitsandbytes import NF4
 
 PROVENANCE = {"error": {"dense": 0.0164, "compressed": 0.0158}}
 
@@ -196,6 +200,74 @@ def signs():
     ).eval()
 
 
+def dense(weight):
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)
+    layer.weight = nn.Parameter(weight)
+    return layer
+
+
+def tables():
+    """The model in the file of codebooks."""
+    of_rows, of_blocks = coded_weight(40, 300, 9, 40).to_dense(), numbers(4, 9)
+    columns = codes(64, 200, 9).long()
+    return nn.ModuleList(
+        [
+            dense(of_rows),
+            dense(of_rows.reshape(80, 150).bfloat16().reshape(40, 300)),
+            dense(of_blocks[torch.arange(200) // 50, columns]),
+            dense(of_blocks[torch.arange(200) // 64, columns]),  # the last block is narrower
+        ]
+    ).eval()
+
+
+def quantized():
+    """The model in the file of integers."""
+    whole = (numbers(24, 64) * 254).round()
+    scales = numbers(24, 1) * 0.001 + 0.0015
+    four = (whole / 17).round() * (whole.abs() > 8)
+    steps = (numbers(48, 1) * 0.01 + 0.02).half()
+    quantiles = torch.tensor(NF4)
+    convolution = nn.Conv2d(16, 24, 2)
+    convolution.weight = nn.Parameter((whole * scales).reshape(24, 16, 2, 2))
+    convolution.bias = nn.Parameter(numbers(24))
+    return nn.ModuleList(
+        [
+            convolution,
+            dense(whole * scales.half() * 7.874015718698502e-3),
+            dense((whole - 100) * scales[7]),
+            dense((four.reshape(-1, 16) * (numbers(96, 1) * 0.01 + 0.02)).reshape(24, 64)),
+            dense((four.bfloat16().reshape(-1, 32) * (numbers(48, 1) * 0.01 + 0.02).bfloat16()).reshape(24, 64)),
+            dense((whole * scales).half()),
+            dense((quantiles[codes(24, 64, 16).long()].reshape(-1, 32) * steps.float()).reshape(24, 64)),
+            dense((((four + 8).reshape(-1, 32) * steps).float() - (steps * 7).half()).float().reshape(24, 64)),
+        ]
+    ).eval()
+
+
+def vectors():
+    """The model in the file of sub-vectors, and of sums whose codes the layers keep."""
+
+    def filled(layer, *found):
+        weight = decode(*found, layer.weight[0].numel()).view(layer.weight.shape).to(layer.weight.dtype)
+        with torch.no_grad():
+            layer.weight.copy_(weight)
+            layer.bias.copy_(numbers(*layer.bias.shape))
+        if len(found[1]) > 1:
+            note_codes(layer, "weight", VectorCodes(*found))
+        return layer
+
+    digits = torch.stack([torch.arange(90) // base % 7 for base in (1, 7, 3)], 1).to(torch.uint8)
+    return nn.ModuleList(
+        [
+            filled(nn.Linear(18, 60), codes(60, 5, 7), numbers(1, 5, 4, 7)),
+            filled(nn.Linear(26, 80), codes(80, 9, 6), numbers(1, 1, 3, 6)),
+            filled(nn.Conv2d(6, 50, 3).bfloat16(), codes(50, 9, 8), numbers(1, 9, 6, 8)),
+            filled(nn.Linear(24, 60), codes(60, 3, 5), numbers(3, 1, 24, 5)),
+            filled(nn.Conv2d(3, 90, 3).bfloat16(), digits, numbers(3, 1, 27, 7)),
+        ]
+    ).eval()
+
+
 def fixed():
     """The model in the file of fixed point."""
 
@@ -223,7 +295,9 @@ if __name__ == "__main__":
         setattr(streams, name, value)
     files = {"version1": (model, PROVENANCE), "version1_layouts": (layouts, None), "version2": (coders, None)}
     files |= {"version2_packed_codes": (products, None), "version2_plain_codes": (coded, None)}
-    files |= {"version2_signs": (signs, None), "version2_fixed": (fixed, None)}
+    files |= {"version2_signs": (signs, None), "version2_vectors": (vectors, None)}
+    files |= {"version2_codebooks": (tables, None), "version2_integers": (quantized, None)}
+    files["version2_fixed"] = (fixed, None)
     for name, (network, notes) in files.items():
         path = folder / f"{name}.terse"
         if not path.exists():

@@ -1,0 +1,94 @@
+"""The operations of one layer, by kind."""
+
+from __future__ import annotations
+
+from collections import Counter
+from math import prod
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from tersetorch.costs.count import weight_size
+from tersetorch.costs.runs import LayerRun
+from tersetorch.nn import ProductLinear, ResidualLinear
+from tersetorch.nn.sign_module import SignModule
+
+# Of what is multiplied: how, what it is added to, and the bits of an operand.
+_PRODUCTS = {
+    "int8": ("multiply int8", "add int32", 8),
+    "float16": ("multiply float16", "add float32", 16),
+    "bfloat16": ("multiply bfloat16", "add float32", 16),
+    "float32": ("multiply float32", "add float32", 32),
+    "float64": ("multiply float64", "add float64", 64),
+}
+
+
+def operations(module: nn.Module, run: LayerRun) -> tuple[Counter[str], int]:
+    """What a layer does in a run: operations by the names of COEFFICIENTS, and the bits of their operands."""
+    if isinstance(module, _BatchNorm):
+        dtype = name_of(module.running_mean.dtype if module.running_mean is not None else torch.float32)
+        return Counter({f"multiply {dtype}": run.numbers, f"add {dtype}": run.numbers}), 4 * _PRODUCTS[dtype][
+            2
+        ] * run.numbers
+    if isinstance(module, SignModule):
+        return _of_signs(module, run)
+    if isinstance(module, ProductLinear | ResidualLinear):
+        return _of_products(module, run)
+    kind = _arithmetic(module)
+    multiply, add, bits = _PRODUCTS[kind]
+    macs = run.positions * weight_size(module)[1 if hasattr(type(module), "sparse_weight") else 0]
+    done = Counter({multiply: macs, add: macs})
+    if kind == "int8":  # sums become float32 again
+        done["multiply float32"] += run.numbers
+    if getattr(module, "bias", None) is not None:
+        done["add float32" if kind in ("int8", "bfloat16") else f"add {kind}"] += run.numbers
+    return done, 2 * bits * macs
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """The name of a dtype in COEFFICIENTS."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _arithmetic(module: nn.Module) -> str:
+    """What a layer multiplies: that of its layout, or its weight's dtype."""
+    layout = getattr(module, "layout", "")
+    for kind in ("int8", "bfloat16"):
+        if isinstance(layout, str) and layout.endswith(kind):
+            return kind
+    weight: Any = module.weight
+    return name_of(weight.dtype)
+
+
+def _of_signs(module: SignModule, run: LayerRun) -> tuple[Counter[str], int]:
+    rows = module.weight_shape[0]
+    macs, sums = run.positions * module.weight_shape.numel(), run.positions * rows
+    if module.inputs == "signs":
+        done, bits = Counter({"compare and count 1 bit": macs}), 2 * macs
+    else:  # a sign adds or subtracts what it meets
+        real = module.inputs == "real"
+        done, bits = Counter({"add float32" if real else "add int32": macs}), (33 if real else 9) * macs
+    if module.thresholds is not None:
+        done["add int32"] += sums
+    if module.scale is not None:
+        done["multiply float32"] += sums
+    if module.bias is not None:
+        done["add float32"] += sums
+    return done, bits
+
+
+def _of_products(module: ProductLinear | ResidualLinear, run: LayerRun) -> tuple[Counter[str], int]:
+    """A table of the products of x with every codebook entry, then an addition a code; or plain, where that is less."""
+    weight = module.shared_weight
+    stages, _, width, entries = weight.codebooks.shape
+    segments = -(-weight.columns // width)
+    tables, codes = stages * segments * width * entries, weight.rows * stages * segments
+    plain = prod(weight.shape)
+    macs, adds = (tables, codes) if tables + codes < plain else (plain, 0)
+    macs, adds = run.positions * macs, run.positions * adds
+    done = Counter({"multiply float32": macs, "add float32": macs + adds})
+    if module.bias is not None:
+        done["add float32"] += run.numbers
+    return done, 64 * macs + 32 * adds
