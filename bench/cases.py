@@ -99,6 +99,40 @@ class Conv:
         )
 
 
+@dataclass(frozen=True)
+class Flat(Conv):
+    """Stages of flattened convolutions as large as their input, in the place of a dense one of this kernel.
+
+    A weight is float32 [stages, channels, channels + 2 * kernel + 3]: for each map its lateral, vertical and horizontal
+    filter and its three biases; or, of four dimensions, that of the dense convolution.
+    """
+
+    stages: int = 2
+
+    kind = "flat"
+
+    def multiplies(self, batch: int, density: float) -> float:
+        """Multiply-adds of all stages."""
+        return batch * density * self.stages * self.numbers_out(1) * (self.in_channels + 2 * self.kernel)
+
+    def parts(self, weight: Tensor) -> list[list[Tensor]]:
+        """For each stage lateral, vertical and horizontal filters and the biases after each."""
+        widths = [self.in_channels, self.kernel, self.kernel, 1, 1, 1]
+        return [[part.squeeze(1) for part in stage.split(widths, 1)] for stage in weight]
+
+    def reference(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The result in float64, of one convolution after the other."""
+        if weight.dim() == 4:
+            return super().reference(x, weight)
+        y = x.double()
+        for lateral, vertical, horizontal, *biases in self.parts(weight.double()):
+            y = functional.conv2d(y, lateral[:, :, None, None], biases[0])
+            ends, channels = self.padding, self.in_channels
+            y = functional.conv2d(y, vertical[:, None, :, None], biases[1], padding=(ends, 0), groups=channels)
+            y = functional.conv2d(y, horizontal[:, None, None], biases[2], padding=(0, ends), groups=channels)
+        return y
+
+
 Case = Linear | Conv
 
 CASES: dict[str, Case] = {
@@ -131,6 +165,28 @@ CASES: dict[str, Case] = {
         Conv("mobilenet pointwise at 14", 512, 512, 1, 14),
     )
 }
+
+FLATS: dict[str, Flat] = {
+    f"flat {channels} {kernel}x{kernel} at {size}": Flat(
+        f"flat {channels} {kernel}x{kernel} at {size}", channels, channels, kernel, size
+    )
+    for channels, kernel, size in (
+        *((channels, kernel, 14) for kernel in (5, 3) for channels in (96, 128, 256)),
+        *((channels, kernel, 56) for kernel in (5, 3) for channels in (96, 128)),
+        (128, 5, 32),
+        (256, 3, 56),
+    )
+}
+
+
+def flat_weight(case: Flat) -> Tensor:
+    """Random filters under which images keep their size, always the same for the same case."""
+    generator = torch.Generator().manual_seed(0)
+    channels, kernel = case.in_channels, case.kernel
+    weight = torch.randn(case.stages, channels, channels + 2 * kernel + 3, generator=generator)
+    weight[:, :, :channels] /= channels**0.5
+    weight[:, :, channels : channels + 2 * kernel] /= kernel**0.5
+    return weight
 
 
 def weight_of(case: Case, density: float, pattern: Pattern) -> Tensor:

@@ -108,6 +108,7 @@ def _goals() -> Iterator[Goal]:
     yield one("conv VGG 3_1, batch 16, bfloat16", vgg, 0.1, half, ("bfloat16",), (2.6,), (3.5,))
     yield from _codebook_goals()
     yield from _binary_goals()
+    yield from _flat_goals()
     for batch in (1, 16):
         where = {"case": "SqueezeNet of Deep Compression", "batch": batch}
         yield Goal(f"SqueezeNet as published, batch {batch}", where, ("torch dense*",), plain, (), (1.3,))
@@ -169,6 +170,26 @@ def _binary_goals() -> Iterator[Goal]:
         case = "MNIST MLP 784-4096-4096-4096-10"
         words = f"{case} of signs, batch {batch}"
         yield Goal(words, {"suite": "binary_networks", "case": case, "batch": batch}, packed, mode, (), (goal,))
+
+
+def _flat_goals() -> Iterator[Goal]:
+    chain, dense = ("torch chain float32 channels_last",), ("torch F.conv2d float32*",)
+    fused = "tersetorch flat channels_last"
+
+    def one(case: str, batch: int, peers: tuple[str, ...], prototype: tuple[float, ...], *goal: float) -> Goal:
+        words = f"{case}, batch {batch}, against {'the chain' if peers is chain else 'the dense convolution'}"
+        where = {"suite": "flat", "case": case, "batch": batch}
+        return Goal(words, where, peers, ("float32",), prototype, goal, ours=fused)
+
+    yield one("flat 128 5x5 at 14", 1, chain, (2.2, 3.1), 2.6, 3.5)
+    yield one("flat 128 5x5 at 56", 32, chain, (1.41,), 1.55)
+    yield one("flat 128 5x5 at 56", 32, dense, (10.5,), 11.3)
+    for channels, prototype in ((96, 2.9), (128, 4.3), (256, 4.3)):
+        yield one(f"flat {channels} 3x3 at 14", 1, dense, (prototype,), 4)
+    halves = ("torch chain bfloat16 channels_last",)
+    where = {"suite": "flat", "case": "flat 128 5x5 at 14", "batch": 1}
+    words = "flat 128 5x5 at 14, batch 1, bfloat16, against the chain"
+    yield Goal(words, where, halves, ("bfloat16",), (), (1.5,), ours="tersetorch flat bfloat16 channels_last")
 
 
 GOALS = tuple(_goals())

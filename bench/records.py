@@ -21,11 +21,12 @@ from .coded_peers import CODED
 from .cuda import problems
 from .cuda.rates import Rates as CudaRates
 from .cuda.suite import Cuda
+from .flat_peers import FLAT
 from .implementations import LeftOut
 from .options import Options
 from .peers import PEERS
 from .rates import Rates, caches_kib
-from .suites import binary, binary_networks, codebook, coders, fixed, networks, product, sparse
+from .suites import binary, binary_networks, codebook, coders, fixed, flat, networks, product, sparse
 
 Record = dict[str, Any]
 
@@ -52,6 +53,7 @@ SUITES: dict[str, tuple[Any, type[Any]]] = {
     "binary": (binary.groups, binary.Binary),
     "binary_networks": (binary_networks.groups, binary_networks.BinaryNetworks),
     "fixed": (fixed.groups, fixed.Fixed),
+    "flat": (flat.groups, flat.Flattened),
     "coders": (coders.groups, coders.Coders),
     "networks": (networks.groups, networks.Networks),
 }
@@ -124,7 +126,7 @@ class Run:
 
 def missing(threads: int) -> dict[str, str]:
     """Peers that cannot run here, and why."""
-    rows = (*PEERS["linear"], *PEERS["conv"], *CODED, *product.peers(), *BINARY["linear"], *BINARY["conv"])
+    rows = (*PEERS["linear"], *PEERS["conv"], *CODED, *product.peers(), *BINARY["linear"], *BINARY["conv"], *FLAT)
     reasons = {row.name: row.missing(row.batches[0], threads) for row in rows}
     return {name: reason for name, reason in reasons.items() if reason}
 

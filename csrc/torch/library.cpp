@@ -162,6 +162,13 @@ STABLE_TORCH_LIBRARY(tersetorch, m) {
       "sparse_conv2d_channel_block(int in_channels, int[] kernel_size, int[] stride, int[] dilation, int groups=1, str "
       "mode='exact') -> int");
 
+  // x [N, C, H, W] through stages of three 1-D filters for each map, float32 [numbers] each as flat_conv2d_pack lays
+  // them out; sizes are out_channels, rank, kernel_size, stride and padding, 8 numbers for each stage; at least 0 with
+  // relu -> [N, O, H', W']. No default: autograd of an op that takes a list wants every argument.
+  m.def("flat_conv2d(Tensor x, Tensor[] stages, int[] sizes, bool relu) -> Tensor");
+  // The same without autograd: for callers that know gradients to be off.
+  m.def("flat_conv2d_inference(Tensor x, Tensor[] stages, int[] sizes, bool relu) -> Tensor");
+
   // x [..., in] and a weight [out, in] of shared sub-vectors: packed codes uint8 and codebooks float32 [stages,
   // segments or 1, width, entries]; mode "exact" or "int8" -> [..., out]
   m.def(

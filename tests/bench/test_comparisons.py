@@ -2,9 +2,10 @@ import pytest
 
 from tersetorch.bench import tables
 from tersetorch.bench.binary_peers import BINARY
-from tersetorch.bench.cases import CASES
+from tersetorch.bench.cases import CASES, FLATS
 from tersetorch.bench.coded_peers import CODED
 from tersetorch.bench.comparisons import GOALS, Goal, Reached, break_even, by_case, reached
+from tersetorch.bench.flat_peers import FLAT
 from tersetorch.bench.implementations import MAX_ERROR
 from tersetorch.bench.ours import OURS
 from tersetorch.bench.peers import PEERS
@@ -54,9 +55,9 @@ def test_goals_take_the_level_they_name_or_the_cpus_own():
 
 def test_goals_name_cases_and_peers_that_exist():
     peers = [row.name for rows in PEERS.values() for row in rows] + [row.name for row in CODED]
-    peers += ["torch dense", *(row.name for rows in BINARY.values() for row in rows)]
+    peers += ["torch dense", *(row.name for rows in BINARY.values() for row in rows), *(row.name for row in FLAT)]
     for goal in GOALS:
-        assert goal.where["case"] in {*CASES, "SqueezeNet of Deep Compression", Group(4096, 1).case}
+        assert goal.where["case"] in {*CASES, *FLATS, "SqueezeNet of Deep Compression", Group(4096, 1).case}
         for pattern in goal.peers:
             assert any(name.startswith(pattern.rstrip("*")) for name in peers)
         assert len(goal.goal) in (1, 2) and all(mode in MAX_ERROR for mode in goal.modes)

@@ -29,6 +29,7 @@ class FakeTimer:
             **dict.fromkeys(["binary_linear", "binary_linear_real", "binary_conv2d", "binary_conv2d_real"], 2e-3),
             **dict.fromkeys(["the chains: as decided", "the chains: whole"], 1e-3),
             **dict.fromkeys(["binary_linear_pixels", "binary_linear_signed_pixels"], 2e-3),
+            **dict.fromkeys(["multiplied_out_linear", "multiplied_out_conv2d", "multiplied_out_clusters"], 2e-3),
             "the model: dense model": 1e-2,
             "the model: dense model channels_last": 1e-2,
             "the model: dense model with ReLU in place": 1e-2,

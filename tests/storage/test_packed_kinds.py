@@ -60,6 +60,18 @@ def test_go_into_an_instance(tmp_path):
         tt.load(tmp_path / "m.terse", model=Net(31))
 
 
+def test_a_relu_in_a_layer_of_codes_goes_into_an_instance(tmp_path):
+    def build():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
+
+    fast = tt.convert(tt.finalize(tt.quantize.kmeans(build(), 2)), plan="codebook")
+    assert type(fast[0]) is CodebookLinear and fast[0].relu and type(fast[1]) is nn.Identity
+    tt.save(fast, tmp_path / "m.terse")
+    x = torch.randn(3, 64)
+    assert torch.equal(tt.load(tmp_path / "m.terse", model=build())(x), fast(x))
+
+
 def test_codes_past_the_entries_are_refused(tmp_path):
     model = layers()
     model[0].codes[0, 0] = 20

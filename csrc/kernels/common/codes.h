@@ -9,12 +9,7 @@
 
 #include <cstdint>
 
-// The layout is the same for kernels on a GPU.
-#ifdef __CUDACC__
-#define TERSETORCH_EVERYWHERE __host__ __device__
-#else
-#define TERSETORCH_EVERYWHERE
-#endif
+#include "kernels/common/everywhere.h"
 
 namespace tersetorch {
 

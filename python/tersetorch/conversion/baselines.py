@@ -7,8 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from tersetorch.conversion.timing import Run
+from tersetorch.nn import FlattenedConv2d
 
 Call = tuple[int, Tensor]
+# Layers that may be faster in channels_last.
+CONVOLUTIONS = (nn.Conv2d, FlattenedConv2d)
 
 
 def run_of(layers: list[nn.Module], calls: list[Call]) -> Run:
@@ -28,7 +31,7 @@ def dense_forms(modules: list[nn.Module], calls: list[Call]) -> dict[str, Run]:
     uses; for two-dimensional convolutions weight and input in channels_last.
     """
     forms = {"dense": run_of(modules, calls)}
-    if all(isinstance(module, nn.Conv2d) for module in modules):
+    if all(isinstance(module, CONVOLUTIONS) for module in modules):
         forms["dense channels_last"] = run_of(
             [in_channels_last(module) for module in modules], [(index, last_channels(x)) for index, x in calls]
         )

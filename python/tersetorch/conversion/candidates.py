@@ -1,5 +1,6 @@
 """The table of layers that may stand in for a dense one: a new format that computes is one more row."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -13,11 +14,15 @@ from tersetorch.formats.vector_codes import noted_codes
 from tersetorch.nn import (
     BinaryConv2d,
     BinaryLinear,
+    ClusteredConv2d,
     CodebookConv2d,
     CodebookEmbedding,
     CodebookLinear,
     FixedPointConv2d,
     FixedPointLinear,
+    FlattenedConv2d,
+    LowRankConv2d,
+    LowRankLinear,
     ProductConv2d,
     ProductLinear,
     ResidualConv2d,
@@ -30,6 +35,7 @@ from tersetorch.nn import (
     SparseLinear,
 )
 from tersetorch.nn.codebook_embedding import why_not
+from tersetorch.ops import FLAT_MAX_KERNEL
 
 MAX_DISTINCT = 255
 MAX_NARROW = 2**16
@@ -192,6 +198,26 @@ def _is_of_signs(module: nn.Module, inputs: str = "signs") -> str | None:
     return sizes or (None if why_not is None else f"a row must hold +a and -a only, and there is {why_not}")
 
 
+def _rank(weight: Tensor) -> int:
+    """How many singular values of a weight, as a matrix, are more than what rounding leaves of zeros; at least 1."""
+    matrix = weight.flatten(1)
+    values = torch.linalg.svdvals(matrix.double())
+    rounding = max(matrix.shape) * torch.finfo(weight.dtype).eps * values.max()
+    return max(1, int((values > rounding).sum()))
+
+
+def _is_of_low_rank(module: nn.Module) -> str | None:
+    weight = weight_of(module)
+    if getattr(module, "groups", 1) != 1:
+        return f"of {module.groups} groups"
+    (rows, columns), rank = weight.flatten(1).shape, _rank(weight)
+    return f"its rank is {rank}, and factors would be larger" if rank * (rows + columns) >= rows * columns else None
+
+
+def _by_name(module: nn.Module) -> str | None:
+    return "by name only"
+
+
 def _both(*checks: Callable[[nn.Module], str | None]) -> Callable[[nn.Module], str | None]:
     return lambda module: next((why for why in (check(module) for check in checks) if why), None)
 
@@ -208,6 +234,12 @@ def _is_narrow_with_few_values(module: nn.Module) -> str | None:
 def _has_small_filters(module: nn.Module) -> str | None:
     weights = weight_of(module)[:1].numel()
     return f"more than {MAX_INT8_WEIGHTS} weights in a filter" if weights > MAX_INT8_WEIGHTS else None
+
+
+def _has_short_filters(module: nn.Module) -> str | None:
+    assert isinstance(module, FlattenedConv2d)
+    long = max(module.kernel_size) > FLAT_MAX_KERNEL
+    return f"filters of more than {FLAT_MAX_KERNEL} taps" if long else None
 
 
 def _for_samples(samples: int | None) -> dict[str, Any]:
@@ -267,6 +299,27 @@ def _coded(
         _row(f"{name}_bfloat16", layer, 1.0, applies, layout="codebook_bfloat16", exact=False, **more),
         _row(f"{name}_int8", layer, 1.0, in_int8, layout="codebook_int8", exact=False, **more),
     )
+
+
+# Layers of several factors, and what they become when these are multiplied out: a name and a plain layer.
+FACTORED: dict[type[Any], tuple[str, type[nn.Module]]] = {
+    LowRankLinear: ("linear", nn.Linear),
+    LowRankConv2d: ("conv2d", nn.Conv2d),
+    ClusteredConv2d: ("clusters", nn.Conv2d),
+}
+
+
+def _multiplied_out(source: type[Any], name: str, plain: type[nn.Module]) -> Candidate:
+    alias = "multiplied_out"
+    return Candidate(f"{alias}_{name}", alias, source, plain, 1.0, _always, source.to_dense, layout=alias)
+
+
+def _low_rank(name: str, source: type[nn.Module], layer: type[Any]) -> Candidate:
+    def build(module: Any) -> nn.Module:
+        made: nn.Module = layer.from_dense(module, _rank(weight_of(module)))
+        return made
+
+    return Candidate(name, "low_rank", source, layer, 1.0, _is_of_low_rank, build, layout="factors", pays=_by_name)
 
 
 def _vectors(
@@ -411,6 +464,19 @@ CANDIDATES: dict[str, Candidate] = {
             )
         ),
         *_of_other_inputs("binary_conv2d", nn.Conv2d, BinaryConv2d),
+        Candidate(
+            "flattened_conv2d",
+            "",
+            FlattenedConv2d,
+            FlattenedConv2d,
+            1.0,
+            _has_short_filters,
+            copy.deepcopy,
+            layout="fused",
+        ),
         *_convolutions("1d", nn.Conv1d, SparseConv1d, SparseCodebookConv1d),
+        _low_rank("low_rank_linear", nn.Linear, LowRankLinear),
+        _low_rank("low_rank_conv2d", nn.Conv2d, LowRankConv2d),
+        *(_multiplied_out(source, *made) for source, made in FACTORED.items()),
     )
 }

@@ -34,6 +34,7 @@ from tersetorch.conversion.walk import (
     current_format,
     find_sites,
     groups_of,
+    inside_swapped,
     label,
     own_parameter,
 )
@@ -42,6 +43,7 @@ from tersetorch.methods import finalize
 from tersetorch.methods.parametrization import is_live, release_graphs
 from tersetorch.nn import SparseCodebookConv1d, SparseCodebookConv2d, SparseCodebookLinear
 
+MULTIPLIED_OUT = "a factor of a layer that is multiplied out"
 CODEBOOK_LAYERS = (SparseCodebookLinear, SparseCodebookConv2d, SparseCodebookConv1d)
 
 
@@ -80,6 +82,12 @@ def convert(
     example_inputs an nn.BatchNorm1d is taken to see [samples, features]. Layers of signs that alone are no faster are
     taken where they make chains longer and the model with them passes the same contest against that without.
 
+    The factors of a layer of low rank (nn.LowRankLinear, LowRankConv2d, ClusteredConv2d) are layers like others. The
+    whole layer is also tried as the plain one that its factors multiply out to ("multiplied_out"), which takes more
+    memory and is faster where the factors are too many or too small; it is chosen before formats of the factors are
+    looked at. A plain layer whose weight is a product already, up to rounding, becomes one of factors by name alone
+    ("low_rank"), where these are smaller; what rank a weight may be given is for tt.factorize to decide.
+
     Where a model with convolutions is the fastest in channels_last, the result's dense convolutions hold their weights
     so, and hand that memory format on, whatever they are given; its outputs may then have other strides.
 
@@ -90,21 +98,21 @@ def convert(
         model: any nn.Module.
         example_inputs: what model is called with: a tensor, a tuple of arguments or a dict of keyword arguments. With
             plan, only for the report's largest output difference.
-        plan: "sparse", "codebook", "product", "residual", "binary" or "fixed", every layer that can; or format names by
-            layer name, the others stay dense: "dense", "csr", "sparse_codebook", "sparse_conv2d" and the other names in
-            tersetorch.conversion.candidates.CANDIDATES. "codebook" keeps codes of at most 8 bits, of a weight's
-            non-zeros ("sparse_codebook") or of all its weights ("codebook_linear"), whichever takes fewer bytes: at 4
-            bits that of all from a tenth of non-zeros on; an nn.Embedding's are always those of all
-            ("codebook_embedding"). "product" keeps codes of the sub-vectors that a weight's rows share, whoever made
-            them ("product_linear", "product_conv2d"); "residual" those of the sums that quantize.residual made, as long
-            as nobody changed the weight since ("residual_linear", "residual_conv2d"). "binary" takes layers whose
-            weights are +a and -a in each row: those whose input is signs, as the model's graph shows, and those of any
-            input ("binary_linear_real", "binary_conv2d_real"). By name a first layer can also be told that its input is
-            8-bit images: "binary_linear_pixels" and "binary_conv2d_pixels" for k / 255, "binary_linear_signed_pixels"
-            and "binary_conv2d_signed_pixels" for 2 k / 255 - 1; it takes the nearest k, and its batch norm becomes
-            thresholds too. "fixed" takes layers whose formats quantize.fixed_formats chose, or that trained in fixed
-            point ("fixed_linear", "fixed_conv2d"). Nothing is measured and max_error does not apply: these, and formats
-            with int8 or bfloat16 in their name, round.
+        plan: "sparse", "codebook", "product", "residual", "binary", "fixed", "low_rank" or "multiplied_out", every
+            layer that can; or format names by layer name, the others stay dense: "dense", "csr", "sparse_codebook",
+            "sparse_conv2d" and the other names in tersetorch.conversion.candidates.CANDIDATES. "codebook" keeps codes
+            of at most 8 bits, of a weight's non-zeros ("sparse_codebook") or of all its weights ("codebook_linear"),
+            whichever takes fewer bytes: at 4 bits that of all from a tenth of non-zeros on; an nn.Embedding's are
+            always those of all ("codebook_embedding"). "product" keeps codes of the sub-vectors that a weight's rows
+            share, whoever made them ("product_linear", "product_conv2d"); "residual" those of the sums that
+            quantize.residual made, as long as nobody changed the weight since ("residual_linear", "residual_conv2d").
+            "binary" takes layers whose weights are +a and -a in each row: those whose input is signs, as the model's
+            graph shows, and those of any input ("binary_linear_real", "binary_conv2d_real"). By name a first layer can
+            also be told that its input is 8-bit images: "binary_linear_pixels" and "binary_conv2d_pixels" for k / 255,
+            "binary_linear_signed_pixels" and "binary_conv2d_signed_pixels" for 2 k / 255 - 1; it takes the nearest k,
+            and its batch norm becomes thresholds too. "fixed" takes layers whose formats quantize.fixed_formats chose,
+            or that trained in fixed point ("fixed_linear", "fixed_conv2d"). Nothing is measured and max_error does not
+            apply: these, and formats with int8 or bfloat16 in their name, round.
         max_error: largest |output difference| of a layer, as a share of its largest |output|; formats that round are
             tried then too. Default: what another order of summation explains (see
             tersetorch.conversion.verify.rounding_bound).
@@ -165,6 +173,8 @@ def _told(source: nn.Module, inputs: Inputs | None, plan: str | Mapping[str, str
     sites = known_signs(source, find_sites(source, CANDIDATES))
     groups = groups_of(sites)
     decisions = follow(plan, sites, groups, CANDIDATES, _samples(source, groups, inputs))
+    gone = inside_swapped(groups, [bool(decision.layers) for decision in decisions])
+    decisions = [d.undone(MULTIPLIED_OUT) if inside else d for d, inside in zip(decisions, gone, strict=True)]
     converted, fusion, _ = assemble(source, groups, decisions, inputs)
     difference = None
     if inputs is not None:
@@ -222,12 +232,17 @@ def _measured(source: nn.Module, inputs: Inputs, planner: Planner, progress: boo
     # A first run says whether the model can be called at all, and fills what it allocates on its first call.
     _run(probe, inputs)
     calls = capture(probe, [site.module for group in groups for site in group], inputs)
-    decisions = []
+    decisions: list[Decision] = []
     with Progress(console=Console(stderr=True), disable=not progress) as bar:
         task = bar.add_task("convert", total=len(groups) + 1)
         for group in groups:
             bar.update(task, description=f"convert {label(group[0].name)}")
-            decisions.append(planner.decide(group, [calls[site.module] for site in group]))
+            # A layer comes before its factors.
+            swapped = [bool(decision.layers) for decision in decisions]
+            if inside_swapped(groups[: len(swapped) + 1], [*swapped, False])[-1]:
+                decisions.append(Decision("dense", MULTIPLIED_OUT))
+            else:
+                decisions.append(planner.decide(group, [calls[site.module] for site in group]))
             bar.advance(task)
         bar.update(task, description="convert: the whole model")
         reached = {module for module, seen in calls.items() if seen}

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from tersetorch.conversion.baselines import Call, dense_forms, run_of
 from tersetorch.conversion.cache import DecisionCache
-from tersetorch.conversion.candidates import Candidate, density, weight_of
+from tersetorch.conversion.candidates import FACTORED, Candidate, density, weight_of
 from tersetorch.conversion.machine import MachineFacts, is_busy
 from tersetorch.conversion.report import Trial
 from tersetorch.conversion.swap import build
 from tersetorch.conversion.timing import Contest, Timer, contest
 from tersetorch.conversion.verify import compare
-from tersetorch.conversion.walk import Site, label, own_parameter, why_not
+from tersetorch.conversion.walk import Site, label, why_not
 from tersetorch.nn.shared_module import SharedModule
 
 
@@ -175,8 +175,9 @@ class Planner:
         share = density(weight)
         return {
             "machine": dict(self.facts),
-            "layers": [[type(module).__name__, own_parameter(module, "bias") is not None] for module in modules],
+            "layers": [[type(module).__name__, module.extra_repr()] for module in modules],
             "weight": [list(weight.shape), list(weight.stride()), str(weight.dtype)],
+            **({"factors": _shapes(modules[0])} if type(modules[0]) in FACTORED else {}),
             # In steps of a quarter: 1, 0.79, 0.63, 0.5, ...
             "density": round(-10 * math.log10(share)) if share else None,
             # Some layouts skip the zeros of x: their share, in tenths.
@@ -214,6 +215,10 @@ def samples_of(calls: list[Call]) -> int:
     """The most samples that one of the calls multiplies at once."""
     # An index is a sample of its own.
     return max(x.numel() // max(1, x.shape[-1]) if x.is_floating_point() else x.numel() for _, x in calls)
+
+
+def _shapes(module: nn.Module) -> list[list[int]]:
+    return [list(parameter.shape) for parameter in module.parameters()]
 
 
 def _with_score(trial: Trial, result: Contest) -> Trial:

@@ -8,7 +8,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tersetorch.conversion.candidates import Candidate
+from tersetorch.conversion.walk import weight_name
+from tersetorch.methods.modes import switch_off_fast_paths
+from tersetorch.nn import FlattenedConv2d
 from tersetorch.nn.codebook_module import CodedModule
+from tersetorch.nn.low_rank import LowRankModule
 from tersetorch.nn.sparse_conv_module import SparseConvBase
 from tersetorch.nn.sparse_linear_module import SparseLinearBase
 from tersetorch.nn.sparse_module import SparseModule
@@ -22,12 +26,12 @@ def build(candidate: Candidate, modules: list[nn.Module], samples: int | None = 
     layers = [candidate.build(module) for module in modules]
     first = layers[0]
     for layer in layers[1:]:
-        for name, tensor in (*first.named_parameters(), *first.named_buffers()):
+        for path, tensor in (*first.named_parameters(), *first.named_buffers()):
+            owner, _, name = path.rpartition(".")
             if name != "bias":
-                setattr(layer, name, tensor)
+                setattr(layer.get_submodule(owner), name, tensor)
     for layer in layers:
-        if candidate.layout != getattr(layer, "plain_layout", "csr"):
-            assert isinstance(layer, SparseModule | CodedModule)
+        if isinstance(layer, SparseModule | CodedModule | FlattenedConv2d) and candidate.layout != layer.plain_layout:
             layer.pack(candidate.layout, **candidate.options(samples))
     return layers
 
@@ -69,7 +73,11 @@ def dense_again(model: nn.Module, kept: Callable[[nn.Module], bool], identities:
     """
     memo: dict[int, Any] = {}
     weights: dict[int, Tensor] = {}
+    unpacked = False
     for layer in model.modules():
+        if isinstance(layer, FlattenedConv2d) and layer.layout != layer.plain_layout:
+            copy.deepcopy(layer, memo).pack(layer.plain_layout)
+            unpacked = True
         if not isinstance(layer, SparseLinearBase | SparseConvBase) or kept(layer):
             continue
         dense, source = layer.to_dense(), getattr(layer, layer.parameter_field)
@@ -78,7 +86,7 @@ def dense_again(model: nn.Module, kept: Callable[[nn.Module], bool], identities:
         if layer.bias is not None:
             dense.bias = copy.deepcopy(layer.bias, memo)
         memo[id(layer)] = dense
-    if not weights:
+    if not weights and not unpacked:
         return model
     memo |= {id(identity): nn.ReLU().train(identity.training) for identity in identities}
     restored = {dense for dense in memo.values() if isinstance(dense, nn.Linear)}
@@ -116,28 +124,23 @@ def swapped_copy(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) 
             f"convert: model must hand copy.deepcopy's memo to its layers, got a {type(model).__name__} whose copy "
             "lacks the new ones; convert the part below it"
         )
-    _switch_off_fast_paths(copied, set(replacements.values()))
+    switch_off_fast_paths(copied, set(replacements.values()))
     return copied
 
 
 def _take_over(module: nn.Module, replacement: nn.Module, memo: dict[int, Any]) -> None:
-    weight = module._parameters["weight"]
+    if type(replacement) is type(module):
+        for name, own in module._parameters.items():
+            replacement._parameters[name] = copy.deepcopy(own, memo)
+        replacement.train(module.training)
+        return
+    weight = module._parameters.get(weight_name(module))
     bias = module._parameters.get("bias")
-    assert weight is not None
-    for name, parameter in replacement.named_parameters():
-        if name != "bias":
+    for path, parameter in replacement.named_parameters():
+        # Of factors the replacement has the flag already.
+        if path.rpartition(".")[2] != "bias" and weight is not None:
             parameter.requires_grad_(weight.requires_grad)
-    if bias is not None and "bias" in replacement._parameters:
-        replacement.bias = copy.deepcopy(bias, memo)
+    holder = replacement.second if isinstance(replacement, LowRankModule) else replacement
+    if bias is not None and "bias" in holder._parameters:
+        holder.bias = copy.deepcopy(bias, memo)
     replacement.train(module.training)
-
-
-def _switch_off_fast_paths(model: nn.Module, replacements: set[nn.Module]) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoder | nn.TransformerEncoderLayer) and any(
-            inner in replacements for inner in module.modules()
-        ):
-            if isinstance(module, nn.TransformerEncoder):
-                module.use_nested_tensor = module.enable_nested_tensor = False
-            else:
-                module.activation_relu_or_gelu = 0

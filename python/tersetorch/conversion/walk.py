@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from tersetorch.conversion.candidates import Candidate
+from tersetorch.conversion.candidates import FACTORED, Candidate
 from tersetorch.nn.sign_module import SignModule
 
 # Modules whose own forward reads a child's weight instead of calling the child.
@@ -86,6 +86,18 @@ def why_not(row: Candidate, group: list[Site]) -> str | None:
     return row.applies(group[0].module) or unsigned
 
 
+def inside_swapped(groups: list[list[Site]], swapped: Iterable[bool]) -> list[bool]:
+    """Which groups have a site inside one of another group that is swapped, and so go with it."""
+    gone = {
+        inner
+        for group, goes in zip(groups, swapped, strict=True)
+        for site in group
+        for inner in site.module.modules()
+        if goes and inner is not site.module
+    }
+    return [any(site.module in gone for site in group) for group in groups]
+
+
 def carries_hooks(module: nn.Module) -> bool:
     """Whether a swap of module would lose hooks."""
     return any(getattr(module, hooks) for hooks in HOOKS)
@@ -95,6 +107,12 @@ def own_parameter(module: nn.Module, name: str) -> nn.Parameter | None:
     """The parameter that module itself registers under name, if any."""
     # The members of a ScriptModule can be listed, but not looked up.
     return dict(module._parameters.items()).get(name)
+
+
+def weight_name(module: nn.Module) -> str:
+    """The parameter that is module's weight, or stands for it."""
+    name: str = getattr(type(module), "weight_parameter", "weight")
+    return name
 
 
 def current_format(module: nn.Module, table: Mapping[str, Candidate]) -> str:
@@ -110,7 +128,7 @@ def label(name: str) -> str:
 
 
 def _has_weight(module: nn.Module, table: Mapping[str, Candidate]) -> bool:
-    weight = own_parameter(module, "weight")
+    weight = own_parameter(module, weight_name(module))
     return (
         (weight is not None and weight.dim() >= 2)
         or isinstance(module, tuple({row.source for row in table.values()} | {row.layer for row in table.values()}))
@@ -125,7 +143,7 @@ def _is_quantized(module: nn.Module) -> bool:
 
 def _why_kept(module: nn.Module, parents: list[nn.Module], table: Mapping[str, Candidate]) -> str | None:
     kind = type(module)
-    weight = own_parameter(module, "weight")
+    weight = own_parameter(module, weight_name(module))
     if isinstance(module, SignModule):
         return f"already a {kind.__name__}"
     if current_format(module, table) != "dense":
@@ -146,9 +164,25 @@ def _why_kept(module: nn.Module, parents: list[nn.Module], table: Mapping[str, C
         return "its forward was replaced on the instance"
     if carries_hooks(module):
         return "it carries hooks, which a swap would lose; remove them first"
+    if kind in FACTORED:
+        return _why_factors_kept(module)
     if weight is None:
         return "its weight is not a parameter"
     return _why_weight_kept(weight)
+
+
+def _why_factors_kept(module: nn.Module) -> str | None:
+    """Why a layer's factors must not be multiplied out, or None."""
+    for name, factor in module.named_children():
+        if type(factor) not in (nn.Linear, nn.Conv2d):
+            return f"its factor {name} is a {type(factor).__name__}, which stays as it is"
+        weight = own_parameter(factor, "weight")
+        if carries_hooks(factor) or "forward" in vars(factor) or weight is None:
+            return f"its factor {name} carries hooks or a forward of its own, which would be lost"
+        reason = _why_weight_kept(weight)
+        if reason is not None:
+            return f"of its factor {name}: {reason}"
+    return None
 
 
 def _why_weight_kept(weight: Tensor) -> str | None:
@@ -191,9 +225,9 @@ def _overlapping_weights(names: Mapping[nn.Module, list[str]]) -> dict[nn.Module
             if other_device != device or start >= end:
                 break
             if other_identity != identity:
-                if attribute == "weight":
+                if attribute == weight_name(module):
                     found[module] = f"its weight shares memory with {other_path}"
-                if other_attribute == "weight":
+                if other_attribute == weight_name(other):
                     found[other] = f"its weight shares memory with {path}"
     return found
 
@@ -208,13 +242,14 @@ def _tie(sites: list[Site], names: Mapping[nn.Module, list[str]]) -> list[Site]:
     site_of = {site.module: site for site in sites}
     tied = []
     for site in sites:
-        weight = own_parameter(site.module, "weight")
-        users = owners[id(weight)] if weight is not None else [(site.module, "weight")]
+        own = weight_name(site.module)
+        weight = own_parameter(site.module, own)
+        users = owners[id(weight)] if weight is not None else [(site.module, own)]
         kept = site.kept
         for module, attribute in users:
             other = site_of.get(module)
             apart = other is None or other.kept is not None or type(module) is not type(site.module)
-            if kept is None and (attribute != "weight" or apart):
+            if kept is None and (attribute != own or apart):
                 path = f"{names[module][0]}.{attribute}".removeprefix(".")
                 kept = f"its weight is tied to {path}, which stays as it is"
         group = min((site_of[module].group for module, _ in users if module in site_of), default=site.group)

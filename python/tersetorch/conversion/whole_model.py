@@ -10,7 +10,7 @@ from dataclasses import replace
 from torch import nn
 
 from tersetorch.conversion import timing
-from tersetorch.conversion.baselines import in_channels_last, last_channels
+from tersetorch.conversion.baselines import CONVOLUTIONS, in_channels_last, last_channels
 from tersetorch.conversion.capture import Inputs, seeded_run, uncalled
 from tersetorch.conversion.chains import fold
 from tersetorch.conversion.fusion import Fusion, fuse
@@ -121,7 +121,7 @@ def settle(
         return decisions, _stays_dense("No layer is faster in another format: the model stays as it is.")
     # What a user who knows torch would run on a CPU.
     strong, given = {"dense model": probe}, {"dense model": inputs}
-    if any(isinstance(module, nn.Conv2d) for module in reached):
+    if any(isinstance(module, CONVOLUTIONS) for module in reached):
         strong["dense model channels_last"] = in_channels_last(probe)
         given["dense model channels_last"] = inputs.map(last_channels)
     name, model = list(strong.items())[-1]

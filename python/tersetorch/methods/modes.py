@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 
 import torch
@@ -22,3 +22,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
         for module, flag in training.items():
             module.training = flag
+
+
+def switch_off_fast_paths(model: nn.Module, replacements: Set[nn.Module]) -> None:
+    """Has encoder layers that hold one of replacements call their layers: fast paths read weights instead."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder | nn.TransformerEncoderLayer) and any(
+            inner in replacements for inner in module.modules()
+        ):
+            if isinstance(module, nn.TransformerEncoder):
+                module.use_nested_tensor = module.enable_nested_tensor = False
+            else:
+                module.activation_relu_or_gelu = 0

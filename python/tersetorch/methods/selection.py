@@ -118,7 +118,13 @@ def select(
 
 
 def assign(
-    where: str, argument: str, model: nn.Module, values: PerPattern[Value], ignore: Patterns | None
+    where: str,
+    argument: str,
+    model: nn.Module,
+    values: PerPattern[Value],
+    ignore: Patterns | None,
+    *,
+    frozen: bool = False,
 ) -> list[tuple[Target, Value]]:
     """Each weight that a key of values selects, with its value: a path wins over patterns, then the first key does.
 
@@ -136,7 +142,7 @@ def assign(
     by_pattern = cast(Mapping[Pattern, Value], values)
     return [
         (target, by_pattern[next(pattern for pattern in ordered if target.matches(pattern))])
-        for target in select(where, model, patterns, ignore)
+        for target in select(where, model, patterns, ignore, frozen=frozen)
     ]
 
 
@@ -177,8 +183,7 @@ def _weights_of(module: nn.Module) -> list[tuple[str, int]]:
         # One with several originals is someone else's; its first stands for all.
         tensors[name] = held.original if held.is_tensor else held.original0
     if "weight" not in tensors:
-        computed = getattr(module, "weight", None)
-        if isinstance(computed, Tensor) and isinstance(module, DEFAULT_TARGETS):
+        if isinstance(module, DEFAULT_TARGETS) and isinstance(getattr(module, "weight", None), Tensor):
             # Something else computes it, from a hook for example: found here so that it can be refused by name.
             return [("weight", id(module))]
         return [(name, id(each)) for name, each in tensors.items() if "weight" in name and _is_matrix(each)]

@@ -52,6 +52,17 @@ from tersetorch.ops.fixed_round import (  # noqa: E402
     fixed_round_whole,
     inside_range,
 )
+from tersetorch.ops.flat_conv2d import (  # noqa: E402
+    FLAT_MAX_KERNEL,
+    FLAT_MAX_STAGES,
+    FlatFilters,
+    flat_conv2d,
+    flat_conv2d_inference,
+    flat_conv2d_pack,
+    flat_conv2d_packed,
+    flat_conv2d_sizes,
+    flat_conv2d_unpack,
+)
 from tersetorch.ops.product_conv2d import product_conv2d, product_conv2d_inference  # noqa: E402
 from tersetorch.ops.product_matmul import (  # noqa: E402
     product_bytes,
@@ -78,8 +89,11 @@ from tersetorch.ops.xnor_matmul import xnor_matmul, xnor_pack, xnor_unpack  # no
 
 __all__ = [
     "CODEBOOK_MODES",
+    "FLAT_MAX_KERNEL",
+    "FLAT_MAX_STAGES",
     "RANDOM_BLOCK",
     "ROUNDINGS",
+    "FlatFilters",
     "bitmap_columns_matmul",
     "bitmap_columns_matmul_inference",
     "bitmap_from_rows",
@@ -117,6 +131,12 @@ __all__ = [
     "fixed_round",
     "fixed_round_inference",
     "fixed_round_whole",
+    "flat_conv2d",
+    "flat_conv2d_inference",
+    "flat_conv2d_pack",
+    "flat_conv2d_packed",
+    "flat_conv2d_sizes",
+    "flat_conv2d_unpack",
     "inside_range",
     "native_op",
     "product_bytes",

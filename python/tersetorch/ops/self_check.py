@@ -19,6 +19,7 @@ from tersetorch.ops.codebook_matmul import CODEBOOK_MODES, codebook_dense, codeb
 from tersetorch.ops.csr_matmul import csr_matmul
 from tersetorch.ops.fixed_matmul import fixed_matmul
 from tersetorch.ops.fixed_round import fixed_round
+from tersetorch.ops.flat_conv2d import flat_conv2d
 from tersetorch.ops.product_conv2d import product_conv2d
 from tersetorch.ops.product_matmul import product_decode, product_matmul, product_pack
 from tersetorch.ops.sign_matmul import sign_matmul
@@ -64,6 +65,7 @@ def check_ops() -> list[dict[str, Any]]:
         for entries in (4, ENTRIES, 32, 256)
     ]
     checked += [_check_codebook_conv(mode) for mode in CODEBOOK_MODES]
+    checked += [_check_flat_conv(torch.float32), _check_flat_conv(torch.bfloat16)]
     checked += _check_signs()
     checked += [_check_sign_matmul(torch.float32), _check_sign_matmul(torch.bfloat16), *_check_bitplanes()]
     checked += [_check_fixed_round(), _check_fixed_matmul(torch.int8), _check_fixed_matmul(torch.int16)]
@@ -471,6 +473,23 @@ def _check_product_conv() -> dict[str, Any]:
         size = conv2d(x.double().abs(), weight.abs(), bias.double().abs(), stride, 1)
         worst = max(worst, _largest(y, reference, size))
     return _result("product_conv2d", f"{entries} entries", worst, (terms + 2) * EPSILON)
+
+
+def _check_flat_conv(dtype: torch.dtype) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(9)
+    lateral, vertical, horizontal = (torch.randn(ROWS, n, generator=generator) for n in (CHANNELS, KERNEL, KERNEL))
+    bias, worst = torch.randn(ROWS, generator=generator), 0.0
+    weight = torch.einsum("fc,fi,fj->fcij", *(f.double() for f in (lateral, vertical, horizontal)))
+    for height, width, stride in IMAGES:
+        for memory_format in (torch.contiguous_format, torch.channels_last):
+            x = torch.randn(2, CHANNELS, height, width, generator=generator).to(dtype)
+            x = x.contiguous(memory_format=memory_format)
+            y = flat_conv2d(x, lateral, vertical, horizontal, bias=bias, stride=stride, padding=1)
+            reference = conv2d(x.double(), weight, bias.double(), stride, 1)
+            size = conv2d(x.double().abs(), weight.abs(), bias.double().abs(), stride, 1)
+            worst = max(worst, _largest(y, reference, size))
+    bound = (CHANNELS + 2 * KERNEL + 3) * EPSILON + (0.0 if dtype == torch.float32 else BFLOAT16_ROUNDING)
+    return _result("flat_conv2d", str(dtype).removeprefix("torch."), worst, bound)
 
 
 def _check_gradients() -> list[dict[str, Any]]:

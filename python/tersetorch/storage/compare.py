@@ -29,9 +29,9 @@ def difference(
         return f"it is a {type(module).__name__}, not a {type(built).__name__}", {}
     if any(getattr(module, name) for name in _HOOKS):
         return "it has hooks", {}
-    if _tensors_of(module) != _tensors_of(built):
+    if _tensors_of(module, ignored) != _tensors_of(built, ignored):
         return "its parameters or buffers differ from those its constructor makes", {}
-    for name in module._non_persistent_buffers_set:
+    for name in module._non_persistent_buffers_set - set(ignored):
         if not _same(module._buffers.get(name), built._buffers.get(name)):
             return f"its non-persistent buffer {name!r} differs from the one its constructor makes", {}
     mine, theirs = _attributes(module), _attributes(built)
@@ -62,11 +62,12 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
     }
 
 
-def _tensors_of(module: nn.Module) -> dict[str, Any]:
+def _tensors_of(module: nn.Module, ignored: tuple[str, ...]) -> dict[str, Any]:
     parameters = {name: ("parameter", _shape(tensor)) for name, tensor in module._parameters.items()}
     buffers = {
         name: ("passing" if name in module._non_persistent_buffers_set else "buffer", _shape(tensor))
         for name, tensor in module._buffers.items()
+        if name not in ignored
     }
     return {**parameters, **buffers}
 

@@ -1,4 +1,4 @@
-"""Layers of shared values, sub-vectors, signs or steps, rebuilt from their sizes; their tensors are stored like others.
+"""Layers of shared values, sub-vectors, signs, steps or factors, rebuilt from their sizes; tensors are stored like all others.
 
 But for packed ones: kernels take codes and bits packed, with chunks that are not full. What a file holds, as
 "plain_codes", is uint8 [rows, codes], one by one, so that a coder sees their frequencies and neighbours; as "signs",
@@ -18,11 +18,15 @@ from tersetorch.methods.binarize import ShiftBatchNorm1d, ShiftBatchNorm2d, Sign
 from tersetorch.nn import (
     BinaryConv2d,
     BinaryLinear,
+    ClusteredConv2d,
     CodebookConv2d,
     CodebookEmbedding,
     CodebookLinear,
     FixedPointConv2d,
     FixedPointLinear,
+    FlattenedConv2d,
+    LowRankConv2d,
+    LowRankLinear,
     ProductConv2d,
     ProductLinear,
     ResidualConv2d,
@@ -32,6 +36,7 @@ from tersetorch.nn import (
 from tersetorch.nn.fixed_module import FixedPointModule
 from tersetorch.nn.shared_module import SharedModule
 from tersetorch.nn.sign_module import SignModule
+from tersetorch.ops import FLAT_MAX_STAGES
 from tersetorch.storage.errors import refuse
 from tersetorch.storage.registry import Config, Kind, add, config_of
 
@@ -58,11 +63,15 @@ _DENSE: dict[type[nn.Module], tuple[str, ...]] = {
 _LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     BinaryConv2d: nn.Conv2d,
     BinaryLinear: nn.Linear,
+    ClusteredConv2d: nn.Conv2d,
     CodebookConv2d: nn.Conv2d,
     CodebookEmbedding: nn.Embedding,
     CodebookLinear: nn.Linear,
     FixedPointConv2d: nn.Conv2d,
     FixedPointLinear: nn.Linear,
+    FlattenedConv2d: nn.Conv2d,
+    LowRankConv2d: nn.Conv2d,
+    LowRankLinear: nn.Linear,
     ProductConv2d: nn.Conv2d,
     ProductLinear: nn.Linear,
     ResidualConv2d: nn.Conv2d,
@@ -114,9 +123,10 @@ def check_layer(module: nn.Module) -> None:
     """Refuses a layer whose tensors, taken from a file, are no weight.
 
     Raises:
-        TerseFileError: a tensor has another dtype, a code names no entry, an unused bit is 1, or a step is none.
+        TerseFileError: a tensor has another dtype, a code names no entry, an unused bit is 1, a step is none, or an
+            order of channels is none.
     """
-    if isinstance(module, FixedPointModule | SharedModule | SignModule | SignMaxPool2d):
+    if isinstance(module, FixedPointModule | SharedModule | SignModule | SignMaxPool2d | ClusteredConv2d):
         try:
             module.shared_weight.validate() if isinstance(module, SharedModule) else module.validate()
         except (TypeError, ValueError) as error:
@@ -200,9 +210,11 @@ def _config(layer: Any) -> Config:
 
 
 for _name, _cls in KINDS.items():
-    # Formats are in the config.
-    _formats = ("weight_format", "input_format", "output_format") if issubclass(_cls, FixedPointModule) else ()
-    add(Kind(_name, _cls, _config, _cls.of_sizes, ignored=_formats))  # type: ignore[attr-defined]
+    # What a layer computes from, made of its parameters; formats are in the config.
+    _derived = (*(f"packed_{s}" for s in range(FLAT_MAX_STAGES)), "_packed_from") if _cls is FlattenedConv2d else ()
+    if issubclass(_cls, FixedPointModule):
+        _derived = ("weight_format", "input_format", "output_format")
+    add(Kind(_name, _cls, _config, getattr(_cls, "of_sizes", _cls), ignored=_derived))
 for _cls in (Sign, ShiftBatchNorm1d, ShiftBatchNorm2d):
     _names = ("stochastic",) if _cls is Sign else ("num_features", "eps", "momentum", "affine", "track_running_stats")
     add(Kind(f"tersetorch.{_cls.__name__}", _cls, config_of(_names, _cls.__init__), _cls))

@@ -13,7 +13,7 @@ from rich.progress import Progress
 from torch import nn
 
 from tersetorch.conversion.swap import deep_copy
-from tersetorch.methods import finalize
+from tersetorch.methods.finalize import finalize
 from tersetorch.methods.parametrization import is_live
 from tersetorch.storage import fields
 from tersetorch.storage.arguments import naming, path_of

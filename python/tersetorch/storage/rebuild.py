@@ -18,6 +18,7 @@ from tersetorch.storage.layers import LAYERS, Layer, decode_layer, dense_shape, 
 from tersetorch.storage.packed_kinds import (
     check_layer,
     goes_in_chains,
+    is_of_codes,
     is_of_signs,
     pack_again,
     packed_names,
@@ -230,7 +231,9 @@ def adopt(root: Any, model: nn.Module, tensors: Tensors) -> nn.Module:
             memo[id(module)] = built
         elif _stands_for_other(node, module):
             memo[id(module)] = nn.Identity() if node["k"] == "Identity" else nn.ReLU(inplace=True)
-    relus = any(node.get("k") in LAYERS and "relu" in node.get("c", {}) for node, _, _ in pairs)
+    inner = [each for node, _, _ in pairs for each in (node, *_below(node))]
+    ours = [node for node in inner if node.get("k") in LAYERS or is_of_codes(node.get("k"))]
+    relus = any("relu" in node.get("c", {}) for node in ours)
     signs = any(is_of_signs(node.get("k")) for node, _, _ in pairs)
     for node, module, path in pairs:
         expected = type(module) is nn.Identity or (relus if type(module) is nn.ReLU else signs)
@@ -272,6 +275,9 @@ def _pairs(node: Any, module: nn.Module | None, seen: dict[nn.Module, int], path
     yield node, module, path
     kind = node.get("k")
     if kind in LAYERS or replaces(kind, module):
+        # What it is made of is counted too, and nothing of it stands in the user's instance.
+        for _ in _below(node):
+            seen[nn.Identity()] = len(seen)
         return
     if kind is not None:
         known = registry.named(kind)
@@ -291,6 +297,14 @@ def _pairs(node: Any, module: nn.Module | None, seen: dict[nn.Module, int], path
         mismatch(f"children {list(children)} at {path or 'its root'}", list(module._modules))
     for name, child in children.items():
         yield from _pairs(child, module._modules[name], seen, f"{path}.{name}".removeprefix("."))
+
+
+def _below(node: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The nodes inside a node that are written out there, which those of modules named a second time are not."""
+    for child in node.get("m", {}).values():
+        if isinstance(child, dict):
+            yield child
+            yield from _below(child)
 
 
 def _stands_for_other(node: dict[str, Any], module: nn.Module) -> bool:

@@ -26,7 +26,7 @@ class Kind:
         config: the constructor's keyword arguments, JSON-able (tuples become lists in the file, and come back as such).
         build: a module from those arguments; its children and tensors are replaced by the file's.
         overrides: attributes that may differ from what build sets, and are stored then.
-        ignored: attributes that follow from the tensors.
+        ignored: attributes and passing buffers that follow from the tensors.
         tensors: at least how many tensors a module with this config has, where the constructor makes as many as a
             number says; compared with the file before construction.
     """

@@ -11,8 +11,8 @@ from rich.progress import Progress
 from torch import nn
 
 from tersetorch.conversion.swap import deep_copy
-from tersetorch.methods import finalize
 from tersetorch.methods.arguments import check_choice
+from tersetorch.methods.finalize import finalize
 from tersetorch.methods.parametrization import is_live, release_graphs
 from tersetorch.storage.arguments import target_of, write_whole
 from tersetorch.storage.container import pack

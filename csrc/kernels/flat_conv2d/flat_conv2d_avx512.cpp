@@ -1,0 +1,8 @@
+#include "kernels/flat_conv2d/flat_conv2d.h"
+#include "kernels/flat_conv2d/flat_conv2d_simd.h"
+
+namespace tersetorch {
+
+const FlatKernels kFlatAvx512 = {LoadPixels, Lateral, Planes, StorePixels};
+
+}  // namespace tersetorch
