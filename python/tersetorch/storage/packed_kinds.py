@@ -1,4 +1,4 @@
-"""Layers of shared values, sub-vectors, signs, steps or factors, rebuilt from their sizes; tensors are stored like all others.
+"""Layers of shared values, sub-vectors, signs, steps or factors, rebuilt from sizes; tensors are stored like any other.
 
 But for packed ones: kernels take codes and bits packed, with chunks that are not full. What a file holds, as
 "plain_codes", is uint8 [rows, codes], one by one, so that a coder sees their frequencies and neighbours; as "signs",
