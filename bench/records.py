@@ -26,7 +26,7 @@ from .implementations import LeftOut
 from .options import Options
 from .peers import PEERS
 from .rates import Rates, caches_kib
-from .suites import binary, binary_networks, codebook, coders, flat, networks, product, sparse
+from .suites import binary, binary_networks, codebook, coders, fixed, flat, networks, product, sparse
 
 Record = dict[str, Any]
 
@@ -52,6 +52,7 @@ SUITES: dict[str, tuple[Any, type[Any]]] = {
     "product": (product.groups, product.Product),
     "binary": (binary.groups, binary.Binary),
     "binary_networks": (binary_networks.groups, binary_networks.BinaryNetworks),
+    "fixed": (fixed.groups, fixed.Fixed),
     "flat": (flat.groups, flat.Flattened),
     "coders": (coders.groups, coders.Coders),
     "networks": (networks.groups, networks.Networks),

@@ -33,7 +33,7 @@ FORBIDDEN_INCLUDES = {
     "kernels": FRAMEWORKS + r"|codec|native|thread|mutex|string>|vector|memory|stdexcept|iostream|new>",
     "codec": FRAMEWORKS + r"|native",
     "torch": r"Python|pybind11|ATen|c10|native|codec"
-    r"|torch/(?!csrc/stable|headeronly|codebook_weight|common|cuda|images|samples|signs|sign_tables)",
+    r"|torch/(?!csrc/stable|headeronly|codebook_weight|common|cuda|fixed|images|samples|signs|sign_tables)",
     "native": r"torch|ATen|c10",
 }
 
@@ -103,7 +103,8 @@ def test_instruction_set_files_include_only_intrinsics_and_their_contract():
     assert files
     for file in files:
         op = file.parent.name
-        shared = {f'"kernels/common/{name}.h"' for name in ("vectors", "code_vectors", "sign_counts", "sign_tiles")}
+        names = ("vectors", "code_vectors", "fixed_sums", "philox", "sign_counts", "sign_tiles")
+        shared = {f'"kernels/common/{name}.h"' for name in names}
         allowed = {"<immintrin.h>", "<cstdint>", *shared}
         allowed |= {f'"kernels/{op}/{op}.h"', f'"kernels/{op}/{op}_simd.h"'}
         assert set(includes(file)) <= allowed, f"{file.relative_to(ROOT)} may include only {sorted(allowed)}"

@@ -223,4 +223,25 @@ STABLE_TORCH_LIBRARY(tersetorch, m) {
   m.def(
       "sign_max_pool2d(Tensor x, int[] kernel_size, int[] stride, int[] padding, int[] dilation, bool ceil_mode=False, "
       "Tensor? flips=None) -> Tensor");
+
+  // x float [...] rounded to fixed point <integer_bits, fraction_bits>; rounding "nearest" or "stochastic", of which
+  // the random bits of value i are those of number offset + i under seed -> x's dtype
+  m.def(
+      "fixed_round(Tensor x, int integer_bits, int fraction_bits, str rounding='nearest', int seed=0, int offset=0) -> "
+      "Tensor");
+  // The same without autograd: for callers that know gradients to be off.
+  m.def(
+      "fixed_round_inference(Tensor x, int integer_bits, int fraction_bits, str rounding='nearest', int seed=0, int "
+      "offset=0) -> Tensor");
+  // The whole numbers of steps instead: int8, int16 or int32 [...]
+  m.def(
+      "fixed_round_whole(Tensor x, int integer_bits, int fraction_bits, ScalarType dtype, str rounding='nearest', int "
+      "seed=0, int offset=0) -> Tensor");
+
+  // x int8 or int16 [..., in] and weight [out, in], bias int64 [out] in units of their sums, 2^-sum_fraction_bits; sums
+  // are exact and converted once, to <integer_bits, fraction_bits>, at least 0 with relu -> [..., out] of dtype, whole
+  // numbers of steps in int8, int16 or int32, or float32
+  m.def(
+      "fixed_matmul(Tensor x, Tensor weight, Tensor? bias, int sum_fraction_bits, int integer_bits, int fraction_bits, "
+      "ScalarType dtype, str rounding='nearest', int seed=0, int offset=0, bool relu=False) -> Tensor");
 }

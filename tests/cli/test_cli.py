@@ -160,7 +160,7 @@ def test_compress_prunes_shares_and_stores(tersetorch, tmp_path):
         (["bench", "sparse", "--quick", "--case", "nosuch"], "must leave something to measure"),
         (["reproduce", "nothing"], "ROW must be one of"),
         (["reproduce", "trade_off", "--json", "missing/x.json"], "--json must name a file in a folder"),
-        (["bench", "nothing"], "SUITE must be one of sparse, codebook, product, binary, binary_networks, coders, "),
+        (["bench", "nothing"], "SUITE must be one of sparse, codebook, product, binary, binary_networks, fixed, "),
         (["bench", "sparse", "--density", "2"], "should be less than or equal to 1"),
         (["frobnicate"], "No such command"),
     ],

@@ -5,7 +5,10 @@ from torch import nn
 import tersetorch as tt
 from tersetorch.conversion.candidates import CANDIDATES, FACTORED, density, distinct_values
 from tersetorch.conversion.swap import build
+from tersetorch.formats import FixedFormat, FixedFormats
+from tersetorch.formats.fixed_format import note_formats
 from tersetorch.nn import BinaryConv2d, BinaryLinear, FlattenedConv2d
+from tersetorch.nn.fixed_module import FixedPointModule
 from tersetorch.nn.product_module import ProductModule
 
 
@@ -33,6 +36,10 @@ def test_what_is_built_has_the_same_weight(name, sparse_linear):
     if row.layer in (BinaryLinear, BinaryConv2d):
         assert "a row must hold +a and -a only" in row.applies(layer)
         layer.weight.data = torch.where(layer.weight >= 0, 0.5, -0.5)
+    if row.alias == "fixed":
+        assert "no formats known" in row.applies(layer)
+        note_formats(layer, FixedFormats(*[FixedFormat(4, 12)] * 3))
+        layer.weight.data = FixedFormat(4, 12).nearest(layer.weight.data)
     if issubclass(row.layer, ProductModule):
         assert "its rows " in row.applies(nn.Linear(40, 300) if row.source is nn.Linear else nn.Conv2d(10, 300, 2))
         residual = name.startswith("residual")
@@ -44,7 +51,7 @@ def test_what_is_built_has_the_same_weight(name, sparse_linear):
         assert type(built) is row.layer
         assert torch.equal(built.weight, layer.weight)
         assert built.layout == row.layout
-        packed = not issubclass(row.layer, BinaryLinear | ProductModule)
+        packed = not issubclass(row.layer, BinaryLinear | FixedPointModule | ProductModule)
         if row.source is nn.Linear and row.layout != "csr" and packed:
             error = 0 if row.exact else 1e-2 * float(layer.weight.abs().max())
             torch.testing.assert_close(built.packed_weight.to_dense().float(), layer.weight, atol=error, rtol=0)

@@ -178,3 +178,15 @@ def test_layers_called_twice_fetch_twice():
 def test_bad_arguments_get_their_sentence(arguments, options, error, sentence):
     with pytest.raises(error, match=sentence):
         energy(*arguments, **options)
+
+
+def test_fixed_point_multiplies_whole_numbers():
+    x = torch.randn(2, 64)
+    for bits, kinds in ((8, ("int8", "int32")), (16, ("int16", "int64"))):
+        format = f"<2,{bits - 2}>"
+        layer = tt.nn.FixedPointLinear.from_dense(nn.Linear(64, 32), format, format, format)
+        (found,) = tt.energy(layer, x).layers
+        macs = 2 * 64 * 32
+        assert found.operations == {f"multiply {kinds[0]}": macs, f"add {kinds[1]}": macs + 2 * 2 * 32}
+        assert found.bits["register"] == 2 * bits * macs
+        assert found.bits["sram"] == 8 * (layer.steps.nbytes + layer.bias.nbytes + x.nbytes + 4 * 2 * 32)

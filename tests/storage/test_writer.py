@@ -360,7 +360,8 @@ def test_the_golden_file_of_version_2(same_state, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "made_by"), [("packed_codes", "products"), ("plain_codes", "coded"), ("signs", "signs")]
+    ("name", "made_by"),
+    [("packed_codes", "products"), ("plain_codes", "coded"), ("signs", "signs"), ("fixed", "fixed")],
 )
 def test_the_golden_files_of_packed_layers(same_state, tmp_path, monkeypatch, name, made_by):
     path = Path(__file__).parent / "golden" / f"version2_{name}.terse"

@@ -18,6 +18,8 @@ from tersetorch.nn import (
     CodebookConv2d,
     CodebookEmbedding,
     CodebookLinear,
+    FixedPointConv2d,
+    FixedPointLinear,
     FlattenedConv2d,
     LowRankConv2d,
     LowRankLinear,
@@ -453,6 +455,13 @@ CANDIDATES: dict[str, Candidate] = {
             source=nn.Conv2d,
             layout="signs",
             signs=True,
+        ),
+        *(
+            _row(name, layer, 1.0, layer.why_not, alias="fixed", source=source, layout="fixed", exact=False)
+            for name, layer, source in (
+                ("fixed_linear", FixedPointLinear, nn.Linear),
+                ("fixed_conv2d", FixedPointConv2d, nn.Conv2d),
+            )
         ),
         *_of_other_inputs("binary_conv2d", nn.Conv2d, BinaryConv2d),
         Candidate(

@@ -98,8 +98,8 @@ def convert(
         model: any nn.Module.
         example_inputs: what model is called with: a tensor, a tuple of arguments or a dict of keyword arguments. With
             plan, only for the report's largest output difference.
-        plan: "sparse", "codebook", "product", "residual", "binary", "low_rank" or "multiplied_out", every layer that
-            can; or format names by layer name, the others stay dense: "dense", "csr", "sparse_codebook",
+        plan: "sparse", "codebook", "product", "residual", "binary", "fixed", "low_rank" or "multiplied_out", every
+            layer that can; or format names by layer name, the others stay dense: "dense", "csr", "sparse_codebook",
             "sparse_conv2d" and the other names in tersetorch.conversion.candidates.CANDIDATES. "codebook" keeps codes
             of at most 8 bits, of a weight's non-zeros ("sparse_codebook") or of all its weights ("codebook_linear"),
             whichever takes fewer bytes: at 4 bits that of all from a tenth of non-zeros on; an nn.Embedding's are
@@ -110,8 +110,9 @@ def convert(
             graph shows, and those of any input ("binary_linear_real", "binary_conv2d_real"). By name a first layer can
             also be told that its input is 8-bit images: "binary_linear_pixels" and "binary_conv2d_pixels" for k / 255,
             "binary_linear_signed_pixels" and "binary_conv2d_signed_pixels" for 2 k / 255 - 1; it takes the nearest k,
-            and its batch norm becomes thresholds too. Nothing is measured and max_error does not apply: formats with
-            int8 or bfloat16 in their name round.
+            and its batch norm becomes thresholds too. "fixed" takes layers whose formats quantize.fixed_formats chose,
+            or that trained in fixed point ("fixed_linear", "fixed_conv2d"). Nothing is measured and max_error does not
+            apply: these, and formats with int8 or bfloat16 in their name, round.
         max_error: largest |output difference| of a layer, as a share of its largest |output|; formats that round are
             tried then too. Default: what another order of summation explains (see
             tersetorch.conversion.verify.rounding_bound).

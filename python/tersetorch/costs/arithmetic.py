@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tersetorch.costs.count import weight_size
 from tersetorch.costs.runs import LayerRun
 from tersetorch.nn import ProductLinear, ResidualLinear
+from tersetorch.nn.fixed_module import FixedPointModule
 from tersetorch.nn.sign_module import SignModule
 
 # Of what is multiplied: how, what it is added to, and the bits of an operand.
@@ -36,6 +37,8 @@ def operations(module: nn.Module, run: LayerRun) -> tuple[Counter[str], int]:
         return _of_signs(module, run)
     if isinstance(module, ProductLinear | ResidualLinear):
         return _of_products(module, run)
+    if isinstance(module, FixedPointModule):
+        return _of_steps(module, run)
     kind = _arithmetic(module)
     multiply, add, bits = _PRODUCTS[kind]
     macs = run.positions * weight_size(module)[1 if hasattr(type(module), "sparse_weight") else 0]
@@ -77,6 +80,16 @@ def _of_signs(module: SignModule, run: LayerRun) -> tuple[Counter[str], int]:
     if module.bias is not None:
         done["add float32"] += sums
     return done, bits
+
+
+def _of_steps(module: FixedPointModule, run: LayerRun) -> tuple[Counter[str], int]:
+    """Whole numbers, whose sum is rounded by an addition."""
+    kind = name_of(module.steps.dtype)
+    macs, add = run.positions * module.steps.numel(), "add int32" if kind == "int8" else "add int64"
+    biased = module.bias is not None
+    return Counter(
+        {f"multiply {kind}": macs, add: macs + (1 + biased) * run.numbers}
+    ), 16 * module.steps.itemsize * macs
 
 
 def _of_products(module: ProductLinear | ResidualLinear, run: LayerRun) -> tuple[Counter[str], int]:

@@ -13,6 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from tersetorch.costs.runs import LayerRun, arguments, run
 from tersetorch.nn import CodebookEmbedding
+from tersetorch.nn.fixed_module import FixedPointModule
 from tersetorch.nn.shared_module import SharedModule, SharedProduct
 from tersetorch.nn.sign_module import SignModule
 
@@ -102,8 +103,8 @@ def count(model: nn.Module, example_inputs: Tensor | tuple[Any, ...] | Mapping[s
     positions x (non-zero weights): positions are the rows of a linear layer's input, the output pixels of a
     convolution, the input pixels of a transposed one, over the whole batch. Padding counts as input, biases,
     normalisation, activations and pooling count nothing, as in the papers' tables; give a batch of one to compare with
-    those. Sparse layers, layers of codes or signs and layers that are being pruned or shared count by the weight they
-    compute with; an embedding multiplies nothing.
+    those. Sparse layers, layers of codes, signs or steps and layers that are being pruned or shared count by the weight
+    they compute with; an embedding multiplies nothing.
 
     Args:
         model: on any device; on meta, with inputs there, nothing is computed and no memory taken.
@@ -156,7 +157,7 @@ def kind_of(module: nn.Module) -> str:
 
 def multiplies(module: nn.Module) -> bool:
     """Whether module is a linear or convolutional layer, one of ours too."""
-    ours = isinstance(module, SharedProduct | SignModule) or hasattr(type(module), "sparse_weight")
+    ours = isinstance(module, FixedPointModule | SharedProduct | SignModule) or hasattr(type(module), "sparse_weight")
     return ours or isinstance(module, nn.Linear | _ConvNd)
 
 

@@ -15,6 +15,7 @@ from tersetorch.costs.coefficients import ACCESSES, COEFFICIENTS
 from tersetorch.costs.count import hides_products, kind_of, multiplies, own_modules
 from tersetorch.costs.runs import LayerRun, arguments, run
 from tersetorch.nn import CodebookEmbedding
+from tersetorch.nn.fixed_module import FixedPointModule
 from tersetorch.nn.shared_module import SharedModule
 from tersetorch.nn.sign_module import SignModule
 
@@ -164,7 +165,7 @@ def _weight_bytes(module: nn.Module) -> int:
     others = bias.nbytes if isinstance(bias, Tensor) else 0
     if isinstance(module, _BatchNorm):
         return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()) if tensor.dim() > 0)
-    if isinstance(module, SignModule):
+    if isinstance(module, FixedPointModule | SignModule):
         return sum(tensor.nbytes for tensor in module.buffers())
     weight: Any = getattr(module, "packed_weight", None)
     if weight is None:

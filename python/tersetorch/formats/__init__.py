@@ -10,6 +10,8 @@ from tersetorch.formats.blocked_int8_weight import BlockedInt8Weight
 from tersetorch.formats.blocked_weight import BlockedWeight
 from tersetorch.formats.codebook_weight import CodebookWeight, codebook_values
 from tersetorch.formats.csr_weight import CsrWeight
+from tersetorch.formats.fixed_format import FixedFormat, FixedFormats
+from tersetorch.formats.fixed_weight import FixedWeight
 from tersetorch.formats.product_weight import ProductWeight
 from tersetorch.formats.sign_weight import SignWeight
 from tersetorch.formats.sparse_codebook_weight import SparseCodebookWeight
@@ -25,6 +27,9 @@ __all__ = [
     "BlockedWeight",
     "CodebookWeight",
     "CsrWeight",
+    "FixedFormat",
+    "FixedFormats",
+    "FixedWeight",
     "ProductWeight",
     "SignWeight",
     "SparseCodebookWeight",

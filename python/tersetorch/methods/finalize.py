@@ -7,8 +7,8 @@ from torch import nn
 
 from tersetorch.formats.vector_codes import VectorCodes, note_codes
 from tersetorch.methods.arguments import check_model
-from tersetorch.methods.binarize.binary_connect import bake
-from tersetorch.methods.parametrization import CompressedWeight, detach, live_weights, unshare
+from tersetorch.methods.parametrization import CompressedWeight, bake, detach, live_weights, unshare
+from tersetorch.methods.quantize.fixed_point import release
 
 
 def finalize(model: nn.Module) -> nn.Module:
@@ -23,7 +23,8 @@ def finalize(model: nn.Module) -> nn.Module:
     train at fixed sparsity, finalize afterwards, or convert to SparseLinear layers.
 
     Weights that tt.binarize made signs become those signs, stochastic ones the real values that they are evaluated
-    with.
+    with. Weights in fixed point stay the numbers that they are; activations are no longer rounded, but their formats
+    are left for tt.convert(model, plan="fixed").
 
     Where rows are sums of shared ones, as tt.quantize.residual makes them, the module keeps their codes beside the
     weight, outside the state dict: tt.save and tt.convert use them as long as the weight is not changed.
@@ -43,6 +44,7 @@ def finalize(model: nn.Module) -> nn.Module:
         # Before detach, which may leave the list without our parametrization.
         unshare(weight)
         detach(weight)
+    release(model)
     bake(model)
     return model
 

@@ -272,6 +272,22 @@ def detach(live: LiveWeight) -> None:
     move_parameter(module, tensor, getattr(held, PLACE))
 
 
+@torch.no_grad()
+def bake(model: nn.Module) -> None:
+    """Puts what our other parametrizations compute in evaluation into plain parameters."""
+    for module in list(model.modules()):
+        for tensor in reversed(parametrized_tensors(module)):
+            held = parametrization_list(module, tensor)
+            if held is None or not isinstance(held[0], BakedWeight) or isinstance(held[0], CompressedWeight):
+                continue
+            own_class(module)
+            held[0].eval()
+            original = held.original
+            parametrize.remove_parametrizations(module, tensor, leave_parametrized=True)
+            assert module._parameters[tensor] is original
+            move_parameter(module, tensor, getattr(held, PLACE))
+
+
 def move_parameter(module: nn.Module, tensor: str, place: int) -> None:
     """Gives a parameter that place among the module's parameters, by which optimizers and state dicts count."""
     order = [name for name in module._parameters if name != tensor]

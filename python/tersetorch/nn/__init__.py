@@ -6,6 +6,8 @@ from tersetorch.nn.clustered_conv import ClusteredConv2d
 from tersetorch.nn.codebook_conv import CodebookConv2d
 from tersetorch.nn.codebook_embedding import CodebookEmbedding
 from tersetorch.nn.codebook_linear import CodebookLinear
+from tersetorch.nn.fixed_conv import FixedPointConv2d
+from tersetorch.nn.fixed_linear import FixedPointLinear
 from tersetorch.nn.flattened_conv import FlattenedConv2d
 from tersetorch.nn.low_rank import LowRankConv2d, LowRankLinear
 from tersetorch.nn.product_conv import ProductConv2d, ResidualConv2d
@@ -23,6 +25,8 @@ __all__ = [
     "CodebookConv2d",
     "CodebookEmbedding",
     "CodebookLinear",
+    "FixedPointConv2d",
+    "FixedPointLinear",
     "FlattenedConv2d",
     "LowRankConv2d",
     "LowRankLinear",

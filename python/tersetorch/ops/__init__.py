@@ -42,6 +42,16 @@ from tersetorch.ops.codebook_matmul import (  # noqa: E402
     codebook_unpack,
 )
 from tersetorch.ops.csr_matmul import csr_matmul, csr_matmul_inference, csr_pack  # noqa: E402
+from tersetorch.ops.fixed_matmul import fixed_matmul  # noqa: E402
+from tersetorch.ops.fixed_round import (  # noqa: E402
+    RANDOM_BLOCK,
+    ROUNDINGS,
+    check_fixed,
+    fixed_round,
+    fixed_round_inference,
+    fixed_round_whole,
+    inside_range,
+)
 from tersetorch.ops.flat_conv2d import (  # noqa: E402
     FLAT_MAX_KERNEL,
     FLAT_MAX_STAGES,
@@ -81,6 +91,8 @@ __all__ = [
     "CODEBOOK_MODES",
     "FLAT_MAX_KERNEL",
     "FLAT_MAX_STAGES",
+    "RANDOM_BLOCK",
+    "ROUNDINGS",
     "FlatFilters",
     "bitmap_columns_matmul",
     "bitmap_columns_matmul_inference",
@@ -100,6 +112,7 @@ __all__ = [
     "blocked_matmul",
     "blocked_matmul_inference",
     "blocked_pack",
+    "check_fixed",
     "codebook_conv2d",
     "codebook_conv2d_inference",
     "codebook_dense",
@@ -114,12 +127,17 @@ __all__ = [
     "csr_matmul",
     "csr_matmul_inference",
     "csr_pack",
+    "fixed_matmul",
+    "fixed_round",
+    "fixed_round_inference",
+    "fixed_round_whole",
     "flat_conv2d",
     "flat_conv2d_inference",
     "flat_conv2d_pack",
     "flat_conv2d_packed",
     "flat_conv2d_sizes",
     "flat_conv2d_unpack",
+    "inside_range",
     "native_op",
     "product_bytes",
     "product_conv2d",

@@ -17,6 +17,8 @@ from tersetorch.ops.codebook_conv2d import codebook_conv2d
 from tersetorch.ops.codebook_embedding import codebook_embedding
 from tersetorch.ops.codebook_matmul import CODEBOOK_MODES, codebook_dense, codebook_matmul, codebook_pack
 from tersetorch.ops.csr_matmul import csr_matmul
+from tersetorch.ops.fixed_matmul import fixed_matmul
+from tersetorch.ops.fixed_round import fixed_round
 from tersetorch.ops.flat_conv2d import flat_conv2d
 from tersetorch.ops.product_conv2d import product_conv2d
 from tersetorch.ops.product_matmul import product_decode, product_matmul, product_pack
@@ -66,7 +68,41 @@ def check_ops() -> list[dict[str, Any]]:
     checked += [_check_flat_conv(torch.float32), _check_flat_conv(torch.bfloat16)]
     checked += _check_signs()
     checked += [_check_sign_matmul(torch.float32), _check_sign_matmul(torch.bfloat16), *_check_bitplanes()]
+    checked += [_check_fixed_round(), _check_fixed_matmul(torch.int8), _check_fixed_matmul(torch.int16)]
     return [*checked, _check_bfloat16_mode(), *_check_conv_modes(), *_check_gradients()]
+
+
+def _check_fixed_round() -> dict[str, Any]:
+    """Nearest against the formula, to every bit; stochastic to a neighbour, and the same in parts."""
+    worst = 0.0
+    for bits in (8, 16, 20):
+        x = torch.randn(1003, generator=torch.Generator().manual_seed(9))
+        step = 2.0 ** (3 - bits)
+        exact = x.double().clamp(-4, 4 - step)
+        nearest = ((x.double() / step + 0.5).floor() * step).clamp(-4, 4 - step)
+        worst = max(worst, float((fixed_round(x, 3, bits - 3).double() - nearest).abs().max()))
+        drawn = fixed_round(x, 3, bits - 3, "stochastic", seed=bits)
+        parts = [fixed_round(x[i : i + 100], 3, bits - 3, "stochastic", bits, i) for i in range(0, 1003, 100)]
+        worst = max(worst, float((drawn - torch.cat(parts)).abs().max()))
+        worst = max(worst, float(((drawn.double() - exact).abs() >= step).double().max()))
+    return _result("fixed_round", "8, 16 and 20 bits", worst, 0.0)
+
+
+def _check_fixed_matmul(dtype: torch.dtype) -> dict[str, Any]:
+    """Whole numbers, which every level has exactly; sums of two of the largest products overflow 32 bits."""
+    generator, info, worst = torch.Generator().manual_seed(10), torch.iinfo(dtype), 0.0
+    weight = torch.randint(info.min, info.max + 1, (ROWS, COLUMNS), generator=generator).to(dtype)
+    bias = torch.randint(-(2**20), 2**20, (ROWS,), generator=generator)
+    weight[:, ::2] = info.min
+    fraction_bits = 2 * info.bits - 13
+    for batch in BATCHES:
+        x = torch.randint(info.min, info.max + 1, (batch, COLUMNS), generator=generator).to(dtype)
+        x[0] = info.min
+        exact = x.long() @ weight.long().T + bias
+        nearest = (exact + (1 << fraction_bits - 1) >> fraction_bits).clamp(-(2**15), 2**15 - 1)
+        y = fixed_matmul(x, weight, bias, sum_fraction_bits=fraction_bits, integer_bits=16, fraction_bits=0)
+        worst = max(worst, float((y.long() - nearest).abs().max()))
+    return _result("fixed_matmul", str(dtype).removeprefix("torch."), worst, 0.0)
 
 
 def _check_signs() -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from tersetorch.storage import streams
 from tersetorch.storage.container import CHECKSUM_BYTES
 from tersetorch.storage.entry import Entry
 from tersetorch.storage.errors import reading, refuse
-from tersetorch.storage.packed_kinds import is_of_codes, is_of_signs
+from tersetorch.storage.packed_kinds import is_of_codes, is_of_signs, is_of_steps
 from tersetorch.storage.reader import read
 from tersetorch.storage.rebuild import check_node
 
@@ -260,6 +260,8 @@ def _dense_bytes(name: str, node: dict[str, Any], entry: Entry) -> int:
     if (is_of_codes(kind) and name == "plain_codes") or (is_of_signs(kind) and name == "signs"):
         rows, columns = (node.get("c", {}).get(size) for size in ("out_features", "in_features"))
         return 4 * (rows * columns if type(rows) is int and type(columns) is int else entry.numel)
+    if is_of_steps(kind) and name in ("steps", "bias"):
+        return 4 * entry.numel
     return entry.numel * (4 if entry.real_dtype.is_floating_point else entry.real_dtype.itemsize)
 
 

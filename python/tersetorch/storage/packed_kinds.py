@@ -1,4 +1,4 @@
-"""Layers of shared values, sub-vectors, signs or factors, rebuilt from their sizes; tensors are stored like any other.
+"""Layers of shared values, sub-vectors, signs, steps or factors, rebuilt from sizes; tensors are stored like any other.
 
 But for packed ones: kernels take codes and bits packed, with chunks that are not full. What a file holds, as
 "plain_codes", is uint8 [rows, codes], one by one, so that a coder sees their frequencies and neighbours; as "signs",
@@ -22,6 +22,8 @@ from tersetorch.nn import (
     CodebookConv2d,
     CodebookEmbedding,
     CodebookLinear,
+    FixedPointConv2d,
+    FixedPointLinear,
     FlattenedConv2d,
     LowRankConv2d,
     LowRankLinear,
@@ -31,6 +33,7 @@ from tersetorch.nn import (
     ResidualLinear,
     SignMaxPool2d,
 )
+from tersetorch.nn.fixed_module import FixedPointModule
 from tersetorch.nn.shared_module import SharedModule
 from tersetorch.nn.sign_module import SignModule
 from tersetorch.ops import FLAT_MAX_STAGES
@@ -64,6 +67,8 @@ _LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     CodebookConv2d: nn.Conv2d,
     CodebookEmbedding: nn.Embedding,
     CodebookLinear: nn.Linear,
+    FixedPointConv2d: nn.Conv2d,
+    FixedPointLinear: nn.Linear,
     FlattenedConv2d: nn.Conv2d,
     LowRankConv2d: nn.Conv2d,
     LowRankLinear: nn.Linear,
@@ -94,6 +99,12 @@ def is_of_codes(kind: object) -> bool:
     return cls is not None and issubclass(cls, SharedModule)
 
 
+def is_of_steps(kind: object) -> bool:
+    """Whether modules of a kind hold whole steps of fixed point."""
+    cls = KINDS.get(kind) if isinstance(kind, str) else None
+    return cls is not None and issubclass(cls, FixedPointModule)
+
+
 def goes_in_chains(module: nn.Module) -> bool:
     """Whether convert may have put an nn.Identity in the place of such a module, as a part of a chain of signs."""
     return isinstance(module, (Sign, *MONOTONE))
@@ -112,10 +123,10 @@ def check_layer(module: nn.Module) -> None:
     """Refuses a layer whose tensors, taken from a file, are no weight.
 
     Raises:
-        TerseFileError: a tensor has another dtype, a code names no entry, an unused bit is 1, or an
+        TerseFileError: a tensor has another dtype, a code names no entry, an unused bit is 1, a step is none, or an
             order of channels is none.
     """
-    if isinstance(module, SharedModule | SignModule | SignMaxPool2d | ClusteredConv2d):
+    if isinstance(module, FixedPointModule | SharedModule | SignModule | SignMaxPool2d | ClusteredConv2d):
         try:
             module.shared_weight.validate() if isinstance(module, SharedModule) else module.validate()
         except (TypeError, ValueError) as error:
@@ -199,8 +210,10 @@ def _config(layer: Any) -> Config:
 
 
 for _name, _cls in KINDS.items():
-    # What a layer computes from, made of its parameters.
+    # What a layer computes from, made of its parameters; formats are in the config.
     _derived = (*(f"packed_{s}" for s in range(FLAT_MAX_STAGES)), "_packed_from") if _cls is FlattenedConv2d else ()
+    if issubclass(_cls, FixedPointModule):
+        _derived = ("weight_format", "input_format", "output_format")
     add(Kind(_name, _cls, _config, getattr(_cls, "of_sizes", _cls), ignored=_derived))
 for _cls in (Sign, ShiftBatchNorm1d, ShiftBatchNorm2d):
     _names = ("stochastic",) if _cls is Sign else ("num_features", "eps", "momentum", "affine", "track_running_stats")

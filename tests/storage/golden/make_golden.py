@@ -3,7 +3,7 @@ version1_layouts.terse: every layout, and the sparse convolutions; version2.ters
 version2_packed_codes.terse: layers of codes as first written; version2_plain_codes.terse: as written now;
 version2_signs.terse: rows of two values, and layers of signs; version2_vectors.terse: dense layers whose rows share
 sub-vectors or are sums of shared rows; version2_codebooks.terse: dense weights with a table for each row or block of
-columns; version2_integers.terse: dense weights that were integers.
+columns; version2_integers.terse: dense weights that were integers; version2_fixed.terse: layers in fixed point.
 
 Run once for each version of the format and each new kind of layer; a file is then never written again.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from tersetorch.formats import CodebookWeight, SignWeight
+from tersetorch.formats import CodebookWeight, FixedFormat, FixedWeight, SignWeight
 from tersetorch.formats.vector_codes import VectorCodes, decode, note_codes
 from tersetorch.methods.binarize import ShiftBatchNorm1d, Sign
 from tersetorch.nn import (
@@ -22,6 +22,8 @@ from tersetorch.nn import (
     CodebookConv2d,
     CodebookEmbedding,
     CodebookLinear,
+    FixedPointConv2d,
+    FixedPointLinear,
     ProductLinear,
     ResidualLinear,
     SignMaxPool2d,
@@ -266,6 +268,23 @@ def vectors():
     ).eval()
 
 
+def fixed():
+    """The model in the file of fixed point."""
+
+    def weight(rows, columns, integer_bits, fraction_bits):
+        return FixedWeight.from_dense(numbers(rows, columns), FixedFormat(integer_bits, fraction_bits))
+
+    bias = (numbers(20) * 2**20).long()
+    sizes = {"kernel_size": (3, 2), "padding": "same", "dilation": 2, "groups": 2, "padding_mode": "circular"}
+    return nn.ModuleList(
+        [
+            FixedPointLinear(weight(20, 70, 2, 14), bias, input_format="<6,10>", output_format="<4,20>"),
+            FixedPointLinear(weight(9, 20, 1, 7), input_format="<3,5>", output_format="<4,4>"),
+            FixedPointConv2d(weight(20, 24, 2, 6), bias, input_format="<6,10>", output_format="<6,10>", **sizes),
+        ]
+    ).eval()
+
+
 # Limits that make small tensors take the coders of large ones.
 SMALL = {"MAX_CONTEXT_BITS": 3000, "MAX_NUMBERS": 300}
 
@@ -278,6 +297,7 @@ if __name__ == "__main__":
     files |= {"version2_packed_codes": (products, None), "version2_plain_codes": (coded, None)}
     files |= {"version2_signs": (signs, None), "version2_vectors": (vectors, None)}
     files |= {"version2_codebooks": (tables, None), "version2_integers": (quantized, None)}
+    files["version2_fixed"] = (fixed, None)
     for name, (network, notes) in files.items():
         path = folder / f"{name}.terse"
         if not path.exists():

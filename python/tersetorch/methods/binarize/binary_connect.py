@@ -10,10 +10,8 @@ from tersetorch.methods.arguments import check_choice, check_flag
 from tersetorch.methods.binarize.binary_weight import BinaryWeight, Scale
 from tersetorch.methods.parametrization import (
     PLACE,
-    move_parameter,
     own_class,
     parametrization_list,
-    parametrized_tensors,
 )
 from tersetorch.methods.selection import Patterns, Target, select
 
@@ -121,22 +119,6 @@ def binary_connect(
         parametrize.register_parametrization(module, tensor, BinaryWeight(stochastic, scale))
         setattr(parametrization_list(module, tensor), PLACE, place)
     return BinaryConnect(chosen, glorot)
-
-
-@torch.no_grad()
-def bake(model: nn.Module) -> None:
-    """Puts the weights that BinaryWeight computes in evaluation into plain parameters."""
-    for module in list(model.modules()):
-        for tensor in reversed(parametrized_tensors(module)):
-            held = parametrization_list(module, tensor)
-            if held is None or not isinstance(held[0], BinaryWeight):
-                continue
-            own_class(module)
-            held[0].eval()
-            original = held.original
-            parametrize.remove_parametrizations(module, tensor, leave_parametrized=True)
-            assert module._parameters[tensor] is original
-            move_parameter(module, tensor, getattr(held, PLACE))
 
 
 def _original(module: nn.Module, tensor: str) -> nn.Parameter:
