@@ -48,6 +48,16 @@ def test_sub_vectors_come_back_to_the_bit_in_the_bytes_of_codes_and_codebooks(
     same_bits(decode_tensor(entry, [stream.data for stream in encoded]), weight)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_nan_keeps_its_bits(same_bits, dtype):
+    weight = made(64, 100, 1, 2, 4, dtype=dtype)[0]
+    for row, pattern in enumerate((0x7FC0, 0x7FC5, 0x7FFF, -1)):
+        weight.view(torch.int16)[row] = pattern
+    entry, encoded = encode_tensor("w", weight, True)
+    assert entry.form == "vectors"
+    same_bits(decode_tensor(entry, [stream.data for stream in encoded]), weight)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("stages", "width"), [(2, 48), (6, 48), (2, 12)])
 def test_sums_come_back_to_the_bit_where_their_codes_are_known(same_bits, dtype, stages, width):

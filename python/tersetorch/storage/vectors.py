@@ -58,4 +58,9 @@ def codes_of(entry: Entry, books: Any, codes: Array) -> VectorCodes:
 
 def numbers(entry: Entry, found: VectorCodes) -> torch.Tensor:
     """The tensor [rows, columns] that codes stand for, of the codebooks' dtype, which may be bit patterns."""
-    return decode(*found, entry.numel // entry.shape[0])
+    codes, codebooks = found
+    columns = entry.numel // entry.shape[0]
+    if codebooks.dtype is not torch.bfloat16 or len(codebooks) > 1:
+        return decode(codes, codebooks, columns)
+    # torch's gather of bfloat16 gives every NaN the same bits.
+    return decode(codes, codebooks.view(torch.int16), columns).view(torch.bfloat16)
