@@ -87,7 +87,7 @@ class ProductWeight:
         if found is None:
             raise ValueError(
                 f"ProductWeight: weight must have at most {MAX_ENTRIES} distinct parts in each {width} columns, got "
-                "more; quantise it first, for example with tt.quantize.product(model)"
+                "more; quantise it first, for example with tt.quantize.product(model), or pass sub_vector="
             )
         return found
 
