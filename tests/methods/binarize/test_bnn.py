@@ -36,6 +36,16 @@ def test_stochastic_activations_and_flags():
     assert not evaluated[2].training
 
 
+def test_a_shared_activation_becomes_one_sign_everywhere():
+    relu = nn.ReLU()
+    model = nn.Sequential(nn.Linear(3, 3), relu, nn.Linear(3, 3), relu, nn.Tanh())
+    model.first = model.second = nn.Hardtanh()
+    bnn(model)
+    assert isinstance(model[1], Sign) and model[3] is model[1]
+    assert isinstance(model.first, Sign) and model.second is model.first
+    assert isinstance(model[4], Sign) and len({model[1], model[4], model.first}) == 3
+
+
 @pytest.mark.parametrize("shifts", [False, True])
 def test_learns(shifts):
     model = network(ShiftBatchNorm1d if shifts else nn.BatchNorm1d)

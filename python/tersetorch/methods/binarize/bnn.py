@@ -52,9 +52,9 @@ def bnn(
     where = "binarize.bnn"
     check_flag(where, "stochastic", stochastic)
     found = [
-        (module, name)
+        (module, name, child)
         for module in (model.modules() if isinstance(model, nn.Module) else ())
-        for name, child in module.named_children()
+        for name, child in module._modules.items()  # named_children gives a shared one once
         if isinstance(child, (*ACTIVATIONS, Sign))
     ]
     if isinstance(model, nn.Module) and not found:
@@ -63,6 +63,7 @@ def bnn(
             "torch.nn.ReLU, or call binary_connect for signs in the weights alone"
         )
     handle = binary_connect(model, targets, ignore, scale=scale, glorot=glorot)
-    for module, name in found:
-        setattr(module, name, Sign(stochastic).train(getattr(module, name).training))
+    signs = {child: Sign(stochastic).train(child.training) for _, _, child in found}
+    for module, name, child in found:
+        setattr(module, name, signs[child])
     return handle
