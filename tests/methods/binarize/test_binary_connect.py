@@ -112,6 +112,24 @@ def test_resumes_from_a_state_dict():
         assert torch.equal(tensor, resumed.state_dict()[name]), name
 
 
+def test_goes_on_with_parameters_that_a_checkpoint_puts_in_place():
+    saved = network(1)
+    binary_connect(saved)
+    model = network()
+    handle = binary_connect(model)
+    model.load_state_dict(saved.state_dict(), assign=True)
+    handle.reset()
+    linear = model[3].parametrizations.weight.original
+    with torch.no_grad():
+        want = (linear + 1e-3 * (53 / 1.5) ** 0.5).clamp(-1, 1)
+        linear.add_(1e-3)
+    handle.step()
+    assert torch.allclose(linear, want, atol=1e-6)
+    linear.data.add_(5)
+    handle.step()
+    assert linear.abs().max() <= 1
+
+
 def test_a_deep_copy_goes_on_by_itself():
     model = network()
     handle = binary_connect(model)

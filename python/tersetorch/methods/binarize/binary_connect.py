@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -37,15 +39,15 @@ class BinaryConnect:
 
     def __init__(self, targets: list[Target], glorot: bool) -> None:
         self.names = [target.name for target in targets]
-        self._originals = [_original(*target.owners[0]) for target in targets]
-        self._factors = [_glorot_factor(original) if glorot else 1.0 for original in self._originals]
+        self._held = [_held(*target.owners[0]) for target in targets]
+        self._factors = [_glorot_factor(original) if glorot else 1.0 for original in self._originals()]
         self._before: list[Tensor] = []
         self.reset()
 
     @torch.no_grad()
     def step(self) -> None:
         """To be called after each optimizer.step()."""
-        for original, factor, before in zip(self._originals, self._factors, self._before, strict=True):
+        for original, factor, before in zip(self._originals(), self._factors, self._before, strict=True):
             if factor != 1.0:
                 # In place of before + factor * change, which would move a value that did not change by a rounding.
                 original.add_(original - before, alpha=factor - 1)
@@ -55,9 +57,14 @@ class BinaryConnect:
     @torch.no_grad()
     def reset(self) -> None:
         """Clips the values, and takes them for those that the next change starts from."""
-        for original in self._originals:
+        originals = self._originals()
+        for original in originals:
             original.clamp_(-1, 1)
-        self._before = [original.detach().clone() for original in self._originals]
+        self._before = [original.detach().clone() for original in originals]
+
+    def _originals(self) -> list[Tensor]:
+        """The parameters as they are now: load_state_dict(assign=True) puts new ones in their place."""
+        return [cast(Tensor, held.original) for held in self._held]
 
 
 def binary_connect(
@@ -121,10 +128,10 @@ def binary_connect(
     return BinaryConnect(chosen, glorot)
 
 
-def _original(module: nn.Module, tensor: str) -> nn.Parameter:
+def _held(module: nn.Module, tensor: str) -> parametrize.ParametrizationList:
     held = parametrization_list(module, tensor)
-    assert held is not None and isinstance(held.original, nn.Parameter)
-    return held.original
+    assert held is not None
+    return held
 
 
 def _glorot_factor(weight: Tensor) -> float:
