@@ -92,6 +92,20 @@ def test_a_row_scale_and_its_gradient():
     assert torch.allclose(model.parametrizations.weight.original.grad, upstream * (1 / 6 + mean))
 
 
+@pytest.mark.parametrize("scale", ["none", "row"])
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_weights_without_rows_or_columns_are_steps_like_any(scale):
+    # torch runs no convolution to no channels, but holds one.
+    for layer in (nn.Linear(4, 0), nn.Linear(0, 4), nn.Conv2d(3, 0, 3)):
+        model = nn.Sequential(layer)
+        handle = binary_connect(model, scale=scale)
+        layer.weight.sum().backward()
+        torch.optim.SGD(model.parameters(), lr=0.1).step()
+        handle.step()
+        original = layer.parametrizations.weight.original
+        assert handle.names == ["0"] and original.grad.shape == original.shape
+
+
 def test_resumes_from_a_state_dict():
     def start():
         model = network()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -64,7 +62,7 @@ class BinaryConnect:
 
     def _originals(self) -> list[Tensor]:
         """The parameters as they are now: load_state_dict(assign=True) puts new ones in their place."""
-        return [cast(Tensor, held.original) for held in self._held]
+        return [held.original for held in self._held]
 
 
 def binary_connect(
@@ -136,5 +134,5 @@ def _held(module: nn.Module, tensor: str) -> parametrize.ParametrizationList:
 
 def _glorot_factor(weight: Tensor) -> float:
     """sqrt((fan_in + fan_out) / 1.5), a kernel's positions counted in both."""
-    positions = weight[0, 0].numel() if weight.dim() > 2 else 1
+    positions = weight.shape[2:].numel()
     return float(((weight.shape[0] + weight.shape[1]) * positions / 1.5) ** 0.5)

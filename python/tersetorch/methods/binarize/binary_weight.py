@@ -58,7 +58,7 @@ class _Binarized(torch.autograd.Function):
         (original,) = ctx.saved_tensors
         if original is not None:
             inside = (original.abs() < 1).to(gradient.dtype)
-            gradient = gradient * (1 / max(1, original[0].numel()) + _row_means(original) * inside)
+            gradient = gradient * (1 / max(1, original.shape[1:].numel()) + _row_means(original) * inside)
         return gradient, None, None
 
 
