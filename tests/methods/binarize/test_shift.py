@@ -39,6 +39,24 @@ def test_batch_norm_of_images_has_gradients_and_the_usual_state():
         ShiftBatchNorm1d(4)(x)
 
 
+def test_batch_norm_refuses_other_channels_and_too_few_values():
+    for norm, shape, message in (
+        (ShiftBatchNorm1d(5), (3, 1), "input must have 5 channels"),
+        (ShiftBatchNorm1d(5).eval(), (3, 1), "input must have 5 channels"),
+        (ShiftBatchNorm2d(1), (3, 2, 4, 4), "input must have 1 channels"),
+        (ShiftBatchNorm1d(5), (0, 5), "at least two values a channel"),
+        (ShiftBatchNorm1d(5), (1, 5), "at least two values a channel"),
+        (ShiftBatchNorm2d(5), (1, 5, 1, 1), "at least two values a channel"),
+        (ShiftBatchNorm1d(5, track_running_stats=False).eval(), (0, 5), "at least two values a channel"),
+    ):
+        state = {name: tensor.clone() for name, tensor in norm.state_dict().items()}
+        with pytest.raises(ValueError, match=message):
+            norm(torch.ones(shape))
+        assert all(torch.equal(tensor, state[name]) for name, tensor in norm.state_dict().items())
+    assert ShiftBatchNorm1d(5).eval()(torch.ones(0, 5)).shape == (0, 5)
+    assert ShiftBatchNorm1d(5)(torch.ones(1, 5, 2)).shape == (1, 5, 2)
+
+
 def test_adamax_is_the_formula_and_resumes():
     def start():
         return torch.nn.Parameter(torch.tensor([0.5, -0.25, 0.0]))

@@ -16,6 +16,10 @@ class _ShiftBatchNorm(nn.modules.batchnorm._BatchNorm):
     so are the names in the state dict. Gradients pass ap2 as if it were not there, where the authors' code takes the
     shifted numbers in the backward formula too; and the variance is averaged, where it keeps an inverse deviation.
 
+    Raises:
+        ValueError: input has other dimensions or channels, or, where mean and var are the batch's, fewer than two
+            values a channel.
+
     Source:
         Hubara et al., Binarized Neural Networks (2016), algorithm 3.
     """
@@ -23,8 +27,10 @@ class _ShiftBatchNorm(nn.modules.batchnorm._BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         """Of input's shape and dtype."""
         self._check_input_dim(input)
+        self._check_channels(input)
         dims = [0, *range(2, input.dim())]
         if self.training or self.running_mean is None or self.running_var is None:
+            self._check_values(input)
             mean = input.mean(dims)
             centred = input - self._by_channel(mean, input)
             var = (centred * ap2(centred)).mean(dims)
@@ -37,6 +43,20 @@ class _ShiftBatchNorm(nn.modules.batchnorm._BatchNorm):
         if self.affine:
             y = y * self._by_channel(ap2(self.weight), input) + self._by_channel(self.bias, input)
         return y
+
+    def _check_channels(self, input: Tensor) -> None:
+        if input.shape[1] != self.num_features:
+            raise ValueError(
+                f"{type(self).__name__}: input must have {self.num_features} channels, got shape {tuple(input.shape)}; "
+                "reshape it, or make the layer for its channels"
+            )
+
+    def _check_values(self, input: Tensor) -> None:
+        if input.numel() < 2 * self.num_features:
+            raise ValueError(
+                f"{type(self).__name__}: input must have at least two values a channel where the batch's own mean and "
+                f"variance serve, got shape {tuple(input.shape)}; pass a larger batch, or call eval()"
+            )
 
     @torch.no_grad()
     def _track(self, mean: Tensor, var: Tensor) -> None:
