@@ -68,7 +68,9 @@ def test_learns(shifts):
 def test_refuses():
     with pytest.raises(ValueError, match="must have activation modules, got none"):
         bnn(nn.Linear(3, 3))
-    with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module"):
+    with pytest.raises(TypeError, match=r"^binarize\.bnn: model must be a torch\.nn\.Module"):
         bnn(3)
+    with pytest.raises(ValueError, match=r"^binarize\.bnn: targets must match weights"):
+        bnn(network(), targets="fc9")
     with pytest.raises(ValueError, match="scores must be"):
         squared_hinge(torch.zeros(3, 4), torch.zeros(2, dtype=torch.int64))

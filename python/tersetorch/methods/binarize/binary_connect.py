@@ -99,7 +99,19 @@ def binary_connect(
         Courbariaux, Bengio, David, BinaryConnect (2015), algorithm 1; the Glorot factors are section 2.5's, as in the
         authors' code.
     """
-    where = "binarize.binary_connect"
+    return connect("binarize.binary_connect", model, targets, ignore, stochastic, scale, glorot)
+
+
+def connect(
+    where: str,
+    model: nn.Module,
+    targets: Patterns | None,
+    ignore: Patterns | None,
+    stochastic: bool,
+    scale: Scale,
+    glorot: bool,
+) -> BinaryConnect:
+    """binary_connect for the caller that errors name."""
     check_flag(where, "stochastic", stochastic)
     check_flag(where, "glorot", glorot)
     check_choice(where, "scale", scale, ("none", "row"))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from tersetorch.methods.arguments import check_flag
-from tersetorch.methods.binarize.binary_connect import BinaryConnect, binary_connect
+from tersetorch.methods.arguments import check_flag, check_model
+from tersetorch.methods.binarize.binary_connect import BinaryConnect, connect
 from tersetorch.methods.binarize.binary_weight import Scale
 from tersetorch.methods.binarize.signs import Sign
 from tersetorch.methods.selection import Patterns
@@ -50,19 +50,20 @@ def bnn(
         Hubara et al., Binarized Neural Networks (2016), algorithm 1.
     """
     where = "binarize.bnn"
+    check_model(where, model)
     check_flag(where, "stochastic", stochastic)
     found = [
         (module, name, child)
-        for module in (model.modules() if isinstance(model, nn.Module) else ())
+        for module in model.modules()
         for name, child in module._modules.items()  # named_children gives a shared one once
         if isinstance(child, (*ACTIVATIONS, Sign))
     ]
-    if isinstance(model, nn.Module) and not found:
+    if not found:
         raise ValueError(
             f"{where}: model must have activation modules, got none; write its activations as modules such as "
             "torch.nn.ReLU, or call binary_connect for signs in the weights alone"
         )
-    handle = binary_connect(model, targets, ignore, scale=scale, glorot=glorot)
+    handle = connect(where, model, targets, ignore, False, scale, glorot)
     signs = {child: Sign(stochastic).train(child.training) for _, _, child in found}
     for module, name, child in found:
         setattr(module, name, signs[child])
