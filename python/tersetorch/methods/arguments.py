@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from numbers import Integral, Real
 
-from torch import nn
+from torch import Tensor, nn
 
 
 def check_model(where: str, model: object) -> None:
@@ -36,6 +36,13 @@ def check_flag(where: str, name: str, value: object) -> None:
     """Refuses what is no bool."""
     if not isinstance(value, bool):
         raise TypeError(f"{where}: {name} must be True or False, got {value!r}; pass a bool")
+
+
+def check_floating(where: str, name: str, value: object) -> None:
+    """Refuses what is no floating-point tensor."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{where}: {name} must be a floating-point tensor, got {kind}; convert it")
 
 
 def check_number(where: str, name: str, value: object, least: float, below: float, closed: bool = False) -> None:

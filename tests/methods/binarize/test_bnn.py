@@ -74,3 +74,20 @@ def test_refuses():
         bnn(network(), targets="fc9")
     with pytest.raises(ValueError, match="scores must be"):
         squared_hinge(torch.zeros(3, 4), torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(TypeError, match=r"squared_hinge: labels must be an int64 tensor, got torch\.float32"):
+        squared_hinge(torch.zeros(3, 4), torch.zeros(3))
+    with pytest.raises(TypeError, match="squared_hinge: scores must be a floating-point tensor, got list"):
+        squared_hinge([1.0], torch.zeros(3, dtype=torch.int64))
+    for label in (-1, 4):
+        with pytest.raises(ValueError, match=rf"squared_hinge: labels must lie in \[0, 4\), got {label}"):
+            squared_hinge(torch.zeros(3, 4), torch.tensor([0, 3, label]))
+
+
+def test_squared_hinge_is_the_formula_also_mapped_and_compiled():
+    torch.manual_seed(0)
+    scores, labels = torch.randn(2, 3, 4), torch.tensor([[0, 1, 3], [2, 2, 0]])
+    signs = torch.full((2, 3, 4), -1.0).scatter_(2, labels[..., None], 1.0)
+    want = (1 - signs * scores).clamp(min=0).square().mean((1, 2))
+    assert torch.allclose(squared_hinge(scores[0], labels[0]), want[0])
+    assert torch.allclose(torch.func.vmap(squared_hinge)(scores, labels), want)
+    assert torch.allclose(torch.compile(squared_hinge, fullgraph=True)(scores[0], labels[0]), want[0])

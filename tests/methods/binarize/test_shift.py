@@ -98,3 +98,6 @@ def test_adamax_refuses():
     for options, name in (({"lr": -1.0}, "lr"), ({"betas": (1.0, 0.5)}, r"betas\[0\]"), ({"eps": float("nan")}, "eps")):
         with pytest.raises(ValueError, match=name):
             ShiftAdaMax([parameter], **options)
+    for betas in ((0.9,), (0.9, 0.9, 0.9), 0.9):
+        with pytest.raises(ValueError, match="betas must be two numbers, got"):
+            ShiftAdaMax([parameter], betas=betas)

@@ -26,7 +26,7 @@ class ShiftAdaMax(Optimizer):
         eps: the least v.
 
     Raises:
-        TypeError, ValueError: a number is none, or outside its range.
+        TypeError, ValueError: a number is none, or outside its range, or betas are not two.
 
     Source:
         Hubara et al., Binarized Neural Networks (2016), algorithm 4: lr 2^-10, 1 - b1 = 2^-3, 1 - b2 = 2^-10; eps 2^-27
@@ -41,6 +41,8 @@ class ShiftAdaMax(Optimizer):
         eps: float = 2**-27,
     ) -> None:
         check_number("ShiftAdaMax", "lr", lr, 0.0, float("inf"))
+        if not isinstance(betas, tuple | list) or len(betas) != 2:
+            raise ValueError(f"ShiftAdaMax: betas must be two numbers, got {betas!r}; pass (b1, b2)")
         for name, beta in zip(("betas[0]", "betas[1]"), betas, strict=True):
             check_number("ShiftAdaMax", name, beta, 0.0, 1.0)
         check_number("ShiftAdaMax", "eps", eps, 0.0, float("inf"))
