@@ -26,6 +26,32 @@ def test_signs_keep_the_layout_and_take_any_number(stochastic):
     assert sign(torch.empty(0, 3), stochastic).shape == (0, 3)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # for gradients within vmap
+def test_signs_are_mapped():
+    torch.manual_seed(0)
+    x, upstream = 2 * torch.randn(3, 4, 2), torch.randn(3, 4)
+    mapped = torch.func.vmap(sign, in_dims=2, out_dims=2)
+    assert torch.equal(mapped(x), sign(x))
+    assert torch.equal(torch.func.vmap(mapped)(x[None].repeat(2, 1, 1, 1)), sign(x).repeat(2, 1, 1, 1))
+    gradients = torch.func.vmap(torch.func.grad(lambda one: (sign(one) * upstream).sum()), in_dims=2, out_dims=2)(x)
+    assert torch.equal(gradients, upstream[..., None] * (x.abs() <= 1))
+    zeros = torch.zeros(2, 1000)
+    drawn = torch.func.vmap(lambda one: sign(one, True), randomness="different")(zeros)
+    assert set(drawn.unique().tolist()) == {-1.0, 1.0} and not torch.equal(drawn[0], drawn[1])
+    for randomness in ("error", "same"):
+        with pytest.raises(ValueError, match="sign: randomness must be 'different'"):
+            torch.func.vmap(lambda one: sign(one, True), randomness=randomness)(zeros)
+
+
+def test_refuses_what_is_no_floating_point_tensor():
+    for function in (sign, ap2):
+        for x, kind in (([1.0], "list"), (torch.arange(3), r"torch\.int64")):
+            with pytest.raises(TypeError, match=f"{function.__name__}: x must be a floating-point tensor, got {kind}"):
+                function(x)
+    with pytest.raises(TypeError, match="sign: stochastic must be True or False"):
+        sign(torch.zeros(1), stochastic=1)
+
+
 def test_stochastic_signs_are_plus_one_with_their_probability():
     torch.manual_seed(0)
     for x, probability in ((-1.5, 0), (-0.5, 0.25), (0.2, 0.6), (1.0, 1)):
