@@ -54,15 +54,21 @@ struct Inputs {
     const std::int64_t reach = dilation[axis] * (kernel[axis] - 1) + 1, padded = size + 2 * padding[axis];
     STD_TORCH_CHECK(2 * padding[axis] <= kernel[axis], kOp, ": padding must be at most half of kernel_size, ",
                     kernel[axis], ", got ", padding[axis], "; pass that of the layer");
-    STD_TORCH_CHECK(padded >= reach, kOp, ": x must be as large as the window's ", reach, ", got ", size,
-                    " before padding; pass larger images");
-    // Else a window would lie outside altogether, and have no largest sign.
-    STD_TORCH_CHECK(kernel[axis] == 1 || size >= dilation[axis], kOp, ": x must be as large as dilation, ",
-                    dilation[axis], ", got ", size, "; pass larger images");
+    // With ceil_mode the only window may end outside the image, as later ones may.
     const std::int64_t more = ceil_mode ? stride[axis] - 1 : 0;
-    const std::int64_t outputs = (padded - reach + more) / stride[axis] + 1;
+    STD_TORCH_CHECK(size > 0 && padded + more >= reach, kOp, ": x must be as large as the window's ", reach,
+                    ceil_mode ? ", less stride - 1 for ceil_mode, got " : ", got ", size,
+                    " before padding; pass larger images");
+    std::int64_t outputs = (padded - reach + more) / stride[axis] + 1;
     // The last window begins inside the image or before it.
-    return (outputs - 1) * stride[axis] >= size + padding[axis] && ceil_mode ? outputs - 1 : outputs;
+    if (ceil_mode && (outputs - 1) * stride[axis] >= size + padding[axis]) --outputs;
+    // Windows that begin before the image may step over a small one: they would have no largest sign.
+    for (std::int64_t i = 0; size < dilation[axis] && i < outputs && i * stride[axis] < padding[axis]; ++i) {
+      const std::int64_t before = (padding[axis] - i * stride[axis]) % dilation[axis];
+      STD_TORCH_CHECK(before == 0 || dilation[axis] - before < size, kOp, ": x must be as large as dilation, ",
+                      dilation[axis], ", got ", size, "; pass larger images");
+    }
+    return outputs;
   }
 
   // y, and args that say so.

@@ -1,5 +1,7 @@
 """sign_max_pool2d: torch's max_pool2d of signs, the compiler, and what it refuses."""
 
+import itertools
+
 import pytest
 import torch
 from torch.nn.functional import max_pool2d
@@ -13,6 +15,8 @@ CASES = [
     ((1, 600, 8, 9), (3, 2), {"stride": (1, 3), "dilation": (2, 1), "padding": (1, 1)}),
     ((2, 5, 5, 6), 2, {"ceil_mode": True}),
     ((1, 5, 6, 6), 3, {"stride": 4, "padding": 1, "ceil_mode": True}),
+    ((1, 5, 7, 3), 4, {"ceil_mode": True}),
+    ((1, 5, 3, 2), (6, 4), {"stride": 3, "padding": (1, 0), "ceil_mode": True}),
     ((0, 5, 4, 4), 2, {}),
 ]
 
@@ -33,6 +37,28 @@ def test_is_the_largest_sign(case):
     flips = sign_pack_images(torch.where(flipped, -1.0, 1.0).view(1, -1, 1, 1)).flatten()
     want = torch.where(flipped.view(-1, 1, 1), -want, want)
     assert torch.equal(sign_max_pool2d(packed, kernel, **how, flips=flips), sign_pack_images(want))
+
+
+def test_takes_all_small_images_that_torch_does():
+    sizes = itertools.product(range(5), (1, 2, 4, 5), (1, 2, 4), range(3), (1, 2, 3), (False, True))
+    for height, kernel, stride, padding, dilation, ceil_mode in sizes:
+        if padding > kernel // 2:
+            continue
+        how = {"kernel_size": (kernel, 1), "stride": (stride, 1), "padding": (padding, 0)}
+        how |= {"dilation": (dilation, 1), "ceil_mode": ceil_mode}
+        x = problem((1, 3, height, 2))
+        try:
+            want = max_pool2d(x, **how)
+        except RuntimeError:
+            want = None
+        # A window without a pixel has no largest sign.
+        if want is None or want.isinf().any():
+            with pytest.raises(ValueError, match="x must be at least"):
+                sign_max_pool2d(sign_pack_images(x), **how)
+            with pytest.raises(RuntimeError, match="x must be as large as"):
+                OP(sign_pack_images(x), *(list(how[name]) for name in list(how)[:4]), ceil_mode)
+        else:
+            assert torch.equal(sign_max_pool2d(sign_pack_images(x), **how), sign_pack_images(want))
 
 
 def test_images_without_a_batch_and_strides():
@@ -74,6 +100,8 @@ def test_refuses():
         (ValueError, r"flips must be \[2\] on cpu, got shape \(3,\)", (x, 2, None, 0, 1, False, x.new_zeros(3))),
         (ValueError, "padding must be at most half of kernel_size, 2 high, got 2", (x, 2, None, 2)),
         (ValueError, "x must be at least 7 high for these windows", (x, 7)),
+        (ValueError, "x must be at least 7 high for these windows", (x, 8, 2, 0, 1, True)),
+        (ValueError, "x must be at least 1 high for these windows", (x[:, :0], 2, 4, 0, 1, True)),
         (ValueError, "x must be at least 8 wide, as dilation is, got 7", (x, 2, None, 1, (1, 8))),
         (ValueError, "kernel_size must be at least 1, got 0", (x, 0)),
         (TypeError, "stride must be an int or two ints", (x, 2, 1.5)),
@@ -83,6 +111,8 @@ def test_refuses():
     for message, arguments in (
         ("x must be packed images int64", (x.float(), [2, 2], [2, 2], [0, 0], [1, 1])),
         ("x must be as large as the window's 7", (x, [7, 2], [2, 2], [0, 0], [1, 1])),
+        ("window's 9, less stride - 1 for ceil_mode, got 6", (x, [9, 2], [3, 2], [0, 0], [1, 1], True)),
+        ("window's 2, less stride - 1 for ceil_mode, got 0", (x[:, :0], [2, 2], [4, 2], [0, 0], [1, 1], True)),
         ("x must be as large as dilation, 8, got 7", (x, [2, 2], [2, 2], [0, 1], [1, 8])),
         ("padding must be at most half of kernel_size, 2, got 2", (x, [2, 2], [2, 2], [2, 0], [1, 1])),
         ("flips must be int64", (x, [2, 2], [2, 2], [0, 0], [1, 1], False, x.new_zeros(3))),

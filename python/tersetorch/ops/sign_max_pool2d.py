@@ -71,16 +71,21 @@ def sign_max_pool2d(
                 f"{op}: padding must be at most half of kernel_size, {kernel[i]} {axis}, got {pads[i]}; "
                 "pass that of the layer"
             )
-        if size + 2 * pads[i] < reach:
+        # With ceil_mode the only window may end outside the image, as later ones may.
+        least = max(1, reach - 2 * pads[i] - (steps[i] - 1 if ceil_mode else 0))
+        if size < least:
             raise ValueError(
-                f"{op}: x must be at least {reach - 2 * pads[i]} {axis} for these windows and padding, got {size}; "
+                f"{op}: x must be at least {least} {axis} for these windows and padding, got {size}; "
                 "pass larger images"
             )
-        # Else a window would lie outside altogether, and have no largest sign.
-        if kernel[i] > 1 and size < gaps[i]:
-            raise ValueError(
-                f"{op}: x must be at least {gaps[i]} {axis}, as dilation is, got {size}; pass larger images"
-            )
+        # Windows that begin before the image may step over a small one: they would have no largest sign.
+        if size < gaps[i]:
+            windows = _windows(size, kernel[i], steps[i], pads[i], gaps[i], ceil_mode)
+            before = range(min(windows, -(-pads[i] // steps[i])))
+            if any((n * steps[i] - pads[i]) % gaps[i] >= size for n in before):
+                raise ValueError(
+                    f"{op}: x must be at least {gaps[i]} {axis}, as dilation is, got {size}; pass larger images"
+                )
     images = x if x.dim() == 4 else x.unsqueeze(0)
     y = cast(Tensor, _sign_max_pool2d(images, kernel, steps, pads, gaps, ceil_mode, flips))
     return y if x.dim() == 4 else y.squeeze(0)
@@ -96,12 +101,13 @@ def _fake(
     ceil_mode: bool = False,
     flips: Tensor | None = None,
 ) -> Tensor:
-    sizes = []
-    for i in range(2):
-        size, reach = x.shape[i + 1], dilation[i] * (kernel_size[i] - 1) + 1
-        more = stride[i] - 1 if ceil_mode else 0
-        windows = (size + 2 * padding[i] - reach + more) // stride[i] + 1
-        if ceil_mode and (windows - 1) * stride[i] >= size + padding[i]:
-            windows -= 1
-        sizes.append(windows)
-    return x.new_empty((x.shape[0], *sizes, x.shape[3]))
+    pairs = zip(x.shape[1:3], kernel_size, stride, padding, dilation, strict=True)
+    return x.new_empty((x.shape[0], *(_windows(*sizes, ceil_mode) for sizes in pairs), x.shape[3]))
+
+
+def _windows(size: int, kernel: int, stride: int, padding: int, dilation: int, ceil_mode: bool) -> int:
+    """How many windows an axis has."""
+    more = stride - 1 if ceil_mode else 0
+    windows = (size + 2 * padding - dilation * (kernel - 1) - 1 + more) // stride + 1
+    # The last one begins inside the image or before it.
+    return windows - 1 if ceil_mode and (windows - 1) * stride >= size + padding else windows
