@@ -369,6 +369,30 @@ def test_a_layer_that_pays_only_in_a_chain_is_taken_with_it(timer):
     assert timer.count("the chains: whole") == asked
 
 
+@pytest.mark.parametrize("last", [False, True])
+def test_batch_norms_of_other_dimensions_are_refused(last, tmp_path):
+    torch.manual_seed(0)
+    parts = [] if last else [Sign(), nn.Linear(10, 5)]
+    model = nn.Sequential(Sign(), nn.Linear(64, 10, bias=False), nn.BatchNorm1d(10, affine=False), *parts)
+    tt.binarize.binary_connect(model)
+    tt.finalize(model.eval())
+    x, other = torch.randn(5, 64), torch.randn(3, 10, 64)
+    fast = tt.convert(model, x, plan="binary")
+    assert type(fast[2]) is nn.Identity
+    tt.save(fast, tmp_path / "m.terse")
+    for each in (fast, tt.load(tmp_path / "m.terse"), tt.load(tmp_path / "m.terse", model=model)):
+        with torch.no_grad():
+            assert torch.equal(each(x), model(x))
+        for wrong in (other, x[0]):
+            with pytest.raises(ValueError, match=r"BinaryLinear: input must be \[N, 64\], since .* behind it, of"):
+                each(wrong)
+    fast = tt.convert(model, other, plan="binary")
+    assert type(fast[2]) is nn.BatchNorm1d
+    assert "as a chain it raised for example_inputs: ValueError: BinaryLinear: input must be" in reasons(fast)["1"]
+    with torch.no_grad():
+        assert torch.equal(fast(other), model(other)) and torch.equal(fast(x), model(x))
+
+
 def test_compiles_whole():
     torch.compiler.reset()
     model = mlp()

@@ -134,6 +134,49 @@ def test_a_whole_network_of_the_zoo_is_integer_throughout(inputs, scale, shift, 
     assert signs[0].shape == (5, 3, 3, 3) and len(signs) == 9
 
 
+@pytest.mark.parametrize("channels", [8, 64])
+@pytest.mark.parametrize("viewed", [False, True])
+def test_a_flatten_of_packed_images_sees_batches(channels, viewed, tmp_path):
+    torch.manual_seed(0)
+    flatten = Viewed() if viewed else nn.Flatten()
+    parts = [nn.Conv2d(3, channels, 3, padding=1), Sign(), nn.MaxPool2d(1), flatten, nn.Linear(64, 16)]
+    model = nn.Sequential(Sign(), *parts)
+    tt.binarize.binary_connect(model)
+    tt.finalize(model.eval())
+    image, batch = torch.randn(3, 8, 8), torch.randn(2, 3, 1, 64 // channels)
+    fast = tt.convert(model, plan="binary")
+    assert fast[1].thresholds is not None
+    tt.save(fast, tmp_path / "m.terse")
+    for each in (fast, tt.load(tmp_path / "m.terse")) if not viewed else (fast,):
+        with torch.no_grad():
+            assert torch.equal(each(batch), model(batch))
+        with pytest.raises(ValueError, match=r"BinaryConv2d: input must be a batch of images, .* got shape \(3, 8, 8"):
+            each(image)
+    fast = tt.convert(model, image, plan="binary")
+    why = next(layer.reason for layer in tt.report(fast).layers if layer.name == "1")
+    assert "returns floats: as a chain it raised for example_inputs: ValueError: BinaryConv2d: input must be a" in why
+    with torch.no_grad():
+        assert torch.equal(fast(image), model(image))
+
+
+class Viewed(nn.Module):
+    def forward(self, x):
+        return x.view(x.size(0), -1)
+
+
+def test_small_images_with_ceil_mode_decide_alike():
+    torch.manual_seed(0)
+    pool = nn.MaxPool2d(4, 4, ceil_mode=True)
+    model = nn.Sequential(Sign(), nn.Conv2d(3, 8, 3, padding=1), pool, norm(8), Sign(), nn.Conv2d(8, 4, 1))
+    tt.binarize.binary_connect(model)
+    tt.finalize(stir(model))
+    fast = tt.convert(model, torch.randn(2, 3, 9, 9), plan="binary")
+    assert type(fast[2]) is SignMaxPool2d
+    x = torch.randn(2, 3, 7, 3)
+    with torch.no_grad():
+        assert torch.equal(fast(x), model(x))
+
+
 def test_measuring_keeps_chains_of_images(timer):
     model, x = network(nn.MaxPool2d(2), norm(), Sign())
     timer.seconds |= {"binary_conv2d": 1e-4, "binary_linear": 1e-4}

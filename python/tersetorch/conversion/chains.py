@@ -20,7 +20,7 @@ from torch import fx, nn
 
 from tersetorch.conversion.graph import graphs, has_one_path, put
 from tersetorch.conversion.scales import NORMS, scale_of
-from tersetorch.conversion.thresholds import MONOTONE, Thresholds, UnfoldableError, thresholds_of
+from tersetorch.conversion.thresholds import BATCH_NORMS, MONOTONE, Thresholds, UnfoldableError, thresholds_of
 from tersetorch.conversion.walk import Site, carries_hooks, label
 from tersetorch.formats import SignWeight
 from tersetorch.methods.binarize import Sign, sign
@@ -220,6 +220,7 @@ def _fold_norm(seen: _Model, name: str, layer: Layer) -> str:
     except (_BrokenError, UnfoldableError) as reason:
         return f"; {node.target} stays: {reason}"
     layer.scale_(scale.to(layer.bits.device), bias.to(layer.bits.device))
+    layer.batched = isinstance(layer, BinaryLinear)
     put(seen.model, norm, nn.Identity().train(norm.training))
     return f"; its scale and bias stand for {node.target}"
 
@@ -415,6 +416,9 @@ def _apply(seen: _Model, chain: _Chain) -> None:
     found = chain.thresholds
     device = layer.bits.device
     layer.fold_(found.values.to(device), found.negated.to(device))
+    # Elsewhere the dimension that a batch norm, or a flatten of images, takes for samples is another one.
+    normed = any(isinstance(seen.module(node), BATCH_NORMS) for node in (*chain.before, *chain.after))
+    layer.batched = normed if isinstance(layer, BinaryLinear) else bool(chain.way.flattened)
     for node in chain.way.flattened:
         taker = seen.module(node)
         assert isinstance(taker, BinaryLinear)

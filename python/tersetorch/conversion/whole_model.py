@@ -67,10 +67,14 @@ def _chained(
         return copied, {}, replacements
     before = None if inputs is None else _output(copied, inputs)
     signs = fold(copied, replacements.values())
-    if inputs is not None and not _same(before, _output(copied, inputs)):
+    after = None if inputs is None else _output(copied, inputs)
+    if inputs is not None and not _same(before, after):
         replacements = _own_signs(chosen)
         copied = swapped_copy(model, replacements)
-        signs = dict.fromkeys(signs, "returns floats: as a chain it changed the outputs for example_inputs")
+        what = "changed the outputs for example_inputs"
+        if isinstance(after, Exception):
+            what = f"raised for example_inputs: {type(after).__name__}: {after}"
+        signs = dict.fromkeys(signs, f"returns floats: as a chain it {what}")
     return copied, signs, replacements
 
 

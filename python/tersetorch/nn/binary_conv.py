@@ -193,6 +193,7 @@ class BinaryConv2d(ConvSizes, SignModule):
         bias: bool = True,
         thresholds: bool = False,
         inputs: str = "signs",
+        batched: bool = False,
         dtype: str = "float32",
     ) -> Self:
         """A layer of zeros, on any device, for tensors that come from elsewhere."""
@@ -205,6 +206,7 @@ class BinaryConv2d(ConvSizes, SignModule):
             scale,
             bias,
             thresholds,
+            batched,
             dtype,
             kernel_size=kernel_size,
             stride=stride,
@@ -249,6 +251,11 @@ class BinaryConv2d(ConvSizes, SignModule):
             raise ValueError(
                 f"BinaryConv2d: input must be [N, {self.in_channels}, H, W], [{self.in_channels}, H, W] or packed "
                 f"images, got shape {tuple(input.shape)}; reshape it"
+            )
+        if self.batched and input.dim() != 4:
+            raise ValueError(
+                "BinaryConv2d: input must be a batch of images, since its packed signs [N, H, W, words] are flattened "
+                f"behind it, got shape {tuple(input.shape)}; unsqueeze it, or convert with such example_inputs"
             )
         x = input if input.dim() == 4 else input.unsqueeze(0)
         if self.inputs == "real":

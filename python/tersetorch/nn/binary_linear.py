@@ -103,6 +103,7 @@ class BinaryLinear(SignModule):
         bias: bool = True,
         thresholds: bool = False,
         inputs: str = "signs",
+        batched: bool = False,
         dtype: str = "float32",
     ) -> Self:
         """A layer of zeros, on any device, for tensors that come from elsewhere."""
@@ -110,7 +111,7 @@ class BinaryLinear(SignModule):
             raise ValueError(f"{cls.__name__}: taps must divide in_features {in_features}, got {taps}; pass positions")
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
-        layer._zeros((out_features, taps, in_features // taps), scale, bias, thresholds, dtype, inputs=inputs)
+        layer._zeros((out_features, taps, in_features // taps), scale, bias, thresholds, batched, dtype, inputs=inputs)
         return layer
 
     @property
@@ -137,6 +138,12 @@ class BinaryLinear(SignModule):
     def forward(self, input: Tensor) -> Tensor:
         """Applies the layer to input, float [..., in_features], or packed signs."""
         self._checked(input)
+        if self.batched and input.dim() != 2:
+            raise ValueError(
+                f"BinaryLinear: input must be [N, {self.in_features}], since the layer computes the batch norm behind "
+                f"it, of [N, {self.out_features}], got shape {tuple(input.shape)}; reshape it, or convert with such "
+                "example_inputs"
+            )
         if self.inputs != "signs":
             return self._products(input) if self.inputs == "real" else self._of_pixels(input)
         x = input

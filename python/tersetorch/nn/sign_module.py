@@ -29,9 +29,14 @@ class SignModule(nn.Module):
     All its tensors are buffers: bits int64 as the kernel has them, scale and bias float32 [rows] or None, thresholds
     int32 [rows] or None. They keep their dtypes under .half(), .bfloat16() and .double(); these change dtype, that of y
     where the input is packed signs.
+
+    batched is True where a conversion gave the layer the work of a BatchNorm1d that sees [N, features], or where a
+    flatten(1) behind it sees packed images [N, H, W, words]: samples then lie along the first dimension of input, and
+    one more or less is refused, since the decisions would be those of other numbers.
     """
 
     inputs: str = "signs"
+    batched: bool = False
     dense_type: ClassVar[type[nn.Linear] | type[nn.Conv2d]]
 
     bits: Tensor
@@ -53,6 +58,7 @@ class SignModule(nn.Module):
             raise ValueError(
                 f"{name}: thresholds stand in for scale and bias, got them together; fold these into the thresholds"
             )
+        self.batched = False
         self._take_sizes(weight, **sizes)
         self._take_dtype(dtype)
         self._hold(weight, None if bias is None else bias.detach().float(), thresholds)
@@ -161,14 +167,23 @@ class SignModule(nn.Module):
             **({} if self.bias is not None else {"bias": False}),
             **({"thresholds": True} if self.thresholds is not None else {}),
             **({} if self.inputs == "signs" else {"inputs": self.inputs}),
+            **({"batched": True} if self.batched else {}),
             **({} if self.dtype == torch.float32 else {"dtype": str(self.dtype).removeprefix("torch.")}),
         }
 
     def _zeros(
-        self, shape: tuple[int, int, int], scale: bool, bias: bool, thresholds: bool, dtype: str, **sizes: Any
+        self,
+        shape: tuple[int, int, int],
+        scale: bool,
+        bias: bool,
+        thresholds: bool,
+        batched: bool,
+        dtype: str,
+        **sizes: Any,
     ) -> None:
         """Holds tensors for rows of taps of channels, on any device, whose numbers come from elsewhere."""
         rows, taps, channels = shape
+        self.batched = batched
         self._take_dtype(getattr(torch, dtype))
         bits = torch.zeros(rows, taps, -(-channels // 64), dtype=torch.int64)
         numbers = [torch.zeros(rows) if wanted else None for wanted in (scale, bias)]
@@ -238,7 +253,7 @@ class SignModule(nn.Module):
         """For extra_repr."""
         shown = [f"bias={self.bias is not None}"]
         shown += ["scale=True"] * (self.scale is not None) + ["thresholds=True"] * (self.thresholds is not None)
-        shown += [f"inputs={self.inputs}"] * (self.inputs != "signs")
+        shown += [f"inputs={self.inputs}"] * (self.inputs != "signs") + ["batched=True"] * self.batched
         return shown + [f"dtype={self.dtype}"] * (self.dtype != torch.float32)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

@@ -75,8 +75,7 @@ def sign_max_pool2d(
         least = max(1, reach - 2 * pads[i] - (steps[i] - 1 if ceil_mode else 0))
         if size < least:
             raise ValueError(
-                f"{op}: x must be at least {least} {axis} for these windows and padding, got {size}; "
-                "pass larger images"
+                f"{op}: x must be at least {least} {axis} for these windows and padding, got {size}; pass larger images"
             )
         # Windows that begin before the image may step over a small one: they would have no largest sign.
         if size < gaps[i]:
