@@ -1,5 +1,7 @@
 """Chains of layers of signs: exact thresholds, packed signs between layers, and why a chain ends."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -367,6 +369,33 @@ def test_a_layer_that_pays_only_in_a_chain_is_taken_with_it(timer):
     alone = binarized(nn.Sequential(Sign(), nn.Linear(30, 20, bias=False), nn.ReLU()))
     tt.convert(alone, x)
     assert timer.count("the chains: whole") == asked
+
+
+@pytest.mark.parametrize("scale", ["none", "row"])
+def test_a_model_in_training_comes_back_in_evaluation(scale):
+    # A batch norm of random numbers that stays a module, and one behind a layer of any input.
+    model, x = mlp(scale=scale).train(), torch.randn(50, 30)
+    model[12].running_var.mul_(1.7)
+    before = copy.deepcopy(model.state_dict())
+    want = copy.deepcopy(model).eval()(x)
+    for given in (x, None):
+        fast = tt.convert(model, given, plan="binary")
+        assert model.training and not any(module.training for module in fast.modules())
+        assert "It is in eval mode, though the original is in train mode" in str(tt.report(fast))
+        for _ in range(2):
+            assert torch.equal(fast(x).argmax(1), want.argmax(1))
+        assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), before.values(), strict=True))
+    # Others train on.
+    assert tt.convert(model, plan={}).training
+    assert "eval mode" not in tt.report(tt.convert(model.eval(), plan="binary")).reason
+
+
+def test_measuring_brings_back_a_model_in_evaluation(timer):
+    model, x = mlp().train(), torch.randn(20, 30)
+    timer.seconds |= {"codebook_linear": 2e-3, "binary_linear": 1e-4}
+    fast = tt.convert(model, x)
+    assert fast[3].thresholds is not None and not fast.training and model.training
+    assert "though the original is in train mode" in tt.report(fast).reason
 
 
 @pytest.mark.parametrize("last", [False, True])

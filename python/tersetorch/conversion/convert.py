@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from tersetorch.conversion import timing
@@ -42,6 +42,7 @@ from tersetorch.conversion.whole_model import assemble, settle
 from tersetorch.methods import finalize
 from tersetorch.methods.parametrization import is_live, release_graphs
 from tersetorch.nn import SparseCodebookConv1d, SparseCodebookConv2d, SparseCodebookLinear
+from tersetorch.nn.sign_module import SignModule
 
 MULTIPLIED_OUT = "a factor of a layer that is multiplied out"
 CODEBOOK_LAYERS = (SparseCodebookLinear, SparseCodebookConv2d, SparseCodebookConv1d)
@@ -67,8 +68,8 @@ def convert(
     caller's context (autocast).
 
     model is left as it was, with its buffers, gradients, flags and the random generators. Methods that are still
-    live are finalized in the copy, and layers that an earlier conversion built stay as they are. Training flags,
-    shared modules and tied parameters carry over.
+    live are finalized in the copy, and layers that an earlier conversion built stay as they are. Training flags, but
+    where layers of signs come in, shared modules and tied parameters carry over.
 
     A ReLU (nn.ReLU) that alone takes what a swapped layer returns becomes part of it, and an nn.Identity stands in its
     place; one that takes what a dense layer or batch normalisation returns overwrites it. Both need a model whose graph
@@ -76,11 +77,17 @@ def convert(
 
     Between layers of signs ("binary_linear", "binary_conv2d") what stands before the next tersetorch.binarize.Sign, a
     batch norm and a max-pool, becomes integer thresholds that make the same decisions of the same sums, and packed
-    signs flow; the report says of each such layer what it takes and returns, and why. Such a model computes what the
-    original computes in evaluation, whatever its flags, and has no gradients there. A batch norm behind a layer that
-    returns floats becomes its scale and bias where that changes no bit of any sum the layer can have. Without
-    example_inputs an nn.BatchNorm1d is taken to see [samples, features]. Layers of signs that alone are no faster are
-    taken where they make chains longer and the model with them passes the same contest against that without.
+    signs flow; the report says of each such layer what it takes and returns, and why. A batch norm behind a layer that
+    returns floats becomes its scale and bias where that changes no bit of any sum the layer can have. An nn.BatchNorm1d
+    that goes so is taken to see [samples, features], and a flatten behind packed images batches: what would see
+    something else raises a ValueError when it is called, and stays as it is where example_inputs show it. Layers of
+    signs that alone are no faster are taken where they make chains longer and the model with them passes the same
+    contest against that without.
+
+    Layers of signs are for evaluation: they have no gradients ("binary_linear_real" and "binary_conv2d_real" have those
+    of their input), and chains compute what the original computes there. So a model that gets such a layer is returned
+    in eval mode, and the report says so where model is not; in train mode batch norms and dropouts that are left would
+    go on training around them. Train model, and convert again.
 
     The factors of a layer of low rank (nn.LowRankLinear, LowRankConv2d, ClusteredConv2d) are layers like others. The
     whole layer is also tried as the plain one that its factors multiply out to ("multiplied_out"), which takes more
@@ -172,7 +179,9 @@ def _stays_sparse(layer: nn.Module, unfused: set[nn.Module]) -> bool:
 def _told(source: nn.Module, inputs: Inputs | None, plan: str | Mapping[str, str]) -> nn.Module:
     sites = known_signs(source, find_sites(source, CANDIDATES))
     groups = groups_of(sites)
-    decisions = follow(plan, sites, groups, CANDIDATES, _samples(source, groups, inputs))
+    seen = _seen(source, groups, inputs)
+    samples = [samples_of([(0, x) for x in xs]) if xs else None for xs in seen]
+    decisions = follow(plan, sites, groups, CANDIDATES, samples)
     gone = inside_swapped(groups, [bool(decision.layers) for decision in decisions])
     decisions = [d.undone(MULTIPLIED_OUT) if inside else d for d, inside in zip(decisions, gone, strict=True)]
     converted, fusion, _ = assemble(source, groups, decisions, inputs)
@@ -187,7 +196,7 @@ def _told(source: nn.Module, inputs: Inputs | None, plan: str | Mapping[str, str
         difference = output_difference(seeded_run(dense, inputs), seeded_run(sparse, inputs))
     conversion = ConversionReport(
         _layer_reports(sites, groups, decisions, fusion),
-        "Told by plan: nothing was measured.",
+        "Told by plan: nothing was measured." + _stilled(converted, decisions),
         max_difference=difference,
         in_place=fusion.in_place,
     )
@@ -195,20 +204,25 @@ def _told(source: nn.Module, inputs: Inputs | None, plan: str | Mapping[str, str
     return converted
 
 
-def _samples(source: nn.Module, groups: list[list[Site]], inputs: Inputs | None) -> list[int | None]:
-    """How many samples the layers of each group multiply at once, where inputs reach them."""
+def _stilled(converted: nn.Module, decisions: list[Decision]) -> str:
+    """Puts a model that got layers of signs in eval mode; what the report says of that, or nothing."""
+    training = any(module.training for module in converted.modules())
+    if not training or not any(isinstance(layer, SignModule) for d in decisions for layer in d.layers):
+        return ""
+    converted.eval()
+    return " It is in eval mode, though the original is in train mode: layers of signs do not train."
+
+
+def _seen(source: nn.Module, groups: list[list[Site]], inputs: Inputs | None) -> list[list[Tensor]]:
+    """What the layers of each group are called with, where inputs reach them."""
     if inputs is None:
-        return [None] * len(groups)
+        return [[] for _ in groups]
     probe = deep_copy(source).eval()
     _run(probe, inputs)
     twins = [[probe.get_submodule(site.name) for site in group] for group in groups]
     calls = capture(probe, [module for group in twins for module in group], inputs)
-    found: list[int | None] = []
-    for group in twins:
-        seen = [calls[module] for module in group]
-        tensors = [(0, x) for xs in seen if not isinstance(xs, str) for x in xs]
-        found.append(samples_of(tensors) if tensors else None)
-    return found
+    called = [[calls[module] for module in group] for group in twins]
+    return [[x for xs in group if not isinstance(xs, str) for x in xs] for group in called]
 
 
 def _bypassed(
@@ -255,7 +269,9 @@ def _measured(source: nn.Module, inputs: Inputs, planner: Planner, progress: boo
         converted = in_channels_last(converted)
     layers = _layer_reports(sites, groups, decisions, fusion)
     machine = {**planner.facts, "load": load()}
-    attach(converted, replace(conversion, layers=layers, in_place=fusion.in_place, machine=machine))
+    reason = conversion.reason + _stilled(converted, decisions)
+    found = replace(conversion, layers=layers, reason=reason, in_place=fusion.in_place, machine=machine)
+    attach(converted, found)
     return converted
 
 
