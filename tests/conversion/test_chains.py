@@ -422,6 +422,21 @@ def test_batch_norms_of_other_dimensions_are_refused(last, tmp_path):
         assert torch.equal(fast(other), model(other)) and torch.equal(fast(x), model(x))
 
 
+def test_the_report_says_what_no_pixels_are():
+    model = mlp()
+    pixels = torch.randint(0, 256, (300, 30)) / 255
+    for inputs, x, said in (
+        ("pixels", pixels, ""),
+        ("signed_pixels", (pixels - 0.5) / 0.5, ""),
+        ("pixels", pixels + 0.001, "its example_inputs are no 8-bit images: up to 0.001 from the nearest k / 255"),
+        ("signed_pixels", 4 * pixels, "up to 3 from the nearest 2 k / 255 - 1"),
+        ("pixels", pixels / 0, "up to nan from the nearest"),
+    ):
+        fast = tt.convert(model, x, plan={"0": f"binary_linear_{inputs}"})
+        why = reasons(fast)["0"]
+        assert said in why and ("8-bit images" in why) == bool(said)
+
+
 def test_compiles_whole():
     torch.compiler.reset()
     model = mlp()

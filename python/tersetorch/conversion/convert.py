@@ -42,7 +42,7 @@ from tersetorch.conversion.whole_model import assemble, settle
 from tersetorch.methods import finalize
 from tersetorch.methods.parametrization import is_live, release_graphs
 from tersetorch.nn import SparseCodebookConv1d, SparseCodebookConv2d, SparseCodebookLinear
-from tersetorch.nn.sign_module import SignModule
+from tersetorch.nn.sign_module import PIXEL_INPUTS, SignModule
 
 MULTIPLIED_OUT = "a factor of a layer that is multiplied out"
 CODEBOOK_LAYERS = (SparseCodebookLinear, SparseCodebookConv2d, SparseCodebookConv1d)
@@ -182,6 +182,7 @@ def _told(source: nn.Module, inputs: Inputs | None, plan: str | Mapping[str, str
     seen = _seen(source, groups, inputs)
     samples = [samples_of([(0, x) for x in xs]) if xs else None for xs in seen]
     decisions = follow(plan, sites, groups, CANDIDATES, samples)
+    decisions = [replace(d, reason=d.reason + _pixels(d, xs)) for d, xs in zip(decisions, seen, strict=True)]
     gone = inside_swapped(groups, [bool(decision.layers) for decision in decisions])
     decisions = [d.undone(MULTIPLIED_OUT) if inside else d for d, inside in zip(decisions, gone, strict=True)]
     converted, fusion, _ = assemble(source, groups, decisions, inputs)
@@ -211,6 +212,22 @@ def _stilled(converted: nn.Module, decisions: list[Decision]) -> str:
         return ""
     converted.eval()
     return " It is in eval mode, though the original is in train mode: layers of signs do not train."
+
+
+def _pixels(decision: Decision, seen: list[Tensor]) -> str:
+    """What the reason of layers of 8-bit pixels says of inputs that are none, or nothing."""
+    layer = next((layer for layer in decision.layers if isinstance(layer, SignModule)), None)
+    if layer is None or layer.inputs not in PIXEL_INPUTS:
+        return ""
+    floats = [x for x in seen if x.is_floating_point() and x.numel()]
+    if not floats:
+        return ""
+    distance = float(torch.tensor([layer.off_pixels(x) for x in floats]).max())
+    # As far as rounding puts k / 255, or (k / 255 - 0.5) / 0.5.
+    if distance <= 8 * torch.finfo(floats[0].dtype).eps:
+        return ""
+    level = "k / 255" if layer.inputs == "pixels" else "2 k / 255 - 1"
+    return f"; its example_inputs are no 8-bit images: up to {distance:.3g} from the nearest {level}"
 
 
 def _seen(source: nn.Module, groups: list[list[Site]], inputs: Inputs | None) -> list[list[Tensor]]:

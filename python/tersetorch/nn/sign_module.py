@@ -237,6 +237,11 @@ class SignModule(nn.Module):
             x = ((x.float() * PIXELS + zero) / step).round_().clamp_(0, PIXELS).to(torch.uint8)
         return x, step, zero
 
+    def off_pixels(self, x: Tensor) -> float:
+        """The largest distance of x, floats, from what a layer of pixels takes it for."""
+        pixels, step, zero = self._pixels(x)
+        return float((x.float() - (pixels.float() * step - zero) / PIXELS).abs().max())
+
     def _products(self, x: Tensor) -> Tensor:
         """Those of numbers [..., columns] with the rows of the weight, [..., rows] of x's dtype."""
         rows = self.weight_shape[0]
