@@ -134,3 +134,11 @@ def test_refuses():
         xnor_pack(torch.zeros(3, 2))
     with pytest.raises(ValueError, match=r"bits must be \[out, words\]"):
         xnor_pack(torch.zeros(3, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(("size", "error"), [(70.0, TypeError), ("70", TypeError), (-5, ValueError)])
+@pytest.mark.parametrize("name", ["in_features", "out_features"])
+def test_refuses_sizes_that_are_none(name, size, error):
+    x, weight = torch.ones(2, 70), torch.zeros(1, 2, 32, dtype=torch.int64)
+    with pytest.raises(error, match=f"xnor_matmul: {name} must be"):
+        xnor_matmul(x, weight, **{"in_features": 70, "out_features": 3, name: size})

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
-from tersetorch.storage import registry
+from tersetorch.storage import load, registry, save
 
 
 def x(*shape):
@@ -184,3 +184,14 @@ def test_every_registered_kind_is_among_the_cases():
     covered = {type(inner) for case in CASES for inner in case[0].modules()}
     torch_kinds = {kind.cls for kind in registry._by_name.values() if kind.cls.__module__.startswith("torch.")}
     assert torch_kinds == covered
+
+
+@pytest.mark.parametrize(
+    "module",
+    [nn.Hardtanh(-1, 1), nn.Hardtanh(-1, 2.0), nn.ELU(1), nn.Softplus(1), nn.CrossEntropyLoss(label_smoothing=0)],
+    ids=repr,
+)
+def test_ints_in_the_place_of_default_floats_stay_ints(tmp_path, module):
+    save(nn.Sequential(module), tmp_path / "m.terse")
+    built = load(tmp_path / "m.terse")[0]
+    assert repr(built) == repr(module)

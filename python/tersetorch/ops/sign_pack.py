@@ -72,6 +72,14 @@ def sign_unpack(bits: Tensor, n: int) -> Tensor:
     return 1.0 - 2.0 * signs
 
 
+def check_size(op: str, name: str, value: int) -> None:
+    """Refuses what is no int of at least 0."""
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+        raise TypeError(f"{op}: {name} must be an int, got {value!r}; pass a whole number")
+    if value < 0:
+        raise ValueError(f"{op}: {name} must be at least 0, got {value}; pass that of the weight")
+
+
 def sign_words(n: int) -> int:
     """Words that n signs take."""
     return -(-n // WORD_BITS)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from tersetorch.ops.sign_pack import sign_words
+from tersetorch.ops.sign_pack import check_size, sign_words
 
 TILE_ROWS = 32  # of a packed weight
 _FLOATS = (torch.float32, torch.bfloat16)
@@ -43,7 +43,7 @@ def xnor_matmul(
         [..., ceil(out / 64)], which the next product takes. It has no gradients.
 
     Raises:
-        TypeError: an argument is not a tensor or has another dtype than named here.
+        TypeError: an argument is not a tensor or has another dtype than named here, or a size is no int.
         ValueError: shapes or devices do not fit each other, or thresholds come with scale or bias.
 
     Source:
@@ -51,6 +51,8 @@ def xnor_matmul(
         3.2, for the scale.
     """
     op = "xnor_matmul"
+    check_size(op, "in_features", in_features)
+    check_size(op, "out_features", out_features)
     for name, tensor, dtypes in (
         ("x", x, (*_FLOATS, torch.int64)),
         ("weight", weight, (torch.int64,)),

@@ -32,13 +32,13 @@ def difference(
     if _tensors_of(module, ignored) != _tensors_of(built, ignored):
         return "its parameters or buffers differ from those its constructor makes", {}
     for name in module._non_persistent_buffers_set - set(ignored):
-        if not _same(module._buffers.get(name), built._buffers.get(name)):
+        if not same(module._buffers.get(name), built._buffers.get(name)):
             return f"its non-persistent buffer {name!r} differs from the one its constructor makes", {}
     mine, theirs = _attributes(module), _attributes(built)
     found: dict[str, Any] = {}
     for name in sorted((mine.keys() | theirs.keys()) - set(ignored) - module._modules.keys()):
         value = mine.get(name, _MISSING)
-        if _same(value, theirs.get(name, _MISSING)):
+        if same(value, theirs.get(name, _MISSING)):
             continue
         if name not in overrides or not isinstance(value, bool | int | float | str | None):
             return f"its attribute {name!r} differs from the one its constructor sets", {}
@@ -76,14 +76,14 @@ def _shape(tensor: Tensor | None) -> tuple[int, ...] | None:
     return None if tensor is None else tuple(tensor.shape)
 
 
-def _same(a: Any, b: Any) -> bool:
+def same(a: Any, b: Any) -> bool:
     """Equal as far as one can tell without trusting the objects: plain values, and containers of them."""
     if isinstance(a, list | tuple) and isinstance(b, list | tuple):
-        return len(a) == len(b) and all(map(_same, a, b))
+        return len(a) == len(b) and all(map(same, a, b))
     if type(a) is not type(b):
         return False
     if isinstance(a, dict):
-        return list(a) == list(b) and all(_same(a[key], b[key]) for key in a)
+        return list(a) == list(b) and all(same(a[key], b[key]) for key in a)
     if isinstance(a, Tensor):
         return a.dtype == b.dtype and a.shape == b.shape and not b.is_meta and torch.equal(a.cpu(), b)
     if a is None or isinstance(a, bool | int | float | str | bytes | torch.dtype | torch.device):

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from tersetorch.storage.compare import same
+
 Config = dict[str, Any]
 
 
@@ -109,7 +111,8 @@ def config_of(names: Iterable[str], constructor: Callable[..., Any]) -> Callable
         found = {}
         for name in wanted:
             value = module._parameters[name] is not None if name in module._parameters else getattr(module, name)
-            if name not in defaults or value != defaults[name]:
+            # Of one type too, since those of a module that is built again are compared so: 1 is not 1.0.
+            if name not in defaults or not same(value, defaults[name]):
                 found[name] = value
         return found
 

@@ -126,6 +126,47 @@ def test_refuses(tmp_path):
         read_finn(tmp_path / "none", shape)
 
 
+def test_refuses_files_that_are_missing_or_too_many(tmp_path):
+    shapes = [FinnShape((6, 70), 32), FinnShape((5, 6), 8), FinnShape((4, 5), 8)]
+
+    def fresh():
+        for index, (rows, columns) in enumerate(((6, 70), (5, 6), (4, 5))):
+            write(tmp_path, index, signs(rows, columns), torch.arange(rows), 2, shapes[index].simd)
+
+    for layer in (0, 1):
+        fresh()
+        for path in tmp_path.glob(f"{layer}-*-thres.bin"):
+            path.unlink()
+        with pytest.raises(ValueError, match=f"hold {layer}-0-thres.bin.* got none"):
+            read_finn(tmp_path, shapes)
+    fresh()
+    for path in tmp_path.glob("2-*-thres.bin"):
+        path.unlink()
+    assert [layer.thresholds is None for layer in read_finn(tmp_path, shapes)] == [False, False, True]
+    (tmp_path / "classes.txt").write_text("0")
+    (tmp_path / "4-0-weights.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"have 3 layers, as many as layers describes, got 4-0-weights\.bin"):
+        read_finn(tmp_path, shapes)
+
+
+def test_refuses_shapes_that_are_none(tmp_path):
+    write(tmp_path, 0, signs(20, 70), torch.arange(20), 4, 32)
+    write(tmp_path, 1, signs(10, 20), None, 2, 4)
+    first, last = FinnShape((20, 70), 32), FinnShape((10, 20), 4)
+    for given, message in (
+        (None, "layers must be a sequence of FinnShape, got NoneType"),
+        (first, "layers must be a sequence of FinnShape, got FinnShape"),
+        ([FinnShape(("a", 3), 64), last], r"ints in shape, simd and pixels, got FinnShape\(shape=\('a', 3\)"),
+        ([FinnShape(None, 64), last], "ints in shape"),
+        ([FinnShape((20, 70), 32.0), last], "ints in shape.*simd=32.0"),
+        ([FinnShape((20, 70), 32, pixels=1.0), last], "ints in shape.*pixels=1.0"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            read_finn(tmp_path, given)
+    with pytest.raises(ValueError, match="fixed=True in the first layer only, got it in layer 1"):
+        read_finn(tmp_path, [first, FinnShape((10, 20), 4, fixed=True)])
+
+
 @pytest.mark.skipif(
     not (PUBLISHED.is_dir() and MNIST.is_dir()), reason="wants TERSETORCH_DATA with models/bnn-pynq/lfcW1A1, data/mnist"
 )

@@ -122,6 +122,28 @@ def test_refuses(tmp_path):
         read_larq(tmp_path / "none.npz")
 
 
+def test_refuses_arguments_and_damage(tmp_path):
+    path = save_npz(tmp_path / "w.npz", weights())
+    for quantizer in (None, 3):
+        with pytest.raises(TypeError, match="quantizer must be a name"):
+            read_larq(path, quantizer=quantizer)
+    for epsilon, error in (("x", TypeError), (-5.0, ValueError), (float("nan"), ValueError)):
+        with pytest.raises(error, match="epsilon must be"):
+            read_larq(path, epsilon=epsilon)
+    whole = path.read_bytes()
+    changed = bytearray(whole)
+    changed[300] ^= 1
+    for content in (b"", b"no zip", whole[:300], bytes(changed)):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="source must be"):
+            read_larq(path)
+    np.savez(path, **{"a/kernel:0": np.array([None])})
+    with pytest.raises(ValueError, match="whole NPZ file of plain arrays"):
+        read_larq(path)
+    with pytest.raises(ValueError, match="source must hold weights"):
+        read_larq(save_npz(path, {}))
+
+
 def test_hdf5_without_h5py_is_refused(tmp_path, monkeypatch):
     real = builtins.__import__
 

@@ -25,6 +25,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
+from numbers import Integral
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -50,7 +51,7 @@ class FinnShape:
         shape: of the weight, [out, in] or [out, in, kernel height, kernel width].
         simd: columns of a word, L<l>_SIMD in the network's config.h.
         pixels: positions of the image whose flattened channels are the columns of a linear layer; 1 for no image.
-        fixed: whether the inputs are 8-bit fixed point numbers q / 2^7 instead of signs.
+        fixed: whether the inputs are 8-bit fixed point numbers q / 2^7 instead of signs; those of a first layer may be.
     """
 
     shape: tuple[int, ...]
@@ -65,8 +66,8 @@ class FinnLayer:
 
     Attributes:
         weight: float32 +1 and -1, of the shape asked for; its columns in PyTorch's order.
-        thresholds: int32 [out], or None where the layer gives its sums. Those of a layer on fixed point numbers q / 2^7
-            are thresholds on the sums of w q.
+        thresholds: int32 [out], or None where the layer is the last and gives its sums. Those of a layer on fixed point
+            numbers q / 2^7 are thresholds on the sums of w q.
     """
 
     weight: Tensor
@@ -84,7 +85,7 @@ def read_finn(folder: str | Path, layers: Sequence[FinnShape]) -> list[FinnLayer
         layers: the shapes, one for each layer that the folder has.
 
     Raises:
-        TypeError: layers holds something else.
+        TypeError: layers is no sequence of FinnShape, or one of these has something else than ints.
         ValueError: a file is missing, too many or of another size, or holds what is not exactly such a layer: weights
             or activations of 2 bits, padding of another form, thresholds of more bits. Nothing is guessed.
         OSError: a file cannot be read.
@@ -92,16 +93,29 @@ def read_finn(folder: str | Path, layers: Sequence[FinnShape]) -> list[FinnLayer
     root = Path(folder)
     if not root.is_dir():
         raise FileNotFoundError(f"{WHERE}: folder must be a folder, got {root}; pass one that exists")
-    found = [_layer(root, index, given, index == 0, index == len(layers) - 1) for index, given in enumerate(layers)]
-    extra = sorted(path.name for path in root.glob(f"{len(layers)}-*.bin"))
+    if not isinstance(layers, Sequence):
+        raise TypeError(
+            f"{WHERE}: layers must be a sequence of FinnShape, got {type(layers).__name__}; pass one for each layer"
+        )
+    numbered = ((path.name, path.name.partition("-")[0]) for path in root.glob("*-*.bin"))
+    extra = sorted(name for name, layer in numbered if layer.isdecimal() and int(layer) >= len(layers))
     if extra:
         _refuse(f"have {len(layers)} layers, as many as layers describes", extra[0], "describe every layer")
-    return found
+    return [_layer(root, index, given, index == 0, index == len(layers) - 1) for index, given in enumerate(layers)]
 
 
 def _layer(root: Path, index: int, given: FinnShape, first: bool, last: bool) -> FinnLayer:
     if not isinstance(given, FinnShape):
         raise TypeError(f"{WHERE}: layers must hold FinnShape, got {type(given).__name__}; pass one for each layer")
+    numbers = (*given.shape, given.simd, given.pixels) if isinstance(given.shape, Sequence) else (None,)
+    if not all(isinstance(n, Integral) and not isinstance(n, bool) for n in numbers):
+        raise TypeError(
+            f"{WHERE}: layers must have ints in shape, simd and pixels, got {given}; pass those of the network"
+        )
+    if given.fixed and not first:
+        raise ValueError(
+            f"{WHERE}: layers must have fixed=True in the first layer only, got it in layer {index}; leave it out there"
+        )
     if len(given.shape) not in (2, 4) or min(given.shape) < 1 or not 1 <= given.simd <= MAX_SIMD:
         raise ValueError(
             f"{WHERE}: layers must have shapes [out, in] or [out, in, kh, kw] and simd from 1 to {MAX_SIMD}, got "
@@ -134,7 +148,8 @@ def _layer(root: Path, index: int, given: FinnShape, first: bool, last: bool) ->
         _refuse(f"pad layer {index} with the weight +1", "others; they may be of more than 1 bit")
     weight = torch.from_numpy(bits[:rows, :columns] * 2.0 - 1.0).float()
     thresholds = None
-    if list(root.glob(f"{index}-*-thres.bin")):
+    # Only sums of the last layer go anywhere.
+    if not last or list(root.glob(f"{index}-*-thres.bin")):
         thresholds = _thresholds(root, index, given, elements, height)
     return FinnLayer(_in_order(weight, given), thresholds)
 

@@ -15,6 +15,8 @@ Source: github.com/larq/larq, larq/quantizers.py and larq/layers.py; Keras's sav
 
 from __future__ import annotations
 
+import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from tersetorch.methods.arguments import check_number
 
 WHERE = "read_larq"
 SIGNS = ("ste_sign", "approx_sign", "swish_sign")
@@ -88,6 +92,7 @@ def read_larq(
         epsilon: of the batch norms, which the file does not say either; Keras has 0.001.
 
     Raises:
+        TypeError: quantizer is neither a name nor a mapping, or epsilon no number.
         ImportError: source is HDF5 and h5py is not installed.
         ValueError: a layer has weights that are not read (depthwise and separable kernels among them), a shape does not
             fit, a number is not finite, or a quantizer has no signs: nothing is guessed.
@@ -96,6 +101,11 @@ def read_larq(
     path = Path(source)
     if not path.is_file():
         raise FileNotFoundError(f"{WHERE}: source must be a file, got {path}; pass one that exists")
+    if not isinstance(quantizer, str | Mapping):
+        raise TypeError(
+            f"{WHERE}: quantizer must be a name, or a mapping from layers to names, got {quantizer!r}; pass 'ste_sign'"
+        )
+    check_number(WHERE, "epsilon", epsilon, 0.0, float("inf"))
     layers: dict[str, dict[str, NDArray[Any]]] = {}
     for name, array in (_from_npz(path) if path.suffix == ".npz" else _from_hdf5(path)).items():
         layer, _, part = name.removesuffix(":0").rpartition("/")
@@ -104,6 +114,8 @@ def read_larq(
         if part in layers.setdefault(layer, {}):
             _refuse(f"hold {part!r} of {layer!r} once", "two")
         layers[layer][part] = array
+    if not layers:
+        _refuse("hold weights", "none")
     if not isinstance(quantizer, str):
         unknown = sorted(set(quantizer) - set(layers))
         if unknown:
@@ -161,8 +173,13 @@ def _floats(layer: str, part: str, array: NDArray[Any], size: int | None = None)
 
 
 def _from_npz(path: Path) -> dict[str, NDArray[Any]]:
-    with np.load(path, allow_pickle=False) as file:
-        return {name: file[name] for name in file.files}
+    if not zipfile.is_zipfile(path):
+        _refuse("be an NPZ file", "another or a damaged one", "save it with numpy.savez")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        _refuse("be a whole NPZ file of plain arrays", f"{type(error).__name__}", "save it with numpy.savez")
 
 
 def _from_hdf5(path: Path) -> dict[str, NDArray[Any]]:
