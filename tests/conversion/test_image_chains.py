@@ -174,7 +174,8 @@ def test_small_images_with_ceil_mode_decide_alike():
     assert type(fast[2]) is SignMaxPool2d
     x = torch.randn(2, 3, 7, 3)
     with torch.no_grad():
-        assert torch.equal(fast(x), model(x))
+        # The order in which torch adds a bias depends on the number of threads.
+        torch.testing.assert_close(fast(x), model(x))
 
 
 def test_measuring_keeps_chains_of_images(timer):
