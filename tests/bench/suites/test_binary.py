@@ -64,11 +64,14 @@ def test_samples_and_weights_are_signs():
     assert torch.equal(signs(torch.tensor([-1.0, 0.0, 2.0])), torch.tensor([-1.0, 1.0, 1.0]))
 
 
-@pytest.mark.parametrize("case", [Linear("small", 20, 128), Conv("small", 20, 32, 3, 5)])
-def test_others_agree_where_they_are_installed(case):
+@pytest.mark.parametrize(
+    ("case", "peer"),
+    [(case, peer) for case in (Linear("small", 20, 128), Conv("small", 20, 32, 3, 5)) for peer in BINARY[case.kind]],
+    ids=lambda one: getattr(one, "name", None),
+)
+def test_others_agree_where_they_are_installed(case, peer):
+    if missing := peer.missing(3, 1):
+        pytest.skip(missing)
     weight, x = weight_of(case), signs(case.samples(3))
-    for one in BINARY[case.kind]:
-        if missing := one.missing(3, 1):
-            pytest.skip(missing)
-        found = one.result(one.pack(case, weight, 3, 1).bind(x)())
-        assert torch.equal(found.double(), case.reference(x, weight))
+    found = peer.result(peer.pack(case, weight, 3, 1).bind(x)())
+    assert torch.equal(found.double(), case.reference(x, weight))
