@@ -174,6 +174,7 @@ FLATS: dict[str, Flat] = {
         *((channels, kernel, 14) for kernel in (5, 3) for channels in (96, 128, 256)),
         *((channels, kernel, 56) for kernel in (5, 3) for channels in (96, 128)),
         (128, 5, 32),
+        (96, 3, 32),
         (256, 3, 56),
     )
 }

@@ -109,6 +109,7 @@ def _goals() -> Iterator[Goal]:
     yield from _codebook_goals()
     yield from _binary_goals()
     yield from _flat_goals()
+    yield from _rounding_goals()
     for batch in (1, 16):
         where = {"case": "SqueezeNet of Deep Compression", "batch": batch}
         yield Goal(f"SqueezeNet as published, batch {batch}", where, ("torch dense*",), plain, (), (1.3,))
@@ -174,22 +175,45 @@ def _binary_goals() -> Iterator[Goal]:
 
 def _flat_goals() -> Iterator[Goal]:
     chain, dense = ("torch chain float32 channels_last",), ("torch F.conv2d float32*",)
-    fused = "tersetorch flat channels_last"
 
-    def one(case: str, batch: int, peers: tuple[str, ...], prototype: tuple[float, ...], *goal: float) -> Goal:
-        words = f"{case}, batch {batch}, against {'the chain' if peers is chain else 'the dense convolution'}"
-        where = {"suite": "flat", "case": case, "batch": batch}
-        return Goal(words, where, peers, ("float32",), prototype, goal, ours=fused)
+    def one(
+        case: str,
+        batch: int,
+        peers: tuple[str, ...],
+        prototype: tuple[float, ...],
+        *goal: float,
+        kept: bool = False,
+        mode: Mode = "float32",
+    ) -> Goal:
+        words = f"{case}, batch {batch}{', pages kept' * kept}{', bfloat16' * (mode == 'bfloat16')}"
+        words += f", against {'the dense convolution' if peers is dense else 'the chain'}"
+        where = {"suite": "flat", "case": case, "batch": batch, "pattern": f"flattened{', pages kept' * kept}"}
+        fused = f"tersetorch flat {'bfloat16 ' * (mode == 'bfloat16')}channels_last"
+        return Goal(words, where, peers, (mode,), prototype, goal, ours=fused)
 
     yield one("flat 128 5x5 at 14", 1, chain, (2.2, 3.1), 2.6, 3.5)
-    yield one("flat 128 5x5 at 56", 32, chain, (1.41,), 1.55)
-    yield one("flat 128 5x5 at 56", 32, dense, (10.5,), 11.3)
-    for channels, prototype in ((96, 2.9), (128, 4.3), (256, 4.3)):
-        yield one(f"flat {channels} 3x3 at 14", 1, dense, (prototype,), 4)
+    yield one("flat 128 5x5 at 56", 32, chain, (1.41,), 1.55, kept=True)
+    yield one("flat 128 5x5 at 56", 32, chain, (2.0,), 2.2)
+    for kept in (True, False):
+        yield one("flat 128 5x5 at 56", 32, dense, (10.5,), 11.3, kept=kept)
+    for channels, prototype in ((96, (4.3, 6.4)), (128, (4.2, 3.6)), (256, (4.3, 3.8))):
+        yield one(f"flat {channels} 3x3 at 14", 1, dense, prototype, 4)
+    yield one("flat 96 3x3 at 32", 32, dense, (2.9, 3.0), 4)
     halves = ("torch chain bfloat16 channels_last",)
-    where = {"suite": "flat", "case": "flat 128 5x5 at 14", "batch": 1}
-    words = "flat 128 5x5 at 14, batch 1, bfloat16, against the chain"
-    yield Goal(words, where, halves, ("bfloat16",), (), (1.5,), ours="tersetorch flat bfloat16 channels_last")
+    for case, batch, kept in (
+        ("flat 128 5x5 at 14", 1, False),
+        ("flat 128 5x5 at 56", 32, False),
+        ("flat 128 5x5 at 56", 32, True),
+    ):
+        yield one(case, batch, halves, (), 1.5, kept=kept, mode="bfloat16")
+
+
+def _rounding_goals() -> Iterator[Goal]:
+    case = "round 16384 Ki floats to <4,12>"
+    for pattern in ("floats", "floats, pages kept"):
+        words = f"stochastic rounding of 16 Mi {pattern}, against fake_quantize to the nearest"
+        where = {"suite": "fixed", "case": case, "pattern": pattern}
+        yield Goal(words, where, ("torch fake_quantize*",), ("float32",), (), (2,), ours="tersetorch stochastic")
 
 
 GOALS = tuple(_goals())

@@ -58,6 +58,8 @@ def _torch(
         assert isinstance(case, Flat)
         chain = _Chain(case, weight).eval().to(dtype)
         chain = chain.to(memory_format=order)  # type: ignore[call-overload]
+        if compiled:
+            torch.compiler.reset()  # it gives up at the ninth shape of a module
         run: Callable[[Tensor], Tensor] = torch.compile(chain) if compiled else chain
 
         def bind(x: Tensor) -> Callable[[], Tensor]:
@@ -130,7 +132,11 @@ FLAT = (
     Implementation("torch chain float32", "dense", "float32", _torch(torch.float32, _NCHW)),
     Implementation("torch chain float32 channels_last", "dense", "float32", _torch(torch.float32, _NHWC)),
     Implementation("torch chain bfloat16 channels_last", "dense", "bfloat16", _torch(torch.bfloat16, _NHWC)),
-    Implementation("torch.compile chain channels_last", "dense", "float32", _torch(torch.float32, _NHWC, True)),
-    Implementation("openvino chain", "dense", "float32", _openvino, needs=("openvino",)),
-    Implementation("onnxruntime chain", "dense", "float32", _onnxruntime, needs=("onnxruntime", "onnx")),
+    Implementation(
+        "torch.compile chain channels_last", "dense", "float32", _torch(torch.float32, _NHWC, True), follows_batch=True
+    ),
+    Implementation("openvino chain", "dense", "float32", _openvino, needs=("openvino",), follows_batch=True),
+    Implementation(
+        "onnxruntime chain", "dense", "float32", _onnxruntime, needs=("onnxruntime", "onnx"), follows_batch=True
+    ),
 )

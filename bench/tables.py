@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from . import flat_tables
 from .comparisons import MODES, Reached, Record, break_even, by_case, fastest, reached
 from .cuda import tables as cuda_tables
 from .implementations import Mode
+from .markdown import markdown as _markdown
 from .records import PACKAGES
 from .reproduce import ROWS
 from .reproduce.runs import SEEDS
@@ -27,7 +29,8 @@ MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 # What `make bench` writes; one that is not there adds no rows.
 CODED_BENCHES = ("bench_coded_1_thread.json", "bench_coded_2_threads.json")
 BINARY_BENCHES = ("bench_binary_1_thread.json", "bench_binary_2_threads.json", "bench_binary_avx2.json")
-BENCHES = ("bench_1_thread.json", "bench_2_threads.json", *CODED_BENCHES, *BINARY_BENCHES)
+FLAT_BENCHES = ("bench_flat_1_thread.json", "bench_flat_2_threads.json")
+BENCHES = ("bench_1_thread.json", "bench_2_threads.json", *CODED_BENCHES, *BINARY_BENCHES, *FLAT_BENCHES)
 # (case, density, batch) of the README's rows.
 HEADLINES = (
     ("alexnet fc6", 0.09, 1),
@@ -436,12 +439,6 @@ def _load(name: str) -> dict[str, Any]:
     return content
 
 
-def _markdown(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
-    lines = [list(map(str, head)), *(list(map(str, row)) for row in rows)]
-    lines.insert(1, ["---"] * len(lines[0]))
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
 TABLES: dict[str, Callable[[], str]] = {
     "gpu_machine": lambda: cuda_tables.machine(_load("bench_cuda.json")),
     "gpu_speeds": lambda: cuda_tables.all_speeds(_load("bench_cuda.json")),
@@ -457,6 +454,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "peer_versions": peer_versions,
     "binary_speeds": binary_speeds,
     "binary_headlines": binary_headlines,
+    "flat_speeds": lambda: flat_tables.flat_speeds(_records()),
+    "flat_headlines": lambda: flat_tables.flat_headlines(_records()),
+    "fixed_speeds": lambda: flat_tables.fixed_speeds(_records()),
+    "fixed_roundings": lambda: flat_tables.fixed_roundings(_records()),
     "coder_speeds": coder_speeds,
     "machine": machine,
     "machine_rates": machine_rates,

@@ -1,17 +1,20 @@
 """Flattened convolutions, fused, beside the chain of torch's and the dense convolution that they stand in for.
 
-The dense convolution computes something else: it is timed beside, and compared with its own reference.
+The dense convolution computes something else: it is timed beside, and compared with its own reference. Large batches
+are timed twice: with the pages that glibc gives, fresh ones for what is beyond 32 MiB, and with pages that are kept.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..allocator import can_keep_pages, kept_pages
 from ..cases import FLATS, Case, Flat, flat_weight
 from ..flat_peers import FLAT, layer_of
 from ..implementations import Implementation, LeftOut, Packed
@@ -23,31 +26,45 @@ from ..rates import Rates
 SECONDS, QUICK_SECONDS = 0.3, 0.05
 BATCHES = (1, 32)
 DENSE = ("torch F.conv2d float32", "torch F.conv2d float32 channels_last", "oneDNN packed conv float32")
-MOST_NUMBERS = 2**25  # of an image batch: more takes minutes
+# What is measured without being asked for: the numbers to reach, and a few other sizes.
+USUAL = (
+    *((f"flat {channels} 3x3 at 14", 1) for channels in (96, 128, 256)),
+    *((f"flat 128 5x5 at {size}", batch) for size in (14, 56) for batch in BATCHES),
+    ("flat 96 3x3 at 32", 32),
+    ("flat 96 5x5 at 56", 1),
+    ("flat 256 3x3 at 56", 1),
+)
+FRESH, KEPT = "flattened", "flattened, pages kept"
+# Bytes of a result from which glibc maps each anew, so that it matters whether pages are kept.
+LARGE = 1 << 25
 
 
 @dataclass(frozen=True)
 class Group:
-    """What is timed side by side: one layer and one batch."""
+    """What is timed side by side: one layer, one batch and one way to get memory."""
 
     case: Flat
     batch: int
+    kept: bool = False
 
     @property
     def label(self) -> str:
         """One line for a person."""
-        return f"{self.case.name}, batch {self.batch}"
+        return f"{self.case.name}, batch {self.batch}{', pages kept' * self.kept}"
 
 
 def groups(options: Options) -> list[Group]:
     """The groups that the options ask for."""
-    if options.quick and not options.batches:
-        chosen = [Group(FLATS["flat 128 5x5 at 14"], 1)]
+    if options.full or options.batches:
+        chosen = [(name, batch) for name in FLATS for batch in options.batches or BATCHES]
     else:
-        chosen = [Group(case, batch) for case in FLATS.values() for batch in options.batches or BATCHES]
-        if not (options.full or options.batches):
-            chosen = [group for group in chosen if group.case.numbers_out(group.batch) <= MOST_NUMBERS]
-    return [group for group in chosen if options.takes_case(group.case.name)]
+        chosen = [("flat 128 5x5 at 14", 1)] if options.quick else list(USUAL)
+    found = []
+    for case, batch in ((FLATS[name], batch) for name, batch in chosen if options.takes_case(name)):
+        found.append(Group(case, batch))
+        if 4 * case.numbers_out(batch) >= LARGE and can_keep_pages():
+            found.append(Group(case, batch, kept=True))
+    return found
 
 
 class Flattened:
@@ -60,21 +77,23 @@ class Flattened:
     def measure(self, group: Group) -> tuple[list[dict[str, Any]], list[LeftOut]]:
         """The records of a group, and what was left out."""
         seconds = QUICK_SECONDS if self._options.quick else SECONDS
-        return self._layers.measure(group.case, group.batch, _rows(group), group.label, seconds)
+        with kept_pages() if group.kept else nullcontext():
+            return self._layers.measure(group.case, group.batch, _rows(group), group.label, seconds)
 
 
 def _rows(group: Group) -> Iterator[Row]:
     case = group.case
+    patterns = (KEPT if group.kept else FRESH,)
     weight = flat_weight(case)
     channels = case.in_channels
     dense = torch.randn(case.shape, generator=torch.Generator().manual_seed(0)) / (channels * case.kernel**2) ** 0.5
     operations = 2.0 * group.batch * dense.numel() * case.out_size**2
     for one in PEERS["conv"]:
         if one.name in DENSE:
-            yield Row(one, dense, ("flattened",), operations)
+            yield Row(one, dense, patterns, operations)
     for one in (*FLAT, *OURS):
         halves = "bfloat16" in one.name and one.family == "ours"
-        yield Row(one, weight, ("flattened",), moved=2 * 2 * case.numbers_out(group.batch) if halves else None)
+        yield Row(one, weight, patterns, moved=2 * 2 * case.numbers_out(group.batch) if halves else None)
 
 
 def _ours(dtype: torch.dtype, order: torch.memory_format) -> Callable[[Case, Tensor, int, int], Packed]:

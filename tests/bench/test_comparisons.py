@@ -1,6 +1,6 @@
 import pytest
 
-from tersetorch.bench import tables
+from tersetorch.bench import flat_tables, tables
 from tersetorch.bench.binary_peers import BINARY
 from tersetorch.bench.cases import CASES, FLATS
 from tersetorch.bench.coded_peers import CODED
@@ -9,6 +9,7 @@ from tersetorch.bench.flat_peers import FLAT
 from tersetorch.bench.implementations import MAX_ERROR
 from tersetorch.bench.ours import OURS
 from tersetorch.bench.peers import PEERS
+from tersetorch.bench.suites import fixed, flat
 from tersetorch.bench.suites.binary_networks import Group
 
 
@@ -56,8 +57,12 @@ def test_goals_take_the_level_they_name_or_the_cpus_own():
 def test_goals_name_cases_and_peers_that_exist():
     peers = [row.name for rows in PEERS.values() for row in rows] + [row.name for row in CODED]
     peers += ["torch dense", *(row.name for rows in BINARY.values() for row in rows), *(row.name for row in FLAT)]
+    peers += fixed.ROUNDINGS
+    others = {"SqueezeNet of Deep Compression", Group(4096, 1).case, fixed.Group().label}
+    patterns = {flat.FRESH, flat.KEPT, fixed.FRESH, fixed.KEPT}
     for goal in GOALS:
-        assert goal.where["case"] in {*CASES, *FLATS, "SqueezeNet of Deep Compression", Group(4096, 1).case}
+        assert goal.where["case"] in {*CASES, *FLATS, *others}
+        assert goal.where.get("suite") not in ("flat", "fixed") or goal.where["pattern"] in patterns
         for pattern in goal.peers:
             assert any(name.startswith(pattern.rstrip("*")) for name in peers)
         assert len(goal.goal) in (1, 2) and all(mode in MAX_ERROR for mode in goal.modes)
@@ -118,3 +123,48 @@ def test_coded_layers_show_medians_and_both_kinds_of_peers(monkeypatch):
         "llama.cpp Q4_0 3.000 | 4.00x | 1.50x | 50 % (bytes) | 1.0 / 1.0 / 1.0 |"
     )
     assert tables.product_speeds().count("\n") == 2 and "codebook" not in tables.all_speeds()
+
+
+def test_flattened_convolutions_stand_beside_each_peer():
+    where = {"suite": "flat", "case": "flat 128 5x5 at 56", "batch": 32, "pattern": flat.KEPT}
+    where |= {"median_ms": 2.0, "spread_ms": 0.1}
+    records = [
+        record("torch chain float32", "dense", 9.0, **where | {"median_ms": 9.0}),
+        record("torch chain float32 channels_last", "dense", 5.0, **where | {"median_ms": 5.0}),
+        record("onnxruntime chain", "dense", 3.0, **where | {"median_ms": 3.0}),
+        record("oneDNN packed conv float32", "dense", 20.0, **where | {"median_ms": 20.0}),
+        record("tersetorch flat", "ours", 2.5, **where),
+        record("tersetorch flat channels_last", "ours", 2.0, **where),
+        record("tersetorch fixed int8", "ours", 2.0),
+    ]
+    rows = flat_tables.flat_speeds(records).splitlines()[2:]
+    assert len(rows) == 2 and rows[1] == (
+        "| 128 5x5 at 56 | 32 | kept | 1 | flat channels_last | 2.000 ± 0.100 | 5.000 (2.50x) | - | - | "
+        "3.000 (1.50x) | - | 20.000 (10.00x) | 50 % (bytes) |"
+    )
+    assert flat_tables.flat_headlines(records).splitlines()[2:] == rows[1:]
+    found = {row.goal.title: row.ratio for row in reached(records) if isinstance(row, Reached)}
+    assert found == {"flat 128 5x5 at 56, batch 32, pages kept, against the chain": 2.5}
+
+
+def test_fixed_point_stands_beside_dense_layers_and_a_copy():
+    where = {"suite": "fixed", "median_ms": 2.0, "spread_ms": 0.1}
+    rounding = where | {"case": fixed.Group().label, "kind": "rounding", "shape": [1 << 24], "pattern": fixed.FRESH}
+    rounding |= {"bytes": 1 << 27, "batch": 1}
+    records = [
+        record("torch F.linear float32", "dense", 6.0, **where | {"median_ms": 6.0}),
+        record("torch dynamic int8", "dense", 1.0, "int8", **where | {"median_ms": 1.0}),
+        record("tersetorch fixed int8", "ours", 2.0, "int8", **where),
+        record("tersetorch stochastic", "ours", 20.0, **rounding | {"median_ms": 20.0}),
+        record("torch fake_quantize, nearest", "dense", 50.0, **rounding | {"median_ms": 50.0}),
+        record("torch clone", "copy", 10.0, **rounding | {"median_ms": 10.0}),
+    ]
+    (row,) = flat_tables.fixed_speeds(records).splitlines()[2:]
+    assert row == (
+        "| alexnet fc6 | 4096x9216 | 1 | 1 | int8 | 2.000 ± 0.100 | torch F.linear float32 6.000 (3.00x) | "
+        "torch dynamic int8 1.000 (0.50x) | 50 % (bytes) |"
+    )
+    rows = flat_tables.fixed_roundings(records).splitlines()[2:]
+    assert len(rows) == 3 and rows[0].endswith("| 20.00 ± 0.10 | 6.7 | 50 % | 2.50x |")
+    found = {row.goal.title: row.ratio for row in reached(records) if isinstance(row, Reached)}
+    assert found == {"stochastic rounding of 16 Mi floats, against fake_quantize to the nearest": 2.5}

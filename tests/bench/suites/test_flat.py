@@ -4,7 +4,7 @@ import torch
 from tersetorch.bench.cases import FLATS, Flat, flat_weight
 from tersetorch.bench.flat_peers import FLAT, layer_of
 from tersetorch.bench.options import Options
-from tersetorch.bench.suites.flat import OURS, Flattened, Group, groups
+from tersetorch.bench.suites.flat import KEPT, LARGE, OURS, USUAL, Flattened, Group, groups
 
 SMALL = Flat("small", 20, 20, 3, 7)
 
@@ -14,7 +14,11 @@ def test_groups_follow_the_options():
     assert {(group.case.name, group.batch) for group in groups(Options(cases=("at 56",), batches=(3,)))} == {
         (name, 3) for name in FLATS if "at 56" in name
     }
-    assert len(groups(Options(full=True))) == 2 * len(FLATS)
+    usual, full = groups(Options()), groups(Options(full=True))
+    assert {(group.case.name, group.batch) for group in usual} == set(USUAL)
+    assert set(usual) < set(full) and len([group for group in full if not group.kept]) == 2 * len(FLATS)
+    assert [group.label for group in usual if group.kept] == ["flat 128 5x5 at 56, batch 32, pages kept"]
+    assert all(4 * group.case.numbers_out(group.batch) >= LARGE for group in full if group.kept)
 
 
 def test_records_are_right_and_whole(measured):
@@ -25,6 +29,12 @@ def test_records_are_right_and_whole(measured):
     assert found.keys() >= {one.name for one in OURS} | {"torch chain float32", "torch F.conv2d float32"}
     assert found["tersetorch flat"]["ops"] == 2 * 2 * 2 * 49 * 20 * 26
     assert found["torch F.conv2d float32"]["ops"] == 2 * 2 * 49 * 20 * 180
+
+
+def test_kept_pages_are_a_form_of_their_own(measured):
+    suite = Flattened(Options(quick=True, implementations=("flat channels_last",)), measured)
+    records, _ = suite.measure(Group(SMALL, 2, kept=True))
+    assert [record["pattern"] for record in records] == [KEPT]
 
 
 @pytest.mark.parametrize("peer", [one for one in FLAT if "compile" not in one.name], ids=lambda one: one.name)
