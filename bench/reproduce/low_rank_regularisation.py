@@ -31,6 +31,7 @@ PAPER = {"claim": "low rank acts as a regulariser"}
 WIDTH = 512
 RANKS = (8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256)
 WRONG = (0.0, 0.2, 0.4)
+# Of 1e-4, 1e-3, 3e-3 and 1e-2 the one of the least held-out error with 40 % wrong labels, on one seed.
 DECAY = 1e-2
 NETWORKS = ("dense", "truncated", "decayed")
 
