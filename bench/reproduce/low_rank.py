@@ -221,7 +221,7 @@ def _fastest(record: dict[str, Any]) -> str:
 
 
 def _mean(points: Sequence[dict[str, Any]], key: str) -> float:
-    return statistics.mean(point[key] for point in points)
+    return statistics.mean(float(point[key]) for point in points)
 
 
 # ---- the forms

@@ -161,14 +161,15 @@ def _one(plan: Plan, seed: int, *, progress: Progress | None) -> dict[str, Any]:
             ).eval()
 
         dense = train(0.0)
-        errors, best, least = [], dense, float("inf")
+        errors: list[tuple[int | None, float, float]] = []
+        best, least = dense, float("inf")
         for rank in plan.ranks:
             model = copy.deepcopy(dense)
             factorize.svd(model, rank, targets=["1", "3"])
-            errors.append([rank, _error(model, images, labels), _error(model, *held_out)])
+            errors.append((rank, _error(model, images, labels), _error(model, *held_out)))
             if errors[-1][2] < least:
                 best, least = model, errors[-1][2]
-        errors.append([None, _error(dense, images, labels), _error(dense, *held_out)])
+        errors.append((None, _error(dense, images, labels), _error(dense, *held_out)))
         row["networks"][str(share)] = {
             "errors": errors,
             "rank": next(rank for rank, _, error in errors if error == least),
