@@ -112,6 +112,22 @@ def test_trains():
     assert losses[-1] < 0.3 * losses[0]
 
 
+@pytest.mark.parametrize("sizes,options", [*SIZES, ((4, 6, 5), {"padding": "same", "bias": False})])
+def test_gradients_are_the_same_in_channels_last(sizes, options):
+    layer = seeded(sizes, **options)
+    parameters = list(layer.parameters())
+    found = []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        x = images(layer).contiguous(memory_format=memory_format).requires_grad_()
+        first = torch.autograd.grad(layer(x).square().sum(), [x, *parameters], create_graph=True)
+        # A gradient of gradients, and one where neither x nor a bias wants any.
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), [x, *parameters])
+        alone = torch.autograd.grad(layer(x.detach()).square().sum(), layer.horizontal_0)
+        found.append([*first, *second, *alone])
+    for plain, last in zip(*found, strict=True):
+        assert (plain - last).abs().max() <= 1e-4 * plain.abs().max()
+
+
 def test_changes_reach_the_packed_stages():
     layer = seeded(*SIZES[1][:1], **SIZES[1][1]).pack("fused")
     x = images(layer)
