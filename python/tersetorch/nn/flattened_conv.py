@@ -24,6 +24,7 @@ _FIELDS = ("lateral", "vertical", "horizontal", *_BIASES)
 
 _flat_conv2d = ops.native_op("flat_conv2d_inference")
 
+channels_last = torch.channels_last
 convolution_backward = torch.ops.aten.convolution_backward
 
 # The parameters that packed stages come from: name, tensor, its version then and its address.
@@ -456,16 +457,22 @@ class FlattenedConv2d(nn.Module):
         if not torch.is_autocast_enabled(x.device.type):
             x = x.to(own)
         maps, (sh, sw), (ph, pw) = self.rank * self.out_channels, self.stride, self._padding
+        trains = _trains(x)
+        plain = trains and (x.is_contiguous() or not x.is_contiguous(memory_format=channels_last))
+        if trains:
+            x = x.contiguous(memory_format=channels_last)
         for s in range(self.stages):
             lateral, vertical, horizontal, lateral_bias, vertical_bias, bias = self.filters(s)
             x = conv2d(x, lateral[:, :, None, None], lateral_bias)
             x = conv2d(x, vertical[:, None, :, None], vertical_bias, (sh, 1), (ph, 0), groups=maps)
             one = bias if self.rank == 1 else None
-            x = _along_rows(x, horizontal[:, None, None, :], one, sw, pw)
+            x = (_AlongRows.apply if trains else _along_rows)(x, horizontal[:, None, None, :], one, sw, pw)
             if self.rank > 1:
                 x = x.unflatten(1, (self.rank, self.out_channels)).sum(1)
+                x = x.contiguous(memory_format=channels_last) if trains else x
                 x = x if bias is None else x + bias.to(x.dtype).view(-1, 1, 1)
             sh = sw = 1
+        x = x.contiguous() if plain else x
         return x if torch.is_autocast_enabled(x.device.type) else x.to(dtype)
 
     def _pad_sides(self) -> tuple[int, int]:
@@ -492,68 +499,58 @@ class FlattenedConv2d(nn.Module):
         return ", ".join(shown + [f"layout={self._layout}"] * (self._layout != self.plain_layout))
 
 
-def _along_rows(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
-    """conv2d of each map with its own filter, weight [maps, 1, 1, taps]."""
-    # What only looks at the layer, or differentiates it otherwise, is left with torch's own.
-    if (
+def _trains(x: Tensor) -> bool:
+    """Whether reverse gradients of torch's own 1-D convolutions would follow, which a CPU is slow at.
+
+    In channels_last, whatever the input's format, a step takes a half to a third of the time; with the class below
+    another half. What differentiates otherwise, or looks at the layer, is left with torch's own.
+    """
+    return (
         is_grad_enabled()
-        and weight.requires_grad
+        and x.is_cpu
+        and x.numel() > 0
         and forward_ad._current_level < 0
         and torch._C._functorch.peek_interpreter_stack() is None
         and not is_compiling()
         and torch._C._get_tracing_state() is None
-        and not torch.is_autocast_enabled(x.device.type)
-        and x.is_contiguous(memory_format=torch.channels_last)
-    ):
-        y: Tensor = _AlongRows.apply(x, weight, bias, stride, padding)
-        return y
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def _along_rows(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
+    """conv2d of each map with its own filter, weight [maps, 1, 1, taps]."""
     return conv2d(x, weight, bias, (1, stride), (0, padding), groups=weight.shape[0])
 
 
 class _AlongRows(torch.autograd.Function):
-    """The same, with the weight's gradient from rows that are laid down as columns: the same memory in channels_last.
+    """_along_rows for what lies in channels_last.
 
-    oneDNN takes 4 to 10 times longer for a depthwise 1x5 weight's gradient than for a 5x1 one's.
+    The weight's gradient is that of rows laid down as columns, which are the same memory: oneDNN takes 4 to 10 times
+    longer for a depthwise 1x5 weight's gradient than for a 5x1 one's.
     """
 
-    @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
-        return conv2d(x, weight, bias, (1, stride), (0, padding), groups=weight.shape[0])
+    forward = staticmethod(_along_rows)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, bias, ctx.stride, ctx.padding = inputs
-        ctx.biased = bias is not None
+        x, weight, _, ctx.stride, ctx.padding = inputs
         ctx.save_for_backward(x, weight)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        grad = grads[0].contiguous(memory_format=torch.channels_last)
+        grad = grads[0].contiguous(memory_format=channels_last)
         of_x, of_weight, of_bias = None, None, None
         maps, step, pad = weight.shape[0], ctx.stride, ctx.padding
-        if ctx.needs_input_grad[0]:
-            of_x, _, _ = convolution_backward(
-                grad, x, weight, None, [1, step], [0, pad], [1, 1], False, [0, 0], maps, [True, False, False]
-            )
-        if ctx.needs_input_grad[1]:
-            _, of_weight, of_bias = convolution_backward(
-                _columns(grad),
-                _columns(x),
-                weight.transpose(2, 3),
-                [maps] if ctx.biased else None,
-                [step, 1],
-                [pad, 0],
-                [1, 1],
-                False,
-                [0, 0],
-                maps,
-                [False, True, ctx.biased],
-            )
-            of_weight = of_weight.transpose(2, 3)
-        elif ctx.needs_input_grad[2]:
-            of_bias = grad.sum((0, 2, 3))
-        return of_x, of_weight, of_bias, None, None
+        same = ([1, 1], False, [0, 0], maps)
+        wants_x, wants_weight, wants_bias, *_ = ctx.needs_input_grad
+        if wants_x:
+            wanted = [True, False, False]
+            of_x, _, _ = convolution_backward(grad, x, weight, None, [1, step], [0, pad], *same, wanted)
+        if wants_weight or wants_bias:
+            columns, across, wanted = (_columns(grad), _columns(x)), weight.transpose(2, 3), [False, True, wants_bias]
+            _, of_weight, of_bias = convolution_backward(*columns, across, [maps], [step, 1], [pad, 0], *same, wanted)
+        return of_x, None if of_weight is None else of_weight.transpose(2, 3), of_bias, None, None
 
 
 def _columns(x: Tensor) -> Tensor:
