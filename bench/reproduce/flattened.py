@@ -54,7 +54,7 @@ PAPER_WIDTHS = (96, 128, 256)
 CONVOLUTIONS = ("conv1", "conv2", "conv3")
 FLATTENED = CONVOLUTIONS[1:]
 BEGINNINGS = ("variance kept", "as the paper's code")
-RANKS = (1, 2, 3, 4, 6)
+RANKS = (1, 2, 4)
 RISE = 1.0
 HELD_OUT = 5000
 BATCHES = (1, 64)
@@ -148,41 +148,36 @@ def run(data: str, how: How) -> dict[str, Any]:
 
 def table(record: dict[str, Any]) -> Table:
     """Errors, weights and times of every network; of several seeds the mean, and the worst in brackets."""
-    plan, paper, rows = record["plan"], record["paper"], record["seeds"]
-    spent = {part: _speedups(record, part) for part in ("network", "convolutions")}
-    dense, flat = record["weights"]["trained"]
-    wide = record["weights"]["paper"][0] / record["weights"]["paper"][1]
+    paper, rows = record["paper"], record["seeds"]
+    (dense, flat), (wide_dense, wide_flat) = (record["weights"][widths] for widths in ("trained", "paper"))
+    heads = ["", "paper's error", "test error", "held out", "before tuning", "convolution weights", "fewer"]
+    faster = ["network faster", "convolutions faster"]
     shown = Table(
-        "", "paper's error", "test error", "held out", "convolution weights", "fewer", "network faster",
-        "convolutions faster", title=TITLES[plan["data"]], caption=_caption(record),
-    )  # fmt: skip
-    shown.add_row(
-        "dense", f"{paper['dense']} %", _mean([row["dense_test"] for row in rows]),
-        _mean([row["dense"] for row in rows]), f"{dense:,}", "", "", "",
-    )  # fmt: skip
-    shown.add_row(
-        "dense, tuned as those below", "", "", _mean([row["dense_tuned"] for row in rows]), f"{dense:,}", "", "", ""
+        *heads, "fewer, paper's widths", *faster, title=TITLES[record["plan"]["data"]], caption=_caption(record)
     )
+    dense_errors = [_mean([row[key] for row in rows]) for key in ("dense_test", "dense")]
+    shown.add_row("dense", f"{paper['dense']} %", *dense_errors, "", f"{dense:,}")
+    tuned = _mean([row["dense_tuned"] for row in rows])
+    shown.add_row("dense, tuned as the ranks", "", "", tuned, dense_errors[1], f"{dense:,}")
     for begun in BEGINNINGS:
-        tested = [row["flattened_test"] for row in rows if row["begun"] == begun]
         shown.add_row(
             f"flattened, {begun}",
             f"{paper['flattened']} %",
-            _mean(tested) + f", {len(tested)} seeds" if tested else "",
+            _tested([row["flattened_test"] for row in rows if row["begun"] == begun], len(rows)),
             _mean([row["flattened"][begun] for row in rows]),
+            "",
             f"{flat:,}",
-            f"{dense / flat:.1f}x; {wide:.1f}x at the paper's widths",
-            *(", ".join(f"{ratio:.1f}x" for ratio in ratios) for ratios in spent.values()),
+            f"{dense / flat:.1f}x",
+            f"{wide_dense / wide_flat:.1f}x",
+            *(", ".join(f"{ratio:.1f}x" for ratio in _speedups(record, part)) for part in PARTS[:2]),
         )
-    for index, rank in enumerate(plan["ranks"]):
+    for index, rank in enumerate(record["plan"]["ranks"]):
         points = [row["converted"][index] for row in rows]
-        tested = [row["chosen"]["test"] for row in rows if row["chosen"] and row["chosen"]["rank"] == rank]
-        raw, tuned = (_mean([point[key] for point in points]) for key in ("error", "tuned"))
-        shown.add_row(
-            f"dense as rank {rank}", "", _mean(tested) + f", {len(tested)} seeds" if tested else "",
-            f"{tuned}; before tuning {raw}", f"{points[0]['weights']:,}", f"{dense / points[0]['weights']:.1f}x",
-            "", "",
-        )  # fmt: skip
+        chosen = [row["chosen"] for row in rows if row["chosen"] is not None and row["chosen"]["rank"] == rank]
+        errors = [_mean([point[key] for point in points]) for key in ("tuned", "error")]
+        weights = points[0]["weights"]
+        tested = _tested([point["test"] for point in chosen], len(rows))
+        shown.add_row(f"dense as rank {rank}", "", tested, *errors, f"{weights:,}", f"{dense / weights:.1f}x")
     return shown
 
 
@@ -206,6 +201,8 @@ def draw(record: dict[str, Any], path: Path) -> None:
         xs = [point[0]["weights"] for point in points]
         errors.plot(xs, [statistics.mean(each[key] for each in point) for point in points], marker=".", label=words)
     errors.set(xlabel="convolution weights", ylabel="held-out error, %", xscale="log", yscale="log")
+    for label in (errors.yaxis.set_major_formatter, errors.yaxis.set_minor_formatter):
+        label("{x:g}")
     errors.legend(fontsize="small")
     labels = []
     for place, row in enumerate(record["times"]):
@@ -216,7 +213,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
             times.barh(place + 0.27 * (offset - 1), ms / whole, 0.25, color=f"C{offset}", label=None if place else form)
     times.set(yticks=range(len(labels)), yticklabels=labels, xlabel="time over the dense one's, at the paper's widths")
     times.invert_yaxis()
-    times.legend(fontsize="small")
+    times.legend(fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(FORMS))
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
@@ -233,6 +230,13 @@ def _caption(record: dict[str, Any]) -> str:
 def _mean(values: list[float]) -> str:
     worst = f" ({max(values):.2f})" if len(values) > 1 else ""
     return f"{statistics.mean(values):.2f} %{worst}"
+
+
+def _tested(values: list[float], seeds: int) -> str:
+    """Of the seeds that chose it."""
+    if not values:
+        return ""
+    return _mean(values) + (f", {len(values)} of {seeds} seeds" if len(values) < seeds else "")
 
 
 def _speedups(record: dict[str, Any], part: str) -> list[float]:
