@@ -29,7 +29,7 @@ def test_a_row_is_whole(monkeypatch, tmp_path, data):
     )
     assert len(record["times"]) == len(flattened.PARTS) * len(flattened.BATCHES)
     assert all(len(each["ms"]) == 6 for each in record["times"])
-    assert len(flattened.table(record).rows) == 4 + len(record["plan"]["ranks"])
+    assert len(flattened.table(record).rows) == 2 + len(flattened.BEGINNINGS) + len(record["plan"]["ranks"])
     flattened.draw(record, tmp_path / "plot.svg")
     assert (tmp_path / "plot.svg").stat().st_size > 1000
 
@@ -43,9 +43,16 @@ def test_weights_of_the_papers_network():
     assert 7.9 < flattened._weights(dense) / flattened._weights(flat) < 8.1
 
 
-def test_begins_as_the_papers_code():
+@pytest.mark.parametrize(
+    ("begun", "bounds"),
+    [
+        ("as nn.Conv2d's", {"lateral_0": 1 / 2, "lateral_1": 1 / 4, "vertical_0": 5**-0.5, "bias_1": 5**-0.5}),
+        ("as the paper's code", {"lateral_0": 1 / 2, "lateral_1": 1 / 4, "vertical_0": 1 / 4, "bias_1": 1 / 4}),
+    ],
+)
+def test_beginnings(begun, bounds):
     model = flattened._network(flattened.full_plan("mnist"), True, widths=(4, 16, 9))
-    flattened._begin_as_the_paper(model, 0)
-    for name, bound in (("lateral_0", 1 / 2), ("vertical_0", 1 / 4), ("bias_1", 1 / 4), ("lateral_1", 1 / 4)):
+    flattened._begin(model, begun, 0)
+    for name, bound in bounds.items():
         largest = model.conv2.get_parameter(name).abs().max()
         assert 0.7 * bound < largest <= bound, name
