@@ -21,6 +21,7 @@ from tersetorch.bench.reproduce import (
     published_bits,
     published_densities,
     published_squeezenet,
+    squeeze_design,
     trade_off,
 )
 from tersetorch.bench.reproduce.runs import Reproduction
@@ -44,6 +45,7 @@ MODULES = (
     published_densities,
     published_bits,
     published_squeezenet,
+    squeeze_design,
     binary_networks,
 )
 ROWS: dict[str, Reproduction] = {row.name: row for module in MODULES for row in module.ROWS}
