@@ -159,7 +159,8 @@ def _points(record: dict[str, Any]) -> Iterator[tuple[str, str, list[dict[str, A
 
 
 def _mean(points: list[dict[str, Any]], key: str) -> float:
-    return statistics.mean(point[key] for point in points)
+    mean: float = statistics.mean(point[key] for point in points)
+    return mean
 
 
 # ---- one seed
@@ -231,7 +232,8 @@ def _network(seed: int, choice: Mapping[str, Any]) -> FireNet:
         for module in model.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
     return model
 
 
@@ -248,7 +250,9 @@ def _fold(model: FireNet) -> FireNet:
     model.eval()
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Sequential):
-            model.set_submodule(name, fuse_conv_bn_eval(module[0], module[1]))
+            convolution, norm = module
+            assert isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
+            model.set_submodule(name, fuse_conv_bn_eval(convolution, norm))
     return model
 
 
