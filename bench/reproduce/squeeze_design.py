@@ -39,7 +39,7 @@ from tersetorch.zoo.photos import Part
 # Iandola et al. (2016): figure 3 and table 3, accuracies on ImageNet in percent.
 PAPER = {
     "squeeze ratio": "top-5 accuracy 80.3 % at 0.125 (4.8 MB), 86.0 % from 0.75 on (19 MB)",
-    "3x3 share": "top-5 accuracy 85.6 % from 50 % on (13 MB), no better at 99 % (21 MB)",
+    "3x3 share": "top-5 accuracy 85.6 % from 50 % on, no better at 99 %",
     "bypass": "top-1 accuracy 57.5 % without, 60.4 % simple, 58.8 % complex",
     "pooling": "late downsampling leads to higher accuracy, other things being equal (section 3.1)",
 }
