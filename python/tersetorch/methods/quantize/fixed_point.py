@@ -124,7 +124,9 @@ def fixed_point(
 
     Rounding is replayable: the random bits of each tensor follow from seed and from how many values came before, which
     the state dict holds beside the formats, so that a resumed run (fixed_point on the new model, then load_state_dict)
-    goes on to the same bits, on any number of threads.
+    goes on to the same bits, on any number of threads. They follow the order of memory, so that channels_last draws
+    others. Under torch.compile training gives the same bits too, and gains little: Python rounds, between what is
+    compiled, so that fullgraph=True is refused. In evaluation nothing breaks the graph.
 
     Args:
         model: its layers' weights must be float32, must train and must not be tied.
@@ -309,7 +311,7 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             known: ReferenceType[FixedWeight] | None = _owners.get(parameter)
             weight = None if known is None else known()
             if weight is not None:
-                parameter.copy_(weight.values(parameter))
+                weight.values.round_(parameter)
 
 
 def _round_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
