@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Iterator
 from typing import Any, cast
 from weakref import ReferenceType, ref
@@ -30,6 +32,12 @@ _MAX_SEED = 2**40 - 1
 # Who rounds a parameter after a step. Held weakly: neither a model nor an optimizer lives longer because of it.
 _owners: Any = WeakIdKeyDictionary()
 _hooked = False
+
+# glibc before 2.38 cannot use what an aligned tensor leaves behind for another of its size: a step on large weights may
+# leave some megabytes that are free and yet taken from the system. They go back after so many bytes of rounded weights.
+_TRIM_BYTES = 1 << 28
+_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+_since_trim = 0
 
 
 class FixedWeight(BakedWeight):
@@ -306,12 +314,19 @@ def _roundings(
 
 @torch.no_grad()
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    global _since_trim
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             known: ReferenceType[FixedWeight] | None = _owners.get(parameter)
             weight = None if known is None else known()
             if weight is not None:
                 weight.values.round_(parameter)
+                if parameter.is_cpu:
+                    _since_trim += parameter.nbytes
+    if _since_trim > _TRIM_BYTES:
+        _since_trim = 0
+        if _trim is not None:
+            _trim(0)
 
 
 def _round_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
