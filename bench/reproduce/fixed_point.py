@@ -230,9 +230,10 @@ class Run:
             self.model.parameters(), plan.lr, plan.momentum, weight_decay=plan.weight_decay, foreach=True
         )
 
-    def train(self, images: Tensor, labels: Tensor, epochs: range, progress: Progress | None, words: str) -> None:
+    def train(self, part: tuple[Tensor, Tensor], epochs: range, progress: Progress | None, words: str) -> None:
         """Takes these epochs; the order of an epoch's images depends on the seed and its number."""
         plan = self._plan
+        images, labels = part
         steps = len(images) // plan.batch_size
         task = None if progress is None else progress.add_task(words, total=len(epochs) * steps)
         self.model.train()
@@ -259,18 +260,18 @@ class Run:
 
 def _one(data: str, plan: Plan, seed: int, *, progress: Progress | None) -> dict[str, Any]:
     images = IMAGES[data](seed)
-    train = tuple(part[: plan.images] for part in images.train)
+    train = images.train[0][: plan.images], images.train[1][: plan.images]
     early, late = range(plan.epochs - plan.switched_epochs), range(plan.epochs - plan.switched_epochs, plan.epochs)
     runs = {FLOAT: Run(data, plan, seed)}
-    runs[FLOAT].train(*train, range(plan.epochs), progress, FLOAT)
+    runs[FLOAT].train(train, range(plan.epochs), progress, FLOAT)
     for rounding in ROUNDINGS:
         for bits in FRACTION_BITS:
             name = f"{rounding}_{bits}"
             one = runs[name] = Run(data, plan, seed, rounding, bits)
-            one.train(*train, early, progress, name)
+            one.train(train, early, progress, name)
             other = runs[name + SWITCHED] = one.switched()
-            one.train(*train, late, progress, name)
-            other.train(*train, late, progress, name + SWITCHED)
+            one.train(train, late, progress, name)
+            other.train(train, late, progress, name + SWITCHED)
     return {
         **{name: 100 * error_rate(each.model, *images.test) for name, each in runs.items()},
         "held_out": {name: 100 * error_rate(each.model, *images.held_out) for name, each in runs.items()},
@@ -293,9 +294,8 @@ def _dnn(width: int) -> nn.Module:
         nn.Flatten(), nn.Linear(784, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10)
     )
     with torch.no_grad():
-        for layer in model[1::2]:
-            layer.weight.normal_(0, 0.01)
-            layer.bias.zero_()
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.01 if parameter.dim() > 1 else 0.0)
     return model
 
 

@@ -190,6 +190,19 @@ def test_channels_last_stays_so():
     torch.testing.assert_close(model.eval()(x), plain(x.contiguous()), atol=2**-12, rtol=0)
 
 
+def test_what_something_else_wrote_is_rounded():
+    model = fixed_point(network(), "<2,6>")
+    train(model, sgd(model), 1)
+    original = model[3].parametrizations.weight.original
+    assert torch.equal(model[3].weight, original)
+    with torch.no_grad():
+        original.add_(0.3)
+    assert not on_grid(original, 6) and on_grid(model[3].weight, 6)
+    train(model, sgd(model), 1)
+    original.data.add_(0.3)
+    assert on_grid(model.eval()[3].weight, 6) and not on_grid(original, 6)
+
+
 def test_large_tensors_are_rounded_in_place_as_they_are_at_once():
     x = torch.randn(300, 1000, generator=torch.Generator().manual_seed(0))
     for tensor in (x, x.t(), x.view(300, 10, 10, 10).to(memory_format=torch.channels_last), x[:, ::2]):

@@ -29,7 +29,8 @@ FLOAT = "float"
 _STREAMS = 8  # of random bits that a layer may have
 _MAX_SEED = 2**40 - 1
 
-# Who rounds a parameter after a step. Held weakly: neither a model nor an optimizer lives longer because of it.
+# Who rounds a parameter after a step, and the version and the format that it was rounded to last. Held weakly: neither
+# a model nor an optimizer lives longer because of it.
 _owners: Any = WeakIdKeyDictionary()
 _hooked = False
 
@@ -55,9 +56,13 @@ class FixedWeight(BakedWeight):
 
     def forward(self, original: Tensor) -> Tensor:
         """The weight, of original's shape and dtype."""
+        values: Rounding | None = self.values
         if not torch.compiler.is_compiling() and isinstance(original, nn.Parameter):
             follow(self, original)
-        return rounded(original, self.values, self.gradients, nearest=True)
+            # In evaluation it is rounded all the same: what is written through .data has no version.
+            if self.training and _owners[original][1:] == (original._version, self.values.format):
+                values = None
+        return rounded(original, values, self.gradients, nearest=True)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Takes in a weight that is assigned."""
@@ -240,8 +245,8 @@ def follow(weight: FixedWeight, original: nn.Parameter) -> None:
         register_optimizer_step_post_hook(_after_step)
         _hooked = True
     known = _owners.get(original)
-    if known is None or known() is not weight:
-        _owners[original] = ref(weight)
+    if known is None or known[0]() is not weight:
+        _owners[original] = ref(weight), -1, None
 
 
 def release(model: nn.Module) -> None:
@@ -317,10 +322,11 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     global _since_trim
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            known: ReferenceType[FixedWeight] | None = _owners.get(parameter)
-            weight = None if known is None else known()
-            if weight is not None:
+            known: tuple[ReferenceType[FixedWeight], int, FixedFormat | None] | None = _owners.get(parameter)
+            weight = None if known is None else known[0]()
+            if known is not None and weight is not None:
                 weight.values.round_(parameter)
+                _owners[parameter] = known[0], parameter._version, weight.values.format
                 if parameter.is_cpu:
                     _since_trim += parameter.nbytes
     if _since_trim > _TRIM_BYTES:

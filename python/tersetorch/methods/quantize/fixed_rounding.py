@@ -126,7 +126,8 @@ class _Rounded(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, values: Rounding | None, gradients: Rounding | None, nearest: bool) -> Tensor:
         if values is None:
-            return x.clone()
+            # Nobody writes to a weight, as an activation in place does to what it gets.
+            return x.view_as(x) if nearest else x.clone()
         return _nearest(x, values) if nearest else values(x)
 
     @staticmethod
