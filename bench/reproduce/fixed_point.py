@@ -3,8 +3,8 @@
 Weights, biases, activations, gradients and updates are numbers of <16 - FL, FL>, for FL from 14 down to 8; the layers'
 inputs and outputs of the CNNs have a format of their own, as in the paper. Every run is copied before its last epochs,
 and the copy goes on with four more fractional bits everywhere, so 20 in all: the paper's late switch. The order of
-images, the initial weights and the rates are the same for all runs of a seed; the rates are the best of a few for the
-float network on held-out images, and no other choice is made.
+images, the initial weights and the rates are the same for all runs of a seed; the rates are among the best
+of a few for the float network on held-out images, and no other choice is made.
 
 Momentum is kept in float, and what a step makes of a weight is rounded; losses are means over a batch.
 
@@ -86,7 +86,7 @@ class Plan:
     Attributes:
         shortened: what is shorter than in the paper.
         width: hidden units of the DNN, filters of CIFAR-10's CNN.
-        images: of these, the first so many.
+        images: so many of the training images.
         epochs: passes over them, in the one format.
         switched_epochs: as many as the last of them are taken again in 20 bits.
         lr: the first epoch's rate.
@@ -259,8 +259,8 @@ class Run:
 
 
 def _one(data: str, plan: Plan, seed: int, *, progress: Progress | None) -> dict[str, Any]:
-    images = IMAGES[data](seed)
-    train = images.train[0][: plan.images], images.train[1][: plan.images]
+    images = IMAGES[data](seed, plan.images)
+    train = images.train
     early, late = range(plan.epochs - plan.switched_epochs), range(plan.epochs - plan.switched_epochs, plan.epochs)
     runs = {FLOAT: Run(data, plan, seed)}
     runs[FLOAT].train(train, range(plan.epochs), progress, FLOAT)
@@ -323,30 +323,34 @@ def _cifar_cnn(width: int) -> nn.Module:
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 
-def _mnist(seed: int) -> Images:
+def _mnist(seed: int, count: int) -> Images:
     data = load_data("mnist", seed=seed)
     return Images(
-        (data.train_images, data.train_labels),
+        (data.train_images[:count], data.train_labels[:count]),
         (data.validation_images, data.validation_labels),
         (data.test_images, data.test_labels),
     )
 
 
-def _cifar(seed: int) -> Images:
+def _cifar(seed: int, count: int) -> Images:
     images, labels = _cifar_part("train")
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    held_out, kept = order[:HELD_OUT], order[HELD_OUT:]
-    return Images((images[kept], labels[kept]), (images[held_out], labels[held_out]), _cifar_part("test"))
+    held_out, kept = order[:HELD_OUT], order[HELD_OUT : HELD_OUT + count]
+    parts = ((images[kept], labels[kept]), (images[held_out], labels[held_out]), _cifar_part("test"))
+    return Images(*((_values(some), wanted) for some, wanted in parts))
+
+
+def _values(images: Tensor) -> Tensor:
+    """In [-1, 1]."""
+    return images.contiguous(memory_format=torch.channels_last).float() / 127.5 - 1
 
 
 @cache
 def _cifar_part(part: Part) -> tuple[Tensor, Tensor]:
-    """Values in [-1, 1]."""
-    images, labels = read_cifar10(part)
-    return images.contiguous(memory_format=torch.channels_last).float() / 127.5 - 1, labels
+    return read_cifar10(part)
 
 
-IMAGES: Mapping[str, Callable[[int], Images]] = {"mnist_dnn": _mnist, "mnist_cnn": _mnist, "cifar_cnn": _cifar}
+IMAGES: Mapping[str, Callable[[int, int], Images]] = {"mnist_dnn": _mnist, "mnist_cnn": _mnist, "cifar_cnn": _cifar}
 BUILD: Mapping[str, Callable[[int], nn.Module]] = {
     "mnist_dnn": _dnn,
     "mnist_cnn": _mnist_cnn,

@@ -21,7 +21,7 @@ def parts(data):
 
 @pytest.fixture(params=fixed_point.PLANS)
 def data(request, monkeypatch):
-    monkeypatch.setattr(fixed_point, "IMAGES", {request.param: lambda seed: parts(request.param)})
+    monkeypatch.setattr(fixed_point, "IMAGES", {request.param: lambda seed, count: parts(request.param)})
     plan = replace(fixed_point.PLANS[request.param], width=4, epochs=2, batch_size=20)
     monkeypatch.setattr(fixed_point, "quick_plan", lambda name: plan)
     return request.param
