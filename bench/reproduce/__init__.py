@@ -7,6 +7,8 @@ from tersetorch.bench.reproduce import (
     binary_networks,
     deep_compression,
     dns,
+    fixed_point,
+    flattened,
     gong,
     han,
     initialisation,
@@ -21,6 +23,7 @@ from tersetorch.bench.reproduce import (
     published_bits,
     published_densities,
     published_squeezenet,
+    squeeze_design,
     trade_off,
 )
 from tersetorch.bench.reproduce.runs import Reproduction
@@ -37,6 +40,8 @@ MODULES = (
     layer_times,
     low_rank,
     low_rank_regularisation,
+    flattened,
+    fixed_point,
     optimal_brain_damage,
     optimal_brain_surgeon,
     one_shot,
@@ -44,6 +49,7 @@ MODULES = (
     published_densities,
     published_bits,
     published_squeezenet,
+    squeeze_design,
     binary_networks,
 )
 ROWS: dict[str, Reproduction] = {row.name: row for module in MODULES for row in module.ROWS}
