@@ -130,6 +130,26 @@ def test_a_zero_weight_stays_zero():
         assert bool(weight.isfinite().all()) and float(weight.abs().max()) < 1e-20
 
 
+@pytest.mark.parametrize("dead", [np.s_[:], np.s_[:4], np.s_[:, :2]], ids=["all", "filters", "channels"])
+def test_what_is_dead_stays_so_in_any_metric(dead):
+    torch.manual_seed(0)
+    weight = torch.randn(8, 4, 3, 3)
+    weight[dead] = 0
+    x, counts = torch.randn(4, 4, 6, 6), torch.rand(8, 4, 3, 3)
+    for method in (
+        lambda m, **more: tt.factorize.outer_product(m, 2, iterations=4, **more),
+        lambda m, **more: tt.factorize.monochromatic(m, 4, restarts=2, **more),
+        lambda m, **more: tt.factorize.bicluster(m, 1, 2, 2, restarts=2, iterations=4, **more),
+        lambda m, **more: tt.factorize.bicluster(m, (1, 1), 2, 2, restarts=2, method="svd", **more),
+        lambda m, **more: tt.factorize.svd(m, 2, **more),
+    ):
+        seen, counted = (method(bank(weight), **m)[0].weight for m in ({"data": [x]}, {"importance": {"0": counts}}))
+        with torch.no_grad():
+            left, whole = (functional.conv2d(x, w, padding=1).square().sum() for w in (seen - weight, weight))
+            assert left <= whole
+            assert (counts * (counted - weight)).square().sum() <= (counts * weight).square().sum()
+
+
 def test_colours_are_found_whatever_their_sign_and_order():
     torch.manual_seed(0)
     colours, labels = torch.randn(4, 3), torch.randperm(12) % 4
