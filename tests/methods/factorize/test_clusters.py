@@ -281,6 +281,7 @@ REFUSED = [
     (lambda m: F.bicluster(m, 1, 3, 2, method="cp"), ValueError, "method must be one of outer_product, svd, got 'cp'"),
     (lambda m: F.bicluster(m, 1, 3, 2, method="svd"), TypeError, "rank must be two ints for svd, got 1"),
     (lambda m: F.bicluster(m, (5, 1), 3, 2, method="svd", targets="2"), ValueError, r"rank\[0\] of '2' must be from"),
+    (lambda m: F.bicluster(m, (2, 1), 1, 2, method="svd", targets="5"), ValueError, r"rank\[0\] of '5' .* from 1 to 1"),
     (lambda m: F.bicluster(m, 1, 3, 2, restarts=0), ValueError, "restarts must be at least 1, got 0"),
     (lambda m: F.gradient_sizes(m, [], "cross_entropy"), ValueError, "data must hold at least one sample, got none"),
     (lambda m: F.gradient_sizes(m, [images()], "mse"), TypeError, r"data must give \(inputs..., target\)"),
@@ -294,7 +295,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("act", "error", "sentence"), REFUSED, ids=[case[2] for case in REFUSED])
 def test_bad_input_is_refused_and_changes_nothing(act, error, sentence):
-    model = network()
+    model = network().append(nn.Conv2d(4, 8, 1))
     before = list(model.modules())
     with pytest.raises(error, match=sentence):
         act(model)
