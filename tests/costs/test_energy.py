@@ -94,6 +94,19 @@ def test_a_sparse_layer_passes_over_zeros_and_reads_its_format():
     )
 
 
+@pytest.mark.parametrize("layout", ["direct", "direct_int8", "direct_bfloat16"])
+def test_sparse_convolutions_read_their_layout(layout):
+    layer = nn.Conv2d(4, 8, 3)
+    with torch.no_grad():
+        layer.weight[:, ::2] = 0
+    sparse = tt.nn.SparseConv2d.from_dense(layer).pack(layout).eval()
+    found = one(sparse, torch.zeros(1, 4, 5, 5), cache_bytes=0)
+    kind = layout.removeprefix("direct_") if layout != "direct" else "float32"
+    assert found.operations[f"multiply {kind}"] >= 9 * 8 * 2 * 9
+    buffers = [tensor for name, tensor in sparse.named_buffers() if name.startswith("packed_")]
+    assert found.bits["dram"] == 8 * sum(tensor.nbytes for tensor in buffers) + 32 * (8 + 100 + 72)
+
+
 def test_int8_layouts_multiply_bytes():
     table = torch.tensor([-1.0, -0.5, 0.5, 1.0])
     layer = nn.Linear(64, 32, bias=False)

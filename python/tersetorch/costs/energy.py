@@ -171,5 +171,7 @@ def _weight_bytes(module: nn.Module) -> int:
     if weight is None:
         own = "sparse_weight" if hasattr(type(module), "sparse_weight") else "shared_weight"
         weight = getattr(module, own) if own != "shared_weight" or isinstance(module, SharedModule) else module.weight
-    size: int = weight.nbytes
-    return size + others
+    if hasattr(weight, "nbytes"):
+        return int(weight.nbytes) + others
+    # A convolution's own layouts, tensors and sizes.
+    return sum(part.nbytes for part in vars(weight).values() if isinstance(part, Tensor)) + others
