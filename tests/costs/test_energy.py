@@ -107,6 +107,35 @@ def test_sparse_convolutions_read_their_layout(layout):
     assert found.bits["dram"] == 8 * sum(tensor.nbytes for tensor in buffers) + 32 * (8 + 100 + 72)
 
 
+@pytest.mark.parametrize("stages", [1, 2])
+def test_a_flattened_convolution_is_its_three_or_six(stages):
+    """In layout "chain" to the bit; fused only what goes in and comes out is moved."""
+    torch.manual_seed(0)
+    layer = tt.nn.FlattenedConv2d(6, 16, (3, 5), stride=(2, 1), padding=(1, 2), stages=stages).eval()
+    convs = []
+    for s in range(stages):
+        of = {"groups": 16, "padding": (1, 0), "stride": (1 if s else 2, 1)}
+        convs += [nn.Conv2d(16 if s else 6, 16, 1), nn.Conv2d(16, 16, (3, 1), **of)]
+        convs.append(nn.Conv2d(16, 16, (1, 5), groups=16, padding=(0, 2)))
+    with torch.no_grad():
+        for model in (layer, *convs):
+            for parameter in model.parameters():
+                parameter.flatten()[1:].fill_(1)
+                parameter.flatten()[:1].zero_()
+    x = torch.randn(2, 6, 9, 8)
+    for room in (0, 2**15, 2**30):
+        whole, parts = one(layer, x, cache_bytes=room), energy(nn.Sequential(*convs), x, cache_bytes=room).layers
+        for name in ("operations", "bits", "picojoules"):
+            for key, value in getattr(whole, name).items():
+                assert value == pytest.approx(sum(getattr(part, name).get(key, 0) for part in parts))
+    counted, of_parts = tt.costs.count(layer, x), tt.costs.count(nn.Sequential(*convs), x)
+    for name in ("parameters", "nonzeros", "bytes", "macs", "effective_macs", "uncounted"):
+        assert getattr(counted, name) == getattr(of_parts, name)
+    fused = one(layer.pack("fused"), x, cache_bytes=0)
+    assert fused.operations == whole.operations
+    assert fused.bits["sram"] == 8 * (sum(p.nbytes for p in layer.parameters()) + x.nbytes + layer(x).nbytes)
+
+
 def test_int8_layouts_multiply_bytes():
     table = torch.tensor([-1.0, -0.5, 0.5, 1.0])
     layer = nn.Linear(64, 32, bias=False)

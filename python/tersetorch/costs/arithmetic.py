@@ -10,9 +10,10 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from tersetorch.costs import flattened
 from tersetorch.costs.count import weight_size
 from tersetorch.costs.runs import LayerRun
-from tersetorch.nn import ProductLinear, ResidualLinear
+from tersetorch.nn import FlattenedConv2d, ProductLinear, ResidualLinear
 from tersetorch.nn.fixed_module import FixedPointModule
 from tersetorch.nn.sign_module import SignModule
 
@@ -41,12 +42,16 @@ def operations(module: nn.Module, run: LayerRun) -> tuple[Counter[str], int]:
         return _of_steps(module, run)
     kind = _arithmetic(module)
     multiply, add, bits = _PRODUCTS[kind]
-    macs = run.positions * weight_size(module)[1 if hasattr(type(module), "sparse_weight") else 0]
+    if isinstance(module, FlattenedConv2d):
+        macs, biases = flattened.products(module, run.shapes)[0], flattened.additions(module, run.shapes)
+    else:
+        macs = run.positions * weight_size(module)[1 if hasattr(type(module), "sparse_weight") else 0]
+        biases = run.numbers if getattr(module, "bias", None) is not None else 0
     done = Counter({multiply: macs, add: macs})
     if kind == "int8":  # sums become float32 again
         done["multiply float32"] += run.numbers
-    if getattr(module, "bias", None) is not None:
-        done["add float32" if kind in ("int8", "bfloat16") else f"add {kind}"] += run.numbers
+    if biases:
+        done["add float32" if kind in ("int8", "bfloat16") else f"add {kind}"] += biases
     return done, 2 * bits * macs
 
 
@@ -61,6 +66,8 @@ def _arithmetic(module: nn.Module) -> str:
     for kind in ("int8", "bfloat16"):
         if isinstance(layout, str) and layout.endswith(kind):
             return kind
+    if isinstance(module, FlattenedConv2d):
+        return "float32" if layout == "fused" else name_of(module.get_parameter(module.weight_parameter).dtype)
     weight: Any = module.weight
     return name_of(weight.dtype)
 

@@ -10,11 +10,12 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from tersetorch.costs import flattened
 from tersetorch.costs.arithmetic import operations
 from tersetorch.costs.coefficients import ACCESSES, COEFFICIENTS
 from tersetorch.costs.count import hides_products, kind_of, multiplies, own_modules
 from tersetorch.costs.runs import LayerRun, arguments, run
-from tersetorch.nn import CodebookEmbedding
+from tersetorch.nn import CodebookEmbedding, FlattenedConv2d
 from tersetorch.nn.fixed_module import FixedPointModule
 from tersetorch.nn.shared_module import SharedModule
 from tersetorch.nn.sign_module import SignModule
@@ -102,7 +103,8 @@ def energy(
 
     Memory: weights, in the bytes of the format that the layer computes from, come from DRAM at every call, unless those
     of the whole model fit cache_bytes, which then keeps them between inferences. What a layer is handed and gives moves
-    to and from DRAM unless both fit what is left of the cache. Each of these bytes passes the cache once, and every
+    to and from DRAM unless both fit what is left of the cache; a flattened convolution of layout "chain" hands on its
+    maps likewise. Each of these bytes passes the cache once, and every
     operand of a product is read from a register once: sums stay where they are added up. That is the least that any
     order of computing moves, so this is a lower bound, and a comparison of models rather than a forecast.
 
@@ -151,8 +153,8 @@ def _layer(name: str, module: nn.Module, ran: LayerRun, weight: int, kept: bool,
     looked_up = isinstance(module, nn.Embedding | CodebookEmbedding)
     done, operands = (Counter[str](), 0) if looked_up else operations(module, ran)
     fetched = ran.written if looked_up else ran.calls * weight
-    handed = ran.read + ran.written
-    outside = (0 if kept else fetched) + (0 if handed <= left * ran.calls else handed)
+    handed = sum(ran.moved)
+    outside = (0 if kept else fetched) + sum(each for each in ran.moved if each > left)
     bits = {"register": operands, "sram": 8 * (fetched + handed), "dram": 8 * outside}
     spent = {one: times * COEFFICIENTS[one].picojoules for one, times in done.items() if times}
     spent |= {one: count / 32 * COEFFICIENTS[one].picojoules for one, count in bits.items() if count}
@@ -165,6 +167,8 @@ def _weight_bytes(module: nn.Module) -> int:
     others = bias.nbytes if isinstance(bias, Tensor) else 0
     if isinstance(module, _BatchNorm):
         return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()) if tensor.dim() > 0)
+    if isinstance(module, FlattenedConv2d):
+        return flattened.weight_bytes(module)
     if isinstance(module, FixedPointModule | SignModule):
         return sum(tensor.nbytes for tensor in module.buffers())
     weight: Any = getattr(module, "packed_weight", None)
