@@ -185,6 +185,16 @@ def test_opcheck_compile_and_export():
     assert torch.equal(torch.export.export(Layer(), (x,)).module()(x), want)
 
 
+def test_forward_mode_is_refused():
+    f, x = filters_of(5, 8, (3, 3)), inputs(2, 5, 8, 9)
+    for function, at in (
+        (lambda images: ops.flat_conv2d(images, *f), x),
+        (lambda taps: ops.flat_conv2d(x, f.lateral, taps, f.horizontal), f.vertical),
+    ):
+        with pytest.raises(RuntimeError, match="must not carry a forward-mode tangent"):
+            torch.func.jvp(function, (at,), (at,))
+
+
 def test_bad_input_is_refused():
     f, x = filters_of(5, 8, (3, 3)), inputs(2, 5, 8, 9)
     for arguments, more, error, sentence in (

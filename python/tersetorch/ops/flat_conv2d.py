@@ -5,6 +5,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.functional import conv2d, pad
 
 from tersetorch.ops._autocast import compute_in_float32
@@ -190,6 +191,10 @@ def flat_conv2d_packed(x: Tensor, stages: Sequence[Tensor], sizes: Sequence[int]
                 f"{list(stage.shape)} on {stage.device}; pack filters of these channels"
             )
         channels = out
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in (x, *stages)):
+        raise RuntimeError(
+            f"{op}: x and filters must not carry a forward-mode tangent, got one; use reverse mode (backward)"
+        )
     y: Tensor = _OPS.flat_conv2d(x if x.dim() == 4 else x.unsqueeze(0), stages, sizes, relu)
     return y if x.dim() == 4 else y.squeeze(0)
 
