@@ -195,6 +195,21 @@ def test_forward_mode_is_refused():
             torch.func.jvp(function, (at,), (at,))
 
 
+def test_maps_over_images_and_over_filters():
+    f, x = filters_of(5, 8, (3, 3)), inputs(3, 2, 5, 8, 9)
+    stage, sizes = ops.flat_conv2d_pack(f), ops.flat_conv2d_sizes(f)
+    for call in (
+        lambda images: ops.flat_conv2d(images, *f),
+        lambda images: ops.flat_conv2d_inference(images, [stage], sizes),
+    ):
+        want = torch.stack([call(images) for images in x])
+        assert torch.equal(torch.vmap(call)(x), want)
+        assert torch.equal(torch.vmap(call, in_dims=2)(x.movedim(0, 2)), want)
+    several = f.lateral * torch.arange(1, 4).view(3, 1, 1)
+    found = torch.vmap(lambda lateral: ops.flat_conv2d(x[0], lateral, *f[1:]))(several)
+    assert torch.equal(found, torch.stack([ops.flat_conv2d(x[0], lateral, *f[1:]) for lateral in several]))
+
+
 def test_bad_input_is_refused():
     f, x = filters_of(5, 8, (3, 3)), inputs(2, 5, 8, 9)
     for arguments, more, error, sentence in (

@@ -355,5 +355,30 @@ def _backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
 
 torch.library.register_autograd("tersetorch::flat_conv2d", _backward, setup_context=_setup_context)
 
+
+def _vmap(op: Any) -> Any:
+    """Mapped images of the same filters are one batch; mapped filters are called one after the other."""
+
+    def run(info: Any, in_dims: Any, x: Tensor, stages: Sequence[Tensor], *rest: Any) -> tuple[Tensor, int]:
+        at, stage_dims, *_ = in_dims
+        if all(dim is None for dim in stage_dims):
+            return op(x.movedim(at, 0).flatten(0, 1), stages, *rest).unflatten(0, (info.batch_size, -1)), 0
+        return torch.stack(
+            [
+                op(
+                    x if at is None else x.select(at, i),
+                    [t if dim is None else t.select(dim, i) for t, dim in zip(stages, stage_dims, strict=True)],
+                    *rest,
+                )
+                for i in range(info.batch_size)
+            ]
+        ), 0
+
+    return run
+
+
+for _name in ("flat_conv2d", "flat_conv2d_inference"):
+    torch.library.register_vmap(f"tersetorch::{_name}", _vmap(getattr(_OPS, _name)))
+
 compute_in_float32("flat_conv2d")
 compute_in_float32("flat_conv2d_inference")
