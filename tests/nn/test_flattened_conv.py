@@ -203,3 +203,12 @@ def test_bad_input_is_refused():
     ):
         with pytest.raises(error, match=sentence):
             FlattenedConv2d.from_dense(module)
+
+
+@pytest.mark.parametrize("layout", ["chain", "fused"])
+def test_on_device_meta(layout):
+    layer = FlattenedConv2d(3, 8, 3, stride=2, rank=2, device="meta").eval().pack(layout)
+    x = torch.empty(2, 3, 9, 8, device="meta")
+    for no_grad in (True, False):
+        with torch.set_grad_enabled(not no_grad):
+            assert layer(x).shape == (2, 8, 4, 3)

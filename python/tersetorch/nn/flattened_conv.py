@@ -14,6 +14,7 @@ from torch.nn.functional import conv2d
 
 from tersetorch import ops
 from tersetorch.nn.conv_sizes import Sizes
+from tersetorch.ops._autocast import enabled_for
 
 FLOATS = (torch.float32, torch.bfloat16)
 LAYOUTS = ("chain", "fused")
@@ -451,7 +452,8 @@ class FlattenedConv2d(nn.Module):
     def _chain(self, x: Tensor) -> Tensor:
         dtype = x.dtype
         own = self.filters(0).lateral.dtype
-        if not torch.is_autocast_enabled(x.device.type):
+        cast = enabled_for(x)
+        if not cast:
             x = x.to(own)
         maps, (sh, sw), (ph, pw) = self.rank * self.out_channels, self.stride, self._padding
         for s in range(self.stages):
@@ -464,7 +466,7 @@ class FlattenedConv2d(nn.Module):
                 x = x.unflatten(1, (self.rank, self.out_channels)).sum(1)
                 x = x if bias is None else x + bias.to(x.dtype).view(-1, 1, 1)
             sh = sw = 1
-        return x if torch.is_autocast_enabled(x.device.type) else x.to(dtype)
+        return x if cast else x.to(dtype)
 
     def _pad_sides(self) -> tuple[int, int]:
         """Zeros on both sides."""
