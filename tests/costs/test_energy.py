@@ -68,6 +68,32 @@ def test_a_convolution_and_a_batch_norm():
     assert norm.operations == {"multiply float32": 36, "add float32": 36}
 
 
+@pytest.mark.parametrize(
+    ("layer", "multiplies", "adds"),
+    [
+        (nn.BatchNorm2d(4, track_running_stats=False), 3, 4),
+        (nn.InstanceNorm2d(4), 2, 3),
+        (nn.InstanceNorm2d(4, track_running_stats=True), 1, 1),
+        (nn.LayerNorm(5), 3, 4),
+        (nn.LayerNorm(5, bias=False), 3, 3),
+        (nn.GroupNorm(2, 4, affine=False), 2, 3),
+        (nn.RMSNorm(5), 3, 1),
+    ],
+)
+def test_normalisation_counts_what_its_statistics_take(layer, multiplies, adds):
+    x = torch.randn(2, 4, 5, 5)
+    found = one(layer, x)
+    assert found.operations == {"multiply float32": multiplies * 200, "add float32": adds * 200}
+    assert found.bits["register"] == 64 * (multiplies + adds) * 200
+    held = sum(t.nbytes for t in (*layer.parameters(), *layer.buffers()) if t.dim())
+    assert found.bits["sram"] == 8 * (held + 2 * x.nbytes)
+
+
+def test_what_is_not_counted_is_named():
+    model = nn.Sequential(nn.EmbeddingBag(10, 4), nn.Linear(4, 2))
+    assert energy(model, torch.zeros(3, 5, dtype=torch.long)).uncounted == ("0",)
+
+
 def test_weights_stay_on_the_chip_where_all_of_them_fit():
     model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False))
     x, weights = torch.zeros(1, 8), 2 * 64 * 4

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from tersetorch.costs import flattened
-from tersetorch.costs.arithmetic import operations
+from tersetorch.costs.arithmetic import NORMS, operations
 from tersetorch.costs.coefficients import ACCESSES, COEFFICIENTS
 from tersetorch.costs.count import hides_products, kind_of, multiplies, own_modules
 from tersetorch.costs.runs import LayerRun, arguments, run
@@ -99,6 +98,7 @@ def energy(
 
     Operations are those that the layer does: a dense layer multiplies by its zeros, a sparse one passes over them, one
     of codes or products multiplies in the arithmetic of its layout, one of signs compares and counts bits, or adds.
+    Normalisation counts a multiplication and an addition a number, and what statistics take where none are kept.
     Indices, masks, activations and pooling count nothing.
 
     Memory: weights, in the bytes of the format that the layer computes from, come from DRAM at every call, unless those
@@ -141,12 +141,16 @@ def energy(
         for module, name in counted.items()
         if module in runs
     )
-    uncounted = tuple(name for name, module in modules if module not in counted and hides_products(module))
+    uncounted = tuple(name for name, module in modules if module not in counted and _hides(module))
     return ModelEnergy(layers, uncounted, cache_bytes, sum(weights.values()))
 
 
 def _counts(module: nn.Module) -> bool:
-    return multiplies(module) or isinstance(module, _BatchNorm | nn.Embedding | CodebookEmbedding)
+    return multiplies(module) or isinstance(module, (*NORMS, nn.Embedding, CodebookEmbedding))
+
+
+def _hides(module: nn.Module) -> bool:
+    return hides_products(module) or isinstance(module, nn.EmbeddingBag)
 
 
 def _layer(name: str, module: nn.Module, ran: LayerRun, weight: int, kept: bool, left: int) -> LayerEnergy:
@@ -165,7 +169,7 @@ def _weight_bytes(module: nn.Module) -> int:
     """Bytes of what a call reads beside its inputs."""
     bias = getattr(module, "bias", None)
     others = bias.nbytes if isinstance(bias, Tensor) else 0
-    if isinstance(module, _BatchNorm):
+    if isinstance(module, NORMS):
         return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()) if tensor.dim() > 0)
     if isinstance(module, FlattenedConv2d):
         return flattened.weight_bytes(module)
