@@ -239,6 +239,12 @@ def test_layers_called_twice_fetch_twice():
         ((3, torch.zeros(1)), {}, TypeError, "energy: model must be a torch.nn.Module, got int"),
         ((nn.Linear(1, 1), 3), {}, TypeError, "energy: example_inputs must be a tensor"),
         ((nn.LazyLinear(1), torch.zeros(1)), {}, ValueError, "energy: model must know its shapes"),
+        (
+            (nn.Linear(1, 1, dtype=torch.complex64), torch.zeros(1, dtype=torch.complex64)),
+            {},
+            ValueError,
+            "energy: layers must be of int8, float16, bfloat16, float32, float64, got one of complex64",
+        ),
         ((nn.Linear(1, 1), torch.zeros(1)), {"cache_bytes": -1}, ValueError, "cache_bytes must be at least 0, got -1"),
         ((nn.Linear(1, 1), torch.zeros(1)), {"cache_bytes": 1.5}, TypeError, "cache_bytes must be an int, got float"),
     ],

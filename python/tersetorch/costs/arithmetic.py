@@ -56,7 +56,7 @@ def operations(module: nn.Module, run: LayerRun) -> tuple[Counter[str], int]:
 def _of_norm(module: nn.Module, run: LayerRun) -> tuple[Counter[str], int]:
     """A multiplication and an addition a number, by statistics that are kept; by its own, of these in three passes."""
     tensors = [*module.parameters(), *(t for t in module.buffers() if t.is_floating_point())]
-    kind = name_of(tensors[0].dtype if tensors else torch.float32)
+    kind = _priced(tensors[0].dtype if tensors else torch.float32)
     if getattr(module, "running_mean", None) is not None:
         multiplies = adds = 1
     else:
@@ -79,9 +79,17 @@ def _arithmetic(module: nn.Module) -> str:
         if isinstance(layout, str) and layout.endswith(kind):
             return kind
     if isinstance(module, FlattenedConv2d):
-        return "float32" if layout == "fused" else name_of(module.get_parameter(module.weight_parameter).dtype)
+        return "float32" if layout == "fused" else _priced(module.get_parameter(module.weight_parameter).dtype)
     weight: Any = module.weight
-    return name_of(weight.dtype)
+    return _priced(weight.dtype)
+
+
+def _priced(dtype: torch.dtype) -> str:
+    """The name of a dtype that has products in COEFFICIENTS."""
+    name = name_of(dtype)
+    if name not in _PRODUCTS:
+        raise ValueError(f"energy: layers must be of {', '.join(_PRODUCTS)}, got one of {name}; convert model")
+    return name
 
 
 def _of_signs(module: SignModule, run: LayerRun) -> tuple[Counter[str], int]:

@@ -119,7 +119,7 @@ def energy(
 
     Raises:
         TypeError: model is no nn.Module, example_inputs is none of the three, or cache_bytes no int.
-        ValueError: cache_bytes is negative, or model still has lazy parameters.
+        ValueError: cache_bytes is negative, model still has lazy parameters, or the table has no figure for a dtype.
 
     Source:
         Horowitz, Computing's energy problem (2014); Han et al. (2015), figure 1, and (2016), section 1. Each figure of
