@@ -104,6 +104,14 @@ def test_weights_stay_on_the_chip_where_all_of_them_fit():
     assert {found.weight_bytes for found in at.values()} == {weights}
 
 
+def test_a_weight_that_layers_share_is_held_once():
+    model = nn.Sequential(nn.Embedding(10, 6), nn.Linear(6, 10), nn.Linear(10, 10))
+    model[1].weight = model[0].weight
+    found = energy(model, torch.tensor([1]))
+    assert found.weight_bytes == sum(parameter.nbytes for parameter in model.parameters())
+    assert found.layers[1].bits["sram"] == 32 * (60 + 10 + 6 + 10)
+
+
 def test_a_sparse_layer_passes_over_zeros_and_reads_its_format():
     layer = nn.Linear(64, 32)
     with torch.no_grad():

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from tersetorch.costs import flattened
 from tersetorch.costs.arithmetic import NORMS, operations
@@ -59,7 +60,8 @@ class ModelEnergy:
         layers: every layer that was counted and ran, in the model's order.
         uncounted: paths of modules whose operations are not in it.
         cache_bytes: of the memory on the chip.
-        weight_bytes: of all layers; they stay on the chip between inferences where they fit.
+        weight_bytes: of all layers, what plain layers share once; they stay on the chip between inferences where they
+            fit.
     """
 
     layers: tuple[LayerEnergy, ...]
@@ -134,19 +136,32 @@ def energy(
     counted = {module: name for name, module in modules if _counts(module)}
     runs = run(model, counted, args, kwargs)
     weights = {module: _weight_bytes(module) for module in counted}
-    kept = sum(weights.values()) <= cache_bytes
-    left = cache_bytes - sum(weights.values()) if kept else cache_bytes
+    held = sum(weights.values()) - _shared_bytes(counted)
+    kept = held <= cache_bytes
+    left = cache_bytes - held if kept else cache_bytes
     layers = tuple(
         _layer(name, module, runs[module], weights[module], kept, left)
         for module, name in counted.items()
         if module in runs
     )
     uncounted = tuple(name for name, module in modules if module not in counted and _hides(module))
-    return ModelEnergy(layers, uncounted, cache_bytes, sum(weights.values()))
+    return ModelEnergy(layers, uncounted, cache_bytes, held)
 
 
 def _counts(module: nn.Module) -> bool:
     return multiplies(module) or isinstance(module, (*NORMS, nn.Embedding, CodebookEmbedding))
+
+
+def _shared_bytes(modules: Iterable[nn.Module]) -> int:
+    """Bytes of weights and biases that a plain layer has from an earlier one."""
+    seen: set[int] = set()
+    again = 0
+    for module in modules:
+        if isinstance(module, nn.Linear | _ConvNd | nn.Embedding):
+            parameters = list(module.parameters(recurse=False))
+            again += sum(each.nbytes for each in parameters if id(each) in seen)
+            seen |= {id(each) for each in parameters}
+    return again
 
 
 def _hides(module: nn.Module) -> bool:
