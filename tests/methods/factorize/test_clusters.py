@@ -165,6 +165,15 @@ def test_colours_are_found_whatever_their_sign_and_order():
     assert error == pytest.approx(float(np.square(values[:, 1:]).sum()), rel=1e-4)
 
 
+def test_colours_of_many_channels_take_no_matrix_of_them():
+    """Of 8192 channels the products of all pairs were 512 MiB a filter."""
+    torch.manual_seed(0)
+    colours = torch.randn(2, 8192)
+    weight = (colours.repeat_interleave(3, 0) * torch.randn(6, 1))[:, :, None, None]
+    model = tt.factorize.monochromatic(bank(weight), 2, restarts=2)
+    torch.testing.assert_close(model[0].weight, weight, atol=1e-5, rtol=1e-4)
+
+
 def test_blocks_are_found():
     torch.manual_seed(0)
     planted = ClusteredConv2d(8, 12, 3, 1, 2, 3)
