@@ -87,6 +87,16 @@ def test_clustered_convolution_is_that_of_its_weight(options, sizes):
         torch.testing.assert_close(layer(x), dense(x), atol=2e-6, rtol=1e-5)
 
 
+def test_other_channels_than_a_clustered_convolution_has_are_refused():
+    """More of them were passed over where channels have an order."""
+    layer = ClusteredConv2d(4, 6, 3, 2, 2, 3)
+    for shape in ((2, 6, 8, 8), (2, 3, 8, 8), (6, 8, 8), (8, 8)):
+        with pytest.raises(ValueError, match=r"ClusteredConv2d: input must be \[N, 4, H, W\] or \[4, H, W\], got"):
+            layer(torch.ones(shape))
+    x = torch.randn(2, 4, 8, 8)
+    assert torch.equal(torch.fx.symbolic_trace(nn.Sequential(layer))(x), layer(x))
+
+
 def test_weight_of_clusters_is_the_sum_that_its_docstring_writes():
     torch.manual_seed(0)
     g, h, j, k = 2, 4, 3, 2

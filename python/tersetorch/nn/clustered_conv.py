@@ -189,6 +189,8 @@ class ClusteredConv2d(ConvOfFactors):
 
     def forward(self, input: Tensor) -> Tensor:
         """The layer's output."""
+        if isinstance(input, Tensor):  # what torch.fx traces has no sizes
+            self._check_images(input)  # an order would pick channels out of more than there are to be
         ordered = input if self.input_order is None else input.index_select(-3, self.input_order)
         x: Tensor = self.first(ordered)
         if self.in_clusters > 1 and self.out_clusters > 1:
