@@ -231,6 +231,9 @@ def test_bad_input_is_refused():
     ):
         with pytest.raises(error, match=sentence):
             ops.flat_conv2d(*arguments, **more)
+    for call in (ops.flat_conv2d_pack, ops.flat_conv2d_sizes):
+        with pytest.raises(TypeError, match="filters must be FlatFilters, got tuple"):
+            call(tuple(f))
     stage = ops.flat_conv2d_pack(f)
     with pytest.raises(ValueError, match="stages must be 1 to 8 with 8 sizes each"):
         ops.flat_conv2d_packed(x, [stage], [8, 1, 3])

@@ -211,6 +211,8 @@ def flat_conv2d_inference(x: Tensor, stages: Sequence[Tensor], sizes: Sequence[i
 
 
 def _check_filters(op: str, filters: FlatFilters, rank: int) -> None:
+    if not isinstance(filters, FlatFilters):
+        raise TypeError(f"{op}: filters must be FlatFilters, got {type(filters).__name__}; pass FlatFilters(*tensors)")
     if isinstance(rank, bool) or not isinstance(rank, int):
         raise TypeError(f"{op}: rank must be an int, got {type(rank).__name__}; pass a number")
     if not 1 <= rank <= MAX_SIZE:
