@@ -253,10 +253,20 @@ def test_bad_input_is_refused():
             layer(x)
         with torch.no_grad(), pytest.raises(error, match=sentence):
             fused(x)
+    two = FlattenedConv2d(3, 8, (3, 5), stages=2).eval()
+    for layout, size, sentence in (
+        ("chain", (5, 8), "input of stage 1 must be at least 5 wide for this kernel and padding, got 4"),
+        ("fused", (2, 9), "input of stage 0 must be at least 3 high for this kernel and padding, got 2"),
+        ("fused", (4, 9), "input of stage 1 must be at least 3 high for this kernel and padding, got 2"),
+    ):
+        with torch.no_grad(), pytest.raises(ValueError, match=sentence):
+            two.pack(layout)(torch.ones(1, 3, *size))
     with pytest.raises(ValueError, match="layout must be one of"):
         layer.pack("direct")
     with pytest.raises(ValueError, match="kernel_size must be at most 63"):
         FlattenedConv2d(3, 8, (64, 1)).pack("fused")
+    holed = nn.Conv2d(4, 4, 3)
+    holed.weight.data[0] = torch.nan
     for module, error, sentence in (
         (nn.Linear(3, 4), TypeError, "module must be an nn.Conv2d"),
         (nn.Conv2d(4, 4, 3, groups=2), ValueError, "2 groups"),
@@ -265,6 +275,8 @@ def test_bad_input_is_refused():
         (nn.Conv2d(4, 4, 2, padding="same"), ValueError, "even kernel"),
         (nn.Conv2d(4, 4, 3).double(), TypeError, "weight must be float32 or bfloat16"),
         (nn.Conv2d(4, 4, 3), ValueError, "each filter of module must be a product"),
+        (nn.Conv2d(4, 4, 3, device="meta"), ValueError, "module.weight must hold finite numbers, got a tensor on meta"),
+        (holed, ValueError, "module.weight must hold finite numbers, got NaN"),
     ):
         with pytest.raises(error, match=sentence):
             FlattenedConv2d.from_dense(module)
