@@ -256,3 +256,10 @@ def test_bad_arguments_are_refused(model, inputs, error, sentence):
 def test_lazy_parameters_are_refused():
     with pytest.raises(ValueError, match="model must know its shapes, got lazy weight; run it once on an input"):
         count(nn.LazyLinear(3), torch.ones(1, 2))
+
+
+@pytest.mark.parametrize("layout", ["chain", "fused"])
+def test_flattened_convolutions_on_meta(layout):
+    layer, x = tt.nn.FlattenedConv2d(3, 8, 3, stride=2, stages=2, rank=2).pack(layout), torch.zeros(2, 3, 12, 11)
+    here, meta = count(layer, x), count(copy.deepcopy(layer).to("meta"), x.to("meta"))
+    assert here.macs == meta.macs > 0 and here.parameters == meta.parameters

@@ -68,6 +68,32 @@ def test_a_convolution_and_a_batch_norm():
     assert norm.operations == {"multiply float32": 36, "add float32": 36}
 
 
+@pytest.mark.parametrize(
+    ("layer", "multiplies", "adds"),
+    [
+        (nn.BatchNorm2d(4, track_running_stats=False), 3, 4),
+        (nn.InstanceNorm2d(4), 2, 3),
+        (nn.InstanceNorm2d(4, track_running_stats=True), 1, 1),
+        (nn.LayerNorm(5), 3, 4),
+        (nn.LayerNorm(5, bias=False), 3, 3),
+        (nn.GroupNorm(2, 4, affine=False), 2, 3),
+        (nn.RMSNorm(5), 3, 1),
+    ],
+)
+def test_normalisation_counts_what_its_statistics_take(layer, multiplies, adds):
+    x = torch.randn(2, 4, 5, 5)
+    found = one(layer, x)
+    assert found.operations == {"multiply float32": multiplies * 200, "add float32": adds * 200}
+    assert found.bits["register"] == 64 * (multiplies + adds) * 200
+    held = sum(t.nbytes for t in (*layer.parameters(), *layer.buffers()) if t.dim())
+    assert found.bits["sram"] == 8 * (held + 2 * x.nbytes)
+
+
+def test_what_is_not_counted_is_named():
+    model = nn.Sequential(nn.EmbeddingBag(10, 4), nn.Linear(4, 2))
+    assert energy(model, torch.zeros(3, 5, dtype=torch.long)).uncounted == ("0",)
+
+
 def test_weights_stay_on_the_chip_where_all_of_them_fit():
     model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False))
     x, weights = torch.zeros(1, 8), 2 * 64 * 4
@@ -76,6 +102,14 @@ def test_weights_stay_on_the_chip_where_all_of_them_fit():
     # 32 bytes in and 32 out fit beside the weights at the last; a cache that keeps no weights has room for them.
     assert dram == {-1: [256, 256], 0: [64, 64], 63: [64, 64], 64: [0, 0]}
     assert {found.weight_bytes for found in at.values()} == {weights}
+
+
+def test_a_weight_that_layers_share_is_held_once():
+    model = nn.Sequential(nn.Embedding(10, 6), nn.Linear(6, 10), nn.Linear(10, 10))
+    model[1].weight = model[0].weight
+    found = energy(model, torch.tensor([1]))
+    assert found.weight_bytes == sum(parameter.nbytes for parameter in model.parameters())
+    assert found.layers[1].bits["sram"] == 32 * (60 + 10 + 6 + 10)
 
 
 def test_a_sparse_layer_passes_over_zeros_and_reads_its_format():
@@ -92,6 +126,48 @@ def test_a_sparse_layer_passes_over_zeros_and_reads_its_format():
         one(packed, torch.zeros(1, 64), cache_bytes=0).bits["dram"]
         == 8 * packed.packed_weight.nbytes + 32 * 32 + handed
     )
+
+
+@pytest.mark.parametrize("layout", ["direct", "direct_int8", "direct_bfloat16"])
+def test_sparse_convolutions_read_their_layout(layout):
+    layer = nn.Conv2d(4, 8, 3)
+    with torch.no_grad():
+        layer.weight[:, ::2] = 0
+    sparse = tt.nn.SparseConv2d.from_dense(layer).pack(layout).eval()
+    found = one(sparse, torch.zeros(1, 4, 5, 5), cache_bytes=0)
+    kind = layout.removeprefix("direct_") if layout != "direct" else "float32"
+    assert found.operations[f"multiply {kind}"] >= 9 * 8 * 2 * 9
+    buffers = [tensor for name, tensor in sparse.named_buffers() if name.startswith("packed_")]
+    assert found.bits["dram"] == 8 * sum(tensor.nbytes for tensor in buffers) + 32 * (8 + 100 + 72)
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_a_flattened_convolution_is_its_three_or_six(stages):
+    """In layout "chain" to the bit; fused only what goes in and comes out is moved."""
+    torch.manual_seed(0)
+    layer = tt.nn.FlattenedConv2d(6, 16, (3, 5), stride=(2, 1), padding=(1, 2), stages=stages).eval()
+    convs = []
+    for s in range(stages):
+        of = {"groups": 16, "padding": (1, 0), "stride": (1 if s else 2, 1)}
+        convs += [nn.Conv2d(16 if s else 6, 16, 1), nn.Conv2d(16, 16, (3, 1), **of)]
+        convs.append(nn.Conv2d(16, 16, (1, 5), groups=16, padding=(0, 2)))
+    with torch.no_grad():
+        for model in (layer, *convs):
+            for parameter in model.parameters():
+                parameter.flatten()[1:].fill_(1)
+                parameter.flatten()[:1].zero_()
+    x = torch.randn(2, 6, 9, 8)
+    for room in (0, 2**15, 2**30):
+        whole, parts = one(layer, x, cache_bytes=room), energy(nn.Sequential(*convs), x, cache_bytes=room).layers
+        for name in ("operations", "bits", "picojoules"):
+            for key, value in getattr(whole, name).items():
+                assert value == pytest.approx(sum(getattr(part, name).get(key, 0) for part in parts))
+    counted, of_parts = tt.costs.count(layer, x), tt.costs.count(nn.Sequential(*convs), x)
+    for name in ("parameters", "nonzeros", "bytes", "macs", "effective_macs", "uncounted"):
+        assert getattr(counted, name) == getattr(of_parts, name)
+    fused = one(layer.pack("fused"), x, cache_bytes=0)
+    assert fused.operations == whole.operations
+    assert fused.bits["sram"] == 8 * (sum(p.nbytes for p in layer.parameters()) + x.nbytes + layer(x).nbytes)
 
 
 def test_int8_layouts_multiply_bytes():
@@ -171,6 +247,12 @@ def test_layers_called_twice_fetch_twice():
         ((3, torch.zeros(1)), {}, TypeError, "energy: model must be a torch.nn.Module, got int"),
         ((nn.Linear(1, 1), 3), {}, TypeError, "energy: example_inputs must be a tensor"),
         ((nn.LazyLinear(1), torch.zeros(1)), {}, ValueError, "energy: model must know its shapes"),
+        (
+            (nn.Linear(1, 1, dtype=torch.complex64), torch.zeros(1, dtype=torch.complex64)),
+            {},
+            ValueError,
+            "energy: layers must be of int8, float16, bfloat16, float32, float64, got one of complex64",
+        ),
         ((nn.Linear(1, 1), torch.zeros(1)), {"cache_bytes": -1}, ValueError, "cache_bytes must be at least 0, got -1"),
         ((nn.Linear(1, 1), torch.zeros(1)), {"cache_bytes": 1.5}, TypeError, "cache_bytes must be an int, got float"),
     ],

@@ -230,6 +230,8 @@ def test_bad_input_is_refused():
         ((0, 8, 3), {}, ValueError, "in_channels must be from 1"),
         ((3.0, 8, 3), {}, TypeError, "in_channels must be an int"),
         ((3, 8, (3, 3, 3)), {}, TypeError, "kernel_size must be an int or 2 of them"),
+        ((3, 8, 3.0), {}, TypeError, "kernel_size must be an int or 2 of them, got 3.0"),
+        ((3, 8, 3), {"stride": None}, TypeError, "stride must be an int or 2 of them, got None"),
         ((3, 8, 3), {"stages": 9}, ValueError, "stages must be from 1 to 8, got 9"),
         ((3, 8, 3), {"rank": 0}, ValueError, "rank must be from 1"),
         ((3, 8, 4), {"padding": "same"}, ValueError, "'same' for odd kernels"),
@@ -251,10 +253,20 @@ def test_bad_input_is_refused():
             layer(x)
         with torch.no_grad(), pytest.raises(error, match=sentence):
             fused(x)
+    two = FlattenedConv2d(3, 8, (3, 5), stages=2).eval()
+    for layout, size, sentence in (
+        ("chain", (5, 8), "input of stage 1 must be at least 5 wide for this kernel and padding, got 4"),
+        ("fused", (2, 9), "input of stage 0 must be at least 3 high for this kernel and padding, got 2"),
+        ("fused", (4, 9), "input of stage 1 must be at least 3 high for this kernel and padding, got 2"),
+    ):
+        with torch.no_grad(), pytest.raises(ValueError, match=sentence):
+            two.pack(layout)(torch.ones(1, 3, *size))
     with pytest.raises(ValueError, match="layout must be one of"):
         layer.pack("direct")
     with pytest.raises(ValueError, match="kernel_size must be at most 63"):
         FlattenedConv2d(3, 8, (64, 1)).pack("fused")
+    holed = nn.Conv2d(4, 4, 3)
+    holed.weight.data[0] = torch.nan
     for module, error, sentence in (
         (nn.Linear(3, 4), TypeError, "module must be an nn.Conv2d"),
         (nn.Conv2d(4, 4, 3, groups=2), ValueError, "2 groups"),
@@ -263,6 +275,17 @@ def test_bad_input_is_refused():
         (nn.Conv2d(4, 4, 2, padding="same"), ValueError, "even kernel"),
         (nn.Conv2d(4, 4, 3).double(), TypeError, "weight must be float32 or bfloat16"),
         (nn.Conv2d(4, 4, 3), ValueError, "each filter of module must be a product"),
+        (nn.Conv2d(4, 4, 3, device="meta"), ValueError, "module.weight must hold finite numbers, got a tensor on meta"),
+        (holed, ValueError, "module.weight must hold finite numbers, got NaN"),
     ):
         with pytest.raises(error, match=sentence):
             FlattenedConv2d.from_dense(module)
+
+
+@pytest.mark.parametrize("layout", ["chain", "fused"])
+def test_on_device_meta(layout):
+    layer = FlattenedConv2d(3, 8, 3, stride=2, rank=2, device="meta").eval().pack(layout)
+    x = torch.empty(2, 3, 9, 8, device="meta")
+    for no_grad in (True, False):
+        with torch.set_grad_enabled(not no_grad):
+            assert layer(x).shape == (2, 8, 4, 3)

@@ -87,6 +87,33 @@ def test_clustered_convolution_is_that_of_its_weight(options, sizes):
         torch.testing.assert_close(layer(x), dense(x), atol=2e-6, rtol=1e-5)
 
 
+def test_factors_and_labels_that_do_not_fit_are_refused():
+    """Once what was missing stayed as the memory was, and what was narrow was spread."""
+    dense, labels = nn.Conv2d(6, 8, (3, 5)), torch.tensor([0, 1, 0, 1, 1, 0])
+    first, middle, last = torch.randn(2, 1, 3, 3), torch.randn(2, 1, 2, 3, 3, 5), torch.randn(2, 1, 8, 2)
+    ClusteredConv2d.from_factors(dense, first, middle, last, form="svd", in_labels=labels)
+    for factors, chosen, sentence in (
+        ((first, middle), labels, "last must have 4 dimensions for svd, got None"),
+        ((first[0], middle, last), labels, r"first must have 4 dimensions for svd, got shape \(1, 3, 3\)"),
+        ((first, middle, last[:, :, :1]), labels, r"last must be \[2, 1, 8, 2\] .* got \[2, 1, 1, 2\]"),
+        ((first, middle[..., :1], last), labels, r"middle must be \[2, 1, 2, 3, 3, 5\]"),
+        ((first, middle, last), labels.clamp(max=0), "in_labels must be int64 and put 3 channels into each of 2 clu"),
+        ((first, middle, last), 2 * labels - 1, "in_labels must be int64 and put 3 channels"),
+    ):
+        with pytest.raises(ValueError, match=f"ClusteredConv2d: {sentence}"):
+            ClusteredConv2d.from_factors(dense, *factors, form="svd", in_labels=chosen)
+
+
+def test_other_channels_than_a_clustered_convolution_has_are_refused():
+    """More of them were passed over where channels have an order."""
+    layer = ClusteredConv2d(4, 6, 3, 2, 2, 3)
+    for shape in ((2, 6, 8, 8), (2, 3, 8, 8), (6, 8, 8), (8, 8)):
+        with pytest.raises(ValueError, match=r"ClusteredConv2d: input must be \[N, 4, H, W\] or \[4, H, W\], got"):
+            layer(torch.ones(shape))
+    x = torch.randn(2, 4, 8, 8)
+    assert torch.equal(torch.fx.symbolic_trace(nn.Sequential(layer))(x), layer(x))
+
+
 def test_weight_of_clusters_is_the_sum_that_its_docstring_writes():
     torch.manual_seed(0)
     g, h, j, k = 2, 4, 3, 2

@@ -185,6 +185,31 @@ def test_opcheck_compile_and_export():
     assert torch.equal(torch.export.export(Layer(), (x,)).module()(x), want)
 
 
+def test_forward_mode_is_refused():
+    f, x = filters_of(5, 8, (3, 3)), inputs(2, 5, 8, 9)
+    for function, at in (
+        (lambda images: ops.flat_conv2d(images, *f), x),
+        (lambda taps: ops.flat_conv2d(x, f.lateral, taps, f.horizontal), f.vertical),
+    ):
+        with pytest.raises(RuntimeError, match="must not carry a forward-mode tangent"):
+            torch.func.jvp(function, (at,), (at,))
+
+
+def test_maps_over_images_and_over_filters():
+    f, x = filters_of(5, 8, (3, 3)), inputs(3, 2, 5, 8, 9)
+    stage, sizes = ops.flat_conv2d_pack(f), ops.flat_conv2d_sizes(f)
+    for call in (
+        lambda images: ops.flat_conv2d(images, *f),
+        lambda images: ops.flat_conv2d_inference(images, [stage], sizes),
+    ):
+        want = torch.stack([call(images) for images in x])
+        assert torch.equal(torch.vmap(call)(x), want)
+        assert torch.equal(torch.vmap(call, in_dims=2)(x.movedim(0, 2)), want)
+    several = f.lateral * torch.arange(1, 4).view(3, 1, 1)
+    found = torch.vmap(lambda lateral: ops.flat_conv2d(x[0], lateral, *f[1:]))(several)
+    assert torch.equal(found, torch.stack([ops.flat_conv2d(x[0], lateral, *f[1:]) for lateral in several]))
+
+
 def test_bad_input_is_refused():
     f, x = filters_of(5, 8, (3, 3)), inputs(2, 5, 8, 9)
     for arguments, more, error, sentence in (
@@ -206,6 +231,9 @@ def test_bad_input_is_refused():
     ):
         with pytest.raises(error, match=sentence):
             ops.flat_conv2d(*arguments, **more)
+    for call in (ops.flat_conv2d_pack, ops.flat_conv2d_sizes):
+        with pytest.raises(TypeError, match="filters must be FlatFilters, got tuple"):
+            call(tuple(f))
     stage = ops.flat_conv2d_pack(f)
     with pytest.raises(ValueError, match="stages must be 1 to 8 with 8 sizes each"):
         ops.flat_conv2d_packed(x, [stage], [8, 1, 3])

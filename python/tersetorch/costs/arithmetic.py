@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
 
+from tersetorch.costs import flattened
 from tersetorch.costs.count import weight_size
 from tersetorch.costs.runs import LayerRun
-from tersetorch.nn import ProductLinear, ResidualLinear
+from tersetorch.nn import FlattenedConv2d, ProductLinear, ResidualLinear
 from tersetorch.nn.fixed_module import FixedPointModule
 from tersetorch.nn.sign_module import SignModule
 
@@ -24,15 +25,13 @@ _PRODUCTS = {
     "float32": ("multiply float32", "add float32", 32),
     "float64": ("multiply float64", "add float64", 64),
 }
+NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
 def operations(module: nn.Module, run: LayerRun) -> tuple[Counter[str], int]:
     """What a layer does in a run: operations by the names of COEFFICIENTS, and the bits of their operands."""
-    if isinstance(module, _BatchNorm):
-        dtype = name_of(module.running_mean.dtype if module.running_mean is not None else torch.float32)
-        return Counter({f"multiply {dtype}": run.numbers, f"add {dtype}": run.numbers}), 4 * _PRODUCTS[dtype][
-            2
-        ] * run.numbers
+    if isinstance(module, NORMS):
+        return _of_norm(module, run)
     if isinstance(module, SignModule):
         return _of_signs(module, run)
     if isinstance(module, ProductLinear | ResidualLinear):
@@ -41,13 +40,31 @@ def operations(module: nn.Module, run: LayerRun) -> tuple[Counter[str], int]:
         return _of_steps(module, run)
     kind = _arithmetic(module)
     multiply, add, bits = _PRODUCTS[kind]
-    macs = run.positions * weight_size(module)[1 if hasattr(type(module), "sparse_weight") else 0]
+    if isinstance(module, FlattenedConv2d):
+        macs, biases = flattened.products(module, run.shapes)[0], flattened.additions(module, run.shapes)
+    else:
+        macs = run.positions * weight_size(module)[1 if hasattr(type(module), "sparse_weight") else 0]
+        biases = run.numbers if getattr(module, "bias", None) is not None else 0
     done = Counter({multiply: macs, add: macs})
     if kind == "int8":  # sums become float32 again
         done["multiply float32"] += run.numbers
-    if getattr(module, "bias", None) is not None:
-        done["add float32" if kind in ("int8", "bfloat16") else f"add {kind}"] += run.numbers
+    if biases:
+        done["add float32" if kind in ("int8", "bfloat16") else f"add {kind}"] += biases
     return done, 2 * bits * macs
+
+
+def _of_norm(module: nn.Module, run: LayerRun) -> tuple[Counter[str], int]:
+    """A multiplication and an addition a number, by statistics that are kept; by its own, of these in three passes."""
+    tensors = [*module.parameters(), *(t for t in module.buffers() if t.is_floating_point())]
+    kind = _priced(tensors[0].dtype if tensors else torch.float32)
+    if getattr(module, "running_mean", None) is not None:
+        multiplies = adds = 1
+    else:
+        scaled, shifted = (getattr(module, name, None) is not None for name in ("weight", "bias"))
+        # The mean; the difference from it and its square's mean; the scale. Without a mean the square's mean alone.
+        multiplies, adds = 2 + scaled, 1 if isinstance(module, nn.RMSNorm) else 3 + shifted
+    done = Counter({f"multiply {kind}": multiplies * run.numbers, f"add {kind}": adds * run.numbers})
+    return done, 2 * _PRODUCTS[kind][2] * (multiplies + adds) * run.numbers
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -61,8 +78,18 @@ def _arithmetic(module: nn.Module) -> str:
     for kind in ("int8", "bfloat16"):
         if isinstance(layout, str) and layout.endswith(kind):
             return kind
+    if isinstance(module, FlattenedConv2d):
+        return "float32" if layout == "fused" else _priced(module.get_parameter(module.weight_parameter).dtype)
     weight: Any = module.weight
-    return name_of(weight.dtype)
+    return _priced(weight.dtype)
+
+
+def _priced(dtype: torch.dtype) -> str:
+    """The name of a dtype that has products in COEFFICIENTS."""
+    name = name_of(dtype)
+    if name not in _PRODUCTS:
+        raise ValueError(f"energy: layers must be of {', '.join(_PRODUCTS)}, got one of {name}; convert model")
+    return name
 
 
 def _of_signs(module: SignModule, run: LayerRun) -> tuple[Counter[str], int]:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from tersetorch.costs import flattened
 from tersetorch.costs.runs import LayerRun, arguments, run
-from tersetorch.nn import CodebookEmbedding
+from tersetorch.nn import CodebookEmbedding, FlattenedConv2d
 from tersetorch.nn.fixed_module import FixedPointModule
 from tersetorch.nn.shared_module import SharedModule, SharedProduct
 from tersetorch.nn.sign_module import SignModule
@@ -33,7 +34,7 @@ class LayerCount:
             several modules share counts at the first.
         nonzeros: those that are not zero, or that a sparse format stores; all of them on device meta.
         bytes: its parameters and buffers as they are in memory.
-        macs: multiply-accumulates of the dense layer.
+        macs: multiply-accumulates of the dense layer; of a flattened one those of its 1-D filters.
         effective_macs: those whose weight is not zero.
     """
 
@@ -103,8 +104,9 @@ def count(model: nn.Module, example_inputs: Tensor | tuple[Any, ...] | Mapping[s
     positions x (non-zero weights): positions are the rows of a linear layer's input, the output pixels of a
     convolution, the input pixels of a transposed one, over the whole batch. Padding counts as input, biases,
     normalisation, activations and pooling count nothing, as in the papers' tables; give a batch of one to compare with
-    those. Sparse layers, layers of codes, signs or steps and layers that are being pruned or shared count by the weight
-    they compute with; an embedding multiplies nothing.
+    those. A flattened convolution counts each of its 1-D filters where that is applied. Sparse layers, layers of codes,
+    signs or steps and layers that are being pruned or shared count by the weight they compute with; an embedding
+    multiplies nothing.
 
     Args:
         model: on any device; on meta, with inputs there, nothing is computed and no memory taken.
@@ -129,11 +131,15 @@ def count(model: nn.Module, example_inputs: Tensor | tuple[Any, ...] | Mapping[s
     for name, module in modules:
         # Codes stand for parameters, looked up ones too.
         own = weight_size(module) if isinstance(module, SharedModule) else sizes.get(module)
+        if isinstance(module, FlattenedConv2d):
+            own = None  # its parameters are what it multiplies by
         parameters, nonzeros, held = _holds(module, own, seen)
         size, left = sizes.get(module, (0, 0))
         if held or parameters or module in sizes:
             ran = runs.get(module, LayerRun())
             macs, effective = ran.positions * size, ran.positions * left
+            if isinstance(module, FlattenedConv2d):
+                macs, effective = flattened.products(module, ran.shapes)
             layers.append(LayerCount(name, kind_of(module), ran.calls, parameters, nonzeros, held, macs, effective))
     uncounted = tuple(name for name, module in modules if module not in sizes and hides_products(module))
     return ModelCount(tuple(layers), uncounted)
@@ -158,7 +164,7 @@ def kind_of(module: nn.Module) -> str:
 def multiplies(module: nn.Module) -> bool:
     """Whether module is a linear or convolutional layer, one of ours too."""
     ours = isinstance(module, FixedPointModule | SharedProduct | SignModule) or hasattr(type(module), "sparse_weight")
-    return ours or isinstance(module, nn.Linear | _ConvNd)
+    return ours or isinstance(module, FlattenedConv2d | nn.Linear | _ConvNd)
 
 
 def weight_size(module: nn.Module) -> tuple[int, int]:

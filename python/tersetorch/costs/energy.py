@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
-from tersetorch.costs.arithmetic import operations
+from tersetorch.costs import flattened
+from tersetorch.costs.arithmetic import NORMS, operations
 from tersetorch.costs.coefficients import ACCESSES, COEFFICIENTS
 from tersetorch.costs.count import hides_products, kind_of, multiplies, own_modules
 from tersetorch.costs.runs import LayerRun, arguments, run
-from tersetorch.nn import CodebookEmbedding
+from tersetorch.nn import CodebookEmbedding, FlattenedConv2d
 from tersetorch.nn.fixed_module import FixedPointModule
 from tersetorch.nn.shared_module import SharedModule
 from tersetorch.nn.sign_module import SignModule
@@ -59,7 +60,8 @@ class ModelEnergy:
         layers: every layer that was counted and ran, in the model's order.
         uncounted: paths of modules whose operations are not in it.
         cache_bytes: of the memory on the chip.
-        weight_bytes: of all layers; they stay on the chip between inferences where they fit.
+        weight_bytes: of all layers, what plain layers share once; they stay on the chip between inferences where they
+            fit.
     """
 
     layers: tuple[LayerEnergy, ...]
@@ -98,11 +100,13 @@ def energy(
 
     Operations are those that the layer does: a dense layer multiplies by its zeros, a sparse one passes over them, one
     of codes or products multiplies in the arithmetic of its layout, one of signs compares and counts bits, or adds.
+    Normalisation counts a multiplication and an addition a number, and what statistics take where none are kept.
     Indices, masks, activations and pooling count nothing.
 
     Memory: weights, in the bytes of the format that the layer computes from, come from DRAM at every call, unless those
     of the whole model fit cache_bytes, which then keeps them between inferences. What a layer is handed and gives moves
-    to and from DRAM unless both fit what is left of the cache. Each of these bytes passes the cache once, and every
+    to and from DRAM unless both fit what is left of the cache; a flattened convolution of layout "chain" hands on its
+    maps likewise. Each of these bytes passes the cache once, and every
     operand of a product is read from a register once: sums stay where they are added up. That is the least that any
     order of computing moves, so this is a lower bound, and a comparison of models rather than a forecast.
 
@@ -117,7 +121,7 @@ def energy(
 
     Raises:
         TypeError: model is no nn.Module, example_inputs is none of the three, or cache_bytes no int.
-        ValueError: cache_bytes is negative, or model still has lazy parameters.
+        ValueError: cache_bytes is negative, model still has lazy parameters, or the table has no figure for a dtype.
 
     Source:
         Horowitz, Computing's energy problem (2014); Han et al. (2015), figure 1, and (2016), section 1. Each figure of
@@ -132,27 +136,44 @@ def energy(
     counted = {module: name for name, module in modules if _counts(module)}
     runs = run(model, counted, args, kwargs)
     weights = {module: _weight_bytes(module) for module in counted}
-    kept = sum(weights.values()) <= cache_bytes
-    left = cache_bytes - sum(weights.values()) if kept else cache_bytes
+    held = sum(weights.values()) - _shared_bytes(counted)
+    kept = held <= cache_bytes
+    left = cache_bytes - held if kept else cache_bytes
     layers = tuple(
         _layer(name, module, runs[module], weights[module], kept, left)
         for module, name in counted.items()
         if module in runs
     )
-    uncounted = tuple(name for name, module in modules if module not in counted and hides_products(module))
-    return ModelEnergy(layers, uncounted, cache_bytes, sum(weights.values()))
+    uncounted = tuple(name for name, module in modules if module not in counted and _hides(module))
+    return ModelEnergy(layers, uncounted, cache_bytes, held)
 
 
 def _counts(module: nn.Module) -> bool:
-    return multiplies(module) or isinstance(module, _BatchNorm | nn.Embedding | CodebookEmbedding)
+    return multiplies(module) or isinstance(module, (*NORMS, nn.Embedding, CodebookEmbedding))
+
+
+def _shared_bytes(modules: Iterable[nn.Module]) -> int:
+    """Bytes of weights and biases that a plain layer has from an earlier one."""
+    seen: set[int] = set()
+    again = 0
+    for module in modules:
+        if isinstance(module, nn.Linear | _ConvNd | nn.Embedding):
+            parameters = list(module.parameters(recurse=False))
+            again += sum(each.nbytes for each in parameters if id(each) in seen)
+            seen |= {id(each) for each in parameters}
+    return again
+
+
+def _hides(module: nn.Module) -> bool:
+    return hides_products(module) or isinstance(module, nn.EmbeddingBag)
 
 
 def _layer(name: str, module: nn.Module, ran: LayerRun, weight: int, kept: bool, left: int) -> LayerEnergy:
     looked_up = isinstance(module, nn.Embedding | CodebookEmbedding)
     done, operands = (Counter[str](), 0) if looked_up else operations(module, ran)
     fetched = ran.written if looked_up else ran.calls * weight
-    handed = ran.read + ran.written
-    outside = (0 if kept else fetched) + (0 if handed <= left * ran.calls else handed)
+    handed = sum(ran.moved)
+    outside = (0 if kept else fetched) + sum(each for each in ran.moved if each > left)
     bits = {"register": operands, "sram": 8 * (fetched + handed), "dram": 8 * outside}
     spent = {one: times * COEFFICIENTS[one].picojoules for one, times in done.items() if times}
     spent |= {one: count / 32 * COEFFICIENTS[one].picojoules for one, count in bits.items() if count}
@@ -163,13 +184,17 @@ def _weight_bytes(module: nn.Module) -> int:
     """Bytes of what a call reads beside its inputs."""
     bias = getattr(module, "bias", None)
     others = bias.nbytes if isinstance(bias, Tensor) else 0
-    if isinstance(module, _BatchNorm):
+    if isinstance(module, NORMS):
         return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()) if tensor.dim() > 0)
+    if isinstance(module, FlattenedConv2d):
+        return flattened.weight_bytes(module)
     if isinstance(module, FixedPointModule | SignModule):
         return sum(tensor.nbytes for tensor in module.buffers())
     weight: Any = getattr(module, "packed_weight", None)
     if weight is None:
         own = "sparse_weight" if hasattr(type(module), "sparse_weight") else "shared_weight"
         weight = getattr(module, own) if own != "shared_weight" or isinstance(module, SharedModule) else module.weight
-    size: int = weight.nbytes
-    return size + others
+    if hasattr(weight, "nbytes"):
+        return int(weight.nbytes) + others
+    # A convolution's own layouts, tensors and sizes.
+    return sum(part.nbytes for part in vars(weight).values() if isinstance(part, Tensor)) + others

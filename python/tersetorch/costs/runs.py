@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
+from tersetorch.costs import flattened
 from tersetorch.methods.modes import evaluating
+from tersetorch.nn import FlattenedConv2d
 from tersetorch.nn.sign_module import SignModule
 
 
@@ -21,16 +23,18 @@ class LayerRun:
     Attributes:
         calls: how often it ran.
         positions: rows of a linear layer's input, output pixels of a convolution, input pixels of a transposed one.
-        read: bytes of the tensors that it was handed.
+        moved: bytes of the tensors that each call was handed and gave, step by step where there are several.
         written: bytes of those that it gave.
         numbers: values of these.
+        shapes: of the first tensor that each call was handed.
     """
 
     calls: int = 0
     positions: int = 0
-    read: int = 0
+    moved: list[int] = field(default_factory=list)
     written: int = 0
     numbers: int = 0
+    shapes: list[torch.Size] = field(default_factory=list)
 
 
 def arguments(where: str, model: nn.Module, example_inputs: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -63,8 +67,13 @@ def run(
         read, written = _tensors((*inputs, *named.values())), _tensors((output,))
         here.calls += 1
         here.positions += _positions(module, read, written)
-        here.read += sum(tensor.nbytes for tensor in read)
-        here.written += sum(tensor.nbytes for tensor in written)
+        here.shapes += [tensor.shape for tensor in read[:1]]
+        taken, given = (sum(tensor.nbytes for tensor in tensors) for tensors in (read, written))
+        if isinstance(module, FlattenedConv2d):
+            here.moved += flattened.moved(module, taken, given, read[0].shape)
+        else:
+            here.moved.append(taken + given)
+        here.written += given
         here.numbers += sum(tensor.numel() for tensor in written)
 
     handles = [module.register_forward_hook(record, with_kwargs=True) for module in layers]

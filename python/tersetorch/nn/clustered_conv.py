@@ -159,6 +159,13 @@ class ClusteredConv2d(ConvOfFactors):
             ValueError: module has groups, or factors or labels do not fit it.
         """
         cls._check_source(module)
+        given = {"first": first, "middle": middle, "last": last}
+        for name, dims in (("first", 4), ("middle", 6), ("last", 0 if form == "monochromatic" else 4)):
+            factor = given[name]
+            if (0 if factor is None else factor.dim()) != dims:
+                came = "None" if factor is None else f"shape {tuple(factor.shape)}"
+                wanted = f"have {dims} dimensions" if dims else "be None"
+                raise ValueError(f"{cls.__name__}: {name} must {wanted} for {form}, got {came}; pass factors of it")
         g, h, j = first.shape[:3]
         k = middle.shape[2]
         layer = cls(
@@ -168,8 +175,17 @@ class ClusteredConv2d(ConvOfFactors):
             out_clusters=h,
             form=form,
         ).to_empty(device=module.weight.device)
-        order = _order(cls.__name__, "out_labels", out_labels, layer.output_order)
-        inputs = _order(cls.__name__, "in_labels", in_labels, layer.input_order)
+        per_in, per_out, (of_j, of_k) = module.in_channels // g, module.out_channels // h, layer._ranks
+        shapes: dict[str, tuple[int, ...]] = {"first": (g, h, of_j, per_in), "last": (g, h, per_out, of_k)}
+        shapes["middle"] = (g, h, of_k, of_j if form == "svd" else 1, *layer.kernel_size)
+        for name, factor in given.items():
+            if factor is not None and tuple(factor.shape) != shapes[name]:
+                raise ValueError(
+                    f"{cls.__name__}: {name} must be {list(shapes[name])} for this layer and form, got "
+                    f"{list(factor.shape)}; pass factors of its sizes"
+                )
+        order = _order(cls.__name__, "out_labels", out_labels, layer.output_order, h)
+        inputs = _order(cls.__name__, "in_labels", in_labels, layer.input_order, g)
         with torch.no_grad():
             layer.first.weight.copy_(first.flatten(0, 2)[:, :, None, None])
             layer.middle.weight.copy_(middle.transpose(0, 1).flatten(0, 2))
@@ -189,6 +205,8 @@ class ClusteredConv2d(ConvOfFactors):
 
     def forward(self, input: Tensor) -> Tensor:
         """The layer's output."""
+        if isinstance(input, Tensor):  # what torch.fx traces has no sizes
+            self._check_images(input)  # an order would pick channels out of more than there are to be
         ordered = input if self.input_order is None else input.index_select(-3, self.input_order)
         x: Tensor = self.first(ordered)
         if self.in_clusters > 1 and self.out_clusters > 1:
@@ -270,10 +288,16 @@ class ClusteredConv2d(ConvOfFactors):
         return {**own, **({} if self._final.bias is not None else {"bias": False})}
 
 
-def _order(where: str, name: str, labels: Tensor | None, like: Tensor | None) -> Tensor | None:
+def _order(where: str, name: str, labels: Tensor | None, like: Tensor | None, clusters: int) -> Tensor | None:
     """The channels in the order of their clusters."""
     if labels is None and like is None:
         return None
     if labels is None or like is None or labels.shape != like.shape:
         raise ValueError(f"{where}: {name} must hold one cluster for each channel where there are several; pass them")
+    members = torch.arange(clusters).repeat_interleave(len(labels) // clusters)
+    if not torch.equal(labels.sort().values.cpu(), members):
+        raise ValueError(
+            f"{where}: {name} must be int64 and put {len(labels) // clusters} channels into each of {clusters} "
+            f"clusters, got {labels.tolist()}; balance them"
+        )
     return labels.argsort(stable=True)

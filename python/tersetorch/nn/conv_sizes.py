@@ -147,7 +147,7 @@ class ConvSizes(DenseForm[Conv]):
 
     @classmethod
     def _checked_sizes(cls, name: str, value: Sizes, least: int) -> tuple[int, ...]:
-        sizes = (value,) * cls.dims if isinstance(value, int) else tuple(value)
+        sizes = tuple(value) if isinstance(value, Sequence) else (value,) * cls.dims
         if len(sizes) != cls.dims or any(isinstance(n, bool) or not isinstance(n, int) for n in sizes):
             raise TypeError(
                 f"{cls.__name__}: {name} must be an int or {cls.dims} of them, got {value!r}; "

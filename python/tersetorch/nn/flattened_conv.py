@@ -15,6 +15,7 @@ from torch.nn.functional import conv2d
 from tersetorch import ops
 from tersetorch.nn.conv_sizes import ConvSizes, Sizes
 from tersetorch.nn.dense_form import FLOATS, changed, check_relu, check_size
+from tersetorch.ops._autocast import enabled_for
 
 LAYOUTS = ("chain", "fused")
 # Of a filter's norm: what float32 leaves of a filter that is a product.
@@ -199,12 +200,16 @@ class FlattenedConv2d(ConvSizes[nn.Conv2d]):
 
         Raises:
             TypeError: module is not an nn.Conv2d, or its weight is neither float32 nor bfloat16.
-            ValueError: a filter is no such product, or module has groups, dilation or padding of other numbers.
+            ValueError: a filter is no such product or no finite numbers, or module has groups, dilation or padding of
+                other numbers.
         """
         reason = cls.why_not(module)
         if reason is not None:
             raise ValueError(f"{cls.__name__}: module must be a plain convolution, got {reason}; keep this layer dense")
         weight = module.weight.detach().double()
+        if weight.is_meta or not bool(weight.isfinite().all()):
+            came = "a tensor on meta" if weight.is_meta else "NaN or infinity"
+            raise ValueError(f"{cls.__name__}: module.weight must hold finite numbers, got {came}; load or repair it")
         # The first singular vectors of each filter's unfoldings; the lateral one takes the size.
         vertical, horizontal = (
             torch.linalg.svd(weight.movedim(axis, 1).flatten(2), full_matrices=False).U[:, :, 0] for axis in (2, 3)
@@ -444,11 +449,22 @@ class FlattenedConv2d(ConvSizes[nn.Conv2d]):
     def _check(self, input: Any) -> None:
         self._check_tensor(input)
         self._check_images(input)
+        size = list(input.shape[-2:])
+        for s in range(self.stages):
+            _, _, *kernel, down, across, above, beside = self._op_sizes[8 * s : 8 * (s + 1)]
+            for axis, name, step, pad in ((0, "high", down, above), (1, "wide", across, beside)):
+                if size[axis] + 2 * pad < kernel[axis]:
+                    raise ValueError(
+                        f"FlattenedConv2d: input of stage {s} must be at least {kernel[axis] - 2 * pad} {name} for "
+                        f"this kernel and padding, got {size[axis]}; pass larger images or more padding"
+                    )
+                size[axis] = (size[axis] + 2 * pad - kernel[axis]) // step + 1
 
     def _chain(self, x: Tensor) -> Tensor:
         dtype = x.dtype
         own = self.filters(0).lateral.dtype
-        if not torch.is_autocast_enabled(x.device.type):
+        cast = enabled_for(x)
+        if not cast:
             x = x.to(own)
         maps, (sh, sw), (ph, pw) = self.rank * self.out_channels, self.stride, self._padding
         trains = _trains(x)
@@ -469,7 +485,7 @@ class FlattenedConv2d(ConvSizes[nn.Conv2d]):
         x = x.contiguous() if plain else x
         if self.relu:
             x = x.relu_()  # made here, and no gradient needs it
-        return x if torch.is_autocast_enabled(x.device.type) else x.to(dtype)
+        return x if cast else x.to(dtype)
 
     def _zeros(self) -> tuple[int, ...]:
         """Of padding on both sides."""

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.functional import conv2d, pad
 
 from tersetorch.ops._autocast import compute_in_float32
@@ -190,6 +191,10 @@ def flat_conv2d_packed(x: Tensor, stages: Sequence[Tensor], sizes: Sequence[int]
                 f"{list(stage.shape)} on {stage.device}; pack filters of these channels"
             )
         channels = out
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in (x, *stages)):
+        raise RuntimeError(
+            f"{op}: x and filters must not carry a forward-mode tangent, got one; use reverse mode (backward)"
+        )
     y: Tensor = _OPS.flat_conv2d(x if x.dim() == 4 else x.unsqueeze(0), stages, sizes, relu)
     return y if x.dim() == 4 else y.squeeze(0)
 
@@ -206,6 +211,8 @@ def flat_conv2d_inference(x: Tensor, stages: Sequence[Tensor], sizes: Sequence[i
 
 
 def _check_filters(op: str, filters: FlatFilters, rank: int) -> None:
+    if not isinstance(filters, FlatFilters):
+        raise TypeError(f"{op}: filters must be FlatFilters, got {type(filters).__name__}; pass FlatFilters(*tensors)")
     if isinstance(rank, bool) or not isinstance(rank, int):
         raise TypeError(f"{op}: rank must be an int, got {type(rank).__name__}; pass a number")
     if not 1 <= rank <= MAX_SIZE:
@@ -349,6 +356,31 @@ def _backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
 
 
 torch.library.register_autograd("tersetorch::flat_conv2d", _backward, setup_context=_setup_context)
+
+
+def _vmap(op: Any) -> Any:
+    """Mapped images of the same filters are one batch; mapped filters are called one after the other."""
+
+    def run(info: Any, in_dims: Any, x: Tensor, stages: Sequence[Tensor], *rest: Any) -> tuple[Tensor, int]:
+        at, stage_dims, *_ = in_dims
+        if all(dim is None for dim in stage_dims):
+            return op(x.movedim(at, 0).flatten(0, 1), stages, *rest).unflatten(0, (info.batch_size, -1)), 0
+        return torch.stack(
+            [
+                op(
+                    x if at is None else x.select(at, i),
+                    [t if dim is None else t.select(dim, i) for t, dim in zip(stages, stage_dims, strict=True)],
+                    *rest,
+                )
+                for i in range(info.batch_size)
+            ]
+        ), 0
+
+    return run
+
+
+for _name in ("flat_conv2d", "flat_conv2d_inference"):
+    torch.library.register_vmap(f"tersetorch::{_name}", _vmap(getattr(_OPS, _name)))
 
 compute_in_float32("flat_conv2d")
 compute_in_float32("flat_conv2d_inference")

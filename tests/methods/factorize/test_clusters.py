@@ -130,6 +130,26 @@ def test_a_zero_weight_stays_zero():
         assert bool(weight.isfinite().all()) and float(weight.abs().max()) < 1e-20
 
 
+@pytest.mark.parametrize("dead", [np.s_[:], np.s_[:4], np.s_[:, :2]], ids=["all", "filters", "channels"])
+def test_what_is_dead_stays_so_in_any_metric(dead):
+    torch.manual_seed(0)
+    weight = torch.randn(8, 4, 3, 3)
+    weight[dead] = 0
+    x, counts = torch.randn(4, 4, 6, 6), torch.rand(8, 4, 3, 3)
+    for method in (
+        lambda m, **more: tt.factorize.outer_product(m, 2, iterations=4, **more),
+        lambda m, **more: tt.factorize.monochromatic(m, 4, restarts=2, **more),
+        lambda m, **more: tt.factorize.bicluster(m, 1, 2, 2, restarts=2, iterations=4, **more),
+        lambda m, **more: tt.factorize.bicluster(m, (1, 1), 2, 2, restarts=2, method="svd", **more),
+        lambda m, **more: tt.factorize.svd(m, 2, **more),
+    ):
+        seen, counted = (method(bank(weight), **m)[0].weight for m in ({"data": [x]}, {"importance": {"0": counts}}))
+        with torch.no_grad():
+            left, whole = (functional.conv2d(x, w, padding=1).square().sum() for w in (seen - weight, weight))
+            assert left <= whole
+            assert (counts * (counted - weight)).square().sum() <= (counts * weight).square().sum()
+
+
 def test_colours_are_found_whatever_their_sign_and_order():
     torch.manual_seed(0)
     colours, labels = torch.randn(4, 3), torch.randperm(12) % 4
@@ -143,6 +163,15 @@ def test_colours_are_found_whatever_their_sign_and_order():
     values = np.linalg.svd(before[0].weight.detach().double().flatten(2).numpy(), compute_uv=False)
     error = float((each[0].weight - before[0].weight).square().sum().detach())
     assert error == pytest.approx(float(np.square(values[:, 1:]).sum()), rel=1e-4)
+
+
+def test_colours_of_many_channels_take_no_matrix_of_them():
+    """Of 8192 channels the products of all pairs were 512 MiB a filter."""
+    torch.manual_seed(0)
+    colours = torch.randn(2, 8192)
+    weight = (colours.repeat_interleave(3, 0) * torch.randn(6, 1))[:, :, None, None]
+    model = tt.factorize.monochromatic(bank(weight), 2, restarts=2)
+    torch.testing.assert_close(model[0].weight, weight, atol=1e-5, rtol=1e-4)
 
 
 def test_blocks_are_found():
@@ -261,6 +290,7 @@ REFUSED = [
     (lambda m: F.bicluster(m, 1, 3, 2, method="cp"), ValueError, "method must be one of outer_product, svd, got 'cp'"),
     (lambda m: F.bicluster(m, 1, 3, 2, method="svd"), TypeError, "rank must be two ints for svd, got 1"),
     (lambda m: F.bicluster(m, (5, 1), 3, 2, method="svd", targets="2"), ValueError, r"rank\[0\] of '2' must be from"),
+    (lambda m: F.bicluster(m, (2, 1), 1, 2, method="svd", targets="5"), ValueError, r"rank\[0\] of '5' .* from 1 to 1"),
     (lambda m: F.bicluster(m, 1, 3, 2, restarts=0), ValueError, "restarts must be at least 1, got 0"),
     (lambda m: F.gradient_sizes(m, [], "cross_entropy"), ValueError, "data must hold at least one sample, got none"),
     (lambda m: F.gradient_sizes(m, [images()], "mse"), TypeError, r"data must give \(inputs..., target\)"),
@@ -274,7 +304,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("act", "error", "sentence"), REFUSED, ids=[case[2] for case in REFUSED])
 def test_bad_input_is_refused_and_changes_nothing(act, error, sentence):
-    model = network()
+    model = network().append(nn.Conv2d(4, 8, 1))
     before = list(model.modules())
     with pytest.raises(error, match=sentence):
         act(model)

@@ -115,7 +115,8 @@ def test_bad_input_is_refused_and_changes_nothing():
         ({"rank": {"2": 10}}, ValueError, "rank of '2' must be from 1 to 9, got 10"),
         ({"rank": 1.5}, TypeError, "rank of '0' must be an int"),
         ({"energy": 1.5}, ValueError, "energy of '0' must be in"),
-        ({"rank": 1, "seed": -1}, ValueError, "seed must be at least 0"),
+        ({"rank": 1, "seed": -1}, ValueError, "seed must be from 0 to 9223372036854775807, got -1"),
+        ({"rank": 1, "seed": 2**63}, ValueError, "seed must be from 0 to 9223372036854775807"),
         ({"rank": 1, "errors": []}, TypeError, "errors must be a dict"),
         ({"rank": 1, "targets": "6"}, ValueError, r"be that of an nn\.Conv2d, got Linear"),
         ({"rank": {"0": 1}, "targets": "0"}, ValueError, "rank must be one number where targets is given"),
@@ -131,5 +132,7 @@ def test_bad_input_is_refused_and_changes_nothing():
     model[0].weight.data[0] = torch.nan
     with pytest.raises(ValueError, match="weight of '0' must be finite"):
         tt.factorize.flatten(model, 1)
+    with pytest.raises(ValueError, match=r"larger than 1x1, got none; '0': .* got torch.float64"):
+        tt.factorize.flatten(convolutions().double(), 1)
     with pytest.raises(ValueError, match=r"weight must be \[F, C, kh, kw\]"):
         nearest_filters(torch.ones(3, 4), 1)

@@ -58,6 +58,10 @@ def test_rank_within():
 def test_ranks_that_do_not_exist_are_refused(rank, error):
     with pytest.raises(error, match=r"factorize.truncated: rank must be"):
         truncated(torch.ones(9, 7), rank)
+    with pytest.raises(ValueError, match=r"factorize.truncated: weight must hold numbers, got shape \(0, 7\)"):
+        truncated(torch.ones(0, 7), 1)
+    with pytest.raises(ValueError, match=r"factorize.truncated: weight must hold numbers, got a tensor on meta"):
+        truncated(torch.ones(9, 7, device="meta"), 1)
 
 
 # ---- whole models
@@ -328,6 +332,12 @@ REFUSED = [
     (convolutions, {"rank": 1, "importance": {}}, ValueError, r"importance must hold \(8, 3, 5, 5\) for '0', got noth"),
     (
         convolutions,
+        {"rank": 1, "targets": "7", "importance": {"7": torch.ones(10, 30, dtype=torch.complex64)}},
+        ValueError,
+        "importance must be finite and at least 0",
+    ),
+    (
+        convolutions,
         {"rank": 1, "targets": "7", "importance": {"7": -torch.ones(10, 30)}},
         ValueError,
         "importance must be finite and at least 0",
@@ -335,7 +345,7 @@ REFUSED = [
     (with_nan, {"rank": 1}, ValueError, "the weight of '0' must be finite, got NaN or infinity"),
     (hooked, {"rank": 1, "targets": "0"}, ValueError, "the weight of '0' must be of a layer without hooks"),
     (tied, {"rank": 1, "targets": "0"}, ValueError, "must be of one layer alone, got one that layers share; untie"),
-    (lambda: nn.Linear(3, 4), {"rank": 1}, ValueError, "call nn.LowRankLinear.from_dense"),
+    (lambda: nn.Linear(3, 4), {"rank": 1}, ValueError, r"pass nn.Sequential\(model\)"),
     (
         lambda: nn.Sequential(nn.Conv2d(4, 4, 3, groups=2)),
         {"rank": 1, "targets": "0"},

@@ -137,6 +137,15 @@ def test_layers_come_in_the_order_of_use():
     assert in_order_of_use(model, select("f", model, None, None), [torch.ones(1, 3)]) == [2, 0, 1]
 
 
+def test_what_no_layer_multiplies_is_refused():
+    model, images = nn.Sequential(nn.Linear(3, 3)), nn.Sequential(nn.Conv2d(3, 4, 3))
+    for batch, came in ((None, "NoneType"), (torch.tensor(1.0), r"shape \(\)")):
+        with pytest.raises(ValueError, match=rf"f: data must give the layer .* tensors, got {came}"):
+            input_moments("f", model, target_of(model), [batch])
+    with pytest.raises(ValueError, match=r"f: data must .* tensors of 3 or 4 dimensions, got shape \(4, 3\)"):
+        input_moments("f", images, target_of(images), [torch.ones(4, 3)])
+
+
 def test_modes_random_numbers_and_hooks_are_put_back():
     model = nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5), nn.BatchNorm1d(3))
     model[2].eval()

@@ -61,7 +61,7 @@ def bicluster(
     Args:
         model: any nn.Module; build the optimizer afterwards.
         rank: K, or (J, K) for "svd". K is at most the product of the two least of C / G, kh kw and F / H; J at most
-            C / G, and K at most F / H.
+            C / G and K kh kw, and K at most F / H and J kh kw.
         in_clusters: G, a divisor of each layer's channels.
         out_clusters: H, a divisor of each layer's filters.
         method: "outer_product" or "svd".
@@ -145,7 +145,8 @@ def _check_sizes(
         return
     if not isinstance(rank, tuple | list) or len(rank) != 2:
         raise TypeError(f"{where}: rank must be two ints for svd, got {rank!r}; pass (of channels, of filters)")
-    check_int(where, f"rank[0] of {target.name!r}", rank[0], 1, min(per_in, taps * per_out))
+    check_int(where, f"rank[1] of {target.name!r}", rank[1], 1, per_out)
+    check_int(where, f"rank[0] of {target.name!r}", rank[0], 1, min(per_in, taps * rank[1]))
     check_int(where, f"rank[1] of {target.name!r}", rank[1], 1, min(per_out, taps * rank[0]))
 
 

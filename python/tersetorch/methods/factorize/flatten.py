@@ -25,6 +25,7 @@ SWEEPS = 400
 GAIN = 1e-9
 # Numbers of a part of the filters that is worked on at once.
 PART = 1 << 24
+MOST_SEED = 2**63 - 1
 
 
 class Decomposition(NamedTuple):
@@ -66,7 +67,7 @@ def flatten(
             pattern, which then stands for targets too.
         energy: share to keep, in (0, 1]; or one for each pattern. Exactly one of rank and energy is given.
         restarts: how often the decomposition begins from random filters besides the two starts that the weight tells.
-        seed: of these, at least 0; the same seed gives the same filters.
+        seed: of these, 0 to 2^63 - 1; the same seed gives the same filters.
         errors: is given ||W - W'|| / ||W|| of every replaced layer by its name.
         targets: as in prune.magnitude; every weight named must be that of an nn.Conv2d. Left out: every nn.Conv2d that
             a flattened one can stand for and that has a kernel larger than 1x1.
@@ -90,7 +91,7 @@ def flatten(
             f"{where}: exactly one of rank and energy must be given, got {' and '.join(given) or 'none'}; pass one"
         )
     check_int(where, "restarts", restarts, 0)
-    check_int(where, "seed", seed, 0)
+    check_int(where, "seed", seed, 0, MOST_SEED)
     if errors is not None and not isinstance(errors, MutableMapping):
         raise TypeError(f"{where}: errors must be a dict to fill, got {type(errors).__name__}; pass {{}}")
     chosen = _chosen(where, model, given[0], rank if energy is None else energy, targets, ignore)
@@ -145,7 +146,7 @@ def nearest_filters(weight: Tensor, rank: int, *, restarts: int = 4, seed: int =
         weight: finite, floating-point [F, C, kh, kw].
         rank: 1 to the product of the two smallest of C, kh and kw, which is enough for any filter.
         restarts: random beginnings, at least 0.
-        seed: of these, at least 0.
+        seed: of these, 0 to 2^63 - 1.
 
     Raises:
         TypeError: weight is no floating-point tensor, or a number no int.
@@ -162,11 +163,9 @@ def nearest_filters(weight: Tensor, rank: int, *, restarts: int = 4, seed: int =
             f"{where}: weight must be [F, C, kh, kw] with numbers, got shape {tuple(weight.shape)}; pass that of an "
             "nn.Conv2d"
         )
-    if not bool(weight.isfinite().all()):
-        raise ValueError(f"{where}: weight must be finite, got NaN or infinity; repair the training")
     check_int(where, "rank", rank, 1, most_rank(weight))
     check_int(where, "restarts", restarts, 0)
-    check_int(where, "seed", seed, 0)
+    check_int(where, "seed", seed, 0, MOST_SEED)
     out, channels, kh, kw = weight.shape
     part = max(1, PART // (channels * kh * kw))
     parts = [_decomposed(w.detach().to("cpu", torch.float64), rank, restarts, seed) for w in weight.split(part)]
@@ -332,12 +331,14 @@ def _chosen(
     else:
         pairs = [(target, value) for target in choose(where, model, targets, ignore, (nn.Conv2d,))]
     if targets is None and not isinstance(value, Mapping):
-        pairs = [pair for pair in pairs if _reason(pair[0]) is None and max(pair[0].weight.shape[2:]) > 1]
-        if not pairs:
+        able = [pair for pair in pairs if _reason(pair[0]) is None and max(pair[0].weight.shape[2:]) > 1]
+        if not able:
+            name, reason = pairs[0][0].name, _reason(pairs[0][0])
             raise ValueError(
-                f"{where}: model must have a plain nn.Conv2d with a kernel larger than 1x1, got none; name layers in "
-                "targets"
+                f"{where}: model must have a plain nn.Conv2d with a kernel larger than 1x1, got none; {name!r}: "
+                f"{reason or 'a kernel of 1x1'}"
             )
+        pairs = able
     for target, _ in pairs:
         reason = _reason(target)
         if reason is not None:

@@ -116,18 +116,19 @@ def _clusters(bank: Floats, count: int, restarts: int, seed: int) -> Labels:
     filters = len(bank)
     if count in (1, filters):
         return np.arange(filters, dtype=np.int64) * (count > 1)
-    spreads = np.einsum("fcs,fds->fcd", bank, bank)
-    squares = np.einsum("fcc->f", spreads)
-    own = np.linalg.eigh(spreads)[1][:, :, -1]
+    squares = np.square(bank).sum((1, 2))
+    own = np.linalg.svd(bank, full_matrices=False)[0][:, :, 0]
 
     def costs(colours: Floats) -> Floats:
-        seen: Floats = squares[:, None] - np.einsum("kc,fcd,kd->fk", colours, spreads, colours, optimize=True)
+        seen: Floats = squares[:, None] - np.square(np.tensordot(bank, colours, (1, 1))).sum(1)
         return seen
 
     def spread(labels: Labels) -> tuple[float, Floats]:
-        together = np.einsum("fk,fcd->kcd", np.eye(count)[labels], spreads)
-        values, vectors = np.linalg.eigh(together)
-        return float(squares.sum() - values[:, -1].sum()), costs(vectors[:, :, -1])
+        # The filters of each cluster side by side, [k, C, F / k * S], and their leading left singular vectors.
+        side = bank[labels.argsort(kind="stable")].reshape(count, -1, *bank.shape[1:]).swapaxes(1, 2)
+        side = side.reshape(count, bank.shape[1], -1)
+        left, lengths, _ = np.linalg.svd(side, full_matrices=False)
+        return float(squares.sum() - np.square(lengths[:, 0]).sum()), costs(left[:, :, 0])
 
     def start(generator: np.random.Generator) -> Floats:
         return costs(own[generator.choice(filters, count, replace=False)])
@@ -137,8 +138,8 @@ def _clusters(bank: Floats, count: int, restarts: int, seed: int) -> Labels:
 
 def _coloured(bank: Tensor, metric: Metric) -> tuple[Tensor, Tensor]:
     """The colour [C], of length 1, and the filters [F, S] nearest to bank [1, F, C, S]."""
-    spread = torch.einsum("bfcs,bfds->cd", bank, bank)
-    colour = _line(torch.linalg.eigh(spread).eigenvectors[:, -1])
+    side_by_side = bank[0].transpose(0, 1).flatten(1)
+    colour = _line(torch.linalg.svd(side_by_side, full_matrices=False).U[:, 0])
     filters = _filters(bank, colour, metric)
     before = torch.inf
     for _ in range(ALTERNATED):

@@ -91,7 +91,7 @@ def check_tensors(where: str, argument: str, given: object, chosen: Sequence[Tar
         if tensor is None or tuple(tensor.shape) != shape:
             came = "nothing" if tensor is None else tuple(tensor.shape)
             raise ValueError(f"{where}: {argument} must hold {shape} for {target.name!r}, got {came}; compute it anew")
-        if not bool(tensor.isfinite().all()) or bool((tensor < 0).any()):
+        if tensor.is_complex() or not bool(tensor.isfinite().all()) or bool((tensor < 0).any()):
             raise ValueError(
                 f"{where}: {argument} must be finite and at least 0, got other numbers for {target.name!r}; "
                 "compute it anew"
@@ -114,7 +114,7 @@ def _problem(model: nn.Module, target: Target, kinds: tuple[type[nn.Module], ...
     if not target.weight.numel():
         return f"hold numbers, got shape {tuple(target.weight.shape)}; leave it out of targets"
     if module is model:
-        return f"be that of a layer inside model, got model itself; call nn.LowRank{type(module).__name__}.from_dense"
+        return "be that of a layer inside model, got model itself; pass nn.Sequential(model)"
     if any(getattr(module, hooks) for hooks in _HOOKS) or "forward" in vars(module):
         return "be of a layer without hooks, which a swap would lose; remove them"
     if any(isinstance(each, DistributedDataParallel) for each in model.modules()):

@@ -180,8 +180,10 @@ def truncated(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """
     where = "factorize.truncated"
     check_matrix(where, weight)
+    if not weight.numel():
+        raise ValueError(f"{where}: weight must hold numbers, got shape {tuple(weight.shape)}; pass a layer's weight")
     matrix = weight.flatten(1)
-    check_int(where, "rank", rank, 1, max(1, min(matrix.shape)))
+    check_int(where, "rank", rank, 1, min(matrix.shape))
     return split(matrix, rank)
 
 

@@ -13,6 +13,8 @@ ROUNDS = 100
 ENOUGH = 1e-7
 # Numbers of the normal equations' left sides that are in memory at a time.
 CHUNK = 1 << 22
+# What is below has squares that float64 cannot hold a hair of.
+SMALLEST = 1e-280
 
 
 def counts(importance: Tensor) -> Tensor:
@@ -55,7 +57,8 @@ def _solve(wanted: Tensor, weights: Tensor, basis: Tensor) -> Tensor:
 
 def solve_symmetric(left: Tensor, right: Tensor) -> Tensor:
     """X of left X = right, left [..., n, n] symmetric and not negative, a hair from singular where it has to be."""
-    scale = left.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None].clamp(min=torch.finfo(left.dtype).tiny)
+    scale = left.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+    scale = torch.where(scale > SMALLEST, scale, 1.0)  # of nothing everything is a solution: 0
     eye = torch.eye(left.shape[-1], dtype=left.dtype)
     found: Tensor = torch.linalg.solve(left + 1e-12 * scale * eye, right)
     return found

@@ -163,8 +163,8 @@ def input_moments(
 
     def add(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         nonlocal samples
-        given = arguments[0] if arguments else keywords["input"]
-        for x in layer_inputs(module, given.detach().to(dtype), by_position):
+        given = _given(where, target, module, arguments, keywords)
+        for x in layer_inputs(module, given.to(dtype), by_position):
             _check_width(where, target, x, n - bias)
             if bias:
                 x = functional.pad(x, (0, 1), value=1.0)
@@ -175,6 +175,21 @@ def input_moments(
     batches = _run(model, data, hooks)
     total, samples = _over_ranks(where, model, target, total, samples, batches)
     return Moments(total * (2 / samples), samples)
+
+
+def _given(
+    where: str, target: Target, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]
+) -> Tensor:
+    """What a layer is called with; refused where it is nothing to multiply, which its own hook sees before it does."""
+    given = arguments[0] if arguments else keywords["input"]
+    dims = len(getattr(module, "kernel_size", ()))
+    if not isinstance(given, Tensor) or given.dim() not in ((dims + 1, dims + 2) if dims else range(1, 65)):
+        wanted = f"tensors of {dims + 1} or {dims + 2} dimensions" if dims else "tensors"
+        came = f"shape {tuple(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
+        raise ValueError(
+            f"{where}: data must give the layer {target.name!r} {wanted}, got {came}; pass inputs of the model"
+        )
+    return given.detach()
 
 
 def _check_width(where: str, target: Target, x: Tensor, width: int) -> None:
@@ -239,8 +254,8 @@ def input_squares(where: str, model: nn.Module, targets: Sequence[Target], data:
 
     def summing(place: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def add(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-            given = arguments[0] if arguments else keywords["input"]
-            for x in layer_inputs(module, given.detach().double(), by_position=False):
+            given = _given(where, targets[place], module, arguments, keywords)
+            for x in layer_inputs(module, given.double(), by_position=False):
                 _check_width(where, targets[place], x, totals[place].shape[1])
                 totals[place] += x.square().sum(1)
                 samples[place] += x.shape[1]

@@ -46,5 +46,7 @@ def check_matrix(where: str, weight: object) -> None:
         raise TypeError(f"{where}: weight must be a floating-point tensor, got {kind}; pass a layer's weight")
     if weight.dim() < 2:
         raise ValueError(f"{where}: weight must have two or more dimensions, got {weight.dim()}; pass a layer's weight")
+    if weight.is_meta:
+        raise ValueError(f"{where}: weight must hold numbers, got a tensor on meta; load the model first")
     if not bool(weight.isfinite().all()):
         raise ValueError(f"{where}: weight must be finite, got NaN or infinity; repair the training")
