@@ -149,8 +149,8 @@ void TestOne(const Call& call, std::mt19937& rng, Index damaged_filter = -1) {
 
 void TestAll() {
   std::mt19937 rng(1234);
-  // in, out, groups, kernel, stride, dilation; images, height, width, padding. Around the 128 outputs and 8 filters of a
-  // block, and the 128 columns that it decodes at once.
+  // in, out, groups, kernel, stride, dilation; images, height, width, padding. Around the 128 outputs and 8 filters of
+  // a block, and the 128 columns that it decodes at once.
   const Call cases[] = {
       {{1, 1, 1, 1, 1, 1, 1, 1, 1}, 1, 1, 1, 0, 0},   {{3, 5, 1, 3, 3, 1, 1, 1, 1}, 2, 7, 7, 1, 1},
       {{2, 3, 1, 1, 1, 1, 1, 1, 1}, 1, 3, 43, 0, 0},  {{15, 4, 1, 3, 3, 1, 1, 1, 1}, 1, 4, 5, 1, 1},
