@@ -7,6 +7,8 @@ from tersetorch.bench.reproduce import (
     binary_networks,
     deep_compression,
     dns,
+    fixed_point,
+    flattened,
     gong,
     han,
     initialisation,
@@ -20,6 +22,7 @@ from tersetorch.bench.reproduce import (
     published_bits,
     published_densities,
     published_squeezenet,
+    squeeze_design,
     trade_off,
 )
 from tersetorch.bench.reproduce.runs import Reproduction
@@ -35,6 +38,8 @@ MODULES = (
     gong,
     layer_times,
     low_rank,
+    flattened,
+    fixed_point,
     optimal_brain_damage,
     optimal_brain_surgeon,
     one_shot,
@@ -42,6 +47,7 @@ MODULES = (
     published_densities,
     published_bits,
     published_squeezenet,
+    squeeze_design,
     binary_networks,
 )
 ROWS: dict[str, Reproduction] = {row.name: row for module in MODULES for row in module.ROWS}

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from tersetorch.nn import FlattenedConv2d
+from tersetorch.nn import FlattenedConv2d, flattened_conv
 
 SIZES = [
     ((5, 8, 3), {"padding": "same"}),
@@ -54,6 +54,25 @@ def test_layouts_compute_the_same(sizes, options):
         with torch.autocast("cpu", torch.bfloat16):
             assert layer(x).dtype == layer.pack("chain")(x).dtype == torch.bfloat16
     assert layer.get_parameter("lateral_0").requires_grad and layer(x).requires_grad
+
+
+@pytest.mark.parametrize("sizes,options", SIZES[1:3])
+def test_relu(sizes, options):
+    layer = seeded(sizes, **options)
+    fused = copy.deepcopy(layer).pack("fused").eval()
+    x = images(layer)
+    x[0, 0, 0, 0] = torch.nan
+    want = layer(x).relu()
+    with torch.no_grad():
+        inferred = fused(x).relu()
+        layer.relu = fused.relu = True
+        assert torch.equal(fused(x).nan_to_num(-1), inferred.nan_to_num(-1)) and (inferred == 0).any()
+        assert torch.equal(torch.compile(fused, fullgraph=True, backend="aot_eager")(x[1:]), inferred[1:])
+    got = layer(x)
+    assert torch.equal(got.nan_to_num(-1), want.nan_to_num(-1)) and got.isnan().any()
+    grads = [torch.autograd.grad(y[1].square().sum(), layer.lateral_0)[0] for y in (got, want)]
+    assert torch.equal(*(grad.nan_to_num(-1) for grad in grads))
+    assert "relu=True" in repr(layer) and FlattenedConv2d.of_sizes(**fused.sizes).relu
 
 
 def test_the_papers_identity():
@@ -112,6 +131,49 @@ def test_trains():
     assert losses[-1] < 0.3 * losses[0]
 
 
+@pytest.mark.parametrize("sizes,options", [*SIZES, ((4, 6, 5), {"padding": "same", "bias": False})])
+def test_gradients_are_those_of_torchs_own(monkeypatch, sizes, options):
+    layer = seeded(sizes, **options)
+    parameters = list(layer.parameters())
+    found = []
+    for own in (False, True):
+        with monkeypatch.context() as patch:
+            if not own:
+                patch.setattr(flattened_conv, "_trains", lambda x: False)
+            for memory_format in (torch.contiguous_format, torch.channels_last):
+                x = images(layer).contiguous(memory_format=memory_format).requires_grad_()
+                y = layer(x)
+                assert not own or y.is_contiguous(memory_format=memory_format)
+                first = torch.autograd.grad(y.square().sum(), [x, *parameters], create_graph=True)
+                second = torch.autograd.grad(sum(g.square().sum() for g in first), [x, *parameters])
+                alone = torch.autograd.grad(layer(x.detach()).square().sum(), layer.horizontal_0)
+                found.append([*first, *second, *alone])
+    for got in found[1:]:
+        for tensor, want in zip(got, found[0], strict=True):
+            assert (tensor - want).abs().max() <= 1e-4 * want.abs().max()
+
+
+def test_what_differentiates_otherwise_agrees():
+    layer = seeded((4, 6, 3), padding="same", stages=2)
+    x, values = images(layer), dict(layer.named_parameters())
+
+    def loss(values, x):
+        return functional_call(layer, values, (x,)).square().sum()
+
+    want = torch.autograd.grad(layer(x).square().sum(), list(values.values()))
+    by_function = torch.func.grad(loss)(values, x)
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(values, x)
+    _, slope = torch.func.jvp(lambda x: loss(values, x), (x,), (torch.ones_like(x),))
+    for name, gradient in zip(values, want, strict=True):
+        torch.testing.assert_close(by_function[name], gradient, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(each[name].sum(0), gradient, rtol=1e-3, atol=1e-3)
+    x.requires_grad_()
+    (of_x,) = torch.autograd.grad(layer(x).square().sum(), x)
+    torch.testing.assert_close(slope, of_x.sum(), rtol=1e-3, atol=1e-3)
+    (nothing,) = torch.autograd.grad(layer(x[:0]).sum(), layer.horizontal_0)
+    assert not nothing.any()
+
+
 def test_changes_reach_the_packed_stages():
     layer = seeded(*SIZES[1][:1], **SIZES[1][1]).pack("fused")
     x = images(layer)
@@ -167,7 +229,7 @@ def test_bad_input_is_refused():
     for arguments, options, error, sentence in (
         ((0, 8, 3), {}, ValueError, "in_channels must be from 1"),
         ((3.0, 8, 3), {}, TypeError, "in_channels must be an int"),
-        ((3, 8, (3, 3, 3)), {}, TypeError, "kernel_size must be an int or two"),
+        ((3, 8, (3, 3, 3)), {}, TypeError, "kernel_size must be an int or 2 of them"),
         ((3, 8, 3), {"stages": 9}, ValueError, "stages must be from 1 to 8, got 9"),
         ((3, 8, 3), {"rank": 0}, ValueError, "rank must be from 1"),
         ((3, 8, 4), {"padding": "same"}, ValueError, "'same' for odd kernels"),
@@ -175,6 +237,7 @@ def test_bad_input_is_refused():
         ((3, 8, 3), {"padding": "reflect"}, ValueError, "padding must be numbers"),
         ((3, 8, 3), {"padding": -1}, ValueError, "padding must be at least 0"),
         ((3, 8, 3), {"bias": 1}, TypeError, "bias must be True or False"),
+        ((3, 8, 3), {"relu": 1}, TypeError, "relu must be True or False"),
     ):
         with pytest.raises(error, match=sentence):
             FlattenedConv2d(*arguments, **options)

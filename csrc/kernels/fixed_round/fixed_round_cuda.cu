@@ -57,19 +57,10 @@ __device__ void Put(const FixedRoundArgs& a, std::int64_t i, std::int64_t size, 
     using T = decltype(of);
     Store<T>(a.y, i, size, {{static_cast<T>(nan[0] ? 0 : k[0]), static_cast<T>(nan[1] ? 0 : k[1])}});
   };
-  switch (a.as) {
-    case FixedAs::kFloats:
-      Store<Float>(a.y, i, size, {{number(0), number(1)}});
-      break;
-    case FixedAs::kInt8:
-      whole(std::int8_t{});
-      break;
-    case FixedAs::kInt16:
-      whole(std::int16_t{});
-      break;
-    case FixedAs::kInt32:
-      whole(std::int32_t{});
-      break;
+  if (a.as == FixedAs::kFloats) {
+    Store<Float>(a.y, i, size, {{number(0), number(1)}});
+  } else {
+    WithWhole(a.as, 0, whole);
   }
 }
 
