@@ -27,7 +27,7 @@ def layer_of(case: Flat, weight: Tensor) -> FlattenedConv2d:
     return layer.eval()
 
 
-class _Chain(nn.Module):
+class Chain(nn.Module):
     """Plain convolutions, as a user writes them."""
 
     def __init__(self, case: Flat, weight: Tensor) -> None:
@@ -47,6 +47,7 @@ class _Chain(nn.Module):
         self.convs = nn.Sequential(*convs)
 
     def forward(self, x: Tensor) -> Tensor:
+        """One convolution after the other."""
         y: Tensor = self.convs(x)
         return y
 
@@ -56,7 +57,7 @@ def _torch(
 ) -> Callable[[Case, Tensor, int, int], Packed]:
     def pack(case: Case, weight: Tensor, batch: int, threads: int) -> Packed:
         assert isinstance(case, Flat)
-        chain = _Chain(case, weight).eval().to(dtype)
+        chain = Chain(case, weight).eval().to(dtype)
         chain = chain.to(memory_format=order)  # type: ignore[call-overload]
         if compiled:
             torch.compiler.reset()  # it gives up at the ninth shape of a module
@@ -78,7 +79,7 @@ def _openvino(case: Case, weight: Tensor, batch: int, threads: int) -> Packed:
     assert isinstance(case, Flat)
     parameter = y = opset13.parameter([batch, *case.samples(1).shape[1:]], openvino.Type.f32)
     ones = [1, 1]
-    for conv in _Chain(case, weight).convs:
+    for conv in Chain(case, weight).convs:
         assert isinstance(conv, nn.Conv2d) and conv.bias is not None and not isinstance(conv.padding, str)
         filters, ends = conv.weight.detach(), list(conv.padding)
         if conv.groups == 1:
@@ -93,7 +94,7 @@ def _onnxruntime(case: Case, weight: Tensor, batch: int, threads: int) -> Packed
     from onnx import helper
 
     assert isinstance(case, Flat)
-    convs = list(_Chain(case, weight).convs)
+    convs = list(Chain(case, weight).convs)
     names = ["x", *(f"y{i}" for i in range(1, len(convs))), "y"]
     nodes: list[object] = []
     weights: dict[str, Tensor] = {}

@@ -1,11 +1,9 @@
-"""The rows of the tables: how ours and torch's hold a weight on the GPU, and the call that is timed."""
+"""The rows of linear layers and of embeddings: how ours and torch's hold a weight on the GPU, and the call timed."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,50 +11,26 @@ from torch.nn import functional
 
 from tersetorch import ops
 
-from ..cases import Conv
-from ..implementations import Mode
+from ..cases import Conv, Linear
+from . import convolutions, fixed_point
 from .problems import Problem
+from .row import Row, fresh, mode_of
 
 _QUIET = r"Sparse CSR tensor support|Sparse invariant checks"
 INT4_GROUP = 128
 # torch's tensor-core product of int8 takes no fewer samples.
 INT8_SAMPLES = 17
 
-# The call on one copy of the weight; x is the same for all.
-Bind = Callable[[], Callable[[], Tensor]]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One row of a table for one problem.
-
-    Attributes:
-        name: what records call it.
-        family: ours, or what kind of a peer.
-        mode: the arithmetic, which also says how large an error may be.
-        nbytes: bytes of the weight that a call reads.
-        bind: makes the call, on a copy of the weight of its own.
-        operations: multiply-adds it cannot do without, two each.
-        checked: whether the result is compared; not where a peer's call is only a part of the work.
-    """
-
-    name: str
-    family: Literal["ours", "dense", "sparse"]
-    mode: Mode
-    nbytes: int
-    bind: Bind
-    operations: float
-    checked: bool = True
-
 
 def rows(problem: Problem) -> Iterator[Row]:
     """All rows for a problem, its weight on the GPU already."""
-    case, x = problem.case, problem.x
-    dense = 2 * case.multiplies(len(x), 1.0)
-    if isinstance(case, Conv):
-        yield from _dense_conv(case, problem, dense)
-        yield from _sparse_conv(case, problem, dense * problem.density)
+    if isinstance(problem.case, Conv):
+        yield from convolutions.rows(problem, problem.case)
         return
+    if not isinstance(problem.case, Linear):
+        yield from fixed_point.rounding(problem) if problem.family == "rounding" else _embedding(problem)
+        return
+    dense = 2 * problem.case.multiplies(len(problem.x), 1.0)
     yield from _dense(problem, dense)
     if problem.family == "codebook":
         yield from _codebook(problem, dense)
@@ -64,12 +38,10 @@ def rows(problem: Problem) -> Iterator[Row]:
         yield from _product(problem)
     elif problem.family == "xnor":
         yield from _xnor(problem)
+    elif problem.family == "fixed":
+        yield from fixed_point.products(problem, dense)
     else:
         yield from _sparse(problem, dense * problem.density)
-
-
-def _fresh(*tensors: Tensor) -> list[Tensor]:
-    return [tensor.clone() for tensor in tensors]
 
 
 def _dense(problem: Problem, operations: float) -> Iterator[Row]:
@@ -78,15 +50,15 @@ def _dense(problem: Problem, operations: float) -> Iterator[Row]:
         samples, converted = x.to(dtype), weight.to(dtype)
 
         def bind(samples: Tensor = samples, converted: Tensor = converted) -> Callable[[], Tensor]:
-            (own,) = _fresh(converted)
+            (own,) = fresh(converted)
             return lambda: functional.linear(samples, own)
 
-        yield Row(f"F.linear {mode}", "dense", _mode(mode), converted.nbytes, bind, operations)
+        yield Row(f"F.linear {mode}", "dense", mode_of(mode), converted.nbytes, bind, operations)
     if len(x) >= INT8_SAMPLES and weight.shape[1] % 8 == 0 and weight.shape[0] % 8 == 0:
         quantized, numbers = _random_int8(x), _random_int8(weight)
 
         def bind_int8() -> Callable[[], Tensor]:
-            (own,) = _fresh(numbers)
+            (own,) = fresh(numbers)
             return lambda: torch._int_mm(quantized, own.T)
 
         yield Row("int8 product, x given", "dense", "int8", weight.numel(), bind_int8, operations, checked=False)
@@ -116,10 +88,10 @@ def _codebook(problem: Problem, operations: float) -> Iterator[Row]:
         x, codebook = problem.x.to(dtype), problem.codebook
 
         def bind(x: Tensor = x, mode: str = mode, codebook: Tensor = codebook) -> Callable[[], Tensor]:
-            (own,) = _fresh(packed)
+            (own,) = fresh(packed)
             return lambda: ops.codebook_matmul_inference(x, own, codebook, None, 0, mode)
 
-        yield Row(f"tersetorch codebook {mode}", "ours", _mode(mode), packed.nbytes, bind, operations)
+        yield Row(f"tersetorch codebook {mode}", "ours", mode_of(mode), packed.nbytes, bind, operations)
 
 
 def _product(problem: Problem) -> Iterator[Row]:
@@ -130,10 +102,12 @@ def _product(problem: Problem) -> Iterator[Row]:
     for mode in ("exact", "int8"):
 
         def bind(mode: str = mode) -> Callable[[], Tensor]:
-            own, entries = _fresh(codes, codebooks)
+            own, entries = fresh(codes, codebooks)
             return lambda: ops.product_matmul_inference(x, own, entries, None, out_features, mode)
 
-        yield Row(f"tersetorch product {mode}", "ours", _mode(mode), codes.nbytes + codebooks.nbytes, bind, operations)
+        yield Row(
+            f"tersetorch product {mode}", "ours", mode_of(mode), codes.nbytes + codebooks.nbytes, bind, operations
+        )
 
 
 def _xnor(problem: Problem) -> Iterator[Row]:
@@ -150,10 +124,48 @@ def _xnor(problem: Problem) -> Iterator[Row]:
     ):
 
         def bind(x: Tensor = x, extra: dict[str, Tensor] = extra) -> Callable[[], Tensor]:
-            (own,) = _fresh(packed)
+            (own,) = fresh(packed)
             return lambda: ops.xnor_matmul(x, own, in_features=in_features, out_features=out_features, **extra)
 
         yield Row(name, "ours", "float32", packed.nbytes, bind, 0.0, checked="scale" in extra)
+    pixels = (problem.x > 0).to(torch.uint8) + 127  # twice a pixel less 255 is x again
+
+    def bind_numbers() -> Callable[[], Tensor]:
+        (own,) = fresh(packed)
+        return lambda: ops.sign_matmul_inference(problem.x, own, out_features, scale, None)
+
+    def bind_pixels() -> Callable[[], Tensor]:
+        (own,) = fresh(packed)
+        return lambda: ops.bitplane_matmul(
+            pixels, own, in_features=in_features, out_features=out_features, step=2, zero=255, scale=scale
+        )
+
+    yield Row("tersetorch signs by float32", "ours", "float32", packed.nbytes, bind_numbers, 0.0)
+    moved = pixels.nbytes + 4 * len(pixels) * out_features
+    yield Row("tersetorch signs by 8-bit pixels", "ours", "float32", packed.nbytes, bind_pixels, 0.0, moved=moved)
+
+
+def _embedding(problem: Problem) -> Iterator[Row]:
+    """A call reads the rows that are looked up, no others."""
+    indices, weight, codebook = problem.x, problem.dense, problem.codebook
+    packed = ops.codebook_pack(problem.codes.cpu(), entries=problem.entries).to(indices.device)
+    for mode, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        converted = weight.to(dtype)
+        moved = indices.nbytes + len(indices) * weight.shape[1] * dtype.itemsize
+
+        def bind(converted: Tensor = converted) -> Callable[[], Tensor]:
+            (own,) = fresh(converted)
+            return lambda: functional.embedding(indices, own)
+
+        def bind_ours(dtype: torch.dtype = dtype) -> Callable[[], Tensor]:
+            (own,) = fresh(packed)
+            columns = weight.shape[1]
+            return lambda: ops.codebook_embedding_inference(indices, own, codebook, columns=columns, dtype=dtype)
+
+        nbytes = len(indices) * weight.shape[1] * dtype.itemsize
+        yield Row(f"F.embedding {mode}", "dense", mode_of(mode), nbytes, bind, 0.0, moved=moved)
+        nbytes = len(indices) * packed.shape[1] + codebook.nbytes
+        yield Row(f"tersetorch embedding {mode}", "ours", mode_of(mode), nbytes, bind_ours, 0.0, moved=moved)
 
 
 def _sparse(problem: Problem, operations: float) -> Iterator[Row]:
@@ -165,74 +177,37 @@ def _sparse(problem: Problem, operations: float) -> Iterator[Row]:
         bits, offsets, in_order = (part.to(device) for part in (*bitmap[:2], bitmap[2].to(dtype)))
 
         def bind_csr(x: Tensor = x, parts: tuple[Tensor, ...] = (rows_, columns, values)) -> Callable[[], Tensor]:
-            offsets, columns, values = _fresh(*parts)
+            offsets, columns, values = fresh(*parts)
             return lambda: ops.csr_matmul_inference(x, offsets, columns, values)
 
         def bind_bitmap(x: Tensor = x, parts: tuple[Tensor, ...] = (bits, offsets, in_order)) -> Callable[[], Tensor]:
-            bits, offsets, values = _fresh(*parts)
+            bits, offsets, values = fresh(*parts)
             return lambda: ops.bitmap_matmul_inference(x, bits, offsets, values)
 
         def bind_cusparse(x: Tensor = x, parts: tuple[Tensor, ...] = (rows_, columns, values)) -> Callable[[], Tensor]:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", _QUIET)
-                offsets, columns, values = _fresh(*parts)
+                offsets, columns, values = fresh(*parts)
                 own = torch.sparse_csr_tensor(offsets, columns, values, size=weight.shape)
             by_feature = x.T.contiguous()  # the order that its neighbours of that kind would hand over
             return lambda: (own @ by_feature).T
 
         nbytes = rows_.nbytes + columns.nbytes + values.nbytes
-        yield Row(f"tersetorch csr {mode}", "ours", _mode(mode), nbytes, bind_csr, operations)
-        yield Row(f"cuSPARSE csr {mode}", "sparse", _mode(mode), nbytes, bind_cusparse, operations)
+        yield Row(f"tersetorch csr {mode}", "ours", mode_of(mode), nbytes, bind_csr, operations)
+        yield Row(f"cuSPARSE csr {mode}", "sparse", mode_of(mode), nbytes, bind_cusparse, operations)
         nbytes = bits.nbytes + offsets.nbytes + in_order.nbytes
-        yield Row(f"tersetorch bitmap {mode}", "ours", _mode(mode), nbytes, bind_bitmap, operations)
+        yield Row(f"tersetorch bitmap {mode}", "ours", mode_of(mode), nbytes, bind_bitmap, operations)
     scales = weight.abs().amax(1).clamp(min=1e-30) / 127
     row_of_value = torch.repeat_interleave(torch.arange(len(weight)), bitmap[1].diff().long())
     quantized = (bitmap[2] / scales[row_of_value]).round().clamp(-127, 127).to(torch.int8)
     parts = [part.to(device) for part in (*bitmap[:2], quantized, scales)]
 
     def bind_int8() -> Callable[[], Tensor]:
-        bits, offsets, values, of_row = _fresh(*parts)
+        bits, offsets, values, of_row = fresh(*parts)
         return lambda: ops.bitmap_matmul_inference(problem.x, bits, offsets, values, None, None, of_row, "int8")
 
     nbytes = sum(part.nbytes for part in parts)
     yield Row("tersetorch bitmap int8", "ours", "int8", nbytes, bind_int8, operations)
-
-
-def _dense_conv(case: Conv, problem: Problem, operations: float) -> Iterator[Row]:
-    for mode, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
-        for order, suffix in ((torch.contiguous_format, ""), (torch.channels_last, " channels_last")):
-            x = problem.x.to(dtype).contiguous(memory_format=order)
-            weight = problem.dense.to(dtype).contiguous(memory_format=order)
-
-            def bind(x: Tensor = x, weight: Tensor = weight) -> Callable[[], Tensor]:
-                own = weight.clone(memory_format=torch.preserve_format)
-                return lambda: functional.conv2d(x, own, None, case.stride, case.padding, 1, case.groups)
-
-            yield Row(f"F.conv2d {mode}{suffix}", "dense", _mode(mode), weight.nbytes, bind, operations)
-
-
-def _sparse_conv(case: Conv, problem: Problem, operations: float) -> Iterator[Row]:
-    csr = [part.to(problem.x.device) for part in ops.csr_pack(problem.dense.cpu().flatten(1))]
-    sizes: dict[str, Any] = {
-        "kernel_size": [case.kernel] * 2,
-        "stride": [case.stride] * 2,
-        "padding": [case.padding] * 2,
-        "dilation": [1, 1],
-        "groups": case.groups,
-    }
-    for mode in ("exact", "int8"):
-        x = problem.x
-
-        def bind(x: Tensor = x, mode: str = mode) -> Callable[[], Tensor]:
-            offsets, columns, values = _fresh(*csr)
-            return lambda: ops.sparse_conv2d_inference(x, offsets, columns, values, None, None, **sizes, mode=mode)
-
-        yield Row(f"tersetorch conv {mode}", "ours", _mode(mode), sum(part.nbytes for part in csr), bind, operations)
-
-
-def _mode(name: str) -> Mode:
-    names: dict[str, Mode] = {"exact": "float32", "float32": "float32", "bfloat16": "bfloat16", "int8": "int8"}
-    return names[name]
 
 
 def _random_int8(like: Tensor) -> Tensor:

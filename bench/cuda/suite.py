@@ -11,9 +11,10 @@ import torch
 from ..implementations import LeftOut, max_error_of, refusal
 from ..options import Options
 from . import timing
-from .implementations import Row, rows
+from .implementations import rows
 from .problems import Group, Problem, problem_of
 from .rates import Rates
+from .row import Row
 
 # Of each row, for its replays; capturing comes on top.
 SECONDS, QUICK_SECONDS = 0.04, 0.015
@@ -60,7 +61,7 @@ class Cuda:
             copies = max(1, min(MAX_COPIES, math.ceil(CACHES * self._rates.cache / max(1, row.nbytes))))
             try:
                 bound = [row.bind() for _ in range(copies)]
-                error = max_error_of(bound[0](), want) if row.checked else None
+                error = max_error_of(bound[0]() * row.step, want) if row.checked else None
             except Exception as reason:  # whatever a library raises where this GPU lacks something
                 if ours:
                     raise
@@ -79,9 +80,9 @@ class Cuda:
     def _record(
         self, group: Group, problem: Problem, row: Row, error: float | None, times: dict[str, float]
     ) -> dict[str, Any]:
-        results = problem.x.shape[0] * (problem.dense.shape[0] * getattr(problem.case, "out_size", 1) ** 2)
         size = 4 if row.mode == "float32" else 2
-        moved = row.nbytes + size * (problem.x.numel() + results)
+        floats = size * (problem.x.numel() + problem.case.numbers_out(len(problem.x)))
+        moved = row.nbytes + (floats if row.moved is None else row.moved)
         limit_ms, bound = self._rates.limit_ms(row.operations, moved, row.mode)
         return {
             "suite": group.family,

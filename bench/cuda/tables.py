@@ -13,6 +13,12 @@ TITLES: dict[Family, str] = {
     "product": "Weights of shared sub-vectors",
     "conv": "Sparse convolutions, by density",
     "xnor": "Signs",
+    "xnor_conv": "Convolutions of signs",
+    "codebook_conv": "Convolutions with weights shared by values",
+    "embedding": "Embeddings with weights shared by values; a batch is of look-ups",
+    "flat": "Flattened convolutions",
+    "fixed": "Products of fixed-point numbers",
+    "rounding": "Rounding to fixed point",
 }
 
 

@@ -149,8 +149,8 @@ void TestOne(const Call& call, std::mt19937& rng, Index damaged_filter = -1) {
 
 void TestAll() {
   std::mt19937 rng(1234);
-  // in, out, groups, kernel, stride, dilation; images, height, width, padding. Around the 128 outputs of a block and
-  // the 128 weights that it decodes at once.
+  // in, out, groups, kernel, stride, dilation; images, height, width, padding. Around the 128 outputs and 8 filters of
+  // a block, and the 128 columns that it decodes at once.
   const Call cases[] = {
       {{1, 1, 1, 1, 1, 1, 1, 1, 1}, 1, 1, 1, 0, 0},   {{3, 5, 1, 3, 3, 1, 1, 1, 1}, 2, 7, 7, 1, 1},
       {{2, 3, 1, 1, 1, 1, 1, 1, 1}, 1, 3, 43, 0, 0},  {{15, 4, 1, 3, 3, 1, 1, 1, 1}, 1, 4, 5, 1, 1},
@@ -158,6 +158,7 @@ void TestAll() {
       {{12, 8, 4, 3, 3, 1, 1, 1, 1}, 2, 6, 5, 1, 1},  {{6, 12, 6, 2, 3, 1, 2, 2, 1}, 1, 7, 6, 0, 1},
       {{1, 3, 1, 3, 3, 1, 1, 1, 1}, 1, 2, 2, 20, 3},  {{2, 0, 1, 3, 3, 1, 1, 1, 1}, 1, 5, 5, 0, 0},
       {{0, 6, 1, 3, 3, 1, 1, 1, 1}, 1, 5, 5, 0, 0},   {{2, 3, 1, 3, 3, 1, 1, 1, 1}, 0, 5, 5, 0, 0},
+      {{8, 18, 2, 3, 3, 1, 1, 1, 1}, 1, 4, 4, 1, 1},
   };
   const Index entries[] = {3, 11, 200};
   int turn = 0;
@@ -175,6 +176,8 @@ void TestAll() {
     Call call = cases[1];
     call.mode = mode;
     TestOne(call, rng, 3);
+    call.shape.out_channels = 10;
+    TestOne(call, rng, 9);
   }
 }
 

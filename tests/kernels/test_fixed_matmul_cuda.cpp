@@ -59,7 +59,13 @@ int main() {
         }
       }
     }
-    TestProduct<std::int8_t>(70'000, 1, 1, false, rng);  // more samples than the grid's y axis is given blocks
+    for (const Index samples : {3, 65}) {  // few, and more than one tile of them
+      TestProduct<std::int8_t>(samples, 33, 129, true, rng);
+      TestProduct<std::int8_t>(samples, 33, 132, false, rng);  // rows of whole words
+      TestProduct<std::int16_t>(samples, 33, 130, true, rng);
+      TestProduct<std::int16_t>(samples, 33, 131, true, rng);
+    }
+    TestProduct<std::int8_t>(9, 1, 4'100, true, rng);  // more columns than are summed in 32 bits
     for (const FixedConvertArgs& args : Conversions()) TestConversion(args, 130, rng);
     TestConversion(Conversions()[0], 0, rng);
   });

@@ -2,10 +2,11 @@
 //
 // Layout: x and y lie as their steps say; every pointer is to the device's memory and aligned to its element. For int8
 //         images and tables come rounded, as BlockedQuadsCuda does it: int8, table_stride bytes from one to the next.
-// Method: a block computes neighbouring outputs of one filter, a thread one of them. The block decodes the filter's
-//         codes once, so many at a time, into weights and offsets from an output's first input.
-// Limits: a weight costs an output one load and two comparisons beside its multiply-add. With the channels last the
-//         loads of a warp lie in_channels apart, so contiguous images are read faster.
+// Method: a block computes neighbouring outputs of 8 filters of a group, a thread one place of them. The block decodes
+//         the filters' codes once, so many columns at a time, into weights and offsets from an output's first input.
+// Limits: a column costs a thread one load and two comparisons of 64 bits beside its 8 multiply-adds, about half of
+//         what it does. Rows have less than 2^32 columns. With the channels last the loads of a warp lie in_channels
+//         apart, so contiguous images are read faster.
 // Safety: a code is compared with the entries before it is used. A kernel cannot return a status without making the
 //         caller wait, so a filter with a code outside its table is NaN, in every image.
 // Order:  every sum has one order of summation; int8 gives the bits that it gives on the CPU.

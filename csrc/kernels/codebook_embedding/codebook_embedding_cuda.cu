@@ -9,8 +9,23 @@ __device__ std::int64_t IndexAt(const CodebookIndices& indices, std::int64_t i) 
                       : static_cast<const std::int32_t*>(indices.data)[i];
 }
 
-__device__ std::int64_t TableOf(const CodebookWeight& w, std::int64_t r, std::int64_t c) {
-  return w.per_row ? r : c / w.column_block;
+// Calls use(column, table, code) for the columns of a row that are this lane's: a word of each chunk, every other field
+// of it.
+template <typename Use>
+__device__ void EachCode(const CodebookWeight& w, std::int64_t r, int lane, const Use& use) {
+  const int bits = CodeBits(w.entries);
+  const std::uint8_t* chunk = w.codes + r * CodeRowBytes(w.columns, w.column_block, bits);
+  std::int64_t table = w.per_row ? r : 0;
+  for (std::int64_t begin = 0; begin < w.columns; begin += w.column_block, table += w.per_row ? 0 : 1) {
+    const std::int64_t end = min(w.columns, begin + w.column_block);
+    for (std::int64_t first = begin; first < end; first += 512 / bits, chunk += kCodeChunkBytes) {
+      std::uint32_t word = reinterpret_cast<const std::uint32_t*>(chunk)[lane % 16] >> lane / 16 * bits;
+#pragma unroll 4
+      for (std::int64_t c = first + lane; c < min(end, first + 512 / bits); c += kWarpSize, word >>= 2 * bits) {
+        use(c, table, word & ((1u << bits) - 1));
+      }
+    }
+  }
 }
 
 template <typename Tile, typename Float>
@@ -22,13 +37,17 @@ __global__ void __launch_bounds__(Tile::kThreads) CodebookEmbeddingKernel(Codebo
   const std::int64_t r = IndexAt(a.indices, i);
   bool damaged = r < 0 || r >= w.rows;
   if (!damaged && w.entries < 1 << CodeBits(w.entries)) {
-    for (std::int64_t c = lane; c < w.columns; c += kWarpSize) damaged |= CodeAt(w, r, c) >= w.entries;
+    EachCode(w, r, lane, [&](std::int64_t, std::int64_t, std::uint32_t code) { damaged |= code >= w.entries; });
     damaged = __any_sync(kWholeWarp, damaged) != 0;
   }
   Float* y = static_cast<Float*>(a.y) + i * w.columns;
-  for (std::int64_t c = lane; c < w.columns; c += kWarpSize) {
-    y[c] = FromFloat<Float>(damaged ? DamagedWeight() : w.codebook[TableOf(w, r, c) * w.entries + CodeAt(w, r, c)]);
+  if (damaged) {
+    for (std::int64_t c = lane; c < w.columns; c += kWarpSize) y[c] = FromFloat<Float>(DamagedWeight());
+    return;
   }
+  EachCode(w, r, lane, [&](std::int64_t c, std::int64_t table, std::uint32_t code) {
+    y[c] = FromFloat<Float>(w.codebook[table * w.entries + code]);
+  });
 }
 
 // A warp for each entry, which looks at all of its table's codes: atomics would give sums of no one order.

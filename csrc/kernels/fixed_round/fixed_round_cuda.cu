@@ -25,13 +25,42 @@ __device__ inline int Rounded(const FixedRoundArgs& a, float x, float scale, flo
   return static_cast<int>(near) + ((rest + static_cast<int>(random)) >> 16);
 }
 
+// Two neighbours in memory.
+template <typename T>
+struct alignas(2 * sizeof(T)) Pair {
+  T of[2];
+};
+
+template <typename T>
+__device__ bool OfPair(const T* at) {
+  return reinterpret_cast<std::uintptr_t>(at) % sizeof(Pair<T>) == 0;
+}
+
+// Values i and i + 1 of those [0, size).
+template <typename T>
+__device__ void Store(void* y, std::int64_t i, std::int64_t size, Pair<T> pair) {
+  T* at = static_cast<T*>(y) + i;
+  if (OfPair(at) && i >= 0 && i + 1 < size) {
+    *reinterpret_cast<Pair<T>*>(at) = pair;
+    return;
+  }
+  if (0 <= i && i < size) at[0] = pair.of[0];
+  if (0 <= i + 1 && i + 1 < size) at[1] = pair.of[1];
+}
+
 template <typename Float>
-__device__ void Put(const FixedRoundArgs& a, std::int64_t i, Float x, int k, float step) {
-  const bool nan = ToFloat(x) != ToFloat(x);
+__device__ void Put(const FixedRoundArgs& a, std::int64_t i, std::int64_t size, Pair<Float> x, int (&k)[2],
+                    float step) {
+  const bool nan[2] = {ToFloat(x.of[0]) != ToFloat(x.of[0]), ToFloat(x.of[1]) != ToFloat(x.of[1])};
+  const auto number = [&](int l) { return nan[l] ? x.of[l] : FromFloat<Float>(static_cast<float>(k[l]) * step); };
+  const auto whole = [&](auto of) {
+    using T = decltype(of);
+    Store<T>(a.y, i, size, {{static_cast<T>(nan[0] ? 0 : k[0]), static_cast<T>(nan[1] ? 0 : k[1])}});
+  };
   if (a.as == FixedAs::kFloats) {
-    static_cast<Float*>(a.y)[i] = nan ? x : FromFloat<Float>(static_cast<float>(k) * step);
+    Store<Float>(a.y, i, size, {{number(0), number(1)}});
   } else {
-    WithWhole(a.as, nan ? 0 : k, [&](auto whole) { static_cast<decltype(whole)*>(a.y)[i] = whole; });
+    WithWhole(a.as, 0, whole);
   }
 }
 
@@ -48,16 +77,28 @@ __global__ void __launch_bounds__(Tile::kThreads) RoundValues(FixedRoundArgs a, 
   const float scale = __uint_as_float(static_cast<std::uint32_t>(127 + a.fraction_bits) << 23);
   const float step = __uint_as_float(static_cast<std::uint32_t>(127 - a.fraction_bits) << 23);
   const float highest = static_cast<float>((1 << (a.integer_bits + a.fraction_bits - 1)) - 1);
+  Pair<Float> x[4];  // all are on their way before the first is needed
+  const std::int64_t begin = first + 2 * counter;
+  const Float* from = static_cast<const Float*>(a.x) + begin;
+  if (first >= 0 && first + kRandomBlock <= size && OfPair(from)) {
+#pragma unroll
+    for (int v = 0; v < 4; ++v) x[v] = *reinterpret_cast<const Pair<Float>*>(from + 16 * v);
+  } else {
+#pragma unroll
+    for (int k = 0; k < 8; ++k) {
+      const std::int64_t i = 16 * (k / 2) + k % 2;
+      x[k / 2].of[k % 2] = 0 <= begin + i && begin + i < size ? from[i] : Float{};
+    }
+  }
 #pragma unroll
   for (int v = 0; v < 4; ++v) {
+    int k[2];
 #pragma unroll
     for (int l = 0; l < 2; ++l) {
-      const std::int64_t i = first + 16 * v + 2 * counter + l;
-      if (i < 0 || i >= size) continue;
       const std::uint32_t word = words.word[v / 2 * 2 + l], random = v % 2 == 0 ? word & 0xffff : word >> 16;
-      const Float x = static_cast<const Float*>(a.x)[i];
-      Put(a, i, x, Rounded(a, ToFloat(x), scale, highest, random), step);
+      k[l] = Rounded(a, ToFloat(x[v].of[l]), scale, highest, random);
     }
+    Put(a, begin + 16 * v, size, x[v], k, step);
   }
 }
 

@@ -4,8 +4,9 @@
 // Method: one kernel multiplies pixels with the lateral filters, through shared memory, into l [images][rank * panels *
 //         16][height * width]; the next takes one output a thread, and adds up what its vertical and horizontal filters
 //         see of l.
-// Limits: l goes through memory, and a vertical sum is made again for each tap of the horizontal filters: plain, and
-//         right. With the channels last the writes of a warp lie out_channels apart.
+// Limits: l goes through memory, and a vertical sum is made again for each tap of the horizontal filters. A lateral
+//         thread reads two vectors of shared memory for 16 multiply-adds. With the channels last the writes of a warp
+//         lie out_channels apart.
 // Order:  every sum has one order of summation.
 #pragma once
 

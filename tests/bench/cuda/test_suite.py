@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from tersetorch.bench.cases import CASES, Conv, Linear
+from tersetorch.bench.cases import Conv, Flat, Linear
 from tersetorch.bench.cuda import problems, suite
 from tersetorch.bench.cuda.problems import FAMILIES, Problem
 from tersetorch.bench.cuda.rates import Rates, table
@@ -20,11 +20,17 @@ COPIES = {}
 
 @pytest.fixture(autouse=True)
 def small_layers(monkeypatch):
-    cases = {"a linear": Linear("a linear", 24, 1024), "a conv": Conv("a conv", 8, 6, 3, 5)}
-    monkeypatch.setattr(problems, "CASES", CASES | cases)
-    monkeypatch.setattr(
-        problems, "LAYERS", {family: ("a conv" if family == "conv" else "a linear",) for family in FAMILIES}
+    small = (
+        Linear("a linear", 24, 1024),
+        Conv("a conv", 8, 6, 3, 5),
+        Flat("a flat", 6, 6, 3, 5),
+        problems.Table("an embedding", 30, 24),
+        problems.Numbers("a rounding", 70),
     )
+    monkeypatch.setattr(problems, "ALL_CASES", {case.name: case for case in small})
+    layers = {family: (f"a {family.rpartition('_')[2]}",) for family in ("conv", "xnor_conv", "codebook_conv", "flat")}
+    layers |= {"embedding": ("an embedding",), "rounding": ("a rounding",)}
+    monkeypatch.setattr(problems, "LAYERS", {family: ("a linear",) for family in FAMILIES} | layers)
 
 
 def clock(candidates, seconds):
@@ -56,10 +62,21 @@ def test_every_row_is_compared_and_recorded(family):
         "sparse": {"csr float32", "csr bfloat16", "bitmap float32", "bitmap bfloat16", "bitmap int8"},
         "product": {"product exact", "product int8"},
         "conv": {"conv exact", "conv int8"},
-        "xnor": {f"xnor{way}" for way in ("", " bfloat16", ", packed x", ", packed x, signs out")},
+        "xnor": {
+            *(f"xnor{way}" for way in ("", " bfloat16", ", packed x", ", packed x, signs out")),
+            "signs by float32",
+            "signs by 8-bit pixels",
+        },
+        "xnor_conv": {f"xnor{way}" for way in ("", " bfloat16 channels_last", ", packed x", ", packed x, signs out")},
+        "codebook_conv": {"conv exact", "conv bfloat16", "conv int8"},
+        "embedding": {"embedding float32", "embedding bfloat16"},
+        "flat": {f"flat {dtype}{order}" for dtype in ("float32", "bfloat16") for order in ("", " channels_last")},
+        "fixed": {"fixed int8", "fixed int16"},
+        "rounding": {"nearest", "stochastic", "stochastic, int16 out"},
     }
     assert ours.keys() == {f"tersetorch {name}" for name in names[family]}
-    assert len(groups) == 2 * {"codebook": 4, "sparse": 2, "product": 4, "conv": 1, "xnor": 1}[family]
+    forms = {"codebook": 4, "sparse": 2, "product": 4, "codebook_conv": 2, "embedding": 2}
+    assert len(groups) == 2 * forms.get(family, 1)
 
 
 def test_copies_overflow_the_cache_but_not_the_memory():
