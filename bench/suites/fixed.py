@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tersetorch import _native
 from tersetorch.formats import FixedFormat, FixedWeight
-from tersetorch.ops import fixed_matmul, fixed_round, fixed_round_whole
+from tersetorch.ops import fixed_matmul, fixed_pack, fixed_round, fixed_round_whole
 
 from ..cases import CASES, Case, Linear
 from ..implementations import Implementation, LeftOut, Packed
@@ -161,7 +161,7 @@ def _ours(bits: int) -> Implementation:
     dtype = torch.int8 if bits == 8 else torch.int16
 
     def pack(case: Case, weight: Tensor, batch: int, threads: int) -> Packed:
-        steps = FixedWeight.from_dense(weight, WEIGHT, dtype).steps
+        packed = fixed_pack(FixedWeight.from_dense(weight, WEIGHT, dtype).steps)
         integer_bits, fraction_bits = _bits(SUMS)
         sum_fraction_bits = SAMPLES.fraction_bits + WEIGHT.fraction_bits
 
@@ -169,12 +169,13 @@ def _ours(bits: int) -> Implementation:
             whole = fixed_round_whole(x, *_bits(SAMPLES), dtype=dtype)
             return lambda: fixed_matmul(
                 whole,
-                steps,
+                packed,
+                rows=weight.shape[0],
                 sum_fraction_bits=sum_fraction_bits,
                 integer_bits=integer_bits,
                 fraction_bits=fraction_bits,
             )
 
-        return Packed(bind, steps.nbytes)
+        return Packed(bind, packed.nbytes)
 
     return Implementation(f"tersetorch fixed int{bits}", "ours", "int8", pack, result=lambda y: y.float() * SUMS.step)

@@ -1,5 +1,6 @@
-// FixedMatmul and FixedConvert on a CUDA device. A warp multiplies a row with some samples: a lane adds the products of
-// its columns in 64 bits, and the lanes are added at the end. Loads are the limit.
+// FixedMatmul and FixedConvert on a CUDA device, of the same packed weights and of samples as they are. A block
+// multiplies a panel of 16 rows with some samples: 16 threads side by side read a word of each row, other threads other
+// words, and their sums, of 64 bits, are added at the end. Loads are the limit.
 #pragma once
 
 #include <cstdint>
@@ -8,9 +9,19 @@
 
 namespace tersetorch {
 
-// Enqueue on `stream`, a cudaStream_t, and return the cudaError_t of that. Pointers are aligned to their element.
-int FixedMatmulCuda(const FixedMatmulArgs& args, void* stream) noexcept;
-// Values [0, size).
-int FixedConvertCuda(const FixedConvertArgs& args, std::int64_t size, void* stream) noexcept;
+struct FixedCudaArgs {
+  const void* x;  // [samples, columns]
+  bool x_wide;
+  const void* packed;  // [panels, words + 1, 16] words
+  bool wide;
+  std::int64_t samples, columns, segments, rows;
+  std::int64_t* sums;  // [samples, rows]
+};
+
+// Enqueue on `stream`, a cudaStream_t, and return the cudaError_t of that. Pointers are aligned to their element, those
+// of packed weights to words.
+int FixedMatmulCuda(const FixedCudaArgs& args, void* stream) noexcept;
+// Samples [0, samples), not split; `added` may be any numbers.
+int FixedConvertCuda(const FixedConvertArgs& args, std::int64_t samples, void* stream) noexcept;
 
 }  // namespace tersetorch
