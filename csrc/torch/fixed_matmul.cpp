@@ -75,7 +75,11 @@ Tensor FixedMatmulOnCpu(const Tensor& x, const Tensor& packed, const std::option
     const FixedSamplesArgs own{from + n * columns * item, inputs.x_wide(), weight.wide, product.split, columns, to};
     ParallelFor(count, GrainItems(1 + columns / 16),
                 [&](std::int64_t begin, std::int64_t end) { FixedSamples(own, begin, end); });
-    product.Run(to, sample_at, count, inputs.conversion.Moved(n * rows));
+    constexpr std::int64_t kWhole = 0;
+    product.Run(to, sample_at, &kWhole, 0, count, inputs.conversion,
+                [&](std::int64_t first, std::int64_t samples, std::int64_t row, const FixedConvertArgs& convert) {
+                  ConvertFrom(convert, (n + first) * rows + row, samples);
+                });
   }
   return *inputs.y;
 }
@@ -90,13 +94,13 @@ Tensor FixedMatmulOnCuda(const Tensor& x, const Tensor& packed, const std::optio
                 offset, dtype, relu);
   const Tensor sums = torch::stable::new_empty(*inputs.x, {inputs.samples, rows}, ScalarType::Long);
   const FixedCudaArgs args{inputs.x->const_data_ptr(), inputs.x_wide(), inputs.weight.packed, inputs.weight.wide,
-                           inputs.samples, inputs.x->size(-1), 1, rows, sums.mutable_data_ptr<std::int64_t>()};
+                           inputs.samples, inputs.x->size(-1), rows, sums.mutable_data_ptr<std::int64_t>(), {}};
   FixedConvertArgs& conversion = inputs.conversion.args;
   conversion.sums = args.sums;
   conversion.sums_stride = rows;
   conversion.added = inputs.conversion.bias;
   call.Check(FixedMatmulCuda(args, call.Stream()));
-  call.Check(FixedConvertCuda(conversion, inputs.samples, call.Stream()));
+  call.Check(FixedConvertCuda(conversion, inputs.samples, 1, call.Stream()));
   return *inputs.y;
 }
 

@@ -29,24 +29,26 @@ struct FixedWeightArgs {
   std::optional<Tensor> tensor;
   const void* packed = nullptr;
   bool wide = false;
-  std::int64_t rows = 0, panels = 0, words = 0, segments = 1;
+  std::int64_t groups = 1, rows = 0, panels = 0, words = 0, segments = 1;  // rows and panels of a group
 };
 
-// A weight [rows, columns] as fixed_pack lays it out.
+// A weight [rows, columns] as fixed_pack lays it out, group by group.
 inline FixedWeightArgs FixedWeightOf(const char* op, Place place, const Tensor& packed, std::int64_t rows,
-                                     std::int64_t columns, std::int64_t segments) {
+                                     std::int64_t columns, std::int64_t segments,
+                                     std::int64_t groups = 1) {
   CheckWhole(op, place, packed, "packed");
   FixedWeightArgs weight;
   weight.wide = packed.scalar_type() == ScalarType::Short;
-  weight.rows = rows;
-  weight.panels = Blocks(std::max<std::int64_t>(0, rows), kFixedPanel);
+  weight.groups = groups;
+  weight.rows = rows / groups;
+  weight.panels = Blocks(std::max<std::int64_t>(0, weight.rows), kFixedPanel);
   weight.segments = segments;
   const std::int64_t of_word = FixedNumbersOfWord(weight.wide);
   weight.words = segments * Blocks(columns / segments, of_word);
   STD_TORCH_CHECK(rows >= 0, op, ": rows must be at least 0, got ", rows, "; pass those of the weight");
-  STD_TORCH_CHECK(packed.dim() == 4 && packed.size(0) == weight.panels && packed.size(1) == weight.words + 1 &&
+  STD_TORCH_CHECK(packed.dim() == 4 && packed.size(0) == groups * weight.panels && packed.size(1) == weight.words + 1 &&
                       packed.size(2) == kFixedPanel && packed.size(3) == of_word,
-                  op, ": packed must be [", weight.panels, ", ", weight.words + 1, ", ", kFixedPanel, ", ", of_word,
+                  op, ": packed must be [", groups * weight.panels, ", ", weight.words + 1, ", ", kFixedPanel, ", ", of_word,
                   "] for ", rows, " rows and ", columns, " columns, got ", packed.dim(), "-D with ",
                   packed.dim() > 0 ? packed.size(0) : 0, " panels of ", packed.dim() > 1 ? packed.size(1) : 0,
                   "; pass what fixed_pack returns, and x with as many features as the weight has columns");
@@ -56,19 +58,19 @@ inline FixedWeightArgs FixedWeightOf(const char* op, Place place, const Tensor& 
 }
 
 struct FixedConversionArgs {
-  // Of the values that come after so many.
-  FixedConversionArgs Moved(std::int64_t values) const {
-    static constexpr std::int64_t kBytes[] = {4, 1, 2, 4};
-    FixedConversionArgs moved = *this;
-    moved.args.offset += static_cast<std::uint64_t>(values);
-    moved.args.y = static_cast<char*>(args.y) + values * kBytes[static_cast<int>(args.as)];
-    return moved;
-  }
-
   std::optional<Tensor> tensor;
   const std::int64_t* bias = nullptr;
   FixedConvertArgs args{};
 };
+
+inline std::int64_t FixedBytes(FixedAs as) { return as == FixedAs::kInt8 ? 1 : as == FixedAs::kInt16 ? 2 : 4; }
+
+// Converts to the values from number `first` on of y.
+inline void ConvertFrom(FixedConvertArgs args, std::int64_t first, std::int64_t samples) {
+  args.offset += static_cast<std::uint64_t>(first);
+  args.y = static_cast<char*>(args.y) + first * FixedBytes(args.as);
+  FixedConvert(args, 0, samples);
+}
 
 // To the nearest, until the caller says otherwise.
 inline FixedConversionArgs FixedConversionOf(const char* op, Place place, const std::optional<Tensor>& bias,
@@ -111,7 +113,7 @@ class FixedProduct {
     chunk_words_ = kMostWords;
     if (!weight.wide) return;
     std::int64_t largest_w = 1;
-    for (std::int64_t panel = 0; panel < weight.panels; ++panel) {
+    for (std::int64_t panel = 0; panel < weight.groups * weight.panels; ++panel) {
       const auto* last = static_cast<const char*>(weight.packed) +
                          ((panel + 1) * (weight.words + 1) - 1) * kFixedPanel * kFixedWord;
       for (std::int64_t r = 0; r < kFixedPanel; ++r) {
@@ -128,39 +130,41 @@ class FixedProduct {
   // Samples of kernels for each of x's.
   std::int64_t Copies() const { return split ? 2 : 1; }
 
-  // Converts the products of `samples` samples, which lie at sample_at, Copies() of each, from x on.
-  void Run(const void* x, const std::int64_t* sample_at, std::int64_t samples, const FixedConversionArgs& conversion,
-           const std::int64_t* segment_at = nullptr) const {
-    constexpr std::int64_t kNone = 0;
+  // Calls put(first, count, row, conversion) for every block of samples and every tile of rows: its sums, ready to be
+  // converted. Of sample n the Copies() lie at sample_at from x on, those of a group group_bytes after those before.
+  template <typename Put>
+  void Run(const void* x, const std::int64_t* sample_at, const std::int64_t* segment_at, std::int64_t group_bytes,
+           std::int64_t samples, const FixedConversionArgs& conversion, const Put& put) const {
     const std::int64_t tiles = Blocks(weight_.panels, kFixedTilePanels), blocks = Blocks(samples, kFixedBlock);
     const std::int64_t grain = GrainItems(std::min(samples, kFixedBlock) * Copies() * (4 * weight_.words + 32));
-    ParallelRanges(blocks, tiles, grain, [&](std::int64_t block, std::int64_t begin, std::int64_t end) {
+    ParallelRanges(blocks, weight_.groups * tiles, grain, [&](std::int64_t block, std::int64_t begin, std::int64_t end) {
       const std::int64_t first = block * kFixedBlock, count = std::min(kFixedBlock, samples - first);
       Scratch scratch(8 * kFixedTile * Copies() * count);
-      FixedMatmulArgs args{x,
-                           weight_.wide,
-                           Copies() * count,
-                           weight_.segments,
-                           weight_.words / weight_.segments,
-                           chunk_words_,
-                           sample_at + Copies() * first,
-                           segment_at == nullptr ? &kNone : segment_at,
-                           weight_.packed,
-                           scratch.Data<std::int64_t>()};
-      for (std::int64_t tile = begin; tile < end; ++tile) {
-        const std::int64_t panel = tile * kFixedTilePanels, row = panel * kFixedPanel;
-        FixedMatmul(args, panel, std::min(kFixedTilePanels, weight_.panels - panel));
-        FixedConvertArgs convert = conversion.Moved(first * conversion.args.y_stride + row).args;
+      for (std::int64_t item = begin; item < end; ++item) {
+        const std::int64_t group = item / tiles, panel = item % tiles * kFixedTilePanels;
+        const std::int64_t in_group = panel * kFixedPanel, row = group * weight_.rows + in_group;
+        const FixedMatmulArgs args{static_cast<const char*>(x) + group * group_bytes,
+                                   weight_.wide,
+                                   Copies() * count,
+                                   weight_.segments,
+                                   weight_.words / weight_.segments,
+                                   chunk_words_,
+                                   sample_at + Copies() * first,
+                                   segment_at,
+                                   weight_.packed,
+                                   scratch.Data<std::int64_t>()};
+        FixedMatmul(args, group * weight_.panels + panel, std::min(kFixedTilePanels, weight_.panels - panel));
+        FixedConvertArgs convert = conversion.args;
         convert.sums = args.sums;
         convert.sums_stride = kFixedTile;
         convert.split = split;
-        convert.rows = std::min(kFixedTile, weight_.rows - row);
+        convert.rows = std::min(kFixedTile, weight_.rows - in_group);
         std::int64_t added[kFixedTile];
         for (std::int64_t r = 0; conversion.bias != nullptr && r < convert.rows; ++r) {
           added[r] = std::clamp(conversion.bias[row + r], -kFixedMostBias, kFixedMostBias);
         }
         convert.added = conversion.bias == nullptr ? nullptr : added;
-        FixedConvert(convert, 0, count);
+        put(first, count, row, convert);
       }
     });
   }

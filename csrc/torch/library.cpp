@@ -247,4 +247,11 @@ STABLE_TORCH_LIBRARY(tersetorch, m) {
   m.def(
       "fixed_matmul(Tensor x, Tensor packed, Tensor? bias, int rows, int sum_fraction_bits, int integer_bits, int "
       "fraction_bits, ScalarType dtype, str rounding='nearest', int seed=0, int offset=0, bool relu=False) -> Tensor");
+  // x int8 or int16 [N, C, H, W], packed weights [rows, kernel * channels], the channels of a pixel together, group by
+  // group: of kernel_size[0] segments where there is one group and no dilation across, else one for each pixel; the rest
+  // as fixed_matmul, to the nearest -> [N, rows, H', W'] in the memory format of x
+  m.def(
+      "fixed_conv2d(Tensor x, Tensor packed, Tensor? bias, int rows, int[] kernel_size, int[] stride, int[] padding, "
+      "int[] dilation, int groups, int sum_fraction_bits, int integer_bits, int fraction_bits, ScalarType dtype, bool "
+      "relu=False) -> Tensor");
 }

@@ -2,6 +2,7 @@
 
 #include "kernels/common/cpu_isa.h"
 #include "kernels/common/scalars.h"
+#include "kernels/fixed_matmul/fixed_numbers.h"
 
 namespace tersetorch {
 namespace {
@@ -44,14 +45,6 @@ void Pack(const FixedPackArgs& a, std::int64_t begin, std::int64_t end) {
   }
 }
 
-template <typename From, typename To, typename Change>
-void Copy(const void* from, std::int64_t first, std::int64_t count, void* to, const Change& change) {
-  for (std::int64_t i = 0; i < count; ++i) Put(to, i, static_cast<To>(change(int{At<From>(from, first + i)})));
-}
-
-int High(int x) { return (x + 128) >> 8; }
-int Low(int x) { return x - 256 * High(x); }
-
 }  // namespace
 
 void FixedPack(const FixedPackArgs& args, std::int64_t begin, std::int64_t end) noexcept {
@@ -60,26 +53,13 @@ void FixedPack(const FixedPackArgs& args, std::int64_t begin, std::int64_t end) 
 
 void FixedSamples(const FixedSamplesArgs& a, std::int64_t begin, std::int64_t end) noexcept {
   const std::int64_t of_word = FixedNumbersOfWord(a.wide), words = (a.columns + of_word - 1) / of_word;
-  const std::int64_t size = words * kFixedWord;
-  const auto same = [](int x) { return x; };
-  for (std::int64_t n = begin; n < end; ++n) {
-    char* to = static_cast<char*>(a.to) + n * size * (a.split ? 2 : 1);
-    const std::int64_t first = n * a.columns;
-    // Their weights are 0.
-    for (std::int64_t i = 0; i < (a.split ? 2 : 1); ++i) {
-      if (words > 0) Put(to + i * size, words - 1, std::int32_t{0});
+  WithNumbers(a.x_wide, a.wide, a.split, [&](auto from, auto into, const auto& change, int copy) {
+    for (std::int64_t n = begin; n < end; ++n) {
+      char* to = static_cast<char*>(a.to) + (a.split ? 2 * n + copy : n) * words * kFixedWord;
+      if (words > 0) Put(to, words - 1, std::int32_t{0});  // past the last column, where weights are 0
+      CopyNumbers<decltype(from), decltype(into)>(a.x, n * a.columns, a.columns, to, change);
     }
-    if (!a.wide) {
-      Copy<std::int8_t, std::uint8_t>(a.x, first, a.columns, to, [](int x) { return x + 128; });
-    } else if (!a.x_wide) {
-      Copy<std::int8_t, std::int16_t>(a.x, first, a.columns, to, same);
-    } else if (!a.split) {
-      Copy<std::int16_t, std::int16_t>(a.x, first, a.columns, to, same);
-    } else {
-      Copy<std::int16_t, std::int16_t>(a.x, first, a.columns, to, High);
-      Copy<std::int16_t, std::int16_t>(a.x, first, a.columns, to + size, Low);
-    }
-  }
+  });
 }
 
 std::int64_t FixedLargest(const void* numbers, std::int64_t count) noexcept {

@@ -15,7 +15,46 @@ struct PanelTile {
   };
 };
 
-template <typename Tile, typename X, typename Whole>
+// Number i of x: the branch is the same for all threads, types for it would multiply the kernels.
+__device__ int NumberAt(const FixedCudaArgs& a, std::int64_t i) {
+  return a.x_wide ? static_cast<const std::int16_t*>(a.x)[i] : static_cast<const std::int8_t*>(a.x)[i];
+}
+
+// Samples as rows of a matrix.
+struct MatrixSamples {
+  __device__ MatrixSamples(const FixedCudaArgs& a, std::int64_t, std::int64_t first) : x(first * a.columns) {}
+  __device__ static std::int64_t Segments(const FixedCudaArgs&) { return 1; }
+  __device__ static std::int64_t Columns(const FixedCudaArgs& a) { return a.columns; }
+  // Of sample s, number `within` of a segment.
+  __device__ int At(const FixedCudaArgs& a, std::int64_t, std::int64_t within, int s) const {
+    return NumberAt(a, x + s * a.columns + within);
+  }
+  std::int64_t x;
+};
+
+// Samples as windows of images.
+struct WindowSamples {
+  __device__ WindowSamples(const FixedCudaArgs&, std::int64_t of_group, std::int64_t from)
+      : group(of_group), first(from) {}
+  __device__ static std::int64_t Segments(const FixedCudaArgs& a) { return a.images.Segments(); }
+  __device__ static std::int64_t Columns(const FixedCudaArgs& a) {
+    return a.images.channels / a.images.groups * a.images.kernel_h * a.images.kernel_w;
+  }
+  __device__ int At(const FixedCudaArgs& a, std::int64_t segment, std::int64_t within, int s) const {
+    const FixedImages& i = a.images;
+    const std::int64_t channels = i.channels / i.groups, n = first + s, window = n % i.Windows();
+    const std::int64_t tap = i.RowsAreSegments() ? segment * i.kernel_w + within / channels : segment;
+    const std::int64_t high = window / i.out_width * i.stride_h - i.pad_h + tap / i.kernel_w * i.dilation_h;
+    const std::int64_t wide = window % i.out_width * i.stride_w - i.pad_w + tap % i.kernel_w * i.dilation_w;
+    if (high < 0 || high >= i.height || wide < 0 || wide >= i.width) return 0;
+    const std::int64_t pixel = high * i.width + wide, pixels = i.height * i.width;
+    const std::int64_t channel = group * channels + within % channels, image = n / i.Windows() * i.channels * pixels;
+    return NumberAt(a, image + (i.channels_last ? pixel * i.channels + channel : channel * pixels + pixel));
+  }
+  std::int64_t group, first;
+};
+
+template <typename Tile, typename Samples, typename Whole>
 __global__ void __launch_bounds__(Tile::kThreads) MultiplyPanels(FixedCudaArgs a) {
   constexpr int kOfWord = static_cast<int>(kFixedWord / sizeof(Whole));
   struct alignas(kFixedWord) Word {
@@ -23,26 +62,27 @@ __global__ void __launch_bounds__(Tile::kThreads) MultiplyPanels(FixedCudaArgs a
   };
   auto& memory = SharedMemory<typename Tile::Memory>();
   const int thread = static_cast<int>(threadIdx.x), row = thread % Tile::kRows, warp = thread / kWarpSize;
-  const std::int64_t segment = a.columns / a.segments, segment_words = CeilDiv(segment, kOfWord);
-  const std::int64_t words = a.segments * segment_words;
+  const std::int64_t segments = Samples::Segments(a), segment = Samples::Columns(a) / segments;
+  const std::int64_t segment_words = CeilDiv(segment, kOfWord), words = segments * segment_words;
   const auto* w = static_cast<const Word*>(a.packed) + blockIdx.x * (words + 1) * Tile::kRows + row;
-  const std::int64_t first_row = std::int64_t{blockIdx.x} * Tile::kRows;
+  const std::int64_t rows = a.rows / a.images.groups, panels = CeilDiv(rows, Tile::kRows);
+  const std::int64_t group = blockIdx.x / panels, in_group = blockIdx.x % panels * Tile::kRows + row;
   for (std::int64_t first = std::int64_t{blockIdx.y} * Tile::kSamples; first < a.samples;
        first += std::int64_t{gridDim.y} * Tile::kSamples) {
     const std::int64_t left = a.samples - first;
     const int samples = static_cast<int>(left < Tile::kSamples ? left : Tile::kSamples);
+    const Samples x(a, group, first);
     long long sums[Tile::kSamples] = {};
     for (std::int64_t i = thread / Tile::kRows; i < words; i += Tile::kParts) {
       const Word numbers = w[i * Tile::kRows];
       const std::int64_t within = i % segment_words * kOfWord;
-      const auto* x = static_cast<const X*>(a.x) + first * a.columns + i / segment_words * segment + within;
 #pragma unroll
       for (int k = 0; k < kOfWord; ++k) {
         if (within + k >= segment) break;
         const int number = numbers.number[k];
 #pragma unroll
         for (int s = 0; s < Tile::kSamples; ++s) {
-          if (s < samples) sums[s] += number * static_cast<int>(x[s * a.columns + k]);  // at most 2^30
+          if (s < samples) sums[s] += number * x.At(a, i / segment_words, within + k, s);  // at most 2^30
         }
       }
     }
@@ -53,10 +93,10 @@ __global__ void __launch_bounds__(Tile::kThreads) MultiplyPanels(FixedCudaArgs a
     }
     __syncthreads();
     const int s = thread / Tile::kRows;
-    if (s < samples && first_row + row < a.rows) {
+    if (s < samples && in_group < rows) {
       long long sum = 0;
       for (int one = 0; one < Tile::kWarps; ++one) sum += memory.of_warp[one][s][row];
-      a.sums[(first + s) * a.rows + first_row + row] = sum;
+      a.sums[(first + s) * a.rows + group * rows + in_group] = sum;
     }
     __syncthreads();
   }
@@ -67,7 +107,7 @@ struct ConvertTile {
 };
 
 template <typename Tile>
-__global__ void __launch_bounds__(Tile::kThreads) ConvertValues(FixedConvertArgs a, std::int64_t size) {
+__global__ void __launch_bounds__(Tile::kThreads) ConvertValues(FixedConvertArgs a, std::int64_t size, std::int64_t pixels) {
   const std::int64_t i = std::int64_t{blockIdx.x} * Tile::kThreads + threadIdx.x;
   if (i >= size) return;
   const std::int64_t n = i / a.rows, r = i % a.rows, value = n * a.y_stride + r;
@@ -75,28 +115,32 @@ __global__ void __launch_bounds__(Tile::kThreads) ConvertValues(FixedConvertArgs
   const std::int64_t added = of_row < -kFixedMostBias ? -kFixedMostBias : min(of_row, kFixedMostBias);
   const FixedConversion conversion(a.sum_fraction_bits, a.integer_bits, a.fraction_bits, a.stochastic, a.relu);
   const std::uint32_t u = conversion.random ? RandomBits(a.seed, a.offset + static_cast<std::uint64_t>(value)) : 0;
-  PutFixed(a.y, value, conversion.Of(a.sums[n * a.sums_stride + r] + added, u), a.fraction_bits, a.as);
+  const std::int64_t place = ((n / pixels) * a.rows + r) * pixels + n % pixels;
+  PutFixed(a.y, pixels == 1 ? value : place, conversion.Of(a.sums[n * a.sums_stride + r] + added, u), a.fraction_bits, a.as);
+}
+
+template <typename Samples>
+int Multiply(const FixedCudaArgs& a, void* stream) {
+  if (a.rows == 0 || a.samples == 0) return cudaSuccess;
+  using Tile = PanelTile;
+  constexpr unsigned kMost = 1024;  // with one panel they fill a GPU
+  const std::int64_t panels = a.images.groups * CeilDiv(a.rows / a.images.groups, Tile::kRows);
+  const dim3 grid(static_cast<unsigned>(panels), std::min(BlocksOnY(a.samples, Tile::kSamples), kMost));
+  return Launch(a.wide ? MultiplyPanels<Tile, Samples, std::int16_t> : MultiplyPanels<Tile, Samples, std::int8_t>, grid,
+                Tile::kThreads, stream, a);
 }
 
 }  // namespace
 
-int FixedMatmulCuda(const FixedCudaArgs& a, void* stream) noexcept {
-  if (a.rows == 0 || a.samples == 0) return cudaSuccess;
-  using Tile = PanelTile;
-  constexpr unsigned kMost = 1024;  // with one panel they fill a GPU
-  const dim3 grid(static_cast<unsigned>(CeilDiv(a.rows, Tile::kRows)),
-                  std::min(BlocksOnY(a.samples, Tile::kSamples), kMost));
-  const auto launch = [&](auto* kernel) { return Launch(kernel, grid, Tile::kThreads, stream, a); };
-  if (!a.wide) return launch(MultiplyPanels<Tile, std::int8_t, std::int8_t>);
-  return a.x_wide ? launch(MultiplyPanels<Tile, std::int16_t, std::int16_t>)
-                  : launch(MultiplyPanels<Tile, std::int8_t, std::int16_t>);
-}
+int FixedMatmulCuda(const FixedCudaArgs& a, void* stream) noexcept { return Multiply<MatrixSamples>(a, stream); }
 
-int FixedConvertCuda(const FixedConvertArgs& a, std::int64_t samples, void* stream) noexcept {
+int FixedConv2dCuda(const FixedCudaArgs& a, void* stream) noexcept { return Multiply<WindowSamples>(a, stream); }
+
+int FixedConvertCuda(const FixedConvertArgs& a, std::int64_t samples, std::int64_t pixels, void* stream) noexcept {
   const std::int64_t size = samples * a.rows;
   if (size == 0) return cudaSuccess;
   const dim3 grid(static_cast<unsigned>(CeilDiv(size, ConvertTile::kThreads)));
-  return Launch(ConvertValues<ConvertTile>, grid, ConvertTile::kThreads, stream, a, size);
+  return Launch(ConvertValues<ConvertTile>, grid, ConvertTile::kThreads, stream, a, size, pixels);
 }
 
 }  // namespace tersetorch
