@@ -167,7 +167,7 @@ def test_bad_input_is_refused():
     for arguments, options, error, sentence in (
         ((0, 8, 3), {}, ValueError, "in_channels must be from 1"),
         ((3.0, 8, 3), {}, TypeError, "in_channels must be an int"),
-        ((3, 8, (3, 3, 3)), {}, TypeError, "kernel_size must be an int or two"),
+        ((3, 8, (3, 3, 3)), {}, TypeError, "kernel_size must be an int or 2 of them"),
         ((3, 8, 3), {"stages": 9}, ValueError, "stages must be from 1 to 8, got 9"),
         ((3, 8, 3), {"rank": 0}, ValueError, "rank must be from 1"),
         ((3, 8, 4), {"padding": "same"}, ValueError, "'same' for odd kernels"),
