@@ -14,7 +14,7 @@ from torch.nn.functional import conv2d
 
 from tersetorch import ops
 from tersetorch.nn.conv_sizes import ConvSizes, Sizes
-from tersetorch.nn.dense_form import FLOATS, changed, check_size
+from tersetorch.nn.dense_form import FLOATS, changed, check_relu, check_size
 
 LAYOUTS = ("chain", "fused")
 # Of a filter's norm: what float32 leaves of a filter that is a product.
@@ -34,8 +34,9 @@ class FlattenedConv2d(ConvSizes[nn.Conv2d]):
     A stage has M = rank * out_channels maps: l = conv2d(x, lateral_s) + lateral_bias_s over channels, then down and
     along each map v = conv2d(l, vertical_s) + vertical_bias_s and h = conv2d(v, horizontal_s), and
     y[f] = bias_s[f] + the sum of h[r * out_channels + f] over r < rank. l and v are padded with zeros. There is no
-    nonlinearity inside. With one stage, a rank of 1 and no other bias than the last it is the convolution with
-    lateral[f, c] * vertical[f, i] * horizontal[f, j]: C + kh + kw numbers a filter in the place of C * kh * kw.
+    nonlinearity inside; with relu what the last stage gives is at least 0. With one stage, a rank of 1 and no other
+    bias than the last it is the convolution with lateral[f, c] * vertical[f, i] * horizontal[f, j]: C + kh + kw numbers
+    a filter in the place of C * kh * kw.
 
     Parameters of stage s: lateral_s [M, C], vertical_s [M, kh], horizontal_s [M, kw], lateral_bias_s and
     vertical_bias_s [M], bias_s [out_channels]. They begin so that y has the variance that nn.Conv2d's has.
@@ -57,6 +58,7 @@ class FlattenedConv2d(ConvSizes[nn.Conv2d]):
         stages: how many follow each other; the paper takes two.
         rank: filters that add up to one of a stage's channels.
         bias: whether there are any.
+        relu: whether negative results become 0; of the layer, not of its weight: to_dense() and .weight leave it out.
         device, dtype: of the parameters.
 
     Raises:
@@ -88,12 +90,15 @@ class FlattenedConv2d(ConvSizes[nn.Conv2d]):
         stages: int = 1,
         rank: int = 1,
         bias: bool = True,
+        relu: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(bias, bool):
             raise TypeError(f"FlattenedConv2d: bias must be True or False, got {bias!r}; pass a bool")
+        check_relu("FlattenedConv2d", relu)
+        self.relu = relu
         most = 2**31 - 1
         for name, value, limit in (
             ("in_channels", in_channels, most),
@@ -241,7 +246,7 @@ class FlattenedConv2d(ConvSizes[nn.Conv2d]):
         return cls(in_channels, out_channels, kernel_size, **more).pack(layout)
 
     def _config(self) -> dict[str, Any]:
-        own = changed(self, {"stages": 1, "rank": 1, "layout": self.plain_layout})
+        own = changed(self, {"stages": 1, "rank": 1, "layout": self.plain_layout, "relu": False})
         return {**own, **({} if self.biased else {"bias": False})}
 
     @property
@@ -424,8 +429,8 @@ class FlattenedConv2d(ConvSizes[nn.Conv2d]):
             if stages is not None:
                 try:
                     if input.dim() == 4:
-                        return _flat_conv2d(input, stages, self._op_sizes, False)  # type: ignore[no-any-return]
-                    y: Tensor = _flat_conv2d(input.unsqueeze(0), stages, self._op_sizes, False)
+                        return _flat_conv2d(input, stages, self._op_sizes, self.relu)  # type: ignore[no-any-return]
+                    y: Tensor = _flat_conv2d(input.unsqueeze(0), stages, self._op_sizes, self.relu)
                     return y.squeeze(0)
                 except (AttributeError, IndexError, RuntimeError, TypeError):
                     self._check(input)  # what nearly every call passes is asked for only here
@@ -453,6 +458,8 @@ class FlattenedConv2d(ConvSizes[nn.Conv2d]):
                 x = x.unflatten(1, (self.rank, self.out_channels)).sum(1)
                 x = x if bias is None else x + bias.to(x.dtype).view(-1, 1, 1)
             sh = sw = 1
+        if self.relu:
+            x = x.relu_()  # made here, and no gradient needs it
         return x if torch.is_autocast_enabled(x.device.type) else x.to(dtype)
 
     def _zeros(self) -> tuple[int, ...]:
@@ -472,7 +479,7 @@ class FlattenedConv2d(ConvSizes[nn.Conv2d]):
 
     def _shown(self) -> list[str]:
         shown = [f"stages={self.stages}", f"rank={self.rank}", f"bias={self.biased}"]
-        return shown + [f"layout={self._layout}"] * (self._layout != self.plain_layout)
+        return shown + [f"layout={self._layout}"] * (self._layout != self.plain_layout) + ["relu=True"] * self.relu
 
 
 def _followed(first: Tensor, second: Tensor, step: tuple[int, ...]) -> Tensor:
