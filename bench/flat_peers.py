@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from tersetorch.nn import FlattenedConv2d
 
 from .cases import Case, Flat
+from .engines import onnxruntime_graph, openvino_graph
 from .implementations import Implementation, Packed
 
 _NCHW, _NHWC = torch.contiguous_format, torch.channels_last
@@ -84,46 +84,24 @@ def _openvino(case: Case, weight: Tensor, batch: int, threads: int) -> Packed:
         else:
             y = opset13.group_convolution(y, opset13.constant(filters[:, None].numpy()), ones, ends, ends, ones)
         y = opset13.add(y, opset13.constant(conv.bias.detach().view(1, -1, 1, 1).numpy()))
-    settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": 1}
-    request = openvino.compile_model(openvino.Model([y], [parameter]), "CPU", settings).create_infer_request()
-
-    def bind(x: Tensor) -> Callable[[], Any]:
-        feed = [x.numpy()]
-        return lambda: request.infer(feed, share_inputs=True, share_outputs=True)[0]
-
-    return Packed(bind, weight.nbytes)
+    return Packed(openvino_graph(parameter, y, threads), weight.nbytes)
 
 
 def _onnxruntime(case: Case, weight: Tensor, batch: int, threads: int) -> Packed:
-    import onnxruntime
-    from onnx import TensorProto, helper, numpy_helper
+    from onnx import helper
 
     assert isinstance(case, Flat)
-    nodes, constants = [], []
-    for i, conv in enumerate(_Chain(case, weight).convs):
+    convs = list(_Chain(case, weight).convs)
+    names = ["x", *(f"y{i}" for i in range(1, len(convs))), "y"]
+    nodes: list[object] = []
+    weights: dict[str, Tensor] = {}
+    for i, conv in enumerate(convs):
         assert isinstance(conv, nn.Conv2d) and conv.bias is not None and not isinstance(conv.padding, str)
-        inputs = [f"x{i}", f"w{i}", f"b{i}"]
-        nodes.append(helper.make_node("Conv", inputs, [f"x{i + 1}"], pads=[*conv.padding] * 2, group=conv.groups))
-        held = zip(inputs[1:], (conv.weight, conv.bias), strict=True)
-        constants += [numpy_helper.from_array(tensor.detach().numpy(), name) for name, tensor in held]
-    graph = helper.make_graph(
-        nodes,
-        "chain",
-        [helper.make_tensor_value_info("x0", TensorProto.FLOAT, [batch, *case.samples(1).shape[1:]])],
-        [helper.make_tensor_value_info(f"x{len(nodes)}", TensorProto.FLOAT, None)],
-        constants,
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.add_session_config_entry("session.force_spinning_stop", "1")  # its threads would disturb the next call
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-
-    def bind(x: Tensor) -> Callable[[], Any]:
-        feed = {"x0": x.numpy()}
-        return lambda: session.run(None, feed)[0]
-
-    return Packed(bind, weight.nbytes)
+        inputs, pads = [names[i], f"w{i}", f"b{i}"], [*conv.padding] * 2
+        nodes.append(helper.make_node("Conv", inputs, [names[i + 1]], pads=pads, group=conv.groups))
+        weights |= {f"w{i}": conv.weight.detach(), f"b{i}": conv.bias.detach()}
+    shape = [batch, *case.samples(1).shape[1:]]
+    return Packed(onnxruntime_graph(nodes, weights, shape, threads), weight.nbytes)
 
 
 FLAT = (

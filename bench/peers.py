@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .cases import Case, Conv
+from .engines import onnxruntime_graph, openvino_graph
 from .implementations import Implementation, Packed
 
 _mkldnn: Any = torch.ops.mkldnn
@@ -76,8 +77,7 @@ def _scipy_csr(case: Case, weight: Tensor, batch: int, threads: int) -> Packed:
 
 
 def _onnxruntime(case: Case, weight: Tensor, batch: int, threads: int) -> Packed:
-    import onnxruntime
-    from onnx import TensorProto, helper, numpy_helper
+    from onnx import helper
 
     if isinstance(case, Conv):
         node = helper.make_node(
@@ -88,24 +88,7 @@ def _onnxruntime(case: Case, weight: Tensor, batch: int, threads: int) -> Packed
         node = helper.make_node("MatMul", ["x", "w"], ["y"])
         stored = weight.T.contiguous()
     shape = [batch, *case.samples(1).shape[1:]]
-    graph = helper.make_graph(
-        [node],
-        "layer",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
-        [numpy_helper.from_array(stored.numpy(), "w")],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.add_session_config_entry("session.force_spinning_stop", "1")  # its threads would disturb the next call
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-
-    def bind(x: Tensor) -> Callable[[], Any]:
-        feed = {"x": x.numpy()}
-        return lambda: session.run(None, feed)[0]
-
-    return Packed(bind, weight.nbytes)
+    return Packed(onnxruntime_graph([node], {"w": stored}, shape, threads), weight.nbytes)
 
 
 def _openvino(case: Case, weight: Tensor, batch: int, threads: int) -> Packed:
@@ -122,14 +105,7 @@ def _openvino(case: Case, weight: Tensor, batch: int, threads: int) -> Packed:
             y = opset13.group_convolution(x, opset13.constant(grouped), steps, ends, ends, [1, 1])
     else:
         y = opset13.matmul(x, opset13.constant(weight.numpy()), False, True)
-    settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": 1}
-    request = openvino.compile_model(openvino.Model([y], [x]), "CPU", settings).create_infer_request()
-
-    def bind(x: Tensor) -> Callable[[], Any]:
-        feed = [x.numpy()]
-        return lambda: request.infer(feed, share_inputs=True, share_outputs=True)[0]
-
-    return Packed(bind, weight.nbytes)
+    return Packed(openvino_graph(x, y, threads), weight.nbytes)
 
 
 def _litert(case: Case, weight: Tensor, batch: int, threads: int) -> Packed:

@@ -2,6 +2,7 @@
 
 import copy
 
+import pytest
 import torch
 from torch import nn
 
@@ -23,12 +24,24 @@ def test_told_by_name_and_back():
     converted = tt.convert(model, x, plan={"0": "flattened_conv2d"})
     assert [converted[i].layout for i in (0, 2)] == ["fused", "chain"] and model[0].layout == "chain"
     assert all(torch.equal(before[name], tensor) for name, tensor in converted.state_dict().items())
+    assert converted[0].relu and type(converted[1]) is nn.Identity and not model[0].relu
     with torch.no_grad():
         torch.testing.assert_close(converted(x), model(x), rtol=1e-4, atol=1e-5)
         assert converted[0].packed_0 is not None
     again = tt.convert(converted, x, plan={"2": "flattened_conv2d"})
     assert [again[i].layout for i in (0, 2)] == ["chain", "fused"]
+    assert not again[0].relu and type(again[1]) is nn.ReLU and again[1].inplace
     assert tt.report(again).plan == {"0": "dense", "2": "flattened_conv2d", "4": "dense"}
+
+
+def test_its_own_relu_stays():
+    model = network().eval()
+    model[2].relu = True
+    assert tt.convert(model, plan={"0": "flattened_conv2d"})[2].relu
+    with pytest.raises(ValueError, match="a ReLU of its own"):
+        tt.convert(model, plan={"2": "flattened_conv2d"})
+    model[2].pack("fused")  # without an nn.Identity behind it nobody knows whose it is
+    assert (again := tt.convert(model, plan={"0": "flattened_conv2d"})[2]).relu and again.layout == "fused"
 
 
 def test_measured():

@@ -56,6 +56,25 @@ def test_layouts_compute_the_same(sizes, options):
     assert layer.get_parameter("lateral_0").requires_grad and layer(x).requires_grad
 
 
+@pytest.mark.parametrize("sizes,options", SIZES[1:3])
+def test_relu(sizes, options):
+    layer = seeded(sizes, **options)
+    fused = copy.deepcopy(layer).pack("fused").eval()
+    x = images(layer)
+    x[0, 0, 0, 0] = torch.nan
+    want = layer(x).relu()
+    with torch.no_grad():
+        inferred = fused(x).relu()
+        layer.relu = fused.relu = True
+        assert torch.equal(fused(x).nan_to_num(-1), inferred.nan_to_num(-1)) and (inferred == 0).any()
+        assert torch.equal(torch.compile(fused, fullgraph=True, backend="aot_eager")(x[1:]), inferred[1:])
+    got = layer(x)
+    assert torch.equal(got.nan_to_num(-1), want.nan_to_num(-1)) and got.isnan().any()
+    grads = [torch.autograd.grad(y[1].square().sum(), layer.lateral_0)[0] for y in (got, want)]
+    assert torch.equal(*(grad.nan_to_num(-1) for grad in grads))
+    assert "relu=True" in repr(layer) and FlattenedConv2d.of_sizes(**fused.sizes).relu
+
+
 def test_the_papers_identity():
     """A filter that is a product of three equals lateral, vertical, horizontal in sequence, biases 0 but the last."""
     dense = rank_one(padding=(1, 2))
@@ -167,7 +186,7 @@ def test_bad_input_is_refused():
     for arguments, options, error, sentence in (
         ((0, 8, 3), {}, ValueError, "in_channels must be from 1"),
         ((3.0, 8, 3), {}, TypeError, "in_channels must be an int"),
-        ((3, 8, (3, 3, 3)), {}, TypeError, "kernel_size must be an int or two"),
+        ((3, 8, (3, 3, 3)), {}, TypeError, "kernel_size must be an int or 2 of them"),
         ((3, 8, 3), {"stages": 9}, ValueError, "stages must be from 1 to 8, got 9"),
         ((3, 8, 3), {"rank": 0}, ValueError, "rank must be from 1"),
         ((3, 8, 4), {"padding": "same"}, ValueError, "'same' for odd kernels"),
@@ -175,6 +194,7 @@ def test_bad_input_is_refused():
         ((3, 8, 3), {"padding": "reflect"}, ValueError, "padding must be numbers"),
         ((3, 8, 3), {"padding": -1}, ValueError, "padding must be at least 0"),
         ((3, 8, 3), {"bias": 1}, TypeError, "bias must be True or False"),
+        ((3, 8, 3), {"relu": 1}, TypeError, "relu must be True or False"),
     ):
         with pytest.raises(error, match=sentence):
             FlattenedConv2d(*arguments, **options)

@@ -26,12 +26,13 @@ def test_come_back_to_the_bit(tmp_path):
         FlattenedConv2d(8, 6, 3, stride=2, padding=1, rank=2, bias=False),
     ).eval()
     model[0].pack("fused")
+    model[2].relu = True
     model[2].lateral_0.requires_grad_(False)
     x = torch.randn(2, 3, 9, 9)
     tt.save(model, tmp_path / "m.terse")
     found = tt.load(tmp_path / "m.terse")
     assert [layer.layout for layer in (found[0], found[2])] == ["fused", "chain"]
-    assert not found[2].lateral_0.requires_grad
+    assert not found[2].lateral_0.requires_grad and found[2].relu and not found[0].relu
     with torch.no_grad():
         assert torch.equal(found(x), model(x))
     tt.save(found, tmp_path / "again.terse")

@@ -21,6 +21,7 @@
 
 #include <cstdint>
 
+#include "kernels/common/everywhere.h"
 #include "kernels/common/export.h"
 #include "kernels/common/float_dtype.h"
 
@@ -29,6 +30,18 @@ namespace tersetorch {
 inline constexpr std::int64_t kFixedMaxBits = 24;  // of a format: float32 has every such number
 
 enum class FixedAs : int { kFloats, kInt8, kInt16, kInt32 };  // floats as x is stored
+
+// Calls use with k as a number of the type that `as`, one of whole numbers, names.
+template <typename Use>
+TERSETORCH_EVERYWHERE void WithWhole(FixedAs as, std::int32_t k, const Use& use) {
+  if (as == FixedAs::kInt8) {
+    use(static_cast<std::int8_t>(k));
+  } else if (as == FixedAs::kInt16) {
+    use(static_cast<std::int16_t>(k));
+  } else {
+    use(k);
+  }
+}
 
 struct FixedRoundArgs {
   const void* x;

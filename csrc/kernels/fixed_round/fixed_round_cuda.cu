@@ -28,20 +28,10 @@ __device__ inline int Rounded(const FixedRoundArgs& a, float x, float scale, flo
 template <typename Float>
 __device__ void Put(const FixedRoundArgs& a, std::int64_t i, Float x, int k, float step) {
   const bool nan = ToFloat(x) != ToFloat(x);
-  const int whole = nan ? 0 : k;
-  switch (a.as) {
-    case FixedAs::kFloats:
-      static_cast<Float*>(a.y)[i] = nan ? x : FromFloat<Float>(static_cast<float>(k) * step);
-      break;
-    case FixedAs::kInt8:
-      static_cast<std::int8_t*>(a.y)[i] = static_cast<std::int8_t>(whole);
-      break;
-    case FixedAs::kInt16:
-      static_cast<std::int16_t*>(a.y)[i] = static_cast<std::int16_t>(whole);
-      break;
-    case FixedAs::kInt32:
-      static_cast<std::int32_t*>(a.y)[i] = whole;
-      break;
+  if (a.as == FixedAs::kFloats) {
+    static_cast<Float*>(a.y)[i] = nan ? x : FromFloat<Float>(static_cast<float>(k) * step);
+  } else {
+    WithWhole(a.as, nan ? 0 : k, [&](auto whole) { static_cast<decltype(whole)*>(a.y)[i] = whole; });
   }
 }
 

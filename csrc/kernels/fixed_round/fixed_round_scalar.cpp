@@ -24,27 +24,16 @@ bool Round(const FixedRoundArgs& a, std::int64_t begin, std::int64_t end) noexce
     const float x = Load(a.x, a.stored_as, i);
     const bool nan = x != x;
     const std::int32_t k = nan ? 0 : Rounded(a, x, i);
-    switch (a.as) {
-      case FixedAs::kFloats:
-        if (!nan) {
-          Store(a.y, a.stored_as, i, std::ldexp(static_cast<float>(k), -a.fraction_bits));
-        } else if (a.stored_as == FloatDtype::kFloat32) {
-          Put(a.y, i, At<std::uint32_t>(a.x, i));
-        } else {
-          Put(a.y, i, At<std::uint16_t>(a.x, i));
-        }
-        continue;
-      case FixedAs::kInt8:
-        Put(a.y, i, static_cast<std::int8_t>(k));
-        break;
-      case FixedAs::kInt16:
-        Put(a.y, i, static_cast<std::int16_t>(k));
-        break;
-      case FixedAs::kInt32:
-        Put(a.y, i, k);
-        break;
+    if (a.as != FixedAs::kFloats) {
+      WithWhole(a.as, k, [&](auto whole) { Put(a.y, i, whole); });
+      undefined |= nan;
+    } else if (!nan) {
+      Store(a.y, a.stored_as, i, std::ldexp(static_cast<float>(k), -a.fraction_bits));
+    } else if (a.stored_as == FloatDtype::kFloat32) {
+      Put(a.y, i, At<std::uint32_t>(a.x, i));
+    } else {
+      Put(a.y, i, At<std::uint16_t>(a.x, i));
     }
-    undefined |= nan;
   }
   return undefined;
 }

@@ -32,17 +32,8 @@ struct Format {
 };
 
 inline Index OutputBytes(const FixedRoundArgs& a) {
-  switch (a.as) {
-    case FixedAs::kFloats:
-      return a.stored_as == FloatDtype::kFloat32 ? 4 : 2;
-    case FixedAs::kInt8:
-      return 1;
-    case FixedAs::kInt16:
-      return 2;
-    case FixedAs::kInt32:
-      break;
-  }
-  return 4;
+  if (a.as == FixedAs::kFloats) return a.stored_as == FloatDtype::kFloat32 ? 4 : 2;
+  return a.as == FixedAs::kInt8 ? 1 : a.as == FixedAs::kInt16 ? 2 : 4;
 }
 
 // Calls whole(i, block) for the values of x from i on that are a whole block of random bits, and part(i, block, first,

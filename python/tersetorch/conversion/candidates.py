@@ -238,8 +238,10 @@ def _has_small_filters(module: nn.Module) -> str | None:
 
 def _has_short_filters(module: nn.Module) -> str | None:
     assert isinstance(module, FlattenedConv2d)
-    long = max(module.kernel_size) > FLAT_MAX_KERNEL
-    return f"filters of more than {FLAT_MAX_KERNEL} taps" if long else None
+    if max(module.kernel_size) > FLAT_MAX_KERNEL:
+        return f"filters of more than {FLAT_MAX_KERNEL} taps"
+    # What a conversion makes a layer compute is its to take back.
+    return "a ReLU of its own; pack('fused') lays it out" if module.relu else None
 
 
 def _for_samples(samples: int | None) -> dict[str, Any]:

@@ -170,7 +170,7 @@ def _stays_sparse(layer: nn.Module, unfused: set[nn.Module]) -> bool:
         return True
     if carries_hooks(layer) or not isinstance(layer, CODEBOOK_LAYERS):
         return carries_hooks(layer)
-    dense = layer.to_dense().weight
+    dense: Tensor = layer.to_dense().weight
     if bias is None:
         return torch.equal(dense.bfloat16().float(), dense)
     return dense.dtype != bias.dtype

@@ -1,4 +1,4 @@
-"""ReLU that follows a layer: computed by the sparse layer itself, or in the memory of what a dense one returns."""
+"""ReLU that follows a layer: computed by the layer itself, or in the memory of what a dense one returns."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from torch import fx, nn
 
 from tersetorch.conversion.graph import graphs, has_one_path, parent, put
 from tersetorch.conversion.walk import carries_hooks
+from tersetorch.nn import FlattenedConv2d
 from tersetorch.nn.shared_module import SharedProduct
 from tersetorch.nn.sparse_module import SparseModule
 
 # Layers that have a ReLU of their own.
-OURS = (SparseModule, SharedProduct)
+OURS = (SparseModule, SharedProduct, FlattenedConv2d)
 # What these return is theirs to give away: no input, and nothing that their gradients need.
 _DENSE = (
     nn.Linear,
@@ -35,7 +36,7 @@ class Fusion:
     """What became of a model's ReLUs, and of the chains of its layers of signs, by name.
 
     Attributes:
-        fused: sparse layer -> the nn.ReLU that it computes now.
+        fused: layer -> the nn.ReLU that it computes now.
         in_place: the nn.ReLUs that now overwrite their inputs.
         signs: layer of signs -> what it takes and hands on, in words.
     """
@@ -57,8 +58,8 @@ def fuse(model: nn.Module, layers: Iterable[nn.Module]) -> Fusion:
     nor the modules around them may carry hooks. A ReLU that is called in several places is fused where all of its
     layers are among layers.
     """
-    sparse = {layer for layer in layers if isinstance(layer, OURS)}
-    for layer in sparse:
+    ours = {layer for layer in layers if isinstance(layer, OURS)}
+    for layer in ours:
         layer.relu = False
     modules = dict(model.named_modules())
     fused: dict[str, str] = {}
@@ -66,7 +67,7 @@ def fuse(model: nn.Module, layers: Iterable[nn.Module]) -> Fusion:
     for name, before in _takers(model, nn.ReLU).items():
         producers = [modules[producer] for producer in before]
         relu = modules[name]
-        if sparse.issuperset(producers):
+        if ours.issuperset(producers):
             for producer, layer in zip(before, producers, strict=True):
                 layer.relu = True
                 fused[producer] = name
@@ -78,7 +79,7 @@ def fuse(model: nn.Module, layers: Iterable[nn.Module]) -> Fusion:
 
 
 def unfused(model: nn.Module) -> tuple[set[nn.Module], set[nn.Module]]:
-    """The sparse layers with a ReLU of their own that fuse made, and the nn.Identitys that stand where it stood."""
+    """The layers with a ReLU of their own that fuse made, and the nn.Identitys that stand where it stood."""
     if not any(isinstance(module, OURS) and module.relu for module in model.modules()):
         return set(), set()
     modules = dict(model.named_modules())

@@ -16,13 +16,22 @@ from torch.utils import _pytree as pytree
 
 from tersetorch.conversion.swap import deep_copy
 from tersetorch.methods.binarize import ShiftBatchNorm1d, ShiftBatchNorm2d, Sign, sign
-from tersetorch.nn import SignMaxPool2d
+from tersetorch.nn import FlattenedConv2d, SignMaxPool2d
 from tersetorch.nn.shared_module import SharedProduct
 from tersetorch.nn.sign_module import SignModule
 from tersetorch.nn.sparse_module import SparseModule
 
 # Modules of ours that a graph shows as one call.
-LEAVES = (SparseModule, SharedProduct, SignModule, SignMaxPool2d, Sign, ShiftBatchNorm1d, ShiftBatchNorm2d)
+LEAVES = (
+    SparseModule,
+    SharedProduct,
+    FlattenedConv2d,
+    SignModule,
+    SignMaxPool2d,
+    Sign,
+    ShiftBatchNorm1d,
+    ShiftBatchNorm2d,
+)
 _TORCH = str(Path(torch.__file__).parent)
 # Names whose answer on what is traced may not be that on a tensor, or that ask how the model is run.
 _QUESTIONS = {"isinstance", "issubclass", "hasattr", "getattr", "callable", "type", "is_grad_enabled"}

@@ -58,14 +58,16 @@ def deep_copy(model: nn.Module, memo: dict[int, Any] | None = None, *, verb: str
 
 
 def dense_again(model: nn.Module, kept: Callable[[nn.Module], bool], identities: Iterable[nn.Module] = ()) -> nn.Module:
-    """A deep copy of model with the dense forms of its sparse layers, or model itself where it has none.
+    """A deep copy of model with the dense forms of its sparse layers and the plain layouts of its flattened ones.
+
+    Where it has none of them it is model itself.
 
     What was the fastest on one machine is then chosen anew on this one. Layers that use one weight go on doing so, and
     encoder layers whose fast path a conversion switched off have it again.
 
     Args:
         model: any nn.Module.
-        kept: which sparse layers stay as they are.
+        kept: which of these layers stay as they are.
         identities: modules in whose place an nn.ReLU stood, which comes back.
 
     Raises:
@@ -75,8 +77,8 @@ def dense_again(model: nn.Module, kept: Callable[[nn.Module], bool], identities:
     weights: dict[int, Tensor] = {}
     unpacked = False
     for layer in model.modules():
-        if isinstance(layer, FlattenedConv2d) and layer.layout != layer.plain_layout:
-            copy.deepcopy(layer, memo).pack(layer.plain_layout)
+        if isinstance(layer, FlattenedConv2d) and layer.layout != layer.plain_layout and not kept(layer):
+            copy.deepcopy(layer, memo).pack(layer.plain_layout).relu = False
             unpacked = True
         if not isinstance(layer, SparseLinearBase | SparseConvBase) or kept(layer):
             continue

@@ -13,15 +13,13 @@ from tersetorch.conversion import timing
 from tersetorch.conversion.baselines import CONVOLUTIONS, in_channels_last, last_channels
 from tersetorch.conversion.capture import Inputs, seeded_run, uncalled
 from tersetorch.conversion.chains import fold
-from tersetorch.conversion.fusion import Fusion, fuse
+from tersetorch.conversion.fusion import OURS, Fusion, fuse
 from tersetorch.conversion.planner import Decision, Planner
 from tersetorch.conversion.report import ConversionReport
 from tersetorch.conversion.swap import deep_copy, swapped_copy
 from tersetorch.conversion.verify import output_difference
 from tersetorch.conversion.walk import Site
-from tersetorch.nn.shared_module import SharedProduct
 from tersetorch.nn.sign_module import SignModule
-from tersetorch.nn.sparse_module import SparseModule
 
 # Where the model as a whole is not faster, this share of its swaps is undone before it is timed again.
 UNDONE_SHARE = 0.25
@@ -50,7 +48,7 @@ def assemble(
     fusion = replace(fuse(copied, replacements.values()), signs=signs)
     if inputs is not None and (fusion.fused or fusion.in_place) and not _same(before, _output(copied, inputs)):
         for layer in replacements.values():
-            if isinstance(layer, SparseModule | SharedProduct):
+            if isinstance(layer, OURS):
                 layer.relu = False
         copied, signs, replacements = _chained(model, chosen, inputs)
         return copied, Fusion(signs=signs), replacements

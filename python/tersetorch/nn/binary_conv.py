@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from math import prod
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from tersetorch import ops
 from tersetorch.formats import SignWeight
-from tersetorch.nn.conv_sizes import ConvSizes, Sizes
+from tersetorch.nn.conv_sizes import ConvSizes, Sizes, ZeroPadded
 from tersetorch.nn.sign_module import PIXEL_INPUTS, SignModule
 
 _xnor_conv2d = ops.native_op("xnor_conv2d")
@@ -20,7 +20,7 @@ PATCHES = 1 << 19
 _bitplane_conv2d = ops.native_op("bitplane_conv2d")
 
 
-class BinaryConv2d(ConvSizes, SignModule):
+class BinaryConv2d(ConvSizes[nn.Conv2d], SignModule):
     """y = scale * conv2d(sign(input), W) + bias with W of signs, computed as bits; sign(0) is +1 and sign(NaN) -1.
 
     With inputs="real" it is y = scale * conv2d(input, W) + bias, by additions and subtractions of patches, which are
@@ -60,33 +60,17 @@ class BinaryConv2d(ConvSizes, SignModule):
         weight: SignWeight,
         bias: Tensor | None = None,
         *,
-        kernel_size: Sizes,
-        stride: Sizes = 1,
-        padding: Sizes | str = 0,
-        dilation: Sizes = 1,
-        groups: int = 1,
         padding_value: int = 0,
         thresholds: Tensor | None = None,
         inputs: str = "signs",
         dtype: torch.dtype = torch.float32,
+        **sizes: Unpack[ZeroPadded],
     ) -> None:
-        super().__init__(
-            weight,
-            bias,
-            thresholds,
-            dtype,
-            kernel_size=kernel_size,
-            stride=stride,
-            padding=padding,
-            dilation=dilation,
-            groups=groups,
-            padding_value=padding_value,
-            inputs=inputs,
-        )
+        super().__init__(weight, bias, thresholds, dtype, padding_value=padding_value, inputs=inputs, **sizes)
 
     def _take_sizes(self, weight: SignWeight, padding_value: int = 0, inputs: str = "signs", **sizes: Any) -> None:
         self._take_inputs(inputs)
-        self._set_sizes(weight.shape, **sizes, padding_mode="zeros")
+        self._set_sizes(weight.shape, **sizes)
         if weight.taps != self._taps(inputs, self.kernel_size):
             expected = f"{prod(self.kernel_size)} taps, the positions of kernel_size {self.kernel_size}"
             if inputs in PIXEL_INPUTS:
@@ -165,18 +149,10 @@ class BinaryConv2d(ConvSizes, SignModule):
         if reason is not None:
             raise ValueError(f"{cls.__name__}: module must pad both sides by as many zeros, got {reason}; pad first")
         weight = SignWeight.from_dense(module.weight.flatten(1), cls._taps(inputs, module.kernel_size))
-        layer = cls(
-            weight,
-            None if module.bias is None else module.bias.detach(),
-            kernel_size=module.kernel_size,
-            stride=module.stride,
-            padding=module.padding,
-            dilation=module.dilation,
-            groups=module.groups,
-            inputs=inputs,
-            dtype=module.weight.dtype,
-        )
-        return layer.train(module.training)
+        # Those of zeros have no padding mode to name.
+        sizes = {name: size for name, size in cls._sizes_of(module).items() if name != "padding_mode"}
+        bias = None if module.bias is None else module.bias.detach()
+        return cls(weight, bias, inputs=inputs, dtype=module.weight.dtype, **sizes).train(module.training)
 
     @classmethod
     def of_sizes(
@@ -184,52 +160,24 @@ class BinaryConv2d(ConvSizes, SignModule):
         in_channels: int,
         out_channels: int,
         kernel_size: Sizes,
-        stride: Sizes = 1,
-        padding: Sizes | str = 0,
-        dilation: Sizes = 1,
         groups: int = 1,
-        padding_value: int = 0,
         scale: bool = False,
         bias: bool = True,
         thresholds: bool = False,
         inputs: str = "signs",
         batched: bool = False,
         dtype: str = "float32",
+        **sizes: Any,
     ) -> Self:
         """A layer of zeros, on any device, for tensors that come from elsewhere."""
-        layer = cls.__new__(cls)
-        nn.Module.__init__(layer)
-        kernel = layer._checked_sizes("kernel_size", kernel_size, 1)
+        kernel = cls._checked_sizes("kernel_size", kernel_size, 1)
         taps = cls._taps(inputs, kernel)
-        layer._zeros(
-            (out_channels, taps, in_channels // max(1, groups) * prod(kernel) // taps),
-            scale,
-            bias,
-            thresholds,
-            batched,
-            dtype,
-            kernel_size=kernel_size,
-            stride=stride,
-            padding=padding,
-            dilation=dilation,
-            groups=groups,
-            padding_value=padding_value,
-            inputs=inputs,
-        )
-        return layer
+        shape = (out_channels, taps, in_channels // max(1, groups) * prod(kernel) // taps)
+        sizes = {"kernel_size": kernel_size, "groups": groups, "inputs": inputs, **sizes}
+        return cls._zeros(shape, scale, bias, thresholds, batched, dtype, **sizes)
 
-    @property
-    def sizes(self) -> dict[str, Any]:
-        """What of_sizes takes to make a layer of the same sizes and options."""
-        usual = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1, "padding_value": 0}
-        own = {name: getattr(self, name) for name in ("in_channels", "out_channels", "kernel_size")}
-        changed = {name: getattr(self, name) for name in usual if getattr(self, name) != usual[name]}
-        return {**own, **changed, **self._config()}
-
-    @property
-    def weight_shape(self) -> torch.Size:
-        """The shape of the dense weight."""
-        return torch.Size((self.out_channels, self.in_channels // self.groups, *self.kernel_size))
+    def _own_sizes(self) -> dict[str, Any]:
+        return {**super()._own_sizes(), **({"padding_value": self.padding_value} if self.padding_value else {})}
 
     def to_dense(self) -> nn.Conv2d:
         """The plain layer with the same weight and bias: it computes what a layer without thresholds does of signs.
@@ -241,8 +189,7 @@ class BinaryConv2d(ConvSizes, SignModule):
             raise ValueError(
                 f"BinaryConv2d: padding_value must be 0 for a plain layer, got {self.padding_value}; pad first"
             )
-        dense: nn.Conv2d = self._dense(nn.Conv2d)
-        return self._filled(dense)
+        return super().to_dense()
 
     def forward(self, input: Tensor) -> Tensor:
         """Applies the layer to input, float [N, in_channels, H, W] or [in_channels, H, W], or packed images."""
@@ -318,10 +265,8 @@ class BinaryConv2d(ConvSizes, SignModule):
         rows = windows.permute(0, 1, 2, 4, 5, 3).flatten(3)
         return self._products(rows).permute(0, 3, 1, 2)
 
-    def extra_repr(self) -> str:
-        """What print(module) shows between the parentheses."""
-        padded = [f"padding_value={self.padding_value}"] * (self.padding_value != 0)
-        return ", ".join([*self._shown_sizes(), *padded, *self._shown()])
+    def _shown_sizes(self) -> list[str]:
+        return [*super()._shown_sizes(), *[f"padding_value={self.padding_value}"] * (self.padding_value != 0)]
 
 
 def _is_channels_last(x: Tensor) -> bool:

@@ -9,13 +9,14 @@ from torch import Tensor, nn
 
 from tersetorch import ops
 from tersetorch.formats import SignWeight
+from tersetorch.nn.dense_form import LinearSizes
 from tersetorch.nn.sign_module import SignModule
 
 _xnor_matmul = ops.native_op("xnor_matmul")
 _bitplane_matmul = ops.native_op("bitplane_matmul")
 
 
-class BinaryLinear(SignModule):
+class BinaryLinear(LinearSizes, SignModule):
     """y = scale * (W . sign(input)) + bias with W of signs, computed as bits; sign(0) is +1 and sign(NaN) -1.
 
     With inputs="real" it is y = scale * (W . input) + bias, by additions and subtractions; only that has gradients, of
@@ -46,8 +47,6 @@ class BinaryLinear(SignModule):
         3.2, for the scale.
     """
 
-    dense_type = nn.Linear
-
     def __init__(
         self,
         weight: SignWeight,
@@ -65,7 +64,7 @@ class BinaryLinear(SignModule):
             raise ValueError(
                 f"BinaryLinear: weight must have one tap for inputs={inputs!r}, got {weight.taps}; leave taps out"
             )
-        self.out_features, self.in_features = weight.shape
+        self._set_sizes(weight.shape)
 
     def _packed(self, bits: Tensor) -> Tensor:
         return ops.xnor_pack(bits.flatten(1))
@@ -109,31 +108,17 @@ class BinaryLinear(SignModule):
         """A layer of zeros, on any device, for tensors that come from elsewhere."""
         if taps < 1 or in_features % taps:
             raise ValueError(f"{cls.__name__}: taps must divide in_features {in_features}, got {taps}; pass positions")
-        layer = cls.__new__(cls)
-        nn.Module.__init__(layer)
-        layer._zeros((out_features, taps, in_features // taps), scale, bias, thresholds, batched, dtype, inputs=inputs)
-        return layer
+        shape = (out_features, taps, in_features // taps)
+        return cls._zeros(shape, scale, bias, thresholds, batched, dtype, inputs=inputs)
 
-    @property
-    def sizes(self) -> dict[str, Any]:
-        """What of_sizes takes to make a layer of the same sizes and options."""
-        taps = {"taps": self.taps} if self.taps != 1 else {}
-        return {"in_features": self.in_features, "out_features": self.out_features, **taps, **self._config()}
+    def _own_sizes(self) -> dict[str, Any]:
+        return {**super()._own_sizes(), **({"taps": self.taps} if self.taps != 1 else {})}
 
     def lay_out_(self, taps: int) -> None:
         """Lays the weight out for flattened packed images of so many positions."""
         weight, bias, thresholds = self.sign_weight, self.bias, self.thresholds
         self._buffers.clear()
         self._hold(SignWeight.from_signs(weight.negative(), taps, weight.scale), bias, thresholds)
-
-    @property
-    def weight_shape(self) -> torch.Size:
-        """The shape of the dense weight."""
-        return torch.Size((self.out_features, self.in_features))
-
-    def to_dense(self) -> nn.Linear:
-        """The plain layer with the same weight and bias: it computes what a layer without thresholds does of signs."""
-        return self._filled(nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta"))
 
     def forward(self, input: Tensor) -> Tensor:
         """Applies the layer to input, float [..., in_features], or packed signs."""
@@ -173,8 +158,3 @@ class BinaryLinear(SignModule):
             held["thresholds"],
         )
         return self._finished(y, x.dtype)
-
-    def extra_repr(self) -> str:
-        """What print(module) shows between the parentheses."""
-        taps = [f"taps={self.taps}"] * (self.taps != 1)
-        return ", ".join([f"in_features={self.in_features}, out_features={self.out_features}", *taps, *self._shown()])

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, Self, cast, get_args
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
 
-from tersetorch.nn.low_rank import CONV_SIZES, ConvLike, Size, check_conv, check_size, sizes_of
+from tersetorch.nn.conv_sizes import Sizes
+from tersetorch.nn.dense_form import changed, check_size
+from tersetorch.nn.low_rank import ConvOfFactors
 
 BlockForm = Literal["outer_product", "svd", "monochromatic"]
 
 
-class ClusteredConv2d(ConvLike):
+class ClusteredConv2d(ConvOfFactors):
     """y = conv2d(input, W) + bias, with W made of blocks, each the sum of few products; the factors train.
 
     The C input channels are in G clusters of C / G, the F filters in H clusters of F / H. The block of W of clusters g
@@ -58,13 +60,13 @@ class ClusteredConv2d(ConvLike):
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: Size,
+        kernel_size: Sizes,
         rank: int | tuple[int, int] = 1,
         in_clusters: int = 1,
         out_clusters: int = 1,
-        stride: Size = 1,
-        padding: Size | str = 0,
-        dilation: Size = 1,
+        stride: Sizes = 1,
+        padding: Sizes | str = 0,
+        dilation: Sizes = 1,
         bias: bool = True,
         padding_mode: str = "zeros",
         form: BlockForm = "outer_product",
@@ -72,16 +74,17 @@ class ClusteredConv2d(ConvLike):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self._set_sizes(in_channels, out_channels, kernel_size, stride, padding, dilation, padding_mode)
+        sizes: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation}
+        sizes["padding_mode"] = padding_mode
+        self._set_channels(in_channels, out_channels, kernel_size, **sizes)
         self._set_form(form, rank, in_clusters, out_clusters)
         g, h, (j, k) = in_clusters, out_clusters, self._ranks
         made = {"device": device, "dtype": dtype}
-        sizes = {name: getattr(self, name) for name in CONV_SIZES[3:]}
         make: Any = nn.Conv2d
         groups = g * h * (k if form == "outer_product" else 1)
         flat = form == "monochromatic"
         self.first = make(in_channels, g * h * j, 1, groups=g, bias=False, **made)
-        self.middle = make(g * h * j, g * h * k, self.kernel_size, groups=groups, bias=bias and flat, **sizes, **made)
+        self.middle = make(g * h * j, g * h * k, kernel_size, groups=groups, bias=bias and flat, **sizes, **made)
         self.last = None if flat else make(g * h * k, out_channels, 1, groups=h, bias=bias, **made)
         for name, clusters, channels in (
             ("input_order", g, in_channels),
@@ -155,19 +158,15 @@ class ClusteredConv2d(ConvLike):
             TypeError: module is not an nn.Conv2d.
             ValueError: module has groups, or factors or labels do not fit it.
         """
-        check_conv(cls.__name__, module)
+        cls._check_source(module)
         g, h, j = first.shape[:3]
         k = middle.shape[2]
         layer = cls(
-            module.in_channels,
-            module.out_channels,
-            cast(Any, module.kernel_size),
-            (j, k) if form == "svd" else k if form == "outer_product" else 1,
-            g,
-            h,
-            bias=module.bias is not None,
+            **cls._made_as(module),
+            rank=(j, k) if form == "svd" else k if form == "outer_product" else 1,
+            in_clusters=g,
+            out_clusters=h,
             form=form,
-            **sizes_of(module),
         ).to_empty(device=module.weight.device)
         order = _order(cls.__name__, "out_labels", out_labels, layer.output_order)
         inputs = _order(cls.__name__, "in_labels", in_labels, layer.input_order)
@@ -235,10 +234,9 @@ class ClusteredConv2d(ConvLike):
             weight = weight.index_select(1, self.input_order.argsort())
         return weight if self.output_order is None else weight.index_select(0, self.output_order)
 
-    def to_dense(self) -> nn.Conv2d:
-        """The plain layer with the factors multiplied out."""
+    def _filled(self, dense: Any) -> Any:
+        """It with the factors multiplied out in float64, and a copy of the bias."""
         bias = self.bias
-        dense = self._dense(bias is not None)
         factors = [factor.weight for factor in self._factors]
         with torch.no_grad():
             weight = self._composed([factor.detach().double() for factor in factors]).to(factors[0].dtype)
@@ -262,18 +260,14 @@ class ClusteredConv2d(ConvLike):
                     f"{type(self).__name__}: {name} must hold each int below {len(order)} once; rebuild the layer"
                 )
 
-    def extra_repr(self) -> str:
-        """The sizes."""
-        shown = f"{self._shown_sizes()}, form={self.form!r}"
-        shown += "" if self.form == "monochromatic" else f", rank={self.rank}, in_clusters={self.in_clusters}"
-        return f"{shown}, out_clusters={self.out_clusters}, bias={self._final.bias is not None}"
+    def _shown(self) -> list[str]:
+        shown = [f"form={self.form!r}"]
+        shown += [f"rank={self.rank}", f"in_clusters={self.in_clusters}"] * (self.form != "monochromatic")
+        return [*shown, f"out_clusters={self.out_clusters}", f"bias={self._final.bias is not None}"]
 
-    @property
-    def sizes(self) -> dict[str, Any]:
-        """What the constructor takes to make a layer of the same sizes."""
-        usual = {"rank": 1, "in_clusters": 1, "out_clusters": 1, "form": "outer_product"}
-        own = {name: getattr(self, name) for name in usual if getattr(self, name) != usual[name]}
-        return {**self._own_sizes(), **own, **({} if self._final.bias is not None else {"bias": False})}
+    def _config(self) -> dict[str, Any]:
+        own = changed(self, {"rank": 1, "in_clusters": 1, "out_clusters": 1, "form": "outer_product"})
+        return {**own, **({} if self._final.bias is not None else {"bias": False})}
 
 
 def _order(where: str, name: str, labels: Tensor | None, like: Tensor | None) -> Tensor | None:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from tersetorch import ops
 from tersetorch.formats import CodebookWeight
 from tersetorch.nn.codebook_module import weight_of, zero_weight
-from tersetorch.nn.shared_module import FLOATS, SharedModule, records
+from tersetorch.nn.dense_form import FLOATS
+from tersetorch.nn.shared_module import SharedModule, records
 
 
 class CodebookEmbedding(SharedModule):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from tersetorch import ops
 from tersetorch.formats import CodebookWeight
+from tersetorch.nn.dense_form import bias_of
 from tersetorch.nn.shared_module import SharedProduct
 
 # What pack() takes, and the op's mode for it.
@@ -22,27 +23,51 @@ class CodedModule(SharedProduct):
     format = CodebookWeight
     parameter_field = "codebook"
     plain_layout = "codebook"
-    dense_type: ClassVar[type[nn.Linear] | type[nn.Conv2d]]
 
     codebook: nn.Parameter
 
     def _hold(self, weight: CodebookWeight, bias: Tensor | None, relu: bool) -> None:
-        self._columns, self.column_block = weight.columns, weight.column_block
+        self.column_block = weight.column_block
         self._layout = self.plain_layout
         super()._hold(weight, bias, relu)
 
     def _weight_of(self, codes: Tensor, values: Tensor) -> CodebookWeight:
-        return CodebookWeight(codes, values, self._columns, self.column_block)
+        return CodebookWeight(codes, values, self._matrix_shape[1], self.column_block)
 
     @classmethod
-    def _parts_of(cls, module: Any) -> tuple[CodebookWeight, Tensor | None]:
-        """The weight and the bias of a dense layer."""
-        kind = cls.dense_type
-        if not isinstance(module, kind):
-            raise TypeError(
-                f"{cls.__name__}: module must be an nn.{kind.__name__}, got {type(module).__name__}; pass a layer"
-            )
-        return weight_of(module), None if module.bias is None else module.bias.detach().clone()
+    def from_dense(cls, module: Any) -> Self:
+        """The layer that computes what module computes.
+
+        A module that quantize.kmeans has made share keeps its codes and its tables; another one gets a table of its
+        distinct values.
+
+        Args:
+            module: nn.Linear or nn.Conv2d, as the layer is.
+
+        Raises:
+            TypeError: module is no such layer, or its weight is neither float32 nor bfloat16.
+            ValueError: the weight has more than 256 distinct values and is not shared.
+        """
+        cls._check_source(module)
+        return cls(weight_of(module), bias_of(module), **cls._sizes_of(module)).train(module.training)
+
+    @classmethod
+    def of_sizes(
+        cls,
+        *,
+        tables: int,
+        entries: int,
+        column_block: int = 0,
+        bias: bool = True,
+        layout: str = plain_layout,
+        relu: bool = False,
+        **sizes: Any,
+    ) -> Self:
+        """A layer of zeros, on any device, for tensors that come from elsewhere; sizes are the plain layer's."""
+        layer = cls._sized(**sizes)
+        weight = zero_weight(*layer._matrix_shape, tables, entries, column_block)
+        layer._hold(weight, weight.codebook.new_zeros(weight.shape[0]) if bias else None, relu)
+        return layer.pack(layout)
 
     @property
     def codebook_weight(self) -> CodebookWeight:
@@ -78,10 +103,10 @@ class CodedModule(SharedProduct):
             raise ValueError(
                 f"{type(self).__name__}: layout must be one of {list(LAYOUTS)}, got {layout!r}; choose one of them"
             )
-        if layout == "codebook_int8" and self._columns > MAX_INT8_WEIGHTS:
+        if layout == "codebook_int8" and self._matrix_shape[1] > MAX_INT8_WEIGHTS:
             raise ValueError(
                 f"{type(self).__name__}: a row must have at most {MAX_INT8_WEIGHTS} weights in layout "
-                f"'codebook_int8', got {self._columns}; choose another layout"
+                f"'codebook_int8', got {self._matrix_shape[1]}; choose another layout"
             )
         self._layout = layout
         return self
@@ -91,13 +116,7 @@ class CodedModule(SharedProduct):
         """The op's mode while gradients are off."""
         return LAYOUTS[self._layout]
 
-    @property
-    def sizes(self) -> dict[str, Any]:
-        """What of_sizes takes to make a layer of the same sizes and options."""
-        raise NotImplementedError
-
     def _config(self) -> dict[str, Any]:
-        """What of_sizes takes besides sizes of its own, where it differs from the defaults."""
         tables, entries = self.codebook.shape
         return {
             "tables": tables,
@@ -109,7 +128,6 @@ class CodedModule(SharedProduct):
         }
 
     def _shown(self) -> list[str]:
-        """For extra_repr."""
         tables, entries = self.codebook.shape
         shown = [f"bias={self.bias is not None}", f"tables={tables}", f"entries={entries}"]
         shown += [f"column_block={self.column_block}"] * bool(self.column_block)

@@ -4,17 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import prod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Required, TypedDict, TypeVar
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.nn.functional import pad
+
+from tersetorch.nn.dense_form import DenseForm, changed
 
 PADDING_MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "replicate", "circular": "circular"}
 
 Sizes = int | Sequence[int]
+Conv = TypeVar("Conv", nn.Conv1d, nn.Conv2d)
 
 
-class ConvSizes:
+class ZeroPadded(TypedDict, total=False):
+    """What constructors take of a convolution's sizes, as torch.nn.Conv2d takes them."""
+
+    kernel_size: Required[Sizes]
+    stride: Sizes
+    padding: Sizes | str
+    dilation: Sizes
+    groups: int
+
+
+class ConvOptions(ZeroPadded, total=False):
+    """The same, with padding of other kinds."""
+
+    padding_mode: str
+
+
+# Names and defaults of what a plain convolution has beside its channels and kernel.
+_USUAL: dict[str, Any] = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1, "padding_mode": "zeros"}
+
+
+class ConvSizes(DenseForm[Conv]):
     """Sizes under the names that torch.nn.Conv2d gives them, for a convolution of `dims` dimensions."""
 
     dims: ClassVar[int]
@@ -27,17 +51,17 @@ class ConvSizes:
     in_channels: int
     out_channels: int
     groups: int
-    bias: Any
 
     def _set_sizes(
         self,
         shape: tuple[int, int],
+        *,
         kernel_size: Sizes,
-        stride: Sizes,
-        padding: Sizes | str,
-        dilation: Sizes,
-        groups: int,
-        padding_mode: str,
+        stride: Sizes = 1,
+        padding: Sizes | str = 0,
+        dilation: Sizes = 1,
+        groups: int = 1,
+        padding_mode: str = "zeros",
     ) -> None:
         """Of a weight of this shape, [out_channels, in_channels / groups * taps]."""
         self.kernel_size = self._checked_sizes("kernel_size", kernel_size, 1)
@@ -59,41 +83,37 @@ class ConvSizes:
         self._pad_first = [] if native or not any(sides) else sides
         self._geometry = (self._kernel, self._stride, self._padding, self._dilation, self.groups)
 
-    def _own_sizes(self) -> dict[str, Any]:
-        """The sizes under the names that constructors take, where they differ from the defaults."""
-        usual = {
-            "stride": (1,) * self.dims,
-            "padding": (0,) * self.dims,
-            "dilation": (1,) * self.dims,
-            "groups": 1,
-            "padding_mode": "zeros",
-        }
-        own = {name: getattr(self, name) for name in ("in_channels", "out_channels", "kernel_size")}
-        return own | {name: getattr(self, name) for name in usual if getattr(self, name) != usual[name]}
+    @classmethod
+    def _split_sizes(
+        cls, in_channels: int, out_channels: int, kernel_size: Sizes, groups: int = 1, **more: Any
+    ) -> tuple[tuple[int, int], dict[str, Any]]:
+        taps = prod(cls._checked_sizes("kernel_size", kernel_size, 1))
+        columns = in_channels // max(1, groups) * taps
+        return (out_channels, columns), {"kernel_size": kernel_size, "groups": groups, **more}
 
-    def _dense(self, make: Any) -> Any:
-        """A plain convolution of these sizes, without data."""
-        return make(
-            self.in_channels,
-            self.out_channels,
-            self.kernel_size,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.groups,
-            self.bias is not None,
-            self.padding_mode,
-            device="meta",
-        )
+    @classmethod
+    def _sizes_of(cls, module: Any) -> dict[str, Any]:
+        return {name: getattr(module, name) for name in ("kernel_size", *_USUAL)}
+
+    def _own_sizes(self) -> dict[str, Any]:
+        one = (1,) * self.dims
+        usual = {**_USUAL, "stride": one, "padding": (0,) * self.dims, "dilation": one}
+        own = {name: getattr(self, name) for name in ("in_channels", "out_channels", "kernel_size")}
+        return own | changed(self, usual)
+
+    @property
+    def weight_shape(self) -> torch.Size:
+        """The shape of the dense weight, [out_channels, in_channels / groups, *kernel_size]."""
+        return torch.Size((self.out_channels, self.in_channels // self.groups, *self.kernel_size))
+
+    def _dense(self) -> Any:
+        of: Any = self
+        sizes = {name: getattr(self, name) for name in ("in_channels", "out_channels", "kernel_size", *_USUAL)}
+        return self.dense_type(**sizes, bias=of.bias is not None, device="meta")
 
     def _convolve(self, input: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
         """What run makes of input, which it gets as [N, in_channels, H, W], padded unless the op pads."""
-        if input.dim() not in (self.dims + 1, self.dims + 2) or input.shape[-1 - self.dims] != self.in_channels:
-            sizes = ", ".join("LHW"[:1] if self.dims == 1 else "HW")
-            raise ValueError(
-                f"{type(self).__name__}: input must be [N, {self.in_channels}, {sizes}] or [{self.in_channels}, "
-                f"{sizes}], got shape {tuple(input.shape)}; reshape it"
-            )
+        self._check_images(input)
         x = pad(input, self._pad_first, PADDING_MODES[self.padding_mode]) if self._pad_first else input
         batched = input.dim() == self.dims + 2
         if not batched:
@@ -105,8 +125,16 @@ class ConvSizes:
             y = y.squeeze(2)
         return y if batched else y.squeeze(0)
 
+    def _check_images(self, input: Tensor) -> None:
+        """Refuses what has other channels or dimensions."""
+        if input.dim() not in (self.dims + 1, self.dims + 2) or input.shape[-1 - self.dims] != self.in_channels:
+            sizes = ", ".join("LHW"[:1] if self.dims == 1 else "HW")
+            raise ValueError(
+                f"{type(self).__name__}: input must be [N, {self.in_channels}, {sizes}] or [{self.in_channels}, "
+                f"{sizes}], got shape {tuple(input.shape)}; reshape it"
+            )
+
     def _shown_sizes(self) -> list[str]:
-        """For extra_repr."""
         one = (1,) * self.dims
         shown: list[str] = [f"{self.in_channels}, {self.out_channels}"]
         shown += [f"kernel_size={self.kernel_size}", f"stride={self.stride}"]
@@ -117,16 +145,17 @@ class ConvSizes:
 
     # ---- checks
 
-    def _checked_sizes(self, name: str, value: Sizes, least: int) -> tuple[int, ...]:
-        sizes = (value,) * self.dims if isinstance(value, int) else tuple(value)
-        if len(sizes) != self.dims or any(isinstance(n, bool) or not isinstance(n, int) for n in sizes):
+    @classmethod
+    def _checked_sizes(cls, name: str, value: Sizes, least: int) -> tuple[int, ...]:
+        sizes = (value,) * cls.dims if isinstance(value, int) else tuple(value)
+        if len(sizes) != cls.dims or any(isinstance(n, bool) or not isinstance(n, int) for n in sizes):
             raise TypeError(
-                f"{type(self).__name__}: {name} must be an int or {self.dims} of them, got {value!r}; "
+                f"{cls.__name__}: {name} must be an int or {cls.dims} of them, got {value!r}; "
                 "pass that of the dense layer"
             )
         if min(sizes) < least:
             raise ValueError(
-                f"{type(self).__name__}: {name} must be at least {least}, got {value!r}; pass that of the dense layer"
+                f"{cls.__name__}: {name} must be at least {least}, got {value!r}; pass that of the dense layer"
             )
         return sizes
 

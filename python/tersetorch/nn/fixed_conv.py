@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from math import prod
-from typing import Any, Self
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from tersetorch.formats import FixedFormat, FixedWeight
-from tersetorch.nn.conv_sizes import ConvSizes, Sizes
+from tersetorch.nn.conv_sizes import ConvOptions, ConvSizes
 from tersetorch.nn.fixed_module import FixedPointModule
 
 # Numbers of windows that are in memory at a time.
 CHUNK = 1 << 22
 
 
-class FixedPointConv2d(ConvSizes, FixedPointModule):
+class FixedPointConv2d(ConvSizes[nn.Conv2d], FixedPointModule):
     """y = round(conv2d(round(input), W) + bias): whole numbers, exact sums, each rounded once; nearest, ties up.
 
     Shapes: input float32 or bfloat16 [N, in_channels, H, W] or without N -> y [N, out_channels, H', W'] of input's
@@ -49,111 +48,19 @@ class FixedPointConv2d(ConvSizes, FixedPointModule):
         *,
         input_format: str | FixedFormat,
         output_format: str | FixedFormat,
-        kernel_size: Sizes,
-        stride: Sizes = 1,
-        padding: Sizes | str = 0,
-        dilation: Sizes = 1,
-        groups: int = 1,
-        padding_mode: str = "zeros",
+        **sizes: Unpack[ConvOptions],
     ) -> None:
-        super().__init__(
-            weight,
-            bias,
-            input_format,
-            output_format,
-            kernel_size=kernel_size,
-            stride=stride,
-            padding=padding,
-            dilation=dilation,
-            groups=groups,
-            padding_mode=padding_mode,
-        )
-
-    def _take_sizes(self, shape: tuple[int, int], **sizes: Any) -> None:
-        self._set_sizes(shape, **sizes)
+        super().__init__(weight, bias, input_format, output_format, **sizes)
 
     @classmethod
-    def from_dense(
-        cls,
-        module: nn.Conv2d,
-        weight_format: str | FixedFormat | None = None,
-        input_format: str | FixedFormat | None = None,
-        output_format: str | FixedFormat | None = None,
-    ) -> Self:
-        """The layer in fixed point, its weight rounded to the nearest and its bias to the nearest unit of the sums.
-
-        Args:
-            module: with a finite weight and bias, float32 or bfloat16.
-            weight_format: as FixedPointLinear.from_dense takes it, and the next two too.
-            input_format: of at most 16 bits.
-            output_format: of at most 24 bits.
-
-        Raises:
-            TypeError: module is not an nn.Conv2d, or its weight is neither float32 nor bfloat16.
-            ValueError: a format is missing or none, or module holds NaN or infinity.
-        """
-        formats = cls._formats(module, weight_format, input_format, output_format)
-        layer = cls(
-            FixedWeight.from_dense(module.weight.permute(0, 2, 3, 1).flatten(1), formats.weight),
-            cls._whole_bias(module, formats),
-            input_format=formats.input,
-            output_format=formats.output,
-            kernel_size=module.kernel_size,
-            stride=module.stride,
-            padding=module.padding,
-            dilation=module.dilation,
-            groups=module.groups,
-            padding_mode=module.padding_mode,
-        )
-        return layer.train(module.training)
-
-    @classmethod
-    def of_sizes(
-        cls,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: Sizes,
-        weight_format: str,
-        input_format: str,
-        output_format: str,
-        stride: Sizes = 1,
-        padding: Sizes | str = 0,
-        dilation: Sizes = 1,
-        groups: int = 1,
-        padding_mode: str = "zeros",
-        bias: bool = True,
-    ) -> Self:
-        """A layer of zeros, on any device, for tensors that come from elsewhere."""
-        taps = prod(kernel_size) if not isinstance(kernel_size, int) else kernel_size**2
-        return cls._zeros(
-            (out_channels, taps * (in_channels // max(1, groups))),
-            weight_format,
-            input_format,
-            output_format,
-            bias,
-            kernel_size=kernel_size,
-            stride=stride,
-            padding=padding,
-            dilation=dilation,
-            groups=groups,
-            padding_mode=padding_mode,
-        )
-
-    @property
-    def sizes(self) -> dict[str, Any]:
-        """What of_sizes takes to make a layer of the same sizes and formats."""
-        return {**self._own_sizes(), **self._config()}
+    def _as_matrix(cls, weight: Tensor) -> Tensor:
+        return weight.permute(0, 2, 3, 1).flatten(1)
 
     @property
     def weight(self) -> Tensor:
         """The dense weight, built anew at every read; writing to it changes nothing."""
         shape = self.out_channels, *self.kernel_size, self.in_channels // self.groups
         return self.fixed_weight.to_dense().view(shape).permute(0, 3, 1, 2).contiguous()
-
-    def to_dense(self) -> nn.Conv2d:
-        """The plain layer, float32, with the same weight and, to float32, bias."""
-        dense: nn.Conv2d = self._dense(nn.Conv2d)
-        return self._filled(dense)
 
     def forward(self, input: Tensor) -> Tensor:
         """Applies the layer to input, float [N, in_channels, H, W] or [in_channels, H, W]; NaN raises on the CPU."""
@@ -192,7 +99,3 @@ class FixedPointConv2d(ConvSizes, FixedPointModule):
             bias = None if self.bias is None else self.bias.chunk(self.groups)[g]
             groups.append(self._multiplied(x, steps, bias))
         return torch.cat(groups, 1).view(n, *sizes, self.out_channels)
-
-    def extra_repr(self) -> str:
-        """What print(module) shows between the parentheses."""
-        return ", ".join([*self._shown_sizes(), *self._shown()])

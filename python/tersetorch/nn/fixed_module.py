@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -10,16 +10,15 @@ from torch import Tensor, nn
 from tersetorch import ops
 from tersetorch.formats import FixedFormat, FixedWeight
 from tersetorch.formats.fixed_format import FixedFormats, as_fixed, noted_formats
+from tersetorch.nn.dense_form import FLOATS, DenseForm
 
-FLOATS = (torch.float32, torch.bfloat16)
 NARROW, WIDE = 8, 16
 
-Dense = TypeVar("Dense", nn.Linear, nn.Conv2d)
 _round_whole = ops.native_op("fixed_round_whole")
 _fixed_matmul = ops.native_op("fixed_matmul")
 
 
-class FixedPointModule(nn.Module):
+class FixedPointModule(DenseForm[Any]):
     """A layer that rounds its input to <IL,FL>, multiplies whole numbers exactly and rounds each sum once.
 
     It has no gradients: train with tt.quantize.fixed_point. Its tensors are buffers: steps int8 or int16, the weight
@@ -31,7 +30,6 @@ class FixedPointModule(nn.Module):
         output_format: of at most 24 bits.
     """
 
-    dense_type: ClassVar[type[nn.Linear] | type[nn.Conv2d]]
     layout = plain_layout = "fixed"  # how it computes, as other layers name it
 
     steps: Tensor
@@ -51,7 +49,7 @@ class FixedPointModule(nn.Module):
             raise TypeError(f"{name}: weight must be a FixedWeight, got {type(weight).__name__}; call from_dense")
         weight.validate()
         self._take_formats(weight.format, input_format, output_format)
-        self._take_sizes(weight.shape, **sizes)
+        self._set_sizes(weight.shape, **sizes)
         _check_bias(name, bias, weight.shape[0])
         self.register_buffer("steps", weight.steps.to(self._whole))
         self.register_buffer("bias", bias)
@@ -70,19 +68,59 @@ class FixedPointModule(nn.Module):
         narrow = max(weight.bits, self.input_format.bits) <= NARROW
         self._whole = torch.int8 if narrow else torch.int16
 
-    def _take_sizes(self, shape: tuple[int, int], **sizes: Any) -> None:
-        """Notes a weight's sizes and those that the constructor was given, checked."""
-        raise NotImplementedError
+    @classmethod
+    def from_dense(
+        cls,
+        module: Any,
+        weight_format: str | FixedFormat | None = None,
+        input_format: str | FixedFormat | None = None,
+        output_format: str | FixedFormat | None = None,
+    ) -> Self:
+        """The layer in fixed point, its weight rounded to the nearest and its bias to the nearest unit of the sums.
+
+        Args:
+            module: nn.Linear or nn.Conv2d, as the layer is, with a finite weight and bias, float32 or bfloat16.
+            weight_format: "<IL,FL>" of at most 16 bits. This and the next two may be left out where fixed_formats, or
+                finalize of a model in fixed point, has left formats at module.
+            input_format: of at most 16 bits.
+            output_format: of at most 24 bits.
+
+        Raises:
+            TypeError: module is no such layer, or its weight is neither float32 nor bfloat16.
+            ValueError: a format is missing or none, or module holds NaN or infinity.
+        """
+        cls._check_source(module)
+        formats = cls._formats(module, weight_format, input_format, output_format)
+        layer = cls(
+            FixedWeight.from_dense(cls._as_matrix(module.weight), formats.weight),
+            cls._whole_bias(module, formats),
+            input_format=formats.input,
+            output_format=formats.output,
+            **cls._sizes_of(module),
+        )
+        return layer.train(module.training)
+
+    @classmethod
+    def of_sizes(
+        cls, *, weight_format: str, input_format: str, output_format: str, bias: bool = True, **sizes: Any
+    ) -> Self:
+        """A layer of zeros, on any device, for tensors that come from elsewhere; sizes are the plain layer's."""
+        layer = cls._sized(**sizes)
+        layer._take_formats(as_fixed(cls.__name__, "weight_format", weight_format), input_format, output_format)
+        rows, columns = layer._matrix_shape
+        layer.register_buffer("steps", torch.zeros(rows, columns, dtype=layer._whole))
+        layer.register_buffer("bias", torch.zeros(rows, dtype=torch.int64) if bias else None)
+        return layer
+
+    @classmethod
+    def _as_matrix(cls, weight: Tensor) -> Tensor:
+        """A dense weight as steps have it."""
+        return weight
 
     @property
     def fixed_weight(self) -> FixedWeight:
         """The weight in its format, as the kernel has it."""
         return FixedWeight(self.steps, self.weight_format)
-
-    @property
-    def weight(self) -> Tensor:
-        """The dense weight, built anew at every read; writing to it changes nothing."""
-        raise NotImplementedError
 
     def validate(self) -> None:
         """Checks what to_dense relies on.
@@ -101,22 +139,8 @@ class FixedPointModule(nn.Module):
         return self.weight_format.step * self.input_format.step
 
     def _config(self) -> dict[str, Any]:
-        """What of_sizes takes besides sizes of its own."""
         formats = {f"{name}_format": str(getattr(self, f"{name}_format")) for name in ("weight", "input", "output")}
         return {**formats, **({} if self.bias is not None else {"bias": False})}
-
-    @classmethod
-    def _zeros(
-        cls, shape: tuple[int, int], weight_format: str, input_format: str, output_format: str, bias: bool, **sizes: Any
-    ) -> Self:
-        """A layer of zeros, on any device, for tensors that come from elsewhere."""
-        layer = cls.__new__(cls)
-        nn.Module.__init__(layer)
-        layer._take_formats(as_fixed(cls.__name__, "weight_format", weight_format), input_format, output_format)
-        layer._take_sizes(shape, **sizes)
-        layer.register_buffer("steps", torch.zeros(shape, dtype=layer._whole))
-        layer.register_buffer("bias", torch.zeros(shape[0], dtype=torch.int64) if bias else None)
-        return layer
 
     @classmethod
     def why_not(cls, module: nn.Module) -> str | None:
@@ -141,9 +165,7 @@ class FixedPointModule(nn.Module):
         output: str | FixedFormat | None,
     ) -> FixedFormats:
         """Those that were given, else those noted at module."""
-        name, kind = cls.__name__, cls.dense_type
-        if not isinstance(module, kind):
-            raise TypeError(f"{name}: module must be an nn.{kind.__name__}, got {type(module).__name__}; pass a layer")
+        name = cls.__name__
         given: dict[str, str | FixedFormat | None] = {"weight": weight, "input": input, "output": output}
         noted = noted_formats(module)
         found = {}
@@ -166,8 +188,8 @@ class FixedPointModule(nn.Module):
             raise ValueError("FixedPoint layers: bias must be finite, got NaN or infinity; repair the training")
         return (bias + 0.5).floor().clamp(-(2.0**61), 2.0**61).long()
 
-    def _filled(self, dense: Dense) -> Dense:
-        """A dense layer with this one's weight and bias."""
+    def _filled(self, dense: Any) -> Any:
+        """It with this one's weight and bias, both float32."""
         dense.weight = nn.Parameter(self.weight)
         if self.bias is not None:
             dense.bias = nn.Parameter((self.bias.double() * self.unit).float())
@@ -192,7 +214,6 @@ class FixedPointModule(nn.Module):
         return y
 
     def _shown(self) -> list[str]:
-        """For extra_repr."""
         formats = [f"{name}={getattr(self, name + '_format')}" for name in ("weight", "input", "output")]
         return [f"bias={self.bias is not None}", *formats]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from math import prod, sqrt
 from typing import Any, Self
 
@@ -13,9 +13,9 @@ from torch.compiler import is_compiling
 from torch.nn.functional import conv2d
 
 from tersetorch import ops
-from tersetorch.nn.conv_sizes import Sizes
+from tersetorch.nn.conv_sizes import ConvSizes, Sizes
+from tersetorch.nn.dense_form import FLOATS, changed, check_relu, check_size
 
-FLOATS = (torch.float32, torch.bfloat16)
 LAYOUTS = ("chain", "fused")
 # Of a filter's norm: what float32 leaves of a filter that is a product.
 EXACT = 1e-5
@@ -28,14 +28,15 @@ _flat_conv2d = ops.native_op("flat_conv2d_inference")
 Origin = list[tuple[str, Tensor, int, int]]
 
 
-class FlattenedConv2d(nn.Module):
+class FlattenedConv2d(ConvSizes[nn.Conv2d]):
     """Stages of lateral, vertical and horizontal 1-D filters in the place of a convolution; all of them train.
 
     A stage has M = rank * out_channels maps: l = conv2d(x, lateral_s) + lateral_bias_s over channels, then down and
     along each map v = conv2d(l, vertical_s) + vertical_bias_s and h = conv2d(v, horizontal_s), and
     y[f] = bias_s[f] + the sum of h[r * out_channels + f] over r < rank. l and v are padded with zeros. There is no
-    nonlinearity inside. With one stage, a rank of 1 and no other bias than the last it is the convolution with
-    lateral[f, c] * vertical[f, i] * horizontal[f, j]: C + kh + kw numbers a filter in the place of C * kh * kw.
+    nonlinearity inside; with relu what the last stage gives is at least 0. With one stage, a rank of 1 and no other
+    bias than the last it is the convolution with lateral[f, c] * vertical[f, i] * horizontal[f, j]: C + kh + kw numbers
+    a filter in the place of C * kh * kw.
 
     Parameters of stage s: lateral_s [M, C], vertical_s [M, kh], horizontal_s [M, kw], lateral_bias_s and
     vertical_bias_s [M], bias_s [out_channels]. They begin so that y has the variance that nn.Conv2d's has.
@@ -57,6 +58,7 @@ class FlattenedConv2d(nn.Module):
         stages: how many follow each other; the paper takes two.
         rank: filters that add up to one of a stage's channels.
         bias: whether there are any.
+        relu: whether negative results become 0; of the layer, not of its weight: to_dense() and .weight leave it out.
         device, dtype: of the parameters.
 
     Raises:
@@ -67,6 +69,8 @@ class FlattenedConv2d(nn.Module):
         Jin, Dundar, Culurciello, Flattened convolutional neural networks (2014), section 3.
     """
 
+    dense_type = nn.Conv2d
+    dims = 2
     layouts = LAYOUTS
     plain_layout = "chain"
     # The parameter that stands for the weight where only one can: its flags, its device, its dtype.
@@ -86,20 +90,28 @@ class FlattenedConv2d(nn.Module):
         stages: int = 1,
         rank: int = 1,
         bias: bool = True,
+        relu: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(bias, bool):
             raise TypeError(f"FlattenedConv2d: bias must be True or False, got {bias!r}; pass a bool")
-        self.in_channels = _number("in_channels", in_channels)
-        self.out_channels = _number("out_channels", out_channels)
-        self.stages = _number("stages", stages, ops.FLAT_MAX_STAGES)
-        self.rank = _number("rank", rank)
-        self.kernel_size = _pair("kernel_size", kernel_size, 1)
-        self.stride = _pair("stride", stride, 1)
-        self.padding = padding if isinstance(padding, str) else _pair("padding", padding, 0)
-        self._padding = self._pad_sides()
+        check_relu("FlattenedConv2d", relu)
+        self.relu = relu
+        most = 2**31 - 1
+        for name, value, limit in (
+            ("in_channels", in_channels, most),
+            ("out_channels", out_channels, most),
+            ("stages", stages, ops.FLAT_MAX_STAGES),
+            ("rank", rank, most),
+        ):
+            check_size("FlattenedConv2d", name, value, limit)
+        self.in_channels, self.out_channels, self.stages, self.rank = in_channels, out_channels, stages, rank
+        self.kernel_size = self._checked_sizes("kernel_size", kernel_size, 1)
+        self.stride = self._checked_sizes("stride", stride, 1)
+        self.padding = padding if isinstance(padding, str) else self._checked_sizes("padding", padding, 0)
+        self._padding = list(self._zeros())
         self._layout = self.plain_layout
         self._packed_from: Origin | None = None
         self._packed_names = [f"packed_{s}" for s in range(self.stages)]
@@ -204,15 +216,14 @@ class FlattenedConv2d(nn.Module):
             )
         return cls.from_filters(module, ops.FlatFilters(lateral, vertical, horizontal), 1)
 
-    @staticmethod
-    def why_not(module: object) -> str | None:
+    @classmethod
+    def why_not(cls, module: Any) -> str | None:
         """Why no flattened convolution has the sizes of a layer, or None.
 
         Raises:
             TypeError: module is not an nn.Conv2d, or its weight is neither float32 nor bfloat16.
         """
-        if not isinstance(module, nn.Conv2d):
-            raise TypeError(f"FlattenedConv2d: module must be an nn.Conv2d, got {type(module).__name__}; pass a layer")
+        cls._check_source(module)
         if module.weight.dtype not in FLOATS:
             raise TypeError(
                 f"FlattenedConv2d: module.weight must be float32 or bfloat16, got {module.weight.dtype}; convert it"
@@ -234,13 +245,9 @@ class FlattenedConv2d(nn.Module):
         """A layer on any device, for tensors that come from elsewhere; more is what the constructor takes."""
         return cls(in_channels, out_channels, kernel_size, **more).pack(layout)
 
-    @property
-    def sizes(self) -> dict[str, Any]:
-        """What of_sizes takes to make a layer of the same sizes and layout."""
-        usual = {"stride": (1, 1), "padding": (0, 0), "stages": 1, "rank": 1, "layout": "chain"}
-        own = {name: getattr(self, name) for name in ("in_channels", "out_channels", "kernel_size")}
-        changed = {name: getattr(self, name) for name in usual if getattr(self, name) != usual[name]}
-        return {**own, **changed, **({} if self.biased else {"bias": False})}
+    def _config(self) -> dict[str, Any]:
+        own = changed(self, {"stages": 1, "rank": 1, "layout": self.plain_layout, "relu": False})
+        return {**own, **({} if self.biased else {"bias": False})}
 
     @property
     def biased(self) -> bool:
@@ -288,15 +295,9 @@ class FlattenedConv2d(nn.Module):
             )
         weight = self.weight
         padding = [(1 + (self.stages - 1) * self.stride[i]) * self._padding[i] for i in range(2)]
-        dense = nn.Conv2d(
-            self.in_channels,
-            self.out_channels,
-            tuple(weight.shape[2:]),  # type: ignore[arg-type]
-            self.stride,
-            tuple(padding),  # type: ignore[arg-type]
-            bias=self.biased,
-            device="meta",
-        )
+        channels, kernel = (self.in_channels, self.out_channels), tuple(weight.shape[2:])
+        make: Any = nn.Conv2d
+        dense: nn.Conv2d = make(*channels, kernel, self.stride, tuple(padding), bias=self.biased, device="meta")
         dense.weight = nn.Parameter(weight)
         if self.biased:
             dense.bias = nn.Parameter(self._composed_bias().to(weight.dtype))
@@ -320,7 +321,7 @@ class FlattenedConv2d(nn.Module):
             return "padding beside biases inside"
         full = all(p >= k - 1 for p, k in zip(self._padding, self.kernel_size, strict=True)) and self.stride == (1, 1)
         if self.stages > 1 and padded and not full:
-            return f"padding {self._padding} between stages"
+            return f"padding {tuple(self._padding)} between stages"
         return None
 
     # ---- layouts
@@ -428,8 +429,8 @@ class FlattenedConv2d(nn.Module):
             if stages is not None:
                 try:
                     if input.dim() == 4:
-                        return _flat_conv2d(input, stages, self._op_sizes, False)  # type: ignore[no-any-return]
-                    y: Tensor = _flat_conv2d(input.unsqueeze(0), stages, self._op_sizes, False)
+                        return _flat_conv2d(input, stages, self._op_sizes, self.relu)  # type: ignore[no-any-return]
+                    y: Tensor = _flat_conv2d(input.unsqueeze(0), stages, self._op_sizes, self.relu)
                     return y.squeeze(0)
                 except (AttributeError, IndexError, RuntimeError, TypeError):
                     self._check(input)  # what nearly every call passes is asked for only here
@@ -437,16 +438,9 @@ class FlattenedConv2d(nn.Module):
         self._check(input)
         return self._chain(input) if input.dim() == 4 else self._chain(input.unsqueeze(0)).squeeze(0)
 
-    def _check(self, input: object) -> None:
-        if not isinstance(input, Tensor):
-            raise TypeError(f"FlattenedConv2d: input must be a tensor, got {type(input).__name__}; pass a torch.Tensor")
-        if input.dtype not in FLOATS and not torch.is_autocast_enabled(input.device.type):
-            raise TypeError(f"FlattenedConv2d: input must be float32 or bfloat16, got {input.dtype}; convert it")
-        if input.dim() not in (3, 4) or input.shape[-3] != self.in_channels:
-            raise ValueError(
-                f"FlattenedConv2d: input must be [N, {self.in_channels}, H, W] or [{self.in_channels}, H, W], got "
-                f"shape {tuple(input.shape)}; reshape it"
-            )
+    def _check(self, input: Any) -> None:
+        self._check_tensor(input)
+        self._check_images(input)
 
     def _chain(self, x: Tensor) -> Tensor:
         dtype = x.dtype
@@ -464,10 +458,12 @@ class FlattenedConv2d(nn.Module):
                 x = x.unflatten(1, (self.rank, self.out_channels)).sum(1)
                 x = x if bias is None else x + bias.to(x.dtype).view(-1, 1, 1)
             sh = sw = 1
+        if self.relu:
+            x = x.relu_()  # made here, and no gradient needs it
         return x if torch.is_autocast_enabled(x.device.type) else x.to(dtype)
 
-    def _pad_sides(self) -> tuple[int, int]:
-        """Zeros on both sides."""
+    def _zeros(self) -> tuple[int, ...]:
+        """Of padding on both sides."""
         if not isinstance(self.padding, str):
             return self.padding
         kh, kw = self.kernel_size
@@ -481,16 +477,12 @@ class FlattenedConv2d(nn.Module):
             )
         return {"same": (kh // 2, kw // 2), "full": (kh - 1, kw - 1), "valid": (0, 0)}[self.padding]
 
-    def extra_repr(self) -> str:
-        """What print(module) shows between the parentheses."""
-        shown = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"]
-        if self.padding not in ((0, 0), "valid"):
-            shown.append(f"padding={self.padding!r}")
-        shown += [f"stages={self.stages}", f"rank={self.rank}", f"bias={self.biased}"]
-        return ", ".join(shown + [f"layout={self._layout}"] * (self._layout != self.plain_layout))
+    def _shown(self) -> list[str]:
+        shown = [f"stages={self.stages}", f"rank={self.rank}", f"bias={self.biased}"]
+        return shown + [f"layout={self._layout}"] * (self._layout != self.plain_layout) + ["relu=True"] * self.relu
 
 
-def _followed(first: Tensor, second: Tensor, step: tuple[int, int]) -> Tensor:
+def _followed(first: Tensor, second: Tensor, step: tuple[int, ...]) -> Tensor:
     """The weight of convolution `first` followed by `second`, whose taps lie `step` of first's inputs apart."""
     taps = second.shape[2:]
     size = [first.shape[2 + i] + (taps[i] - 1) * step[i] for i in range(2)]
@@ -501,20 +493,3 @@ def _followed(first: Tensor, second: Tensor, step: tuple[int, int]) -> Tensor:
             top, left = i * step[0], j * step[1]
             composed[:, :, top : top + first.shape[2], left : left + first.shape[3]] += part
     return composed
-
-
-def _number(name: str, value: int, most: int = 2**31 - 1) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"FlattenedConv2d: {name} must be an int, got {value!r}; pass a number")
-    if not 1 <= value <= most:
-        raise ValueError(f"FlattenedConv2d: {name} must be from 1 to {most}, got {value}; pass another number")
-    return value
-
-
-def _pair(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
-    if len(pair) != 2 or any(isinstance(n, bool) or not isinstance(n, int) for n in pair):
-        raise TypeError(f"FlattenedConv2d: {name} must be an int or two of them, got {value!r}; pass (height, width)")
-    if min(pair) < least:
-        raise ValueError(f"FlattenedConv2d: {name} must be at least {least}, got {value!r}; pass that of the layer")
-    return pair

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any, Self, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
+from tersetorch.nn.conv_sizes import ConvSizes, Sizes
+from tersetorch.nn.dense_form import DenseForm, LinearSizes, check_size
 from tersetorch.nn.low_rank_factors import Form, split, unfold, unfolded_shape
 
-Size = int | Sequence[int]
 
-
-class LowRankModule(nn.Module):
+class LowRankModule(DenseForm[Any]):
     """y = second(first(input)), whose bias is the second factor's.
 
     The factors are children, so that whatever works on plain layers works on them: pruning, sharing, conversion,
@@ -51,11 +50,6 @@ class LowRankModule(nn.Module):
         if self.bias is not None:
             nn.init.uniform_(self.bias, -bound, bound)
 
-    @property
-    def weight_shape(self) -> torch.Size:
-        """The dense weight's shape."""
-        raise NotImplementedError
-
     @torch.no_grad()
     def set_factors(self, left: Tensor, right: Tensor) -> None:
         """Takes left [rows, rank] and right [rank, columns], factors of the weight as a matrix, as the weights."""
@@ -83,8 +77,8 @@ class LowRankModule(nn.Module):
     def _second_weight(self, left: Tensor) -> Tensor:
         return left.view_as(self.second.weight)
 
-    def _fill(self, dense: Any) -> Any:
-        """Dense with the weight multiplied out in float64, and a copy of the bias."""
+    def _filled(self, dense: Any) -> Any:
+        """It with the weight multiplied out in float64, and a copy of the bias."""
         with torch.no_grad():
             factors = self.first.weight.detach(), self.second.weight.detach()
             weight = self._composed(factors[0].double(), factors[1].double()).to(factors[1].dtype)
@@ -93,8 +87,18 @@ class LowRankModule(nn.Module):
             dense.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self.bias.requires_grad)
         return dense.train(self.training)
 
+    def _config(self) -> dict[str, Any]:
+        return {
+            "rank": self.rank,
+            **({"form": self._form} if self._form != "filters" else {}),
+            **({} if self.bias is not None else {"bias": False}),
+        }
 
-class LowRankLinear(LowRankModule):
+    def _shown(self) -> list[str]:
+        return [f"rank={self.rank}", f"bias={self.bias is not None}"]
+
+
+class LowRankLinear(LinearSizes, LowRankModule):
     """y = (input @ first.weight.T) @ second.weight.T + bias: nn.Linear of weight second.weight @ first.weight.
 
     Shapes: input [..., in_features] -> y [..., out_features], as nn.Linear; first.weight [rank, in_features],
@@ -132,7 +136,8 @@ class LowRankLinear(LowRankModule):
         check_size(where, "in_features", in_features)
         check_size(where, "out_features", out_features)
         check_size(where, "rank", rank, min(in_features, out_features))
-        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self._set_sizes((out_features, in_features))
+        self.rank = rank
         self.first = nn.Linear(in_features, rank, False, device, dtype)
         self.second = nn.Linear(rank, out_features, bias, device, dtype)
         self.reset_parameters()
@@ -145,8 +150,7 @@ class LowRankLinear(LowRankModule):
             TypeError: module is not an nn.Linear, or rank no int.
             ValueError: rank is outside 1 to min(in_features, out_features), or the weight is not finite.
         """
-        if not isinstance(module, nn.Linear):
-            raise TypeError(f"{cls.__name__}: module must be an nn.Linear, got {type(module).__name__}; pass a layer")
+        cls._check_source(module)
         return cls.like(module, rank)._nearest(module.weight)
 
     @classmethod
@@ -155,93 +159,43 @@ class LowRankLinear(LowRankModule):
         has_bias, dtype = module.bias is not None, module.weight.dtype
         return cls(module.in_features, module.out_features, rank, has_bias, "meta", dtype)._take(module)
 
-    def to_dense(self) -> nn.Linear:
-        """The plain layer with the factors multiplied out."""
-        dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        return cast(nn.Linear, self._fill(dense))
-
-    @property
-    def weight_shape(self) -> torch.Size:
-        """The dense weight's shape, [out_features, in_features]."""
-        return torch.Size((self.out_features, self.in_features))
-
     def _composed(self, first: Tensor, second: Tensor) -> Tensor:
         return second @ first
 
-    def extra_repr(self) -> str:
-        """The sizes."""
-        shown = f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
-        return f"{shown}, bias={self.bias is not None}"
 
-    @property
-    def sizes(self) -> dict[str, Any]:
-        """What the constructor takes to make a layer of the same sizes."""
-        sizes = {"in_features": self.in_features, "out_features": self.out_features, "rank": self.rank}
-        return sizes if self.bias is not None else {**sizes, "bias": False}
+class ConvOfFactors(ConvSizes[nn.Conv2d]):
+    """A convolution of several factors; groups is 1."""
 
+    dense_type = nn.Conv2d
+    dims = 2
 
-class ConvLike(nn.Module):
-    """What convolutions of several factors hold under nn.Conv2d's names; groups is 1."""
-
-    groups = 1
-
-    in_channels: int
-    out_channels: int
-    kernel_size: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int] | str
-    dilation: tuple[int, int]
-    padding_mode: str
-
-    def _set_sizes(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: Size,
-        stride: Size,
-        padding: Size | str,
-        dilation: Size,
-        padding_mode: str,
-    ) -> None:
-        """Checked as nn.Conv2d checks them, which a layer on device meta does."""
+    def _set_channels(self, in_channels: int, out_channels: int, kernel_size: Sizes, **sizes: Any) -> None:
         check_size(type(self).__name__, "in_channels", in_channels)
         check_size(type(self).__name__, "out_channels", out_channels)
-        like: Any = nn.Conv2d(
-            in_channels,
-            out_channels,
-            _pair(kernel_size),
-            _pair(stride),
-            padding if isinstance(padding, str) else _pair(padding),
-            _pair(dilation),
-            padding_mode=cast(Any, padding_mode),
-            device="meta",
-        )
-        for name in CONV_SIZES:
-            setattr(self, name, getattr(like, name))
+        shape, more = self._split_sizes(in_channels, out_channels, kernel_size, **sizes)
+        self._set_sizes(shape, **more)
 
-    @property
-    def weight_shape(self) -> torch.Size:
-        """The dense weight's shape, [out_channels, in_channels, *kernel_size]."""
-        return torch.Size((self.out_channels, self.in_channels, *self.kernel_size))
+    @classmethod
+    def _check_source(cls, module: Any) -> None:
+        """Refuses what is no nn.Conv2d of one group."""
+        super()._check_source(module)
+        if module.groups != 1:
+            raise ValueError(f"{cls.__name__}: module must have one group, got {module.groups}; leave it dense")
 
-    def _dense(self, bias: bool) -> nn.Conv2d:
-        """A plain convolution of these sizes, without data."""
-        sizes: dict[str, Any] = {name: getattr(self, name) for name in CONV_SIZES}
-        return nn.Conv2d(**sizes, bias=bias, device="meta")
+    @classmethod
+    def _made_as(cls, module: nn.Conv2d) -> dict[str, Any]:
+        """What the constructor takes to make a layer on device meta for the place of module."""
+        own = {name: getattr(module, name) for name in ("in_channels", "out_channels")}
+        own |= {name: size for name, size in cls._sizes_of(module).items() if name != "groups"}
+        return {**own, "bias": module.bias is not None, "device": "meta", "dtype": module.weight.dtype}
 
-    def _own_sizes(self) -> dict[str, Any]:
-        """The sizes under the names that constructors take, where they differ from the defaults."""
-        usual = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "padding_mode": "zeros"}
-        sizes = {name: getattr(self, name) for name in CONV_SIZES}
-        return {name: value for name, value in sizes.items() if name not in usual or value != usual[name]}
-
-    def _shown_sizes(self) -> str:
+    def _shown_sizes(self) -> list[str]:
         sizes = self._own_sizes()
         shown = f"{sizes.pop('in_channels')}, {sizes.pop('out_channels')}"
-        return ", ".join([shown, *(f"{name}={value!r}" for name, value in sizes.items())])
+        return [shown, *(f"{name}={value!r}" for name, value in sizes.items())]
 
 
-class LowRankConv2d(ConvLike, LowRankModule):
+class LowRankConv2d(ConvOfFactors, LowRankModule):
     """A convolution by two: y = conv2d(input, W) + bias with a weight W of low rank as a matrix; the factors train.
 
     Two forms, with R = rank, C = in_channels, F = out_channels, kernel_size (kh, kw):
@@ -274,11 +228,11 @@ class LowRankConv2d(ConvLike, LowRankModule):
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: Size,
+        kernel_size: Sizes,
         rank: int,
-        stride: Size = 1,
-        padding: Size | str = 0,
-        dilation: Size = 1,
+        stride: Sizes = 1,
+        padding: Sizes | str = 0,
+        dilation: Sizes = 1,
         bias: bool = True,
         padding_mode: str = "zeros",
         form: Form = "filters",
@@ -289,7 +243,8 @@ class LowRankConv2d(ConvLike, LowRankModule):
         where = type(self).__name__
         if form not in get_args(Form):
             raise ValueError(f"{where}: form must be one of {list(get_args(Form))}, got {form!r}; choose one of them")
-        self._set_sizes(in_channels, out_channels, kernel_size, stride, padding, dilation, padding_mode)
+        sizes = {"stride": stride, "padding": padding, "dilation": dilation, "padding_mode": padding_mode}
+        self._set_channels(in_channels, out_channels, kernel_size, **sizes)
         self.form: Form = form
         check_size(where, "rank", rank, min(unfolded_shape(self.weight_shape, form)))
         self.rank = rank
@@ -298,8 +253,8 @@ class LowRankConv2d(ConvLike, LowRankModule):
         # Typed loosely: torch's own stubs ask for pairs of known length.
         make: Any = nn.Conv2d
         if form == "filters":
-            sizes = self.kernel_size, self.stride, self.padding, self.dilation
-            self.first = make(in_channels, rank, *sizes, bias=False, **made)
+            own = self.kernel_size, self.stride, self.padding, self.dilation
+            self.first = make(in_channels, rank, *own, bias=False, **made)
             self.second = make(rank, out_channels, 1, bias=bias, device=device, dtype=dtype)
         else:
             down, across = (
@@ -318,18 +273,13 @@ class LowRankConv2d(ConvLike, LowRankModule):
             ValueError: module has groups, rank is outside its range, the weight is not finite, or there is no such
                 form.
         """
-        check_conv(cls.__name__, module)
+        cls._check_source(module)
         return cls.like(module, rank, form)._nearest(module.weight)
 
     @classmethod
     def like(cls, module: nn.Conv2d, rank: int, form: Form = "filters") -> Self:
         """A layer for the place of module, with its bias and flags, whose factors have no numbers yet."""
-        sizes: Any = {"kernel_size": module.kernel_size, "bias": module.bias is not None, **sizes_of(module)}
-        return cls(module.in_channels, module.out_channels, rank=rank, form=form, **sizes)._take(module)
-
-    def to_dense(self) -> nn.Conv2d:
-        """The plain layer with the factors multiplied out."""
-        return cast(nn.Conv2d, self._fill(self._dense(self.bias is not None)))
+        return cls(**cls._made_as(module), rank=rank, form=form)._take(module)
 
     @property
     def _form(self) -> Form:  # type: ignore[override]
@@ -347,42 +297,5 @@ class LowRankConv2d(ConvLike, LowRankModule):
         # [(F, kw), R] -> [F, R, 1, kw]
         return left.view(self.out_channels, -1, left.shape[1]).transpose(1, 2).unsqueeze(2)
 
-    def extra_repr(self) -> str:
-        """The sizes."""
-        return f"{self._shown_sizes()}, rank={self.rank}, form={self.form!r}, bias={self.bias is not None}"
-
-    @property
-    def sizes(self) -> dict[str, Any]:
-        """What the constructor takes to make a layer of the same sizes."""
-        more = {} if self.form == "filters" else {"form": self.form}
-        return {**self._own_sizes(), "rank": self.rank, **more, **({} if self.bias is not None else {"bias": False})}
-
-
-CONV_SIZES = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "padding_mode")
-
-
-def sizes_of(module: nn.Conv2d) -> dict[str, Any]:
-    """What a factored convolution, made on device meta, takes from the dense one beside channels and kernel."""
-    sizes = {name: getattr(module, name) for name in ("stride", "padding", "dilation", "padding_mode")}
-    return {**sizes, "device": "meta", "dtype": module.weight.dtype}
-
-
-def check_conv(where: str, module: object) -> None:
-    """Refuses what is no nn.Conv2d of one group."""
-    if not isinstance(module, nn.Conv2d):
-        raise TypeError(f"{where}: module must be an nn.Conv2d, got {type(module).__name__}; pass a layer")
-    if module.groups != 1:
-        raise ValueError(f"{where}: module must have one group, got {module.groups}; leave it dense")
-
-
-def check_size(where: str, name: str, value: object, most: int | None = None) -> None:
-    """Refuses what is no int of at least 1, and at most that."""
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{where}: {name} must be an int, got {value!r}; pass a whole number")
-    if value < 1 or (most is not None and value > most):
-        limits = "at least 1" if most is None else f"from 1 to {most}"
-        raise ValueError(f"{where}: {name} must be {limits}, got {value}; pass a number in that range")
-
-
-def _pair(value: Size) -> Any:
-    return (value, value) if isinstance(value, int) else tuple(value)
+    def _shown(self) -> list[str]:
+        return [f"rank={self.rank}", f"form={self.form!r}", f"bias={self.bias is not None}"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tersetorch import ops
 from tersetorch.formats import ProductWeight
 from tersetorch.formats.vector_codes import noted_codes
+from tersetorch.nn.dense_form import bias_of
 from tersetorch.nn.shared_module import SharedProduct
 
 
@@ -38,13 +39,65 @@ class ProductModule(SharedProduct):
         weight: ProductWeight = self.shared_weight
         return weight
 
+    def _weight_of(self, codes: Tensor, values: Tensor) -> ProductWeight:
+        return ProductWeight(codes, values, *self._matrix_shape)
+
     @classmethod
-    def _parts_of(cls, module: nn.Linear | nn.Conv2d, sub_vector: int | None) -> tuple[ProductWeight, Tensor | None]:
-        """The weight and the bias of a dense layer."""
+    def from_dense(cls, module: Any, sub_vector: int | None = None, **options: Any) -> Self:
+        """The layer that computes what module computes.
+
+        A module that quantize.product or quantize.residual has made share keeps its codes and codebooks; of sums they
+        are still known after finalize, until the weight is changed. Any other weight is searched for the parts that
+        its rows share.
+
+        Args:
+            module: nn.Linear or nn.Conv2d, as the layer is.
+            sub_vector: columns of a segment, where they have to be searched for; None for those that take the fewest
+                bytes, see ProductWeight.find.
+            options: of a linear layer its mode.
+
+        Raises:
+            TypeError: module is no such layer, or its weight is neither float32 nor bfloat16.
+            ValueError: the weight has more distinct parts than codes can name, or is not what its codes say, since it
+                was pruned after, or rounded where rows are sums; or there is no such mode.
+        """
+        cls._check_source(module)
         weight = known_weight(cls.__name__, module)
         if weight is None:
             weight = cls._from_weight(module.weight.detach().flatten(1), sub_vector)
-        return weight, None if module.bias is None else module.bias.detach().clone()
+        return cls(weight, bias_of(module), **cls._sizes_of(module), **options).train(module.training)
+
+    @classmethod
+    def of_sizes(
+        cls,
+        *,
+        stages: int,
+        segments: int,
+        width: int,
+        entries: int,
+        bias: bool = True,
+        relu: bool = False,
+        **sizes: Any,
+    ) -> Self:
+        """A layer of zeros, on any device, for tensors that come from elsewhere; sizes are the plain layer's."""
+        layer = cls._sized(**sizes)
+        weight = zero_weight(*layer._matrix_shape, (stages, segments, width, entries))
+        layer._hold(weight, weight.codebooks.new_zeros(weight.shape[0]) if bias else None, relu)
+        return layer
+
+    def _config(self) -> dict[str, Any]:
+        names = ("stages", "segments", "width", "entries")
+        return {
+            **dict(zip(names, self.codebooks.shape, strict=True)),
+            **({} if self.bias is not None else {"bias": False}),
+            **({"mode": self.mode} if self.mode != "exact" else {}),
+            **({"relu": True} if self.relu else {}),
+        }
+
+    def _shown(self) -> list[str]:
+        stages, _, width, entries = self.codebooks.shape
+        shown = [f"bias={self.bias is not None}", f"stages={stages}", f"sub_vector={width}", f"entries={entries}"]
+        return [*shown, *[f"mode={self.mode}"] * (self.mode != "exact"), *["relu=True"] * self.relu]
 
     @classmethod
     def _from_weight(cls, weight: Tensor, sub_vector: int | None) -> ProductWeight:

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Self
 
-import torch
 from torch import Tensor, is_grad_enabled, nn
 from torch.autograd import forward_ad
 
 from tersetorch.formats import CodebookWeight, ProductWeight
+from tersetorch.nn.dense_form import DenseForm, as_parameter, check_bias, check_relu
 from tersetorch.nn.resized import resize
-
-FLOATS = (torch.float32, torch.bfloat16)
-
-Dense = TypeVar("Dense", nn.Linear, nn.Conv2d)
 
 
 class SharedModule(nn.Module):
@@ -44,7 +40,7 @@ class SharedModule(nn.Module):
 
     def _hold_weight(self, weight: Any) -> None:
         self.register_buffer("codes", weight.codes)
-        self.register_parameter(self.parameter_field, _as_parameter(getattr(weight, self.parameter_field)))
+        self.register_parameter(self.parameter_field, as_parameter(getattr(weight, self.parameter_field)))
 
     @property
     def shared_weight(self) -> Any:
@@ -107,65 +103,31 @@ class SharedModule(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-class SharedProduct(SharedModule):
+class SharedProduct(SharedModule, DenseForm[Any]):
     """One of them that multiplies by its weight, with a bias [rows] or None, and a ReLU of its own where it is told."""
 
     bias: nn.Parameter | None
 
-    def __init__(self, weight: Any, bias: Tensor | None, relu: bool) -> None:
+    def __init__(self, weight: Any, bias: Tensor | None = None, relu: bool = False, **sizes: Any) -> None:
         super().__init__()
         name = type(self).__name__
         self._check_weight(weight)
-        if not isinstance(relu, bool):
-            raise TypeError(f"{name}: relu must be True or False, got {relu!r}; pass a bool")
-        if bias is not None and (not isinstance(bias, Tensor) or bias.dtype not in FLOATS):
-            got = bias.dtype if isinstance(bias, Tensor) else type(bias).__name__
-            raise TypeError(f"{name}: bias must be float32 or bfloat16, got {got}; convert it")
-        if bias is not None and bias.shape != weight.shape[:1]:
-            raise ValueError(
-                f"{name}: bias must be [{weight.shape[0]}], one for each row of the weight, got shape "
-                f"{tuple(bias.shape)}; pass the bias of the same layer"
-            )
+        check_relu(name, relu)
+        check_bias(name, bias, weight.shape[0])
         self._hold(weight, bias, relu)
+        self._set_sizes(weight.shape, **sizes)
 
     def _hold(self, weight: Any, bias: Tensor | None, relu: bool) -> None:
         self.relu = relu
         self._hold_weight(weight)
-        self.register_parameter("bias", None if bias is None else _as_parameter(bias))
+        self.register_parameter("bias", None if bias is None else as_parameter(bias))
 
-    def _filled(self, dense: Dense) -> Dense:
-        """A dense layer with this one's weight and bias, of one dtype: float32 where they differ and one needs it."""
-        weight, bias = self.weight, None if self.bias is None else self.bias.detach().clone()
-        if bias is not None and bias.dtype != weight.dtype:
-            narrow = weight.to(bias.dtype)
-            weight, bias = (narrow, bias) if torch.equal(narrow.float(), weight) else (weight, bias.float())
-        dense.weight = nn.Parameter(weight)
-        if bias is not None:
-            dense.bias = nn.Parameter(bias)
-        return dense.train(self.training)
-
-    def _check_tensor(self, x: object) -> None:
-        if not isinstance(x, Tensor):
-            raise TypeError(
-                f"{type(self).__name__}: input must be a tensor, got {type(x).__name__}; pass a torch.Tensor"
-            )
-        if x.dtype not in FLOATS and not torch.is_autocast_enabled(x.device.type):
-            raise TypeError(f"{type(self).__name__}: input must be float32 or bfloat16, got {x.dtype}; convert it")
-
-    def _check_features(self, x: object, features: int) -> None:
-        """Refuses what is no float tensor [..., features]."""
-        self._check_tensor(x)
-        if isinstance(x, Tensor) and (x.dim() == 0 or x.shape[-1] != features):
-            raise ValueError(
-                f"{type(self).__name__}: input must be [..., {features}], got shape {tuple(x.shape)}; reshape it"
-            )
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, built anew at every read; writing to it changes nothing."""
+        return super().weight.view(self.weight_shape)
 
 
 def records() -> bool:
     """Whether a call must be seen by autograd."""
     return is_grad_enabled() or forward_ad._current_level >= 0
-
-
-def _as_parameter(tensor: Tensor) -> nn.Parameter:
-    """The tensor itself where it is a parameter already, so that tied layers stay tied."""
-    return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor)

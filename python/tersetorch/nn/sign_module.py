@@ -4,24 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from tersetorch import ops
 from tersetorch.formats import SignWeight
+from tersetorch.nn.dense_form import FLOATS, DenseForm
 from tersetorch.nn.shared_module import records
 
-FLOATS = (torch.float32, torch.bfloat16)
 PIXEL_INPUTS = ("pixels", "signed_pixels")
 INPUTS = ("signs", "real", *PIXEL_INPUTS)
 PIXELS = 255
 
-Dense = TypeVar("Dense", nn.Linear, nn.Conv2d)
 
-
-class SignModule(nn.Module):
+class SignModule(DenseForm[Any]):
     """A layer over a weight of signs: dot is the product of them with the signs of its input, an exact integer.
 
     Its output is fma(dot, scale, bias), or, with thresholds, the packed signs that are +1 where dot >= threshold, for
@@ -37,7 +35,6 @@ class SignModule(nn.Module):
 
     inputs: str = "signs"
     batched: bool = False
-    dense_type: ClassVar[type[nn.Linear] | type[nn.Conv2d]]
 
     bits: Tensor
     scale: Tensor | None
@@ -136,11 +133,6 @@ class SignModule(nn.Module):
         """Which weights are -1, bool of weight's shape."""
         return self.sign_weight.negative().view(self.weight_shape)
 
-    @property
-    def weight_shape(self) -> torch.Size:
-        """The shape of the dense weight."""
-        raise NotImplementedError
-
     def packed(self, negative: Tensor) -> Tensor:
         """Signs, bool of weight's shape, True for -1, and on the CPU, as this layer's bits have them."""
         rows = negative.reshape(self.weight_shape[0], self.weight_shape[1:].numel())
@@ -155,13 +147,7 @@ class SignModule(nn.Module):
         self.sign_weight.validate()
         _check_numbers(type(self).__name__, self.bias, self.thresholds, self.weight_shape[0])
 
-    @property
-    def sizes(self) -> dict[str, Any]:
-        """What of_sizes takes to make a layer of the same sizes and options."""
-        raise NotImplementedError
-
     def _config(self) -> dict[str, Any]:
-        """What of_sizes takes besides sizes of its own, where it differs from the defaults."""
         return {
             **({"scale": True} if self.scale is not None else {}),
             **({} if self.bias is not None else {"bias": False}),
@@ -171,8 +157,9 @@ class SignModule(nn.Module):
             **({} if self.dtype == torch.float32 else {"dtype": str(self.dtype).removeprefix("torch.")}),
         }
 
+    @classmethod
     def _zeros(
-        self,
+        cls,
         shape: tuple[int, int, int],
         scale: bool,
         bias: bool,
@@ -180,27 +167,22 @@ class SignModule(nn.Module):
         batched: bool,
         dtype: str,
         **sizes: Any,
-    ) -> None:
-        """Holds tensors for rows of taps of channels, on any device, whose numbers come from elsewhere."""
+    ) -> Self:
+        """A layer over zeros for rows of taps of channels, on any device, whose numbers come from elsewhere."""
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
         rows, taps, channels = shape
-        self.batched = batched
-        self._take_dtype(getattr(torch, dtype))
+        layer.batched = batched
+        layer._take_dtype(getattr(torch, dtype))
         bits = torch.zeros(rows, taps, -(-channels // 64), dtype=torch.int64)
         numbers = [torch.zeros(rows) if wanted else None for wanted in (scale, bias)]
         weight = SignWeight(bits, channels, numbers[0])
-        self._take_sizes(weight, **sizes)
-        self._hold(weight, numbers[1], torch.zeros(rows, dtype=torch.int32) if thresholds else None)
+        layer._take_sizes(weight, **sizes)
+        layer._hold(weight, numbers[1], torch.zeros(rows, dtype=torch.int32) if thresholds else None)
+        return layer
 
-    @classmethod
-    def _check_source(cls, module: object) -> None:
-        kind = cls.dense_type
-        if not isinstance(module, kind):
-            raise TypeError(
-                f"{cls.__name__}: module must be an nn.{kind.__name__}, got {type(module).__name__}; pass a layer"
-            )
-
-    def _filled(self, dense: Dense) -> Dense:
-        """A dense layer with this one's weight and bias, of dtype."""
+    def _filled(self, dense: Any) -> Any:
+        """It with this one's weight and bias, of dtype."""
         dense.weight = nn.Parameter(self.weight.to(self.dtype))
         if self.bias is not None:
             dense.bias = nn.Parameter(self.bias.to(self.dtype, copy=True))
@@ -255,7 +237,6 @@ class SignModule(nn.Module):
         return y if y.dtype in (torch.int64, dtype) else y.to(dtype)
 
     def _shown(self) -> list[str]:
-        """For extra_repr."""
         shown = [f"bias={self.bias is not None}"]
         shown += ["scale=True"] * (self.scale is not None) + ["thresholds=True"] * (self.thresholds is not None)
         shown += [f"inputs={self.inputs}"] * (self.inputs != "signs") + ["batched=True"] * self.batched

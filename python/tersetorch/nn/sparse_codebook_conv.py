@@ -9,7 +9,7 @@ from tersetorch.nn.sparse_conv_module import SparseConvBase
 from tersetorch.nn.sparse_module import CodebookModule
 
 
-class SparseCodebookConv2d(CodebookModule, SparseConvBase[SparseCodebookWeight]):
+class SparseCodebookConv2d(CodebookModule, SparseConvBase[nn.Conv2d, SparseCodebookWeight]):
     """y = conv2d(input, W) + bias, W's non-zeros stored as codes; the codebook trains, an entry by its members' sum.
 
     Shapes: input float32 or bfloat16 [N, in_channels, H, W] or [in_channels, H, W], contiguous or channels_last, which
@@ -36,7 +36,7 @@ class SparseCodebookConv2d(CodebookModule, SparseConvBase[SparseCodebookWeight])
     dims = 2
 
 
-class SparseCodebookConv1d(CodebookModule, SparseConvBase[SparseCodebookWeight]):
+class SparseCodebookConv1d(CodebookModule, SparseConvBase[nn.Conv1d, SparseCodebookWeight]):
     """y = conv1d(input, W) + bias, W's non-zeros stored as codes; as SparseCodebookConv2d with one row.
 
     Shapes: input float32 or bfloat16 [N, in_channels, L] or [in_channels, L] -> y [N, out_channels, L'].

@@ -9,7 +9,7 @@ from tersetorch.nn.sparse_conv_module import SparseConvBase
 from tersetorch.nn.sparse_module import ValuesModule
 
 
-class SparseConv2d(ValuesModule, SparseConvBase[CsrWeight]):
+class SparseConv2d(ValuesModule, SparseConvBase[nn.Conv2d, CsrWeight]):
     """y = conv2d(input, W) + bias, W in compressed sparse rows; fine-tunes at fixed sparsity.
 
     Shapes: input float32 or bfloat16 [N, in_channels, H, W] or [in_channels, H, W], contiguous or channels_last, which
@@ -36,7 +36,7 @@ class SparseConv2d(ValuesModule, SparseConvBase[CsrWeight]):
     dims = 2
 
 
-class SparseConv1d(ValuesModule, SparseConvBase[CsrWeight]):
+class SparseConv1d(ValuesModule, SparseConvBase[nn.Conv1d, CsrWeight]):
     """y = conv1d(input, W) + bias, W in compressed sparse rows; as SparseConv2d with one row.
 
     Shapes: input float32 or bfloat16 [N, in_channels, L] or [in_channels, L] -> y [N, out_channels, L'].

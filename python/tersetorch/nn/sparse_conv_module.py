@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from math import prod
-from typing import Any, ClassVar, Self, cast
+from typing import Any, Self, Unpack
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from tersetorch import ops
-from tersetorch.nn.conv_sizes import ConvSizes, Sizes
+from tersetorch.nn.conv_sizes import Conv, ConvOptions, ConvSizes
 from tersetorch.nn.layout import Layout
 from tersetorch.nn.sparse_module import Format, SparseModule
 
@@ -26,7 +25,7 @@ class DirectWeight:
     codebook: Tensor | None
 
 
-def _pack_direct(layer: SparseConvBase[Any]) -> DirectWeight:
+def _pack_direct(layer: SparseConvBase[Any, Any]) -> DirectWeight:
     blocks, segments, indices, sources = ops.sparse_conv2d_pack(
         layer.row_offsets,
         layer.col_indices,
@@ -42,7 +41,7 @@ def _pack_direct(layer: SparseConvBase[Any]) -> DirectWeight:
     return DirectWeight(blocks, segments, indices, numbers.detach().index_select(0, sources), codebook)
 
 
-def _direct(layer: SparseConvBase[Any]) -> tuple[Any, ...]:
+def _direct(layer: SparseConvBase[Any, Any]) -> tuple[Any, ...]:
     buffers: Any = layer._buffers
     parameters: Any = layer._parameters
     return (
@@ -72,7 +71,7 @@ class WordsWeight:
     channel_block: int
 
 
-def _pack_words(mode: str, layer: SparseConvBase[Any]) -> WordsWeight:
+def _pack_words(mode: str, layer: SparseConvBase[Any, Any]) -> WordsWeight:
     sizes = (layer._kernel, layer._stride, layer._dilation)
     channel_block = ops.sparse_conv2d_channel_block(layer.in_channels, *sizes, layer.groups, mode)
     values, codebook = layer._numbers()
@@ -91,7 +90,7 @@ def _pack_words(mode: str, layer: SparseConvBase[Any]) -> WordsWeight:
     return WordsWeight(*packed, channel_block)
 
 
-def _words(layer: SparseConvBase[Any]) -> tuple[Any, ...]:
+def _words(layer: SparseConvBase[Any, Any]) -> tuple[Any, ...]:
     buffers: Any = layer._buffers
     return (
         buffers["packed_blocks"],
@@ -116,7 +115,7 @@ LAYOUTS = {
 }
 
 
-class SparseConvBase(ConvSizes, SparseModule[Format]):
+class SparseConvBase(ConvSizes[Conv], SparseModule[Format]):
     """A convolution whose weight, flattened to [out_channels, in_channels / groups * taps], is kept in a sparse format.
 
     Its sizes have the names that torch.nn.Conv2d gives them. In evaluation mode it computes without gradients from the
@@ -125,67 +124,14 @@ class SparseConvBase(ConvSizes, SparseModule[Format]):
 
     layouts = LAYOUTS
     plain_layout = "direct"
-    dense_type: ClassVar[type[nn.Conv1d] | type[nn.Conv2d]]
 
     def __init__(
-        self,
-        weight: Format,
-        bias: Tensor | None = None,
-        *,
-        kernel_size: Sizes,
-        stride: Sizes = 1,
-        padding: Sizes | str = 0,
-        dilation: Sizes = 1,
-        groups: int = 1,
-        padding_mode: str = "zeros",
-        relu: bool = False,
+        self, weight: Format, bias: Tensor | None = None, *, relu: bool = False, **sizes: Unpack[ConvOptions]
     ) -> None:
-        super().__init__(weight, bias, relu)
-        self._set_sizes(weight.shape, kernel_size, stride, padding, dilation, groups, padding_mode)
+        super().__init__(weight, bias, relu, **sizes)
         self._channel_block = ops.sparse_conv2d_channel_block(
             self.in_channels, self._kernel, self._stride, self._dilation
         )
-
-    @classmethod
-    def from_dense(cls, module: nn.Conv1d | nn.Conv2d) -> Self:
-        """The layer that computes what module computes, from the non-zeros of its weight.
-
-        Raises:
-            TypeError: module is not of the layer's dense type, or its weight is neither float32 nor bfloat16.
-            ValueError: the format cannot hold the weight.
-            RuntimeError: the kernel is too large for the layout.
-        """
-        if not isinstance(module, cls.dense_type):
-            raise TypeError(
-                f"{cls.__name__}: module must be an nn.{cls.dense_type.__name__}, got {type(module).__name__}; "
-                "pass a layer"
-            )
-        bias = None if module.bias is None else module.bias.detach().clone()
-        layer = cls(
-            cast(Format, cls.format.from_dense(module.weight.detach().flatten(1))),
-            bias,
-            kernel_size=module.kernel_size,
-            stride=module.stride,
-            padding=module.padding,
-            dilation=module.dilation,
-            groups=module.groups,
-            padding_mode=module.padding_mode,
-        )
-        return layer.train(module.training)
-
-    def to_dense(self) -> nn.Conv1d | nn.Conv2d:
-        """The plain layer with the same weight and bias, of one dtype: float32 where they differ and one needs it."""
-        dense: nn.Conv1d | nn.Conv2d = self._dense(self.dense_type)
-        return self._filled(dense)
-
-    @property
-    def weight(self) -> Tensor:
-        """The dense weight [out_channels, in_channels / groups, *kernel_size], built anew at every read."""
-        return super().weight.view(self.out_channels, self.in_channels // self.groups, *self.kernel_size)
-
-    @property
-    def _matrix_shape(self) -> tuple[int, int]:
-        return self.out_channels, self.in_channels // self.groups * prod(self.kernel_size)
 
     def pack(self, layout: str, **options: Any) -> Self:
         """Computes without gradients from another layout of the weight from now on; returns the layer.
@@ -239,10 +185,3 @@ class SparseConvBase(ConvSizes, SparseModule[Format]):
         return ops.sparse_conv2d_inference(
             x, self.row_offsets, self.col_indices, values, self.bias, codebook, *self._geometry, self.relu
         )
-
-    def extra_repr(self) -> str:
-        """What print(module) shows between the parentheses."""
-        shown = [*self._shown_sizes(), f"bias={self.bias is not None}", f"nnz={self.col_indices.numel()}"]
-        if self._layout != self.plain_layout:
-            shown.append(f"layout={self._layout}")
-        return ", ".join(shown + ["relu=True"] * self.relu)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, Self, cast
+from typing import Any, Self
 
-from torch import Tensor, is_grad_enabled, nn
+from torch import Tensor, is_grad_enabled
 from torch.autograd import forward_ad
 
 from tersetorch import ops
+from tersetorch.nn.dense_form import LinearSizes
 from tersetorch.nn.layout import LAYOUTS
 from tersetorch.nn.sparse_module import Format, SparseModule
 
 
-class SparseLinearBase(SparseModule[Format]):
+class SparseLinearBase(LinearSizes, SparseModule[Format]):
     """y = x @ W.T + bias, at least 0 with relu, with W [out_features, in_features] kept in a sparse format."""
 
     layouts = LAYOUTS
@@ -20,28 +21,6 @@ class SparseLinearBase(SparseModule[Format]):
 
     def __init__(self, weight: Format, bias: Tensor | None = None, *, relu: bool = False) -> None:
         super().__init__(weight, bias, relu)
-        self.out_features, self.in_features = weight.shape
-
-    @classmethod
-    def from_dense(cls, module: nn.Linear) -> Self:
-        """The layer that computes what module computes, from the non-zeros of its weight.
-
-        Raises:
-            TypeError: module is not an nn.Linear, or its weight is neither float32 nor bfloat16.
-            ValueError: the format cannot hold the weight.
-        """
-        if not isinstance(module, nn.Linear):
-            raise TypeError(f"{cls.__name__}: module must be an nn.Linear, got {type(module).__name__}; pass a layer")
-        bias = None if module.bias is None else module.bias.detach().clone()
-        return cls(cast(Format, cls.format.from_dense(module.weight)), bias).train(module.training)
-
-    def to_dense(self) -> nn.Linear:
-        """The plain layer with the same weight and bias, of one dtype: float32 where they differ and one needs it."""
-        return self._filled(nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta"))
-
-    @property
-    def _matrix_shape(self) -> tuple[int, int]:
-        return self.out_features, self.in_features
 
     def pack(self, layout: str, **options: Any) -> Self:
         """Computes without gradients from another layout of the weight from now on; returns the layer.
@@ -97,21 +76,4 @@ class SparseLinearBase(SparseModule[Format]):
         values, codebook = (parameters["values"], None) if codes is None else (codes, parameters["codebook"])
         return ops.csr_matmul_inference(
             x, buffers["row_offsets"], buffers["col_indices"], values, parameters["bias"], codebook, self.relu
-        )
-
-    def _check_input(self, x: Any) -> None:
-        self._check_tensor(x)
-        if x.dim() == 0 or x.shape[-1] != self.in_features:
-            raise ValueError(
-                f"{type(self).__name__}: input must be [..., {self.in_features}], got shape {tuple(x.shape)}; "
-                "reshape it"
-            )
-
-    def extra_repr(self) -> str:
-        """What print(module) shows between the parentheses."""
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"nnz={self.col_indices.numel()}"
-            + ("" if self._layout == "csr" else f", layout={self._layout}")
-            + ", relu=True" * self.relu
         )

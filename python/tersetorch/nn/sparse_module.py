@@ -13,9 +13,8 @@ from torch.compiler import is_compiling
 
 from tersetorch import ops
 from tersetorch.formats import CsrWeight, SparseCodebookWeight
+from tersetorch.nn.dense_form import DenseForm, as_parameter, bias_of, check_bias, check_relu
 from tersetorch.nn.layout import PREFIX, Layout
-
-FLOATS = (torch.float32, torch.bfloat16)
 
 # A tensor's version (None where it counts none) and address: what tells that its numbers are still the same.
 State = tuple[int | None, int]
@@ -33,10 +32,9 @@ Ready = tuple[
 ]
 
 Format = TypeVar("Format", CsrWeight, SparseCodebookWeight)
-Dense = TypeVar("Dense", bound=nn.Module)
 
 
-class SparseModule(nn.Module, Generic[Format]):
+class SparseModule(DenseForm[Any], Generic[Format]):
     """A layer whose weight, as a matrix, is kept in a sparse format; its tensors have the names of the format's fields.
 
     What trains (values or a codebook, and the bias) are parameters, the rest are buffers.
@@ -65,10 +63,9 @@ class SparseModule(nn.Module, Generic[Format]):
     # Whether negative results become 0; of the layer, not of its weight: to_dense() and .weight know nothing of it.
     relu: bool
 
-    def __init__(self, weight: Any, bias: Tensor | None, relu: bool) -> None:
+    def __init__(self, weight: Any, bias: Tensor | None = None, relu: bool = False, **sizes: Any) -> None:
         super().__init__()
-        if not isinstance(relu, bool):
-            raise TypeError(f"{type(self).__name__}: relu must be True or False, got {relu!r}; pass a bool")
+        check_relu(type(self).__name__, relu)
         self.relu = relu
         # What pack() was asked for, the options that make the next packing the same, and the packed weight's sizes.
         self._layout = self.plain_layout
@@ -87,24 +84,28 @@ class SparseModule(nn.Module, Generic[Format]):
                 "call from_dense on the layer it comes from"
             )
         weight.validate()
-        rows = weight.shape[0]
-        if bias is not None and (not isinstance(bias, Tensor) or bias.dtype not in FLOATS):
-            got = bias.dtype if isinstance(bias, Tensor) else type(bias).__name__
-            raise TypeError(f"{type(self).__name__}: bias must be float32 or bfloat16, got {got}; convert it")
-        if bias is not None and bias.shape != (rows,):
-            raise ValueError(
-                f"{type(self).__name__}: bias must be [{rows}], one for each row of the weight, "
-                f"got shape {tuple(bias.shape)}; pass the bias of the same layer"
-            )
+        check_bias(type(self).__name__, bias, weight.shape[0])
         for field in self.buffer_fields:
             self.register_buffer(field, getattr(weight, field))
-        self.register_parameter(self.parameter_field, _as_parameter(getattr(weight, self.parameter_field)))
-        self.register_parameter("bias", None if bias is None else _as_parameter(bias))
+        self.register_parameter(self.parameter_field, as_parameter(getattr(weight, self.parameter_field)))
+        self.register_parameter("bias", None if bias is None else as_parameter(bias))
+        self._set_sizes(weight.shape, **sizes)
 
-    @property
-    def _matrix_shape(self) -> tuple[int, int]:
-        """Rows and columns of the weight as its format has them."""
-        raise NotImplementedError
+    @classmethod
+    def from_dense(cls, module: Any) -> Self:
+        """The layer that computes what module computes, from the non-zeros of its weight.
+
+        Args:
+            module: nn.Linear, nn.Conv1d or nn.Conv2d, as the layer is.
+
+        Raises:
+            TypeError: module is no such layer, or its weight is neither float32 nor bfloat16.
+            ValueError: the format cannot hold the weight.
+            RuntimeError: a convolution's kernel is too large for the layout.
+        """
+        cls._check_source(module)
+        weight = cls.format.from_dense(module.weight.detach().flatten(1))
+        return cls(weight, bias_of(module), **cls._sizes_of(module)).train(module.training)
 
     @property
     def sparse_weight(self) -> Format:
@@ -115,22 +116,11 @@ class SparseModule(nn.Module, Generic[Format]):
     @property
     def weight(self) -> Tensor:
         """The dense weight, built anew at every read; writing to it changes nothing."""
-        return self.sparse_weight.to_dense().detach()
+        return self.sparse_weight.to_dense().detach().view(self.weight_shape)
 
     def _numbers(self) -> tuple[Tensor, Tensor | None]:
         """What ops take as values and codebook."""
         raise NotImplementedError
-
-    def _filled(self, dense: Dense) -> Dense:
-        """A dense layer with this one's weight and bias, of one dtype: float32 where they differ and one needs it."""
-        weight, bias = self.weight, None if self.bias is None else self.bias.detach().clone()
-        if bias is not None and bias.dtype != weight.dtype:
-            narrow = weight.to(bias.dtype)
-            weight, bias = (narrow, bias) if torch.equal(narrow.float(), weight) else (weight, bias.float())
-        dense.weight = nn.Parameter(weight)
-        if bias is not None:
-            dense.bias = nn.Parameter(bias)
-        return dense.train(self.training)
 
     # ---- layouts
 
@@ -365,13 +355,9 @@ class SparseModule(nn.Module, Generic[Format]):
         """The product without gradients, from the format itself."""
         raise NotImplementedError
 
-    def _check_tensor(self, x: object) -> None:
-        if not isinstance(x, Tensor):
-            raise TypeError(
-                f"{type(self).__name__}: input must be a tensor, got {type(x).__name__}; pass a torch.Tensor"
-            )
-        if x.dtype not in FLOATS and not torch.is_autocast_enabled(x.device.type):
-            raise TypeError(f"{type(self).__name__}: input must be float32 or bfloat16, got {x.dtype}; convert it")
+    def _shown(self) -> list[str]:
+        shown = [f"bias={self.bias is not None}", f"nnz={self.col_indices.numel()}"]
+        return shown + [f"layout={self._layout}"] * (self._layout != self.plain_layout) + ["relu=True"] * self.relu
 
     # ---- state
 
@@ -475,8 +461,3 @@ def _unknown(origin: Origin | None) -> Origin | None:
 def state_of(tensor: Tensor) -> State:
     """What changes when a tensor's numbers do, but for writes through .data and in inference mode."""
     return None if tensor.is_inference() else tensor._version, tensor.data_ptr()
-
-
-def _as_parameter(tensor: Tensor) -> nn.Parameter:
-    """The tensor itself where it is a parameter already, so that tied layers stay tied."""
-    return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor)
