@@ -64,16 +64,8 @@ TERSETORCH_ON_BOTH inline void PutNumber(void* y, std::int64_t i, Number number)
 
 // Number k of fixed point as value i of y.
 TERSETORCH_ON_BOTH inline void PutFixed(void* y, std::int64_t i, std::int32_t k, int fraction_bits, FixedAs as) {
-  switch (as) {
-    case FixedAs::kFloats:
-      return PutNumber(y, i, static_cast<float>(k) * StepOf(fraction_bits));
-    case FixedAs::kInt8:
-      return PutNumber(y, i, static_cast<std::int8_t>(k));
-    case FixedAs::kInt16:
-      return PutNumber(y, i, static_cast<std::int16_t>(k));
-    case FixedAs::kInt32:
-      return PutNumber(y, i, k);
-  }
+  if (as == FixedAs::kFloats) return PutNumber(y, i, static_cast<float>(k) * StepOf(fraction_bits));
+  WithWhole(as, k, [&](auto whole) { PutNumber(y, i, whole); });
 }
 
 }  // namespace

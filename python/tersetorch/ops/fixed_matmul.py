@@ -31,7 +31,7 @@ def fixed_pack(weight: Tensor, segments: int = 1) -> Tensor:
         ValueError: weight is no matrix, or segments do not divide its columns.
     """
     op = "fixed_pack"
-    _check_whole(op, "weight", weight)
+    check_whole(op, "weight", weight)
     if weight.dim() != 2:
         raise ValueError(f"{op}: weight must be [out, in], got shape {tuple(weight.shape)}; flatten it")
     if segments < 1 or weight.shape[1] % segments:
@@ -89,28 +89,63 @@ def fixed_matmul(
         Gupta et al., Deep Learning with Limited Numerical Precision (2015), section 3.2.
     """
     op = "fixed_matmul"
-    _check_whole(op, "x", x)
-    _check_whole(op, "packed", packed)
+    check_whole(op, "x", x)
+    columns = x.shape[-1] if x.dim() else -1
+    dtype = check_product(
+        op, x, packed, bias, rows, 1, 1, columns, sum_fraction_bits, integer_bits, fraction_bits, dtype
+    )
+    check_rounding(op, rounding, seed, offset)
+    sizes = (sum_fraction_bits, integer_bits, fraction_bits)
+    return cast(Tensor, _fixed_matmul(x, packed, bias, rows, *sizes, dtype, rounding, seed, offset, relu))
+
+
+def check_whole(op: str, name: str, tensor: object) -> None:
+    """Refuses what is no tensor of int8 or int16."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}; pass a torch.Tensor")
+    if tensor.dtype not in _WHOLE:
+        raise TypeError(f"{op}: {name} must be int8 or int16, got {tensor.dtype}; convert it")
+
+
+def check_product(
+    op: str,
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    rows: int,
+    groups: int,
+    segments: int,
+    segment: int,
+    sum_fraction_bits: int,
+    integer_bits: int,
+    fraction_bits: int,
+    dtype: torch.dtype | None,
+) -> torch.dtype:
+    """Refuses what does not fit x, whose samples are `segments` of `segment` numbers; returns the dtype of the result.
+
+    Raises:
+        TypeError, ValueError: as fixed_matmul does.
+    """
+    check_whole(op, "packed", packed)
     if bias is not None and not (isinstance(bias, Tensor) and bias.dtype == torch.int64):
         got = bias.dtype if isinstance(bias, Tensor) else type(bias).__name__
         raise TypeError(f"{op}: bias must be int64, in units of the sums, got {got}; convert it")
     if x.dtype == torch.int16 and packed.dtype == torch.int8:
-        raise TypeError(f"{op}: packed must be int16 like x, got torch.int8; pack weight.short()")
+        raise TypeError(f"{op}: packed must be int16 like x, got torch.int8; pack the weight as int16")
     for name, tensor in (("packed", packed), ("bias", bias)):
         if tensor is not None and tensor.device != x.device:
             raise ValueError(
                 f"{op}: {name} must be on the device of x, {x.device}, got {tensor.device}; move one of them"
             )
-    words = -(-x.shape[-1] // (4 // packed.element_size())) if x.dim() else -1
-    if packed.dim() != 4 or packed.shape[:3] != (-(-rows // 16), words + 1, 16):
+    words = -(-segment // (4 // packed.element_size()))
+    if segment < 0 or packed.shape[:3] != (groups * -(-rows // groups // 16), segments * words + 1, 16):
         raise ValueError(
-            f"{op}: x must be [..., in] and packed what fixed_pack returns for a weight [{rows}, in], got shapes "
-            f"{tuple(x.shape)} and {tuple(packed.shape)}; pass x with as many features as the weight has columns"
+            f"{op}: packed must be what packing returns for {rows} rows of the numbers of a sample of x, got shapes "
+            f"{tuple(packed.shape)} and {tuple(x.shape)}; pass x with as many features as the weight has columns"
         )
     if bias is not None and tuple(bias.shape) != (rows,):
         raise ValueError(f"{op}: bias must be [{rows}], got shape {tuple(bias.shape)}; pass one for each row")
     check_fixed(op, integer_bits, fraction_bits)
-    check_rounding(op, rounding, seed, offset)
     if not 0 <= sum_fraction_bits <= MAX_SUM_BITS:
         raise ValueError(
             f"{op}: sum_fraction_bits must lie in [0, {MAX_SUM_BITS}], got {sum_fraction_bits}; pass the fraction bits "
@@ -123,15 +158,7 @@ def fixed_matmul(
         raise ValueError(
             f"{op}: dtype must be float32, int8, int16 or int32 and hold {bits} bits, got {dtype}; leave it out"
         )
-    sizes = (sum_fraction_bits, integer_bits, fraction_bits)
-    return cast(Tensor, _fixed_matmul(x, packed, bias, rows, *sizes, dtype, rounding, seed, offset, relu))
-
-
-def _check_whole(op: str, name: str, tensor: object) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}; pass a torch.Tensor")
-    if tensor.dtype not in _WHOLE:
-        raise TypeError(f"{op}: {name} must be int8 or int16, got {tensor.dtype}; convert it")
+    return dtype
 
 
 @torch.library.register_fake("tersetorch::fixed_pack")
