@@ -33,10 +33,11 @@ struct Inputs {
               groups,       out.height,   out.width,    channels_last};
     // Before what they multiply to: a padded image, and the weights of a filter.
     constexpr std::int64_t kMost = std::int64_t{1} << 32;
-    const std::int64_t wide = std::max<std::int64_t>(1, images.PaddedWidth() * std::max<std::int64_t>(1, images.channels));
-    STD_TORCH_CHECK(images.PaddedHeight() <= kMost / wide, kOp,
-                    ": a padded image must have at most 2^32 numbers, got ", images.PaddedHeight(), " x ",
-                    images.PaddedWidth(), " pixels of ", images.channels, "; pass less padding");
+    const std::int64_t wide =
+        std::max<std::int64_t>(1, images.PaddedWidth() * std::max<std::int64_t>(1, images.channels));
+    STD_TORCH_CHECK(images.PaddedHeight() <= kMost / wide, kOp, ": a padded image must have at most 2^32 numbers, got ",
+                    images.PaddedHeight(), " x ", images.PaddedWidth(), " pixels of ", images.channels,
+                    "; pass less padding");
     const std::int64_t of_group = images.channels / groups;
     STD_TORCH_CHECK(kernel_size[0] * kernel_size[1] <= kFixedMaxColumns / std::max<std::int64_t>(1, of_group), kOp,
                     ": a filter must have fewer than 2^24 weights, got ", kernel_size[0], " x ", kernel_size[1], " of ",
@@ -44,8 +45,8 @@ struct Inputs {
     weight = FixedWeightOf(kOp, place, packed_of, rows, of_group * kernel_size[0] * kernel_size[1], images.Segments(),
                            groups);
     CheckFits(kOp, *x, weight.wide);
-    conversion = FixedConversionOf(kOp, place, bias_of, rows, sum_fraction_bits, integer_bits, fraction_bits, dtype,
-                                   relu);
+    conversion =
+        FixedConversionOf(kOp, place, bias_of, rows, sum_fraction_bits, integer_bits, fraction_bits, dtype, relu);
     y = torch::stable::empty(
         {images.count, rows, out.height, out.width}, dtype, std::nullopt, x->device(), std::nullopt,
         channels_last ? torch::headeronly::MemoryFormat::ChannelsLast : torch::headeronly::MemoryFormat::Contiguous);
@@ -102,23 +103,22 @@ Tensor FixedConv2dOnCpu(const Tensor& x, const Tensor& packed, const std::option
     const FixedImageArgs own{from + n * of_image * item, inputs.x_wide(), weight.wide, product.split, s, to};
     ParallelFor(count * s.PaddedHeight(), GrainItems(1 + s.PaddedWidth() * s.channels / 8),
                 [&](std::int64_t begin, std::int64_t end) { FixedImageRows(own, begin, end); });
-    product.Run(
-        to, sample_at, segment_at.data(), pixel / s.groups, count * windows, inputs.conversion,
-        [&](std::int64_t first, std::int64_t samples, std::int64_t row_of_y, FixedConvertArgs convert) {
-          if (s.channels_last) return ConvertFrom(convert, (n * windows + first) * rows + row_of_y, samples);
-          alignas(64) char values[4 * kFixedBlock * kFixedTile];
-          auto* y = static_cast<char*>(convert.y);
-          convert.y = values;
-          convert.y_stride = kFixedTile;
-          FixedConvert(convert, 0, samples);
-          for (std::int64_t i = 0; i < samples;) {
-            const std::int64_t image = n + (first + i) / windows, window = (first + i) % windows;
-            const std::int64_t some = std::min(samples - i, windows - window);
-            FixedPlanes(values + i * kFixedTile * bytes, kFixedTile, some, convert.rows, bytes,
-                        y + ((image * rows + row_of_y) * windows + window) * bytes, windows);
-            i += some;
-          }
-        });
+    product.Run(to, sample_at, segment_at.data(), pixel / s.groups, count * windows, inputs.conversion,
+                [&](std::int64_t first, std::int64_t samples, std::int64_t row_of_y, FixedConvertArgs convert) {
+                  if (s.channels_last) return ConvertFrom(convert, (n * windows + first) * rows + row_of_y, samples);
+                  alignas(64) char values[4 * kFixedBlock * kFixedTile];
+                  auto* y = static_cast<char*>(convert.y);
+                  convert.y = values;
+                  convert.y_stride = kFixedTile;
+                  FixedConvert(convert, 0, samples);
+                  for (std::int64_t i = 0; i < samples;) {
+                    const std::int64_t image = n + (first + i) / windows, window = (first + i) % windows;
+                    const std::int64_t some = std::min(samples - i, windows - window);
+                    FixedPlanes(values + i * kFixedTile * bytes, kFixedTile, some, convert.rows, bytes,
+                                y + ((image * rows + row_of_y) * windows + window) * bytes, windows);
+                    i += some;
+                  }
+                });
   }
   return *inputs.y;
 }
@@ -136,8 +136,15 @@ Tensor FixedConv2dOnCuda(const Tensor& x, const Tensor& packed, const std::optio
   const FixedImages& s = inputs.images;
   const std::int64_t samples = s.count * s.Windows();
   const Tensor sums = torch::stable::new_empty(*inputs.x, {samples, rows}, ScalarType::Long);
-  const FixedCudaArgs args{inputs.x->const_data_ptr(), inputs.x_wide(), inputs.weight.packed, inputs.weight.wide,
-                           samples, 0, rows, sums.mutable_data_ptr<std::int64_t>(), s};
+  const FixedCudaArgs args{inputs.x->const_data_ptr(),
+                           inputs.x_wide(),
+                           inputs.weight.packed,
+                           inputs.weight.wide,
+                           samples,
+                           0,
+                           rows,
+                           sums.mutable_data_ptr<std::int64_t>(),
+                           s};
   FixedConvertArgs& conversion = inputs.conversion.args;
   conversion.sums = args.sums;
   conversion.sums_stride = rows;

@@ -32,8 +32,8 @@ struct Inputs {
     std::vector<std::int64_t> shape(x_of.sizes().begin(), x_of.sizes().end());
     shape.back() = rows;
     y = torch::stable::new_empty(*x, shape, dtype);
-    conversion = FixedConversionOf(kOp, place, bias_of, rows, sum_fraction_bits, integer_bits, fraction_bits, dtype,
-                                   relu);
+    conversion =
+        FixedConversionOf(kOp, place, bias_of, rows, sum_fraction_bits, integer_bits, fraction_bits, dtype, relu);
     conversion.args.stochastic = IsStochastic(kOp, rounding);
     conversion.args.seed = static_cast<std::uint64_t>(seed);
     conversion.args.offset = CheckedOffset(kOp, offset);
@@ -93,8 +93,15 @@ Tensor FixedMatmulOnCuda(const Tensor& x, const Tensor& packed, const std::optio
   Inputs inputs(call.place(), x, packed, bias, rows, sum_fraction_bits, integer_bits, fraction_bits, rounding, seed,
                 offset, dtype, relu);
   const Tensor sums = torch::stable::new_empty(*inputs.x, {inputs.samples, rows}, ScalarType::Long);
-  const FixedCudaArgs args{inputs.x->const_data_ptr(), inputs.x_wide(), inputs.weight.packed, inputs.weight.wide,
-                           inputs.samples, inputs.x->size(-1), rows, sums.mutable_data_ptr<std::int64_t>(), {}};
+  const FixedCudaArgs args{inputs.x->const_data_ptr(),
+                           inputs.x_wide(),
+                           inputs.weight.packed,
+                           inputs.weight.wide,
+                           inputs.samples,
+                           inputs.x->size(-1),
+                           rows,
+                           sums.mutable_data_ptr<std::int64_t>(),
+                           {}};
   FixedConvertArgs& conversion = inputs.conversion.args;
   conversion.sums = args.sums;
   conversion.sums_stride = rows;
@@ -111,7 +118,8 @@ Tensor FixedPackOnCpu(const Tensor& weight_of, std::int64_t segments) {
   CheckWhole(kPack, kCpu, weight_of, "weight");
   STD_TORCH_CHECK(weight_of.dim() == 2 && weight_of.size(1) <= kFixedMaxColumns, kPack,
                   ": weight must be [out, in] with fewer than 2^24 columns, got ", weight_of.dim(),
-                  "-D with a last dimension of ", weight_of.dim() > 0 ? weight_of.size(-1) : 0, "; reshape or split it");
+                  "-D with a last dimension of ", weight_of.dim() > 0 ? weight_of.size(-1) : 0,
+                  "; reshape or split it");
   STD_TORCH_CHECK(segments >= 1 && weight_of.size(1) % segments == 0, kPack,
                   ": segments must be at least 1 and divide the columns of weight, ", weight_of.size(1), ", got ",
                   segments, "; pass the taps of the kernel");
@@ -122,7 +130,8 @@ Tensor FixedPackOnCpu(const Tensor& weight_of, std::int64_t segments) {
   const std::int64_t words = segments * Blocks(columns / segments, of_word);
   Tensor packed = torch::stable::new_empty(weight, {panels, words + 1, kFixedPanel, of_word});
   const FixedPackArgs args{weight.const_data_ptr(), wide, rows, columns, segments, packed.mutable_data_ptr()};
-  ParallelFor(panels, GrainItems(16 * words), [&](std::int64_t begin, std::int64_t end) { FixedPack(args, begin, end); });
+  ParallelFor(panels, GrainItems(16 * words),
+              [&](std::int64_t begin, std::int64_t end) { FixedPack(args, begin, end); });
   return packed;
 }
 

@@ -34,8 +34,7 @@ struct FixedWeightArgs {
 
 // A weight [rows, columns] as fixed_pack lays it out, group by group.
 inline FixedWeightArgs FixedWeightOf(const char* op, Place place, const Tensor& packed, std::int64_t rows,
-                                     std::int64_t columns, std::int64_t segments,
-                                     std::int64_t groups = 1) {
+                                     std::int64_t columns, std::int64_t segments, std::int64_t groups = 1) {
   CheckWhole(op, place, packed, "packed");
   FixedWeightArgs weight;
   weight.wide = packed.scalar_type() == ScalarType::Short;
@@ -48,8 +47,8 @@ inline FixedWeightArgs FixedWeightOf(const char* op, Place place, const Tensor& 
   STD_TORCH_CHECK(rows >= 0, op, ": rows must be at least 0, got ", rows, "; pass those of the weight");
   STD_TORCH_CHECK(packed.dim() == 4 && packed.size(0) == groups * weight.panels && packed.size(1) == weight.words + 1 &&
                       packed.size(2) == kFixedPanel && packed.size(3) == of_word,
-                  op, ": packed must be [", groups * weight.panels, ", ", weight.words + 1, ", ", kFixedPanel, ", ", of_word,
-                  "] for ", rows, " rows and ", columns, " columns, got ", packed.dim(), "-D with ",
+                  op, ": packed must be [", groups * weight.panels, ", ", weight.words + 1, ", ", kFixedPanel, ", ",
+                  of_word, "] for ", rows, " rows and ", columns, " columns, got ", packed.dim(), "-D with ",
                   packed.dim() > 0 ? packed.size(0) : 0, " panels of ", packed.dim() > 1 ? packed.size(1) : 0,
                   "; pass what fixed_pack returns, and x with as many features as the weight has columns");
   weight.tensor = Usable(place, packed, of_word);
@@ -86,9 +85,8 @@ inline FixedConversionArgs FixedConversionOf(const char* op, Place place, const 
   if (bias.has_value()) {
     CheckOn(place, op, *bias, "bias");
     STD_TORCH_CHECK(bias->scalar_type() == ScalarType::Long && bias->dim() == 1 && bias->numel() == rows, op,
-                    ": bias must be int64 [", rows, "], got ", torch::headeronly::toString(bias->scalar_type()),
-                    " of ", bias->dim(), "-D with ", bias->numel(),
-                    " elements; pass one for each row, in units of the sums");
+                    ": bias must be int64 [", rows, "], got ", torch::headeronly::toString(bias->scalar_type()), " of ",
+                    bias->dim(), "-D with ", bias->numel(), " elements; pass one for each row, in units of the sums");
     conversion.tensor = Usable(place, *bias);
     conversion.bias = conversion.tensor->const_data_ptr<std::int64_t>();
   }
@@ -114,15 +112,17 @@ class FixedProduct {
     if (!weight.wide) return;
     std::int64_t largest_w = 1;
     for (std::int64_t panel = 0; panel < weight.groups * weight.panels; ++panel) {
-      const auto* last = static_cast<const char*>(weight.packed) +
-                         ((panel + 1) * (weight.words + 1) - 1) * kFixedPanel * kFixedWord;
+      const auto* last =
+          static_cast<const char*>(weight.packed) + ((panel + 1) * (weight.words + 1) - 1) * kFixedPanel * kFixedWord;
       for (std::int64_t r = 0; r < kFixedPanel; ++r) {
         std::int32_t of_row;
         __builtin_memcpy(&of_row, last + 4 * r, sizeof of_row);
         largest_w = std::max<std::int64_t>(largest_w, std::min(of_row, 1 << 15));
       }
     }
-    const auto words = [&](std::int64_t largest_x) { return kLanes / (2 * std::max<std::int64_t>(1, largest_x) * largest_w); };
+    const auto words = [&](std::int64_t largest_x) {
+      return kLanes / (2 * std::max<std::int64_t>(1, largest_x) * largest_w);
+    };
     split = words(largest) < std::min(kFixedFewWords, weight.words);
     chunk_words_ = words(split ? 128 : largest);
   }
@@ -137,36 +137,37 @@ class FixedProduct {
            std::int64_t samples, const FixedConversionArgs& conversion, const Put& put) const {
     const std::int64_t tiles = Blocks(weight_.panels, kFixedTilePanels), blocks = Blocks(samples, kFixedBlock);
     const std::int64_t grain = GrainItems(std::min(samples, kFixedBlock) * Copies() * (4 * weight_.words + 32));
-    ParallelRanges(blocks, weight_.groups * tiles, grain, [&](std::int64_t block, std::int64_t begin, std::int64_t end) {
-      const std::int64_t first = block * kFixedBlock, count = std::min(kFixedBlock, samples - first);
-      Scratch scratch(8 * kFixedTile * Copies() * count);
-      for (std::int64_t item = begin; item < end; ++item) {
-        const std::int64_t group = item / tiles, panel = item % tiles * kFixedTilePanels;
-        const std::int64_t in_group = panel * kFixedPanel, row = group * weight_.rows + in_group;
-        const FixedMatmulArgs args{static_cast<const char*>(x) + group * group_bytes,
-                                   weight_.wide,
-                                   Copies() * count,
-                                   weight_.segments,
-                                   weight_.words / weight_.segments,
-                                   chunk_words_,
-                                   sample_at + Copies() * first,
-                                   segment_at,
-                                   weight_.packed,
-                                   scratch.Data<std::int64_t>()};
-        FixedMatmul(args, group * weight_.panels + panel, std::min(kFixedTilePanels, weight_.panels - panel));
-        FixedConvertArgs convert = conversion.args;
-        convert.sums = args.sums;
-        convert.sums_stride = kFixedTile;
-        convert.split = split;
-        convert.rows = std::min(kFixedTile, weight_.rows - in_group);
-        std::int64_t added[kFixedTile];
-        for (std::int64_t r = 0; conversion.bias != nullptr && r < convert.rows; ++r) {
-          added[r] = std::clamp(conversion.bias[row + r], -kFixedMostBias, kFixedMostBias);
-        }
-        convert.added = conversion.bias == nullptr ? nullptr : added;
-        put(first, count, row, convert);
-      }
-    });
+    ParallelRanges(
+        blocks, weight_.groups * tiles, grain, [&](std::int64_t block, std::int64_t begin, std::int64_t end) {
+          const std::int64_t first = block * kFixedBlock, count = std::min(kFixedBlock, samples - first);
+          Scratch scratch(8 * kFixedTile * Copies() * count);
+          for (std::int64_t item = begin; item < end; ++item) {
+            const std::int64_t group = item / tiles, panel = item % tiles * kFixedTilePanels;
+            const std::int64_t in_group = panel * kFixedPanel, row = group * weight_.rows + in_group;
+            const FixedMatmulArgs args{static_cast<const char*>(x) + group * group_bytes,
+                                       weight_.wide,
+                                       Copies() * count,
+                                       weight_.segments,
+                                       weight_.words / weight_.segments,
+                                       chunk_words_,
+                                       sample_at + Copies() * first,
+                                       segment_at,
+                                       weight_.packed,
+                                       scratch.Data<std::int64_t>()};
+            FixedMatmul(args, group * weight_.panels + panel, std::min(kFixedTilePanels, weight_.panels - panel));
+            FixedConvertArgs convert = conversion.args;
+            convert.sums = args.sums;
+            convert.sums_stride = kFixedTile;
+            convert.split = split;
+            convert.rows = std::min(kFixedTile, weight_.rows - in_group);
+            std::int64_t added[kFixedTile];
+            for (std::int64_t r = 0; conversion.bias != nullptr && r < convert.rows; ++r) {
+              added[r] = std::clamp(conversion.bias[row + r], -kFixedMostBias, kFixedMostBias);
+            }
+            convert.added = conversion.bias == nullptr ? nullptr : added;
+            put(first, count, row, convert);
+          }
+        });
   }
 
   bool split = false;

@@ -1,5 +1,5 @@
-// Products against the formula, conversions against the reference and that against the formula, bit by bit: shapes around
-// every tile, numbers that overflow 32 bits at once, unaligned memory.
+// Products against the formula, conversions against the reference and that against the formula, bit by bit: shapes
+// around every tile, numbers that overflow 32 bits at once, unaligned memory.
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
@@ -37,7 +37,8 @@ void TestProduct(const Variant& variant, Index samples, Index rows, Index column
       for (Index c = 0; c < columns; ++c) want[n * rows + r] += Index{x[n * columns + c]} * weight[r * columns + c];
     }
   }
-  const Index part = columns / segments, of_word = FixedNumbersOfWord(kWide), part_words = (part + of_word - 1) / of_word;
+  const Index part = columns / segments, of_word = FixedNumbersOfWord(kWide),
+              part_words = (part + of_word - 1) / of_word;
   const Index words = segments * part_words, panels = (rows + kFixedPanel - 1) / kFixedPanel;
   Unaligned<char> packed(std::vector<char>(panels * (words + 1) * kFixedPanel * kFixedWord, 77));
   FixedPack({weight.data(), kWide, rows, columns, segments, packed.data()}, panels / 2, panels);
@@ -127,7 +128,8 @@ void TestConversion(const Variant& variant, FixedConvertArgs args, Index size, s
     for (Index& sum : of_all) sum = biased ? sum >> 9 : sum;
     Unaligned<Index> sums(of_all);
     const Index bytes = 3 * args.y_stride * BytesOfNumber(args.as);
-    Unaligned<unsigned char> got(std::vector<unsigned char>(bytes, 0xa5)), want(std::vector<unsigned char>(bytes, 0xa5));
+    Unaligned<unsigned char> got(std::vector<unsigned char>(bytes, 0xa5)),
+        want(std::vector<unsigned char>(bytes, 0xa5));
     args.sums = sums.data();
     args.y = got.data();
     variant.kernels->convert(args, 1, 3);

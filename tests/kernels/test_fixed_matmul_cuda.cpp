@@ -26,7 +26,8 @@ void TestProduct(Index samples, Index rows, Index columns, bool extreme, std::mt
   DeviceArray<X> of_x("x", x);
   DeviceArray<std::int32_t> of_packed("packed", packed);
   DeviceArray<Index> sums("sums", want.size());
-  const FixedCudaArgs args{of_x.data(), sizeof(X) == 2, of_packed.data(), kWide, samples, columns, rows, sums.data(), {}};
+  const FixedCudaArgs args{of_x.data(), sizeof(X) == 2, of_packed.data(), kWide, samples,
+                           columns,     rows,           sums.data(),      {}};
   ExpectLaunched(FixedMatmulCuda(args, nullptr), "FixedMatmulCuda");
   Expect(sums.Values() == want, "int%d by int%d, %ld samples, %ld rows, %ld columns, extreme %d",
          static_cast<int>(8 * sizeof(X)), static_cast<int>(8 * sizeof(Whole)), long{samples}, long{rows}, long{columns},

@@ -26,7 +26,9 @@ def whole_sums(x, weight, bias):
     return x.long() @ weight.long().T + (0 if bias is None else bias)
 
 
-@pytest.mark.parametrize("rows,columns,batch", [(1, 1, 1), (5, 70, 3), (37, 300, 1), (130, 43, 70), (4, 0, 2), (0, 9, 3), (6, 33, 0)])
+@pytest.mark.parametrize(
+    "rows,columns,batch", [(1, 1, 1), (5, 70, 3), (37, 300, 1), (130, 43, 70), (4, 0, 2), (0, 9, 3), (6, 33, 0)]
+)
 @pytest.mark.parametrize(
     "dtypes",
     [(torch.int8, torch.int8), (torch.int16, torch.int16), (torch.int8, torch.int16)],

@@ -1,19 +1,21 @@
 // y = x * W^T + bias in fixed point: whole numbers, exact sums, one conversion for each dot product.
 //
 // Math:   FixedMatmul: sums[n][r] = sum_c x[n][c] * w[r][c], exactly, in 64 bits, for int8 or int16 x and W of at most
-//         kFixedMaxColumns columns. FixedConvert: what kernels/fixed_round rounds the number s * 2^-F to, F the fraction
-//         bits of x and of W together and s = sums[n][r] + added[r], k steps of <IL,FL>, saturated, at least 0 with
-//         relu. With d = F - FL: k = floor(s / 2^d + 1/2), or stochastic with random bits u
-//         k = floor((floor(s / 2^(d-16) + 1/2) + u) / 65536); where d < 0 there is nothing to round.
-//         Value [n][r] has number offset + n * y_stride + r.
+//         kFixedMaxColumns columns. FixedConvert: what kernels/fixed_round rounds the number s * 2^-F to, F the
+//         fraction bits of x and of W together and s = sums[n][r] + added[r], k steps of <IL,FL>, saturated, at least 0
+//         with relu. With d = F - FL: k = floor(s / 2^d + 1/2), or stochastic with random bits u k = floor((floor(s /
+//         2^(d-16) + 1/2) + u) / 65536); where d < 0 there is nothing to round. Value [n][r] has number offset + n *
+//         y_stride + r.
 // Layout: words of 4 bytes, 4 numbers of int8 or 2 of int16. x: a sample is `segments` runs of segment_words words; its
 //         int8 are raised by 128, to be unsigned. W: panels of 16 rows, [words][16 rows], columns past a segment's last
-//         as 0, and a last 16 words: of int8 the sums of the rows, by 128 times which raised x makes the sums too large;
-//         of int16 the largest |w| of each row.
-// Exact:  lanes of 32 bits add chunk_words words, then 64 bits add these. Of int8 that is 255 * 128 * 4 a word, so 16,384
+//         as 0, and a last 16 words: of int8 the sums of the rows, by 128 times which raised x makes the sums too
+//         large; of int16 the largest |w| of each row.
+// Exact:  lanes of 32 bits add chunk_words words, then 64 bits add these. Of int8 that is 255 * 128 * 4 a word, so
+// 16,384
 //         of them; of int16 2 |x| |w|. Where the largest |x| and |w| leave fewer than kFixedFewWords, x is split into
 //         256 * high + low, two samples of at most 2^7, of which 255 words fit whatever W is.
-// Limits: of int8 AVX-512 multiplies 64 pairs an instruction (vpdpbusd), of int16 32 (vpdpwssd), two a cycle: 2 * 1024 *
+// Limits: of int8 AVX-512 multiplies 64 pairs an instruction (vpdpbusd), of int16 32 (vpdpwssd), two a cycle: 2 * 1024
+// *
 //         1024 operations a sample at 766 G/s are 2.7 us, twice that in int16. A tile of 64 rows and 6 samples loads 10
 //         registers for 24 such instructions. One sample reads 1 MiB of W from the second cache level: 7 us at 48 bytes
 //         a cycle. AVX2 widens to 16 bits and multiplies 16 pairs with 2 instructions (vpmaddwd: vpmaddubsw saturates).

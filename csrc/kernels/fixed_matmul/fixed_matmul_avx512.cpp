@@ -51,8 +51,8 @@ struct Longs {
 
   explicit Longs(const FixedConversion& c)
       : half(_mm512_set1_epi64(c.half)),
-        lowest(_mm512_set1_epi64(c.lowest)),
-        highest(_mm512_set1_epi64(c.highest)),
+        lowest(_mm256_set1_epi32(static_cast<std::int32_t>(c.lowest))),
+        highest(_mm256_set1_epi32(static_cast<std::int32_t>(c.highest))),
         down(_mm_cvtsi32_si128(c.down)),
         less(_mm_cvtsi32_si128(c.less)),
         last(_mm_cvtsi32_si128(c.last)) {}
@@ -61,7 +61,7 @@ struct Longs {
   static __m512i Times256(__m512i a) { return _mm512_slli_epi64(a, 8); }
   __m512i Shifted(__m512i sums) const { return _mm512_sra_epi64(_mm512_add_epi64(sums, half), down); }
   __m256i Kept(__m512i k) const {
-    return _mm512_cvtepi64_epi32(_mm512_min_epi64(_mm512_max_epi64(k, lowest), highest));
+    return _mm256_min_epi32(_mm256_max_epi32(_mm512_cvtsepi64_epi32(k), lowest), highest);
   }
   __m256i Nearest(__m512i sums) const { return Kept(Shifted(sums)); }
   __m256i Drawn(__m512i sums, const std::uint32_t* u) const {
@@ -69,7 +69,8 @@ struct Longs {
     return Kept(_mm512_sra_epi64(_mm512_add_epi64(Shifted(sums), bits), last));
   }
 
-  __m512i half, lowest, highest;
+  __m512i half;
+  __m256i lowest, highest;
   __m128i down, less, last;
 };
 

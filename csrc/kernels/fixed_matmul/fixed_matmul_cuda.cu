@@ -107,7 +107,8 @@ struct ConvertTile {
 };
 
 template <typename Tile>
-__global__ void __launch_bounds__(Tile::kThreads) ConvertValues(FixedConvertArgs a, std::int64_t size, std::int64_t pixels) {
+__global__ void __launch_bounds__(Tile::kThreads)
+    ConvertValues(FixedConvertArgs a, std::int64_t size, std::int64_t pixels) {
   const std::int64_t i = std::int64_t{blockIdx.x} * Tile::kThreads + threadIdx.x;
   if (i >= size) return;
   const std::int64_t n = i / a.rows, r = i % a.rows, value = n * a.y_stride + r;
@@ -116,7 +117,8 @@ __global__ void __launch_bounds__(Tile::kThreads) ConvertValues(FixedConvertArgs
   const FixedConversion conversion(a.sum_fraction_bits, a.integer_bits, a.fraction_bits, a.stochastic, a.relu);
   const std::uint32_t u = conversion.random ? RandomBits(a.seed, a.offset + static_cast<std::uint64_t>(value)) : 0;
   const std::int64_t place = ((n / pixels) * a.rows + r) * pixels + n % pixels;
-  PutFixed(a.y, pixels == 1 ? value : place, conversion.Of(a.sums[n * a.sums_stride + r] + added, u), a.fraction_bits, a.as);
+  PutFixed(a.y, pixels == 1 ? value : place, conversion.Of(a.sums[n * a.sums_stride + r] + added, u), a.fraction_bits,
+           a.as);
 }
 
 template <typename Samples>

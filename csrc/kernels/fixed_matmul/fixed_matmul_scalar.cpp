@@ -9,8 +9,8 @@ void Multiply(const FixedMatmulArgs& a, std::int64_t panel, std::int64_t panels)
   const std::int64_t words = a.segments * a.segment_words, of_word = FixedNumbersOfWord(a.wide);
   for (std::int64_t n = 0; n < a.samples; ++n) {
     for (std::int64_t row = 0; row < panels * kFixedPanel; ++row) {
-      const char* w = static_cast<const char*>(a.packed) +
-                      (panel + row / kFixedPanel) * (words + 1) * kFixedPanel * kFixedWord;
+      const char* w =
+          static_cast<const char*>(a.packed) + (panel + row / kFixedPanel) * (words + 1) * kFixedPanel * kFixedWord;
       std::int64_t sum = 0;
       for (std::int64_t word = 0; word < words; ++word) {
         const char* x = static_cast<const char*>(a.x) + a.sample_at[n] + a.segment_at[word / a.segment_words];
@@ -21,7 +21,8 @@ void Multiply(const FixedMatmulArgs& a, std::int64_t panel, std::int64_t panels)
                         : std::int64_t{At<std::uint8_t>(x, i)} * At<std::int8_t>(w, j);
         }
       }
-      Put(a.sums, n * kFixedTile + row, sum - (a.wide ? 0 : 128 * std::int64_t{At<std::int32_t>(w, words * kFixedPanel + row % kFixedPanel)}));
+      Put(a.sums, n * kFixedTile + row,
+          sum - (a.wide ? 0 : 128 * std::int64_t{At<std::int32_t>(w, words * kFixedPanel + row % kFixedPanel)}));
     }
   }
 }

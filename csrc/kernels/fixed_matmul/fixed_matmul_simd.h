@@ -1,9 +1,9 @@
 // What the vector levels share: the walk over tiles, and conversions. Local to the including file.
 //
 // A level gives Longs, kLanes sums of 64 bits in a register, which Nearest and Drawn round and narrow where the
-// conversion's scale is 1. And, for int8 and for int16, a struct Numbers: Register, of sums of 32 bits, kRegisters for the 16 rows of a
-// panel; kPanels and kSamples that a tile has at most; X(p), a word of a sample for every row; W(p, j), the weights of
-// register j; Add(sums, x, w); and Widen(sums, from, to), to[16] = from[16] + the sums of the rows.
+// conversion's scale is 1. And, for int8 and for int16, a struct Numbers: Register, of sums of 32 bits, kRegisters for
+// the 16 rows of a panel; kPanels and kSamples that a tile has at most; X(p), a word of a sample for every row; W(p,
+// j), the weights of register j; Add(sums, x, w); and Widen(sums, from, to), to[16] = from[16] + the sums of the rows.
 #pragma once
 
 #include <cstdint>
@@ -26,8 +26,8 @@ struct Multiplication {
   using Register = typename Numbers::Register;
   static constexpr int kRegisters = Numbers::kRegisters, kSamples = Numbers::kSamples, kPanels = Numbers::kPanels;
 
-  // Words [begin, end) of a tile: kRows panels from w on, kCount samples from n on. Their sums, of 32 bits, are added to
-  // what stands in `from`, whose samples lie from_stride apart.
+  // Words [begin, end) of a tile: kRows panels from w on, kCount samples from n on. Their sums, of 32 bits, are added
+  // to what stands in `from`, whose samples lie from_stride apart.
   template <int kRows, int kCount>
   static void Tile(const Multiplication& m, const char* w, Index n, Index begin, Index end, const Index* from,
                    Index from_stride, Index panel) {
@@ -44,39 +44,39 @@ struct Multiplication {
         for (int r = 0; r < kAll; ++r) sums[p][s][r] = Register{};
       }
     }
+    // One offset beside the addresses, which stay in registers.
+    const char *x[kCount], *of_w = w + begin * kPanelBytes;
+#pragma GCC unroll 6
+    for (int s = 0; s < kCount; ++s) x[s] = static_cast<const char*>(a.x) + a.sample_at[n + s];
+    const Index panel_bytes = m.panel_bytes;
     while (begin < end) {
       const Index segment = begin / a.segment_words, first = begin - segment * a.segment_words;
       const Index left = a.segment_words - first, count = end - begin < left ? end - begin : left;
-      const char* x[kCount];
-#pragma GCC unroll 6
-      for (int s = 0; s < kCount; ++s) {
-        x[s] = static_cast<const char*>(a.x) + a.sample_at[n + s] + a.segment_at[segment] + first * kFixedWord;
-      }
-      const char* of_w = w + begin * kPanelBytes;
-      const auto add = [&](Index i, Register (&to)[kCount][kAll]) __attribute__((always_inline)) {
+      Index at = a.segment_at[segment] + first * kFixedWord;
+      const Index stop = at + count * kFixedWord;
+      const auto add = [&](int p, Register(&to)[kCount][kAll]) __attribute__((always_inline)) {
         Register weights[kAll];
 #pragma GCC unroll 4
         for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
           for (int j = 0; j < kRegisters; ++j) {
-            weights[r * kRegisters + j] = Numbers::W(of_w + r * m.panel_bytes + i * kPanelBytes, j);
+            weights[r * kRegisters + j] = Numbers::W(of_w + r * panel_bytes + p * kPanelBytes, j);
           }
         }
 #pragma GCC unroll 6
         for (int s = 0; s < kCount; ++s) {
-          const Register number = Numbers::X(x[s] + i * kFixedWord);
+          const Register number = Numbers::X(x[s] + at + p * kFixedWord);
 #pragma GCC unroll 8
           for (int r = 0; r < kAll; ++r) to[s][r] = Numbers::Add(to[s][r], number, weights[r]);
         }
       };
-      Index i = 0;
-      for (; i + kPhases <= count; i += kPhases) {
-        __asm__("" : "+r"(i));  // an index beside the addresses, or each of these takes an operation a step
+      for (; at + kPhases * kFixedWord <= stop; at += kPhases * kFixedWord) {
 #pragma GCC unroll 4
-        for (int p = 0; p < kPhases; ++p) add(i + p, sums[p]);
+        for (int p = 0; p < kPhases; ++p) add(p, sums[p]);
+        of_w += kPhases * kPanelBytes;
       }
       if constexpr (kPhases > 1) {
-        for (; i < count; ++i) add(i, sums[0]);
+        for (; at < stop; at += kFixedWord, of_w += kPanelBytes) add(0, sums[0]);
       }
       begin += count;
     }
@@ -176,12 +176,13 @@ struct Conversion {
   void Rows(Index n, Index r, Index end, const std::uint32_t* u) const {
     const Index* from = a.sums + (a.split ? 2 * n : n) * a.sums_stride;
     char* y = static_cast<char*>(a.y) + n * a.y_stride * kBytes;
-    if (conversion.scale == 1) {
-      for (; r + kLanes <= end; r += kLanes, u += kLanes) {
+    if (conversion.scale == 1 && end - r >= kLanes) {
+      for (const Index first = r; r < end; r += kLanes) {
+        if (r + kLanes > end) r = end - kLanes;  // some once more
         auto sums = Longs::Load(from + r);
         if (a.split) sums = Longs::Add(Longs::Times256(sums), Longs::Load(from + a.sums_stride + r));
         if (a.added != nullptr) sums = Longs::Add(sums, Longs::Load(a.added + r));
-        const auto k = conversion.random ? longs.Drawn(sums, u) : longs.Nearest(sums);
+        const auto k = conversion.random ? longs.Drawn(sums, u + (r - first)) : longs.Nearest(sums);
         Numbers numbers = __builtin_convertvector((Ints)k, Numbers);
         if constexpr (static_cast<Number>(0.5) != 0) numbers *= step;
         Store(y + r * kBytes, numbers);

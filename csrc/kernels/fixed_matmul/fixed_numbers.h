@@ -8,18 +8,31 @@
 namespace tersetorch {
 namespace {
 
+// Of a number or a vector of them, in the type of a sample's numbers.
 struct Raised {
-  int operator()(int x) const { return x + 128; }
+  template <typename T>
+  auto operator()(T x) const {
+    return x + 128;
+  }
 };
 struct Same {
-  int operator()(int x) const { return x; }
+  template <typename T>
+  T operator()(T x) const {
+    return x;
+  }
 };
 // 256 * high + low, of which low lies in [-128, 128).
 struct High {
-  int operator()(int x) const { return (x + 128) >> 8; }
+  template <typename T>
+  auto operator()(T x) const {
+    return (x >> 8) + (x >> 7 & 1);
+  }
 };
 struct Low {
-  int operator()(int x) const { return x - 256 * ((x + 128) >> 8); }
+  template <typename T>
+  auto operator()(T x) const {
+    return ((x & 255) ^ 128) - 128;
+  }
 };
 
 // Calls run(number of x, number of a sample, change, copy): the types, what becomes of a number, and 1 for the second
@@ -34,8 +47,13 @@ void WithNumbers(bool x_wide, bool wide, bool split, const Run& run) {
 }
 
 template <typename From, typename To, typename Change>
+To NumberOf(const void* from, std::int64_t i, const Change& change) {
+  return static_cast<To>(change(static_cast<To>(At<From>(from, i))));
+}
+
+template <typename From, typename To, typename Change>
 void CopyNumbers(const void* from, std::int64_t first, std::int64_t count, char* to, const Change& change) {
-  for (std::int64_t i = 0; i < count; ++i) Put(to, i, static_cast<To>(change(int{At<From>(from, first + i)})));
+  for (std::int64_t i = 0; i < count; ++i) Put(to, i, NumberOf<From, To>(from, first + i, change));
 }
 
 }  // namespace

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def pack_on_cpu(op: Callable[..., Any], first: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    """The tensors that op returns, on the device of first; it happens once, so op runs on the CPU, or has no numbers."""
+    """The tensors that op returns, on the device of first; it happens once, so op runs on the CPU, but for meta."""
     if first.is_meta:
         packed = op(first, *rest)
         return packed if isinstance(packed, tuple) else (packed,)

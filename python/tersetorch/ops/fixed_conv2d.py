@@ -84,7 +84,11 @@ def fixed_conv2d(
         padding: zeros on both sides.
         dilation: steps between taps, those W was packed with.
         groups: what fixed_conv2d_pack returned.
-        sum_fraction_bits, integer_bits, fraction_bits, dtype, relu: as fixed_matmul takes them.
+        sum_fraction_bits: fraction bits of x and of W together, from 0 to 30.
+        integer_bits: IL of the result.
+        fraction_bits: FL of the result.
+        dtype: as fixed_matmul takes it.
+        relu: whether negative results become 0.
 
     Returns:
         [N, out_channels, H', W'] of dtype in the memory format of x, without gradients.
