@@ -7,6 +7,7 @@ from tersetorch.bench.reproduce import (
     binary_networks,
     deep_compression,
     dns,
+    flattened,
     gong,
     han,
     initialisation,
@@ -20,6 +21,7 @@ from tersetorch.bench.reproduce import (
     published_bits,
     published_densities,
     published_squeezenet,
+    squeeze_design,
     trade_off,
 )
 from tersetorch.bench.reproduce.runs import Reproduction
@@ -35,6 +37,7 @@ MODULES = (
     gong,
     layer_times,
     low_rank,
+    flattened,
     optimal_brain_damage,
     optimal_brain_surgeon,
     one_shot,
@@ -42,6 +45,7 @@ MODULES = (
     published_densities,
     published_bits,
     published_squeezenet,
+    squeeze_design,
     binary_networks,
 )
 ROWS: dict[str, Reproduction] = {row.name: row for module in MODULES for row in module.ROWS}

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from tersetorch.nn import FlattenedConv2d
+from tersetorch.nn import FlattenedConv2d, flattened_conv
 
 SIZES = [
     ((5, 8, 3), {"padding": "same"}),
@@ -129,6 +129,49 @@ def test_trains():
         losses[-1].backward()
         optimizer.step()
     assert losses[-1] < 0.3 * losses[0]
+
+
+@pytest.mark.parametrize("sizes,options", [*SIZES, ((4, 6, 5), {"padding": "same", "bias": False})])
+def test_gradients_are_those_of_torchs_own(monkeypatch, sizes, options):
+    layer = seeded(sizes, **options)
+    parameters = list(layer.parameters())
+    found = []
+    for own in (False, True):
+        with monkeypatch.context() as patch:
+            if not own:
+                patch.setattr(flattened_conv, "_trains", lambda x: False)
+            for memory_format in (torch.contiguous_format, torch.channels_last):
+                x = images(layer).contiguous(memory_format=memory_format).requires_grad_()
+                y = layer(x)
+                assert not own or y.is_contiguous(memory_format=memory_format)
+                first = torch.autograd.grad(y.square().sum(), [x, *parameters], create_graph=True)
+                second = torch.autograd.grad(sum(g.square().sum() for g in first), [x, *parameters])
+                alone = torch.autograd.grad(layer(x.detach()).square().sum(), layer.horizontal_0)
+                found.append([*first, *second, *alone])
+    for got in found[1:]:
+        for tensor, want in zip(got, found[0], strict=True):
+            assert (tensor - want).abs().max() <= 1e-4 * want.abs().max()
+
+
+def test_what_differentiates_otherwise_agrees():
+    layer = seeded((4, 6, 3), padding="same", stages=2)
+    x, values = images(layer), dict(layer.named_parameters())
+
+    def loss(values, x):
+        return functional_call(layer, values, (x,)).square().sum()
+
+    want = torch.autograd.grad(layer(x).square().sum(), list(values.values()))
+    by_function = torch.func.grad(loss)(values, x)
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(values, x)
+    _, slope = torch.func.jvp(lambda x: loss(values, x), (x,), (torch.ones_like(x),))
+    for name, gradient in zip(values, want, strict=True):
+        torch.testing.assert_close(by_function[name], gradient, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(each[name].sum(0), gradient, rtol=1e-3, atol=1e-3)
+    x.requires_grad_()
+    (of_x,) = torch.autograd.grad(layer(x).square().sum(), x)
+    torch.testing.assert_close(slope, of_x.sum(), rtol=1e-3, atol=1e-3)
+    (nothing,) = torch.autograd.grad(layer(x[:0]).sum(), layer.horizontal_0)
+    assert not nothing.any()
 
 
 def test_changes_reach_the_packed_stages():
