@@ -165,8 +165,10 @@ def _weight_bytes(module: nn.Module) -> int:
     others = bias.nbytes if isinstance(bias, Tensor) else 0
     if isinstance(module, _BatchNorm):
         return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()) if tensor.dim() > 0)
-    if isinstance(module, FixedPointModule | SignModule):
+    if isinstance(module, SignModule):
         return sum(tensor.nbytes for tensor in module.buffers())
+    if isinstance(module, FixedPointModule):
+        return module.steps.nbytes + others
     weight: Any = getattr(module, "packed_weight", None)
     if weight is None:
         own = "sparse_weight" if hasattr(type(module), "sparse_weight") else "shared_weight"

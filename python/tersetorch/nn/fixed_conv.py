@@ -56,8 +56,7 @@ class FixedPointConv2d(ConvSizes[nn.Conv2d], FixedPointModule):
 
     def _pack(self) -> Tensor:
         filters = self.steps.reshape(self.out_channels, *self.kernel_size, -1).permute(0, 3, 1, 2)
-        packed, self._packed_groups = ops.fixed_conv2d_pack(filters, self.dilation, self.groups)
-        return packed
+        return ops.fixed_conv2d_pack(filters, self.dilation, self.groups)[0]
 
     @property
     def weight(self) -> Tensor:
@@ -75,6 +74,7 @@ class FixedPointConv2d(ConvSizes[nn.Conv2d], FixedPointModule):
             whole = self._rounded(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         else:
             whole = self._rounded(x)
-        sizes = self._kernel, self._stride, self._padding, self._dilation, self._packed_groups
+        groups = ops.fixed_conv2d_groups(self.out_channels, self.groups)
+        sizes = self._kernel, self._stride, self._padding, self._dilation, groups
         y: Tensor = _fixed_conv2d(whole, self._packed(), self.bias, self.out_channels, *sizes, *self._conversion)
         return y

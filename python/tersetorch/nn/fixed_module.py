@@ -12,7 +12,7 @@ from tersetorch import ops
 from tersetorch.formats import FixedFormat, FixedWeight
 from tersetorch.formats.fixed_format import FixedFormats, as_fixed, noted_formats
 from tersetorch.nn.dense_form import FLOATS, DenseForm
-from tersetorch.nn.sparse_module import state_of
+from tersetorch.nn.sparse_module import State, state_of
 
 NARROW, WIDE = 8, 16
 
@@ -26,9 +26,10 @@ class FixedPointModule(DenseForm[Any]):
     in whole steps, int8 where weight and input have at most 8 bits; bias int64 [rows], in units of the sums, 2^-F with
     F the fraction bits of input and weight together, or None. No .half() or .double() changes them.
 
-    packed_steps repeats steps in the order in which the product reads them, in no state_dict. A call that finds steps
-    changed in place packs them anew, unless it is compiled: compile after the last change. A write through .data, or to
-    tensors made in inference mode, leaves no trace: load_state_dict() after it.
+    packed_steps repeats steps in the order in which the product reads them, in no state_dict; of_sizes leaves it to the
+    first call. A call that finds steps changed in place packs them anew, unless it is compiled: compile after the last
+    change. A write through .data, or to tensors made in inference mode, leaves no trace: call load_state_dict() after
+    it.
 
     Attributes:
         weight_format, input_format: of at most 16 bits.
@@ -38,7 +39,6 @@ class FixedPointModule(DenseForm[Any]):
     layout = plain_layout = "fixed"  # how it computes, as other layers name it
 
     steps: Tensor
-    packed_steps: Tensor
     bias: Tensor | None
 
     def __init__(
@@ -59,15 +59,18 @@ class FixedPointModule(DenseForm[Any]):
         _check_bias(name, bias, weight.shape[0])
         self._hold(weight.steps.to(self._whole), bias)
 
+        self._repack()
+
     def _hold(self, steps: Tensor, bias: Tensor | None) -> None:
         self.register_buffer("steps", steps)
         self.register_buffer("bias", bias)
-        self.register_buffer("packed_steps", None, persistent=False)
-        self._repack()
+        self._packed_from: State | None = None
 
     def _repack(self) -> None:
         self._packed_from = state_of(self.steps)
-        self.packed_steps = self._pack()
+        self._buffers.pop("packed_steps", None)
+        if not self.steps.is_meta:
+            self.register_buffer("packed_steps", self._pack(), persistent=False)
 
     def _pack(self) -> Tensor:
         """The steps as the op takes them."""
@@ -77,7 +80,8 @@ class FixedPointModule(DenseForm[Any]):
         """The same, packed before unless steps have changed since."""
         if not is_compiling() and self._packed_from != state_of(self.steps):
             self._repack()
-        return self.packed_steps
+        packed = self._buffers.get("packed_steps")
+        return self._pack() if packed is None else packed
 
     def _take_formats(
         self, weight: FixedFormat, input_format: str | FixedFormat, output_format: str | FixedFormat

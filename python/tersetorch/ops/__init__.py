@@ -42,7 +42,7 @@ from tersetorch.ops.codebook_matmul import (  # noqa: E402
     codebook_unpack,
 )
 from tersetorch.ops.csr_matmul import csr_matmul, csr_matmul_inference, csr_pack  # noqa: E402
-from tersetorch.ops.fixed_conv2d import fixed_conv2d, fixed_conv2d_pack  # noqa: E402
+from tersetorch.ops.fixed_conv2d import fixed_conv2d, fixed_conv2d_groups, fixed_conv2d_pack  # noqa: E402
 from tersetorch.ops.fixed_matmul import fixed_matmul, fixed_pack  # noqa: E402
 from tersetorch.ops.fixed_round import (  # noqa: E402
     RANDOM_BLOCK,
@@ -129,6 +129,7 @@ __all__ = [
     "csr_matmul_inference",
     "csr_pack",
     "fixed_conv2d",
+    "fixed_conv2d_groups",
     "fixed_conv2d_pack",
     "fixed_matmul",
     "fixed_pack",

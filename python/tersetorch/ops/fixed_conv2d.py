@@ -15,6 +15,14 @@ PANEL = 16
 _fixed_conv2d = torch.ops.tersetorch.fixed_conv2d.default
 
 
+def fixed_conv2d_groups(out_channels: int, groups: int) -> int:
+    """The groups that fixed_conv2d_pack makes of so many groups of filters."""
+    if groups == 1:
+        return 1
+    most = max(1, PANEL * groups // max(1, out_channels))
+    return groups // max(n for n in range(1, most + 1) if groups % n == 0)
+
+
 def fixed_conv2d_pack(weight: Tensor, dilation: Pair = 1, groups: int = 1) -> tuple[Tensor, int]:
     """Returns filters in the order in which fixed_conv2d reads them, and the groups that it takes with them.
 
@@ -41,7 +49,7 @@ def fixed_conv2d_pack(weight: Tensor, dilation: Pair = 1, groups: int = 1) -> tu
             f"{tuple(weight.shape)} and {groups} groups; pass the weight and the groups of the layer"
         )
     rows, (channels, high, wide) = weight.shape[0] // groups, weight.shape[1:]
-    together = max(n for n in range(1, max(1, PANEL // max(1, rows)) + 1) if groups % n == 0)
+    together = groups // fixed_conv2d_groups(weight.shape[0], groups)
     groups //= together
     each = weight.permute(0, 2, 3, 1).reshape(groups, together, rows, high * wide, channels)
     whole = each.new_zeros(groups, together, rows, high * wide, together, channels)
