@@ -10,6 +10,7 @@
 #include "kernels/check.h"
 #include "kernels/common/cpu_isa.h"
 #include "kernels/common/philox.h"
+#include "kernels/fixed_matmul/fixed_images.h"
 #include "kernels/fixed_matmul/fixed_matmul.h"
 #include "kernels/fixed_matmul_problem.h"
 
@@ -113,6 +114,73 @@ void TestProducts(const Variant& variant, std::mt19937& rng) {
   TestProduct<std::int8_t>(variant, 1, 2, 70'000, 8, true, rng);  // beyond 32 bits
 }
 
+// Images padded, with the channels of a pixel together, as int8 raised, widened, or split.
+template <typename X, typename To>
+void TestImages(Index channels, Index height, Index width, bool channels_last, bool split, std::mt19937& rng) {
+  FixedImages images;
+  images.count = 2, images.channels = channels, images.height = height, images.width = width;
+  images.pad_h = 1, images.pad_w = 2, images.channels_last = channels_last;
+  const Index copies = split ? 2 : 1, pixels = height * width, high = height + 2, wide = width + 4;
+  Unaligned<X> x(WholeNumbers<X>(2 * channels * pixels, 8 * sizeof(X), false, rng));
+  const auto numbers = x.Values();
+  std::vector<To> want(copies * 2 * high * wide * channels);
+  for (std::size_t i = 0; i < want.size(); ++i) {
+    const Index at = static_cast<Index>(i), c = at % channels, right = at / channels % wide - 2;
+    const Index down = at / channels / wide % high - 1, copy = at / channels / wide / high % copies;
+    const Index image = at / channels / wide / high / copies, pixel = down * width + right;
+    int number = 0;
+    if (down >= 0 && down < height && right >= 0 && right < width) {
+      number = numbers[image * channels * pixels + (channels_last ? pixel * channels + c : c * pixels + pixel)];
+    }
+    const int low = static_cast<std::int8_t>(number);
+    want[i] = static_cast<To>(sizeof(To) == 1 ? number + 128
+                              : !split        ? number
+                              : copy == 0     ? (number - low) / 256
+                                              : low);
+  }
+  Unaligned<To> got(std::vector<To>(want.size(), 99));
+  const FixedImageArgs args{x.data(), sizeof(X) == 2, sizeof(To) == 2, split, images, got.data()};
+  FixedImageRows(args, 1, 2 * high);
+  FixedImageRows(args, 0, 1);
+  Expect(got.Values() == want, "int%d images of %ld x %ld x %ld, channels_last %d, split %d",
+         static_cast<int>(8 * sizeof(X)), long{channels}, long{height}, long{width}, channels_last, split);
+}
+
+template <typename Value>
+void TestPlanes(Index windows, Index rows, std::mt19937& rng) {
+  const Index stride = rows + 3, pixels = windows + 2;
+  std::vector<Value> numbers(windows * stride), want(rows * pixels, 7);
+  for (Value& number : numbers) number = static_cast<Value>(rng());
+  for (Index r = 0; r < rows; ++r) {
+    for (Index n = 0; n < windows; ++n) want[r * pixels + n] = numbers[n * stride + r];
+  }
+  Unaligned<Value> values(numbers), got(std::vector<Value>(rows * pixels, 7));
+  FixedPlanes(values.data(), stride, windows, rows, sizeof(Value), got.data(), pixels);
+  Expect(got.Values() == want, "planes of %ld windows, %ld rows, %ld bytes", long{windows}, long{rows},
+         static_cast<long>(sizeof(Value)));
+}
+
+void TestWindows(std::mt19937& rng) {
+  for (const bool channels_last : {false, true}) {
+    for (const Index channels : {1, 3, 8, 15, 16, 17, 24, 33}) {
+      for (const Index width : {1, 7, 16, 18, 40}) {
+        TestImages<std::int8_t, std::uint8_t>(channels, 3, width, channels_last, false, rng);
+        TestImages<std::int8_t, std::int16_t>(channels, 3, width, channels_last, false, rng);
+        for (const bool split : {false, true}) {
+          TestImages<std::int16_t, std::int16_t>(channels, 3, width, channels_last, split, rng);
+        }
+      }
+    }
+  }
+  for (const Index windows : {1, 3, 4, 16, 21, 64}) {
+    for (const Index rows : {1, 4, 5, 15, 16, 37, 64}) {
+      TestPlanes<std::int8_t>(windows, rows, rng);
+      TestPlanes<std::int16_t>(windows, rows, rng);
+      TestPlanes<std::int32_t>(windows, rows, rng);
+    }
+  }
+}
+
 Index BytesOfNumber(FixedAs as) { return as == FixedAs::kInt8 ? 1 : as == FixedAs::kInt16 ? 2 : 4; }
 
 void TestConversion(const Variant& variant, FixedConvertArgs args, Index size, std::mt19937& rng) {
@@ -174,6 +242,7 @@ void TestReference(std::mt19937& rng) {
 int main() {
   std::mt19937 rng(1);
   TestReference(rng);
+  TestWindows(rng);
   const Variant variants[] = {{"scalar", CpuIsa::kScalar, &kFixedMatmulScalar},
                               {"avx2", CpuIsa::kAvx2, &kFixedMatmulAvx2},
                               {"avx512", CpuIsa::kAvx512, &kFixedMatmulAvx512}};

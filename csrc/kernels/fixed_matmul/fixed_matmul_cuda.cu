@@ -6,7 +6,7 @@ namespace tersetorch {
 namespace {
 
 struct PanelTile {
-  static constexpr int kRows = static_cast<int>(kFixedPanel), kSamples = 8, kWarps = 8, kThreads = kWarps * kWarpSize;
+  static constexpr int kRows = static_cast<int>(kFixedPanel), kSamples = 4, kWarps = 8, kThreads = kWarps * kWarpSize;
   static constexpr int kParts = kThreads / kRows;  // of the words
   static_assert(kWarpSize == 2 * kRows);
 
@@ -20,51 +20,65 @@ __device__ int NumberAt(const FixedCudaArgs& a, std::int64_t i) {
   return a.x_wide ? static_cast<const std::int16_t*>(a.x)[i] : static_cast<const std::int8_t*>(a.x)[i];
 }
 
-// Samples as rows of a matrix.
+// Samples as rows of a matrix, from sample `first` on.
+template <typename Tile>
 struct MatrixSamples {
   __device__ MatrixSamples(const FixedCudaArgs& a, std::int64_t, std::int64_t first) : x(first * a.columns) {}
   __device__ static std::int64_t Segments(const FixedCudaArgs&) { return 1; }
   __device__ static std::int64_t Columns(const FixedCudaArgs& a) { return a.columns; }
-  // Of sample s, number `within` of a segment.
-  __device__ int At(const FixedCudaArgs& a, std::int64_t, std::int64_t within, int s) const {
-    return NumberAt(a, x + s * a.columns + within);
+  // Where number `within` of a segment stands, and what it is of sample s.
+  __device__ std::int64_t Place(const FixedCudaArgs&, std::int64_t, std::int64_t within) const { return x + within; }
+  __device__ int At(const FixedCudaArgs& a, std::int64_t place, int s) const {
+    return NumberAt(a, place + s * a.columns);
   }
   std::int64_t x;
 };
 
 // Samples as windows of images.
+template <typename Tile>
 struct WindowSamples {
-  __device__ WindowSamples(const FixedCudaArgs&, std::int64_t of_group, std::int64_t from)
-      : group(of_group), first(from) {}
+  struct Tap {
+    std::int64_t down, right, channel;
+  };
+  __device__ WindowSamples(const FixedCudaArgs& a, std::int64_t of_group, std::int64_t first) : group(of_group) {
+    const FixedImages& i = a.images;
+#pragma unroll
+    for (int s = 0; s < Tile::kSamples; ++s) {
+      const std::int64_t window = (first + s) % i.Windows();
+      high[s] = window / i.out_width * i.stride_h - i.pad_h;
+      wide[s] = window % i.out_width * i.stride_w - i.pad_w;
+      image[s] = (first + s) / i.Windows() * i.channels * i.height * i.width;
+    }
+  }
   __device__ static std::int64_t Segments(const FixedCudaArgs& a) { return a.images.Segments(); }
   __device__ static std::int64_t Columns(const FixedCudaArgs& a) {
     return a.images.channels / a.images.groups * a.images.kernel_h * a.images.kernel_w;
   }
-  __device__ int At(const FixedCudaArgs& a, std::int64_t segment, std::int64_t within, int s) const {
+  __device__ Tap Place(const FixedCudaArgs& a, std::int64_t segment, std::int64_t within) const {
     const FixedImages& i = a.images;
-    const std::int64_t channels = i.channels / i.groups, n = first + s, window = n % i.Windows();
+    const std::int64_t channels = i.channels / i.groups;
     const std::int64_t tap = i.RowsAreSegments() ? segment * i.kernel_w + within / channels : segment;
-    const std::int64_t high = window / i.out_width * i.stride_h - i.pad_h + tap / i.kernel_w * i.dilation_h;
-    const std::int64_t wide = window % i.out_width * i.stride_w - i.pad_w + tap % i.kernel_w * i.dilation_w;
-    if (high < 0 || high >= i.height || wide < 0 || wide >= i.width) return 0;
-    const std::int64_t pixel = high * i.width + wide, pixels = i.height * i.width;
-    const std::int64_t channel = group * channels + within % channels, image = n / i.Windows() * i.channels * pixels;
-    return NumberAt(a, image + (i.channels_last ? pixel * i.channels + channel : channel * pixels + pixel));
+    return {tap / i.kernel_w * i.dilation_h, tap % i.kernel_w * i.dilation_w, group * channels + within % channels};
   }
-  std::int64_t group, first;
+  __device__ int At(const FixedCudaArgs& a, const Tap& tap, int s) const {
+    const FixedImages& i = a.images;
+    const std::int64_t row = high[s] + tap.down, column = wide[s] + tap.right;
+    if (row < 0 || row >= i.height || column < 0 || column >= i.width) return 0;
+    const std::int64_t pixel = row * i.width + column;
+    return NumberAt(
+        a, image[s] + (i.channels_last ? pixel * i.channels + tap.channel : tap.channel * i.height * i.width + pixel));
+  }
+  std::int64_t group, high[Tile::kSamples], wide[Tile::kSamples], image[Tile::kSamples];
 };
 
 template <typename Tile, typename Samples, typename Whole>
 __global__ void __launch_bounds__(Tile::kThreads) MultiplyPanels(FixedCudaArgs a) {
   constexpr int kOfWord = static_cast<int>(kFixedWord / sizeof(Whole));
-  struct alignas(kFixedWord) Word {
-    Whole number[kOfWord];
-  };
   auto& memory = SharedMemory<typename Tile::Memory>();
   const int thread = static_cast<int>(threadIdx.x), row = thread % Tile::kRows, warp = thread / kWarpSize;
   const std::int64_t segments = Samples::Segments(a), segment = Samples::Columns(a) / segments;
   const std::int64_t segment_words = CeilDiv(segment, kOfWord), words = segments * segment_words;
-  const auto* w = static_cast<const Word*>(a.packed) + blockIdx.x * (words + 1) * Tile::kRows + row;
+  const auto* w = static_cast<const std::uint32_t*>(a.packed) + blockIdx.x * (words + 1) * Tile::kRows + row;
   const std::int64_t rows = a.rows / a.images.groups, panels = CeilDiv(rows, Tile::kRows);
   const std::int64_t group = blockIdx.x / panels, in_group = blockIdx.x % panels * Tile::kRows + row;
   for (std::int64_t first = std::int64_t{blockIdx.y} * Tile::kSamples; first < a.samples;
@@ -74,15 +88,15 @@ __global__ void __launch_bounds__(Tile::kThreads) MultiplyPanels(FixedCudaArgs a
     const Samples x(a, group, first);
     long long sums[Tile::kSamples] = {};
     for (std::int64_t i = thread / Tile::kRows; i < words; i += Tile::kParts) {
-      const Word numbers = w[i * Tile::kRows];
+      std::uint32_t numbers = w[i * Tile::kRows];
       const std::int64_t within = i % segment_words * kOfWord;
-#pragma unroll
-      for (int k = 0; k < kOfWord; ++k) {
-        if (within + k >= segment) break;
-        const int number = numbers.number[k];
+      const int count = static_cast<int>(min(segment - within, std::int64_t{kOfWord}));
+      for (int k = 0; k < count; ++k, numbers >>= 32 / kOfWord) {
+        const int number = static_cast<Whole>(numbers);
+        const auto place = x.Place(a, i / segment_words, within + k);
 #pragma unroll
         for (int s = 0; s < Tile::kSamples; ++s) {
-          if (s < samples) sums[s] += number * x.At(a, i / segment_words, within + k, s);  // at most 2^30
+          if (s < samples) sums[s] += number * x.At(a, place, s);  // at most 2^30
         }
       }
     }
@@ -92,7 +106,7 @@ __global__ void __launch_bounds__(Tile::kThreads) MultiplyPanels(FixedCudaArgs a
       if (thread % kWarpSize < Tile::kRows) memory.of_warp[warp][s][row] = both;
     }
     __syncthreads();
-    const int s = thread / Tile::kRows;
+    const int s = thread / Tile::kRows;  // beyond the samples are threads without any
     if (s < samples && in_group < rows) {
       long long sum = 0;
       for (int one = 0; one < Tile::kWarps; ++one) sum += memory.of_warp[one][s][row];
@@ -121,15 +135,16 @@ __global__ void __launch_bounds__(Tile::kThreads)
            a.as);
 }
 
-template <typename Samples>
+template <template <typename> typename Samples>
 int Multiply(const FixedCudaArgs& a, void* stream) {
   if (a.rows == 0 || a.samples == 0) return cudaSuccess;
   using Tile = PanelTile;
-  constexpr unsigned kMost = 1024;  // with one panel they fill a GPU
+  constexpr unsigned kMost = 2048;  // with one panel they fill a GPU
   const std::int64_t panels = a.images.groups * CeilDiv(a.rows / a.images.groups, Tile::kRows);
   const dim3 grid(static_cast<unsigned>(panels), std::min(BlocksOnY(a.samples, Tile::kSamples), kMost));
-  return Launch(a.wide ? MultiplyPanels<Tile, Samples, std::int16_t> : MultiplyPanels<Tile, Samples, std::int8_t>, grid,
-                Tile::kThreads, stream, a);
+  return Launch(
+      a.wide ? MultiplyPanels<Tile, Samples<Tile>, std::int16_t> : MultiplyPanels<Tile, Samples<Tile>, std::int8_t>,
+      grid, Tile::kThreads, stream, a);
 }
 
 }  // namespace
