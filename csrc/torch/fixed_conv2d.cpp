@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <limits>
 #include <optional>
 #include <vector>
 
@@ -135,6 +136,10 @@ Tensor FixedConv2dOnCuda(const Tensor& x, const Tensor& packed, const std::optio
   if (inputs.y->numel() == 0) return *inputs.y;
   const FixedImages& s = inputs.images;
   const std::int64_t samples = s.count * s.Windows();
+  STD_TORCH_CHECK(
+      samples <= std::numeric_limits<std::int32_t>::max() && rows <= std::numeric_limits<std::int32_t>::max(), kOp,
+      ": y must have fewer than 2^31 pixels and filters on a GPU, got ", samples, " and ", rows,
+      "; pass fewer images at once");
   const Tensor sums = torch::stable::new_empty(*inputs.x, {samples, rows}, ScalarType::Long);
   const FixedCudaArgs args{inputs.x->const_data_ptr(),
                            inputs.x_wide(),

@@ -40,25 +40,29 @@ struct WindowSamples {
   struct Tap {
     std::int64_t down, right, channel;
   };
-  __device__ WindowSamples(const FixedCudaArgs& a, std::int64_t of_group, std::int64_t first) : group(of_group) {
+  __device__ WindowSamples(const FixedCudaArgs& a, std::int64_t of_group, std::int64_t first)
+      : channels(static_cast<unsigned>(a.images.channels) / static_cast<unsigned>(a.images.groups)), group(of_group) {
     const FixedImages& i = a.images;
 #pragma unroll
     for (int s = 0; s < Tile::kSamples; ++s) {
-      const std::int64_t window = (first + s) % i.Windows();
-      high[s] = window / i.out_width * i.stride_h - i.pad_h;
-      wide[s] = window % i.out_width * i.stride_w - i.pad_w;
-      image[s] = (first + s) / i.Windows() * i.channels * i.height * i.width;
+      const auto n = static_cast<unsigned>(first + s), windows = static_cast<unsigned>(i.Windows());
+      const unsigned window = n % windows, across = static_cast<unsigned>(i.out_width);
+      high[s] = window / across * i.stride_h - i.pad_h;
+      wide[s] = window % across * i.stride_w - i.pad_w;
+      image[s] = n / windows * i.channels * i.height * i.width;
     }
   }
   __device__ static std::int64_t Segments(const FixedCudaArgs& a) { return a.images.Segments(); }
   __device__ static std::int64_t Columns(const FixedCudaArgs& a) {
-    return a.images.channels / a.images.groups * a.images.kernel_h * a.images.kernel_w;
+    const unsigned of_group = static_cast<unsigned>(a.images.channels) / static_cast<unsigned>(a.images.groups);
+    return of_group * a.images.kernel_h * a.images.kernel_w;
   }
   __device__ Tap Place(const FixedCudaArgs& a, std::int64_t segment, std::int64_t within) const {
     const FixedImages& i = a.images;
-    const std::int64_t channels = i.channels / i.groups;
-    const std::int64_t tap = i.RowsAreSegments() ? segment * i.kernel_w + within / channels : segment;
-    return {tap / i.kernel_w * i.dilation_h, tap % i.kernel_w * i.dilation_w, group * channels + within % channels};
+    const auto in_segment = static_cast<unsigned>(within), across = static_cast<unsigned>(i.kernel_w);
+    const unsigned tap =
+        i.RowsAreSegments() ? segment * across + in_segment / channels : static_cast<unsigned>(segment);
+    return {tap / across * i.dilation_h, tap % across * i.dilation_w, group * channels + in_segment % channels};
   }
   __device__ int At(const FixedCudaArgs& a, const Tap& tap, int s) const {
     const FixedImages& i = a.images;
@@ -68,6 +72,7 @@ struct WindowSamples {
     return NumberAt(
         a, image[s] + (i.channels_last ? pixel * i.channels + tap.channel : tap.channel * i.height * i.width + pixel));
   }
+  unsigned channels;
   std::int64_t group, high[Tile::kSamples], wide[Tile::kSamples], image[Tile::kSamples];
 };
 
@@ -76,24 +81,29 @@ __global__ void __launch_bounds__(Tile::kThreads) MultiplyPanels(FixedCudaArgs a
   constexpr int kOfWord = static_cast<int>(kFixedWord / sizeof(Whole));
   auto& memory = SharedMemory<typename Tile::Memory>();
   const int thread = static_cast<int>(threadIdx.x), row = thread % Tile::kRows, warp = thread / kWarpSize;
-  const std::int64_t segments = Samples::Segments(a), segment = Samples::Columns(a) / segments;
+  const std::int64_t segments = Samples::Segments(a);
+  const std::int64_t segment = static_cast<unsigned>(Samples::Columns(a)) / static_cast<unsigned>(segments);
   const std::int64_t segment_words = CeilDiv(segment, kOfWord), words = segments * segment_words;
   const auto* w = static_cast<const std::uint32_t*>(a.packed) + blockIdx.x * (words + 1) * Tile::kRows + row;
-  const std::int64_t rows = a.rows / a.images.groups, panels = CeilDiv(rows, Tile::kRows);
-  const std::int64_t group = blockIdx.x / panels, in_group = blockIdx.x % panels * Tile::kRows + row;
+  // Divisions are of 32 bits: those of 64 are calls, before which registers are saved.
+  const std::int64_t rows = static_cast<unsigned>(a.rows) / static_cast<unsigned>(a.images.groups);
+  const auto panels = static_cast<unsigned>(CeilDiv(static_cast<unsigned>(rows), unsigned{Tile::kRows}));
+  const std::int64_t group = blockIdx.x / panels, in_group = std::int64_t{blockIdx.x % panels} * Tile::kRows + row;
   for (std::int64_t first = std::int64_t{blockIdx.y} * Tile::kSamples; first < a.samples;
        first += std::int64_t{gridDim.y} * Tile::kSamples) {
     const std::int64_t left = a.samples - first;
     const int samples = static_cast<int>(left < Tile::kSamples ? left : Tile::kSamples);
     const Samples x(a, group, first);
     long long sums[Tile::kSamples] = {};
-    for (std::int64_t i = thread / Tile::kRows; i < words; i += Tile::kParts) {
+    std::int64_t of_segment = 0, word = thread / Tile::kRows;  // i as a segment and a word there
+    for (std::int64_t i = word; i < words; i += Tile::kParts, word += Tile::kParts) {
+      for (; word >= segment_words; word -= segment_words) ++of_segment;
       std::uint32_t numbers = w[i * Tile::kRows];
-      const std::int64_t within = i % segment_words * kOfWord;
+      const std::int64_t within = word * kOfWord;
       const int count = static_cast<int>(min(segment - within, std::int64_t{kOfWord}));
       for (int k = 0; k < count; ++k, numbers >>= 32 / kOfWord) {
         const int number = static_cast<Whole>(numbers);
-        const auto place = x.Place(a, i / segment_words, within + k);
+        const auto place = x.Place(a, of_segment, within + k);
 #pragma unroll
         for (int s = 0; s < Tile::kSamples; ++s) {
           if (s < samples) sums[s] += number * x.At(a, place, s);  // at most 2^30
@@ -117,22 +127,27 @@ __global__ void __launch_bounds__(Tile::kThreads) MultiplyPanels(FixedCudaArgs a
 }
 
 struct ConvertTile {
-  static constexpr int kThreads = 256;
+  static constexpr int kThreads = 64;
 };
 
 template <typename Tile>
 __global__ void __launch_bounds__(Tile::kThreads)
-    ConvertValues(FixedConvertArgs a, std::int64_t size, std::int64_t pixels) {
-  const std::int64_t i = std::int64_t{blockIdx.x} * Tile::kThreads + threadIdx.x;
-  if (i >= size) return;
-  const std::int64_t n = i / a.rows, r = i % a.rows, value = n * a.y_stride + r;
-  const std::int64_t of_row = a.added == nullptr ? 0 : a.added[r];
-  const std::int64_t added = of_row < -kFixedMostBias ? -kFixedMostBias : min(of_row, kFixedMostBias);
+    ConvertValues(FixedConvertArgs a, std::int64_t samples, std::int64_t pixels) {
+  const std::int64_t r = std::int64_t{blockIdx.x} * Tile::kThreads + threadIdx.x;
+  if (r >= a.rows) return;
   const FixedConversion conversion(a.sum_fraction_bits, a.integer_bits, a.fraction_bits, a.stochastic, a.relu);
-  const std::uint32_t u = conversion.random ? RandomBits(a.seed, a.offset + static_cast<std::uint64_t>(value)) : 0;
-  const std::int64_t place = ((n / pixels) * a.rows + r) * pixels + n % pixels;
-  PutFixed(a.y, pixels == 1 ? value : place, conversion.Of(a.sums[n * a.sums_stride + r] + added, u), a.fraction_bits,
-           a.as);
+  const std::int64_t of_row = a.added == nullptr ? 0 : a.added[r];
+  const std::int64_t most = kFixedMostBias, added = of_row < -most ? -most : of_row > most ? most : of_row;
+  for (std::int64_t n = blockIdx.y; n < samples; n += gridDim.y) {
+    const std::int64_t value = n * a.y_stride + r;
+    const std::uint32_t u = conversion.random ? RandomBits(a.seed, a.offset + static_cast<std::uint64_t>(value)) : 0;
+    std::int64_t place = value;
+    if (pixels > 1) {
+      const auto image = static_cast<unsigned>(n) / static_cast<unsigned>(pixels);
+      place = (image * a.rows + r) * pixels + (n - image * pixels);
+    }
+    PutFixed(a.y, place, conversion.Of(a.sums[n * a.sums_stride + r] + added, u), a.fraction_bits, a.as);
+  }
 }
 
 template <template <typename> typename Samples>
@@ -154,10 +169,9 @@ int FixedMatmulCuda(const FixedCudaArgs& a, void* stream) noexcept { return Mult
 int FixedConv2dCuda(const FixedCudaArgs& a, void* stream) noexcept { return Multiply<WindowSamples>(a, stream); }
 
 int FixedConvertCuda(const FixedConvertArgs& a, std::int64_t samples, std::int64_t pixels, void* stream) noexcept {
-  const std::int64_t size = samples * a.rows;
-  if (size == 0) return cudaSuccess;
-  const dim3 grid(static_cast<unsigned>(CeilDiv(size, ConvertTile::kThreads)));
-  return Launch(ConvertValues<ConvertTile>, grid, ConvertTile::kThreads, stream, a, size, pixels);
+  if (samples == 0 || a.rows == 0) return cudaSuccess;
+  const dim3 grid(static_cast<unsigned>(CeilDiv(a.rows, ConvertTile::kThreads)), BlocksOnY(samples, 1));
+  return Launch(ConvertValues<ConvertTile>, grid, ConvertTile::kThreads, stream, a, samples, pixels);
 }
 
 }  // namespace tersetorch
