@@ -10,6 +10,7 @@ import tersetorch as tt
 from tersetorch.formats import FixedFormat
 from tersetorch.methods.quantize import fixed_point, switch_fixed_point
 from tersetorch.methods.quantize.fixed_point import FixedActivations, FixedWeight
+from tersetorch.methods.quantize.fixed_rounding import Rounding
 from tersetorch.ops import fixed_round
 
 
@@ -154,6 +155,61 @@ def test_evaluation_repeats_and_compiles():
         assert torch.equal(model(x), y) and on_grid(y, 12)
         torch.testing.assert_close(torch.compile(model)(x), y, atol=2**-12, rtol=0)
     assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
+
+
+def test_training_compiles_around_the_rounding():
+    x, y = batch()
+    runs = []
+    for compiled in (False, True):
+        model = fixed_point(network(), "<4,12>", seed=5)
+        optimizer = sgd(model)
+        run = torch.compile(model, backend="eager") if compiled else model
+        for step in range(5):
+            with torch._dynamo.config.patch(error_on_recompile=step > 1):
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(run(x), y).backward()
+                optimizer.step()
+        runs.append(model)
+    assert same(*runs)
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="fixed_point counts the random bits of training in Python"):
+        torch.compile(model, backend="eager", fullgraph=True)(x)
+    with torch.no_grad():
+        torch.compile(model.eval(), backend="eager", fullgraph=True)(x)
+
+
+def test_channels_last_stays_so():
+    model = fixed_point(network(), "<4,12>").to(memory_format=torch.channels_last)
+    seen = {}
+    model[0].register_forward_hook(lambda module, args, output: seen.update(y=output))
+    x = batch()[0].to(memory_format=torch.channels_last).requires_grad_()
+    model(x).sum().backward()
+    for tensor in (seen["y"], x.grad):
+        assert tensor.is_contiguous(memory_format=torch.channels_last) and on_grid(tensor, 12)
+    plain = copy.deepcopy(model).to(memory_format=torch.contiguous_format).eval()
+    torch.testing.assert_close(model.eval()(x), plain(x.contiguous()), atol=2**-12, rtol=0)
+
+
+def test_what_something_else_wrote_is_rounded():
+    model = fixed_point(network(), "<2,6>")
+    train(model, sgd(model), 1)
+    original = model[3].parametrizations.weight.original
+    assert torch.equal(model[3].weight, original)
+    with torch.no_grad():
+        original.add_(0.3)
+    assert not on_grid(original, 6) and on_grid(model[3].weight, 6)
+    train(model, sgd(model), 1)
+    original.data.add_(0.3)
+    assert on_grid(model.eval()[3].weight, 6) and not on_grid(original, 6)
+
+
+def test_large_tensors_are_rounded_in_place_as_they_are_at_once():
+    x = torch.randn(300, 1000, generator=torch.Generator().manual_seed(0))
+    for tensor in (x, x.t(), x.view(300, 10, 10, 10).to(memory_format=torch.channels_last), x[:, ::2]):
+        at_once, in_place = (Rounding(FixedFormat(2, 6), True, 7) for _ in range(2))
+        wanted, rounded = at_once(tensor), tensor.clone()
+        in_place.round_(rounded)
+        assert torch.equal(rounded, wanted) and at_once.offset == in_place.offset
 
 
 def test_finalize_leaves_the_weights_plain():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Iterator
 from typing import Any, cast
 from weakref import ReferenceType, ref
@@ -27,9 +29,16 @@ FLOAT = "float"
 _STREAMS = 8  # of random bits that a layer may have
 _MAX_SEED = 2**40 - 1
 
-# Who rounds a parameter after a step. Held weakly: neither a model nor an optimizer lives longer because of it.
+# Who rounds a parameter after a step, and the version and the format that it was rounded to last. Held weakly: neither
+# a model nor an optimizer lives longer because of it.
 _owners: Any = WeakIdKeyDictionary()
 _hooked = False
+
+# glibc before 2.38 cannot use what an aligned tensor leaves behind for another of its size: a step on large weights may
+# leave some megabytes that are free and yet taken from the system. They go back after so many bytes of rounded weights.
+_TRIM_BYTES = 1 << 28
+_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+_since_trim = 0
 
 
 class FixedWeight(BakedWeight):
@@ -47,9 +56,13 @@ class FixedWeight(BakedWeight):
 
     def forward(self, original: Tensor) -> Tensor:
         """The weight, of original's shape and dtype."""
+        values: Rounding | None = self.values
         if not torch.compiler.is_compiling() and isinstance(original, nn.Parameter):
             follow(self, original)
-        return rounded(original, self.values, self.gradients, nearest=True)
+            # In evaluation it is rounded all the same: what is written through .data has no version.
+            if self.training and _owners[original][1:] == (original._version, self.values.format):
+                values = None
+        return rounded(original, values, self.gradients, nearest=True)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Takes in a weight that is assigned."""
@@ -124,7 +137,9 @@ def fixed_point(
 
     Rounding is replayable: the random bits of each tensor follow from seed and from how many values came before, which
     the state dict holds beside the formats, so that a resumed run (fixed_point on the new model, then load_state_dict)
-    goes on to the same bits, on any number of threads.
+    goes on to the same bits, on any number of threads. They follow the order of memory, so that channels_last draws
+    others. Under torch.compile training gives the same bits too, and gains little: Python rounds, between what is
+    compiled, so that fullgraph=True is refused. In evaluation nothing breaks the graph.
 
     Args:
         model: its layers' weights must be float32, must train and must not be tied.
@@ -230,8 +245,8 @@ def follow(weight: FixedWeight, original: nn.Parameter) -> None:
         register_optimizer_step_post_hook(_after_step)
         _hooked = True
     known = _owners.get(original)
-    if known is None or known() is not weight:
-        _owners[original] = ref(weight)
+    if known is None or known[0]() is not weight:
+        _owners[original] = ref(weight), -1, None
 
 
 def release(model: nn.Module) -> None:
@@ -304,12 +319,20 @@ def _roundings(
 
 @torch.no_grad()
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    global _since_trim
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            known: ReferenceType[FixedWeight] | None = _owners.get(parameter)
-            weight = None if known is None else known()
-            if weight is not None:
-                parameter.copy_(weight.values(parameter))
+            known: tuple[ReferenceType[FixedWeight], int, FixedFormat | None] | None = _owners.get(parameter)
+            weight = None if known is None else known[0]()
+            if known is not None and weight is not None:
+                weight.values.round_(parameter)
+                _owners[parameter] = known[0], parameter._version, weight.values.format
+                if parameter.is_cpu:
+                    _since_trim += parameter.nbytes
+    if _since_trim > _TRIM_BYTES:
+        _since_trim = 0
+        if _trim is not None:
+            _trim(0)
 
 
 def _round_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:

@@ -12,6 +12,8 @@ from tersetorch.ops import RANDOM_BLOCK, fixed_round_inference, inside_range
 
 DTYPES = (torch.float32, torch.bfloat16)
 NUMBERS = 5  # of a state
+# Values that round_ takes at a time: their copy stays in the cache, where a whole tensor's would need fresh pages.
+_CHUNK = 1 << 16
 
 
 class Rounding:
@@ -31,13 +33,18 @@ class Rounding:
         self.offset = offset
 
     def __call__(self, x: Tensor) -> Tensor:
-        """What x, float32 or bfloat16, is rounded to."""
-        if not self.stochastic:
-            return self.format.nearest(x)
-        f = self.format
-        rounded = fixed_round_inference(x, f.integer_bits, f.fraction_bits, "stochastic", self.seed, self.offset)
-        self.offset += -(-x.numel() // RANDOM_BLOCK) * RANDOM_BLOCK
+        """What x, float32 or bfloat16, is rounded to; its random bits in the order of memory, where x is dense."""
+        rounded = _round(x, self.format, self.stochastic, self.seed, self.offset)
+        if self.stochastic:
+            self.offset += -(-x.numel() // RANDOM_BLOCK) * RANDOM_BLOCK
         return rounded
+
+    def round_(self, x: Tensor) -> None:
+        """Puts what it is rounded to into x."""
+        dense = _in_memory_order(x)
+        parts = dense.view(-1).split(_CHUNK) if dense.is_cpu and dense.is_contiguous() else (dense,)
+        for part in parts:
+            part.copy_(self(part))
 
     def numbers(self) -> list[int]:
         """All that there is to it."""
@@ -53,11 +60,48 @@ class Rounding:
 def rounded(x: Tensor, values: Rounding | None, gradients: Rounding | None, nearest: bool = False) -> Tensor:
     """Returns x rounded by values, or to their nearest; its gradient, 0 outside their range, is rounded by gradients.
 
-    What is None rounds nothing.
+    What is None rounds nothing. torch.compile leaves all but the nearest without gradients to Python, where the random
+    bits are counted.
     """
-    if not (x.requires_grad and torch.is_grad_enabled()):
-        return x if values is None else values.format.nearest(x) if nearest else values(x)
+    if x.requires_grad and torch.is_grad_enabled():
+        return cast(Tensor, _apply(x, values, gradients, nearest))
+    if values is None:
+        return x
+    return _nearest(x, values) if nearest else cast(Tensor, _call(values, x))
+
+
+# What torch.compile leaves to Python.
+_eager: Any = torch.compiler.disable(reason="fixed_point counts the random bits of training in Python")
+
+
+@_eager
+def _apply(x: Tensor, values: Rounding | None, gradients: Rounding | None, nearest: bool) -> Tensor:
     return cast(Tensor, _Rounded.apply(x, values, gradients, nearest))
+
+
+@_eager
+def _call(values: Rounding, x: Tensor) -> Tensor:
+    return values(x)
+
+
+def _nearest(x: Tensor, values: Rounding) -> Tensor:
+    return _round(x, values.format, False, 0, 0)
+
+
+def _round(x: Tensor, f: FixedFormat, stochastic: bool, seed: int, offset: int) -> Tensor:
+    """The op, which gives row-major results, on x as it lies in memory: what is channels_last stays so."""
+    way = "stochastic" if stochastic else "nearest"
+    dense = _in_memory_order(x)
+    y = fixed_round_inference(dense, f.integer_bits, f.fraction_bits, way, seed, offset)
+    return y if dense is x else y.movedim(-1, 1)
+
+
+def _in_memory_order(x: Tensor) -> Tensor:
+    """x, or with its channels last where only that is row-major."""
+    if x.dim() < 3 or x.is_contiguous():
+        return x
+    last = x.movedim(1, -1)
+    return last if last.is_contiguous() else x
 
 
 def to_state(roundings: list[Rounding | None]) -> Tensor:
@@ -82,14 +126,14 @@ class _Rounded(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, values: Rounding | None, gradients: Rounding | None, nearest: bool) -> Tensor:
         if values is None:
-            return x.clone()
-        return values.format.nearest(x) if nearest else values(x)
+            # Nobody writes to a weight, as an activation in place does to what it gets.
+            return x.view_as(x) if nearest else x.clone()
+        return _nearest(x, values) if nearest else values(x)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         x, values, ctx.gradients, _ = inputs
-        inside = None if values is None else inside_range(x, values.format.integer_bits, values.format.fraction_bits)
-        ctx.save_for_backward(inside)
+        ctx.save_for_backward(None if values is None else _inside(x, values.format))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -100,3 +144,12 @@ class _Rounded(torch.autograd.Function):
         if ctx.gradients is not None:
             gradient = ctx.gradients(gradient)
         return gradient, None, None, None
+
+
+def _inside(x: Tensor, f: FixedFormat) -> Tensor | None:
+    """inside_range, or None where that is everywhere: one pass tells, but a GPU would have to wait for it."""
+    if x.is_cpu and x.numel():
+        low, high = (float(end) for end in _in_memory_order(x.detach()).aminmax())
+        if f.low <= low and high <= f.high:
+            return None
+    return inside_range(x, f.integer_bits, f.fraction_bits)
