@@ -33,7 +33,7 @@ FORBIDDEN_INCLUDES = {
     "kernels": FRAMEWORKS + r"|codec|native|thread|mutex|string>|vector|memory|stdexcept|iostream|new>",
     "codec": FRAMEWORKS + r"|native",
     "torch": r"Python|pybind11|ATen|c10|native|codec"
-    r"|torch/(?!csrc/stable|headeronly|codebook_weight|common|cuda|fixed|images|samples|signs|sign_tables)",
+    r"|torch/(?!csrc/stable|headeronly|codebook_weight|common|cuda|fixed|fixed_product|images|samples|signs|sign_tables)",
     "native": r"torch|ATen|c10",
 }
 

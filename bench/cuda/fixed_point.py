@@ -31,8 +31,8 @@ def products(problem: Problem, operations: float) -> Iterator[Row]:
         )
 
         def bind(x: Tensor = x, weight: Tensor = weight) -> Callable[[], Tensor]:
-            (own,) = fresh(weight)
-            return lambda: ops.fixed_matmul(x, own, **_SUMS)
+            packed = ops.fixed_pack(*fresh(weight))
+            return lambda: ops.fixed_matmul(x, packed, rows=len(weight), **_SUMS)
 
         moved = x.nbytes + 4 * len(x) * len(weight)
         name = f"tersetorch fixed int{8 * dtype.itemsize}"

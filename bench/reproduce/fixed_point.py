@@ -3,8 +3,8 @@
 Weights, biases, activations, gradients and updates are numbers of <16 - FL, FL>, for FL from 14 down to 8; the layers'
 inputs and outputs of the CNNs have a format of their own, as in the paper. Every run is copied before its last epochs,
 and the copy goes on with four more fractional bits everywhere, so 20 in all: the paper's late switch. The order of
-images, the initial weights and the rates are the same for all runs of a seed; one or two rates were tried with the float
-network on held-out images, and no other choice is made.
+images, the initial weights and the rates are the same for all runs of a seed; one or two rates were tried with the
+float network on held-out images, and no other choice is made.
 
 Momentum is kept in float, and what a step makes of a weight is rounded; losses are means over a batch.
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tersetorch import _native
 from tersetorch.formats import FixedFormat, FixedWeight
 from tersetorch.nn import FixedPointConv2d
-from tersetorch.ops import fixed_matmul, fixed_round, fixed_round_whole
+from tersetorch.ops import fixed_matmul, fixed_pack, fixed_round, fixed_round_whole
 
 from ..allocator import can_keep_pages, kept_pages
 from ..cases import CASES, Case, Conv
@@ -201,7 +201,7 @@ def _linear(bits: int) -> Implementation:
     dtype = torch.int8 if bits == 8 else torch.int16
 
     def pack(case: Case, weight: Tensor, batch: int, threads: int) -> Packed:
-        steps = FixedWeight.from_dense(weight, WEIGHT, dtype).steps
+        packed = fixed_pack(FixedWeight.from_dense(weight, WEIGHT, dtype).steps)
         integer_bits, fraction_bits = _bits(SUMS)
         sum_fraction_bits = SAMPLES.fraction_bits + WEIGHT.fraction_bits
 
@@ -209,13 +209,14 @@ def _linear(bits: int) -> Implementation:
             whole = fixed_round_whole(x, *_bits(SAMPLES), dtype=dtype)
             return lambda: fixed_matmul(
                 whole,
-                steps,
+                packed,
+                rows=weight.shape[0],
                 sum_fraction_bits=sum_fraction_bits,
                 integer_bits=integer_bits,
                 fraction_bits=fraction_bits,
             )
 
-        return Packed(bind, steps.nbytes)
+        return Packed(bind, packed.nbytes)
 
     return Implementation(f"tersetorch fixed int{bits}", "ours", "int8", pack, result=lambda y: y.float() * SUMS.step)
 

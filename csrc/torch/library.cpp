@@ -238,10 +238,20 @@ STABLE_TORCH_LIBRARY(tersetorch, m) {
       "fixed_round_whole(Tensor x, int integer_bits, int fraction_bits, ScalarType dtype, str rounding='nearest', int "
       "seed=0, int offset=0) -> Tensor");
 
-  // x int8 or int16 [..., in] and weight [out, in], bias int64 [out] in units of their sums, 2^-sum_fraction_bits; sums
-  // are exact and converted once, to <integer_bits, fraction_bits>, at least 0 with relu -> [..., out] of dtype, whole
-  // numbers of steps in int8, int16 or int32, or float32
+  // weight int8 or int16 [out, in], whose columns are `segments` equal parts -> packed, of its dtype [panels, words +
+  // 1, 16, numbers of 4 bytes]: panels of 16 rows, each part filled up to words of 4 bytes, and one more word a row
+  m.def("fixed_pack(Tensor weight, int segments=1) -> Tensor");
+  // x int8 or int16 [..., in], a packed weight at least as wide and of one segment, bias int64 [rows] in units of their
+  // sums, 2^-sum_fraction_bits; sums are exact and converted once, to <integer_bits, fraction_bits>, at least 0 with
+  // relu -> [..., rows] of dtype, whole numbers of steps in int8, int16 or int32, or float32
   m.def(
-      "fixed_matmul(Tensor x, Tensor weight, Tensor? bias, int sum_fraction_bits, int integer_bits, int fraction_bits, "
-      "ScalarType dtype, str rounding='nearest', int seed=0, int offset=0, bool relu=False) -> Tensor");
+      "fixed_matmul(Tensor x, Tensor packed, Tensor? bias, int rows, int sum_fraction_bits, int integer_bits, int "
+      "fraction_bits, ScalarType dtype, str rounding='nearest', int seed=0, int offset=0, bool relu=False) -> Tensor");
+  // x int8 or int16 [N, C, H, W], packed weights [rows, kernel * channels], the channels of a pixel together, group by
+  // group: of kernel_size[0] segments where there is one group and no dilation across, else one for each pixel; the
+  // rest as fixed_matmul, to the nearest -> [N, rows, H', W'] in the memory format of x
+  m.def(
+      "fixed_conv2d(Tensor x, Tensor packed, Tensor? bias, int rows, int[] kernel_size, int[] stride, int[] padding, "
+      "int[] dilation, int groups, int sum_fraction_bits, int integer_bits, int fraction_bits, ScalarType dtype, bool "
+      "relu=False) -> Tensor");
 }

@@ -48,6 +48,20 @@ inline std::vector<Index> SumsOf(const FixedConvertArgs& a, Index count, std::mt
   return sums;
 }
 
+inline FixedConvertArgs Conversion(int sum_bits, int integer_bits, int fraction_bits, bool stochastic, bool relu,
+                                   FixedAs as) {
+  FixedConvertArgs args{};
+  args.sum_fraction_bits = sum_bits;
+  args.integer_bits = integer_bits;
+  args.fraction_bits = fraction_bits;
+  args.stochastic = stochastic;
+  args.relu = relu;
+  args.seed = 0x123456789abcdef0;
+  args.offset = 37;
+  args.as = as;
+  return args;
+}
+
 // Conversions that round nothing, less than the random bits, more than them, and saturate.
 inline std::vector<FixedConvertArgs> Conversions() {
   std::vector<FixedConvertArgs> conversions;
@@ -55,11 +69,11 @@ inline std::vector<FixedConvertArgs> Conversions() {
     for (const bool relu : {false, true}) {
       for (const FixedAs as : {FixedAs::kFloats, FixedAs::kInt16, FixedAs::kInt32}) {
         for (const int sum_bits : {0, 10, 14, 15, 26, 30}) {
-          conversions.push_back({nullptr, sum_bits, 6, 10, stochastic, relu, 0x123456789abcdef0, 37, nullptr, as});
+          conversions.push_back(Conversion(sum_bits, 6, 10, stochastic, relu, as));
         }
       }
-      conversions.push_back({nullptr, 0, 1, 23, stochastic, relu, 1, 0, nullptr, FixedAs::kInt32});
-      conversions.push_back({nullptr, 30, 8, 0, stochastic, relu, 1, 0, nullptr, FixedAs::kInt8});
+      conversions.push_back(Conversion(0, 1, 23, stochastic, relu, FixedAs::kInt32));
+      conversions.push_back(Conversion(30, 8, 0, stochastic, relu, FixedAs::kInt8));
     }
   }
   return conversions;

@@ -1,4 +1,6 @@
 // The CUDA kernels of fixed_matmul against the reference, bit by bit.
+#include <algorithm>
+
 #include "kernels/device.h"
 #include "kernels/fixed_matmul/fixed_matmul_cuda.h"
 #include "kernels/fixed_matmul_problem.h"
@@ -8,42 +10,53 @@ using namespace tersetorch::test;
 
 namespace {
 
-template <typename Whole>
+template <typename X, typename Whole>
 void TestProduct(Index samples, Index rows, Index columns, bool extreme, std::mt19937& rng) {
-  const auto x = WholeNumbers<Whole>(samples * columns, 8 * sizeof(Whole), extreme, rng);
+  constexpr bool kWide = sizeof(Whole) == 2;
+  const auto x = WholeNumbers<X>(samples * columns, 8 * sizeof(X), extreme, rng);
   const auto weight = WholeNumbers<Whole>(rows * columns, 8 * sizeof(Whole), extreme, rng);
-  std::vector<Index> bias(rows), want(samples * rows);
-  for (Index& one : bias) one = (static_cast<Index>(rng()) << 31) - (Index{1} << 62);
-  const bool biased = rows % 2 == 1;
-  FixedMatmulArgs args{
-      x.data(), weight.data(), sizeof(Whole) == 2, samples, columns, rows, biased ? bias.data() : nullptr, want.data()};
-  kFixedMatmulScalar.multiply(args, 0, rows);
-  DeviceArray<Whole> of_x("x", x), of_weight("weight", weight);
-  DeviceArray<Index> of_bias("bias", bias), sums("sums", want.size());
-  args.x = of_x.data();
-  args.weight = of_weight.data();
-  args.bias = biased ? of_bias.data() : nullptr;
-  args.sums = sums.data();
+  std::vector<Index> want(samples * rows);
+  for (Index i = 0; i < samples * rows; ++i) {
+    for (Index c = 0; c < columns; ++c) want[i] += Index{x[i / rows * columns + c]} * weight[i % rows * columns + c];
+  }
+  const Index of_word = FixedNumbersOfWord(kWide), words = (columns + of_word - 1) / of_word;
+  const Index panels = (rows + kFixedPanel - 1) / kFixedPanel;
+  std::vector<std::int32_t> packed(panels * (words + 1) * kFixedPanel);
+  FixedPack({weight.data(), kWide, rows, columns, 1, packed.data()}, 0, panels);
+  DeviceArray<X> of_x("x", x);
+  DeviceArray<std::int32_t> of_packed("packed", packed);
+  DeviceArray<Index> sums("sums", want.size());
+  const FixedCudaArgs args{of_x.data(), sizeof(X) == 2, of_packed.data(), kWide, samples,
+                           columns,     rows,           sums.data(),      {}};
   ExpectLaunched(FixedMatmulCuda(args, nullptr), "FixedMatmulCuda");
-  Expect(sums.Values() == want, "int%d, %ld samples, %ld rows, %ld columns, extreme %d",
-         static_cast<int>(8 * sizeof(Whole)), long{samples}, long{rows}, long{columns}, extreme);
+  Expect(sums.Values() == want, "int%d by int%d, %ld samples, %ld rows, %ld columns, extreme %d",
+         static_cast<int>(8 * sizeof(X)), static_cast<int>(8 * sizeof(Whole)), long{samples}, long{rows}, long{columns},
+         extreme);
 }
 
+// Of two samples.
 void TestConversion(FixedConvertArgs args, Index size, std::mt19937& rng) {
-  const auto of_args = SumsOf(args, size, rng);
-  const Index bytes = size * (args.as == FixedAs::kInt8 ? 1 : args.as == FixedAs::kInt16 ? 2 : 4);
-  std::vector<unsigned char> want(bytes);
-  args.sums = of_args.data();
-  args.y = want.data();
-  kFixedMatmulScalar.convert(args, 0, size);
-  DeviceArray<Index> sums("sums", of_args);
-  DeviceArray<unsigned char> y("y", bytes);
-  args.sums = sums.data();
-  args.y = y.data();
-  ExpectLaunched(FixedConvertCuda(args, size, nullptr), "FixedConvertCuda");
-  Expect(y.Values() == want, "%ld sums of %d fraction bits to <%d,%d>, stochastic %d, relu %d, as %d", long{size},
-         args.sum_fraction_bits, args.integer_bits, args.fraction_bits, args.stochastic, args.relu,
-         static_cast<int>(args.as));
+  args.rows = args.sums_stride = args.y_stride = size;
+  const auto of_args = SumsOf(args, 2 * size, rng), biases = SumsOf(args, size, rng);
+  for (const bool biased : {false, true}) {
+    const Index bytes = 2 * size * (args.as == FixedAs::kInt8 ? 1 : args.as == FixedAs::kInt16 ? 2 : 4);
+    std::vector<unsigned char> want(bytes);
+    auto kept = biases;
+    for (Index& bias : kept) bias = std::min(std::max(bias, -kFixedMostBias), kFixedMostBias);
+    args.sums = of_args.data();
+    args.added = biased ? kept.data() : nullptr;
+    args.y = want.data();
+    kFixedMatmulScalar.convert(args, 0, 2);
+    DeviceArray<Index> sums("sums", of_args), added("added", biases);
+    DeviceArray<unsigned char> y("y", bytes);
+    args.sums = sums.data();
+    args.added = biased ? added.data() : nullptr;
+    args.y = y.data();
+    ExpectLaunched(FixedConvertCuda(args, 2, 1, nullptr), "FixedConvertCuda");
+    Expect(y.Values() == want, "%ld sums of %d fraction bits to <%d,%d>, stochastic %d, relu %d, as %d, biased %d",
+           long{size}, args.sum_fraction_bits, args.integer_bits, args.fraction_bits, args.stochastic, args.relu,
+           static_cast<int>(args.as), biased);
+  }
 }
 
 }  // namespace
@@ -51,22 +64,17 @@ void TestConversion(FixedConvertArgs args, Index size, std::mt19937& rng) {
 int main() {
   return RunOnDevice([] {
     std::mt19937 rng(1);
-    for (const Index columns : {0, 1, 31, 33, 100}) {
-      for (const Index samples : {0, 1, 7, 9}) {
-        for (const Index rows : {1, 5, 6}) {
-          TestProduct<std::int8_t>(samples, rows, columns, rows == 5, rng);
-          TestProduct<std::int16_t>(samples, rows, columns, rows == 5, rng);
+    for (const Index columns : {0, 1, 33, 70}) {
+      for (const Index samples : {0, 7, 9}) {
+        for (const Index rows : {1, 16, 18}) {
+          TestProduct<std::int8_t, std::int8_t>(samples, rows, columns, rows == 16, rng);
+          TestProduct<std::int8_t, std::int16_t>(samples, rows, columns, rows == 16, rng);
+          TestProduct<std::int16_t, std::int16_t>(samples, rows, columns, rows == 16, rng);
         }
       }
     }
-    for (const Index samples : {3, 65}) {  // few, and more than one tile of them
-      TestProduct<std::int8_t>(samples, 33, 129, true, rng);
-      TestProduct<std::int8_t>(samples, 33, 132, false, rng);  // rows of whole words
-      TestProduct<std::int16_t>(samples, 33, 130, true, rng);
-      TestProduct<std::int16_t>(samples, 33, 131, true, rng);
-    }
-    TestProduct<std::int8_t>(9, 1, 4'100, true, rng);  // more columns than are summed in 32 bits
-    for (const FixedConvertArgs& args : Conversions()) TestConversion(args, 130, rng);
+    TestProduct<std::int8_t, std::int8_t>(8'200, 1, 1, false, rng);  // more samples than there are blocks for
+    for (const FixedConvertArgs& args : Conversions()) TestConversion(args, 65, rng);
     TestConversion(Conversions()[0], 0, rng);
   });
 }

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from tersetorch.ops import fixed_matmul, fixed_round, fixed_round_whole
+from tersetorch import ops
+from tersetorch.ops import fixed_pack, fixed_round, fixed_round_whole
 
 FORMAT = {"integer_bits": 6, "fraction_bits": 10}
 
@@ -17,14 +18,20 @@ def problem(rows, columns, batch, dtypes=(torch.int16, torch.int16), seed=0):
     return x, weight, torch.randint(-(2**40), 2**40, (rows,), generator=generator)
 
 
+def fixed_matmul(x, weight, *args, **how):
+    return ops.fixed_matmul(x, fixed_pack(weight), *args, rows=weight.shape[0], **how)
+
+
 def whole_sums(x, weight, bias):
     return x.long() @ weight.long().T + (0 if bias is None else bias)
 
 
-@pytest.mark.parametrize("rows,columns,batch", [(1, 1, 1), (5, 70, 3), (37, 300, 1), (4, 0, 2), (0, 9, 3), (6, 33, 0)])
+@pytest.mark.parametrize(
+    "rows,columns,batch", [(1, 1, 1), (5, 70, 3), (37, 300, 1), (130, 43, 70), (4, 0, 2), (0, 9, 3), (6, 33, 0)]
+)
 @pytest.mark.parametrize(
     "dtypes",
-    [(torch.int8, torch.int8), (torch.int16, torch.int16), (torch.int8, torch.int16), (torch.int16, torch.int8)],
+    [(torch.int8, torch.int8), (torch.int16, torch.int16), (torch.int8, torch.int16)],
 )
 def test_sums_are_exact(rows, columns, batch, dtypes):
     x, weight, bias = problem(rows, columns, batch, dtypes)
@@ -86,14 +93,27 @@ def test_takes_any_leading_dimensions_and_strides():
 
 def test_registration_is_sound():
     x, weight, bias = problem(5, 12, 6)
-    op = torch.ops.tersetorch.fixed_matmul.default
-    torch.library.opcheck(op, (x, weight, bias, 20, 6, 10, torch.int16, "stochastic", 1, 2, True))
-    torch.library.opcheck(op, (x, weight, None, 20, 6, 10, torch.float32))
+    op, packed = torch.ops.tersetorch.fixed_matmul.default, fixed_pack(weight)
+    torch.library.opcheck(op, (x, packed, bias, 5, 20, 6, 10, torch.int16, "stochastic", 1, 2, True))
+    torch.library.opcheck(op, (x, packed, None, 5, 20, 6, 10, torch.float32))
+    torch.library.opcheck(torch.ops.tersetorch.fixed_pack.default, (weight, 3))
 
     def run(x):
         return fixed_matmul(x, weight, bias, sum_fraction_bits=20, **FORMAT)
 
     assert torch.equal(torch.compile(run, fullgraph=True)(x), run(x))
+
+
+def test_packs_panels_of_16_rows():
+    weight = torch.arange(-60, 66, dtype=torch.int8).view(18, 7)
+    packed = fixed_pack(weight)
+    assert packed.shape == (2, 3, 16, 4) and packed.dtype == torch.int8
+    numbers = packed[:, :2].permute(0, 2, 1, 3).reshape(32, 8)
+    assert torch.equal(numbers[:18, :7], weight) and not numbers[18:].any() and not numbers[:, 7].any()
+    assert torch.equal(packed[:, 2].reshape(32, 4).view(torch.int32)[:18, 0], weight.sum(1, dtype=torch.int32))
+    wide = fixed_pack(weight.short().T.contiguous().T, 7)
+    assert wide.shape == (2, 8, 16, 2) and torch.equal(wide[0, :7, :, 0].T, weight[:16]) and not wide[:, :7, :, 1].any()
+    assert torch.equal(wide[0, 7].view(torch.int32)[:, 0], weight[:16].abs().amax(1).int())
 
 
 def test_refuses():
@@ -104,8 +124,16 @@ def test_refuses():
     with pytest.raises(TypeError, match="bias must be int64"):
         fixed_matmul(x, weight, bias.int(), **how)
     with pytest.raises(TypeError, match="weight must be a tensor, got list"):
-        fixed_matmul(x, [[1]], **how)
-    with pytest.raises(ValueError, match="pass x with as many features as weight has columns"):
+        fixed_pack([[1]])
+    with pytest.raises(TypeError, match="packed must be int16 like x"):
+        fixed_matmul(x, weight.char(), **how)
+    with pytest.raises(ValueError, match="segments must divide the columns of weight, 12, got 5"):
+        fixed_pack(weight, 5)
+    with pytest.raises(ValueError, match=r"weight must be \[out, in\]"):
+        fixed_pack(weight[0])
+    with pytest.raises(ValueError, match="packed must be what packing returns for 17 rows"):
+        ops.fixed_matmul(x, fixed_pack(weight), rows=17, **how)
+    with pytest.raises(ValueError, match="pass x with as many features as the weight has columns"):
         fixed_matmul(x[:, :3], weight, **how)
     with pytest.raises(ValueError, match=r"bias must be \[5\], got shape \(4,\)"):
         fixed_matmul(x, weight, bias[:4], **how)
@@ -117,8 +145,13 @@ def test_refuses():
         fixed_matmul(x, weight, **how, dtype=torch.int8)
     with pytest.raises(ValueError, match="rounding must be 'nearest' or 'stochastic'"):
         fixed_matmul(x, weight, **how, rounding="up")
-    op = torch.ops.tersetorch.fixed_matmul.default
-    with pytest.raises(RuntimeError, match="pass x with as many features as columns"):
-        op(x[:, :3], weight, None, 20, 6, 10, torch.int16)
+    op, packed = torch.ops.tersetorch.fixed_matmul.default, fixed_pack(weight)
+    for rows, bad in ((5, packed[:, 1:]), (17, packed), (-1, packed), (5, packed[0]), (5, packed.char())):
+        with pytest.raises(RuntimeError, match="fixed_matmul: "):
+            op(x, bad, None, rows, 20, 6, 10, torch.int16)
+    with pytest.raises(RuntimeError, match="x with as many features as the weight has columns"):
+        op(x[:, :3], packed, None, 5, 20, 6, 10, torch.int16)
     with pytest.raises(RuntimeError, match=r"sum_fraction_bits must lie in"):
-        op(x, weight, None, -1, 6, 10, torch.int16)
+        op(x, packed, None, 5, -1, 6, 10, torch.int16)
+    with pytest.raises(RuntimeError, match="segments must be at least 1"):
+        torch.ops.tersetorch.fixed_pack(weight, 0)

@@ -5,11 +5,10 @@
 #include <cstdint>
 
 #include "kernels/common/philox.h"
+#include "kernels/fixed_round/fixed_round.h"
 
 namespace tersetorch {
 namespace {
-
-constexpr std::int64_t kMostBias = std::int64_t{1} << 61;
 
 // k = ((((sum + half) >> down) + (u >> less)) >> last) * scale, within the limits.
 struct FixedConversion {
@@ -45,6 +44,29 @@ struct FixedConversion {
   int down = 0, less = 0, last = 0;
   bool random;
 };
+
+// 2^-fraction_bits.
+TERSETORCH_ON_BOTH inline float StepOf(int fraction_bits) {
+  float step;
+  const auto bits = static_cast<std::uint32_t>(127 - fraction_bits) << 23;
+  __builtin_memcpy(&step, &bits, sizeof step);
+  return step;
+}
+
+template <typename Number>
+TERSETORCH_ON_BOTH inline void PutNumber(void* y, std::int64_t i, Number number) {
+#ifdef __CUDACC__
+  static_cast<Number*>(y)[i] = number;  // aligned there
+#else
+  __builtin_memcpy(static_cast<char*>(y) + i * static_cast<std::int64_t>(sizeof number), &number, sizeof number);
+#endif
+}
+
+// Number k of fixed point as value i of y.
+TERSETORCH_ON_BOTH inline void PutFixed(void* y, std::int64_t i, std::int32_t k, int fraction_bits, FixedAs as) {
+  if (as == FixedAs::kFloats) return PutNumber(y, i, static_cast<float>(k) * StepOf(fraction_bits));
+  WithWhole(as, k, [&](auto whole) { PutNumber(y, i, whole); });
+}
 
 }  // namespace
 }  // namespace tersetorch

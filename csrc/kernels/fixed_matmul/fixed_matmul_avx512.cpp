@@ -11,127 +11,72 @@
 namespace tersetorch {
 namespace {
 
-// 16 sums in registers: of intrinsics GCC 12 keeps some in memory, hence the products in assembly; with 24 of them it
-// puts addresses into vector registers.
+// 24 sums in registers: of intrinsics GCC 12 keeps some in memory, hence the products in assembly.
 struct Tiles {
   using Register = __m512i;
-  static constexpr int kRows = 8, kSamples = 2;
+  static constexpr int kRegisters = 1, kPanels = 4, kSamples = 6;
+
+  static __m512i X(const char* p) { return _mm512_set1_epi32(LoadAt<std::int32_t>(p, 0, 0)); }
+  static __m512i W(const char* p, int) { return _mm512_loadu_si512(p); }
+  static __m512i Sum(__m512i a, __m512i b) { return _mm512_add_epi32(a, b); }
+  static void Widen(const __m512i (&sums)[1], const Index* from, Index* to) {
+    const __m256i half[] = {_mm512_castsi512_si256(sums[0]), _mm512_extracti64x4_epi64(sums[0], 1)};
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      Store(to + 8 * i, _mm512_add_epi64(_mm512_cvtepi32_epi64(half[i]), LoadAt<__m512i>(from, 8 * i, 8)));
+    }
+  }
 };
 
 struct Words : Tiles {
-  static constexpr Index kColumns = 32, kBytes = 2;
-  static constexpr bool kFew = false;
-
-  static __mmask32 First(Index count) { return ~__mmask32{0} >> (count < kColumns ? kColumns - count : 0); }
-  template <typename Within>
-  static __m512i X(const char* p, Within within) {
-    return W(p, within);
-  }
-  static __m512i W(const char* p, All) { return _mm512_loadu_si512(p); }
-  static __m512i W(const char* p, __mmask32 within) { return _mm512_maskz_loadu_epi16(within, p); }
   static __m512i Add(__m512i sums, __m512i x, __m512i w) {
-    asm("vpdpwssd %2, %1, %0" : "+v"(sums) : "v"(x), "v"(w));
+    __asm__("vpdpwssd %2, %1, %0" : "+v"(sums) : "v"(x), "v"(w));
     return sums;
-  }
-  static Index Raised(const char*, Index) { return 0; }
-
-  static Index Largest(const void* numbers, Index count) {
-    const char* p = static_cast<const char*>(numbers);
-    __m512i largest = _mm512_setzero_si512();
-    for (Index i = 0; i < count; i += kColumns) {
-      largest = _mm512_max_epu16(largest, _mm512_abs_epi16(W(p + 2 * i, First(count - i))));
-    }
-    std::uint16_t of_lane[32], most = 0;
-    Store(of_lane, largest);
-    for (const std::uint16_t one : of_lane) most = one > most ? one : most;
-    return most;
-  }
-
-  // Sums of 32 bits, raised to be positive: pairs of them as they stand, modulo 2^64, and the upper ones.
-  struct Wide {
-    __m512i pairs, upper;
-  };
-  static void Accumulate(Wide& total, __m512i sums) {
-    const __m512i positive = _mm512_add_epi32(sums, _mm512_set1_epi32(kSumRaised));
-    total.pairs = _mm512_add_epi64(total.pairs, positive);
-    total.upper = _mm512_add_epi64(total.upper, _mm512_srli_epi64(positive, 32));
-  }
-  static __m512i Lanes(const Wide& total) {
-    const __m512i lower = _mm512_sub_epi64(total.pairs, _mm512_slli_epi64(total.upper, 32));
-    return _mm512_add_epi64(lower, total.upper);
-  }
-  static void Sum(const Wide* four, Index flushes, Index* sums) {
-    const __m256i all = Add4(Lanes(four[0]), Lanes(four[1]), Lanes(four[2]), Lanes(four[3]));
-    Store(sums, _mm256_sub_epi64(all, _mm256_set1_epi64x(16 * flushes * kSumRaised)));
-  }
-
-  // One alone may be 2^31, which - 1 makes fit.
-  static __m512i Widened(__m512i sums) {
-    const __m512i less = _mm512_sub_epi32(sums, _mm512_set1_epi32(1));
-    const __m512i lower = _mm512_srai_epi64(_mm512_slli_epi64(less, 32), 32);
-    return _mm512_add_epi64(lower, _mm512_srai_epi64(less, 32));
-  }
-  static void Sum(const __m512i* four, Index* sums) {
-    const __m256i all = Add4(Widened(four[0]), Widened(four[1]), Widened(four[2]), Widened(four[3]));
-    Store(sums, _mm256_add_epi64(all, _mm256_set1_epi64x(16)));
-  }
-
-  static __m256i Add4(__m512i a, __m512i b, __m512i c, __m512i d) {
-    const __m512i ab = _mm512_add_epi64(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
-    const __m512i cd = _mm512_add_epi64(_mm512_unpacklo_epi64(c, d), _mm512_unpackhi_epi64(c, d));
-    const __m512i both = _mm512_add_epi64(_mm512_shuffle_i64x2(ab, cd, 0x44), _mm512_shuffle_i64x2(ab, cd, 0xee));
-    const __m512i whole = _mm512_add_epi64(both, _mm512_shuffle_i64x2(both, both, 0xb1));
-    return _mm512_castsi512_si256(_mm512_shuffle_i64x2(whole, whole, 0x08));
   }
 };
 
 struct Bytes : Tiles {
-  static constexpr Index kColumns = 64, kBytes = 1;
-  static constexpr bool kFew = true;
-
-  static __mmask64 First(Index count) { return ~__mmask64{0} >> (count < kColumns ? kColumns - count : 0); }
-  template <typename Within>
-  static __m512i X(const char* p, Within within) {
-    return _mm512_xor_si512(W(p, within), _mm512_set1_epi8(-128));
-  }
-  static __m512i W(const char* p, All) { return _mm512_loadu_si512(p); }
-  static __m512i W(const char* p, __mmask64 within) { return _mm512_maskz_loadu_epi8(within, p); }
   static __m512i Add(__m512i sums, __m512i x, __m512i w) {
-    asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(x), "v"(w));
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(x), "v"(w));
     return sums;
-  }
-  // x is raised by 128.
-  static Index Raised(const char* w, Index columns) {
-    __m512i sums = _mm512_setzero_si512();
-    for (Index c = 0; c < columns; c += kColumns) {
-      sums = _mm512_dpbusd_epi32(sums, _mm512_set1_epi8(1), W(w + c, First(columns - c)));
-    }
-    return Index{128} * _mm512_reduce_add_epi32(sums);
-  }
-
-  static void Sum(const __m512i* four, Index* sums) {
-    const __m512i ab =
-        _mm512_add_epi32(_mm512_unpacklo_epi32(four[0], four[1]), _mm512_unpackhi_epi32(four[0], four[1]));
-    const __m512i cd =
-        _mm512_add_epi32(_mm512_unpacklo_epi32(four[2], four[3]), _mm512_unpackhi_epi32(four[2], four[3]));
-    const __m512i all = _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
-    const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
-    const __m128i whole = _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
-    Store(sums, _mm256_cvtepi32_epi64(whole));
   }
 };
 
-void Multiply(const FixedMatmulArgs& a, Index row_begin, Index row_end) noexcept {
-  if (a.wide) {
-    Multiplication<Words>{a}.Run(row_begin, row_end);
-  } else {
-    Multiplication<Bytes>{a}.Run(row_begin, row_end);
-  }
+void Multiply(const FixedMatmulArgs& a, Index panel, Index panels) noexcept {
+  a.wide ? Multiplication<Words>{a}.Run(panel, panels) : Multiplication<Bytes>{a}.Run(panel, panels);
 }
+
+struct Longs {
+  static constexpr Index kLanes = 8;
+
+  explicit Longs(const FixedConversion& c)
+      : half(_mm512_set1_epi64(c.half)),
+        lowest(_mm256_set1_epi32(static_cast<std::int32_t>(c.lowest))),
+        highest(_mm256_set1_epi32(static_cast<std::int32_t>(c.highest))),
+        down(_mm_cvtsi32_si128(c.down)),
+        less(_mm_cvtsi32_si128(c.less)),
+        last(_mm_cvtsi32_si128(c.last)) {}
+  static __m512i Load(const Index* p) { return _mm512_loadu_si512(p); }
+  static __m512i Add(__m512i a, __m512i b) { return _mm512_add_epi64(a, b); }
+  static __m512i Times256(__m512i a) { return _mm512_slli_epi64(a, 8); }
+  __m512i Shifted(__m512i sums) const { return _mm512_sra_epi64(_mm512_add_epi64(sums, half), down); }
+  __m256i Kept(__m512i k) const {
+    return _mm256_min_epi32(_mm256_max_epi32(_mm512_cvtsepi64_epi32(k), lowest), highest);
+  }
+  __m256i Nearest(__m512i sums) const { return Kept(Shifted(sums)); }
+  __m256i Drawn(__m512i sums, const std::uint32_t* u) const {
+    const __m512i bits = _mm512_srl_epi64(_mm512_cvtepu32_epi64(LoadAt<__m256i>(u, 0, 0)), less);
+    return Kept(_mm512_sra_epi64(_mm512_add_epi64(Shifted(sums), bits), last));
+  }
+
+  __m512i half;
+  __m256i lowest, highest;
+  __m128i down, less, last;
+};
 
 void Convert(const FixedConvertArgs& a, Index begin, Index end) noexcept {
   const PhiloxKeys keys(a.seed);
-  ConvertBlocks(a, begin, end, [&](std::uint64_t block, std::uint32_t* u) {
+  ConvertBlocks<Longs>(a, begin, end, [&](std::uint64_t block, std::uint32_t* u) {
     __m512i words[2];
     RandomWords(keys, block, words);
     for (int v = 0; v < 4; ++v) {

@@ -188,8 +188,10 @@ def _weight_bytes(module: nn.Module) -> int:
         return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()) if tensor.dim() > 0)
     if isinstance(module, FlattenedConv2d):
         return flattened.weight_bytes(module)
-    if isinstance(module, FixedPointModule | SignModule):
+    if isinstance(module, SignModule):
         return sum(tensor.nbytes for tensor in module.buffers())
+    if isinstance(module, FixedPointModule):
+        return module.steps.nbytes + others
     weight: Any = getattr(module, "packed_weight", None)
     if weight is None:
         own = "sparse_weight" if hasattr(type(module), "sparse_weight") else "shared_weight"

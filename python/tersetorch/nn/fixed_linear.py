@@ -5,9 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tersetorch import ops
 from tersetorch.formats import FixedFormat, FixedWeight
 from tersetorch.nn.dense_form import LinearSizes
 from tersetorch.nn.fixed_module import FixedPointModule
+
+_fixed_matmul = ops.native_op("fixed_matmul")
 
 
 class FixedPointLinear(LinearSizes, FixedPointModule):
@@ -40,6 +43,9 @@ class FixedPointLinear(LinearSizes, FixedPointModule):
     ) -> None:
         super().__init__(weight, bias, input_format, output_format)
 
+    def _pack(self) -> Tensor:
+        return ops.fixed_pack(self.steps)
+
     @property
     def weight(self) -> Tensor:
         """The dense weight, built anew at every read; writing to it changes nothing."""
@@ -47,5 +53,6 @@ class FixedPointLinear(LinearSizes, FixedPointModule):
 
     def forward(self, input: Tensor) -> Tensor:
         """Applies the layer to input, float32 or bfloat16 [..., in_features]; NaN raises a RuntimeError on the CPU."""
-        y = self._multiplied(self._rounded(input), self.steps, self.bias)
+        x = self._rounded(input)
+        y: Tensor = _fixed_matmul(x, self._packed(), self.bias, self.out_features, *self._conversion)
         return y if input.dtype == torch.float32 else y.to(input.dtype)

@@ -6,16 +6,17 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from tersetorch import ops
 from tersetorch.formats import FixedFormat, FixedWeight
 from tersetorch.formats.fixed_format import FixedFormats, as_fixed, noted_formats
 from tersetorch.nn.dense_form import FLOATS, DenseForm
+from tersetorch.nn.sparse_module import State, state_of
 
 NARROW, WIDE = 8, 16
 
 _round_whole = ops.native_op("fixed_round_whole")
-_fixed_matmul = ops.native_op("fixed_matmul")
 
 
 class FixedPointModule(DenseForm[Any]):
@@ -24,6 +25,11 @@ class FixedPointModule(DenseForm[Any]):
     It has no gradients: train with tt.quantize.fixed_point. Its tensors are buffers: steps int8 or int16, the weight
     in whole steps, int8 where weight and input have at most 8 bits; bias int64 [rows], in units of the sums, 2^-F with
     F the fraction bits of input and weight together, or None. No .half() or .double() changes them.
+
+    packed_steps repeats steps in the order in which the product reads them, in no state_dict; of_sizes leaves it to the
+    first call. A call that finds steps changed in place packs them anew, unless it is compiled: compile after the last
+    change. A write through .data, or to tensors made in inference mode, leaves no trace: call load_state_dict() after
+    it.
 
     Attributes:
         weight_format, input_format: of at most 16 bits.
@@ -51,8 +57,31 @@ class FixedPointModule(DenseForm[Any]):
         self._take_formats(weight.format, input_format, output_format)
         self._set_sizes(weight.shape, **sizes)
         _check_bias(name, bias, weight.shape[0])
-        self.register_buffer("steps", weight.steps.to(self._whole))
+        self._hold(weight.steps.to(self._whole), bias)
+
+        self._repack()
+
+    def _hold(self, steps: Tensor, bias: Tensor | None) -> None:
+        self.register_buffer("steps", steps)
         self.register_buffer("bias", bias)
+        self._packed_from: State | None = None
+
+    def _repack(self) -> None:
+        self._packed_from = state_of(self.steps)
+        self._buffers.pop("packed_steps", None)
+        if not self.steps.is_meta:
+            self.register_buffer("packed_steps", self._pack(), persistent=False)
+
+    def _pack(self) -> Tensor:
+        """The steps as the op takes them."""
+        raise NotImplementedError
+
+    def _packed(self) -> Tensor:
+        """The same, packed before unless steps have changed since."""
+        if not is_compiling() and self._packed_from != state_of(self.steps):
+            self._repack()
+        packed = self._buffers.get("packed_steps")
+        return self._pack() if packed is None else packed
 
     def _take_formats(
         self, weight: FixedFormat, input_format: str | FixedFormat, output_format: str | FixedFormat
@@ -108,8 +137,8 @@ class FixedPointModule(DenseForm[Any]):
         layer = cls._sized(**sizes)
         layer._take_formats(as_fixed(cls.__name__, "weight_format", weight_format), input_format, output_format)
         rows, columns = layer._matrix_shape
-        layer.register_buffer("steps", torch.zeros(rows, columns, dtype=layer._whole))
-        layer.register_buffer("bias", torch.zeros(rows, dtype=torch.int64) if bias else None)
+        steps = torch.zeros(rows, columns, dtype=layer._whole)
+        layer._hold(steps, torch.zeros(rows, dtype=torch.int64) if bias else None)
         return layer
 
     @classmethod
@@ -206,12 +235,11 @@ class FixedPointModule(DenseForm[Any]):
         whole: Tensor = _round_whole(x.detach(), f.integer_bits, f.fraction_bits, self._whole, "nearest", 0, 0)
         return whole
 
-    def _multiplied(self, x: Tensor, steps: Tensor, bias: Tensor | None) -> Tensor:
-        """The product of whole numbers, float32."""
+    @property
+    def _conversion(self) -> tuple[int, int, int, torch.dtype]:
+        """What ops take for a sum to become a float of output_format."""
         f, fraction_bits = self.output_format, self.input_format.fraction_bits + self.weight_format.fraction_bits
-        sizes = fraction_bits, f.integer_bits, f.fraction_bits
-        y: Tensor = _fixed_matmul(x, steps, bias, *sizes, torch.float32, "nearest", 0, 0, False)
-        return y
+        return fraction_bits, f.integer_bits, f.fraction_bits, torch.float32
 
     def _shown(self) -> list[str]:
         formats = [f"{name}={getattr(self, name + '_format')}" for name in ("weight", "input", "output")]
@@ -228,6 +256,7 @@ class FixedPointModule(DenseForm[Any]):
                 errors.append(f"{prefix.removesuffix('.') or type(self).__name__}: {error}")
                 return
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self._repack()
 
 
 def _check_bias(name: str, bias: object, rows: int) -> None:

@@ -42,7 +42,8 @@ from tersetorch.ops.codebook_matmul import (  # noqa: E402
     codebook_unpack,
 )
 from tersetorch.ops.csr_matmul import csr_matmul, csr_matmul_inference, csr_pack  # noqa: E402
-from tersetorch.ops.fixed_matmul import fixed_matmul  # noqa: E402
+from tersetorch.ops.fixed_conv2d import fixed_conv2d, fixed_conv2d_groups, fixed_conv2d_pack  # noqa: E402
+from tersetorch.ops.fixed_matmul import fixed_matmul, fixed_pack  # noqa: E402
 from tersetorch.ops.fixed_round import (  # noqa: E402
     RANDOM_BLOCK,
     ROUNDINGS,
@@ -127,7 +128,11 @@ __all__ = [
     "csr_matmul",
     "csr_matmul_inference",
     "csr_pack",
+    "fixed_conv2d",
+    "fixed_conv2d_groups",
+    "fixed_conv2d_pack",
     "fixed_matmul",
+    "fixed_pack",
     "fixed_round",
     "fixed_round_inference",
     "fixed_round_whole",

@@ -110,11 +110,13 @@ def empty_images(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """What a convolution makes of x, uninitialised and in its memory format."""
+    """What a convolution makes of x, uninitialised, in its memory format and, unless another is given, its dtype."""
     size = [
         (x.shape[i + 2] + 2 * padding[i] - dilation[i] * (kernel_size[i] - 1) - 1) // stride[i] + 1 for i in range(2)
     ]
     last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
     memory_format = torch.channels_last if last else torch.contiguous_format
-    return torch.empty((x.shape[0], out_channels, *size), dtype=x.dtype, device=x.device, memory_format=memory_format)
+    shape = x.shape[0], out_channels, *size
+    return torch.empty(shape, dtype=dtype or x.dtype, device=x.device, memory_format=memory_format)

@@ -17,7 +17,7 @@ from tersetorch.ops.codebook_conv2d import codebook_conv2d
 from tersetorch.ops.codebook_embedding import codebook_embedding
 from tersetorch.ops.codebook_matmul import CODEBOOK_MODES, codebook_dense, codebook_matmul, codebook_pack
 from tersetorch.ops.csr_matmul import csr_matmul
-from tersetorch.ops.fixed_matmul import fixed_matmul
+from tersetorch.ops.fixed_matmul import fixed_matmul, fixed_pack
 from tersetorch.ops.fixed_round import fixed_round
 from tersetorch.ops.flat_conv2d import flat_conv2d
 from tersetorch.ops.product_conv2d import product_conv2d
@@ -100,7 +100,15 @@ def _check_fixed_matmul(dtype: torch.dtype) -> dict[str, Any]:
         x[0] = info.min
         exact = x.long() @ weight.long().T + bias
         nearest = (exact + (1 << fraction_bits - 1) >> fraction_bits).clamp(-(2**15), 2**15 - 1)
-        y = fixed_matmul(x, weight, bias, sum_fraction_bits=fraction_bits, integer_bits=16, fraction_bits=0)
+        y = fixed_matmul(
+            x,
+            fixed_pack(weight),
+            bias,
+            rows=ROWS,
+            sum_fraction_bits=fraction_bits,
+            integer_bits=16,
+            fraction_bits=0,
+        )
         worst = max(worst, float((y.long() - nearest).abs().max()))
     return _result("fixed_matmul", str(dtype).removeprefix("torch."), worst, 0.0)
 

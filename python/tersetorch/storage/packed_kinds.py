@@ -213,7 +213,7 @@ for _name, _cls in KINDS.items():
     # What a layer computes from, made of its parameters; formats are in the config.
     _derived = (*(f"packed_{s}" for s in range(FLAT_MAX_STAGES)), "_packed_from") if _cls is FlattenedConv2d else ()
     if issubclass(_cls, FixedPointModule):
-        _derived = ("weight_format", "input_format", "output_format")
+        _derived = ("weight_format", "input_format", "output_format", "packed_steps", "_packed_from")
     add(Kind(_name, _cls, _config, getattr(_cls, "of_sizes", _cls), ignored=_derived))
 for _cls in (Sign, ShiftBatchNorm1d, ShiftBatchNorm2d):
     _names = ("stochastic",) if _cls is Sign else ("num_features", "eps", "momentum", "affine", "track_running_stats")
