@@ -51,7 +51,7 @@ inline FixedWeightArgs FixedWeightOf(const char* op, Place place, const Tensor& 
                   of_word, "] for ", rows, " rows and ", columns, " columns, got ", packed.dim(), "-D with ",
                   packed.dim() > 0 ? packed.size(0) : 0, " panels of ", packed.dim() > 1 ? packed.size(1) : 0,
                   "; pass what fixed_pack returns, and x with as many features as the weight has columns");
-  weight.tensor = Usable(place, packed, of_word);
+  weight.tensor = Usable(place, packed, 4 * of_word);
   weight.packed = weight.tensor->const_data_ptr();
   return weight;
 }
