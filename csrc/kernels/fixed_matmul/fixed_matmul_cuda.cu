@@ -18,11 +18,11 @@ __device__ int NumberAt(const FixedCudaArgs& a, std::int64_t i) {
   return a.x_wide ? static_cast<const std::int16_t*>(a.x)[i] : static_cast<const std::int8_t*>(a.x)[i];
 }
 
-// Columns [c, c + 4 or 2) of sample n, 0 past the last; kWhole where samples are whole words: then loads need no
-// branches between them, and wait for memory together.
+// Columns [c, c + 4 or 2) of the sample at number `from` of x, 0 past the last; kWhole where samples are whole words:
+// then loads need no branches between them, and wait for memory together.
 template <typename Whole, bool kWhole>
-__device__ std::uint32_t WordAt(const FixedCudaArgs& a, std::int64_t n, int c) {
-  const std::int64_t i = n * a.columns + c;
+__device__ std::uint32_t WordAt(const FixedCudaArgs& a, std::int64_t from, int c) {
+  const std::int64_t i = from + c;
   if constexpr (kWhole) {
     return c < a.columns ? *reinterpret_cast<const std::uint32_t*>(static_cast<const Whole*>(a.x) + i) : 0;
   }
@@ -73,14 +73,15 @@ struct SumOf<std::int8_t> {
 
 // ---- a few samples: a block multiplies a panel with them, each thread one word of four rows
 
-template <typename Whole>
+template <typename Whole, bool kWhole>
 struct FewTile {
   static constexpr int kSamples = sizeof(Whole) == 1 ? 4 : 2, kWarps = 16, kThreads = kWarps * kWarpSize;
-  static constexpr int kRows = 4;                            // of a thread, 16 bytes of a word
-  static constexpr int kAcross = kPanelRows / kRows;         // threads of a word
-  static constexpr int kParts = kThreads / kAcross;          // of the words
-  static constexpr int kWords = sizeof(Whole) == 1 ? 4 : 2;  // of a thread, on their way before the first is needed
-  static constexpr int kChunk = 1 << 14;                     // words, then sums become 64 bits wide
+  static constexpr int kRows = 4;                     // of a thread, 16 bytes of a word
+  static constexpr int kAcross = kPanelRows / kRows;  // threads of a word
+  static constexpr int kParts = kThreads / kAcross;   // of the words
+  static constexpr int kWords =
+      sizeof(Whole) == 1 && kWhole ? 4 : 2;  // of a thread, on their way before the first is needed
+  static constexpr int kChunk = 1 << 14;     // words, then sums become 64 bits wide
   static_assert(kSamples * kPanelRows <= kThreads, "a thread adds the warps' sums of a row and sample");
 
   struct Memory {
@@ -115,7 +116,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) MultiplyFew(FixedCudaArgs a
           if (s >= samples) break;
 #pragma unroll
           for (int k = 0; k < Tile::kWords; ++k) {
-            const std::uint32_t x = WordAt<Whole, kWhole>(a, first + s, (i + k * Tile::kParts) * kOfWord<Whole>);
+            const std::uint32_t x =
+                WordAt<Whole, kWhole>(a, (first + s) * a.columns, (i + k * Tile::kParts) * kOfWord<Whole>);
             AddProducts(sums[s][0], x, of_w[k].x);
             AddProducts(sums[s][1], x, of_w[k].y);
             AddProducts(sums[s][2], x, of_w[k].z);
@@ -153,7 +155,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) MultiplyFew(FixedCudaArgs a
 // ---- many samples: a block multiplies some rows with some samples; each half of it has half of the words, and the
 // samples come through shared memory
 
-// The words of samples that a thread brings for the next step: one of every so many lines.
+// The words of samples that a thread brings for the next step: one of every so many lines. Whole ones are on their way
+// during this step; others are read when they are put.
 template <typename Tile, typename Whole>
 struct NextWords {
   static constexpr int kStride = Tile::kThreads / Tile::kWords, kCount = Tile::kSamples / kStride;
@@ -164,19 +167,29 @@ struct NextWords {
   __device__ static int Line() { return static_cast<int>(threadIdx.x) / Tile::kWords; }
 
   __device__ void Load(const FixedCudaArgs& a, bool whole, std::int64_t first, int word) {
+    if (!whole) return;
     const int c = (word + Word()) * kOfWord<Whole>;
-    const std::int64_t n = first + Line();
-    if (whole) {
-      Load<true>(a, n, c);
-    } else {
-      Load<false>(a, n, c);
+    const auto lines = static_cast<int>(min(std::int64_t{Tile::kSamples}, a.samples - first));
+    const auto* at = static_cast<const Whole*>(a.x) + (first + Line()) * a.columns + c;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i, at += kStride * a.columns) {
+      const bool there = c < a.columns && i * kStride + Line() < lines;
+      of_x[i] = there ? *reinterpret_cast<const std::uint32_t*>(at) : 0;
     }
   }
-  template <bool kWhole>
-  __device__ void Load(const FixedCudaArgs& a, std::int64_t n, int c) {
+  // Calls put with each line and its word.
+  template <typename Put>
+  __device__ void ForEach(const FixedCudaArgs& a, bool whole, std::int64_t first, int word, const Put& put) const {
+    if (whole) {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      of_x[i] = n + i * kStride < a.samples ? WordAt<Whole, kWhole>(a, n + i * kStride, c) : 0;
+      for (int i = 0; i < kCount; ++i) put(i * kStride + Line(), of_x[i]);
+    } else {
+#pragma unroll 1
+      for (int line = Line(); line < Tile::kSamples; line += kStride) {
+        const std::int64_t n = first + line;
+        const int c = (word + Word()) * kOfWord<Whole>;
+        put(line, n < a.samples ? WordAt<Whole, false>(a, n * a.columns, c) : 0);
+      }
     }
   }
 };
@@ -220,8 +233,7 @@ __global__ void __launch_bounds__(Tile::kThreads) MultiplyWide(FixedCudaArgs a, 
     for (int begin = 0; begin < words; begin += Tile::kWords) {
       __syncthreads();
       *reinterpret_cast<uint4*>(&memory.w[thread / kAcross][row]) = next_w;
-#pragma unroll
-      for (int i = 0; i < Next::kCount; ++i) memory.x[Next::Word()][i * Next::kStride + Next::Line()] = next.of_x[i];
+      next.ForEach(a, whole, first, begin, [&](int line, std::uint32_t x) { memory.x[Next::Word()][line] = x; });
       __syncthreads();
       next.Load(a, whole, first, begin + Tile::kWords);
       next_w = of_w_from(begin + Tile::kWords);
@@ -300,8 +312,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) MultiplyNarrow(FixedCudaArg
       const int end = min(words, chunk + Tile::kChunk);
       for (int begin = chunk; begin < end; begin += Tile::kWords) {
         __syncthreads();
-#pragma unroll
-        for (int i = 0; i < Next::kCount; ++i) memory.x[i * Next::kStride + Next::Line()][Next::Word()] = next.of_x[i];
+        next.ForEach(a, whole, first, begin, [&](int line, std::uint32_t x) { memory.x[line][Next::Word()] = x; });
         __syncthreads();
         next.Load(a, whole, first, begin + Tile::kWords);
         std::uint32_t fragments[Tile::kBlocks][2][4];
@@ -342,6 +353,13 @@ dim3 TileGrid(const FixedCudaArgs& a) {
   return {static_cast<unsigned>(CeilDiv(a.rows, Tile::kRows)), BlocksOnY(a.samples, Tile::kSamples), 1};
 }
 
+template <typename Whole, bool kWhole>
+int LaunchFew(const FixedCudaArgs& a, void* stream) {
+  using Tile = FewTile<Whole, kWhole>;
+  const dim3 grid(static_cast<unsigned>(CeilDiv(a.rows, kPanelRows)), BlocksOnY(a.samples, Tile::kSamples));
+  return Launch(MultiplyFew<Tile, Whole, kWhole>, grid, Tile::kThreads, stream, a);
+}
+
 template <typename Whole>
 int MultiplyMatrix(const FixedCudaArgs& a, void* stream) {
   constexpr std::int64_t kFew = 8;
@@ -353,10 +371,7 @@ int MultiplyMatrix(const FixedCudaArgs& a, void* stream) {
       return Launch(MultiplyNarrow<NarrowTile>, TileGrid<NarrowTile>(a), NarrowTile::kThreads, stream, a, whole);
     }
   }
-  using Tile = FewTile<Whole>;
-  const dim3 grid(static_cast<unsigned>(CeilDiv(a.rows, kPanelRows)), BlocksOnY(a.samples, Tile::kSamples));
-  return Launch(whole ? MultiplyFew<Tile, Whole, true> : MultiplyFew<Tile, Whole, false>, grid, Tile::kThreads, stream,
-                a);
+  return whole ? LaunchFew<Whole, true>(a, stream) : LaunchFew<Whole, false>(a, stream);
 }
 
 // ---- windows of images: a block multiplies a panel with some, each thread words of one row
@@ -414,7 +429,7 @@ struct Windows {
 };
 
 template <typename Tile, typename Whole>
-__global__ void __launch_bounds__(Tile::kThreads) MultiplyWindows(FixedCudaArgs a) {
+__global__ void __launch_bounds__(Tile::kThreads, 2) MultiplyWindows(FixedCudaArgs a) {
   auto& memory = SharedMemory<typename Tile::Memory>();
   const int thread = static_cast<int>(threadIdx.x), row = thread % kPanelRows, warp = thread / kWarpSize;
   const std::int64_t segments = a.images.Segments();
