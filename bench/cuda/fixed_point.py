@@ -31,8 +31,9 @@ def products(problem: Problem, operations: float) -> Iterator[Row]:
         )
 
         def bind(x: Tensor = x, weight: Tensor = weight) -> Callable[[], Tensor]:
-            packed = ops.fixed_pack(*fresh(weight))
-            return lambda: ops.fixed_matmul(x, packed, rows=len(weight), **_SUMS)
+            (own,) = fresh(weight)
+            packed = ops.fixed_pack(own)
+            return lambda: ops.fixed_matmul(x, packed, rows=len(own), **_SUMS)
 
         moved = x.nbytes + 4 * len(x) * len(weight)
         name = f"tersetorch fixed int{8 * dtype.itemsize}"

@@ -36,6 +36,8 @@ PUBLISHED = [
     ("", lambda: zoo.MobileNet(0.75), (3, 224, 224), 2_585_560, 325_400_448),
     ("", lambda: zoo.MobileNet(0.5), (3, 224, 224), 1_331_592, 149_497_088),
     ("", lambda: zoo.MobileNet(0.25), (3, 224, 224), 470_072, 41_030_272),
+    # A filter of k taps and one of a channel each, at every pixel it reads.
+    ("flattened-cnn", zoo.FlattenedCNN, (3, 32, 32), 1_195_658, 23_038_464),
     # Two numbers of batch norm for each unit and channel beside the weights.
     ("binary-mlp", zoo.BinaryMLP, (1, 28, 28), 36_806_656 + 2 * 12_298, 36_806_656),
     ("", lambda: zoo.BinaryMLP(width=1024), (784,), 2_910_208 + 2 * 3_082, 2_910_208),
