@@ -40,6 +40,7 @@ bool WholeWords(const FixedCudaArgs& a) {
          a.columns % kOfWord<Whole> == 0;
 }
 
+// Columns and words fit 32 bits: kFixedMaxColumns does.
 template <typename Whole>
 __device__ int WordsOf(const FixedCudaArgs& a) {
   return (static_cast<int>(a.columns) + kOfWord<Whole> - 1) / kOfWord<Whole>;
