@@ -125,6 +125,10 @@ def test_the_format_of_a_weight():
         FixedWeight.from_dense(torch.tensor([[float("nan")]]), FixedFormat(2, 2))
     with pytest.raises(ValueError, match="format must have at most 16 bits, got <4,16>"):
         FixedWeight.from_dense(torch.ones(1, 1), FixedFormat(4, 16))
+    with pytest.raises(TypeError, match="format must be a FixedFormat, got '<2,2>'"):
+        FixedWeight.from_dense(torch.ones(1, 1), "<2,2>")
+    with pytest.raises(TypeError, match=r"dtype must be int8 or int16, got torch\.int32"):
+        FixedWeight.from_dense(torch.ones(1, 1), FixedFormat(2, 2), torch.int32)
 
 
 def test_refuses():
@@ -146,7 +150,9 @@ def test_refuses():
         layer(torch.ones(2, 9).double())
     with pytest.raises(RuntimeError, match="x must not hold NaN, which is no whole number"):
         layer(torch.full((2, 9), float("nan")))
-    with pytest.raises(RuntimeError, match="as many features as the weight has columns"):
+    with pytest.raises(TypeError, match="FixedPointConv2d: input must be a tensor, got NoneType"):
+        FixedPointConv2d.from_dense(nn.Conv2d(1, 1, 1), *FORMATS)(None)
+    with pytest.raises(ValueError, match=r"FixedPointLinear: input must be \[\.\.\., 9\], got shape \(2, 8\)"):
         layer(torch.ones(2, 8))
     state = layer.state_dict()
     state["steps"] = torch.full_like(layer.steps, 2**14)

@@ -146,6 +146,18 @@ def test_refuses():
     with pytest.raises(ValueError, match="rounding must be 'nearest' or 'stochastic'"):
         fixed_matmul(x, weight, **how, rounding="up")
     op, packed = torch.ops.tersetorch.fixed_matmul.default, fixed_pack(weight)
+    fine = {"rows": 5, **how}
+    for bad, sentence in (
+        ({"rows": "5"}, "rows must be an int, got '5'"),
+        ({"sum_fraction_bits": 2.5}, "sum_fraction_bits must be an int, got 2.5"),
+        ({"relu": "no"}, "relu must be True or False, got 'no'"),
+    ):
+        with pytest.raises(TypeError, match=sentence):
+            ops.fixed_matmul(x, packed, **{**fine, **bad})
+    with pytest.raises(ValueError, match=r"dtype must be float32, int8, int16 or int32 and hold 16 bits, got \[8\]"):
+        ops.fixed_matmul(x, packed, **fine, dtype=[8])
+    with pytest.raises(TypeError, match="segments must be an int"):
+        ops.fixed_pack(weight, 1.0)
     for rows, bad in ((5, packed[:, 1:]), (17, packed), (-1, packed), (5, packed[0]), (5, packed.char())):
         with pytest.raises(RuntimeError, match="fixed_matmul: "):
             op(x, bad, None, rows, 20, 6, 10, torch.int16)

@@ -52,6 +52,14 @@ def test_notes_of_formats_do_not_hinder(tmp_path):
     assert torch.equal(tt.load(tmp_path / "m.terse")[0].weight, model[0].weight)
 
 
+def test_what_was_compiled_comes_back_by_itself(tmp_path):
+    model = tt.zoo.LeNet300100().eval()
+    torch.compile(model, backend="eager")
+    tt.save(model, tmp_path / "m.terse")
+    x = torch.rand(2, 1, 28, 28)
+    assert torch.equal(tt.load(tmp_path / "m.terse")(x), model(x))
+
+
 def test_steps_outside_the_format_are_refused(tmp_path):
     model = layers()
     model[2].weight_format = type(model[2].weight_format)(2, 4)  # of 6 bits, which the steps are not

@@ -37,14 +37,16 @@ class FixedWeight:
         Args:
             weight: finite.
             format: of at most 16 bits.
-            dtype: of the steps; the narrowest that holds them when left out.
+            dtype: of the steps, int8 or int16; the narrowest that holds them when left out.
 
         Raises:
-            TypeError: weight is not a float32 or bfloat16 tensor.
-            ValueError: weight is not 2-D or not finite, or the format has more than 16 bits.
+            TypeError: weight is not a float32 or bfloat16 tensor, format no FixedFormat or dtype neither.
+            ValueError: weight is not 2-D or not finite, or the format has more than 16 bits or than dtype.
         """
         check_dense("FixedWeight", weight)
         _check_format(format)
+        if dtype not in (None, *_DTYPES):
+            raise TypeError(f"FixedWeight: dtype must be int8 or int16, got {dtype}; leave it out")
         if not bool(weight.isfinite().all()):
             raise ValueError("FixedWeight: weight must be finite, got NaN or infinity; repair the training")
         sizes = format.integer_bits, format.fraction_bits
@@ -93,5 +95,7 @@ class FixedWeight:
 
 
 def _check_format(format: FixedFormat) -> None:
+    if not isinstance(format, FixedFormat):
+        raise TypeError(f"FixedWeight: format must be a FixedFormat, got {format!r}; pass such as FixedFormat(2, 14)")
     if format.bits > MAX_BITS:
         raise ValueError(f"FixedWeight: format must have at most {MAX_BITS} bits, got {format}; pass a narrower one")

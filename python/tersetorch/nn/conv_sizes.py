@@ -126,7 +126,11 @@ class ConvSizes(DenseForm[Conv]):
         return y if batched else y.squeeze(0)
 
     def _check_images(self, input: Tensor) -> None:
-        """Refuses what has other channels or dimensions."""
+        """Refuses what is no tensor, or has other channels or dimensions."""
+        if not isinstance(input, Tensor):
+            raise TypeError(
+                f"{type(self).__name__}: input must be a tensor, got {type(input).__name__}; pass a torch.Tensor"
+            )
         if input.dim() not in (self.dims + 1, self.dims + 2) or input.shape[-1 - self.dims] != self.in_channels:
             sizes = ", ".join("LHW"[:1] if self.dims == 1 else "HW")
             raise ValueError(

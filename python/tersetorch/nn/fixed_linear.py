@@ -53,6 +53,7 @@ class FixedPointLinear(LinearSizes, FixedPointModule):
 
     def forward(self, input: Tensor) -> Tensor:
         """Applies the layer to input, float32 or bfloat16 [..., in_features]; NaN raises a RuntimeError on the CPU."""
+        self._check_input(input)
         x = self._rounded(input)
         y: Tensor = _fixed_matmul(x, self._packed(), self.bias, self.out_features, *self._conversion)
         return y if input.dtype == torch.float32 else y.to(input.dtype)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tersetorch.ops._images import Pair, conv_sizes, empty_images, pair_of
 from tersetorch.ops.fixed_matmul import check_product, check_whole, fixed_pack
+from tersetorch.ops.fixed_round import check_int
 
 PANEL = 16
 _fixed_conv2d = torch.ops.tersetorch.fixed_conv2d.default
@@ -112,15 +113,15 @@ def fixed_conv2d(
     check_whole(op, "x", x)
     if x.dim() != 4:
         raise ValueError(f"{op}: x must be [N, C, H, W], got shape {tuple(x.shape)}; reshape it")
+    check_int(op, "out_channels", out_channels)
+    check_int(op, "groups", groups)
     sizes = conv_sizes(op, x.shape, out_channels, kernel_size, stride, padding, dilation, groups)
     (high, wide), _, _, (_, gap), _ = sizes
     parts = high if groups == 1 and gap == 1 else high * wide
     part = x.shape[1] // groups * high * wide // parts
-    dtype = check_product(
-        op, x, packed, bias, out_channels, groups, parts, part, sum_fraction_bits, integer_bits, fraction_bits, dtype
-    )
-    how = sum_fraction_bits, integer_bits, fraction_bits, dtype, relu
-    return cast(Tensor, _fixed_conv2d(x, packed, bias, out_channels, *sizes, *how))
+    bits = sum_fraction_bits, integer_bits, fraction_bits
+    dtype = check_product(op, x, packed, bias, out_channels, groups, parts, part, *bits, dtype, relu)
+    return cast(Tensor, _fixed_conv2d(x, packed, bias, out_channels, *sizes, *bits, dtype, relu))
 
 
 @torch.library.register_fake("tersetorch::fixed_conv2d")

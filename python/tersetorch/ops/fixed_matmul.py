@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tersetorch.ops._packing import pack_on_cpu
-from tersetorch.ops.fixed_round import check_fixed, check_rounding, whole_dtype
+from tersetorch.ops.fixed_round import check_fixed, check_int, check_rounding, whole_dtype
 
 MAX_SUM_BITS = 30
 _WHOLE = (torch.int8, torch.int16)
@@ -34,6 +34,7 @@ def fixed_pack(weight: Tensor, segments: int = 1) -> Tensor:
     check_whole(op, "weight", weight)
     if weight.dim() != 2:
         raise ValueError(f"{op}: weight must be [out, in], got shape {tuple(weight.shape)}; flatten it")
+    check_int(op, "segments", segments)
     if segments < 1 or weight.shape[1] % segments:
         raise ValueError(
             f"{op}: segments must divide the columns of weight, {weight.shape[1]}, got {segments}; "
@@ -90,9 +91,10 @@ def fixed_matmul(
     """
     op = "fixed_matmul"
     check_whole(op, "x", x)
+    check_int(op, "rows", rows)
     columns = x.shape[-1] if x.dim() else -1
     dtype = check_product(
-        op, x, packed, bias, rows, 1, 1, columns, sum_fraction_bits, integer_bits, fraction_bits, dtype
+        op, x, packed, bias, rows, 1, 1, columns, sum_fraction_bits, integer_bits, fraction_bits, dtype, relu
     )
     check_rounding(op, rounding, seed, offset)
     sizes = (sum_fraction_bits, integer_bits, fraction_bits)
@@ -120,6 +122,7 @@ def check_product(
     integer_bits: int,
     fraction_bits: int,
     dtype: torch.dtype | None,
+    relu: bool,
 ) -> torch.dtype:
     """Refuses what does not fit x, whose samples are `segments` of `segment` numbers; returns the dtype of the result.
 
@@ -146,6 +149,7 @@ def check_product(
     if bias is not None and tuple(bias.shape) != (rows,):
         raise ValueError(f"{op}: bias must be [{rows}], got shape {tuple(bias.shape)}; pass one for each row")
     check_fixed(op, integer_bits, fraction_bits)
+    check_int(op, "sum_fraction_bits", sum_fraction_bits)
     if not 0 <= sum_fraction_bits <= MAX_SUM_BITS:
         raise ValueError(
             f"{op}: sum_fraction_bits must lie in [0, {MAX_SUM_BITS}], got {sum_fraction_bits}; pass the fraction bits "
@@ -154,10 +158,12 @@ def check_product(
     bits = integer_bits + fraction_bits
     if dtype is None:
         dtype = whole_dtype(bits)
-    if _ROOM.get(dtype, 0) < bits:
+    if not isinstance(dtype, torch.dtype) or _ROOM.get(dtype, 0) < bits:
         raise ValueError(
             f"{op}: dtype must be float32, int8, int16 or int32 and hold {bits} bits, got {dtype}; leave it out"
         )
+    if not isinstance(relu, bool):
+        raise TypeError(f"{op}: relu must be True or False, got {relu!r}; pass one of these")
     return dtype
 
 

@@ -109,7 +109,7 @@ def whole_dtype(bits: int) -> torch.dtype:
 def check_fixed(op: str, integer_bits: int, fraction_bits: int) -> None:
     """Refuses what is no format."""
     for name, bits in (("integer_bits", integer_bits), ("fraction_bits", fraction_bits)):
-        _check_int(op, name, bits)
+        check_int(op, name, bits)
     if integer_bits < 1 or fraction_bits < 0 or not 2 <= integer_bits + fraction_bits <= MAX_BITS:
         raise ValueError(
             f"{op}: a format must be <IL,FL> with IL of at least 1, for the sign, FL of at least 0 and 2 to {MAX_BITS} "
@@ -122,14 +122,15 @@ def check_rounding(op: str, rounding: str, seed: int, offset: int) -> None:
     if rounding not in ROUNDINGS:
         raise ValueError(f"{op}: rounding must be 'nearest' or 'stochastic', got {rounding!r}; pass one of these")
     for name, number in (("seed", seed), ("offset", offset)):
-        _check_int(op, name, number)
+        check_int(op, name, number)
     if not -(2**63) <= seed < 2**63:
         raise ValueError(f"{op}: seed must be a 64-bit integer, got {seed}; pass one in [-2^63, 2^63)")
     if not 0 <= offset < 2**63:
         raise ValueError(f"{op}: offset must be in [0, 2^63), got {offset}; pass how many values came before")
 
 
-def _check_int(op: str, name: str, number: object) -> None:
+def check_int(op: str, name: str, number: object) -> None:
+    """Refuses what is no whole number."""
     if not isinstance(number, (Integral, torch.SymInt)) or isinstance(number, bool):
         raise TypeError(f"{op}: {name} must be an int, got {number!r}; pass a whole number")
 

@@ -12,6 +12,8 @@ _MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 _HOOKS = tuple(sorted(name for name in _MODULE_ATTRIBUTES if name.endswith("_hooks")))
 # Left by our own verbs (a conversion report); no forward reads them.
 _NOTES = "_tersetorch_"
+# Left by torch.compile at what it compiles.
+_COMPILED = "_is_torch_compile"
 _MISSING = object()
 
 
@@ -58,7 +60,7 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
     return {
         name: value
         for name, value in vars(module).items()
-        if name not in _MODULE_ATTRIBUTES and not name.startswith(_NOTES)
+        if name not in _MODULE_ATTRIBUTES and not name.startswith(_NOTES) and name != _COMPILED
     }
 
 

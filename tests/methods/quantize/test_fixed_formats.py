@@ -40,6 +40,23 @@ def test_the_least_error_gives_outliers_up():
     assert (str(largest.input), str(least.input)) == ("<4,4>", "<3,5>")
 
 
+def test_large_images_are_looked_at_all_over():
+    # Every 28th pixel of so many images is the first of its row.
+    images = torch.zeros(2340, 1, 28, 28)
+    images[..., 1:] = 2.5
+    (formats,) = fixed_formats(nn.Conv2d(1, 1, 1), [images], 8).values()
+    assert str(formats.input) == "<3,5>"
+
+
+def test_a_layer_that_computes_zeros_is_imported_and_one_without_calls_is_not():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2, bias=False))
+    with torch.no_grad():
+        model[0].weight.zero_()
+        model[0].bias.zero_()
+    assert list(fixed_formats(model, [torch.ones(2, 3)])) == ["0", "1"]
+    assert fixed_formats(model, [torch.ones(0, 3)]) == {}
+
+
 def test_a_float_model_is_imported():
     model, data = network().eval(), batches()
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -84,5 +101,7 @@ def test_refuses():
         fixed_formats(model, [torch.full((1, 3, 8, 8), float("nan"))])
     with pytest.raises(TypeError, match="data must be an iterable of batches"):
         fixed_formats(model, batches()[0])
+    with pytest.raises(TypeError, match="the input of 'weight' must be a tensor given by position"):
+        fixed_formats(nn.Linear(2, 2), [{"input": torch.ones(1, 2)}])
     assert noted_formats(model[0]) is None
     assert not model[0]._forward_hooks

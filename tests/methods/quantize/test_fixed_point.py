@@ -290,6 +290,15 @@ def test_refuses():
         fixed_point(network().double(), "<2,14>")
     with pytest.raises(ValueError, match="must be that of a Linear or Conv layer, got Embedding"):
         fixed_point(nn.Embedding(4, 3), "<2,14>", targets=nn.Embedding)
+    for bias, sentence in (
+        (torch.zeros(4, dtype=torch.float64), "must have a float32 bias beside it, got torch.float64"),
+        (torch.full((4,), float("nan")), "must have a finite bias beside it"),
+    ):
+        odd = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        odd[1].bias = nn.Parameter(bias)
+        with pytest.raises(ValueError, match=sentence):
+            fixed_point(odd, "<2,14>")
+        assert type(odd[0]) is nn.Linear
     tied = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     tied[1].weight = tied[0].weight
     with pytest.raises(ValueError, match="must not be tied to another layer, got one of 2"):
@@ -304,3 +313,5 @@ def test_refuses():
         model[3](torch.zeros(2, 48, dtype=torch.float64))
     with pytest.raises(ValueError, match="a state must be int64"):
         model[3].fixed_point.set_extra_state("nothing")
+    with pytest.raises(ValueError, match="a state must have a format for the weight, got zeros"):
+        model[3].parametrizations.weight[0].set_extra_state(torch.zeros(2, 5, dtype=torch.int64))

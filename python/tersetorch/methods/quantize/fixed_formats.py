@@ -23,16 +23,18 @@ class Spread:
 
     Attributes:
         errors: sum of squared errors for IL of 1, 2, ..., bits.
-        low, high: the least and the largest value.
+        low, high: the least and the largest value, and 0.
+        count: how many values there were.
     """
 
     def __init__(self, bits: int) -> None:
         self.formats = [FixedFormat(integer_bits, bits - integer_bits) for integer_bits in range(1, bits + 1)]
         self.errors = [0.0] * bits
         self.low = self.high = 0.0
+        self.count = 0
 
     def add(self, values: Tensor) -> None:
-        """Looks at values, float32 or another floating-point dtype; the errors of large tensors at every so many."""
+        """Looks at values, float32 or another floating-point dtype; of large tensors it draws those for the errors."""
         flat = values.detach().flatten().float()
         if not flat.numel():
             return
@@ -40,7 +42,12 @@ class Spread:
         if not (abs(low) < torch.inf and abs(high) < torch.inf):
             raise ValueError("quantize.fixed_formats: values must be finite, got NaN or infinity; repair the data")
         self.low, self.high = min(self.low, low), max(self.high, high)
-        some = flat[:: -(-flat.numel() // SAMPLE)].contiguous()
+        self.count += flat.numel()
+        some = flat
+        if flat.numel() > SAMPLE:
+            # Drawn: every so many may be the same column of all images, such as their dark border.
+            drawn = torch.randint(flat.numel(), (SAMPLE,), generator=torch.Generator().manual_seed(0))
+            some = flat[drawn.to(flat.device)]
         for i, format in enumerate(self.formats):
             self.errors[i] += float((format.nearest(some) - some).double().square().sum())
 
@@ -109,7 +116,9 @@ def fixed_formats(
             seen[module] = name, getattr(module, tensor), Spread(bits), Spread(of_outputs)
 
     def look(module: nn.Module, args: Any, output: Tensor) -> None:
-        _, _, inputs, outputs = seen[module]
+        name, _, inputs, outputs = seen[module]
+        if not args or not isinstance(args[0], Tensor):
+            raise TypeError(f"{where}: the input of {name!r} must be a tensor given by position; call the layer so")
         inputs.add(args[0])
         outputs.add(output)
 
@@ -127,7 +136,7 @@ def fixed_formats(
         raise ValueError(f"{where}: data must hold at least one batch, got none; pass some")
     found = {}
     for module, (name, weight, inputs, outputs) in seen.items():
-        if inputs.low == inputs.high == 0.0 and outputs.low == outputs.high == 0.0:
+        if not outputs.count:
             continue
         of_weight = Spread(bits)
         of_weight.add(weight)

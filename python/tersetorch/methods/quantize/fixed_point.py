@@ -74,9 +74,10 @@ class FixedWeight(BakedWeight):
 
     def set_extra_state(self, state: Any) -> None:
         """Goes on from there."""
-        values, self.gradients = from_state("FixedWeight", state, 2)
-        assert values is not None
-        self.values = values
+        values, gradients = from_state("FixedWeight", state, 2)
+        if values is None:
+            raise ValueError("FixedWeight: a state must have a format for the weight, got zeros; load one")
+        self.values, self.gradients = values, gradients
 
     def extra_repr(self) -> str:
         """What it rounds to."""
@@ -271,6 +272,7 @@ def _optional(where: str, name: str, value: str | FixedFormat | None, default: F
 
 def _check_target(where: str, target: Target) -> None:
     module, tensor = target.owners[0]
+    bias = module._parameters.get("bias")
     problem = None
     if len(target.owners) > 1:
         problem = f"must not be tied to another layer, got one of {len(target.owners)}; untie them"
@@ -282,6 +284,10 @@ def _check_target(where: str, target: Target) -> None:
         problem = f"must be float32, got {module._parameters[tensor].dtype}; convert it"  # type: ignore[union-attr]
     elif parametrize.is_parametrized(module, "bias") or ACTIVATIONS in module._modules:
         problem = "must have a plain bias beside it, got a parametrized one; remove that"
+    elif bias is not None and bias.dtype != torch.float32:
+        problem = f"must have a float32 bias beside it, got {bias.dtype}; convert it"
+    elif bias is not None and not bool(bias.isfinite().all()):
+        problem = "must have a finite bias beside it, got NaN or infinity; repair the training"
     if problem is not None:
         raise ValueError(f"{where}: the weight of {target.name!r} {problem}, or pass ignore=[{target.name!r}]")
 
