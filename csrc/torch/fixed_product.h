@@ -45,13 +45,15 @@ inline FixedWeightArgs FixedWeightOf(const char* op, Place place, const Tensor& 
   const std::int64_t of_word = FixedNumbersOfWord(weight.wide);
   weight.words = segments * Blocks(columns / segments, of_word);
   STD_TORCH_CHECK(rows >= 0, op, ": rows must be at least 0, got ", rows, "; pass those of the weight");
+  STD_TORCH_CHECK(columns <= kFixedMaxColumns, op, ": the weight must have fewer than 2^24 columns, got ", columns,
+                  "; split it");
   STD_TORCH_CHECK(packed.dim() == 4 && packed.size(0) == groups * weight.panels && packed.size(1) == weight.words + 1 &&
                       packed.size(2) == kFixedPanel && packed.size(3) == of_word,
                   op, ": packed must be [", groups * weight.panels, ", ", weight.words + 1, ", ", kFixedPanel, ", ",
                   of_word, "] for ", rows, " rows and ", columns, " columns, got ", packed.dim(), "-D with ",
                   packed.dim() > 0 ? packed.size(0) : 0, " panels of ", packed.dim() > 1 ? packed.size(1) : 0,
                   "; pass what fixed_pack returns, and x with as many features as the weight has columns");
-  weight.tensor = Usable(place, packed, of_word);
+  weight.tensor = Usable(place, packed, 4 * of_word);
   weight.packed = weight.tensor->const_data_ptr();
   return weight;
 }

@@ -73,7 +73,16 @@ int main() {
         }
       }
     }
-    TestProduct<std::int8_t, std::int8_t>(8'200, 1, 1, false, rng);  // more samples than there are blocks for
+    for (const Index samples : {3, 65}) {  // few, and more than one tile of them
+      TestProduct<std::int8_t, std::int8_t>(samples, 49, 257, true, rng);
+      TestProduct<std::int8_t, std::int8_t>(samples, 33, 260, false, rng);  // of whole words
+      TestProduct<std::int16_t, std::int16_t>(samples, 49, 130, true, rng);
+      TestProduct<std::int16_t, std::int16_t>(samples, 33, 131, true, rng);
+      TestProduct<std::int8_t, std::int16_t>(samples, 17, 130, true, rng);
+    }
+    // More columns than are summed in 32 bits, of the least number, whose products are the largest.
+    TestProduct<std::int8_t, std::int8_t>(9, 1, 16'400, true, rng);
+    TestProduct<std::int8_t, std::int8_t>(1, 1, 65'600, true, rng);
     for (const FixedConvertArgs& args : Conversions()) TestConversion(args, 65, rng);
     TestConversion(Conversions()[0], 0, rng);
   });

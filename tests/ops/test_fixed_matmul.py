@@ -163,6 +163,8 @@ def test_refuses():
             op(x, bad, None, rows, 20, 6, 10, torch.int16)
     with pytest.raises(RuntimeError, match="x with as many features as the weight has columns"):
         op(x[:, :3], packed, None, 5, 20, 6, 10, torch.int16)
+    with pytest.raises(RuntimeError, match=r"fewer than 2\^24 columns, got 16777216"):
+        op(x[:1, :1].expand(1, 2**24), packed, None, 5, 20, 6, 10, torch.int16)
     with pytest.raises(RuntimeError, match=r"sum_fraction_bits must lie in"):
         op(x, packed, None, 5, -1, 6, 10, torch.int16)
     with pytest.raises(RuntimeError, match="segments must be at least 1"):

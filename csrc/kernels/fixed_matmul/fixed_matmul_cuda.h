@@ -1,6 +1,8 @@
-// FixedMatmul and FixedConvert on a CUDA device, of the same packed weights and of samples as they are. A block
-// multiplies a panel of 16 rows with some samples: 16 threads side by side read a word of each row, other threads other
-// words, and their sums, of 64 bits, are added at the end. Loads are the limit.
+// FixedMatmul and FixedConvert on a CUDA device, of the same packed weights and of samples as they are. Threads side by
+// side read the 16 rows of a panel, which lie side by side. Few samples: a block multiplies a panel with them, and the
+// weight's bytes are the limit. Many: tiles of 32 rows and 64 samples, of int8 on tensor cores, whose fragments come
+// from the panel as they are; of int16 each product is an instruction with a sum of 64 bits. Windows of images: one
+// number of an image is loaded for each product with a row, and loads are the limit.
 #pragma once
 
 #include <cstdint>
@@ -21,7 +23,7 @@ struct FixedCudaArgs {
 };
 
 // Enqueue on `stream`, a cudaStream_t, and return the cudaError_t of that. Pointers are aligned to their element, those
-// of packed weights to words.
+// of packed weights to 16 bytes.
 int FixedMatmulCuda(const FixedCudaArgs& args, void* stream) noexcept;
 int FixedConv2dCuda(const FixedCudaArgs& args, void* stream) noexcept;
 // Samples [0, samples), not split; `added` may be any numbers. Of each `pixels` samples, y has the values of a row
