@@ -86,7 +86,8 @@ bench: venv
 	for threads in 1_thread 2_threads; do \
 	  run="env $(UNDISTURBED) tersetorch bench --threads $${threads%%_*} --json bench/results"; \
 	  $$run/bench_$$threads.json sparse networks && $$run/bench_coded_$$threads.json codebook product coders && \
-	    $$run/bench_binary_$$threads.json binary binary_networks && $$run/bench_flat_$$threads.json flat fixed || exit 1; \
+	    $$run/bench_binary_$$threads.json binary binary_networks && $$run/bench_flat_$$threads.json flat && \
+	    $$run/bench_fixed_$$threads.json fixed || exit 1; \
 	done
 	TERSETORCH_CPU_ISA=avx2 $(UNDISTURBED) tersetorch bench --case fc7 --json bench/results/bench_binary_avx2.json binary
 

@@ -29,8 +29,17 @@ MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 # What `make bench` writes; one that is not there adds no rows.
 CODED_BENCHES = ("bench_coded_1_thread.json", "bench_coded_2_threads.json")
 BINARY_BENCHES = ("bench_binary_1_thread.json", "bench_binary_2_threads.json", "bench_binary_avx2.json")
+# In processes of their own: how large tensors get their pages depends on what ran before.
 FLAT_BENCHES = ("bench_flat_1_thread.json", "bench_flat_2_threads.json")
-BENCHES = ("bench_1_thread.json", "bench_2_threads.json", *CODED_BENCHES, *BINARY_BENCHES, *FLAT_BENCHES)
+FIXED_BENCHES = ("bench_fixed_1_thread.json", "bench_fixed_2_threads.json")
+BENCHES = (
+    "bench_1_thread.json",
+    "bench_2_threads.json",
+    *CODED_BENCHES,
+    *BINARY_BENCHES,
+    *FLAT_BENCHES,
+    *FIXED_BENCHES,
+)
 # (case, density, batch) of the README's rows.
 HEADLINES = (
     ("alexnet fc6", 0.09, 1),
