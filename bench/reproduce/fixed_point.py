@@ -18,9 +18,9 @@ import json
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from rich.progress import Progress
@@ -28,19 +28,18 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional
 
+from tersetorch.bench.reproduce.images import Images, cifar10
 from tersetorch.bench.reproduce.runs import How, Reproduction, over_seeds
 from tersetorch.formats import FixedFormat
 from tersetorch.formats.fixed_format import as_fixed
 from tersetorch.methods.quantize import fixed_point, switch_fixed_point
 from tersetorch.ops import ROUNDINGS
 from tersetorch.reports.figure import figure_class
-from tersetorch.zoo import error_rate, read_cifar10
+from tersetorch.zoo import error_rate
 from tersetorch.zoo import load as load_data
-from tersetorch.zoo.photos import Part
 
 BITS, WIDE = 16, 20
 FRACTION_BITS = (14, 12, 10, 8)
-HELD_OUT = 5000
 FLOAT = "float"
 # What a run is called when it has gone on in 20 bits.
 SWITCHED = "_switched"
@@ -69,14 +68,6 @@ TITLES = {
     "mnist_cnn": "MNIST, a CNN",
     "cifar_cnn": "CIFAR-10, a CNN of three convolutions",
 }
-
-
-class Images(NamedTuple):
-    """Images and labels of each part."""
-
-    train: tuple[Tensor, Tensor]
-    held_out: tuple[Tensor, Tensor]
-    test: tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -332,22 +323,8 @@ def _mnist(seed: int, count: int) -> Images:
     )
 
 
-def _cifar(seed: int, count: int) -> Images:
-    images, labels = _cifar_part("train")
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    held_out, kept = order[:HELD_OUT], order[HELD_OUT : HELD_OUT + count]
-    parts = ((images[kept], labels[kept]), (images[held_out], labels[held_out]), _cifar_part("test"))
-    return Images(*((_values(some), wanted) for some, wanted in parts))
-
-
-def _values(images: Tensor) -> Tensor:
-    """In [-1, 1]."""
-    return images.contiguous(memory_format=torch.channels_last).float() / 127.5 - 1
-
-
-@cache
-def _cifar_part(part: Part) -> tuple[Tensor, Tensor]:
-    return read_cifar10(part)
+def _cifar(seed: int, images: int) -> Images:
+    return cifar10(seed, images, memory_format=torch.channels_last)
 
 
 IMAGES: Mapping[str, Callable[[int, int], Images]] = {"mnist_dnn": _mnist, "mnist_cnn": _mnist, "cifar_cnn": _cifar}

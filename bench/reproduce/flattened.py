@@ -26,7 +26,7 @@ from __future__ import annotations
 import copy
 import statistics
 from collections.abc import Callable, Mapping
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +35,7 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor, nn
 
+from tersetorch.bench.reproduce.images import Images, cifar10
 from tersetorch.bench.reproduce.runs import How, Reproduction, over_seeds
 from tersetorch.bench.timing import interleave
 from tersetorch.conversion import convert
@@ -42,9 +43,8 @@ from tersetorch.methods import factorize
 from tersetorch.nn import FlattenedConv2d
 from tersetorch.recipes.deep_compression import Training
 from tersetorch.reports.figure import figure_class
-from tersetorch.zoo import FlattenedCNN, error_rate, fit, read_cifar10
+from tersetorch.zoo import FlattenedCNN, error_rate, fit
 from tersetorch.zoo import load as load_data
-from tersetorch.zoo.photos import Part
 
 # Jin, Dundar, Culurciello (2014): abstract, and its table of accuracies, here as errors in percent.
 PAPER: dict[str, dict[str, Any]] = {
@@ -61,18 +61,9 @@ HOPELESS = "as the paper's code"
 BEGINNINGS = ("variance kept", "as nn.Conv2d's", HOPELESS)
 RANKS = (1, 2, 4, 8)
 RISE = 1.0
-HELD_OUT = 5000
 BATCHES = (1, 64)
 PART_SECONDS = 4.0
 PARTS = ("network", "convolutions", *FLATTENED)
-
-
-class Images(NamedTuple):
-    """Images and labels of each part."""
-
-    train: tuple[Tensor, Tensor]
-    held_out: tuple[Tensor, Tensor]
-    test: tuple[Tensor, Tensor]
 
 
 class Plan(NamedTuple):
@@ -403,21 +394,7 @@ def _mnist(seed: int, images: int) -> Images:
 
 
 def _cifar(seed: int, images: int) -> Images:
-    pixels, labels = _cifar_part("train")
-    order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(seed))
-    held_out, kept = order[:HELD_OUT], order[HELD_OUT : HELD_OUT + images]
-    parts = [(pixels[kept], labels[kept]), (pixels[held_out], labels[held_out]), _cifar_part("test")]
-    return Images(*((_values(some), classes) for some, classes in parts))
-
-
-def _values(pixels: Tensor) -> Tensor:
-    """Values in [-1, 1]."""
-    return pixels.contiguous(memory_format=torch.channels_last).float() / 127.5 - 1
-
-
-@cache
-def _cifar_part(part: Part) -> tuple[Tensor, Tensor]:
-    return read_cifar10(part)
+    return cifar10(seed, images, memory_format=torch.channels_last)
 
 
 IMAGES: Mapping[str, Callable[[int, int], Images]] = {"mnist": _mnist, "cifar": _cifar}

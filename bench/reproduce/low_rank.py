@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import statistics
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,15 +24,15 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor, nn
 
+from tersetorch.bench.reproduce.images import Images, cifar10
 from tersetorch.bench.reproduce.runs import How, Reproduction, over_seeds
 from tersetorch.bench.timing import interleave
 from tersetorch.costs import count
 from tersetorch.methods import factorize
 from tersetorch.recipes.deep_compression import Training
 from tersetorch.reports.figure import figure_class
-from tersetorch.zoo import LeNet300100, error_rate, fit, read_cifar10
+from tersetorch.zoo import LeNet300100, error_rate, fit
 from tersetorch.zoo import load as load_data
-from tersetorch.zoo.photos import Part
 
 # Denton et al. (2014), section 4: of a network for ImageNet; Han et al. (2015), table 6, quotes the 5x.
 PAPER = {
@@ -42,7 +42,6 @@ PAPER = {
     "linear": 5.0,
 }
 RATIOS = (2.0, 3.0, 5.0, 8.0, 13.0, 20.0)
-HELD_OUT = 5000
 BATCH = 128
 # The convolution that is approximated, and the one that colours are for.
 SECOND, FIRST = "3", "0"
@@ -50,14 +49,6 @@ TIMED_SECONDS = 1.0
 TICKS = (1, 1.5, 2, 3, 4, 5, 6, 8, 10, 13, 20, 30, 50, 80)
 
 Approximate = Callable[[nn.Module], object]
-
-
-class Images(NamedTuple):
-    """Images and labels of each part."""
-
-    train: tuple[Tensor, Tensor]
-    held_out: tuple[Tensor, Tensor]
-    test: tuple[Tensor, Tensor]
 
 
 class Plan(NamedTuple):
@@ -112,7 +103,7 @@ def run_convolutions(how: How) -> dict[str, Any]:
     short = how.quick
     dense = Training(epochs=1 if short else 6, lr=0.05, weight_decay=5e-4)
     plan = Plan(dense, Training(epochs=1, lr=0.01, weight_decay=5e-4), 1000 if short else 20_000, 6_000)
-    return _over_seeds("low_rank_cnn", how, plan, _convolution_forms(short), _cifar, _cnn, SECOND)
+    return _over_seeds("low_rank_cnn", how, plan, _convolution_forms(short), cifar10, _cnn, SECOND)
 
 
 def _over_seeds(
@@ -394,20 +385,6 @@ def _mnist(seed: int) -> Images:
         (data.validation_images, data.validation_labels),
         (data.test_images, data.test_labels),
     )
-
-
-def _cifar(seed: int) -> Images:
-    images, labels = _cifar_part("train")
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    held_out, kept = order[:HELD_OUT], order[HELD_OUT:]
-    return Images((images[kept], labels[kept]), (images[held_out], labels[held_out]), _cifar_part("test"))
-
-
-@cache
-def _cifar_part(part: Part) -> tuple[Tensor, Tensor]:
-    """Values in [-1, 1]."""
-    images, labels = read_cifar10(part)
-    return images.float() / 127.5 - 1, labels
 
 
 ROWS = [

@@ -18,24 +18,24 @@ from __future__ import annotations
 import statistics
 import tempfile
 from collections.abc import Iterator, Mapping
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from rich.progress import Progress
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import fuse_conv_bn_eval
 
+from tersetorch.bench.reproduce.images import Images, cifar10
 from tersetorch.bench.reproduce.runs import How, Reproduction, over_seeds
 from tersetorch.bench.timing import interleave
 from tersetorch.costs import count
 from tersetorch.recipes.deep_compression import Training
 from tersetorch.reports.figure import figure_class
 from tersetorch.storage import save
-from tersetorch.zoo import FireNet, error_rate, fit, read_cifar10
-from tersetorch.zoo.photos import Part
+from tersetorch.zoo import FireNet, error_rate, fit
 
 # Iandola et al. (2016): figure 3 and table 3, accuracies on ImageNet in percent.
 PAPER = {
@@ -66,16 +66,7 @@ SWEEPS: Mapping[str, tuple[str, tuple[Any, ...]]] = {
 TRAINING = Training(epochs=4, lr=0.05, weight_decay=1e-4)
 BATCH = 64
 IMAGES = 10_000
-HELD_OUT = 5000
 TIMED_SECONDS = 8.0
-
-
-class Images(NamedTuple):
-    """Images and labels of each part."""
-
-    train: tuple[Tensor, Tensor]
-    held_out: tuple[Tensor, Tensor]
-    test: tuple[Tensor, Tensor]
 
 
 # ---- the runs
@@ -168,7 +159,7 @@ def _mean(points: list[dict[str, Any]], key: str) -> float:
 
 
 def _one(training: Training, count_of_images: int, seed: int, *, progress: Progress | None) -> dict[str, Any]:
-    data = _cifar(seed, count_of_images)
+    data = cifar10(seed, count_of_images)
     found: dict[tuple[str, str], dict[str, Any]] = {}
     networks: dict[tuple[str, str], nn.Module] = {}
     for name, values in SWEEPS.values():
@@ -255,20 +246,6 @@ def _fold(model: FireNet) -> FireNet:
             assert isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
             model.set_submodule(name, fuse_conv_bn_eval(convolution, norm))
     return model
-
-
-def _cifar(seed: int, images: int) -> Images:
-    pixels, labels = _cifar_part("train")
-    order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(seed))
-    held_out, kept = order[:HELD_OUT], order[HELD_OUT : HELD_OUT + images]
-    return Images((pixels[kept], labels[kept]), (pixels[held_out], labels[held_out]), _cifar_part("test"))
-
-
-@cache
-def _cifar_part(part: Part) -> tuple[Tensor, Tensor]:
-    """Values in [-1, 1]."""
-    images, labels = read_cifar10(part)
-    return images.float() / 127.5 - 1, labels
 
 
 ROWS = [

@@ -22,7 +22,7 @@ def test_a_row_is_whole(monkeypatch, tmp_path, network):
         monkeypatch.setattr(low_rank, "LeNet300100", lambda: LeNet300100(64))
     else:
         parts = low_rank.Images(images(140, 0), images(20, 1), images(20, 2))
-        monkeypatch.setattr(low_rank, "_cifar", lambda seed: parts)
+        monkeypatch.setattr(low_rank, "cifar10", lambda seed: parts)
     record = getattr(low_rank, f"run_{network}")(How([0], quick=True))
     json.dumps(record)
     (row,) = record["seeds"]

@@ -15,7 +15,7 @@ def images(count, seed):
 def test_a_row_is_whole(monkeypatch, tmp_path):
     monkeypatch.setattr(squeeze_design, "TIMED_SECONDS", 0.01)
     parts = squeeze_design.Images(images(128, 0), images(20, 1), images(20, 2))
-    monkeypatch.setattr(squeeze_design, "_cifar", lambda seed, count: parts)
+    monkeypatch.setattr(squeeze_design, "cifar10", lambda seed, count: parts)
     record = squeeze_design.run(How([0], quick=True))
     json.dumps(record)
     (row,) = record["seeds"]
