@@ -2,7 +2,6 @@ import json
 import os
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,22 +10,7 @@ from safetensors.torch import save_file
 
 import tersetorch as tt
 from tersetorch import _native
-from tersetorch.cli import main
 from tersetorch.cli.shape import parse_shape
-
-
-@pytest.fixture
-def tersetorch(capfd, monkeypatch):
-    """Runs the command in this process, as its script does."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["tersetorch", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        output = capfd.readouterr()
-        return SimpleNamespace(returncode=stopped.value.code or 0, stdout=output.out, stderr=output.err)
-
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +27,7 @@ def terse_file(tmp_path_factory):
 def test_help_names_every_verb(tersetorch):
     done = tersetorch("--help")
     assert done.returncode == 0
-    for verb in ("demo", "compress", "convert", "inspect", "doctor", "bench", "reproduce"):
+    for verb in ("demo", "compress", "convert", "inspect", "report", "doctor", "bench", "reproduce"):
         assert verb in done.stdout
 
 

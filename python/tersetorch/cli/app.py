@@ -10,6 +10,7 @@ from tersetorch.cli.convert import convert
 from tersetorch.cli.demo import demo
 from tersetorch.cli.doctor import doctor
 from tersetorch.cli.inspect import inspect
+from tersetorch.cli.report import report
 from tersetorch.cli.reproduce import reproduce
 
 app = typer.Typer(
@@ -18,7 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Makes trained PyTorch networks smaller and faster, and measures both.",
 )
-for verb in (demo, compress, convert, inspect, doctor, bench, reproduce):
+for verb in (demo, compress, convert, inspect, report, doctor, bench, reproduce):
     app.command()(verb)
 
 
