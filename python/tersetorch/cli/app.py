@@ -15,7 +15,6 @@ from tersetorch.cli.reproduce import reproduce
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Makes trained PyTorch networks smaller and faster, and measures both.",
 )

@@ -12,7 +12,7 @@ from torch import nn
 from tersetorch import conversion, costs, storage
 from tersetorch._native import cpu_active
 from tersetorch.bench import rates
-from tersetorch.cli.model_file import file_bar
+from tersetorch.cli.model_file import NetworkOption, read_model
 from tersetorch.cli.shape import parse_shape
 from tersetorch.recipes.compression_record import CompressionRecord, record_path
 from tersetorch.reports.page import Measurements, Rates, build_page
@@ -27,6 +27,7 @@ def report(
         str,
         typer.Option(help="Shape of one input, such as 1x784: measures time and energy on it.", metavar="NxM..."),
     ] = "",
+    network: NetworkOption = "",
     record: Annotated[
         Path | None,
         typer.Option(help="What 'tersetorch compress' left; FILE's own, beside it, where there is one."),
@@ -43,8 +44,7 @@ def report(
     measured = None
     if input_shape:
         example = torch.randn(parse_shape(input_shape), generator=torch.Generator().manual_seed(0))
-        with file_bar() as progress:
-            model = storage.load(file, progress=progress)
+        model = read_model("report", file, network)
         with console.status("measuring each layer"):
             measured = measure(model, example)
     partial = output.with_name(output.name + ".partial")
