@@ -175,12 +175,12 @@ at::Tensor Unaligned(const at::Tensor& t) {
 
 // Whether the host waits in an op of PyTorch's, for a number or for the size of its result.
 bool Waits(const c10::OperatorHandle& op, const torch::jit::Stack& stack) {
-  static const std::set<std::string> waiting = {
-      "aten::_local_scalar_dense", "aten::nonzero",  "aten::equal",
-      "aten::masked_select",       "aten::_unique2", "aten::unique_dim",
-      "aten::unique_consecutive",  "aten::bincount", "aten::repeat_interleave"};
+  static const std::set<std::string> waiting = {"aten::_local_scalar_dense", "aten::nonzero",  "aten::equal",
+                                                "aten::masked_select",       "aten::_unique2", "aten::unique_dim",
+                                                "aten::unique_consecutive",  "aten::bincount"};
   const std::string& name = op.operator_name().name;
   if (waiting.contains(name)) return true;
+  if (name == "aten::repeat_interleave") return stack.back().isNone();  // no output_size
   if (name != "aten::index" && name != "aten::index_put_" && name != "aten::_index_put_impl_") return false;
   const c10::IValue& indices = stack[stack.size() - op.schema().arguments().size() + 1];
   for (const auto& index : indices.toOptionalTensorVector()) {
