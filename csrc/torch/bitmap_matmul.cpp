@@ -12,6 +12,7 @@
 #include <tuple>
 
 #include "kernels/bitmap_matmul/bitmap_matmul_cuda.h"
+#include "kernels/bitmap_matmul/bitmap_rows_cuda.h"
 #include "torch/common.h"
 #include "torch/cuda.h"
 #include "torch/samples.h"
@@ -308,16 +309,22 @@ Tensor BitmapFromRowsOnCpu(const Tensor& row_offsets, const Tensor& col_indices,
   return bitmap;
 }
 
-Tensor BitmapToRowsOnCpu(const Tensor& bitmap, const Tensor& row_offsets, std::int64_t columns, std::int64_t nnz) {
-  constexpr const char* kOp = "bitmap_to_rows";
-  CheckTensor(kOp, bitmap, "bitmap", ScalarType::Long, 2);
-  CheckTensor(kOp, row_offsets, "row_offsets", ScalarType::Int, 1);
+void CheckBits(const char* op, Place place, const Tensor& bitmap, const Tensor& row_offsets, std::int64_t columns,
+               std::int64_t nnz) {
+  CheckTensor(op, bitmap, "bitmap", ScalarType::Long, 2, place);
+  CheckTensor(op, row_offsets, "row_offsets", ScalarType::Int, 1, place);
   const std::int64_t rows = bitmap.size(0);
-  STD_TORCH_CHECK(columns >= 0 && bitmap.size(1) == BitmapWords(columns), kOp, ": bitmap must be [out, ",
+  STD_TORCH_CHECK(columns >= 0 && bitmap.size(1) == BitmapWords(columns), op, ": bitmap must be [out, ",
                   BitmapWords(columns), "] for ", columns, " columns, got ", bitmap.size(1),
                   " words a row; pass the weight's columns");
-  STD_TORCH_CHECK(row_offsets.numel() == rows + 1 && nnz >= 0, kOp, ": row_offsets must be [", rows + 1, "], got ",
+  STD_TORCH_CHECK(row_offsets.numel() == rows + 1 && nnz >= 0, op, ": row_offsets must be [", rows + 1, "], got ",
                   row_offsets.numel(), "; pack the weight again");
+}
+
+Tensor BitmapToRowsOnCpu(const Tensor& bitmap, const Tensor& row_offsets, std::int64_t columns, std::int64_t nnz) {
+  constexpr const char* kOp = "bitmap_to_rows";
+  CheckBits(kOp, kCpu, bitmap, row_offsets, columns, nnz);
+  const std::int64_t rows = bitmap.size(0);
   const Tensor bits = Contiguous(bitmap), offsets = Contiguous(row_offsets);
   Tensor col_indices = torch::stable::new_empty(row_offsets, {nnz});
   auto* columns_of = col_indices.mutable_data_ptr<std::int32_t>();
@@ -385,6 +392,19 @@ Tensor BitmapColumnsMatmulOnCuda(const Tensor& x, const Tensor& bitmap, const Te
   return y;
 }
 
+Tensor BitmapToRowsOnCuda(const Tensor& bitmap, const Tensor& row_offsets, std::int64_t columns, std::int64_t nnz) {
+  constexpr const char* kOp = "bitmap_to_rows";
+  const CudaCall call(kOp, bitmap, "bitmap");
+  CheckBits(kOp, call.place(), bitmap, row_offsets, columns, nnz);
+  const Tensor bits = Usable(call.place(), bitmap), offsets = Usable(call.place(), row_offsets);
+  const Tensor col_indices = torch::stable::new_empty(row_offsets, {nnz});
+  call.Check(
+      BitmapRowsCuda({static_cast<const std::uint64_t*>(bits.const_data_ptr()), offsets.const_data_ptr<std::int32_t>(),
+                      bitmap.size(0), columns, nnz, col_indices.mutable_data_ptr<std::int32_t>()},
+                     call.Stream()));
+  return col_indices;
+}
+
 #endif
 
 }  // namespace
@@ -405,9 +425,10 @@ STABLE_TORCH_LIBRARY_IMPL(tersetorch, CUDA, m) {
   m.impl("bitmap_matmul_inference", TORCH_BOX(&BitmapMatmulOnCuda));
   m.impl("bitmap_columns_matmul", TORCH_BOX(&BitmapColumnsMatmulOnCuda));
   m.impl("bitmap_columns_matmul_inference", TORCH_BOX(&BitmapColumnsMatmulOnCuda));
+  m.impl("bitmap_to_rows", TORCH_BOX(&BitmapToRowsOnCuda));
 #else
-  for (const char* op :
-       {"bitmap_matmul", "bitmap_matmul_inference", "bitmap_columns_matmul", "bitmap_columns_matmul_inference"}) {
+  for (const char* op : {"bitmap_matmul", "bitmap_matmul_inference", "bitmap_columns_matmul",
+                         "bitmap_columns_matmul_inference", "bitmap_to_rows"}) {
     m.impl(op, &NotBuiltForCuda);
   }
 #endif

@@ -289,7 +289,7 @@ Tensor ProductMatmulOnCuda(const Tensor& x, const Tensor& codes, const Tensor& c
 Tensor ProductDecodeOnCuda(const Tensor& codes, const Tensor& codebooks, std::int64_t out_features,
                            std::int64_t in_features) {
   constexpr const char* kOp = "product_decode";
-  const CudaCall call(kOp, codebooks, "codebooks");
+  const CudaCall call(kOp, codes, "codes");
   const Weight weight(kOp, call.place(), codes, codebooks, out_features, in_features);
   const Tensor dense = torch::stable::new_empty(codebooks, {out_features, in_features}, ScalarType::Float);
   call.Check(ProductDecodeCuda({weight.args, dense.mutable_data_ptr<float>()}, call.Stream()));

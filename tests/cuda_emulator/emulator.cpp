@@ -11,6 +11,7 @@
 #include <cstring>
 #include <map>
 #include <mutex>
+#include <utility>
 
 #include "internal.h"
 
@@ -33,7 +34,10 @@ std::mutex one_launch;
 int forced_error = 0;
 std::uint64_t launch_count = 0;
 void* last_stream = nullptr;
-std::map<const void*, std::size_t> opted_in;
+int last_device = 0;
+bool waiting_forbidden = false;
+thread_local int device_now = 0;
+std::map<std::pair<int, const void*>, std::size_t> opted_in;  // on a device, a kernel
 
 // The launch in progress.
 const cudaLaunchConfig_t* config = nullptr;
@@ -200,7 +204,7 @@ bool Launchable() {
     SetReport("launch", "a grid must have 1 to 2^31 - 1 blocks on x, 1 to 65,535 on y and z, got %u x %u x %u", grid.x,
               grid.y, grid.z);
   } else {
-    const auto granted = opted_in.find(kernel->address);
+    const auto granted = opted_in.find({device_now, kernel->address});
     const std::size_t limit = granted == opted_in.end() ? kSharedBytes : granted->second;
     if (config->dynamicSmemBytes > limit) {
       SetReport("launch", "dynamic shared memory must be at most %zu bytes, got %zu; ask with cudaFuncSetAttribute",
@@ -264,6 +268,8 @@ const Report& LastReport() { return report; }
 void ClearReport() { report = {}; }
 std::uint64_t LaunchCount() { return launch_count; }
 void* LastStream() { return last_stream; }
+int LastDevice() { return last_device; }
+bool ForbidWaiting(bool forbid) { return std::exchange(waiting_forbidden, forbid); }
 
 // ---- what kernels call
 
@@ -282,6 +288,11 @@ void Fail(const char* kind, const char* format, ...) {
             thread->block->index.z, thread->index.x, thread->index.y, thread->index.z, what.c_str());
   running->fiber.Leave();
   std::abort();
+}
+
+bool WaitsForbidden(const char* call) {
+  if (waiting_forbidden) report = {"waiting", std::string(call) + ", which no CUDA graph can record"};
+  return waiting_forbidden;
 }
 
 void Yield() {
@@ -462,7 +473,7 @@ void* DynamicSharedMemoryBase() {
 
 cudaError_t AllowDynamicSharedMemory(const void* address, int bytes) {
   if (bytes < 0 || static_cast<std::size_t>(bytes) > kOptInSharedBytes) return cudaErrorInvalidValue;
-  opted_in[address] = static_cast<std::size_t>(bytes);
+  opted_in[{device_now, address}] = static_cast<std::size_t>(bytes);
   return cudaSuccess;
 }
 
@@ -474,6 +485,7 @@ cudaError_t Launch(const cudaLaunchConfig_t& launch_config, const Kernel& launch
   failed = false;
   ++launch_count;
   last_stream = launch_config.stream;
+  last_device = device_now;
   if (!Launchable()) return cudaErrorInvalidConfiguration;
   blockDim = launch_config.blockDim;
   gridDim = launch_config.gridDim;
@@ -488,3 +500,25 @@ cudaError_t Launch(const cudaLaunchConfig_t& launch_config, const Kernel& launch
 }
 
 }  // namespace cuda_emulator
+
+// ---- the runtime
+
+namespace {
+
+cudaError_t Synchronize(const char* call) {
+  return cuda_emulator::WaitsForbidden(call) ? cudaErrorStreamCaptureUnsupported : cudaSuccess;
+}
+
+}  // namespace
+
+cudaError_t cudaDeviceSynchronize() { return Synchronize("cudaDeviceSynchronize"); }
+cudaError_t cudaStreamSynchronize(cudaStream_t) { return Synchronize("cudaStreamSynchronize"); }
+cudaError_t cudaGetDevice(int* device) {
+  *device = cuda_emulator::device_now;
+  return cudaSuccess;
+}
+cudaError_t cudaSetDevice(int device) {
+  if (device < 0 || device >= kCudaDevices) return cudaErrorInvalidValue;
+  cuda_emulator::device_now = device;
+  return cudaSuccess;
+}

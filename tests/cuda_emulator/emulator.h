@@ -23,7 +23,7 @@ inline constexpr Schedule kSchedules[] = {
 void SetSchedule(const Schedule& schedule);
 
 // The first problem of the last launch that had one: `kind` is barrier, mask, deadlock, race, bounds, uninitialised,
-// misaligned, read-only, arithmetic or launch. A launch that has a problem ends there and returns an error.
+// misaligned, read-only, arithmetic, launch or waiting. A launch that has a problem ends there and returns an error.
 struct Report {
   std::string kind, message;
 };
@@ -33,9 +33,14 @@ void ClearReport();
 // From now on launches do nothing and return this error; 0: they run again.
 void FailLaunches(int error);
 
-// How many launches there were, and on which stream the last one.
+// From now on what no CUDA graph can record is an error: waiting for the device, and memory that comes or goes beside
+// PyTorch's. Returns whether that held before.
+bool ForbidWaiting(bool forbid);
+
+// How many launches there were, on which stream the last one, and which device was current then.
 std::uint64_t LaunchCount();
 void* LastStream();
+int LastDevice();
 
 // Names memory of cudaMalloc in reports.
 void Name(const void* memory, const char* name);

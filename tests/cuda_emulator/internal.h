@@ -78,6 +78,8 @@ extern std::uint64_t time;  // grows at every switch and every synchronisation
 
 // Ends the launch with a report; does not return.
 [[noreturn, gnu::format(printf, 2, 3)]] void Fail(const char* kind, const char* format, ...);
+// Reports a call by the host that waits, where it must not.
+bool WaitsForbidden(const char* call);
 // Lets another thread run.
 void Yield();
 // Yields at one in Schedule::preempt_one_in calls.

@@ -347,14 +347,18 @@ T Old(T* p, const void* code) {
 using namespace cuda_emulator;
 
 cudaError_t cudaMalloc(void** memory, std::size_t bytes) {
+  if (WaitsForbidden("cudaMalloc")) return cudaErrorStreamCaptureUnsupported;
   *memory = AddMemory(bytes, "device memory", nullptr);
   return cudaSuccess;
 }
 cudaError_t cudaFree(void* memory) {
+  if (WaitsForbidden("cudaFree")) return cudaErrorStreamCaptureUnsupported;
   if (memory != nullptr) RemoveMemory(memory);
   return cudaSuccess;
 }
-cudaError_t cudaMemcpy(void* to, const void* from, std::size_t bytes, cudaMemcpyKind kind) {
+namespace {
+
+cudaError_t Copy(void* to, const void* from, std::size_t bytes, cudaMemcpyKind kind) {
   const void* device[] = {kind == cudaMemcpyHostToDevice ? to : from, kind == cudaMemcpyDeviceToHost ? from : to};
   for (const void* p : device) {
     const Range* range = Find(Number(p));
@@ -364,18 +368,30 @@ cudaError_t cudaMemcpy(void* to, const void* from, std::size_t bytes, cudaMemcpy
   if (kind != cudaMemcpyDeviceToHost) MarkWritten(to, bytes);
   return cudaSuccess;
 }
-cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaMemcpyKind kind, cudaStream_t) {
-  return cudaMemcpy(to, from, bytes, kind);
-}
-cudaError_t cudaMemset(void* memory, int value, std::size_t bytes) {
+
+cudaError_t Set(void* memory, int value, std::size_t bytes) {
   const Range* range = Find(Number(memory));
   if (bytes != 0 && (range == nullptr || Number(memory) + bytes > range->end)) return cudaErrorInvalidValue;
   if (bytes != 0) std::memset(memory, value, bytes);
   MarkWritten(memory, bytes);
   return cudaSuccess;
 }
+
+}  // namespace
+
+cudaError_t cudaMemcpy(void* to, const void* from, std::size_t bytes, cudaMemcpyKind kind) {
+  return WaitsForbidden("cudaMemcpy") ? cudaErrorStreamCaptureUnsupported : Copy(to, from, bytes, kind);
+}
+cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaMemcpyKind kind, cudaStream_t) {
+  // To and from pageable memory of the host it waits, whatever its name.
+  if (kind != cudaMemcpyDeviceToDevice && WaitsForbidden("cudaMemcpyAsync")) return cudaErrorStreamCaptureUnsupported;
+  return Copy(to, from, bytes, kind);
+}
+cudaError_t cudaMemset(void* memory, int value, std::size_t bytes) {
+  return WaitsForbidden("cudaMemset") ? cudaErrorStreamCaptureUnsupported : Set(memory, value, bytes);
+}
 cudaError_t cudaMemsetAsync(void* memory, int value, std::size_t bytes, cudaStream_t) {
-  return cudaMemset(memory, value, bytes);
+  return Set(memory, value, bytes);
 }
 
 // ---- atomics: fibers change only inside CheckAccess, so nothing comes between the read and the write

@@ -14,8 +14,12 @@
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <torch/library.h>
 
+#include <atomic>
 #include <cstdint>
 #include <optional>
+#include <set>
+#include <string>
+#include <utility>
 
 #include "cuda_runtime.h"
 #include "emulator.h"
@@ -26,8 +30,7 @@ using c10::Device;
 using c10::DeviceIndex;
 using c10::DeviceType;
 
-constexpr DeviceIndex kDevices = 2;
-thread_local DeviceIndex device_now = 0;
+constexpr DeviceIndex kDevices = kCudaDevices;
 thread_local c10::StreamId stream_now[kDevices] = {0, 0};
 
 struct Guard final : c10::impl::DeviceGuardImplInterface {
@@ -37,12 +40,15 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     setDevice(device);
     return old;
   }
-  Device getDevice() const override { return {DeviceType::CUDA, device_now}; }
-  void setDevice(Device device) const override {
-    TORCH_CHECK(device.index() >= 0 && device.index() < kDevices, "no such device");
-    device_now = device.index();
+  Device getDevice() const override {
+    int device = 0;
+    cudaGetDevice(&device);
+    return {DeviceType::CUDA, static_cast<DeviceIndex>(device)};
   }
-  void uncheckedSetDevice(Device device) const noexcept override { device_now = device.index(); }
+  void setDevice(Device device) const override {
+    TORCH_CHECK(cudaSetDevice(device.index()) == cudaSuccess, "no such device");
+  }
+  void uncheckedSetDevice(Device device) const noexcept override { cudaSetDevice(device.index()); }
   c10::Stream getStream(Device device) const override {
     return c10::Stream(c10::Stream::UNSAFE, device, stream_now[device.index()]);
   }
@@ -65,16 +71,32 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
 };
 C10_REGISTER_GUARD_IMPL(CUDA, Guard)
 
+// While it lives PyTorch may do what a kernel's launcher may not: a graph has a pool of its memory.
+struct OfPyTorch {
+  bool forbidden = cuda_emulator::ForbidWaiting(false);
+  OfPyTorch() = default;
+  OfPyTorch(const OfPyTorch&) = delete;
+  ~OfPyTorch() { cuda_emulator::ForbidWaiting(forbidden); }
+};
+
+std::atomic<std::uint64_t> allocations{0};
+
 struct Memory final : c10::Allocator {
   c10::DataPtr allocate(std::size_t bytes) override {
+    const OfPyTorch allowed;
     void* memory = nullptr;
     if (bytes != 0) cudaMalloc(&memory, bytes);
-    return {memory, memory, raw_deleter(), Device(DeviceType::CUDA, device_now)};
+    allocations += bytes != 0;
+    return {memory, memory, raw_deleter(), Guard().getDevice()};
   }
   c10::DeleterFnPtr raw_deleter() const override {
-    return [](void* memory) { cudaFree(memory); };
+    return [](void* memory) {
+      const OfPyTorch allowed;
+      cudaFree(memory);
+    };
   }
   void copy_data(void* to, const void* from, std::size_t bytes) const override {
+    const OfPyTorch allowed;
     cudaMemcpy(to, from, bytes, cudaMemcpyDeviceToDevice);
   }
 };
@@ -100,8 +122,19 @@ at::Tensor OnCpu(const at::Tensor& t) {
   return at::from_blob(const_cast<void*>(t.const_data_ptr()), t.sizes(), t.strides(), t.options().device(c10::kCPU));
 }
 
+thread_local bool falling_back = false;
+struct FallingBack {
+  bool before = std::exchange(falling_back, true);
+  FallingBack() = default;
+  FallingBack(const FallingBack&) = delete;
+  ~FallingBack() { falling_back = before; }
+};
+
 at::Tensor& Copy(at::Tensor& to, const at::Tensor& from, bool) {
   if (to.numel() == 0) return to;
+  const OfPyTorch allowed;
+  TORCH_CHECK(!allowed.forbidden || falling_back || (to.is_cuda() && from.is_cuda()),
+              "a copy between host and device waits, which no CUDA graph can record");
   OnCpu(to).copy_(OnCpu(from));
   if (to.is_cuda()) {
     // Telling the emulator that the host wrote: the whole array, of which `to` may be a part.
@@ -140,7 +173,31 @@ at::Tensor Unaligned(const at::Tensor& t) {
       .make_tensor();
 }
 
-void OnTheCpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) { at::native::cpu_fallback(op, stack); }
+// Whether the host waits in an op of PyTorch's, for a number or for the size of its result.
+bool Waits(const c10::OperatorHandle& op, const torch::jit::Stack& stack) {
+  static const std::set<std::string> waiting = {"aten::_local_scalar_dense", "aten::nonzero",  "aten::equal",
+                                                "aten::masked_select",       "aten::_unique2", "aten::unique_dim",
+                                                "aten::unique_consecutive",  "aten::bincount"};
+  const std::string& name = op.operator_name().name;
+  if (waiting.contains(name)) return true;
+  if (name == "aten::repeat_interleave") return stack.back().isNone();  // no output_size
+  if (name != "aten::index" && name != "aten::index_put_" && name != "aten::_index_put_impl_") return false;
+  const c10::IValue& indices = stack[stack.size() - op.schema().arguments().size() + 1];
+  for (const auto& index : indices.toOptionalTensorVector()) {
+    if (index.has_value() && (index->scalar_type() == at::kBool || index->scalar_type() == at::kByte)) return true;
+  }
+  return false;
+}
+
+void OnTheCpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  const std::string& name = op.operator_name().name;
+  TORCH_CHECK_NOT_IMPLEMENTED(name.rfind("tersetorch::", 0) != 0, "Could not run '", name,
+                              "' with arguments from the 'CUDA' backend");
+  const OfPyTorch allowed;
+  TORCH_CHECK(!allowed.forbidden || !Waits(op, *stack), name, " waits, which no CUDA graph can record");
+  const FallingBack copies_are_not_the_ops;
+  at::native::cpu_fallback(op, stack);
+}
 
 struct Registration {
   Registration() { c10::SetAllocator(DeviceType::CUDA, &memory); }
@@ -177,6 +234,10 @@ API const char* cuda_emulator_report() {
   text = report.kind.empty() ? "" : report.kind + ": " + report.message;
   return text.c_str();
 }
+API void cuda_emulator_clear_report() { cuda_emulator::ClearReport(); }
+API void cuda_emulator_forbid_waiting(int forbid) { cuda_emulator::ForbidWaiting(forbid != 0); }
+API std::uint64_t cuda_emulator_allocations() { return allocations; }
+API int cuda_emulator_device() { return cuda_emulator::LastDevice(); }
 API void cuda_emulator_fail_launches(int error) { cuda_emulator::FailLaunches(error); }
 API std::uint64_t cuda_emulator_launches() { return cuda_emulator::LaunchCount(); }
 API std::uint64_t cuda_emulator_stream() { return reinterpret_cast<std::uint64_t>(cuda_emulator::LastStream()); }

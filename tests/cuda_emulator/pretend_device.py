@@ -4,6 +4,7 @@
 CMake target pretend_cuda builds. The package is the installed one but for its ops library, which another stands in for.
 """
 
+import contextlib
 import ctypes
 import os
 import sys
@@ -41,6 +42,7 @@ class Emulator:
         self._library.cuda_emulator_report.restype = ctypes.c_char_p
         self._library.cuda_emulator_launches.restype = ctypes.c_uint64
         self._library.cuda_emulator_stream.restype = ctypes.c_uint64
+        self._library.cuda_emulator_allocations.restype = ctypes.c_uint64
 
     def schedule(self, order, seed, resident_blocks, preempt_one_in):
         self._library.cuda_emulator_schedule(order, ctypes.c_uint64(seed), resident_blocks, preempt_one_in)
@@ -57,6 +59,26 @@ class Emulator:
     def stream(self):
         return self._library.cuda_emulator_stream()
 
+    def allocations(self):
+        """How many arrays of at least one byte PyTorch has made on the device."""
+        return self._library.cuda_emulator_allocations()
+
+    def device(self):
+        """The device that was current when the last kernel was launched."""
+        return self._library.cuda_emulator_device()
+
+    @contextlib.contextmanager
+    def forbid_waiting(self):
+        """What no CUDA graph can record raises meanwhile: waiting, and memory that is not PyTorch's."""
+        self._library.cuda_emulator_forbid_waiting(1)
+        try:
+            yield
+        finally:
+            self._library.cuda_emulator_forbid_waiting(0)
+
+    def clear_report(self):
+        self._library.cuda_emulator_clear_report()
+
     @staticmethod
     def unaligned(tensor):
         """The same numbers one byte behind an aligned address."""
@@ -72,6 +94,7 @@ def device(request):
     import tersetorch  # noqa: F401  its ops library brings the device
 
     emulator = Emulator()
+    emulator.clear_report()
     emulator.schedule(*SCHEDULES[request.param])
     yield "cuda"
     assert emulator.report() == ""

@@ -331,5 +331,15 @@ std::vector<SeededBug> SeededBugs() {
       {"a block of too many threads",
        {"launch"},
        [](bool bug) { return LaunchWithDynamicMemory(1000, bug ? 2048 : kThreads); }},
+      {"waits for the device while a graph records",
+       {"waiting"},
+       [](bool bug) {
+         Array<float> out(kThreads, true);
+         cuda_emulator::ForbidWaiting(true);
+         int error = cudaMemsetAsync(out.data(), 0, kThreads * sizeof(float), nullptr);
+         if (bug) error = cudaDeviceSynchronize();
+         cuda_emulator::ForbidWaiting(false);
+         return error;
+       }},
   };
 }

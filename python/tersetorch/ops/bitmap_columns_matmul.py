@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from tersetorch.ops._autocast import compute_in_float32, enabled_for
-from tersetorch.ops.bitmap_matmul import MAX_ENTRIES, WORD, bitmap_to_rows, check_tensor, is_codebook
+from tersetorch.ops.bitmap_matmul import MAX_ENTRIES, WORD, check_tensor, columns_of, is_codebook
 
 _FLOATS = (torch.float32, torch.bfloat16)
 
@@ -182,7 +182,7 @@ def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     needs = (*ctx.needs_input_grad, *[False] * 8)
     grad_x = grad_values = grad_bias = grad_codebook = None
     if needs[0] or needs[3] or needs[5]:
-        rows = bitmap_to_rows(bitmap, column_offsets, columns=ctx.out_features, nnz=values.shape[0])
+        rows = columns_of(bitmap, column_offsets, ctx.out_features, values.shape[0])
         entries = None if codebook is None else codebook.reshape(-1)
         if needs[0]:
             grad_x = _csr_matmul(grad_y, column_offsets, rows, values, None, entries)

@@ -153,6 +153,11 @@ def bitmap_to_rows(bitmap: Tensor, row_offsets: Tensor, *, columns: int, nnz: in
     return col_indices
 
 
+def columns_of(bitmap: Tensor, row_offsets: Tensor, columns: int, nnz: int) -> Tensor:
+    """bitmap_to_rows where the weight lies: on a CUDA device a damaged row has columns -1."""
+    return cast(Tensor, _bitmap_to_rows(bitmap, row_offsets, columns, nnz))
+
+
 def check_tensor(op: str, name: str, tensor: object, dtypes: tuple[torch.dtype, ...], hint: str) -> None:
     """Raises TypeError when tensor is none, or has none of dtypes."""
     if not isinstance(tensor, Tensor):
@@ -294,7 +299,7 @@ def _backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     needs = (*ctx.needs_input_grad, *[False] * 5)
     grad_x = grad_values = grad_bias = grad_codebook = None
     if needs[0] or needs[3] or needs[5]:
-        col_indices = bitmap_to_rows(bitmap, row_offsets, columns=x.shape[-1], nnz=values.shape[0])
+        col_indices = columns_of(bitmap, row_offsets, x.shape[-1], values.shape[0])
         entries = None if codebook is None else codebook.reshape(-1)
         if needs[0]:
             weights = values

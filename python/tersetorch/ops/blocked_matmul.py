@@ -183,7 +183,7 @@ def blocked_positions(
     # The block that each segment belongs to, counted along a row of blocks: rows of one block are neighbours.
     row = torch.arange(out_features, device=device)
     block = row // BLOCK_ROWS
-    rows_in_block = torch.minimum((block + 1) * BLOCK_ROWS, row.new_tensor(out_features)) - block * BLOCK_ROWS
+    rows_in_block = ((block + 1) * BLOCK_ROWS).clamp(max=out_features) - block * BLOCK_ROWS
     place = torch.arange(segments.numel(), device=device)
     row_block = place // max(1, BLOCK_ROWS * column_blocks)
     begin = row_block * BLOCK_ROWS

@@ -256,8 +256,9 @@ def _pack(filters: FlatFilters, rank: int) -> Tensor:
     panels = -(-out // _LANES)
 
     def lanes(rows: Tensor, ranks: int) -> Tensor:
-        columns = pad(rows.float().view(ranks, out, -1), (0, 0, 0, panels * _LANES - out))
-        return columns.view(ranks, panels, _LANES, -1).transpose(2, 3).reshape(-1)
+        width = rows.shape[1]
+        columns = pad(rows.float().view(ranks, out, width), (0, 0, 0, panels * _LANES - out))
+        return columns.view(ranks, panels, _LANES, width).transpose(2, 3).reshape(-1)
 
     def biases(bias: Tensor | None, ranks: int) -> Tensor:
         return lanes(filters.lateral.new_zeros(ranks * out, 1) if bias is None else bias.unsqueeze(1), ranks)
