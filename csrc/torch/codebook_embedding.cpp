@@ -65,13 +65,17 @@ struct Rows {
         stored_as(DtypeOf(op, tensor, "dtype")) {}
 
   static Tensor Empty(const char* op, const Tensor& indices, std::int64_t columns, ScalarType dtype) {
-    STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, op,
-                    ": dtype must be float32 or bfloat16, got ", torch::headeronly::toString(dtype),
-                    "; convert the result");
+    const bool on_cuda = indices.is_cuda();
+    STD_TORCH_CHECK(
+        dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || (on_cuda && dtype == ScalarType::Half), op,
+        ": dtype must be float32", on_cuda ? ", bfloat16 or float16" : " or bfloat16", ", got ",
+        torch::headeronly::toString(dtype), "; convert the result");
     std::vector<std::int64_t> shape = SizesOf(indices, indices.dim() + 1);
     shape.push_back(columns);
-    const bool wide = dtype == ScalarType::Float;
-    return EmptyOnDeviceOf(indices, std::move(shape), wide ? aoti_torch_dtype_float32() : aoti_torch_dtype_bfloat16());
+    const auto of = dtype == ScalarType::Float  ? aoti_torch_dtype_float32()
+                    : dtype == ScalarType::Half ? aoti_torch_dtype_float16()
+                                                : aoti_torch_dtype_bfloat16();
+    return EmptyOnDeviceOf(indices, std::move(shape), of);
   }
 
   Tensor tensor;

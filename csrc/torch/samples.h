@@ -43,11 +43,15 @@ inline Tensor Usable(Place place, const Tensor& t, std::int64_t elements = 1) {
   return taken ? contiguous : torch::stable::clone(contiguous);
 }
 
+// float16 is for CUDA devices only.
 inline FloatDtype DtypeOf(const char* op, const Tensor& t, const char* name) {
   const ScalarType dtype = t.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, op, ": ", name,
-                  " must be float32 or bfloat16, got ", torch::headeronly::toString(dtype), "; convert it");
-  return dtype == ScalarType::Float ? FloatDtype::kFloat32 : FloatDtype::kBFloat16;
+  const bool half = dtype == ScalarType::Half, on_cuda = t.is_cuda();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || (half && on_cuda), op, ": ", name,
+                  " must be float32", on_cuda ? ", bfloat16 or float16" : " or bfloat16", ", got ",
+                  torch::headeronly::toString(dtype), "; convert it",
+                  half ? ", or move it to a CUDA device, which takes float16" : "");
+  return half ? FloatDtype::kFloat16 : dtype == ScalarType::Float ? FloatDtype::kFloat32 : FloatDtype::kBFloat16;
 }
 
 // Samples [..., features] of a floating point dtype.

@@ -47,7 +47,7 @@ inline std::vector<float> Random(Index count, std::mt19937& rng) {
 }
 
 // A float32 sum of n products that were rounded once each is off by at most about (n + 1) * 2^-24 * sum |w * x|,
-// whatever the order; storing it as bfloat16 adds half a unit, 2^-9 of the result.
+// whatever the order; storing it as bfloat16 adds half a unit, 2^-9 of the result, and as float16 2^-12 or the least.
 struct Sum {
   double value = 0, magnitude = 0;
   Index terms = 0;
@@ -59,7 +59,9 @@ struct Sum {
   }
   // rounds: how often more than that a product or sum is rounded.
   bool Near(double got, FloatDtype stored_as, int rounds = 1) const {
-    const double half = stored_as == FloatDtype::kFloat32 ? 0 : std::ldexp(std::fabs(value), -8);
+    const double half = stored_as == FloatDtype::kFloat32    ? 0
+                        : stored_as == FloatDtype::kBFloat16 ? std::ldexp(std::fabs(value), -8)
+                                                             : std::ldexp(std::fabs(value), -11) + 0x1p-24;
     return std::fabs(got - value) <= rounds * std::ldexp((terms + 1) * magnitude, -24) + half;
   }
 };

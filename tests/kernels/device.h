@@ -8,6 +8,7 @@
 
 #include "kernels/arrays.h"
 #include "kernels/check.h"
+#include "kernels/common/float16.h"
 #ifdef TERSETORCH_CUDA_EMULATOR
 #include "emulator.h"
 #endif
@@ -80,10 +81,10 @@ class DeviceArray {
   std::size_t size_;
 };
 
-// Floats on the device as float32 or bfloat16.
+// Floats on the device as float32, bfloat16 or float16.
 struct DeviceFloats {
   DeviceFloats(const char* name, FloatDtype stored_as, const std::vector<float>& numbers)
-      : stored_as(stored_as), floats(name, numbers), halves(name, Halves(numbers)) {}
+      : stored_as(stored_as), floats(name, numbers), halves(name, Halves(numbers, stored_as)) {}
   DeviceFloats(const char* name, FloatDtype stored_as, Index count)
       : stored_as(stored_as), floats(name, count), halves(name, count) {}
 
@@ -91,13 +92,18 @@ struct DeviceFloats {
   std::vector<float> Values() const {
     if (stored_as == FloatDtype::kFloat32) return floats.Values();
     std::vector<float> values;
-    for (const std::uint16_t half : halves.Values()) values.push_back(Widened(half));
+    for (const std::uint16_t half : halves.Values()) {
+      values.push_back(stored_as == FloatDtype::kBFloat16 ? Widened(half) : FromFloat16(half));
+    }
     return values;
   }
 
-  static std::vector<std::uint16_t> Halves(const std::vector<float>& numbers) {
+  static std::vector<std::uint16_t> Halves(const std::vector<float>& numbers,
+                                           FloatDtype stored_as = FloatDtype::kBFloat16) {
     std::vector<std::uint16_t> halves;
-    for (const float number : numbers) halves.push_back(Truncated(number));
+    for (const float number : numbers) {
+      halves.push_back(stored_as == FloatDtype::kFloat16 ? ToFloat16(number) : Truncated(number));
+    }
     return halves;
   }
 

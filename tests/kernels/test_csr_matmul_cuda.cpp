@@ -148,6 +148,7 @@ void TestShapes() {
       for (const CsrValues values_as : kValues) {
         for (const FloatDtype floats_as : kFloats) TestOne(w, values_as, floats_as, samples, turn++ % 2 == 0, rng);
       }
+      TestOne(w, kValues[turn % 3], FloatDtype::kFloat16, samples, turn % 2 == 0, rng);
     }
   }
 }

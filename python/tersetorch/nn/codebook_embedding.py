@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from tersetorch import ops
 from tersetorch.formats import CodebookWeight
 from tersetorch.nn.codebook_module import weight_of, zero_weight
-from tersetorch.nn.dense_form import FLOATS
 from tersetorch.nn.shared_module import SharedModule, records
+from tersetorch.ops._floats import floats_beside
 
 
 class CodebookEmbedding(SharedModule):
@@ -139,7 +139,7 @@ class CodebookEmbedding(SharedModule):
             raise TypeError(f"{name}: input must be a tensor, got {type(input).__name__}; pass a torch.Tensor")
         if input.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"{name}: input must be int64 or int32, got {input.dtype}; convert it")
-        dtype = self.dtype if self.dtype in FLOATS else torch.float32
+        dtype = self.dtype if self.dtype in floats_beside(input) else torch.float32
         sizes = {"columns": self.embedding_dim, "column_block": self.column_block}
         if records():
             rows = ops.codebook_embedding(

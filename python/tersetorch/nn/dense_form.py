@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Generic, Self, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-FLOATS = (torch.float32, torch.bfloat16)
+from tersetorch.ops._floats import FLOATS, floats_beside, refusal
 
 Dense = TypeVar("Dense", bound=nn.Module)
 
@@ -113,8 +113,8 @@ class DenseForm(nn.Module, Generic[Dense]):
             raise TypeError(
                 f"{type(self).__name__}: input must be a tensor, got {type(x).__name__}; pass a torch.Tensor"
             )
-        if x.dtype not in FLOATS and not torch.is_autocast_enabled(x.device.type):
-            raise TypeError(f"{type(self).__name__}: input must be float32 or bfloat16, got {x.dtype}; convert it")
+        if x.dtype not in floats_beside(x) and not torch.is_autocast_enabled(x.device.type):
+            raise refusal(type(self).__name__, "input", x, floats_beside(x))
 
     def _shown_sizes(self) -> list[str]:
         raise NotImplementedError
@@ -170,6 +170,13 @@ class LinearSizes(DenseForm[nn.Linear]):
 
     def _shown_sizes(self) -> list[str]:
         return [f"{name}={value}" for name, value in self._own_sizes().items()]
+
+
+def restore(parameter: nn.Parameter, data: Tensor, grad: Tensor | None) -> None:
+    """Gives a parameter that changed its dtype these numbers and this gradient again, where it lies now."""
+    parameter.grad = None
+    parameter.data = data.to(parameter.device)
+    parameter.grad = None if grad is None else grad.to(parameter.device)
 
 
 def changed(layer: nn.Module, usual: dict[str, Any]) -> dict[str, Any]:

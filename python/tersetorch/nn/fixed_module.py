@@ -11,8 +11,9 @@ from torch.compiler import is_compiling
 from tersetorch import ops
 from tersetorch.formats import FixedFormat, FixedWeight
 from tersetorch.formats.fixed_format import FixedFormats, as_fixed, noted_formats
-from tersetorch.nn.dense_form import FLOATS, DenseForm
+from tersetorch.nn.dense_form import DenseForm
 from tersetorch.nn.sparse_module import State, state_of
+from tersetorch.ops._floats import FLOATS, floats_beside, refusal
 
 NARROW, WIDE = 8, 16
 
@@ -229,8 +230,8 @@ class FixedPointModule(DenseForm[Any]):
         name = type(self).__name__
         if not isinstance(x, Tensor):
             raise TypeError(f"{name}: input must be a tensor, got {type(x).__name__}; pass a torch.Tensor")
-        if x.dtype not in FLOATS:
-            raise TypeError(f"{name}: input must be float32 or bfloat16, got {x.dtype}; convert it")
+        if x.dtype not in floats_beside(x):
+            raise refusal(name, "input", x, floats_beside(x))
         f = self.input_format
         whole: Tensor = _round_whole(x.detach(), f.integer_bits, f.fraction_bits, self._whole, "nearest", 0, 0)
         return whole

@@ -14,8 +14,9 @@ from torch.nn.functional import conv2d
 
 from tersetorch import ops
 from tersetorch.nn.conv_sizes import ConvSizes, Sizes
-from tersetorch.nn.dense_form import FLOATS, changed, check_relu, check_size
+from tersetorch.nn.dense_form import changed, check_relu, check_size
 from tersetorch.ops._autocast import enabled_for
+from tersetorch.ops._floats import FLOATS
 
 LAYOUTS = ("chain", "fused")
 # Of a filter's norm: what float32 leaves of a filter that is a product.

@@ -9,7 +9,7 @@ from torch import Tensor, is_grad_enabled, nn
 from torch.autograd import forward_ad
 
 from tersetorch.formats import CodebookWeight, ProductWeight
-from tersetorch.nn.dense_form import DenseForm, as_parameter, check_bias, check_relu
+from tersetorch.nn.dense_form import DenseForm, as_parameter, check_bias, check_relu, restore
 from tersetorch.nn.resized import resize
 
 
@@ -59,9 +59,7 @@ class SharedModule(nn.Module):
         super()._apply(fn, recurse)
         values = getattr(self, self.parameter_field)
         if values.dtype != before.dtype:
-            values.grad = None
-            values.data = before.to(values.device)
-            values.grad = None if grad is None else grad.to(values.device)
+            restore(values, before, grad)
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from tersetorch import ops
 from tersetorch.formats import SignWeight
-from tersetorch.nn.dense_form import FLOATS, DenseForm
+from tersetorch.nn.dense_form import DenseForm
 from tersetorch.nn.shared_module import records
+from tersetorch.ops._floats import FLOATS, either, floats_beside
 
 PIXEL_INPUTS = ("pixels", "signed_pixels")
 INPUTS = ("signs", "real", *PIXEL_INPUTS)
@@ -194,15 +195,16 @@ class SignModule(DenseForm[Any]):
             raise TypeError(
                 f"{type(self).__name__}: input must be a tensor, got {type(x).__name__}; pass a torch.Tensor"
             )
-        if x.dtype in FLOATS:
+        floats = floats_beside(x)
+        if x.dtype in floats:
             return
         name = type(self).__name__
         if self.inputs == "real":
             got = "packed signs; unpack" if x.dtype == torch.int64 else f"{x.dtype}; convert it"
-            raise TypeError(f'{name}: input must be float32 or bfloat16 for inputs="real", got {got}')
+            raise TypeError(f'{name}: input must be {either(floats)} for inputs="real", got {got}')
         other = (torch.int64, "packed signs, int64") if self.inputs == "signs" else (torch.uint8, "uint8")
         if x.dtype != other[0]:
-            raise TypeError(f"{name}: input must be float32, bfloat16 or {other[1]}, got {x.dtype}; convert it")
+            raise TypeError(f"{name}: input must be {either(floats, other[1])}, got {x.dtype}; convert it")
 
     def unit_scale(self) -> Tensor | None:
         """The scale of the integer product, float32 [rows], or None for 1: of pixels it counts 255ths."""
@@ -233,7 +235,7 @@ class SignModule(DenseForm[Any]):
 
     def _finished(self, y: Tensor, given: torch.dtype) -> Tensor:
         """What the op returned as the layer does: packed signs, or floats of a float input's dtype."""
-        dtype = given if given in FLOATS else self.dtype
+        dtype = given if given.is_floating_point else self.dtype
         return y if y.dtype in (torch.int64, dtype) else y.to(dtype)
 
     def _shown(self) -> list[str]:

@@ -13,7 +13,7 @@ from torch.compiler import is_compiling
 
 from tersetorch import ops
 from tersetorch.formats import CsrWeight, SparseCodebookWeight
-from tersetorch.nn.dense_form import DenseForm, as_parameter, bias_of, check_bias, check_relu
+from tersetorch.nn.dense_form import DenseForm, as_parameter, bias_of, check_bias, check_relu, restore
 from tersetorch.nn.layout import PREFIX, Layout
 
 # A tensor's version (None where it counts none) and address: what tells that its numbers are still the same.
@@ -405,7 +405,10 @@ class SparseModule(DenseForm[Any], Generic[Format]):
 
 
 class ValuesModule(SparseModule[CsrWeight]):
-    """A layer over compressed sparse rows, whose values train."""
+    """A layer over compressed sparse rows, whose values train.
+
+    Kernels multiply inputs of float16 too, but with values of float32 or bfloat16: .half() leaves them as they are.
+    """
 
     format = CsrWeight
     buffer_fields = ("row_offsets", "col_indices")
@@ -415,6 +418,13 @@ class ValuesModule(SparseModule[CsrWeight]):
 
     def _numbers(self) -> tuple[Tensor, Tensor | None]:
         return self.values, None
+
+    def _convert(self, fn: Callable[[Tensor], Tensor], recurse: bool) -> None:
+        values = self._parameters.get("values")
+        kept = None if values is None else (values.data, None if values.grad is None else values.grad.data)
+        super()._convert(fn, recurse)
+        if kept is not None and self.values.dtype == torch.float16:
+            restore(self.values, *kept)
 
     def __setattr__(self, name: str, value: Any) -> None:
         # So that torch.nn.utils.parametrize takes the name "values".
@@ -448,9 +458,7 @@ class CodebookModule(SparseModule[SparseCodebookWeight]):
         grad = None if self.codebook.grad is None else self.codebook.grad.data
         super()._convert(fn, recurse)
         if self.codebook.dtype != before.dtype:
-            self.codebook.grad = None
-            self.codebook.data = before.to(self.codebook.device)
-            self.codebook.grad = None if grad is None else grad.to(self.codebook.device)
+            restore(self.codebook, before, grad)
 
 
 def _unknown(origin: Origin | None) -> Origin | None:

@@ -6,20 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tersetorch.ops._autocast import compute_in_float32, enabled_for
+from tersetorch.ops._autocast import compute_in_float32
+from tersetorch.ops._floats import refusal
 
 BLOCK_ROWS = 256
 MAX_COLUMN_BLOCK = 32768
-FLOATS = (torch.float32, torch.bfloat16)
 OPTIONAL = ("bias", "codebook")
 
 # A tensor, the dtypes that it may have, and what to do about another one.
 Taken = tuple[Tensor | None, tuple[torch.dtype, ...], str]
-
-
-def floats_of(x: Tensor) -> tuple[torch.dtype, ...]:
-    """The dtypes that x may have: under autocast float16 too, since it is computed in float32."""
-    return (*FLOATS, torch.float16) if enabled_for(x) else FLOATS
 
 
 def check_product(
@@ -96,8 +91,7 @@ def check_types(op: str, tensors: Mapping[str, Taken]) -> None:
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}; pass a torch.Tensor")
         if tensor.dtype not in dtypes:
-            allowed = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-            raise TypeError(f"{op}: {name} must be {allowed}, got {tensor.dtype}; {fix}")
+            raise refusal(op, name, tensor, dtypes, fix)
 
 
 def check_column_block(op: str, column_block: int, group: int) -> None:

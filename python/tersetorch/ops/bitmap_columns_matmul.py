@@ -7,9 +7,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from tersetorch.ops._autocast import compute_in_float32, enabled_for
+from tersetorch.ops._floats import FLOATS, floats_beside, floats_of
 from tersetorch.ops.bitmap_matmul import MAX_ENTRIES, WORD, check_tensor, columns_of, is_codebook
-
-_FLOATS = (torch.float32, torch.bfloat16)
 
 _bitmap_columns_matmul = torch.ops.tersetorch.bitmap_columns_matmul.default
 _bitmap_columns_matmul_inference = torch.ops.tersetorch.bitmap_columns_matmul_inference.default
@@ -36,11 +35,11 @@ def bitmap_columns_matmul(
     are not stored, and what meets a zero of x, count as absent. One sample after the other.
 
     Args:
-        x: float32 or bfloat16 [..., in], any strides. Under autocast as csr_matmul takes it.
+        x: float32, bfloat16 or on a CUDA device float16 [..., in], any strides. Under autocast as csr_matmul takes it.
         bitmap: int64 [in, ceil(out_features / 64)], 0 past the last row of W.
         column_offsets: int32 [in + 1], from 0 to nnz.
         values: float32 or bfloat16 [nnz]; with a codebook, uint8 codes, each below entries.
-        bias: float32 or bfloat16 [out_features], or None.
+        bias: float32, bfloat16 or on a CUDA device float16 [out_features], or None.
         codebook: float32 [entries] or [1, entries], at most 256, the first 0; or None. Up to 32 are fastest.
         out_features: rows of W.
         relu: whether negative results become 0; NaN stays NaN.
@@ -103,18 +102,17 @@ def _check(
     out_features: int,
 ) -> None:
     op = "bitmap_columns_matmul"
-    x_dtypes = (*_FLOATS, torch.float16) if enabled_for(x) else _FLOATS
     for name, tensor, dtypes, hint in (
-        ("x", x, x_dtypes, "convert it"),
+        ("x", x, floats_of(x), "convert it"),
         ("bitmap", bitmap, (torch.int64,), "take it from bitmap_pack"),
         ("column_offsets", column_offsets, (torch.int32,), "take it from bitmap_pack"),
         (
             "values",
             values,
-            _FLOATS if codebook is None else (torch.uint8,),
+            FLOATS if codebook is None else (torch.uint8,),
             "pass the codebook beside codes" if codebook is None else "pass codes, or no codebook",
         ),
-        ("bias", bias, _FLOATS, "convert it"),
+        ("bias", bias, floats_beside(x), "convert it"),
         ("codebook", codebook, (torch.float32,), "convert it"),
     ):
         if tensor is None and name in ("bias", "codebook"):

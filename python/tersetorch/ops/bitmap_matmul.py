@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from tersetorch.ops._autocast import compute_in_float32, enabled_for
+from tersetorch.ops._autocast import compute_in_float32
+from tersetorch.ops._floats import FLOATS, floats_beside, floats_of, refusal
 from tersetorch.ops._packing import pack_on_cpu
 
 MAX_ENTRIES = 256
 MODES = ("exact", "int8")
 WORD = 64
-_FLOATS = (torch.float32, torch.bfloat16)
 
 _bitmap_matmul = torch.ops.tersetorch.bitmap_matmul.default
 _bitmap_matmul_inference = torch.ops.tersetorch.bitmap_matmul_inference.default
@@ -46,11 +46,11 @@ def bitmap_matmul(
     s / 2 * |W[r, c]|, a hundredth of y as a rule. A sample with an infinity or NaN gives NaN.
 
     Args:
-        x: float32 or bfloat16 [..., in], any strides. Under autocast as csr_matmul takes it.
+        x: float32, bfloat16 or on a CUDA device float16 [..., in], any strides. Under autocast as csr_matmul takes it.
         bitmap: int64 [out, ceil(in / 64)], 0 past the last column.
         row_offsets: int32 [out + 1], from 0 to nnz.
         values: float32, bfloat16, or int8 beside scales [nnz]; with a codebook, uint8 codes, each below entries.
-        bias: float32 or bfloat16 [out], or None.
+        bias: float32, bfloat16 or on a CUDA device float16 [out], or None.
         codebook: float32 [entries] or [1, entries], at most 256, the first 0; or None. Up to 32 are fastest.
         scales: float32 [out], or None.
         mode: "exact", or "int8" for int8 values and at most 131,072 features.
@@ -115,7 +115,7 @@ def bitmap_pack(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         ValueError: weight is not 2-D.
         RuntimeError: weight holds 2**31 or more non-zeros.
     """
-    check_tensor("bitmap_pack", "weight", weight, _FLOATS, "convert it")
+    check_tensor("bitmap_pack", "weight", weight, FLOATS, "convert it")
     if weight.dim() != 2:
         raise ValueError(f"bitmap_pack: weight must be [out, in], got shape {tuple(weight.shape)}; reshape it")
     bitmap, row_offsets, values = pack_on_cpu(_bitmap_pack, weight.detach())
@@ -163,9 +163,7 @@ def check_tensor(op: str, name: str, tensor: object, dtypes: tuple[torch.dtype, 
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}; pass a torch.Tensor")
     if tensor.dtype not in dtypes:
-        *others, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
-        allowed = f"{', '.join(others)} or {last}" if others else last
-        raise TypeError(f"{op}: {name} must be {allowed}, got {tensor.dtype}; {hint}")
+        raise refusal(op, name, tensor, dtypes, hint)
 
 
 def is_codebook(codebook: Tensor) -> bool:
@@ -186,20 +184,19 @@ def _check(
     op = "bitmap_matmul"
     if mode not in MODES:
         raise ValueError(f"{op}: mode must be one of {list(MODES)}, got {mode!r}; choose one of them")
-    x_dtypes = (*_FLOATS, torch.float16) if enabled_for(x) else _FLOATS
     if codebook is not None:
         values_dtypes: tuple[torch.dtype, ...] = (torch.uint8,)
         hint = "pass codes, or no codebook"
     elif scales is not None:
         values_dtypes, hint = (torch.int8,), "pass int8 values, or no scales"
     else:
-        values_dtypes, hint = _FLOATS, "pass the codebook or the scales that go with them"
+        values_dtypes, hint = FLOATS, "pass the codebook or the scales that go with them"
     for name, tensor, dtypes, how in (
-        ("x", x, x_dtypes, "convert it"),
+        ("x", x, floats_of(x), "convert it"),
         ("bitmap", bitmap, (torch.int64,), "take it from bitmap_pack"),
         ("row_offsets", row_offsets, (torch.int32,), "take it from bitmap_pack"),
         ("values", values, values_dtypes, hint),
-        ("bias", bias, _FLOATS, "convert it"),
+        ("bias", bias, floats_beside(x), "convert it"),
         ("codebook", codebook, (torch.float32,), "convert it"),
         ("scales", scales, (torch.float32,), "convert it"),
     ):

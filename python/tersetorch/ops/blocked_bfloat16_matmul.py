@@ -6,14 +6,13 @@ import torch
 from torch import Tensor
 
 from tersetorch.ops._blocked_products import (
-    FLOATS,
     check_pack,
     check_product,
     fake_words,
-    floats_of,
     refuse_gradients,
     register_product,
 )
+from tersetorch.ops._floats import floats_beside, floats_of
 from tersetorch.ops._packing import pack_on_cpu
 
 GROUP = 2
@@ -44,12 +43,12 @@ def blocked_bfloat16_matmul(
     infinity or NaN there gives NaN, as in a dense product.
 
     Args:
-        x: float32 or bfloat16 [..., in], any strides. Under autocast as csr_matmul takes it.
+        x: float32, bfloat16 or on a CUDA device float16 [..., in], any strides. Under autocast as csr_matmul takes it.
         block_offsets: int32 [blocks + 1], as in blocked_matmul, of words of 2 consecutive columns instead of columns.
         segments: int32 [out * column blocks], likewise.
         indices: int16 [words], likewise.
         values: bfloat16 [words, 2], the two weights of each word.
-        bias: float32 or bfloat16 [out], or None.
+        bias: float32, bfloat16 or on a CUDA device float16 [out], or None.
         out_features: rows of W.
         column_block: columns of a block, a multiple of 2 up to 32768.
         relu: whether negative results become 0; NaN stays NaN.
@@ -69,7 +68,7 @@ def blocked_bfloat16_matmul(
         "segments": (segments, (torch.int32,), _FIX),
         "indices": (indices, (torch.int16,), _FIX),
         "values": (values, (torch.bfloat16,), _FIX),
-        "bias": (bias, FLOATS, _FIX),
+        "bias": (bias, floats_beside(x), _FIX),
     }
     check_product("blocked_bfloat16_matmul", x, tensors, out_features, column_block, group=GROUP)
     return cast(Tensor, _matmul(x, block_offsets, segments, indices, values, bias, out_features, column_block, relu))

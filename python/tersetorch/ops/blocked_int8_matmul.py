@@ -6,14 +6,13 @@ import torch
 from torch import Tensor
 
 from tersetorch.ops._blocked_products import (
-    FLOATS,
     check_pack,
     check_product,
     fake_words,
-    floats_of,
     refuse_gradients,
     register_product,
 )
+from tersetorch.ops._floats import floats_beside, floats_of
 from tersetorch.ops._packing import pack_on_cpu
 
 GROUP = 4
@@ -49,14 +48,15 @@ def blocked_int8_matmul(
     |x| is below 2**-100 counts as 0; one that holds infinity or NaN gives NaN everywhere.
 
     Args:
-        x: float32 or bfloat16 [..., in], any strides, in at most 131072. Under autocast as csr_matmul takes it.
+        x: float32, bfloat16 or on a CUDA device float16 [..., in], any strides, in at most 131072. Under autocast as
+            csr_matmul takes it.
         block_offsets: int32 [blocks + 1], as in blocked_matmul, of words of 4 consecutive columns instead of columns.
         segments: int32 [out * column blocks], likewise.
         indices: int16 [words], likewise.
         values: int8 [words, 4], the four V of each word.
         row_scales: float32 [out].
         row_sums: int32 [out], the sum of each row of V.
-        bias: float32 or bfloat16 [out], or None.
+        bias: float32, bfloat16 or on a CUDA device float16 [out], or None.
         out_features: rows of W.
         column_block: columns of a block, a multiple of 4 up to 32768.
         relu: whether negative results become 0; NaN stays NaN.
@@ -82,7 +82,7 @@ def blocked_int8_matmul(
         "values": (values, (torch.int8,), _FIX),
         "row_scales": (row_scales, (torch.float32,), _FIX),
         "row_sums": (row_sums, (torch.int32,), _FIX),
-        "bias": (bias, FLOATS, _FIX),
+        "bias": (bias, floats_beside(x), _FIX),
     }
     check_product("blocked_int8_matmul", x, tensors, out_features, column_block, group=GROUP)
     if x.shape[-1] > MAX_FEATURES:

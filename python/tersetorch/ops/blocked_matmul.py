@@ -8,15 +8,14 @@ from torch.autograd import forward_ad
 
 from tersetorch.ops._blocked_products import (
     BLOCK_ROWS,
-    FLOATS,
     MAX_COLUMN_BLOCK,
     Taken,
     check_pack,
     check_product,
     fake_layout,
-    floats_of,
     register_product,
 )
+from tersetorch.ops._floats import FLOATS, floats_beside, floats_of
 from tersetorch.ops._packing import pack_on_cpu
 
 __all__ = [
@@ -57,13 +56,13 @@ def blocked_matmul(
     that are not stored count as absent, not as zero.
 
     Args:
-        x: float32 or bfloat16 [..., in], any strides. Under autocast as csr_matmul takes it.
+        x: float32, bfloat16 or on a CUDA device float16 [..., in], any strides. Under autocast as csr_matmul takes it.
         block_offsets: int32 [blocks + 1], where the non-zeros of each block begin.
         segments: int32 [out * column blocks], for each row of a block: its number in the block << 16 | its non-zeros;
             rows with more non-zeros first.
         indices: int16 [nnz], to be read as uint16: columns counted from the block's first.
         values: float32 or bfloat16 [nnz]; with a codebook, uint8 codes [nnz], each below entries.
-        bias: float32 or bfloat16 [out], or None.
+        bias: float32, bfloat16 or on a CUDA device float16 [out], or None.
         codebook: float32 [entries], at most 256, or None.
         out_features: rows of W.
         column_block: columns of a block, 1 to 32768.
@@ -94,7 +93,7 @@ def blocked_matmul(
         "segments": (segments, (torch.int32,), kept),
         "indices": (indices, (torch.int16,), kept),
         "values": stored,
-        "bias": (bias, FLOATS, "convert it"),
+        "bias": (bias, floats_beside(x), "convert it"),
         "codebook": (codebook, (torch.float32,), "convert it"),
     }
     check_product("blocked_matmul", x, tensors, out_features, column_block)

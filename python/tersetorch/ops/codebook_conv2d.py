@@ -41,12 +41,12 @@ def codebook_conv2d(
     table that is not finite gives NaN.
 
     Args:
-        x: float32 or bfloat16 [N, C, H, W] or [C, H, W], contiguous or channels_last, which y then is too; other
-            strides are made contiguous. Under autocast as sparse_conv2d takes it.
+        x: float32, bfloat16 or on a CUDA device float16 [N, C, H, W] or [C, H, W], contiguous or channels_last, which y
+            then is too; other strides are made contiguous. Under autocast as sparse_conv2d takes it.
         codes: uint8 [O, bytes], as codebook_pack lays out [O, C / groups * height * width of the kernel] for the
             entries of codebook and column_block.
         codebook: float32 [tables, entries], at most 256 entries.
-        bias: float32 or bfloat16 [O], or None.
+        bias: float32, bfloat16 or on a CUDA device float16 [O], or None.
         column_block: columns that share a table, or 0.
         kernel_size: a number, or one for the height and one for the width; so are the next three.
         stride: steps between outputs.

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from tersetorch.ops._floats import either, floats_beside, refusal
 from tersetorch.ops.codebook_matmul import MAX_ENTRIES, codebook_row_bytes, codebook_tables
 
-_FLOATS = (torch.float32, torch.bfloat16)
 _INDICES = (torch.int64, torch.int32)
 
 _codebook_embedding = torch.ops.tersetorch.codebook_embedding.default
@@ -39,7 +39,7 @@ def codebook_embedding(
         column_block: columns that share a table, or 0.
         padding_idx: a row whose look-ups give the codebook no gradient, counted from the end where it is negative; its
             entries get that of other rows that have them.
-        dtype: float32 or bfloat16, of the result.
+        dtype: float32, bfloat16 or on a CUDA device float16, of the result.
 
     Returns:
         [*indices.shape, columns] of dtype. Gradients reach codebook: an entry gets the sum of its members', as often as
@@ -96,14 +96,13 @@ def _check(
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}; pass a torch.Tensor")
         if tensor.dtype not in dtypes:
-            allowed = " or ".join(str(allowed).removeprefix("torch.") for allowed in dtypes)
-            raise TypeError(f"{op}: {name} must be {allowed}, got {tensor.dtype}; {hint}")
+            raise refusal(op, name, tensor, dtypes, hint)
         if tensor.device != codes.device:
             raise ValueError(
                 f"{op}: {name} must be on the device of codes, {codes.device}, got {tensor.device}; move one of them"
             )
-    if dtype not in _FLOATS:
-        raise TypeError(f"{op}: dtype must be float32 or bfloat16, got {dtype}; convert the result")
+    if dtype not in floats_beside(indices):
+        raise TypeError(f"{op}: dtype must be {either(floats_beside(indices))}, got {dtype}; convert the result")
     if codebook.dim() != 2 or not 1 <= codebook.shape[1] <= MAX_ENTRIES:
         raise ValueError(
             f"{op}: codebook must be [tables, entries] with 1 to {MAX_ENTRIES} entries, got shape "

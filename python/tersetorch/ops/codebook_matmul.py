@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from tersetorch.ops._autocast import compute_in_float32, enabled_for
+from tersetorch.ops._autocast import compute_in_float32
+from tersetorch.ops._floats import floats_beside, floats_of, refusal
 from tersetorch.ops._packing import pack_on_cpu
 
 MAX_ENTRIES = 256
 CODEBOOK_MODES = ("exact", "bfloat16", "int8")
 CHUNK_BITS = 512
-_FLOATS = (torch.float32, torch.bfloat16)
 
 _codebook_matmul = torch.ops.tersetorch.codebook_matmul.default
 _codebook_matmul_inference = torch.ops.tersetorch.codebook_matmul_inference.default
@@ -42,11 +42,11 @@ def codebook_matmul(
     table that is not finite gives NaN.
 
     Args:
-        x: float32 or bfloat16 [..., in], any strides. Under autocast as csr_matmul takes it.
+        x: float32, bfloat16 or on a CUDA device float16 [..., in], any strides. Under autocast as csr_matmul takes it.
         codes: uint8 [out, bytes], as codebook_pack lays them out for the entries of codebook and column_block.
         codebook: float32 [tables, entries], at most 256 entries. A code takes 2 bits up to 4 of them, 4 bits up to 16,
             and 8 bits beyond, of which those up to 32 are the fastest.
-        bias: float32 or bfloat16 [out], or None.
+        bias: float32, bfloat16 or on a CUDA device float16 [out], or None.
         column_block: columns that share a table, or 0.
         mode: "exact", "bfloat16", or "int8" for at most 131,072 features.
         relu: whether negative results become 0; NaN stays NaN.
@@ -157,9 +157,7 @@ def _check_tensor(op: str, name: str, tensor: object, dtypes: tuple[torch.dtype,
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}; pass a torch.Tensor")
     if tensor.dtype not in dtypes:
-        *others, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
-        allowed = f"{', '.join(others)} or {last}" if others else last
-        raise TypeError(f"{op}: {name} must be {allowed}, got {tensor.dtype}; {hint}")
+        raise refusal(op, name, tensor, dtypes, hint)
 
 
 def check_coded(
@@ -177,10 +175,10 @@ def check_coded(
     if mode not in CODEBOOK_MODES:
         raise ValueError(f"{op}: mode must be one of {list(CODEBOOK_MODES)}, got {mode!r}; choose one of them")
     for name, tensor, dtypes, hint in (
-        ("x", x, (*_FLOATS, torch.float16) if enabled_for(x) else _FLOATS, "convert it"),
+        ("x", x, floats_of(x), "convert it"),
         ("codes", codes, (torch.uint8,), "take it from codebook_pack"),
         ("codebook", codebook, (torch.float32,), "convert it"),
-        ("bias", bias, _FLOATS, "convert it"),
+        ("bias", bias, floats_beside(x), "convert it"),
     ):
         if tensor is None and name == "bias":
             continue

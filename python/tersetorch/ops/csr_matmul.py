@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from tersetorch.ops._autocast import compute_in_float32, enabled_for
+from tersetorch.ops._autocast import compute_in_float32
+from tersetorch.ops._floats import FLOATS, floats_beside, floats_of, refusal
 from tersetorch.ops._packing import pack_on_cpu
 
 MAX_ENTRIES = 256
-_FLOATS = (torch.float32, torch.bfloat16)
 _INT32 = torch.iinfo(torch.int32)
 
 _csr_matmul = torch.ops.tersetorch.csr_matmul.default
@@ -37,13 +37,13 @@ def csr_matmul(
     or NaN x reaches only the rows that use it.
 
     Args:
-        x: float32 or bfloat16 [..., in], any strides. Under autocast float16 too; it is then taken as float32 and y
-            is cast to the autocast dtype, while the weight, codebook and bias keep theirs.
+        x: float32, bfloat16 or on a CUDA device float16 [..., in], any strides. Under autocast float16 too; it is then
+            taken as float32 and y is cast to the autocast dtype, while the weight, codebook and bias keep theirs.
         row_offsets: int32 or int64 [out + 1], from 0 to nnz, never falling.
         col_indices: int32, int64 or int16 [nnz], each in [0, in); several in one row and column add up. int16 holds
             16 unsigned bits, for weights of at most 65,536 columns: a third less to read than int32.
         values: float32 or bfloat16 [nnz]; with a codebook, uint8 codes [nnz], each below entries.
-        bias: float32 or bfloat16 [out], or None.
+        bias: float32, bfloat16 or on a CUDA device float16 [out], or None.
         codebook: float32 [entries], at most 256, or None.
         relu: whether negative results become 0; NaN stays NaN.
 
@@ -106,7 +106,7 @@ def csr_pack(dense: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     if not isinstance(dense, Tensor):
         raise TypeError(f"csr_pack: dense must be a tensor, got {type(dense).__name__}; pass a torch.Tensor")
-    if dense.dtype not in _FLOATS:
+    if dense.dtype not in FLOATS:
         raise TypeError(f"csr_pack: dense must be float32 or bfloat16, got {dense.dtype}; convert it")
     if dense.dim() != 2:
         raise ValueError(f"csr_pack: dense must be [out, in], got shape {tuple(dense.shape)}; reshape it")
@@ -123,18 +123,17 @@ def _check(
     codebook: Tensor | None,
 ) -> None:
     index_dtypes = (torch.int32, torch.int64)
-    x_dtypes = (*_FLOATS, torch.float16) if enabled_for(x) else _FLOATS
     for name, tensor, dtypes, hint in (
-        ("x", x, x_dtypes, "convert it"),
+        ("x", x, floats_of(x), "convert it"),
         ("row_offsets", row_offsets, index_dtypes, "convert it"),
         ("col_indices", col_indices, (*index_dtypes, torch.int16), "convert it"),
         (
             "values",
             values,
-            _FLOATS if codebook is None else (torch.uint8,),
+            FLOATS if codebook is None else (torch.uint8,),
             "pass the codebook beside codes" if codebook is None else "pass codes, or no codebook",
         ),
-        ("bias", bias, _FLOATS, "convert it"),
+        ("bias", bias, floats_beside(x), "convert it"),
         ("codebook", codebook, (torch.float32,), "convert it"),
     ):
         if tensor is None and name in ("bias", "codebook"):
@@ -142,9 +141,7 @@ def _check(
         if not isinstance(tensor, Tensor):
             raise TypeError(f"csr_matmul: {name} must be a tensor, got {type(tensor).__name__}; pass a torch.Tensor")
         if tensor.dtype not in dtypes:
-            *others, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
-            allowed = f"{', '.join(others)} or {last}" if others else last
-            raise TypeError(f"csr_matmul: {name} must be {allowed}, got {tensor.dtype}; {hint}")
+            raise refusal("csr_matmul", name, tensor, dtypes, hint)
         if tensor.device != x.device:
             raise ValueError(
                 f"csr_matmul: {name} must be on the device of x, {x.device}, got {tensor.device}; move one of them"

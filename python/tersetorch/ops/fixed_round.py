@@ -6,11 +6,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from tersetorch.ops._floats import floats_beside, refusal
+
 MAX_BITS = 24
 ROUNDINGS = ("nearest", "stochastic")
 # Values that share eight counters: whoever counts offsets by so many draws every counter once.
 RANDOM_BLOCK = 64
-_FLOATS = (torch.float32, torch.bfloat16)
 _BITS = {torch.int8: 8, torch.int16: 16, torch.int32: 32}
 _fixed_round = torch.ops.tersetorch.fixed_round.default
 _fixed_round_inference = torch.ops.tersetorch.fixed_round_inference.default
@@ -29,8 +30,8 @@ def fixed_round(
     Infinity saturates, zeros are +0.0, NaN stays as it is.
 
     Args:
-        x: float32 or bfloat16 [...], any strides. Where a format has more than 8 bits, its numbers are rounded once
-            more to fit bfloat16.
+        x: float32, bfloat16 or on a CUDA device float16 [...], any strides. Where a format has more than 8 bits, its
+            numbers are rounded once more to fit bfloat16.
         integer_bits: IL, at least 1: it counts the sign.
         fraction_bits: FL, at least 0; IL + FL from 2 to 24, since float32 has every such number.
         rounding: "nearest" or "stochastic".
@@ -138,8 +139,8 @@ def check_int(op: str, name: str, number: object) -> None:
 def _check(op: str, x: Tensor, integer_bits: int, fraction_bits: int, rounding: str, seed: int, offset: int) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: x must be a tensor, got {type(x).__name__}; pass a torch.Tensor")
-    if x.dtype not in _FLOATS:
-        raise TypeError(f"{op}: x must be float32 or bfloat16, got {x.dtype}; convert it")
+    if x.dtype not in floats_beside(x):
+        raise refusal(op, "x", x, floats_beside(x))
     check_fixed(op, integer_bits, fraction_bits)
     check_rounding(op, rounding, seed, offset)
 

@@ -9,13 +9,13 @@ from torch.autograd import forward_ad
 from torch.nn.functional import conv2d, pad
 
 from tersetorch.ops._autocast import compute_in_float32
+from tersetorch.ops._floats import floats_beside, refusal
 from tersetorch.ops._images import MAX_SIZE, Pair, pair_of
 
 FLAT_MAX_KERNEL = 63
 FLAT_MAX_STAGES = 8
 _LANES = 16
 _NUMBERS = 8
-_FLOATS = (torch.float32, torch.bfloat16)
 _OPS = torch.ops.tersetorch
 
 
@@ -61,8 +61,9 @@ def flat_conv2d(
     Accumulated in float32.
 
     Args:
-        x: float32 or bfloat16 [N, C, H, W] or [C, H, W], contiguous or channels_last, which y then is too; other
-            strides are made contiguous. Under autocast it is computed in float32 and the result cast.
+        x: float32, bfloat16 or on a CUDA device float16 [N, C, H, W] or [C, H, W], contiguous or channels_last, which y
+            then is too; other strides are made contiguous. Under autocast it is computed in float32 and the result
+            cast.
         lateral: float32 or bfloat16 [M, C] with M = rank * F for F channels out; map r * F + f belongs to channel f.
         vertical: the same [M, kh], at most 63 taps.
         horizontal: the same [M, kw], at most 63 taps.
@@ -164,8 +165,8 @@ def flat_conv2d_packed(x: Tensor, stages: Sequence[Tensor], sizes: Sequence[int]
     op = "flat_conv2d"
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: x must be a tensor, got {type(x).__name__}; pass a torch.Tensor")
-    if x.dtype not in _FLOATS and not torch.is_autocast_enabled(x.device.type):
-        raise TypeError(f"{op}: x must be float32 or bfloat16, got {x.dtype}; convert it")
+    if x.dtype not in floats_beside(x) and not torch.is_autocast_enabled(x.device.type):
+        raise refusal(op, "x", x, floats_beside(x))
     if x.dim() not in (3, 4):
         raise ValueError(f"{op}: x must be [N, C, H, W] or [C, H, W], got shape {tuple(x.shape)}; reshape it")
     stages, sizes = list(stages), list(sizes)
@@ -222,8 +223,8 @@ def _check_filters(op: str, filters: FlatFilters, rank: int) -> None:
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}; pass a torch.Tensor")
-        if tensor.dtype not in _FLOATS:
-            raise TypeError(f"{op}: {name} must be float32 or bfloat16, got {tensor.dtype}; convert it")
+        if tensor.dtype not in floats_beside(tensor):
+            raise refusal(op, name, tensor, floats_beside(tensor))
         if tensor.device != filters.lateral.device:
             raise ValueError(
                 f"{op}: {name} must be on {filters.lateral.device} like lateral, got {tensor.device}; move it"

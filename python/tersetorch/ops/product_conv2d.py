@@ -33,12 +33,12 @@ def product_conv2d(
     each call and multiplied by torch's own convolution: what is saved is memory, not time.
 
     Args:
-        x: float32 or bfloat16 [N, C, H, W] or [C, H, W], contiguous or channels_last. Under autocast as csr_matmul
-            takes it.
+        x: float32, bfloat16 or on a CUDA device float16 [N, C, H, W] or [C, H, W], contiguous or channels_last. Under
+            autocast as csr_matmul takes it.
         codes: uint8, as product_pack lays them out for out_channels rows.
         codebooks: float32 [stages, segments or 1, width, entries], as product_matmul takes them; segments cover the
             C / groups * height * width columns of a filter.
-        bias: float32 or bfloat16 [out_channels], or None.
+        bias: float32, bfloat16 or on a CUDA device float16 [out_channels], or None.
         out_channels: filters of W.
         kernel_size: a number, or one for the height and one for the width; so are the next three.
         stride: steps between outputs.

@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.functional import pad
 
-from tersetorch.ops._autocast import compute_in_float32, enabled_for
+from tersetorch.ops._autocast import compute_in_float32
+from tersetorch.ops._floats import floats_beside, floats_of, refusal
 
 MAX_ENTRIES = 256
 MODES = ("exact", "int8")
@@ -15,7 +16,6 @@ MODES = ("exact", "int8")
 TILE_ROWS = 64
 GROUP_TABLES = 8
 NARROW_ENTRIES = 16
-_FLOATS = (torch.float32, torch.bfloat16)
 
 _product_matmul = torch.ops.tersetorch.product_matmul.default
 _product_matmul_inference = torch.ops.tersetorch.product_matmul_inference.default
@@ -44,11 +44,11 @@ def product_matmul(
     NaN.
 
     Args:
-        x: float32 or bfloat16 [..., in], any strides. Under autocast as csr_matmul takes it.
+        x: float32, bfloat16 or on a CUDA device float16 [..., in], any strides. Under autocast as csr_matmul takes it.
         codes: uint8, what product_pack returns; of the number of entries that codebooks have.
         codebooks: float32 [stages, segments, width, entries], at most 256 entries, segments = ceil(in / width), or 1
             for a codebook that all segments share. Entries past the last column are not read.
-        bias: float32 or bfloat16 [out], or None.
+        bias: float32, bfloat16 or on a CUDA device float16 [out], or None.
         out_features: rows of W.
         mode: "exact" or "int8".
         relu: whether negative results become 0; NaN stays NaN.
@@ -159,8 +159,7 @@ def _check_tensor(op: str, name: str, tensor: object, dtypes: tuple[torch.dtype,
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}; pass a torch.Tensor")
     if tensor.dtype not in dtypes:
-        allowed = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise TypeError(f"{op}: {name} must be {allowed}, got {tensor.dtype}; convert it")
+        raise refusal(op, name, tensor, dtypes)
 
 
 def _check(x: Tensor, codes: Tensor, codebooks: Tensor, bias: Tensor | None, out_features: int, mode: str) -> None:
@@ -189,10 +188,10 @@ def check_product(
         TypeError, ValueError: with the sentence, which calls columns what columns_are says.
     """
     for name, tensor, dtypes in (
-        ("x", x, (*_FLOATS, torch.float16) if enabled_for(x) else _FLOATS),
+        ("x", x, floats_of(x)),
         ("codes", codes, (torch.uint8,)),
         ("codebooks", codebooks, (torch.float32,)),
-        ("bias", bias, _FLOATS),
+        ("bias", bias, floats_beside(x)),
     ):
         if tensor is None and name == "bias":
             continue

@@ -5,11 +5,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from tersetorch.ops._autocast import compute_in_float32, enabled_for
+from tersetorch.ops._autocast import compute_in_float32
+from tersetorch.ops._floats import floats_beside, floats_of, refusal
 from tersetorch.ops.sign_pack import sign_unpack, sign_words
 from tersetorch.ops.xnor_matmul import TILE_ROWS, xnor_unpack
 
-_FLOATS = (torch.float32, torch.bfloat16)
 _sign_matmul = torch.ops.tersetorch.sign_matmul.default
 _sign_matmul_inference = torch.ops.tersetorch.sign_matmul_inference.default
 
@@ -29,11 +29,11 @@ def sign_matmul(
     level and for every number of samples and threads. y = fma(sum, scale, bias).
 
     Args:
-        x: float32 or bfloat16 [..., in], any strides. Under autocast as csr_matmul takes it.
+        x: float32, bfloat16 or on a CUDA device float16 [..., in], any strides. Under autocast as csr_matmul takes it.
         weight: what xnor_pack returns, int64 [ceil(out / 32), ceil(in / 64), 32]; xnor_matmul takes the same.
         out_features: rows of W.
         scale: float32 [out], or None for 1.
-        bias: float32 or bfloat16 [out], or None for 0.
+        bias: float32, bfloat16 or on a CUDA device float16 [out], or None for 0.
         relu: whether negative results become 0; NaN stays NaN.
 
     Returns:
@@ -48,18 +48,17 @@ def sign_matmul(
     """
     op = "sign_matmul"
     for name, tensor, dtypes in (
-        ("x", x, (*_FLOATS, torch.float16) if enabled_for(x) else _FLOATS),
+        ("x", x, floats_of(x)),
         ("weight", weight, (torch.int64,)),
         ("scale", scale, (torch.float32,)),
-        ("bias", bias, _FLOATS),
+        ("bias", bias, floats_beside(x)),
     ):
         if tensor is None and name in ("scale", "bias"):
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}; pass a torch.Tensor")
         if tensor.dtype not in dtypes:
-            allowed = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-            raise TypeError(f"{op}: {name} must be {allowed}, got {tensor.dtype}; convert it")
+            raise refusal(op, name, tensor, dtypes)
         if tensor.device != x.device:
             raise ValueError(
                 f"{op}: {name} must be on the device of x, {x.device}, got {tensor.device}; move one of them"

@@ -5,8 +5,9 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from tersetorch.ops._floats import floats_beside, refusal
+
 WORD_BITS = 64
-_FLOATS = (torch.float32, torch.bfloat16)
 _sign_pack = torch.ops.tersetorch.sign_pack.default
 _sign_pack_images = torch.ops.tersetorch.sign_pack_images.default
 
@@ -15,7 +16,7 @@ def sign_pack(x: Tensor) -> Tensor:
     """The signs of x as bits: 0 (for +1) where x >= 0, -0 too; 1 (for -1) elsewhere, NaN too.
 
     Args:
-        x: float32 or bfloat16 [..., n], any strides.
+        x: float32, bfloat16 or on a CUDA device float16 [..., n], any strides.
 
     Returns:
         int64 [..., ceil(n / 64)]; element c is bit c % 64 of word c // 64, bits past the last are 0. It has no
@@ -38,7 +39,8 @@ def sign_pack_images(x: Tensor) -> Tensor:
     """The signs of images as bits, the channels of a pixel side by side.
 
     Args:
-        x: float32 or bfloat16 [N, C, H, W] or [C, H, W]; contiguous and channels_last images are read as they are.
+        x: float32, bfloat16 or on a CUDA device float16 [N, C, H, W] or [C, H, W]; contiguous and channels_last images
+            are read as they are.
 
     Returns:
         int64 [N, H, W, ceil(C / 64)] or [H, W, ceil(C / 64)]: what sign_pack makes of the channels of each pixel. It
@@ -61,8 +63,8 @@ def sign_pack_images(x: Tensor) -> Tensor:
 def _check(op: str, x: Tensor) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: x must be a tensor, got {type(x).__name__}; pass a torch.Tensor")
-    if x.dtype not in _FLOATS:
-        raise TypeError(f"{op}: x must be float32 or bfloat16, got {x.dtype}; convert it")
+    if x.dtype not in floats_beside(x):
+        raise refusal(op, "x", x, floats_beside(x))
 
 
 def sign_unpack(bits: Tensor, n: int) -> Tensor:

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from tersetorch.ops._autocast import compute_in_float32, enabled_for
+from tersetorch.ops._autocast import compute_in_float32
+from tersetorch.ops._floats import FLOATS, floats_beside, floats_of, refusal
 from tersetorch.ops._images import Pair, check_filters, conv_gradients, conv_sizes, empty_images
 
 MODES = ("exact", "bfloat16", "int8")
 MAX_ENTRIES = 256
-_FLOATS = (torch.float32, torch.bfloat16)
 _INT32 = torch.iinfo(torch.int32)
 _OPS = torch.ops.tersetorch
 
@@ -57,14 +57,14 @@ def sparse_conv2d(
     image whose largest number is below 2**-100 counts as 0; an image that holds infinity or NaN gives NaN everywhere.
 
     Args:
-        x: float32 or bfloat16 [N, C, H, W] or [C, H, W], contiguous or channels_last, which y then is too; other
-            strides are made contiguous. Under autocast float16 too; it is then taken as float32 and y is cast to the
-            autocast dtype, while the weight, codebook and bias keep theirs.
+        x: float32, bfloat16 or on a CUDA device float16 [N, C, H, W] or [C, H, W], contiguous or channels_last, which y
+            then is too; other strides are made contiguous. Under autocast float16 too; it is then taken as float32 and
+            y is cast to the autocast dtype, while the weight, codebook and bias keep theirs.
         row_offsets: int32 or int64 [O + 1], from 0 to nnz, never falling.
         col_indices: int32 or int64 [nnz], strictly rising within a row, each in [0, C / groups * height * width of the
             kernel).
         values: float32 or bfloat16 [nnz]; with a codebook, uint8 codes [nnz], each below entries.
-        bias: float32 or bfloat16 [O], or None.
+        bias: float32, bfloat16 or on a CUDA device float16 [O], or None.
         codebook: float32 [entries], at most 256, or None.
         kernel_size: a number, or one for the height and one for the width; so are the next three.
         stride: steps between outputs.
@@ -317,18 +317,17 @@ def _check(
     codebook: Tensor | None,
 ) -> None:
     index_dtypes = (torch.int32, torch.int64)
-    x_dtypes = (*_FLOATS, torch.float16) if enabled_for(x) else _FLOATS
     for name, tensor, dtypes, hint in (
-        ("x", x, x_dtypes, "convert it"),
+        ("x", x, floats_of(x), "convert it"),
         ("row_offsets", row_offsets, index_dtypes, "convert it"),
         ("col_indices", col_indices, index_dtypes, "convert it"),
         (
             "values",
             values,
-            _FLOATS if codebook is None else (torch.uint8,),
+            FLOATS if codebook is None else (torch.uint8,),
             "pass the codebook beside codes" if codebook is None else "pass codes, or no codebook",
         ),
-        ("bias", bias, _FLOATS, "convert it"),
+        ("bias", bias, floats_beside(x), "convert it"),
         ("codebook", codebook, (torch.float32,), "convert it"),
     ):
         if tensor is None and name in ("bias", "codebook"):
@@ -336,8 +335,7 @@ def _check(
         if not isinstance(tensor, Tensor):
             raise TypeError(f"sparse_conv2d: {name} must be a tensor, got {type(tensor).__name__}; pass a torch.Tensor")
         if tensor.dtype not in dtypes:
-            allowed = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-            raise TypeError(f"sparse_conv2d: {name} must be {allowed}, got {tensor.dtype}; {hint}")
+            raise refusal("sparse_conv2d", name, tensor, dtypes, hint)
         if tensor.device != x.device:
             raise ValueError(
                 f"sparse_conv2d: {name} must be on the device of x, {x.device}, got {tensor.device}; move one of them"

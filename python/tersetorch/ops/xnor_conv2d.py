@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from tersetorch.ops._floats import floats_beside, refusal
 from tersetorch.ops._images import MAX_SIZE, Pair, conv_sizes
 from tersetorch.ops.sign_pack import sign_words
 
 TILE_FILTERS = 32  # of a packed weight
-_DTYPES = (
-    ("x", (torch.float32, torch.bfloat16, torch.int64)),
+_DTYPES: tuple[tuple[str, tuple[torch.dtype, ...]], ...] = (
+    ("x", (torch.int64,)),  # and floats
     ("weight", (torch.int32,)),
     ("scale", (torch.float32,)),
     ("bias", (torch.float32,)),
@@ -43,9 +44,9 @@ def xnor_conv2d(
     x counts as padding_value outside its borders. Each sum is taps * in / groups - 2 * popcount(W ^ x).
 
     Args:
-        x: float32 or bfloat16 [N, C, H, W], of which the signs count as sign_pack takes them; or packed images int64
-            [N, H, W, ceil(C / 64)], as sign_pack_images, a convolution with thresholds or sign_max_pool2d returns them,
-            bits past the last channel all 0. Or one of these without N.
+        x: float32, bfloat16 or on a CUDA device float16 [N, C, H, W], of which the signs count as sign_pack takes them;
+            or packed images int64 [N, H, W, ceil(C / 64)], as sign_pack_images, a convolution with thresholds or
+            sign_max_pool2d returns them, bits past the last channel all 0. Or one of these without N.
         weight: what xnor_conv2d_pack returns for the same groups.
         in_channels: C.
         out_channels: filters of W.
@@ -79,9 +80,10 @@ def xnor_conv2d(
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}; pass a torch.Tensor")
+        if tensor is x:
+            dtypes = (*floats_beside(x), *dtypes)
         if tensor.dtype not in dtypes:
-            allowed = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-            raise TypeError(f"{op}: {name} must be {allowed}, got {tensor.dtype}; convert it")
+            raise refusal(op, name, tensor, dtypes)
         if tensor.device != x.device:
             raise ValueError(
                 f"{op}: {name} must be on the device of x, {x.device}, got {tensor.device}; move one of them"

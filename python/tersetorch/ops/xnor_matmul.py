@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from tersetorch.ops._floats import floats_beside, refusal
 from tersetorch.ops.sign_pack import check_size, sign_words
 
 TILE_ROWS = 32  # of a packed weight
-_FLOATS = (torch.float32, torch.bfloat16)
 _xnor_matmul = torch.ops.tersetorch.xnor_matmul.default
 
 
@@ -28,8 +28,8 @@ def xnor_matmul(
     dot[..., r] = sum_c W[r, c] * sign(x)[..., c] = in - 2 * popcount(W[r] ^ x), exact.
 
     Args:
-        x: float32 or bfloat16 [..., in], of which the signs count as sign_pack takes them; or what sign_pack or a
-            product with thresholds returns, int64 [..., words], unused bits all 0.
+        x: float32, bfloat16 or on a CUDA device float16 [..., in], of which the signs count as sign_pack takes them; or
+            what sign_pack or a product with thresholds returns, int64 [..., words], unused bits all 0.
         weight: what xnor_pack returns, int64 [ceil(out / 32), words, 32]; words are ceil(in / 64), or more where unused
             bits lie between the columns, as those of a flattened packed image do, which x then must be.
         in_features: columns of W, below 2^31.
@@ -54,7 +54,7 @@ def xnor_matmul(
     check_size(op, "in_features", in_features)
     check_size(op, "out_features", out_features)
     for name, tensor, dtypes in (
-        ("x", x, (*_FLOATS, torch.int64)),
+        ("x", x, (*floats_beside(x), torch.int64)),
         ("weight", weight, (torch.int64,)),
         ("scale", scale, (torch.float32,)),
         ("bias", bias, (torch.float32,)),
@@ -65,8 +65,7 @@ def xnor_matmul(
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}; pass a torch.Tensor")
         if tensor.dtype not in dtypes:
-            allowed = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-            raise TypeError(f"{op}: {name} must be {allowed}, got {tensor.dtype}; convert it")
+            raise refusal(op, name, tensor, dtypes)
         if tensor.device != x.device:
             raise ValueError(
                 f"{op}: {name} must be on the device of x, {x.device}, got {tensor.device}; move one of them"

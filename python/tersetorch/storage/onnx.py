@@ -59,9 +59,9 @@ def export_onnx(
     """Writes model as ONNX of standard operators: every compressed layer as the dense one with its exact weight.
 
     ONNX has no operator for sparse weights, shared values or packed signs, so the file is as large as the dense model
-    and runs as fast as that; what is lost is said in the result. The values of the weights stay: zeros stay zeros, shared
-    values shared, so that a runtime that finds them may use them. Fixed-point layers and packed signs round what flows
-    between layers, which no standard operator does likewise: they are refused.
+    and runs as fast as that; what is lost is said in the result. The values of the weights stay: zeros stay zeros,
+    shared values shared, so that a runtime that finds them may use them. Fixed-point layers and packed signs round
+    what flows between layers, which no standard operator does likewise: they are refused.
 
     Args:
         model: trained, finalized or not, converted or not. It is not changed.
