@@ -58,6 +58,7 @@ struct WordsTile {
 // What is added up: floats, or integers where x is quantized.
 __device__ float Widened(float x) { return x; }
 __device__ float Widened(BFloat16 x) { return ToFloat(x); }
+__device__ float Widened(Float16 x) { return ToFloat(x); }
 __device__ int Widened(std::int8_t x) { return x; }
 
 // The columns of a chunk's set bits, one word of each lane, as places in the chunk; all lanes call it. How many.

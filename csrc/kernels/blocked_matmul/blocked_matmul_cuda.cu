@@ -22,8 +22,10 @@ struct WordValues {
   __device__ static Word At(const BlockedWeight& w, std::int64_t k) { return static_cast<const Word*>(w.values)[k]; }
 };
 
-__device__ float Added(float sum, float value, float x) { return sum + value * x; }
-__device__ float Added(float sum, float value, BFloat16 x) { return sum + value * ToFloat(x); }
+template <typename Float>
+__device__ float Added(float sum, float value, Float x) {
+  return sum + value * ToFloat(x);
+}
 __device__ float Added(float sum, Pair value, Pair x) {
   sum += __uint_as_float(value.bits << 16) * __uint_as_float(x.bits << 16);
   return sum + __uint_as_float(value.bits & 0xffff0000u) * __uint_as_float(x.bits & 0xffff0000u);

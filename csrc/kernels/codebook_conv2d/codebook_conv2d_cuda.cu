@@ -1,4 +1,5 @@
 #include <cmath>
+#include <type_traits>
 
 #include "kernels/codebook_conv2d/codebook_conv2d_cuda.h"
 #include "kernels/common/cuda.cuh"
@@ -39,7 +40,7 @@ struct Rounded : Exact {
   template <typename Float>
   __device__ static float X(const CodebookConvCudaArgs& a, std::int64_t at) {
     const Float x = static_cast<const Float*>(a.x)[at];
-    if constexpr (sizeof(Float) == sizeof(BFloat16)) return ToFloat(x);
+    if constexpr (std::is_same_v<Float, BFloat16>) return ToFloat(x);
     return ToFloat(FromFloat<BFloat16>(ToFloat(x)));
   }
 };

@@ -19,9 +19,8 @@ template <int kBits, bool kPerRow>
 int LaunchBFloat16(const CodebookMatmulCudaArgs& a, void* stream) {
   using Mode = BFloat16Fragments<kBits, kPerRow, 4>;
   if (a.packed == nullptr) {
-    return WithFloat(a.stored_as, [&](auto number) {
-      return LaunchFew<FewTile<4, 1, 16>, Mode, XAsItLies<decltype(number)>>(a, stream);
-    });
+    return a.stored_as == FloatDtype::kFloat32 ? LaunchFew<FewTile<4, 1, 16>, Mode, XAsItLies<float>>(a, stream)
+                                               : LaunchFew<FewTile<4, 1, 16>, Mode, XAsItLies<BFloat16>>(a, stream);
   }
   return a.samples <= 16 ? LaunchFew<FewTile<4, 2, 16>, Mode, XPacked>(a, stream)
                          : LaunchFew<FewTile<4, 4, 8>, Mode, XPacked>(a, stream);

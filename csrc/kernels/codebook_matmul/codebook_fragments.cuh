@@ -294,12 +294,7 @@ __device__ Sum SumOf(std::uint32_t bits) {
 struct Output {
   __device__ void Store(std::int64_t n, std::int64_t r, float value) const {
     value = a.relu && value < 0 ? 0.0f : value;
-    const std::int64_t at = n * a.weight.rows + r;
-    if (a.stored_as == FloatDtype::kFloat32) {
-      static_cast<float*>(a.y)[at] = value;
-    } else {
-      static_cast<BFloat16*>(a.y)[at] = FromFloat<BFloat16>(value);
-    }
+    PutFloat(a.y, a.stored_as, n * a.weight.rows + r, value);
   }
   __device__ float Number(float sum, std::int64_t, std::int64_t r, float, bool) const { return sum + Bias(r); }
   __device__ float Number(int sum, std::int64_t n, std::int64_t r, float of_table, bool damaged) const {

@@ -28,9 +28,11 @@ inline bool HasFewTables(const CodebookWeight& w) {
 }
 
 inline bool IsAligned(const void* p, std::uintptr_t bytes) { return reinterpret_cast<std::uintptr_t>(p) % bytes == 0; }
-// Whether four numbers of x can be read at once, wherever a group of four columns begins.
+// Whether four numbers of x can be read at once, wherever a group of four columns begins, by kernels that take x as it
+// lies: float16 is always packed.
 inline bool TakesFourNumbers(const CodebookMatmulCudaArgs& a) {
-  return a.weight.columns % 4 == 0 && IsAligned(a.x, a.stored_as == FloatDtype::kFloat32 ? 16 : 8);
+  return a.stored_as != FloatDtype::kFloat16 && a.weight.columns % 4 == 0 &&
+         IsAligned(a.x, a.stored_as == FloatDtype::kFloat32 ? 16 : 8);
 }
 
 // Calls run with the bits of a code in kernels and whether rows have their own tables, as types.

@@ -17,6 +17,9 @@
 #include <cstdint>
 
 #include "kernels/common/float_dtype.h"
+#ifndef __CUDACC__
+#include "kernels/common/float16.h"
+#endif
 
 namespace tersetorch {
 namespace {
@@ -33,9 +36,21 @@ __host__ __device__ constexpr std::int64_t CeilDiv(std::int64_t size, std::int64
 struct BFloat16 {
   std::uint16_t bits;
 };
+struct Float16 {
+  std::uint16_t bits;
+};
 
 __device__ inline float ToFloat(float value) { return value; }
 __device__ inline float ToFloat(BFloat16 value) { return __uint_as_float(std::uint32_t{value.bits} << 16); }
+__device__ inline float ToFloat(Float16 value) {
+#ifdef __CUDACC__
+  float number;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(number) : "h"(value.bits));
+  return number;
+#else
+  return FromFloat16(value.bits);
+#endif
+}
 
 template <typename T>
 __device__ T FromFloat(float value);
@@ -49,6 +64,42 @@ __device__ inline BFloat16 FromFloat<BFloat16>(float value) {
   const std::uint32_t bits = __float_as_uint(value);
   if (value != value) return {static_cast<std::uint16_t>(bits >> 16 | 0x40)};
   return {static_cast<std::uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+// Nearest, ties to even, from 65,520 on infinite; which NaN a NaN becomes is the device's choice.
+template <>
+__device__ inline Float16 FromFloat<Float16>(float value) {
+#ifdef __CUDACC__
+  std::uint16_t bits;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+  return {bits};
+#else
+  return {ToFloat16(value)};
+#endif
+}
+
+// Calls run with a number of the type in which floats are stored. The branch is the same for all threads: where a type
+// for a kernel is not worth one more of it.
+template <typename Run>
+__device__ void WithFloatOnDevice(FloatDtype stored_as, const Run& run) {
+  if (stored_as == FloatDtype::kFloat32) {
+    run(float{});
+  } else if (stored_as == FloatDtype::kBFloat16) {
+    run(BFloat16{});
+  } else {
+    run(Float16{});
+  }
+}
+// Element i of floats, in the same way.
+__device__ inline float FloatAt(const void* floats, FloatDtype stored_as, std::int64_t i) {
+  float number = 0;
+  WithFloatOnDevice(stored_as, [&](auto type) { number = ToFloat(static_cast<const decltype(type)*>(floats)[i]); });
+  return number;
+}
+__device__ inline void PutFloat(void* floats, FloatDtype stored_as, std::int64_t i, float number) {
+  WithFloatOnDevice(stored_as, [&](auto type) {
+    using Float = decltype(type);
+    static_cast<Float*>(floats)[i] = FromFloat<Float>(number);
+  });
 }
 
 // What stands in a result for which the weight names no value. Kernels cannot raise, and asking them would make every
@@ -229,7 +280,8 @@ inline dim3 RowGrid(std::int64_t rows, std::int64_t samples) {
 // Calls run with a number of the type in which floats are stored.
 template <typename Run>
 int WithFloat(FloatDtype stored_as, const Run& run) {
-  return stored_as == FloatDtype::kFloat32 ? run(float{}) : run(BFloat16{});
+  if (stored_as == FloatDtype::kFloat32) return run(float{});
+  return stored_as == FloatDtype::kBFloat16 ? run(BFloat16{}) : run(Float16{});
 }
 
 template <typename... Parameters, typename... Arguments>

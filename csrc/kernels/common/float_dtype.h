@@ -3,6 +3,7 @@
 
 namespace tersetorch {
 
-enum class FloatDtype : int { kFloat32, kBFloat16 };
+// Kernels of CUDA devices take them all, those of the CPU no float16.
+enum class FloatDtype : int { kFloat32, kBFloat16, kFloat16 };
 
 }  // namespace tersetorch

@@ -71,14 +71,13 @@ __global__ void __launch_bounds__(Tile::kThreads, 4) CsrMatmulKernel(CsrMatmulCu
   }
 }
 
-template <typename Tile, typename Values, typename Float>
+template <typename Tile, typename Values>
 __global__ void __launch_bounds__(Tile::kThreads) CsrMatmulGradXKernel(CsrGradXCudaArgs a) {
   const CsrWeight& w = a.weight;
   const std::int64_t r = Tile::RowOfWarp();
   if (r >= w.rows) return;
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   const Row row = RowAt(w, r);
-  const Float* grad_y = static_cast<const Float*>(a.grad_y);
   const std::int64_t step = std::int64_t{gridDim.y} * Tile::kSamples;
   for (std::int64_t first = std::int64_t{blockIdx.y} * Tile::kSamples; first < a.samples; first += step) {
     const int count = static_cast<int>(min(std::int64_t{Tile::kSamples}, a.samples - first));
@@ -86,7 +85,7 @@ __global__ void __launch_bounds__(Tile::kThreads) CsrMatmulGradXKernel(CsrGradXC
     float grads[Tile::kSamples];
 #pragma unroll
     for (int s = 0; s < Tile::kSamples; ++s) {
-      grads[s] = s < count ? ToFloat(grad_y[(first + s) * w.rows + r]) : 0.0f;
+      grads[s] = s < count ? FloatAt(a.grad_y, a.stored_as, (first + s) * w.rows + r) : 0.0f;
     }
     bool damaged = row.damaged;
     for (std::int32_t k = row.begin + lane; k < row.end; k += kWarpSize) {
@@ -107,9 +106,9 @@ __global__ void __launch_bounds__(Tile::kThreads) CsrMatmulGradXKernel(CsrGradXC
 }
 
 template <typename Tile>
-__global__ void __launch_bounds__(Tile::kThreads) RoundKernel(const float* from, BFloat16* to, std::int64_t count) {
+__global__ void __launch_bounds__(Tile::kThreads) RoundKernel(CsrGradXCudaArgs a, std::int64_t count) {
   const std::int64_t i = Tile::Index();
-  if (i < count) to[i] = FromFloat<BFloat16>(from[i]);
+  if (i < count) PutFloat(a.grad_x, a.stored_as, i, a.sums[i]);
 }
 
 // The row that holds non-zero k: row_offsets[r] <= k < row_offsets[r + 1]. Requires that the offsets run from 0 to nnz;
@@ -127,7 +126,7 @@ __device__ std::int64_t RowOf(const CsrWeight& w, std::int64_t k) {
   return low;
 }
 
-template <typename Tile, typename GradFloat, typename Float>
+template <typename Tile>
 __global__ void __launch_bounds__(Tile::kThreads) CsrMatmulGradValuesKernel(CsrGradValuesCudaArgs a) {
   const CsrWeight& w = a.weight;
   const std::int64_t k = Tile::Index();
@@ -137,10 +136,15 @@ __global__ void __launch_bounds__(Tile::kThreads) CsrMatmulGradValuesKernel(CsrG
     a.grad_values[k] = DamagedWeight();
     return;
   }
-  const GradFloat* grad = static_cast<const GradFloat*>(a.grad_y) + RowOf(w, k);
-  const Float* x = static_cast<const Float*>(a.x) + column;
+  const std::int64_t r = RowOf(w, k);
   float sum = 0;
-  for (std::int64_t n = 0; n < a.samples; ++n) sum += ToFloat(grad[n * w.rows]) * ToFloat(x[n * w.columns]);
+  WithFloatOnDevice(a.grad_y_stored_as, [&](auto of_grad) {
+    WithFloatOnDevice(a.x_stored_as, [&](auto of_x) {
+      const auto* grad = static_cast<const decltype(of_grad)*>(a.grad_y) + r;
+      const auto* x = static_cast<const decltype(of_x)*>(a.x) + column;
+      for (std::int64_t n = 0; n < a.samples; ++n) sum += ToFloat(grad[n * w.rows]) * ToFloat(x[n * w.columns]);
+    });
+  });
   a.grad_values[k] = sum;
 }
 
@@ -170,26 +174,18 @@ int CsrMatmulGradXCuda(const CsrGradXCudaArgs& a, void* stream) noexcept {
   if (cleared != cudaSuccess) return cleared;
   if (a.weight.rows != 0) {
     const int launched = WithValues(a.weight.stored_as, [&](auto values) {
-      return WithFloat(a.stored_as, [&](auto number) {
-        return Launch(CsrMatmulGradXKernel<RowTile, decltype(values), decltype(number)>,
-                      RowGrid(a.weight.rows, a.samples), RowTile::kThreads, stream, a);
-      });
+      return Launch(CsrMatmulGradXKernel<RowTile, decltype(values)>, RowGrid(a.weight.rows, a.samples),
+                    RowTile::kThreads, stream, a);
     });
     if (launched != cudaSuccess) return launched;
   }
   if (a.stored_as == FloatDtype::kFloat32) return cudaSuccess;
-  return Launch(RoundKernel<ElementTile>, ElementGrid(count), ElementTile::kThreads, stream, a.sums,
-                static_cast<BFloat16*>(a.grad_x), count);
+  return Launch(RoundKernel<ElementTile>, ElementGrid(count), ElementTile::kThreads, stream, a, count);
 }
 
 int CsrMatmulGradValuesCuda(const CsrGradValuesCudaArgs& a, void* stream) noexcept {
   if (a.weight.nnz == 0) return cudaSuccess;
-  return WithFloat(a.grad_y_stored_as, [&](auto grad) {
-    return WithFloat(a.x_stored_as, [&](auto number) {
-      return Launch(CsrMatmulGradValuesKernel<ElementTile, decltype(grad), decltype(number)>, ElementGrid(a.weight.nnz),
-                    ElementTile::kThreads, stream, a);
-    });
-  });
+  return Launch(CsrMatmulGradValuesKernel<ElementTile>, ElementGrid(a.weight.nnz), ElementTile::kThreads, stream, a);
 }
 
 }  // namespace tersetorch

@@ -42,17 +42,6 @@ __device__ Entry EntryAt(const ProductWeight& w, int table, int entry) {
   return {w.codebooks + book * w.width * w.entries + entry, column, entry < w.entries ? inputs : 0, inputs};
 }
 
-// Calls run with a number of the type of x. The branch is the same for all threads; a type for kernels would double
-// them.
-template <typename Run>
-__device__ void WithInputs(const ProductMatmulCudaArgs& a, const Run& run) {
-  if (a.stored_as == FloatDtype::kFloat32) {
-    run(float{});
-  } else {
-    run(BFloat16{});
-  }
-}
-
 // Products of kItems entries, of one table or not, with kSamples samples from n on; the last sample stands in for those
 // past it. So many numbers are read at a time that the reads overlap.
 template <bool kOneTable, int kItems, int kSamples>
@@ -72,7 +61,7 @@ __device__ void Multiply(const ProductMatmulCudaArgs& a, std::int64_t n, const E
         numbers[i][j] = first + j < entries[i].width ? __ldg(entries[i].numbers + (first + j) * pitch) : 0.0f;
       }
     }
-    WithInputs(a, [&](auto number) {
+    WithFloatOnDevice(a.stored_as, [&](auto number) {
       const auto* x = static_cast<const decltype(number)*>(a.x);
 #pragma unroll
       for (int j = 0; j < kStep; ++j) {
@@ -459,7 +448,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) ProductPanelsKernel(Product
   const auto stage = [&](int unit) {
     const int count = min(staged, end - unit) * Tile::kUnit * width * Tile::kSamples;
     float* to = reinterpret_cast<float*>(memory.x);
-    WithInputs(a, [&](auto number) {
+    WithFloatOnDevice(a.stored_as, [&](auto number) {
       const auto* x = static_cast<const decltype(number)*>(a.x);
 #pragma unroll 2
       for (int i = thread; i < count; i += Tile::kThreads) {
@@ -650,11 +639,7 @@ __global__ void __launch_bounds__(Tile::kThreads) ProductSumKernel(ProductMatmul
       }
       if (a.bias != nullptr) y += a.bias[r];
       y = a.relu && y < 0 ? 0.0f : y;
-      if (a.stored_as == FloatDtype::kFloat32) {
-        static_cast<float*>(a.y)[n * w.rows + r] = y;
-      } else {
-        static_cast<BFloat16*>(a.y)[n * w.rows + r] = FromFloat<BFloat16>(y);
-      }
+      PutFloat(a.y, a.stored_as, n * w.rows + r, y);
     }
     __syncthreads();
   }

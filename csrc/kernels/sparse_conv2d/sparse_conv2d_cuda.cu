@@ -65,17 +65,8 @@ struct Taps {
 };
 
 // Numbers as they are stored. The branches are the same for all threads; types for them would multiply the kernels.
-__device__ float InputAt(const ConvCudaArgs& a, std::int64_t i) {
-  if (a.stored_as == FloatDtype::kFloat32) return static_cast<const float*>(a.x)[i];
-  return ToFloat(static_cast<const BFloat16*>(a.x)[i]);
-}
-__device__ void PutOutput(const ConvCudaArgs& a, std::int64_t i, float y) {
-  if (a.stored_as == FloatDtype::kFloat32) {
-    static_cast<float*>(a.y)[i] = y;
-  } else {
-    static_cast<BFloat16*>(a.y)[i] = FromFloat<BFloat16>(y);
-  }
-}
+__device__ float InputAt(const ConvCudaArgs& a, std::int64_t i) { return FloatAt(a.x, a.stored_as, i); }
+__device__ void PutOutput(const ConvCudaArgs& a, std::int64_t i, float y) { PutFloat(a.y, a.stored_as, i, y); }
 // A code without an entry is 0, and damaged.
 __device__ float WeightAt(const CsrWeight& w, std::int64_t k, bool& damaged) {
   if (w.stored_as == CsrValues::kFloat32) return Float32Values::At(w, k);
@@ -355,16 +346,11 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) ConvTileKernel(ConvCudaArgs
   for (int channels = begin; channels < end; ++channels) {
     const int first_channel = channels * plan.channels, count = min(plan.channels, group_channels - first_channel);
     __syncthreads();
-    const auto stage = [&](auto number) {
+    WithFloatOnDevice(a.stored_as, [&](auto number) {
       StageInputs<Tile, decltype(number)>(a, first_image, first_row * s.stride_h - a.pad_h,
                                           first_column * s.stride_w - a.pad_w,
                                           std::int64_t{group} * group_channels + first_channel, count, memory.x);
-    };
-    if (a.stored_as == FloatDtype::kFloat32) {
-      stage(float{});
-    } else {
-      stage(BFloat16{});
-    }
+    });
     __syncthreads();
     const int low = first_channel * taps, high = low + count * taps;
 #pragma unroll 1

@@ -10,15 +10,15 @@ from tersetorch.cli.convert import convert
 from tersetorch.cli.demo import demo
 from tersetorch.cli.doctor import doctor
 from tersetorch.cli.inspect import inspect
+from tersetorch.cli.report import report
 from tersetorch.cli.reproduce import reproduce
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Makes trained PyTorch networks smaller and faster, and measures both.",
 )
-for verb in (demo, compress, convert, inspect, doctor, bench, reproduce):
+for verb in (demo, compress, convert, inspect, report, doctor, bench, reproduce):
     app.command()(verb)
 
 

@@ -1,61 +1,144 @@
-"""tersetorch compress MODEL OUTPUT."""
+"""tersetorch compress MODEL --recipe RECIPE --data DATA -o OUTPUT."""
 
 import json
+import re
+import shutil
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.progress import Progress
+from rich.table import Table
 
-from tersetorch import storage, zoo
+from tersetorch import storage
 from tersetorch.cli.coders import CodersOption
-from tersetorch.cli.model_file import read_model
-from tersetorch.recipes.deep_compression import PUBLISHED, deep_compression
+from tersetorch.cli.data_source import DataOption, read_data
+from tersetorch.cli.model_file import NetworkOption, read_model
+from tersetorch.cli.output import OutputArgument, OutputOption, one_output
+from tersetorch.recipes.compression import CompressionPlan, plan_compression
+from tersetorch.recipes.compression import compress as run_compression
+from tersetorch.recipes.compression_record import CompressionRecord, record_path
+from tersetorch.recipes.deep_compression import PUBLISHED, DeepCompressionRecipe
 from tersetorch.recipes.trainer import trainer
+from tersetorch.storage.arguments import target_of
+
+UNITS = {"": 1, "b": 1, "kb": 1000, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+def _complete_recipe(typed: str) -> list[str]:
+    return [name for name in PUBLISHED if name.startswith(typed)]
 
 
 def compress(
-    model: Annotated[Path, typer.Argument(help="A trained model: a .terse file, or a state dict (.pt, .safetensors).")],
-    output: Annotated[Path, typer.Argument(help="The .terse file to write.")],
-    recipe: Annotated[str, typer.Option(help=f"{', '.join(PUBLISHED)}, or a YAML file.")],
-    data: Annotated[
-        Literal["mnist", "fashion-mnist", "digits"], typer.Option(help="What to retrain on, and to count errors on.")
+    model: Annotated[
+        Path,
+        typer.Argument(
+            help="A trained model: an exported program (.pt2), a .terse file, or a state dict (.pt, .safetensors)."
+        ),
     ],
-    network: Annotated[str, typer.Option(help="The zoo's network that a state dict belongs to.")] = "",
-    batch_size: Annotated[int, typer.Option(min=1, help="Images a step.")] = 128,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of held-out images and of training.")] = 0,
+    recipe: Annotated[
+        str, typer.Option(help=f"{', '.join(PUBLISHED)}, or a YAML file.", autocompletion=_complete_recipe)
+    ],
+    data: DataOption,
+    output: OutputArgument = None,
+    output_option: OutputOption = None,
+    network: NetworkOption = "",
+    budget: Annotated[
+        str, typer.Option(help="Most bytes of the file, such as 30000, 500kB, 1.5MB, or 20x for a 20th of it.")
+    ] = "",
+    max_drop: Annotated[
+        float | None,
+        typer.Option(min=0, max=100, help="Most percentage points by which the error on held-out examples may rise."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option(help="Say what would be done, and how large the file would be.")] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples a step.")] = 128,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of held-out examples and of training.")] = 0,
     coders: CodersOption = "smallest",
     folder: Annotated[
         Path | None,
-        typer.Option(help="Keep the state after each training here; a run that is stopped goes on from it."),
+        typer.Option(
+            help="Keep the state after each training here; a run that is stopped goes on from it. Without it, a folder "
+            "beside OUTPUT that goes when all is done."
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON instead of the table.")] = False,
 ) -> None:
-    """Prunes a model, shares its weights and stores it: Deep Compression by a recipe, with retraining."""
+    """Prunes a model, shares its weights and stores it: Deep Compression by a recipe, with retraining.
+
+    With --budget or --max-drop the recipe gives the trainings, and the sparsities are found. A run that is stopped goes
+    on where it was when the same command is given again.
+    """
+    target = target_of("compress", one_output(output, output_option))
     if recipe not in PUBLISHED and not Path(recipe).is_file():
         raise typer.BadParameter(f"--recipe must be one of {', '.join(PUBLISHED)} or a YAML file, got {recipe}")
+    plan = DeepCompressionRecipe.named(recipe) if recipe in PUBLISHED else DeepCompressionRecipe.from_yaml(recipe)
     compressed = read_model("compress", model, network)
-    loaded = zoo.load(data, seed=seed)
-    held_out = loaded.validation_images, loaded.validation_labels
-    errors = {"before": 100 * zoo.error_rate(compressed, *held_out)}
+    limited = bool(budget) or max_drop is not None
+    planned = plan_compression(compressed, plan, limited=limited)  # before hours of training, what is wrong is said
+    most = _bytes(budget, planned.dense_bytes) if budget else None
+    loaded = read_data("compress", data, seed)
+    if dry_run:
+        print(json.dumps(planned.to_dict(), indent=1) if as_json else _text(planned))
+        return
+    run = folder or target.with_suffix(".run")
     with Progress(console=Console(stderr=True)) as progress:
-        deep_compression(
+        record = run_compression(
             compressed,
-            recipe,
+            plan,
+            loaded,
             trainer(loaded, batch_size=batch_size, seed=seed, progress=progress),
-            steps_per_epoch=zoo.steps_per_epoch(len(loaded.train_images), batch_size),
-            path=output,
+            path=target,
+            budget=most,
+            max_drop=max_drop,
+            batch_size=batch_size,
             coders=coders,
-            folder=folder,
+            folder=run,
             progress=progress,
         )
-    errors["after"] = 100 * zoo.error_rate(compressed, *held_out)
-    inspection = storage.inspect(output)
+    if folder is None:
+        shutil.rmtree(run)
+    inspection = storage.inspect(target)
     if as_json:
-        print(json.dumps({"held_out_error_percent": errors, "file": inspection.to_dict()}, indent=1))
+        print(json.dumps({"file": inspection.to_dict(), **record.model_dump()}, indent=1))
         return
     print(inspection)
-    print(
-        f"error on {len(held_out[1]):,} held-out images: {errors['before']:.2f} % before, {errors['after']:.2f} % after"
+    print(_summary(record, target))
+
+
+def _bytes(text: str, dense: int) -> int:
+    """A number of bytes as a person types it.
+
+    Raises:
+        typer.BadParameter: it is none.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
+    if found is None or found[2] not in (*UNITS, "x") or float(found[1]) <= 0:
+        raise typer.BadParameter(
+            f"--budget must be a number of bytes, with kB, MB, KiB or MiB where wanted, or such as 20x, got {text}"
+        )
+    return int(dense / float(found[1])) if found[2] == "x" else int(float(found[1]) * UNITS[found[2]])
+
+
+def _summary(record: CompressionRecord, target: Path) -> str:
+    before, after = record.before, record.after
+    return (
+        f"error on {record.examples:,} held-out examples: {before.error_percent:.2f} % before, "
+        f"{after.error_percent:.2f} % after\n"
+        f"{target}: {after.file_bytes:,} bytes, {before.file_bytes / after.file_bytes:.1f} times smaller; its story is "
+        f"in {record_path(target).name}, and 'tersetorch report {target} -o report.html' draws it"
     )
+
+
+def _text(planned: CompressionPlan) -> str:
+    table = Table(title="What would be done", title_justify="left")
+    for heading in ("layer", "weights", "pruned", "bits"):
+        table.add_column(heading, justify="left" if heading == "layer" else "right")
+    for layer in planned.layers:
+        pruned = "found within the limits" if layer.sparsity is None else f"{100 * layer.sparsity:.4g} %"
+        table.add_row(layer.name, f"{layer.weights:,}", pruned, "" if layer.bits is None else str(layer.bits))
+    console = Console(no_color=True, width=120)
+    with console.capture() as captured:
+        console.print(table, markup=False)
+    size = "" if planned.file_bytes is None else f"about {planned.file_bytes:,} bytes, from "
+    return "\n".join([captured.get().rstrip(), *planned.trainings, f"{size}{planned.dense_bytes:,} bytes before"])

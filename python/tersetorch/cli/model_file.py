@@ -1,15 +1,34 @@
 """The file that a verb starts from."""
 
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import typer
 from rich.console import Console
 from rich.progress import Progress
 from safetensors.torch import load_file
+from torch import nn
 
 from tersetorch import storage, zoo
+from tersetorch.cli.importable import call_importable, is_importable
 from tersetorch.storage.importers.quantized import is_quantized_file
+
+SUFFIXES = (".terse", ".pt2", ".pt", ".pth", ".safetensors")
+
+
+def _complete_network(typed: str) -> list[str]:
+    return [name for name in zoo.NETWORKS if name.startswith(typed)]
+
+
+NetworkOption = Annotated[
+    str,
+    typer.Option(
+        help="Whose weights MODEL holds: a network of the zoo, a function of yours that gives the module, as "
+        "package.module:function, or the .pt2 file that MODEL came from.",
+        autocompletion=_complete_network,
+    ),
+]
 
 
 def file_bar() -> Progress:
@@ -18,8 +37,8 @@ def file_bar() -> Progress:
     return Progress(console=console, disable=not console.is_terminal)
 
 
-def read_model(verb: str, path: Path, network: str) -> torch.nn.Module:
-    """The model in a .terse file, or the zoo's network with a state dict's weights, in evaluation mode.
+def read_model(verb: str, path: Path, network: str) -> nn.Module:
+    """The model in a file, in evaluation mode: a .terse file, an exported program, or a network with a state dict.
 
     Raises:
         typer.BadParameter: path's name says something else, it is no regular file, or network is unknown.
@@ -28,15 +47,18 @@ def read_model(verb: str, path: Path, network: str) -> torch.nn.Module:
     """
     if path.exists() and not path.is_file():  # reading a pipe would wait for its writer
         raise typer.BadParameter(f"MODEL must be a regular file, got {path}")
+    if path.suffix not in SUFFIXES:
+        raise typer.BadParameter(f"MODEL must be a {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file, got {path}")
+    if path.suffix == ".pt2":
+        return storage.import_exported(path)
     if path.suffix == ".terse":
         with file_bar() as progress:
-            return storage.load(path, progress=progress)
-    if path.suffix not in (".pt", ".pth", ".safetensors"):
-        raise typer.BadParameter(f"MODEL must be a .terse, .pt, .pth or .safetensors file, got {path}")
-    if network not in zoo.NETWORKS:
-        got = network or "none"
-        raise typer.BadParameter(f"a state dict needs --network, one of {', '.join(zoo.NETWORKS)}, got {got}")
-    model = zoo.NETWORKS[network]()
+            return storage.load(path, model=_network(verb, network) if network else None, progress=progress)
+    if not network:
+        raise typer.BadParameter(
+            f"a state dict needs --network: one of {', '.join(zoo.NETWORKS)}, or package.module:function, got none"
+        )
+    model = _network(verb, network)
     if path.suffix == ".safetensors" and is_quantized_file(path):
         return storage.import_quantized(path, model).eval()
     try:
@@ -54,3 +76,18 @@ def read_model(verb: str, path: Path, network: str) -> torch.nn.Module:
             "write it with torch.save(model.state_dict(), path)"
         ) from error
     return model.eval()
+
+
+def _network(verb: str, name: str) -> nn.Module:
+    if name in zoo.NETWORKS:
+        return zoo.NETWORKS[name]()
+    if name.endswith(".pt2"):
+        return storage.import_exported(name)
+    if not is_importable(name):
+        raise typer.BadParameter(
+            f"--network must be one of {', '.join(zoo.NETWORKS)}, package.module:function or a .pt2 file, got {name}"
+        )
+    model = call_importable(verb, "--network", name)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{verb}: --network must give an nn.Module, got {type(model).__name__}; return the module")
+    return model

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -21,6 +22,9 @@ from tersetorch.recipes.run_folder import RunFolder, fingerprint
 from tersetorch.storage import save
 from tersetorch.storage.arguments import target_of
 from tersetorch.storage.streams import CODERS
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Bits = Annotated[int, Field(ge=1, le=8)]
@@ -171,10 +175,7 @@ class DeepCompressionRecipe(_Plan):
         try:
             return cls.model_validate(plan)
         except ValidationError as error:
-            wrong = "; ".join(
-                f"{'.'.join(map(str, problem['loc'])) or 'recipe'}: {problem['msg']}, got {problem['input']!r}"
-                for problem in error.errors()
-            )
+            wrong = "; ".join(_problem(cls, problem) for problem in error.errors())
             raise ValueError(
                 f"DeepCompressionRecipe: recipe must have valid fields, got {wrong}; mend them there"
             ) from error
@@ -182,6 +183,31 @@ class DeepCompressionRecipe(_Plan):
     def to_yaml(self) -> str:
         """The recipe as YAML that from_yaml reads back."""
         return yaml.safe_dump(self.model_dump(exclude_none=True), sort_keys=False)
+
+
+def _problem(recipe: type[BaseModel], problem: ErrorDetails) -> str:
+    """What is wrong with a recipe's field, in words; a name that is no field gets the ones that are."""
+    where = ".".join(map(str, problem["loc"])) or "recipe"
+    if problem["type"] == "missing":
+        return f"{where}: {problem['msg']}"
+    if problem["type"] != "extra_forbidden":
+        return f"{where}: {problem['msg']}, got {problem['input']!r}"
+    fields = _fields(recipe, problem["loc"][:-1])
+    near = difflib.get_close_matches(str(problem["loc"][-1]), fields, n=1)
+    meant = f" (did you mean {near[0]}?)" if near else ""
+    return f"{where}, where only {', '.join(fields)} may stand{meant}"
+
+
+def _fields(recipe: type[BaseModel], path: Sequence[int | str]) -> list[str]:
+    """The names of the fields that a part of a recipe has."""
+    for name in path:
+        field = recipe.model_fields.get(str(name))
+        kinds = [] if field is None else [field.annotation, *get_args(field.annotation)]
+        inner = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        if not inner:
+            return []
+        recipe = inner[0]
+    return list(recipe.model_fields)
 
 
 @dataclass(frozen=True)
@@ -315,11 +341,11 @@ def _check(
     check_choice("deep_compression", "coders", coders, CODERS)
     if path is not None:  # looked at now, since the file comes last, after hours of training maybe
         target_of("deep_compression", path)
-    layers = []
+    layers: list[str] = []
     if plan.prune is not None:
-        layers += _layers(model, "recipe.prune.sparsity", plan.prune.sparsity)
+        layers += layer_values(model, "recipe.prune.sparsity", plan.prune.sparsity)
     if plan.share is not None:
-        layers += _layers(model, "recipe.share.bits", plan.share.bits)
+        layers += layer_values(model, "recipe.share.bits", plan.share.bits)
     return plan, list(dict.fromkeys(layers))
 
 
@@ -343,10 +369,15 @@ def _plan(recipe: DeepCompressionRecipe | Mapping[str, Any] | str | os.PathLike[
     )
 
 
-def _layers(model: nn.Module, name: str, values: float | dict[str, float] | dict[str, int]) -> list[str]:
+def layer_values(model: nn.Module, name: str, values: Value | dict[str, Value]) -> dict[str, Value]:
+    """For each layer that a recipe's field names, its value.
+
+    Raises:
+        ValueError: a pattern matches no layer.
+    """
     if isinstance(values, dict):
-        return [target.name for target, _ in assign("deep_compression", name, model, {**values}, None)]
-    return [target.name for target in select("deep_compression", model, None, None)]
+        return {target.name: value for target, value in assign("deep_compression", name, model, {**values}, None)}
+    return {target.name: values for target in select("deep_compression", model, None, None)}
 
 
 def _resume(model: nn.Module, plan: DeepCompressionRecipe, run: RunFolder, layers: list[str], steps: int) -> int:
@@ -394,7 +425,7 @@ def _prune_round(model: nn.Module, plan: PruneStage, train: Train, index: int, r
 
 def _prune_while_training(model: nn.Module, plan: PruneStage, train: Train, steps: int) -> None:
     pruner = prune.GradualPruner(
-        model, sparsity=_by_pattern(plan.sparsity), begin_step=0, end_step=steps, frequency=plan.frequency
+        model, sparsity=by_pattern(plan.sparsity), begin_step=0, end_step=steps, frequency=plan.frequency
     )
     taken = 0
 
@@ -415,11 +446,11 @@ def _prune_while_training(model: nn.Module, plan: PruneStage, train: Train, step
 
 
 def _share(model: nn.Module, plan: ShareStage, train: Train) -> None:
-    quantize.kmeans(model, _by_pattern(plan.bits), init=plan.init)
+    quantize.kmeans(model, by_pattern(plan.bits), init=plan.init)
     train(model, _stage("share", plan.train))
 
 
-def _by_pattern(values: Value | dict[str, Value]) -> Value | dict[Pattern, Value]:
+def by_pattern(values: Value | dict[str, Value]) -> Value | dict[Pattern, Value]:
     """The same with keys of the type that methods take, which may be module types too."""
     return {pattern: value for pattern, value in values.items()} if isinstance(values, dict) else values
 

@@ -1,0 +1,23 @@
+"""The file that a verb writes: told as an argument or as --output."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+OutputArgument = Annotated[Path | None, typer.Argument(help="The .terse file to write.", metavar="OUTPUT")]
+OutputOption = Annotated[Path | None, typer.Option("--output", "-o", help="The same, by name.")]
+
+
+def one_output(argument: Path | None, option: Path | None) -> Path:
+    """The one that was given.
+
+    Raises:
+        typer.BadParameter: none or both were.
+    """
+    found = [path for path in (argument, option) if path is not None]
+    if len(found) != 1:
+        raise typer.BadParameter(
+            f"the file to write must come once, as OUTPUT or --output, got {' and '.join(map(str, found)) or 'none'}"
+        )
+    return found[0]

@@ -1,0 +1,82 @@
+"""tersetorch report FILE."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from torch import nn
+
+from tersetorch import conversion, costs, storage
+from tersetorch._native import cpu_active
+from tersetorch.bench import rates
+from tersetorch.cli.model_file import NetworkOption, read_model
+from tersetorch.cli.shape import parse_shape
+from tersetorch.recipes.compression_record import CompressionRecord, record_path
+from tersetorch.reports.page import Measurements, Rates, build_page
+
+L2 = 2**20
+
+
+def report(
+    file: Annotated[Path, typer.Argument(help="A .terse file.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The page to write, such as report.html.")],
+    input_shape: Annotated[
+        str,
+        typer.Option(help="Shape of one input, such as 1x784: measures time and energy on it.", metavar="NxM..."),
+    ] = "",
+    network: NetworkOption = "",
+    record: Annotated[
+        Path | None,
+        typer.Option(help="What 'tersetorch compress' left; FILE's own, beside it, where there is one."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what the page shows as JSON too.")] = False,
+) -> None:
+    """Writes one page of HTML about a file: size, accuracy, time and energy, before and after, layer by layer."""
+    console = Console(stderr=True)
+    if not output.parent.is_dir():
+        raise typer.BadParameter(f"--output must lie in a folder that exists, got {output}")
+    inspection = storage.inspect(file)
+    found = record or record_path(file)
+    story = CompressionRecord.read(found) if record is not None or found.exists() else None
+    measured = None
+    if input_shape:
+        example = torch.randn(parse_shape(input_shape), generator=torch.Generator().manual_seed(0))
+        model = read_model("report", file, network)
+        with console.status("measuring each layer"):
+            measured = measure(model, example)
+    partial = output.with_name(output.name + ".partial")
+    partial.write_text(build_page(inspection, measured=measured, record=story), encoding="utf-8")
+    partial.replace(output)
+    if as_json:
+        plain = {
+            "page": str(output),
+            "file": inspection.to_dict(),
+            "record": None if story is None else story.model_dump(),
+            "conversion": None if measured is None else measured.conversion.to_dict(),
+            "picojoules": None
+            if measured is None
+            else {"before": measured.energy_before.total, "after": measured.energy_after.total},
+        }
+        print(json.dumps(plain, indent=1))
+    console.print(f"{output}: {output.stat().st_size:,} bytes", markup=False, highlight=False)
+
+
+def measure(model: nn.Module, example: torch.Tensor) -> Measurements:
+    """Times and counts the model that runs fastest here, beside its dense form, and the machine."""
+    fast = conversion.convert(model, example)
+    found = conversion.report(fast)
+    dense = conversion.convert(model, plan={layer.name: "dense" for layer in found.layers})
+    threads = torch.get_num_threads()
+    machine = rates.measure(threads, quick=True)
+    reached = machine.arithmetic[cpu_active()]
+    arithmetic = {mode: reached[mode] for mode in ("float32", "int8") if mode in reached}
+    return Measurements(
+        input_shape=tuple(example.shape),
+        conversion=found,
+        energy_before=costs.energy(dense, example),
+        energy_after=costs.energy(fast, example),
+        rates=Rates(arithmetic, {"L2": machine.read(L2), "memory": machine.memory}, threads),
+    )

@@ -1,0 +1,358 @@
+"""A whole compression: what is measured before, a recipe or a search within limits, the file, and its record."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.progress import Progress
+from torch import nn
+
+from tersetorch.methods import finalize, prune, quantize
+from tersetorch.methods.arguments import check_choice, check_int, check_number
+from tersetorch.methods.parametrization import release_graphs
+from tersetorch.methods.selection import select
+from tersetorch.recipes.bits import share_to_budget
+from tersetorch.recipes.budget import prune_to_budget
+from tersetorch.recipes.compression_record import CompressionRecord, Point, SensitivityCurves, record_path
+from tersetorch.recipes.cost_curves import file_bytes
+from tersetorch.recipes.deep_compression import (
+    DeepCompressionRecipe,
+    Stage,
+    Train,
+    by_pattern,
+    deep_compression,
+    layer_values,
+)
+from tersetorch.recipes.run_folder import RunFolder, fingerprint
+from tersetorch.storage import save
+from tersetorch.storage.arguments import target_of
+from tersetorch.storage.streams import CODERS
+from tersetorch.zoo import Dataset, error_rate, steps_per_epoch
+
+WHERE = "compress"
+MAX_BITS = 8
+ATTEMPTS = 4
+# A sparsity at which shared weights' bytes are compared with plain ones', to split a budget between the two stages.
+TYPICAL_SPARSITY = 0.8
+
+
+@dataclass(frozen=True)
+class PlannedLayer:
+    """What a recipe does to a layer.
+
+    Attributes:
+        name: its path.
+        weights: how many it has.
+        sparsity: part that is pruned in the end; None where limits decide.
+        bits: of its shared weights; None where they are not shared.
+    """
+
+    name: str
+    weights: int
+    sparsity: float | None
+    bits: int | None
+
+
+@dataclass(frozen=True)
+class CompressionPlan:
+    """What compress would do.
+
+    Attributes:
+        layers: all that it would change.
+        trainings: words for each training, in order.
+        dense_bytes: of the file that tersetorch.save writes of the model as it is.
+        file_bytes: of the model pruned and shared without training, near what training leaves; None where limits
+            decide.
+    """
+
+    layers: tuple[PlannedLayer, ...]
+    trainings: tuple[str, ...]
+    dense_bytes: int
+    file_bytes: int | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for json.dumps."""
+        return {**vars(self), "layers": [vars(layer) for layer in self.layers]}
+
+
+def plan_compression(model: nn.Module, recipe: DeepCompressionRecipe, *, limited: bool = False) -> CompressionPlan:
+    """What compress would do, without training: a copy is pruned and shared to see the file's size.
+
+    Args:
+        model: it is not changed.
+        recipe: the plan.
+        limited: a budget or a largest drop decides the sparsities.
+
+    Raises:
+        ValueError: a pattern of the recipe matches no layer.
+    """
+    release_graphs(model)
+    sparsities = {} if recipe.prune is None else layer_values(model, "recipe.prune.sparsity", recipe.prune.sparsity)
+    bits = {} if recipe.share is None else layer_values(model, "recipe.share.bits", recipe.share.bits)
+    targets = {target.name: target for target in select(WHERE, model, None, None)}
+    layers = tuple(
+        PlannedLayer(name, target.weight.numel(), None if limited else sparsities.get(name, 0.0), bits.get(name))
+        for name, target in targets.items()
+        if limited or name in sparsities or name in bits
+    )
+    trainings = []
+    if recipe.prune is not None:
+        rounds, epochs = recipe.prune.rounds or 1, recipe.prune.train.epochs
+        trainings += [f"prune and retrain, {_count(epochs, 'epoch')}"] * (1 if limited else rounds)
+        if limited:
+            trainings[-1] += ", for each trial"
+    if recipe.share is not None:
+        trainings.append(f"share weights and train the shared values, {_count(recipe.share.train.epochs, 'epoch')}")
+    size = None
+    if not limited:
+        tried = copy.deepcopy(model)
+        if recipe.prune is not None:
+            prune.magnitude(tried, by_pattern(recipe.prune.sparsity))
+        if recipe.share is not None:
+            quantize.kmeans(tried, by_pattern(recipe.share.bits), init=recipe.share.init)
+        size = int(file_bytes(finalize(tried)).whole)
+    return CompressionPlan(layers, tuple(trainings), int(file_bytes(model).whole), size)
+
+
+def compress(
+    model: nn.Module,
+    recipe: DeepCompressionRecipe,
+    data: Dataset,
+    train: Train,
+    *,
+    path: str | os.PathLike[str],
+    budget: int | None = None,
+    max_drop: float | None = None,
+    batch_size: int = 128,
+    coders: Literal["smallest", "fast"] = "smallest",
+    folder: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> CompressionRecord:
+    """Compresses model in place by a recipe, stores it at path, and its record beside it.
+
+    Without limits this is deep_compression, with the errors and sizes of the models on the way. With a budget or a
+    largest drop, recipe.prune.sparsity is not followed: prune_to_budget finds the sparsities, with the trainings of the
+    recipe, and the bits of recipe.share are raised (at most to 8) while the drop is too large, or chosen by
+    share_to_budget within the budget. Nothing is written where the limits cannot be kept.
+
+    Args:
+        model: a trained network that gives logits.
+        recipe: the plan.
+        data: train_images are for train; errors are counted on validation_images, which nobody trains on.
+        train: as in deep_compression.
+        path: the .terse file. The record goes to the same name with the suffix .record.json.
+        budget: most bytes of the file.
+        max_drop: most percentage points by which the error on held-out images may rise.
+        batch_size: images a step of train.
+        coders: of the file, as tersetorch.save takes it.
+        folder: where states are kept: the same call goes on from there after an interruption. Made where it is
+            missing.
+        progress: bars are added to it.
+
+    Raises:
+        TypeError: an argument has another type.
+        ValueError: an argument is out of range, the limits cannot be kept, or as deep_compression and prune_to_budget.
+    """
+    check_choice(WHERE, "coders", coders, CODERS)
+    if budget is not None:
+        check_int(WHERE, "budget", budget, 1)
+    if max_drop is not None:
+        check_number(WHERE, "max_drop", max_drop, 0, 100)
+    target = target_of(WHERE, path)
+    started = time.monotonic()
+
+    def error(tried: nn.Module) -> float:
+        return 100 * error_rate(tried, data.validation_images, data.validation_labels)
+
+    def point(label: str, tried: nn.Module) -> Point:
+        release_graphs(tried)
+        whole = file_bytes(finalize(copy.deepcopy(tried))).whole
+        return Point(label=label, file_bytes=int(whole), error_percent=error(tried))
+
+    kept = None if folder is None else Path(folder)
+    settings = {"weights": fingerprint(model), "budget": budget, "max_drop": max_drop, "recipe": recipe.model_dump()}
+    run = RunFolder(WHERE, kept, settings, points=[], before=None)
+    if run.record["before"] is None:
+        run.store(before=point("as it came", model).model_dump())
+    before = Point(**run.record["before"])
+    inner = None if kept is None else kept / "steps"
+
+    def note(label: str, tried: nn.Module) -> Point:
+        """Stores a model on the way; one that a resumed run meets again replaces itself."""
+        found = point(label, tried)
+        others = [old for old in run.record["points"] if old["label"] != label]
+        run.store(points=[*others, found.model_dump()])
+        return found
+
+    sensitivity = None
+    if budget is None and max_drop is None:
+
+        def trained(tried: nn.Module, stage: Stage) -> None:
+            train(tried, stage)
+            if stage.round == stage.rounds:
+                note("pruned" if stage.name == "prune" else "shared", tried)
+
+        steps = steps_per_epoch(len(data.train_images), batch_size)
+        deep_compression(model, recipe, trained, steps_per_epoch=steps, folder=inner, progress=progress)
+    else:
+        limits = _Limits(model, recipe, train, error, note, before, budget, max_drop, inner, progress)
+        sensitivity = limits.search()
+    finalize(model)
+    save(model, target, coders=coders, progress=progress)
+    after = Point(label="in the file", file_bytes=target.stat().st_size, error_percent=error(model))
+    record = CompressionRecord(
+        data=data.name,
+        examples=len(data.validation_labels),
+        before=before,
+        after=after,
+        points=[Point(**old) for old in run.record["points"]],
+        sensitivity=sensitivity,
+        recipe=recipe.model_dump(exclude_none=True),
+        seconds=time.monotonic() - started,
+    )
+    record.write(record_path(target))
+    return record
+
+
+class _Limits:
+    """The search for sparsities and bits that keep a budget and a largest drop."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: DeepCompressionRecipe,
+        train: Train,
+        error: Callable[[nn.Module], float],
+        note: Callable[[str, nn.Module], Point],
+        before: Point,
+        budget: int | None,
+        max_drop: float | None,
+        folder: Path | None,
+        progress: Progress | None,
+    ) -> None:
+        self.model, self.recipe, self.train, self.error, self.note = model, recipe, train, error, note
+        self.before, self.budget, self.folder, self.progress = before, budget, folder, progress
+        self.max_drop = 100.0 if max_drop is None else max_drop
+        if recipe.prune is None:
+            raise ValueError(
+                f"{WHERE}: recipe must have a stage prune where budget or max_drop is given, got none; add its training"
+            )
+        self.prune = recipe.prune
+
+    def search(self) -> SensitivityCurves | None:
+        """Leaves model within the limits; what each layer loses at each sparsity."""
+        # Sharing needs a part of what may be lost.
+        part = 1.0 if self.recipe.share is None else 0.5
+        pruned_budget = self._pruned_budget()
+        try:
+            found = prune_to_budget(
+                self.model,
+                lambda tried: 100 - self.error(tried),
+                max_drop=part * self.max_drop,
+                budget=pruned_budget,
+                retrain=self._retrain,
+                folder=self.folder,
+                progress=self.progress,
+            )
+        except ValueError as error:
+            if pruned_budget == self.budget or "budget must" not in str(error):
+                raise
+            raise ValueError(
+                f"{WHERE}: budget must have room for the layers at their sparsest, shared, got {self.budget} bytes, "
+                f"which is about {pruned_budget} before sharing ({error}); raise it"
+            ) from error
+        trials = found.trials
+        if found.sparsities is None:
+            best = max(trials, key=lambda trial: trial.score)
+            raise ValueError(
+                f"{WHERE}: the error must not rise by more than {self.max_drop:g} points, got "
+                f"{best.score:.2f} % right of {found.baseline:.2f} % at the best of {_count(len(trials), 'trial')}; "
+                "allow a larger drop or budget, or train longer"
+            )
+        if self.prune.dropout_rule:
+            prune.rescale_dropout(self.model)
+        self._keeps(self.note("pruned", self.model), share=self.recipe.share is not None)
+        if self.recipe.share is not None:
+            self._share()
+        return SensitivityCurves(
+            baseline=self.before.error_percent,
+            layers={
+                name: [(sparsity, 100 - found.baseline + loss) for sparsity, loss in sorted(curve.items())]
+                for name, curve in found.losses.items()
+            },
+        )
+
+    def _retrain(self, tried: nn.Module) -> None:
+        if self.prune.dropout_rule:
+            prune.rescale_dropout(tried)
+        self.train(tried, Stage("prune", 1, 1, self.prune.train, lambda: None))
+
+    def _pruned_budget(self) -> int | None:
+        """Bytes that the pruned file may take so that the shared one can keep the budget."""
+        if self.budget is None or self.recipe.share is None:
+            return self.budget
+        release_graphs(self.model)
+        tried = prune.magnitude(copy.deepcopy(self.model), TYPICAL_SPARSITY)
+        pruned = file_bytes(finalize(copy.deepcopy(tried))).whole
+        quantize.kmeans(tried, by_pattern(self.recipe.share.bits), init=self.recipe.share.init)
+        return math.floor(self.budget * pruned / file_bytes(finalize(tried)).whole)
+
+    def _share(self) -> None:
+        """Shares at the recipe's bits, or more of them, or at what the budget pays."""
+        assert self.recipe.share is not None
+        pruned = copy.deepcopy(self.model.state_dict())
+        release_graphs(self.model)
+        plain = copy.deepcopy(self.model)
+        limit = self.budget
+        reached = ""
+        asked = layer_values(plain, "recipe.share.bits", self.recipe.share.bits)
+        for attempt in range(ATTEMPTS if limit is not None else MAX_BITS):
+            tried = copy.deepcopy(plain)
+            if limit is None:
+                widths = {name: min(width + attempt, MAX_BITS) for name, width in asked.items()}
+                quantize.kmeans(tried, {**widths}, init=self.recipe.share.init)
+            else:
+                widths = share_to_budget(tried, nbytes=limit, targets=list(asked), progress=self.progress).bits
+            self.train(tried, Stage("share", 1, 1, self.recipe.share.train, lambda: None))
+            point = self.note("shared", tried)
+            if self._fits(point):
+                self.model.load_state_dict(pruned)
+                quantize.kmeans(self.model, {**widths}, init=self.recipe.share.init)
+                self.model.load_state_dict(tried.state_dict())
+                return
+            reached = f"{point.error_percent:.2f} % and {point.file_bytes} bytes"
+            if limit is not None and self.budget is not None:
+                if point.file_bytes <= self.budget:
+                    break  # the drop is too large, and fewer bytes do not help
+                limit -= point.file_bytes - self.budget
+            elif min(widths.values()) == MAX_BITS:
+                break
+        raise ValueError(
+            f"{WHERE}: the file must keep {self._words()}, got {reached} at the best; allow more, or train longer"
+        )
+
+    def _fits(self, point: Point) -> bool:
+        small = self.budget is None or point.file_bytes <= self.budget
+        return small and point.error_percent <= self.before.error_percent + self.max_drop
+
+    def _keeps(self, point: Point, share: bool) -> None:
+        if not share and not self._fits(point):
+            raise ValueError(
+                f"{WHERE}: the file must keep {self._words()}, got {point.error_percent:.2f} % and "
+                f"{point.file_bytes} bytes; allow more, or train longer"
+            )
+
+    def _words(self) -> str:
+        error = f"an error of at most {self.before.error_percent + self.max_drop:.2f} %"
+        return error if self.budget is None else f"{error} and {self.budget} bytes"
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number} {word}{'' if number == 1 else 's'}"

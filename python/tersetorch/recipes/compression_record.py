@@ -1,0 +1,96 @@
+"""What a compression leaves beside its file: figures that the file itself does not hold, for the report."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+SUFFIX = ".record.json"
+Count = Annotated[int, Field(ge=0)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Point(_Part):
+    """A model on the way: what its file takes, and what it gets wrong.
+
+    Attributes:
+        label: such as "dense" or "80 % pruned".
+        file_bytes: of the file that tersetorch.save writes of it.
+        error_percent: of the images that were held out.
+    """
+
+    label: str
+    file_bytes: Count
+    error_percent: float
+
+
+class SensitivityCurves(_Part):
+    """One layer pruned at a time.
+
+    Attributes:
+        baseline: error of the model as it came, in percent.
+        layers: for each layer, (part pruned, error in percent) by rising part.
+    """
+
+    baseline: float
+    layers: dict[str, list[tuple[float, float]]]
+
+
+class CompressionRecord(_Part):
+    """How a file came to be.
+
+    Attributes:
+        data: what was trained and counted on, such as "mnist".
+        examples: how many were held out to count errors on.
+        before: the model as it came.
+        after: the model in the file.
+        points: the ones between, in the order they came.
+        sensitivity: where it was measured.
+        recipe: the plan that was followed, as plain data.
+        seconds: that all of it took; of the last run only, where it went on from an earlier one.
+    """
+
+    format: Literal[1] = 1
+    data: str
+    examples: Count
+    before: Point
+    after: Point
+    points: list[Point] = []
+    sensitivity: SensitivityCurves | None = None
+    recipe: dict[str, Any] = {}
+    seconds: float = 0.0
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Writes it as JSON; the file is whole at any time."""
+        partial = Path(f"{os.fspath(path)}.partial")
+        partial.write_text(self.model_dump_json(indent=1), encoding="utf-8")
+        partial.replace(path)
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> Self:
+        """The record that write left.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it holds something else.
+        """
+        try:
+            return cls.model_validate_json(Path(path).read_bytes())
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "the file"
+            raise ValueError(
+                f"CompressionRecord: {os.fspath(path)} must be what 'tersetorch compress' writes beside its file, got "
+                f"another at {where} ({first['msg']}); delete it, or name the right one"
+            ) from error
+
+
+def record_path(file: str | os.PathLike[str]) -> Path:
+    """Where the record of a .terse file lies: beside it."""
+    return Path(file).with_suffix(SUFFIX)

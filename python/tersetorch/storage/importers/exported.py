@@ -1,0 +1,195 @@
+"""Exported programs (.pt2), as modules whose layers methods and convert can find."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from tersetorch.storage.arguments import path_of
+
+WHERE = "import_exported"
+_CONVOLUTIONS: dict[Any, Any] = {
+    torch.ops.aten.conv1d.default: nn.Conv1d,
+    torch.ops.aten.conv1d.padding: nn.Conv1d,
+    torch.ops.aten.conv2d.default: nn.Conv2d,
+    torch.ops.aten.conv2d.padding: nn.Conv2d,
+}
+
+
+def import_exported(path: str | PathLike[str]) -> nn.Module:
+    """The program that torch.export.save wrote, with plain layers in place of the calls that use their weights.
+
+    An exported program is a list of operations: nothing in it is an nn.Linear that could be pruned, shared or moved to
+    another kernel. Here aten.linear, aten.conv1d, aten.conv2d and aten.embedding, whose weight is a parameter of the
+    program under a name that ends in ".weight" and which no other operation uses, become nn.Linear, nn.Conv1d,
+    nn.Conv2d and nn.Embedding at that name; everything else stays as it was exported, dropout and batch norm in the
+    mode that they had then. State dict names are the program's.
+
+    torch.export.load would unpickle what it finds in such a file, and so could run code from it. A file with pickled
+    weights, constants or objects is refused here, and so is one whose example inputs are more than tensors and numbers.
+
+    Args:
+        path: of the .pt2 file.
+
+    Returns:
+        A module that computes what the program computes, for inputs that the program was exported for.
+
+    Raises:
+        TypeError: path is no path.
+        ValueError: the file holds no exported program, more than one, or pickled objects.
+        FileNotFoundError: there is no such file.
+    """
+    file = path_of(WHERE, path)
+    _check_archive(file)
+    try:
+        program = torch.export.load(file)
+        module = program.module(check_guards=False)
+    except Exception as error:  # whatever torch makes of a file that holds something else
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{WHERE}: path must hold an exported program, got {file} ({type(error).__name__}: {reason}); write it "
+            "with torch.export.save"
+        ) from error
+    # A module of its own: that of a program refuses train().
+    plain = fx.GraphModule(module, module.graph)
+    _name_layers(plain)
+    return plain.eval()
+
+
+def _check_archive(path: PathLike[str]) -> None:
+    def refuse(came: str) -> None:
+        raise ValueError(
+            f"{WHERE}: path must hold one exported program without pickled objects, got {path} with {came}; write it "
+            "with torch.export.save, from a model of plain tensors"
+        )
+
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+            if len(set(names)) != len(names):
+                refuse("a name that comes twice")
+            inside = [name.partition("/")[2] for name in names]
+            models = [name for name in inside if name.startswith("models/") and name.endswith(".json")]
+            if len(models) != 1:
+                refuse(f"{len(models)} programs")
+            for name in names:
+                kind = name.partition("/")[2]
+                if kind.startswith("data/") and kind.endswith("_config.json"):
+                    if _pickles(json.loads(archive.read(name))):
+                        refuse("pickled tensors or objects")
+                elif kind.startswith("data/sample_inputs/"):
+                    # torch.export.load would fall back to unpickling anything where this fails.
+                    torch.load(io.BytesIO(archive.read(name)), weights_only=True)
+                elif kind.startswith("data/aotinductor"):
+                    refuse("compiled code")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{WHERE}: path must exist, got {path}; pass a file that does") from None
+    except zipfile.BadZipFile:
+        refuse("no archive in it")
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError):
+        refuse("a table of weights that cannot be read")
+    except Exception as error:
+        if isinstance(error, ValueError) and str(error).startswith(WHERE):
+            raise
+        refuse("example inputs that are more than tensors")
+
+
+def _pickles(config: Any) -> bool:
+    """Whether a table of weights or constants names one that torch would unpickle, or an object of a class."""
+    return any(
+        part["use_pickle"] is not False or not part["path_name"].startswith(("weight_", "tensor_"))
+        for part in config["config"].values()
+    )
+
+
+def _name_layers(module: fx.GraphModule) -> None:
+    graph = module.graph
+    for node in list(graph.nodes):
+        built = _layer(module, node)
+        if built is None:
+            continue
+        path, layer, x = built
+        layer.train(module.training)
+        _put(module, path, layer)
+        with graph.inserting_before(node):
+            call = graph.call_module(path, (x,))
+        call.meta = dict(node.meta)
+        node.replace_all_uses_with(call)
+        graph.erase_node(node)
+    for node in reversed(graph.nodes):
+        if node.op == "get_attr" and not node.users:
+            graph.erase_node(node)
+    module.recompile()
+
+
+def _layer(module: fx.GraphModule, node: fx.Node) -> tuple[str, nn.Module, fx.Node] | None:
+    """The name, layer and input that stand for a call; None where the call is not that of a layer."""
+    if node.op != "call_function":
+        return None
+    names = [argument.name for argument in node.target._schema.arguments] if hasattr(node.target, "_schema") else []
+    given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    weight, bias = given.get("weight"), given.get("bias")
+    path = _parameter(weight, ".weight")
+    if path is None or not isinstance(module.get_parameter(f"{path}.weight"), nn.Parameter):
+        return None
+    held = module.get_submodule(path)
+    if bias is not None and _parameter(bias, ".bias") != path:
+        return None
+    left = {name for name, _ in held.named_parameters()} - ({"weight"} if bias is None else {"weight", "bias"})
+    if left or any(True for _ in held.children()) or any(True for _ in held.buffers()):
+        return None
+    values = module.get_parameter(f"{path}.weight")
+    x = given.get("indices") if node.target is torch.ops.aten.embedding.default else given.get("input")
+    layer = _build(node.target, given, values)
+    if layer is None or not isinstance(x, fx.Node):
+        return None
+    layer.weight = values
+    if bias is not None:
+        layer.bias = module.get_parameter(f"{path}.bias")
+    return path, layer, x
+
+
+def _build(target: Any, given: dict[str, Any], weight: Tensor) -> nn.Module | None:
+    bias = given.get("bias") is not None
+    with torch.device("meta"):
+        if target is torch.ops.aten.linear.default and weight.ndim == 2:
+            return nn.Linear(weight.shape[1], weight.shape[0], bias=bias)
+        if target is torch.ops.aten.embedding.default:
+            if given.get("scale_grad_by_freq") or given.get("sparse"):
+                return None
+            padding = given.get("padding_idx", -1)
+            return nn.Embedding(weight.shape[0], weight.shape[1], padding_idx=None if padding == -1 else padding)
+        if target in _CONVOLUTIONS:
+            groups, size = given.get("groups", 1), weight.shape[2:]
+            whole: dict[str, Any] = {
+                name: tuple(given[name]) if isinstance(given[name], list | tuple) else given[name]
+                for name in ("stride", "padding", "dilation")
+                if name in given
+            }
+            for name, value in whole.items():
+                if isinstance(value, tuple) and len(value) == 1:
+                    whole[name] = value * len(size)
+            layer: nn.Module = _CONVOLUTIONS[target](
+                weight.shape[1] * groups, weight.shape[0], tuple(size), groups=groups, bias=bias, **whole
+            )
+            return layer
+    return None
+
+
+def _parameter(node: Any, suffix: str) -> str | None:
+    """The path before suffix of a parameter that one call alone uses."""
+    if not isinstance(node, fx.Node) or node.op != "get_attr" or len(node.users) != 1:
+        return None
+    target = str(node.target)
+    return target.removesuffix(suffix) if target.endswith(suffix) else None
+
+
+def _put(module: nn.Module, path: str, layer: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(module.get_submodule(parent), name, layer)

@@ -1,0 +1,191 @@
+import json
+import os
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+
+import tersetorch as tt
+from tersetorch.cli.data_source import _complete_data
+from tersetorch.cli.model_file import _complete_network
+from tersetorch.recipes.compression_record import CompressionRecord
+
+RECIPE = """
+prune: {sparsity: {fc1: 0.8, fc2: 0.7}, rounds: 1, train: {epochs: 8, lr: 0.1}}
+share: {bits: {"fc*": 4}, train: {epochs: 1, lr: 0.001, optimizer: adam}}
+"""
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    """A folder with a trained network in every form that compress takes, its recipe and its data."""
+    monkeypatch.chdir(tmp_path)
+    digits = tt.zoo.load("digits")
+    network = tt.zoo.LeNet300100(64)
+    tt.zoo.fit(network, digits.train_images, digits.train_labels, epochs=4, batch_size=32)
+    tt.save(network, "dense.terse")
+    torch.save(network.state_dict(), "dense.pt")
+    np.savez("digits.npz", images=(255 * digits.train_images).byte().numpy(), labels=digits.train_labels.numpy())
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    (tmp_path / "my_code.py").write_text(
+        "import tersetorch as tt\n\ndef network():\n    return tt.zoo.LeNet300100(64)\n\n"
+        "def data():\n    return tt.zoo.load('digits')\n\ndef broken():\n    raise RuntimeError('no disk')\n"
+    )
+    return tmp_path
+
+
+BASE = ("--recipe", "recipe.yaml", "--data", "digits", "--batch-size", "32", "-o", "small.terse")
+
+
+def test_compress_prunes_shares_and_stores(tersetorch, files):
+    done = tersetorch("compress", "dense.terse", *BASE, "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["file"] == tt.inspect(files / "small.terse").to_dict()
+    small = tt.load("small.terse")
+    assert small.fc1.weight.count_nonzero() == round(0.2 * 300 * 64) and small.fc1.weight.unique().numel() == 16
+    record = CompressionRecord.read("small.record.json")
+    assert {key: found[key] for key in record.model_dump()} == json.loads(record.model_dump_json())
+    assert [point.label for point in record.points] == ["pruned", "shared"]
+    data = tt.zoo.load("digits")
+    assert record.after.error_percent == 100 * tt.zoo.error_rate(small, data.validation_images, data.validation_labels)
+    assert record.after.file_bytes == found["file"]["file_bytes"] < record.before.file_bytes / 10
+    assert not (files / "small.run").exists()
+
+
+@pytest.mark.parametrize(
+    "model,more",
+    [
+        ("dense.pt", ("--network", "my_code:network")),
+        ("dense.pt2", ()),
+        ("dense.terse", ("--data", "digits.npz")),
+        ("dense.terse", ("--data", "my_code:data")),
+    ],
+)
+def test_compress_takes_models_and_data_of_the_users_own(tersetorch, files, model, more):
+    if model.endswith(".pt2"):
+        batch = torch.export.Dim("batch")
+        network, example = tt.load("dense.terse"), (torch.rand(3, 1, 8, 8),)
+        torch.export.save(torch.export.export(network, example, dynamic_shapes=({0: batch},)), model)
+    done = tersetorch("compress", model, *BASE, *more)
+    assert done.returncode == 0, done.stderr
+    assert "fc1.weight" in done.stdout and "% after" in done.stdout
+    same = tt.storage.import_exported("dense.pt2") if model.endswith("pt2") else None
+    small = tt.load("small.terse", model=same)
+    assert small.fc1.weight.count_nonzero() == round(0.2 * 300 * 64)
+    if same is not None:  # the program comes back by the file that it came from
+        done = tersetorch("report", "small.terse", "-o", "r.html", "--network", model, "--input-shape", "1x1x8x8")
+        assert done.returncode == 0, done.stderr
+
+
+def test_compress_goes_on_where_it_was_stopped(tersetorch, files, monkeypatch):
+    whole = tersetorch("compress", "dense.terse", *BASE, "--json")
+    expected = (files / "small.terse").read_bytes()
+    calls = []
+
+    def stops(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return fit(*arguments, **options)
+
+    from tersetorch.recipes import trainer
+
+    fit = trainer.fit
+    monkeypatch.setattr(trainer, "fit", stops)
+    (files / "small.terse").unlink()
+    stopped = tersetorch("compress", "dense.terse", *BASE)
+    assert stopped.returncode != 0 and not (files / "small.terse").exists() and (files / "small.run").is_dir()
+    again = tersetorch("compress", "dense.terse", *BASE, "--json")
+    assert again.returncode == 0, again.stderr
+    assert len(calls) == 3 and (files / "small.terse").read_bytes() == expected
+    first, second = json.loads(whole.stdout), json.loads(again.stdout)
+    assert first["points"] == second["points"]
+
+
+def test_compress_within_a_drop(tersetorch, files):
+    done = tersetorch("compress", "dense.terse", *BASE, "--max-drop", "3", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["after"]["error_percent"] <= found["before"]["error_percent"] + 3
+    assert found["after"]["file_bytes"] < found["before"]["file_bytes"] / 8
+    assert set(found["sensitivity"]["layers"]) == {"fc1", "fc2", "fc3"}
+
+
+def test_compress_within_a_budget(tersetorch, files):
+    done = tersetorch("compress", "dense.terse", *BASE, "--budget", "20x", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    limit = found["before"]["file_bytes"] // 20
+    assert 0.7 * limit < found["after"]["file_bytes"] <= limit
+    assert found["after"]["file_bytes"] == (files / "small.terse").stat().st_size
+    none = tersetorch("compress", "dense.terse", *BASE, "--budget", "300", "--folder", "other")
+    assert none.returncode == 1 and "compress: budget must have room for" in none.stderr
+
+
+def test_limits_that_cannot_be_kept_write_nothing(tersetorch, files):
+    (files / "recipe.yaml").write_text(
+        "prune: {sparsity: 0, rounds: 1, train: {epochs: 0, lr: 0.1}}\nshare: {bits: 1, train: {epochs: 0, lr: 0.1}}"
+    )
+    done = tersetorch("compress", "dense.terse", *BASE, "--max-drop", "0", "--budget", "60x")
+    assert done.returncode == 1 and "must not rise by more than 0 points" in done.stderr
+    assert not (files / "small.terse").exists() and not (files / "small.record.json").exists()
+
+
+def test_a_dry_run_says_what_would_be_done(tersetorch, files):
+    before = sorted(files.iterdir())
+    done = tersetorch("compress", "dense.terse", *BASE, "--dry-run", "--json")
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    assert [(layer["name"], layer["sparsity"], layer["bits"]) for layer in plan["layers"]] == [
+        ("fc1", 0.8, 4),
+        ("fc2", 0.7, 4),
+        ("fc3", 0.0, 4),
+    ]
+    assert plan["trainings"] == [
+        "prune and retrain, 8 epochs",
+        "share weights and train the shared values, 1 epoch",
+    ]
+    assert sorted(files.iterdir()) == before
+    assert tersetorch("compress", "dense.terse", *BASE).returncode == 0
+    assert plan["file_bytes"] == pytest.approx((files / "small.terse").stat().st_size, rel=0.1)
+    words = tersetorch("compress", "dense.terse", *BASE, "--dry-run", "--max-drop", "1").stdout
+    assert "found within the limits" in words and "for each trial" in words
+
+
+@pytest.mark.parametrize(
+    "arguments,code,sentence",
+    [
+        (("--budget", "many"), 2, "--budget must be a number of bytes"),
+        (("--budget", "0"), 2, "--budget must be a number of bytes"),
+        (("--network", "my_code:network.x y"), 2, "--network must be one of"),
+        (("--network", "my_code:missing"), 1, "--network must name a function that works without arguments"),
+        (("--network", "my_code:data"), 1, "--network must give an nn.Module, got Dataset"),
+        (("--data", "cats"), 2, "--data must be one of mnist"),
+        (("--data", "my_code:network"), 1, "--data must give a tersetorch.zoo.Dataset, got LeNet300100"),
+        (("--data", "my_code:broken"), 1, "RuntimeError: no disk"),
+        (("--data", "none.npz"), 1, "read_dataset: path must exist"),
+        (("twice.terse",), 2, "must come once, as OUTPUT or --output"),
+    ],
+)
+def test_bad_arguments_get_a_sentence(tersetorch, files, arguments, code, sentence):
+    done = tersetorch("compress", "dense.terse", *BASE, *arguments)
+    assert done.returncode == code and "Traceback" not in done.stderr
+    assert sentence in " ".join(done.stderr.replace("│", " ").split())
+    assert not (files / "small.terse").exists()
+
+
+def test_a_typo_in_a_recipe_names_the_field(tersetorch, files):
+    (files / "recipe.yaml").write_text("prune: {sparsty: 0.9, rounds: 1, train: {epochs: 1, lr: 0.1, optimizer: sdg}}")
+    done = tersetorch("compress", "dense.terse", *BASE)
+    assert done.returncode == 1 and "did you mean sparsity?" in done.stderr and "'sgd' or 'adam'" in done.stderr
+
+
+def test_the_shell_completes_names():
+    line = "tersetorch compress m.terse --recipe len"
+    environment = os.environ | {"_TERSETORCH_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": "4"}
+    done = subprocess.run(["tersetorch"], env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout.split() == ["lenet_300_100", "lenet_5"]
+    assert _complete_network("squeezenet-1") == ["squeezenet-1.0", "squeezenet-1.1"]
+    assert _complete_data("m") == ["mnist"]

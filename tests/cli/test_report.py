@@ -1,0 +1,52 @@
+import json
+
+import pytest
+import torch
+
+import tersetorch as tt
+from tersetorch.recipes.compression_record import CompressionRecord, Point, record_path
+
+
+@pytest.fixture
+def terse_file(tmp_path):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(40, 30), torch.nn.ReLU(), torch.nn.Linear(30, 10))
+    tt.prune.magnitude(model, sparsity=0.8)
+    tt.save(model, tmp_path / "model.terse")
+    return tmp_path / "model.terse"
+
+
+def record():
+    point = Point(label="dense", file_bytes=6000, error_percent=2.5)
+    return CompressionRecord(data="digits", examples=300, before=point, after=point)
+
+
+def test_report_measures_and_takes_the_record_beside_the_file(tersetorch, terse_file, tmp_path):
+    record().write(record_path(terse_file))
+    done = tersetorch("report", terse_file, "-o", tmp_path / "report.html", "--input-shape", "2x40", "--json")
+    assert done.returncode == 0, done.stderr
+    page, plain = (tmp_path / "report.html").read_text(), json.loads(done.stdout)
+    assert "2.50 %" in page and "2x40" in page
+    assert plain["file"] == tt.inspect(terse_file).to_dict() and plain["record"] == record().model_dump()
+    assert plain["picojoules"]["before"] >= plain["picojoules"]["after"] > 0
+    assert len(plain["conversion"]["layers"]) == 2
+    assert [path.name for path in tmp_path.glob("report*")] == ["report.html"]
+
+
+def test_report_without_measuring(tersetorch, terse_file, tmp_path):
+    done = tersetorch("report", terse_file, "--output", tmp_path / "report.html")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "" and "not recorded" in (tmp_path / "report.html").read_text()
+
+
+def test_report_refuses_what_it_cannot_use(tersetorch, terse_file, tmp_path):
+    page = tmp_path / "report.html"
+    missing = tersetorch("report", terse_file, "-o", tmp_path / "nowhere" / "report.html")
+    assert missing.returncode == 2 and "must lie in a folder that exists" in missing.stderr.replace("\n", " ")
+    record_path(terse_file).write_text('{"format": 1, "data": "x", "examples": -1}')
+    done = tersetorch("report", terse_file, "-o", page)
+    assert done.returncode == 1 and "must be what 'tersetorch compress' writes beside its file" in done.stderr
+    none = tersetorch("report", terse_file, "-o", page, "--record", tmp_path / "none.json")
+    assert none.returncode == 1 and "none.json" in none.stderr and not page.exists()
+    wrong = tersetorch("report", terse_file, "-o", page, "--input-shape", "1x41")
+    assert wrong.returncode == 1 and not page.exists()

@@ -1,0 +1,25 @@
+import pytest
+
+from tersetorch.recipes.compression_record import CompressionRecord, Point, SensitivityCurves, record_path
+
+
+def record():
+    before, after = (
+        Point(label=word, file_bytes=size, error_percent=1.5) for word, size in (("dense", 9), ("small", 3))
+    )
+    curves = SensitivityCurves(baseline=1.5, layers={"fc1": [(0.5, 1.75)]})
+    return CompressionRecord(data="digits", examples=2, before=before, after=after, sensitivity=curves, recipe={"a": 1})
+
+
+def test_what_is_written_is_read(tmp_path):
+    path = record_path(tmp_path / "small.terse")
+    record().write(path)
+    assert path == tmp_path / "small.record.json" and [path] == list(tmp_path.iterdir())
+    assert CompressionRecord.read(path) == record()
+
+
+@pytest.mark.parametrize("text,where", [("", "the file"), ("[]", "the file"), ('{"format": 2}', "format")])
+def test_what_is_no_record_is_refused(tmp_path, text, where):
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(ValueError, match=f"'tersetorch compress' writes beside its file, got another at {where}"):
+        CompressionRecord.read(tmp_path / "x.json")

@@ -1,0 +1,116 @@
+import io
+import pickle
+import zipfile
+
+import pytest
+import torch
+from torch import nn
+
+import tersetorch as tt
+from tersetorch.storage import import_exported
+
+
+class Network(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(11, 8, padding_idx=3)
+        self.stem = nn.Conv1d(8, 12, 3, stride=2, padding="valid", groups=2)
+        self.blocks = nn.Sequential(nn.Conv2d(1, 4, (3, 2), padding=(1, 0), dilation=2, bias=False), nn.BatchNorm2d(4))
+        self.head = nn.Linear(4 * 10, 5)
+        self.tied = nn.Linear(5, 5, bias=False)
+
+    def forward(self, x):
+        hidden = self.stem(self.embed(x).transpose(1, 2)).relu()
+        hidden = self.blocks(nn.functional.pad(hidden[:, None], (0, 10))).amax(3).flatten(1)
+        hidden = self.head(hidden)
+        return self.tied(self.tied(hidden).tanh())
+
+
+def exported(path):
+    torch.manual_seed(0)
+    model = Network().eval()
+    x = torch.randint(0, 11, (2, 9))
+    torch.export.save(torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},)), path)
+    return model, torch.randint(0, 11, (5, 9))
+
+
+def test_layers_have_their_names_and_the_outputs_their_bits(tmp_path):
+    model, x = exported(tmp_path / "m.pt2")
+    found = import_exported(tmp_path / "m.pt2")
+    kinds = {name: type(module) for name, module in found.named_modules() if name in dict(model.named_modules())}
+    assert kinds["embed"] is nn.Embedding and kinds["stem"] is nn.Conv1d and kinds["blocks.0"] is nn.Conv2d
+    assert kinds["head"] is nn.Linear and kinds["tied"] is not nn.Linear  # two calls use its weight
+    assert found.embed.padding_idx == 3 and not found.training
+    assert found(x).equal(model(x))
+    assert set(found.state_dict()) == set(model.state_dict())
+
+
+def test_methods_convert_and_files_take_it(tmp_path):
+    _, x = exported(tmp_path / "m.pt2")
+    found = import_exported(tmp_path / "m.pt2")
+    tt.prune.magnitude(found, 0.5, targets=["stem", "blocks.0", "head"])
+    found.train()
+    found(x).sum().backward()
+    assert found.head.parametrizations.weight.original.grad.count_nonzero() > 0
+    tt.finalize(found)
+    tt.save(found, tmp_path / "m.terse")
+    again = tt.load(tmp_path / "m.terse", model=import_exported(tmp_path / "m.pt2"))
+    assert again.eval()(x).equal(found.eval()(x)) and again.head.weight.count_nonzero() == again.head.weight.numel() / 2
+    fast = tt.convert(again, plan={"head": "csr"})
+    torch.testing.assert_close(fast(x), again(x))
+
+
+def repacked(source, target, change):
+    """The archive with each file changed: change(name, bytes) gives bytes, or None for none."""
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
+        for name in old.namelist():
+            data = change(name, old.read(name))
+            if data is not None:
+                new.writestr(name, data)
+
+
+class Harm:
+    def __reduce__(self):
+        return (print, ("this ran",))
+
+
+def test_nothing_in_a_file_is_run(tmp_path, capsys):
+    exported(tmp_path / "m.pt2")
+    buffer = io.BytesIO()
+    torch.save(Harm(), buffer)
+
+    def inputs(name, data):
+        return buffer.getvalue() if "sample_inputs" in name else data
+
+    def weights(name, data):
+        if name.endswith("weights/weight_0"):
+            return buffer.getvalue()
+        return data.replace(b'"use_pickle": false', b'"use_pickle": true') if name.endswith("_config.json") else data
+
+    def compiled(name, data):
+        return pickle.dumps(Harm()) if name.endswith("serialization_id") else data
+
+    for change, sentence in ((inputs, "example inputs that are more than tensors"), (weights, "pickled tensors")):
+        repacked(tmp_path / "m.pt2", tmp_path / "bad.pt2", change)
+        with pytest.raises(ValueError, match=f"without pickled objects, got .* with {sentence}"):
+            import_exported(tmp_path / "bad.pt2")
+    repacked(tmp_path / "m.pt2", tmp_path / "odd.pt2", compiled)
+    import_exported(tmp_path / "odd.pt2")  # nobody reads that one
+    assert "this ran" not in capsys.readouterr().out
+
+
+def test_what_is_no_program_is_refused(tmp_path):
+    exported(tmp_path / "m.pt2")
+    whole = (tmp_path / "m.pt2").read_bytes()
+    for name, data in (("empty", b""), ("text", b"nothing"), ("half", whole[: len(whole) // 2])):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(ValueError, match="import_exported: path must hold"):
+            import_exported(tmp_path / name)
+    repacked(tmp_path / "m.pt2", tmp_path / "none.pt2", lambda name, data: None if "models/" in name else data)
+    with pytest.raises(ValueError, match="with 0 programs"):
+        import_exported(tmp_path / "none.pt2")
+    repacked(tmp_path / "m.pt2", tmp_path / "bad.pt2", lambda name, data: b"{}" if name.endswith(".json") else data)
+    with pytest.raises(ValueError, match="a table of weights that cannot be read"):
+        import_exported(tmp_path / "bad.pt2")
+    with pytest.raises(FileNotFoundError, match="path must exist"):
+        import_exported(tmp_path / "missing.pt2")
