@@ -11,7 +11,7 @@ from tersetorch import nn
 
 PRETEND = "TERSETORCH_PRETEND_CUDA" in os.environ
 FORMATS = {"weight_format": "<2,6>", "input_format": "<3,5>", "output_format": "<6,10>"}
-pytestmark = pytest.mark.parametrize("device", ["random"], indirect=True)
+pytestmark = pytest.mark.parametrize("device", ["forward"], indirect=True)
 
 
 def linear():
