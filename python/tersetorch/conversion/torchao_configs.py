@@ -1,0 +1,78 @@
+"""Our layers by torchao's quantize_: configurations, for models that are put together with its filter functions.
+
+from torchao.quantization import quantize_
+from tersetorch.conversion.torchao_configs import CodebookConfig, PruneConfig
+
+quantize_(model, CodebookConfig(bits=4), filter_fn=lambda module, name: "mlp" in name)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from tersetorch.conversion.convert import convert
+from tersetorch.methods import finalize, prune, quantize
+
+try:
+    from torchao.core.config import AOBaseConfig
+    from torchao.quantization.transform_module import register_quantize_module_handler
+except ImportError as error:
+    raise ModuleNotFoundError(
+        "torchao_configs: quantize_ must come from torchao, got no such package; run pip install torchao"
+    ) from error
+
+ITSELF = ""  # a module's own name, as plan= calls it
+
+
+@dataclass
+class ConvertConfig(AOBaseConfig):  # type: ignore[misc]  # torchao has no types
+    """Moves a layer onto a kernel; its weight stays what it is, so it must hold zeros or shared values already.
+
+    Attributes:
+        format: a format's name as in tersetorch.convert's plan, such as "csr", "bitmap" or "codebook_linear".
+    """
+
+    format: str
+
+
+@dataclass
+class PruneConfig(AOBaseConfig):  # type: ignore[misc]  # torchao has no types
+    """Prunes a layer by magnitude, without training, and moves it onto a kernel.
+
+    Attributes:
+        sparsity: part of its weights, in [0, 1).
+        format: as in ConvertConfig; it must suit the layer.
+    """
+
+    sparsity: float
+    format: str = "csr"
+
+
+@dataclass
+class CodebookConfig(AOBaseConfig):  # type: ignore[misc]  # torchao has no types
+    """Shares a layer's weights by an optimal k-means, and moves it onto a kernel.
+
+    Attributes:
+        bits: 1 to 8, for 2^bits values.
+        format: as in ConvertConfig.
+    """
+
+    bits: int = 4
+    format: str = "codebook_linear"
+
+
+@register_quantize_module_handler(ConvertConfig)
+def _convert(module: nn.Module, config: ConvertConfig) -> nn.Module:
+    return convert(module, plan={ITSELF: config.format})
+
+
+@register_quantize_module_handler(PruneConfig)
+def _prune(module: nn.Module, config: PruneConfig) -> nn.Module:
+    return convert(finalize(prune.magnitude(module, config.sparsity)), plan={ITSELF: config.format})
+
+
+@register_quantize_module_handler(CodebookConfig)
+def _share(module: nn.Module, config: CodebookConfig) -> nn.Module:
+    return convert(finalize(quantize.kmeans(module, config.bits)), plan={ITSELF: config.format})
