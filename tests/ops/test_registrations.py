@@ -2,6 +2,8 @@
 
 import torch
 
+import tersetorch  # noqa: F401  brings the ops
+
 # Ops for a weight that is laid out once, when it is made or loaded: their Python functions move it to the CPU.
 ON_CPU = {
     "bitmap_from_rows": "packs a weight",
