@@ -24,7 +24,7 @@ class CudaCall {
 
   // Raises where a launcher returned an error.
   void Check(int error) const {
-    constexpr int kOldDriver = 35, kNoDevice = 100, kOtherDevice = 209;  // of cudaError_t
+    constexpr int kBadGrid = 9, kOldDriver = 35, kNoDevice = 100, kOtherDevice = 209;  // of cudaError_t
     if (error == 0) return;
     STD_TORCH_CHECK(error != kOldDriver && error != kNoDevice, op_,
                     ": a CUDA tensor needs NVIDIA's driver, as new as the nvcc of the build, got an older one or none; "
@@ -32,6 +32,8 @@ class CudaCall {
     STD_TORCH_CHECK(error != kOtherDevice, op_,
                     ": the build must have kernels for this device's architecture, got others; 'tersetorch doctor' "
                     "lists them, build with CUDAARCHS");
+    STD_TORCH_CHECK(error != kBadGrid, op_,
+                    ": a call must need fewer than 2^31 blocks of threads, got more; pass fewer samples at once");
     STD_TORCH_CHECK(false, op_, ": CUDA must accept the launch, got cudaError_t ", error,
                     "; an earlier kernel may have failed");
   }

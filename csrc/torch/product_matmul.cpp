@@ -255,6 +255,9 @@ Tensor ProductMatmulOnCuda(const Tensor& x, const Tensor& codes, const Tensor& c
   const std::int64_t tables = w.stages * w.segments;
   STD_TORCH_CHECK(tables <= std::numeric_limits<std::int32_t>::max(), kOp,
                   ": a row must have fewer than 2^31 codes, got ", tables, "; split the weight");
+  constexpr std::int64_t kMostNumbers = std::numeric_limits<std::int32_t>::max() / kProductMany;
+  STD_TORCH_CHECK(w.width <= kMostNumbers, kOp, ": a code must stand for at most ", kMostNumbers,
+                  " columns on a GPU, got ", w.width, "; share shorter parts");
   const Tensor y = EmptyWithLastDim(x, out_features);
   const auto scratch = [&](std::int64_t bytes) {
     return torch::stable::new_empty(x, {(bytes + 3) / 4}, ScalarType::Float);

@@ -134,6 +134,9 @@ Tensor XnorMatmulOnCuda(const Tensor& x, const Tensor& weight, std::int64_t in_f
                         const std::optional<Tensor>& thresholds) {
   const CudaCall call(kOp, x, "x");
   Inputs inputs(call.place(), x, weight, in_features, out_features, scale, bias, thresholds);
+  constexpr std::int64_t kMost = (1 << 30) - 1;  // kernels add two counts of ones
+  STD_TORCH_CHECK(inputs.args.words * kSignBits <= kMost, kOp, ": x must have fewer than 2^30 signs on a GPU, got ",
+                  inputs.args.words, " words of 64; split W by columns");
   const Tensor y = inputs.Empty(x);
   Tensor bits;
   if (inputs.packed_already) {

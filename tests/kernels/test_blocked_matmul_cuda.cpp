@@ -363,6 +363,15 @@ void TestLargeGrids() {
 
 }  // namespace
 
+// A block for each sample: more than a grid has are refused, not taken for their lower 32 bits.
+void TestTooManyBlocks() {
+  const Index many = (Index{1} << 32) + 3;
+  for (const auto launch : {BlockedPairsCuda, BlockedQuadsCuda}) {
+    const int error = launch({nullptr, FloatDtype::kFloat32, many, 1, nullptr, nullptr}, nullptr);
+    Expect(error == cudaErrorInvalidConfiguration, "%ld samples: error %d", static_cast<long>(many), error);
+  }
+}
+
 int main() {
   bool first = true;
   return RunOnDevice([&] {
@@ -372,6 +381,7 @@ int main() {
     TestDamagedWords<std::uint16_t>();
     TestInfinities();
     TestDamage();
+    TestTooManyBlocks();
     if (first) TestLargeGrids();
     first = false;
   });

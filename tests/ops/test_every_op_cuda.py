@@ -12,7 +12,7 @@ PRETEND = "TERSETORCH_PRETEND_CUDA" in os.environ
 IN, TAPS, IMAGE = 70, 9, (7, 6)
 CONV = {"kernel_size": [3, 3], "stride": [1, 1], "padding": [1, 1], "dilation": [1, 1]}
 # Once is enough: the tests of each op run it under every schedule.
-pytestmark = pytest.mark.parametrize("device", ["random"], indirect=True)
+pytestmark = pytest.mark.parametrize("device", ["forward"], indirect=True)
 
 
 def randn(*shape):
@@ -446,3 +446,28 @@ def test_a_graph_can_record_its_gradients(emulator, call):
     for a, b in zip(got, want, strict=True):
         assert a.device == torch.device("cuda:1")
         assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda t: t.sum().item(),
+        lambda t: t.cpu(),
+        lambda t: t.nonzero(),
+        lambda t: t[t > 0],
+        lambda t: torch.ones(3).to(t.device),
+        lambda t: t.new_tensor(5),
+        lambda t: torch.repeat_interleave(t),
+    ],
+)
+def test_the_pretend_device_refuses_to_wait(emulator, wait):
+    t = torch.tensor([1, 0, 2]).to("cuda")
+    wait(t)
+    with emulator.forbid_waiting(), pytest.raises(RuntimeError, match="waits, which no CUDA graph can record"):
+        wait(t)
+    wait(t)
+
+
+def test_an_op_for_the_cpu_is_refused(device):
+    with pytest.raises(NotImplementedError, match="Could not run 'tersetorch::csr_pack' with arguments from the 'CUDA"):
+        OPS.csr_pack(torch.ones(2, 3).to(device))

@@ -55,7 +55,7 @@ int BitmapRowsCuda(const BitmapRowsCudaArgs& a, void* stream) noexcept {
       cudaMemsetAsync(a.col_indices, 0xff, 4 * static_cast<std::size_t>(a.nnz), static_cast<cudaStream_t>(stream));
   if (error != cudaSuccess || a.rows == 0) return error;
   using Tile = ListedRowTile;
-  return Launch(ListColumns<Tile>, static_cast<unsigned>(CeilDiv(a.rows, Tile::kWarps)), Tile::kThreads, stream, a);
+  return Launch(ListColumns<Tile>, BlocksOnX(a.rows, Tile::kWarps), Tile::kThreads, stream, a);
 }
 
 }  // namespace tersetorch

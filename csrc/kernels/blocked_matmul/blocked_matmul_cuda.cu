@@ -216,8 +216,7 @@ int WithValues(BlockedValues stored_as, Float number, const Run& run) {
 
 int BlockedMatmulCuda(const BlockedMatmulCudaArgs& a, void* stream) noexcept {
   if (a.weight.rows == 0 || a.samples == 0) return cudaSuccess;
-  const dim3 grid(static_cast<unsigned>(CeilDiv(a.weight.rows, kBlockedRows)),
-                  BlocksOnY(a.samples, RowBlockTile::kSamples));
+  const dim3 grid(BlocksOnX(a.weight.rows, kBlockedRows), BlocksOnY(a.samples, RowBlockTile::kSamples));
   return WithFloat(a.stored_as, [&](auto number) {
     return WithValues(a.weight.stored_as, number, [&](auto values, auto x) {
       return Launch(BlockedMatmulKernel<RowBlockTile, decltype(values), decltype(x), decltype(number)>, grid,
@@ -229,16 +228,16 @@ int BlockedMatmulCuda(const BlockedMatmulCudaArgs& a, void* stream) noexcept {
 int BlockedPairsCuda(const BlockedWordsCudaArgs& a, void* stream) noexcept {
   if (a.samples == 0 || a.features == 0) return cudaSuccess;
   return WithFloat(a.stored_as, [&](auto number) {
-    return Launch(BlockedPairsKernel<SampleTile, decltype(number)>, static_cast<unsigned>(a.samples),
-                  SampleTile::kThreads, stream, a);
+    return Launch(BlockedPairsKernel<SampleTile, decltype(number)>, BlocksOnX(a.samples), SampleTile::kThreads, stream,
+                  a);
   });
 }
 
 int BlockedQuadsCuda(const BlockedWordsCudaArgs& a, void* stream) noexcept {
   if (a.samples == 0) return cudaSuccess;
   return WithFloat(a.stored_as, [&](auto number) {
-    return Launch(BlockedQuadsKernel<SampleTile, decltype(number)>, static_cast<unsigned>(a.samples),
-                  SampleTile::kThreads, stream, a);
+    return Launch(BlockedQuadsKernel<SampleTile, decltype(number)>, BlocksOnX(a.samples), SampleTile::kThreads, stream,
+                  a);
   });
 }
 

@@ -3,6 +3,10 @@
 //
 // Layout: x and y row-major [samples, features]; every pointer is to the device's memory and aligned to its element,
 //         values of pairs and quads to the word.
+// Cost:   bytes = nnz * (2 for the index + the value's) + 4 * rows * column blocks + x + y; operations = 2 * nnz *
+//         samples. [4096, 4096] with 10 % float32 is 10.1 MB, 4.2 us at the H100's 2.41 TB/s. Threads read x where
+//         their non-zeros stand, 32 bytes of cache for 4: nnz * samples such reads bound more than one sample. Not
+//         measured.
 // Safety: offsets, segments, indices and codes are compared with their bounds before they are used, and nothing outside
 //         the arrays is touched. A kernel cannot return a status without making the caller wait, so damage becomes NaN
 //         in y, in every sample: all rows of a row block where offsets do not rise, or segments name a row twice or

@@ -1,6 +1,10 @@
 // The lookup of codebook_embedding.h on a CUDA device.
 //
 // Layout: every pointer is to the device's memory and aligned to its element.
+// Cost:   bytes = look-ups * (bits / 8 * columns + columns * the result's); no arithmetic. 65,536 look-ups of 768
+//         columns in 4 bits are 227 MB in float32, 94 us at the H100's 2.41 TB/s: they took 104 us (91 %), in 8 bits
+//         159 of 105 (66 %), in bfloat16 as long as in float32 (51 % and 39 %): decoding bounds it then. The sums'
+//         warps read all codes of their table once for each entry, entries * look-ups * columns of them; not measured.
 // Safety: indices are compared with the rows and codes with the entries before they are used. A kernel cannot return a
 //         status without making the caller wait, so an index outside the rows, and one of a row with a code outside its
 //         table, give a row of NaN. To the sums they add nothing.

@@ -11,7 +11,7 @@ namespace {
 
 template <typename Tile, typename Mode, typename X>
 int LaunchFew(const CodebookMatmulCudaArgs& a, void* stream) {
-  const auto blocks = static_cast<unsigned>(CeilDiv(a.weight.rows, Tile::kRows));
+  const unsigned blocks = BlocksOnX(a.weight.rows, Tile::kRows);
   return LaunchMain(CodebookFewKernel<Tile, Mode, X>, blocks, Tile::kThreads, 0, stream, a);
 }
 
@@ -36,21 +36,22 @@ int LaunchInt8(const CodebookMatmulCudaArgs& a, void* stream) {
 
 template <typename Tile, int kBits, bool kPerRow>
 int LaunchExactFew(const CodebookMatmulCudaArgs& a, void* stream) {
-  const dim3 grid(static_cast<unsigned>(CeilDiv(a.weight.rows, Tile::kRows)), BlocksOnY(a.samples, Tile::kSamples));
+  const dim3 grid(BlocksOnX(a.weight.rows, Tile::kRows), BlocksOnY(a.samples, Tile::kSamples));
   return LaunchMain(CodebookExactFewKernel<Tile, kBits, kPerRow>, grid, Tile::kThreads, 0, stream, a);
 }
 
 }  // namespace
 
 int CodebookPackCuda(const CodebookMatmulCudaArgs& a, void* stream) noexcept {
-  const auto samples = static_cast<unsigned>(a.samples);
   return WithFloat(a.stored_as, [&](auto number) {
     using Float = decltype(number);
     if (a.mode == CodebookMode::kInt8) {
-      return Launch(CodebookQuantizeKernel<QuantizeTile, Float>, samples, QuantizeTile::kThreads, stream, a);
+      return Launch(CodebookQuantizeKernel<QuantizeTile, Float>, BlocksOnX(a.samples), QuantizeTile::kThreads, stream,
+                    a);
     }
     const unsigned blocks = PackTile::BlocksOfSample(a.packed_stride);
-    return Launch(CodebookPackKernel<PackTile, Float>, samples * blocks, PackTile::kThreads, stream, a, blocks);
+    return Launch(CodebookPackKernel<PackTile, Float>, BlocksOnX(a.samples * blocks), PackTile::kThreads, stream, a,
+                  blocks);
   });
 }
 

@@ -307,7 +307,7 @@ int CodebookMatmulCuda(const CodebookMatmulCudaArgs& a, void* stream) noexcept {
 int CodebookDecodeCuda(const CodebookDecodeCudaArgs& a, void* stream) noexcept {
   if (a.weight.rows == 0 || a.weight.columns == 0) return cudaSuccess;
   return WithBits(a.weight, [&](auto bits) {
-    return Launch(CodebookDecodeKernel<DecodeTile, decltype(bits)::value>, static_cast<unsigned>(a.weight.rows),
+    return Launch(CodebookDecodeKernel<DecodeTile, decltype(bits)::value>, BlocksOnX(a.weight.rows),
                   DecodeTile::kThreads, stream, a);
   });
 }
@@ -319,7 +319,7 @@ std::int64_t CodebookReducePartsCuda(const CodebookWeight& w, std::int64_t table
 
 int CodebookReduceCuda(const CodebookReduceCudaArgs& a, void* stream) noexcept {
   if (a.tables == 0) return cudaSuccess;
-  const dim3 grid(static_cast<unsigned>(a.tables), static_cast<unsigned>(a.parts));
+  const dim3 grid(BlocksOnX(a.tables), static_cast<unsigned>(a.parts));
   const int error = WithBits(a.weight, [&](auto bits) {
     using Tile = ReduceTile<decltype(bits)::value>;
     return Launch(CodebookReduceKernel<Tile>, grid, Tile::kThreads, stream, a);

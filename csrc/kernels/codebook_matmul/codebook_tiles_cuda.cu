@@ -33,7 +33,7 @@ bool IsLarge(const CodebookMatmulCudaArgs& a) { return a.samples > 64; }
 
 template <typename Tile, typename Memory>
 int LaunchTile(void (*kernel)(CodebookMatmulCudaArgs), const CodebookMatmulCudaArgs& a, void* stream) {
-  const dim3 grid(static_cast<unsigned>(CeilDiv(a.weight.rows, Tile::kRows)), BlocksOnY(a.samples, Tile::kSamples),
+  const dim3 grid(BlocksOnX(a.weight.rows, Tile::kRows), BlocksOnY(a.samples, Tile::kSamples),
                   static_cast<unsigned>(a.part_count));
   return LaunchMain(kernel, grid, Tile::kThreads, sizeof(Memory), stream, a);
 }
@@ -82,7 +82,7 @@ int CodebookTilesCuda(const CodebookMatmulCudaArgs& a, void* stream) noexcept {
     return LaunchMode<decltype(bits)::value, decltype(per_row)::value>(a, stream);
   });
   if (error != cudaSuccess || a.parts == nullptr) return error;
-  const dim3 grid(static_cast<unsigned>(CeilDiv(a.weight.rows, PartsTile::kThreads)), static_cast<unsigned>(a.samples));
+  const dim3 grid(BlocksOnX(a.weight.rows, PartsTile::kThreads), static_cast<unsigned>(a.samples));
   return a.mode == CodebookMode::kInt8
              ? Launch(CodebookAddPartsKernel<PartsTile, int>, grid, PartsTile::kThreads, stream, a)
              : Launch(CodebookAddPartsKernel<PartsTile, float>, grid, PartsTile::kThreads, stream, a);

@@ -267,6 +267,13 @@ __device__ inline void WaitForPrevious() {
 #endif
 }
 
+// Blocks on the x axis; none, which CUDA refuses, where that takes fewer than there are.
+inline unsigned BlocksOnX(std::int64_t size, std::int64_t part = 1) {
+  constexpr std::int64_t kMost = 0x7fffffff;
+  const std::int64_t blocks = CeilDiv(size, part);
+  return blocks <= kMost ? static_cast<unsigned>(blocks) : 0;
+}
+
 // Blocks on the y axis, which walks the parts of `size`, several times where there are more than fill any GPU.
 inline unsigned BlocksOnY(std::int64_t size, std::int64_t part) {
   constexpr std::int64_t kMost = 8192;  // of the 65,535 that CUDA takes
@@ -274,7 +281,7 @@ inline unsigned BlocksOnY(std::int64_t size, std::int64_t part) {
 }
 
 inline dim3 RowGrid(std::int64_t rows, std::int64_t samples) {
-  return {static_cast<unsigned>(CeilDiv(rows, RowTile::kWarps)), BlocksOnY(samples, RowTile::kSamples), 1};
+  return {BlocksOnX(rows, RowTile::kWarps), BlocksOnY(samples, RowTile::kSamples), 1};
 }
 
 // Calls run with a number of the type in which floats are stored.
@@ -331,7 +338,7 @@ int Launch(void (*kernel)(Parameters...), dim3 blocks, dim3 threads, void* strea
 template <typename X>
 int LaunchPackPanels(const void* x, void* panels, std::int64_t samples, std::int64_t columns, void* stream) {
   if (columns == 0) return cudaSuccess;
-  const dim3 grid(static_cast<unsigned>(CeilDiv(columns, PanelPackTile::kThreads)), BlocksOnY(samples, kPanelSamples));
+  const dim3 grid(BlocksOnX(columns, PanelPackTile::kThreads), BlocksOnY(samples, kPanelSamples));
   return Launch(PackPanels<PanelPackTile, X>, grid, PanelPackTile::kThreads, stream, static_cast<const X*>(x),
                 static_cast<PanelColumn<X>*>(panels), samples, columns);
 }

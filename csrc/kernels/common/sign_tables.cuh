@@ -17,7 +17,7 @@ struct SignTablesTile {
   static_assert(kFours == kThreads, "a thread makes one table of each sample");
 
   static dim3 Grid(std::int64_t rows, std::int64_t samples) {
-    return {static_cast<unsigned>(CeilDiv(XnorTiles(rows), kWarps)), BlocksOnY(samples, kSamples), 1};
+    return {BlocksOnX(XnorTiles(rows), kWarps), BlocksOnY(samples, kSamples), 1};
   }
 };
 

@@ -19,9 +19,7 @@ struct ElementTile {
   __device__ static std::int64_t Index() { return std::int64_t{blockIdx.x} * kThreads + threadIdx.x; }
 };
 
-dim3 ElementGrid(std::int64_t elements) {
-  return {static_cast<unsigned>(CeilDiv(elements, ElementTile::kThreads)), 1, 1};
-}
+dim3 ElementGrid(std::int64_t elements) { return {BlocksOnX(elements, ElementTile::kThreads), 1, 1}; }
 
 // ---- kernels
 
@@ -42,7 +40,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 4) CsrMatmulKernel(CsrMatmulCu
     float sums[Tile::kSamples] = {};
     // Four at a time, so that as many loads are on their way.
 #pragma unroll 4
-    for (std::int32_t k = row.begin + lane; k < row.end; k += kWarpSize) {
+    for (std::int64_t k = std::int64_t{row.begin} + lane; k < row.end; k += kWarpSize) {
       const std::int32_t column = ColumnAt(w, k);
       const bool damaged = Outside(w, column) || Values::Damaged(w, k);
       const float value = damaged ? DamagedWeight() : Values::At(w, k);
@@ -88,7 +86,7 @@ __global__ void __launch_bounds__(Tile::kThreads) CsrMatmulGradXKernel(CsrGradXC
       grads[s] = s < count ? FloatAt(a.grad_y, a.stored_as, (first + s) * w.rows + r) : 0.0f;
     }
     bool damaged = row.damaged;
-    for (std::int32_t k = row.begin + lane; k < row.end; k += kWarpSize) {
+    for (std::int64_t k = std::int64_t{row.begin} + lane; k < row.end; k += kWarpSize) {
       const std::int32_t column = ColumnAt(w, k);
       if (Outside(w, column) || Values::Damaged(w, k)) {
         damaged = true;
@@ -131,7 +129,7 @@ __global__ void __launch_bounds__(Tile::kThreads) CsrMatmulGradValuesKernel(CsrG
   const CsrWeight& w = a.weight;
   const std::int64_t k = Tile::Index();
   if (k >= w.nnz) return;
-  const std::int32_t column = ColumnAt(w, static_cast<std::int32_t>(k));
+  const std::int32_t column = ColumnAt(w, k);
   if (Outside(w, column) || w.rows == 0 || w.row_offsets[0] != 0 || w.row_offsets[w.rows] != w.nnz) {
     a.grad_values[k] = DamagedWeight();
     return;

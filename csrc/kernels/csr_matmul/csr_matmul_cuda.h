@@ -1,11 +1,15 @@
 // The products of csr_matmul.h on a CUDA device, over samples as they lie: no panels.
 //
-// Layout: x, y and their gradients row-major [samples, features]; every pointer is to the device's memory and aligned
-// to
-//         its element.
+// Layout: x, y and their gradients row-major [samples, features]; every pointer is to the device's memory, and aligned
+//         to its element.
+// Cost:   bytes = nnz * (4 for the column, 2 where it has 16 bits, + the value's) + 4 * rows + x + y; operations = 2 *
+//         nnz * samples. [4096, 4096] with 10 % float32 is 13.5 MB, 5.6 us at the H100's 2.41 TB/s: one sample took
+//         9.4 us (60 %), in bfloat16 8.5 of 4.2 us (49 %). For 8, 64 and 256 samples 20.0, 81.9 and 305 us, of 5.7,
+//         6.5 and 16.7: a non-zero gathers 32 bytes of a panel for each 8 samples, 430 MB out of the caches for 64,
+//         which come at 5.2 TB/s. grad_x costs nnz * samples atomic additions of 4 bytes, grad_values two gathered
+//         numbers for each; neither was measured.
 // Safety: offsets, columns and codes are compared with their bounds before they are used, and nothing outside the
-// arrays
-//         is touched. A kernel cannot return a status without making the caller wait, so damage becomes NaN:
+//         arrays is touched. A kernel cannot return a status without making the caller wait, so damage becomes NaN:
 //         a row of y, in every sample, whose offsets, columns or codes are damaged; all of grad_x if any row is
 //         damaged; the grad_values of non-zeros in no row or with a column outside. Offsets must run from 0 to nnz.
 // Order:  y and grad_values have one order of summation. grad_x is summed by atomic additions: its last bits may differ

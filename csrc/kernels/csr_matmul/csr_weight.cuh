@@ -20,7 +20,7 @@ __device__ inline Row RowAt(const CsrWeight& w, std::int64_t r) {
 }
 
 // The branch is the same for all threads; a type for it would double the number of kernels.
-__device__ inline std::int32_t ColumnAt(const CsrWeight& w, std::int32_t k) {
+__device__ inline std::int32_t ColumnAt(const CsrWeight& w, std::int64_t k) {
   return w.indexed_by == CsrIndices::kInt32 ? static_cast<const std::int32_t*>(w.col_indices)[k]
                                             : static_cast<const std::uint16_t*>(w.col_indices)[k];
 }

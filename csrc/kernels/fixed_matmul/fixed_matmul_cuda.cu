@@ -351,13 +351,13 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) MultiplyNarrow(FixedCudaArg
 
 template <typename Tile>
 dim3 TileGrid(const FixedCudaArgs& a) {
-  return {static_cast<unsigned>(CeilDiv(a.rows, Tile::kRows)), BlocksOnY(a.samples, Tile::kSamples), 1};
+  return {BlocksOnX(a.rows, Tile::kRows), BlocksOnY(a.samples, Tile::kSamples), 1};
 }
 
 template <typename Whole, bool kWhole>
 int LaunchFew(const FixedCudaArgs& a, void* stream) {
   using Tile = FewTile<Whole, kWhole>;
-  const dim3 grid(static_cast<unsigned>(CeilDiv(a.rows, kPanelRows)), BlocksOnY(a.samples, Tile::kSamples));
+  const dim3 grid(BlocksOnX(a.rows, kPanelRows), BlocksOnY(a.samples, Tile::kSamples));
   return Launch(MultiplyFew<Tile, Whole, kWhole>, grid, Tile::kThreads, stream, a);
 }
 
@@ -516,14 +516,14 @@ int FixedConv2dCuda(const FixedCudaArgs& a, void* stream) noexcept {
   using Tile = WindowTile;
   constexpr unsigned kMost = 2048;  // with one panel they fill a GPU
   const std::int64_t panels = a.images.groups * CeilDiv(a.rows / a.images.groups, kPanelRows);
-  const dim3 grid(static_cast<unsigned>(panels), std::min(BlocksOnY(a.samples, Tile::kSamples), kMost));
+  const dim3 grid(BlocksOnX(panels), std::min(BlocksOnY(a.samples, Tile::kSamples), kMost));
   return Launch(a.wide ? MultiplyWindows<Tile, std::int16_t> : MultiplyWindows<Tile, std::int8_t>, grid, Tile::kThreads,
                 stream, a);
 }
 
 int FixedConvertCuda(const FixedConvertArgs& a, std::int64_t samples, std::int64_t pixels, void* stream) noexcept {
   if (samples == 0 || a.rows == 0) return cudaSuccess;
-  const dim3 grid(static_cast<unsigned>(CeilDiv(a.rows, ConvertTile::kThreads)), BlocksOnY(samples, 1));
+  const dim3 grid(BlocksOnX(a.rows, ConvertTile::kThreads), BlocksOnY(samples, 1));
   return Launch(ConvertValues<ConvertTile>, grid, ConvertTile::kThreads, stream, a, samples, pixels);
 }
 

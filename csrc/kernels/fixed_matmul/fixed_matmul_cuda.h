@@ -3,6 +3,13 @@
 // weight's bytes are the limit. Many: tiles of 32 rows and 64 samples, of int8 on tensor cores, whose fragments come
 // from the panel as they are; of int16 each product is an instruction with a sum of 64 bits. Windows of images: one
 // number of an image is loaded for each product with a row, and loads are the limit.
+//
+// Cost: bytes = weight + x + 2 * 8 * samples * rows for the sums, which go through memory, + y; operations = 2 * rows *
+// columns * samples. On an H100 [4096, 4096] took, for 1, 64 and 256 samples,
+//   int8   9.8, 24.6 and 61.9 us, of 6.9, 7.5 (16.8 MB at 2.41 TB/s) and 10.1 (2,444 multiply-adds a clock and
+//          multiprocessor): 71, 30 and 16 %; the conversion of the sums is 11 of the 61.9, and
+//   int16  16.1, 228 and 847 us, of 13.8, 14.5 and 16.4: 86, 6 and 2 %, 22 products a clock and multiprocessor.
+// Windows of images were not measured.
 #pragma once
 
 #include <cstdint>

@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(Tile::kThreads) RoundValues(FixedRoundArgs a, 
 int FixedRoundCuda(const FixedRoundArgs& a, std::int64_t size, void* stream) noexcept {
   if (size == 0) return cudaSuccess;
   const std::int64_t blocks = CeilDiv(size + static_cast<std::int64_t>(a.offset % kRandomBlock), kRandomBlock);
-  const dim3 grid(static_cast<unsigned>(CeilDiv(8 * blocks, CounterTile::kThreads)));
+  const dim3 grid(BlocksOnX(8 * blocks, CounterTile::kThreads));
   return WithFloat(a.stored_as, [&](auto number) {
     return Launch(RoundValues<CounterTile, decltype(number)>, grid, CounterTile::kThreads, stream, a, size);
   });

@@ -150,14 +150,14 @@ int FlatConvCuda(const FlatConvCudaArgs& a, void* stream) noexcept {
   const std::int64_t pixels = a.images * s.height * s.width, outputs = a.images * s.out_height * s.out_width;
   if (s.out_channels == 0 || outputs == 0) return cudaSuccess;
   if (pixels > 0) {
-    const dim3 blocks(static_cast<unsigned>(CeilDiv(pixels, LateralTile::kPixels) * s.rank * s.Panels()), 1, 1);
+    const dim3 blocks(BlocksOnX(CeilDiv(pixels, LateralTile::kPixels) * s.rank * s.Panels()));
     const int error = WithFloat(a.x_stored_as, [&](auto number) {
       using Float = decltype(number);
       return Launch(LateralKernel<LateralTile, Float>, blocks, LateralTile::kThreads, stream, a);
     });
     if (error != cudaSuccess) return error;
   }
-  const dim3 blocks(static_cast<unsigned>(CeilDiv(outputs, PlaneTile::kThreads) * s.out_channels), 1, 1);
+  const dim3 blocks(BlocksOnX(CeilDiv(outputs, PlaneTile::kThreads) * s.out_channels));
   return WithFloat(a.y_stored_as, [&](auto number) {
     using Float = decltype(number);
     return Launch(PlaneKernel<PlaneTile, Float>, blocks, PlaneTile::kThreads, stream, a);

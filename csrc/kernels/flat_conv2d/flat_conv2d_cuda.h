@@ -7,6 +7,11 @@
 // Limits: l goes through memory, and a vertical sum is made again for each tap of the horizontal filters. A lateral
 //         thread reads two vectors of shared memory for 16 multiply-adds. With the channels last the writes of a warp
 //         lie out_channels apart.
+// Cost:   bytes = x + 2 * 4 * images * height * width * maps for l + y; operations = 2 * maps * (channels * inputs +
+//         kernel_h * kernel_w * outputs). Two stages of 96 maps, 5 x 5 at 56 x 56, have 4.1 Gflop for 32 images without
+//         what is made again, 79 us of an H100's 25 T multiply-adds a second, and move 154 MB of l, 64 us: they took
+//         972 us (8 %), for one image 53.3 us of 2.5. 3 x 3 of 256 maps at 14 x 14 took 187 us of 33 (17 %). Where the
+//         time goes was not measured.
 // Order:  every sum has one order of summation.
 #pragma once
 

@@ -795,8 +795,8 @@ int ProductMatmulCuda(const ProductMatmulCudaArgs& a, void* stream) noexcept {
   const bool quantized = a.scales != nullptr;
   const std::int64_t groups = CeilDiv(a.samples, a.plan.lanes);
   const std::int64_t shares = a.plan.splits * a.plan.row_blocks * groups + (quantized ? groups : 0);
-  const dim3 blocks{static_cast<unsigned>(shares), 1, 1};
-  const dim3 sums{static_cast<unsigned>(CeilDiv(w.rows, SumTile::kRows)), BlocksOnY(a.samples, 1), 1};
+  const dim3 blocks{BlocksOnX(shares), 1, 1};
+  const dim3 sums{BlocksOnX(w.rows, SumTile::kRows), BlocksOnY(a.samples, 1), 1};
   const auto words = [&](auto kind) {
     return WithWordTile(w, [&](auto tile) {
       using Tile = decltype(tile);
@@ -809,8 +809,7 @@ int ProductMatmulCuda(const ProductMatmulCudaArgs& a, void* stream) noexcept {
   };
   const auto measure = [&](auto tile) {
     using Tile = decltype(tile);
-    const dim3 tables{static_cast<unsigned>(CeilDiv(Tables(w), Tile::kTables)), BlocksOnY(a.samples, Tile::kSamples),
-                      1};
+    const dim3 tables{BlocksOnX(Tables(w), Tile::kTables), BlocksOnY(a.samples, Tile::kSamples), 1};
     return Launch(ProductMeasureKernel<Tile>, tables, Tile::kThreads, stream, a);
   };
   int error = cudaSuccess;
@@ -821,7 +820,7 @@ int ProductMatmulCuda(const ProductMatmulCudaArgs& a, void* stream) noexcept {
                              : with_samples(MeasureTile<true, 1>{}, MeasureTile<true, 4>{});
     }
     if (error != cudaSuccess) return error;
-    const dim3 all{static_cast<unsigned>(a.samples), 1, 1};
+    const dim3 all{BlocksOnX(a.samples), 1, 1};
     error = Launch(ProductScaleKernel<SampleTile>, all, SampleTile::kThreads, stream, a);
     if (error != cudaSuccess) return error;
     error = a.plan.lanes == 1 ? words(ByteWords<1>{}) : words(ByteWords<4>{});
@@ -836,7 +835,7 @@ int ProductMatmulCuda(const ProductMatmulCudaArgs& a, void* stream) noexcept {
 int ProductDecodeCuda(const ProductDecodeArgs& a, void* stream) noexcept {
   const ProductWeight& w = a.weight;
   if (w.rows == 0 || w.columns == 0) return cudaSuccess;
-  const dim3 grid{static_cast<unsigned>(CeilDiv(w.rows, RowsTile::kThreads)), BlocksOnY(w.segments, 1), 1};
+  const dim3 grid{BlocksOnX(w.rows, RowsTile::kThreads), BlocksOnY(w.segments, 1), 1};
   return Launch(ProductDecodeKernel<RowsTile>, grid, RowsTile::kThreads, stream, a);
 }
 

@@ -11,6 +11,11 @@
 //         int8: one kernel measures the tables, one finds each sample's scale, and words are rounded as they are made.
 // Limits: shared memory gives 32 words a cycle. Panels take that for rows * tables * samples words, of which one cycle
 //         in four or so goes to making tables. Random words conflict: 3.4 cycles for 32 of 256 entries, one for 16.
+// Cost:   bytes = codes + codebooks + x + y + parts twice; look-ups = rows * tables * samples. On an H100 [4096, 4096]
+//         as 4 columns of 256 entries, 8.4 MB and 3.5 us at 2.41 TB/s, took 11.2 us for one sample (31 %), 31.8 for 8
+//         and 104 for 64, whose look-ups keep shared memory busy for 36; as 4 columns of 16 entries, 2.4 MB and 1.0 us,
+//         6.8, 14.0 and 63.6. One sample waits for launches and tables more than for bytes. int8 took 16.6, 24.2 and
+//         124 us. Decoding, 67 MB and 28 us, was not measured.
 // Safety: an entry past the codebook's is NaN, or is found by comparing codes where tables are bytes. A kernel cannot
 //         return a status without making the caller wait, so a row with a code outside is NaN in every sample, in
 //         ProductDecodeCuda too.

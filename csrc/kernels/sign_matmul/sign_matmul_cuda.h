@@ -4,6 +4,10 @@
 //         lie in 16 banks, so no lane waits for another. A load and an addition are 4 products, as many as the
 //         multiply-adds that a load from shared memory lasts for elsewhere, without decoding the signs. The order of
 //         the sums is that of the CPU's, and so are the bits.
+// Cost:   bytes = rows * columns / 8 + x + y; look-ups = rows * columns / 4 * samples, of which a multiprocessor has 32
+//         a clock. On an H100 [4096, 4096] took 11.7 us for one sample, 8 % of what 2.1 MB would allow: its 32 blocks
+//         leave 100 multiprocessors idle. For 1,024 samples 4.3e9 look-ups, 579 us of shared memory, took 687 us (84
+//         %).
 #pragma once
 
 #include <cstdint>

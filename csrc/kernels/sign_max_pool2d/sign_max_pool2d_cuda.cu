@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(Tile::kThreads) SignMaxPool2dKernel(SignMaxPoo
 int SignMaxPool2dCuda(const SignMaxPool2dArgs& a, void* stream) noexcept {
   const std::int64_t words = a.images * a.out_height * a.out_width * a.words;
   if (words == 0) return cudaSuccess;
-  const dim3 grid(static_cast<unsigned>(CeilDiv(words, WordTile::kThreads)));
+  const dim3 grid(BlocksOnX(words, WordTile::kThreads));
   return Launch(SignMaxPool2dKernel<WordTile>, grid, WordTile::kThreads, stream, a);
 }
 

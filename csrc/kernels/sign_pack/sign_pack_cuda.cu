@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(Tile::kThreads) SignPackPlanesKernel(SignPackP
 int SignPackPlanesCuda(const SignPackPlanesArgs& a, std::int64_t images, void* stream) noexcept {
   const std::int64_t words = images * a.pixels * a.groups * CeilDiv(a.channels, kSignBits);
   if (words == 0) return cudaSuccess;
-  const dim3 grid(static_cast<unsigned>(CeilDiv(words, PlaneTile::kThreads)));
+  const dim3 grid(BlocksOnX(words, PlaneTile::kThreads));
   return WithFloat(a.stored_as, [&](auto number) {
     return Launch(SignPackPlanesKernel<PlaneTile, decltype(number)>, grid, PlaneTile::kThreads, stream, a, images);
   });
@@ -57,7 +57,7 @@ int SignPackPlanesCuda(const SignPackPlanesArgs& a, std::int64_t images, void* s
 int SignPackCuda(const SignPackArgs& a, std::int64_t samples, void* stream) noexcept {
   const std::int64_t words = samples * CeilDiv(a.columns, kSignBits);
   if (words == 0) return cudaSuccess;
-  const dim3 grid(static_cast<unsigned>(CeilDiv(words, WordTile::kWarps)));
+  const dim3 grid(BlocksOnX(words, WordTile::kWarps));
   return WithFloat(a.stored_as, [&](auto number) {
     return Launch(SignPackWords<WordTile, decltype(number)>, grid, WordTile::kThreads, stream, a, samples);
   });

@@ -348,7 +348,7 @@ __global__ void __launch_bounds__(Tile::kThreads) XnorManyKernel(XnorMatmulArgs 
 
 template <typename Tile>
 dim3 TileGrid(const XnorMatmulArgs& a, std::int64_t rows) {
-  return {static_cast<unsigned>(CeilDiv(a.rows, rows)), BlocksOnY(a.samples, Tile::kSamples), 1};
+  return {BlocksOnX(a.rows, rows), BlocksOnY(a.samples, Tile::kSamples), 1};
 }
 
 // Samples from which blocks of ManyTile are enough to fill a GPU, about.

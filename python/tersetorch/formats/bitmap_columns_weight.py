@@ -56,7 +56,7 @@ class BitmapColumnsWeight:
         """
         rows, columns = weight.shape
         order = weight.cols.argsort(stable=True)
-        counts = torch.zeros(columns + 1, dtype=torch.int64).index_add(0, weight.cols + 1, torch.ones_like(order))
+        counts = order.new_zeros(columns + 1).index_add(0, weight.cols + 1, torch.ones_like(order))
         transposed = CsrWeight(counts.cumsum(0).int(), weight.rows[order].int(), weight.row_offsets, rows)
         if isinstance(weight, CsrWeight):
             return cls._of(BitmapWeight.from_csr(replace(transposed, values=weight.values.detach()[order])))

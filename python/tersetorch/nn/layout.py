@@ -33,12 +33,14 @@ class Layout:
         op: the op that takes x and then the arguments, without gradients and without checks in Python.
         arguments: (layer) -> what op takes after x: tensors of the layer, its buffers packed_* and sizes.
         options: what of a packed weight must be known to pack another one alike: names of its fields.
+        on_cpu: whether op runs on the CPU only; elsewhere a layer computes from its rows.
     """
 
     pack: Callable[..., Any]
     op: str
     arguments: Callable[[Any], tuple[Any, ...]]
     options: tuple[str, ...] = ()
+    on_cpu: bool = False
 
 
 # Tensors come straight from the dictionaries: nn.Module looks an attribute up for a third of a microsecond. What a

@@ -109,9 +109,9 @@ def _words(layer: SparseConvBase[Any, Any]) -> tuple[Any, ...]:
 
 
 LAYOUTS = {
-    "direct": Layout(_pack_direct, "sparse_conv2d_packed", _direct),
-    "direct_int8": Layout(partial(_pack_words, "int8"), "sparse_conv2d_packed", _words),
-    "direct_bfloat16": Layout(partial(_pack_words, "bfloat16"), "sparse_conv2d_packed", _words),
+    "direct": Layout(_pack_direct, "sparse_conv2d_packed", _direct, on_cpu=True),
+    "direct_int8": Layout(partial(_pack_words, "int8"), "sparse_conv2d_packed", _words, on_cpu=True),
+    "direct_bfloat16": Layout(partial(_pack_words, "bfloat16"), "sparse_conv2d_packed", _words, on_cpu=True),
 }
 
 

@@ -159,6 +159,8 @@ class SparseModule(DenseForm[Any], Generic[Format]):
                 f"{type(self).__name__}: layout must be one of {names}, got {layout!r}; choose one of them"
             )
         row = self.layouts.get(layout)
+        if row is not None and row.on_cpu and self.row_offsets.device.type != "cpu":
+            row = None
         packed = None if row is None else row.pack(self, **options)
         self._drop_packed()
         self._layout, self._options, self._sizes, self._packed_kind = layout, {}, {}, None
@@ -220,7 +222,7 @@ class SparseModule(DenseForm[Any], Generic[Format]):
         Raises:
             ValueError: the layout cannot hold it.
         """
-        # Layouts are packed and multiplied on the CPU; elsewhere the layer computes from its rows.
+        # A layout is packed again on the CPU only; elsewhere the layer then computes from its rows.
         row = self.layouts.get(self._layout)
         if row is None or self.row_offsets.device.type != "cpu":
             return

@@ -10,6 +10,7 @@ from torch.autograd import forward_ad
 from tersetorch.ops._autocast import compute_in_float32
 from tersetorch.ops._floats import FLOATS, floats_beside, floats_of, refusal
 from tersetorch.ops._images import Pair, check_filters, conv_gradients, conv_sizes, empty_images
+from tersetorch.ops._packing import pack_on_cpu
 
 MODES = ("exact", "bfloat16", "int8")
 MAX_ENTRIES = 256
@@ -247,8 +248,16 @@ def sparse_conv2d_pack(
     Raises:
         RuntimeError: an argument does not fit, or the positions are not those of such a weight.
     """
-    blocks, segments, indices, sources = _OPS.sparse_conv2d_pack(
-        row_offsets, col_indices, in_channels, channel_block, kernel_size, stride, dilation, groups
+    blocks, segments, indices, sources = pack_on_cpu(
+        _OPS.sparse_conv2d_pack,
+        row_offsets,
+        col_indices,
+        in_channels,
+        channel_block,
+        kernel_size,
+        stride,
+        dilation,
+        groups,
     )
     return blocks, segments, indices, sources
 
@@ -292,8 +301,18 @@ def sparse_conv2d_pack_words(
             raise ValueError(
                 "sparse_conv2d_pack_words: values must be finite in mode 'int8', got infinity or NaN; use another mode"
             )
-    blocks, segments, indices, words, row_scales, row_sums = _OPS.sparse_conv2d_pack_words(
-        row_offsets, col_indices, values, in_channels, channel_block, kernel_size, stride, dilation, groups, mode
+    blocks, segments, indices, words, row_scales, row_sums = pack_on_cpu(
+        _OPS.sparse_conv2d_pack_words,
+        row_offsets,
+        col_indices,
+        values,
+        in_channels,
+        channel_block,
+        kernel_size,
+        stride,
+        dilation,
+        groups,
+        mode,
     )
     if mode != "int8":
         return blocks, segments, indices, words, None, None
