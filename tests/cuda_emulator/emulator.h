@@ -24,8 +24,8 @@ inline constexpr Schedule kSchedules[] = {
 void SetSchedule(const Schedule& schedule);
 
 // The first problem of the last launch that had one: `kind` is barrier, mask, deadlock, race, bounds, uninitialised,
-// asynchronous, misaligned, read-only, arithmetic, launch or waiting. A launch that has a problem ends there and returns
-// an error.
+// asynchronous, misaligned, read-only, arithmetic, launch or waiting. A launch that has a problem ends there and
+// returns an error.
 struct Report {
   std::string kind, message;
 };
