@@ -15,7 +15,7 @@
 #define __global__
 #define __device__
 #define __host__
-#define __forceinline__ inline
+#define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
 #define __align__(n) alignas(n)
 
@@ -141,6 +141,11 @@ unsigned Ballot(unsigned mask, bool predicate, Site site);
 void Gather(unsigned mask, const void* own, std::size_t bytes, void* all, Site site);
 int Lane();
 
+// ---- copies into shared memory that go on while the thread does
+void CopyAsync(void* to, const void* from, std::size_t bytes);
+void CommitCopies();
+void WaitForCopies(int most_groups);
+
 template <typename T>
 T ShuffleValue(unsigned mask, T value, int source_lane, Site site) {
   static_assert(sizeof(T) <= 8 && std::is_arithmetic_v<T>, "a shuffle moves one number");
@@ -247,11 +252,17 @@ unsigned atomicCAS(unsigned* p, unsigned expected, unsigned value);
 
 // ---- numbers
 
-using std::max;
-using std::min;
+template <typename T>
+constexpr T max(T a, T b) {
+  return std::max(a, b);
+}
+template <typename T>
+constexpr T min(T a, T b) {
+  return std::min(a, b);
+}
 
 template <typename T>
-T __ldg(const T* p) {
+__forceinline__ T __ldg(const T* p) {
   return *p;
 }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }

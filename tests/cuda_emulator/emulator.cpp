@@ -137,6 +137,8 @@ void StartBlock(Block& block, std::uint64_t number, char* stack) {
     Thread& thread = block.threads[i];
     thread.block = &block;
     thread.number = i;
+    thread.copies.clear();
+    thread.copy_groups = 0;
     thread.index = {i % size.x, i / size.x % size.y, i / size.x / size.y};
     block.warps[thread.warp()].alive |= 1u << thread.lane();
     thread.fiber.Start(stack + i * Fiber::kStackBytes, RunKernel);
@@ -152,6 +154,7 @@ void ReleaseBarrier(Block& block) {
                      : block.barrier_kind == Barrier::kOr ? sum != 0
                                                           : sum;
   block.barrier_time = ++time;
+  for (unsigned warp = 0; counting && warp < block.warps.size(); ++warp) CountTogether(block, warp);
   for (Thread* thread : block.at_barrier) {
     thread->result = result;
     if (thread != running) Wake(thread);
@@ -173,6 +176,11 @@ void Finish(Thread& thread) {
     SetReport("barrier", "thread %u of block %lu exited while others wait at the barrier at %s", thread.number,
               static_cast<unsigned long>(block.number), Describe(block.at_barrier[0]->site).c_str());
   }
+  if (!thread.copies.empty()) {
+    SetReport("asynchronous", "thread %u of block %lu exited before it waited for its copy at %s", thread.number,
+              static_cast<unsigned long>(block.number), Line(thread.copies[0].code).c_str());
+  }
+  if (counting && warp.alive == 0) CountTogether(block, thread.warp());
   for (const WarpOperation& operation : warp.waiting) {
     if ((operation.arrived != 0) && (operation.mask >> thread.lane() & 1) != 0) {
       SetReport("mask", "lane %u exited while the warp operation at %s waits for it (mask 0x%08x)", thread.lane(),
@@ -421,6 +429,7 @@ std::uint64_t RunWarpOperation(WarpOperation::Kind kind, unsigned mask, WarpOper
   }
   Complete(operation, warp);
   operation.arrived = 0;
+  if (counting && mask == warp.alive) CountTogether(*thread->block, thread->warp());
   Thread* first_lane = thread - lane;
   for (int i = 0; i < warpSize; ++i) {
     if ((mask >> i & 1) == 0) continue;

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <map>
 #include <string>
 
 namespace cuda_emulator {
@@ -23,7 +24,8 @@ inline constexpr Schedule kSchedules[] = {
 void SetSchedule(const Schedule& schedule);
 
 // The first problem of the last launch that had one: `kind` is barrier, mask, deadlock, race, bounds, uninitialised,
-// misaligned, read-only, arithmetic, launch or waiting. A launch that has a problem ends there and returns an error.
+// asynchronous, misaligned, read-only, arithmetic, launch or waiting. A launch that has a problem ends there and
+// returns an error.
 struct Report {
   std::string kind, message;
 };
@@ -41,6 +43,19 @@ bool ForbidWaiting(bool forbid);
 std::uint64_t LaunchCount();
 void* LastStream();
 int LastDevice();
+
+// How often warps used memory, by source line, and what it took: README.md says how it is counted. Least is what no
+// order of the same bytes goes below.
+struct AccessCount {
+  std::uint64_t shared_requests = 0, bank_cycles = 0, least_cycles = 0;
+  std::uint64_t global_requests = 0, sectors = 0, least_sectors = 0;
+
+  double Conflicts() const { return least_cycles == 0 ? 1 : static_cast<double>(bank_cycles) / least_cycles; }
+  double Scatter() const { return least_sectors == 0 ? 1 : static_cast<double>(sectors) / least_sectors; }
+};
+// From now on; it begins at 0.
+void CountAccesses(bool count);
+std::map<std::string, AccessCount> AccessCounts();
 
 // Names memory of cudaMalloc in reports.
 void Name(const void* memory, const char* name);

@@ -16,6 +16,16 @@ struct Block;
 
 enum class State : int { kReady, kAtBarrier, kInWarpOperation, kDone };
 
+// Of 4, 8 or 16 bytes into shared memory, by a thread that has not waited for it.
+struct AsyncCopy {
+  void* to;
+  const void* from;
+  std::size_t bytes;
+  int group;
+  const void* code;
+  unsigned char data[16];
+};
+
 struct Thread {
   Fiber fiber;
   Block* block = nullptr;
@@ -25,6 +35,8 @@ struct Thread {
   Site site;                      // where it waits
   int predicate = 0, result = 0;  // of a barrier
   std::uint64_t warp_result = 0;
+  std::vector<AsyncCopy> copies;  // in flight
+  int copy_groups = 0;            // committed
 
   unsigned lane() const { return number % warpSize; }
   unsigned warp() const { return number / warpSize; }
@@ -97,7 +109,28 @@ void AddParameters(const void* parameters, std::size_t bytes);
 void RemoveParameters(const void* parameters);
 void MarkWritten(const void* memory, std::size_t bytes);
 void CheckerBeginLaunch();
-// An access by the running thread: reports what is wrong with it and remembers it.
-void CheckAccess(const void* p, std::size_t bytes, bool write, bool atomic, const void* code);
+// Bytes that a copy will write; then, once it is waited for, bytes to write.
+void MarkInFlight(const void* memory, std::size_t bytes, bool in_flight);
+
+enum class Use : int { kRead, kWrite, kAtomic };
+enum class MemorySpace : int { kGlobal, kShared, kOther };
+// A use by the running thread, of an aligned type or not: reports what is wrong with it and remembers it.
+MemorySpace Check(const void* p, std::size_t bytes, Use use, bool aligned, const void* code);
+// The same, counts it, and may let another thread run.
+void UseMemory(const void* p, std::size_t bytes, Use use, bool aligned, const void* code);
+
+// ---- source_lines.cpp
+
+// file:line of each return address, of the kernel where it called something inlined from the headers that stand in for
+// CUDA; offsets in their modules where addr2line is missing.
+std::vector<std::string> Lines(const std::vector<const void*>& codes);
+std::string Line(const void* code);
+
+// ---- access_counter.cpp
+
+extern bool counting;
+void CountAccess(MemorySpace space, const void* p, std::size_t bytes, Use use, bool aligned, const void* code);
+// All lanes of the warp have come to one place: what they did before is what they did together.
+void CountTogether(const Block& block, unsigned warp);
 
 }  // namespace cuda_emulator

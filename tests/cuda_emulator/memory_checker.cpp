@@ -75,13 +75,15 @@ struct Cell {
   History reads, writes;
 };
 
+enum class Byte : std::uint8_t { kUnwritten, kWritten, kInFlight };
+
 // Memory that a kernel may touch.
 struct Range {
   std::uintptr_t begin, end;
   std::string name;
   bool read_only = false;
   const Block* owner = nullptr;  // of shared memory
-  std::vector<bool> written;     // by byte; empty: all of it
+  std::vector<Byte> state;       // empty: all is written
   // The accesses of one launch, by cell; made when they are needed.
   std::uint64_t launch = 0;
   std::size_t cell_bytes = 4;
@@ -139,27 +141,6 @@ bool InProgram(std::uintptr_t p) {
       },
       &query);
   return query.found;
-}
-
-// file:line of a return address, as addr2line says; the offset in its module where that is missing.
-std::string Line(const void* code) {
-  Dl_info module;
-  if (dladdr(code, &module) == 0) return "?";
-  const std::uintptr_t offset = Number(code) - Number(module.dli_fbase) - 1;
-  char text[512];
-  std::snprintf(text, sizeof text, "addr2line -s -e '%s' %#lx 2>/dev/null", module.dli_fname,
-                static_cast<unsigned long>(offset));
-  std::string line;
-  if (std::FILE* output = popen(text, "r")) {
-    if (std::fgets(text, sizeof text, output) != nullptr) line = text;
-    pclose(output);
-  }
-  line = line.substr(0, line.find_first_of(" \n"));
-  if (line.empty() || line[0] == '?') {
-    std::snprintf(text, sizeof text, "%s+%#lx", module.dli_fname, static_cast<unsigned long>(offset));
-    return text;
-  }
-  return line;
 }
 
 std::string Place(const Range& range, std::uintptr_t p) {
@@ -237,7 +218,7 @@ void* AddMemory(std::size_t bytes, const char* name, const Block* owner) {
   range.end = range.begin + bytes;
   range.name = name;
   range.owner = owner;
-  range.written.assign(bytes, false);
+  range.state.assign(bytes, Byte::kUnwritten);
   ranges[range.begin] = std::move(range);
   return memory;
 }
@@ -267,30 +248,38 @@ void RemoveParameters(const void* parameters) {
 
 void MarkWritten(const void* memory, std::size_t bytes) {
   Range* range = Find(Number(memory));
-  if (range == nullptr || range->written.empty()) return;
-  const auto first = range->written.begin() + static_cast<std::ptrdiff_t>(Number(memory) - range->begin);
-  std::fill(first, first + static_cast<std::ptrdiff_t>(bytes), true);
+  if (range != nullptr && !range->state.empty()) {
+    std::fill_n(range->state.begin() + static_cast<std::ptrdiff_t>(Number(memory) - range->begin), bytes,
+                Byte::kWritten);
+  }
+}
+
+void MarkInFlight(const void* memory, std::size_t bytes, bool in_flight) {
+  Range& range = *Find(Number(memory));
+  std::fill_n(range.state.begin() + static_cast<std::ptrdiff_t>(Number(memory) - range.begin), bytes,
+              in_flight ? Byte::kInFlight : Byte::kUnwritten);
 }
 
 void Name(const void* memory, const char* name) { At(memory).name = name; }
 void MakeReadOnly(const void* memory) { At(memory).read_only = true; }
 std::size_t UnwrittenBytes(const void* memory) {
   const Range& range = At(memory);
-  return static_cast<std::size_t>(std::count(range.written.begin(), range.written.end(), false));
+  return range.state.size() -
+         static_cast<std::size_t>(std::count(range.state.begin(), range.state.end(), Byte::kWritten));
 }
 
 // ---- accesses
 
 void CheckerBeginLaunch() { ++launch; }
 
-void CheckAccess(const void* p, std::size_t bytes, bool write, bool atomic, const void* code) {
-  if (running == nullptr) return;
-  if (running->fiber.Owns(p) || BuiltIn(p)) return;
+MemorySpace Check(const void* p, std::size_t bytes, Use use, bool aligned, const void* code) {
+  if (running == nullptr || running->fiber.Owns(p) || BuiltIn(p)) return MemorySpace::kOther;
   const std::uintptr_t address = Number(p);
+  const bool write = use != Use::kRead, atomic = use == Use::kAtomic;
   const char* verb = write ? "write" : "read";
   Range* range = Find(address);
   if (range == nullptr || address + bytes > range->end) {
-    if (range == nullptr && !write && InProgram(address)) return;
+    if (range == nullptr && !write && InProgram(address)) return MemorySpace::kOther;
     range = Nearest(address);
     Fail("bounds", "%zu-byte %s at %s out of bounds; nearest below is %s", bytes, verb, Line(code).c_str(),
          range == nullptr ? "nothing" : Place(*range, address).c_str());
@@ -301,21 +290,33 @@ void CheckAccess(const void* p, std::size_t bytes, bool write, bool atomic, cons
   if (write && range->read_only) {
     Fail("read-only", "write at %s to %s", Line(code).c_str(), Place(*range, address).c_str());
   }
-  if (address % std::min<std::size_t>(bytes, 16) != 0 && (bytes & (bytes - 1)) == 0) {
+  if (aligned && address % std::min<std::size_t>(bytes, 16) != 0 && (bytes & (bytes - 1)) == 0) {
     Fail("misaligned", "%zu-byte %s at %s of %s", bytes, verb, Line(code).c_str(), Place(*range, address).c_str());
   }
   const std::size_t offset = address - range->begin;
-  if (!range->written.empty()) {
+  if (!range->state.empty()) {
     for (std::size_t i = offset; i < offset + bytes; ++i) {
-      if (!range->written[i] && (!write || atomic)) {
+      Byte& byte = range->state[i];
+      if (byte == Byte::kInFlight) {
+        Fail("asynchronous", "%s at %s of %s before the copy to it was waited for", verb, Line(code).c_str(),
+             Place(*range, address).c_str());
+      }
+      if (byte == Byte::kUnwritten && (!write || atomic)) {
         Fail("uninitialised", "%s at %s of %s, which nobody has written", atomic ? "atomic" : verb, Line(code).c_str(),
              Place(*range, address).c_str());
       }
-      if (write) range->written[i] = true;
+      if (write) byte = Byte::kWritten;
     }
   }
   if (!range->read_only) CheckRaces(*range, offset, bytes, write, atomic, code);
-  MaybeYield();
+  if (range->owner != nullptr) return MemorySpace::kShared;
+  return range->state.empty() ? MemorySpace::kOther : MemorySpace::kGlobal;  // other: parameters
+}
+
+void UseMemory(const void* p, std::size_t bytes, Use use, bool aligned, const void* code) {
+  const MemorySpace space = Check(p, bytes, use, aligned, code);
+  if (counting) CountAccess(space, p, bytes, use, aligned, code);
+  if (space != MemorySpace::kOther) MaybeYield();
 }
 
 namespace {
@@ -335,7 +336,7 @@ void FailUndefined(const char* kind, const void* data, const char* what) {
 
 template <typename T>
 T Old(T* p, const void* code) {
-  CheckAccess(p, sizeof(T), true, true, code);
+  UseMemory(p, sizeof(T), Use::kAtomic, true, code);
   return *p;
 }
 
@@ -394,7 +395,7 @@ cudaError_t cudaMemsetAsync(void* memory, int value, std::size_t bytes, cudaStre
   return Set(memory, value, bytes);
 }
 
-// ---- atomics: fibers change only inside CheckAccess, so nothing comes between the read and the write
+// ---- atomics: fibers change only inside UseMemory, so nothing comes between the read and the write
 
 #define CODE __builtin_return_address(0)
 #define ATOMIC(name, T, result) \
@@ -426,20 +427,22 @@ ATOMIC_CAS(unsigned)
 // ---- what instrumented code calls; hidden, so that no other library's calls come here
 
 #define HOOK extern "C" __attribute__((visibility("hidden"))) void
-#define ACCESS_HOOKS(bytes)                                                                 \
-  HOOK __tsan_read##bytes(void* p) { CheckAccess(p, bytes, false, false, CODE); }           \
-  HOOK __tsan_write##bytes(void* p) { CheckAccess(p, bytes, true, false, CODE); }           \
-  HOOK __tsan_volatile_read##bytes(void* p) { CheckAccess(p, bytes, false, false, CODE); }  \
-  HOOK __tsan_volatile_write##bytes(void* p) { CheckAccess(p, bytes, true, false, CODE); }  \
-  HOOK __tsan_unaligned_read##bytes(void* p) { CheckAccess(p, bytes, false, false, CODE); } \
-  HOOK __tsan_unaligned_write##bytes(void* p) { CheckAccess(p, bytes, true, false, CODE); }
+#define ACCESS_HOOK(name, bytes, use, aligned) \
+  HOOK __tsan_##name##bytes(void* p) { UseMemory(p, bytes, use, aligned, CODE); }
+#define ACCESS_HOOKS(bytes)                             \
+  ACCESS_HOOK(read, bytes, Use::kRead, true)            \
+  ACCESS_HOOK(write, bytes, Use::kWrite, true)          \
+  ACCESS_HOOK(volatile_read, bytes, Use::kRead, true)   \
+  ACCESS_HOOK(volatile_write, bytes, Use::kWrite, true) \
+  ACCESS_HOOK(unaligned_read, bytes, Use::kRead, false) \
+  ACCESS_HOOK(unaligned_write, bytes, Use::kWrite, false)
 ACCESS_HOOKS(1)
 ACCESS_HOOKS(2)
 ACCESS_HOOKS(4)
 ACCESS_HOOKS(8)
 ACCESS_HOOKS(16)
-HOOK __tsan_read_range(void* p, std::size_t bytes) { CheckAccess(p, bytes, false, false, CODE); }
-HOOK __tsan_write_range(void* p, std::size_t bytes) { CheckAccess(p, bytes, true, false, CODE); }
+HOOK __tsan_read_range(void* p, std::size_t bytes) { UseMemory(p, bytes, Use::kRead, false, CODE); }
+HOOK __tsan_write_range(void* p, std::size_t bytes) { UseMemory(p, bytes, Use::kWrite, false, CODE); }
 HOOK __tsan_init() {}
 HOOK __tsan_func_entry(void*) {}
 HOOK __tsan_func_exit() {}

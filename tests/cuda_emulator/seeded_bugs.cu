@@ -3,6 +3,7 @@
 
 #include "emulator.h"
 #include "kernels/common/cuda.cuh"
+#include "kernels/common/tensor_cores.cuh"
 #include "seeded_bugs.h"
 
 namespace {
@@ -278,6 +279,79 @@ int LaunchWithDynamicMemory(std::size_t bytes, unsigned threads) {
   return cudaLaunchKernelEx(&config, FillsDynamicMemory, out.data());
 }
 
+// Two floats of each thread on their way to shared memory, where its neighbour reads them, and two more behind them.
+enum class CopyBug {
+  kNone,
+  kNoWait,
+  kNoCommit,
+  kOneGroupTooFew,
+  kNoBarrier,
+  kWritesSource,
+  kWritesTarget,
+  kCopiesTwice,
+  kRefillsTooEarly,
+  kExits
+};
+
+template <CopyBug kBug>
+__global__ void CopiesWhileItGoesOn(const float* in, float* out, int count) {
+  struct Stages {
+    alignas(16) float values[2][2 * kThreads];
+  };
+  Stages& memory = SharedMemory<Stages>();
+  const int t = static_cast<int>(threadIdx.x), first = 2 * Index();
+  const bool inside = first + 1 < count;
+  const float* from = in + first;
+  if (kBug == CopyBug::kWritesSource && inside) {
+    from = out + first;
+    out[first] = in[first];
+    out[first + 1] = in[first + 1];
+  }
+  for (int stage = 0; stage < 2; ++stage) {
+    float* to = memory.values[stage] + 2 * t;
+    if (inside) {
+      CopyAsync8(to, from);
+    } else {
+      to[0] = to[1] = 0;
+    }
+    if (kBug == CopyBug::kWritesTarget && inside) to[1] = 0;
+    if (kBug == CopyBug::kCopiesTwice && inside) CopyAsync8(to, from);
+    if (kBug != CopyBug::kNoCommit) CommitCopies();
+  }
+  if (kBug == CopyBug::kWritesSource && inside) out[first] = 0;
+  if (kBug != CopyBug::kNoWait) WaitForCopies<kBug == CopyBug::kOneGroupTooFew ? 1 : 0>();
+  if (kBug != CopyBug::kNoBarrier) __syncthreads();
+  const float low = memory.values[1][2 * (t ^ 1)], high = memory.values[0][2 * (t ^ 1) + 1];
+  if (kBug != CopyBug::kRefillsTooEarly) __syncthreads();
+  if (inside) CopyAsync8(memory.values[0] + 2 * t, in + first);
+  CommitCopies();
+  if (kBug != CopyBug::kExits) WaitForCopies<0>();
+  if (inside) {
+    out[first] = low;
+    out[first + 1] = high;
+  }
+}
+
+template <CopyBug kBug>
+int RunCopies(bool bug) {
+  const auto want = [](int i) { return (i ^ 2) < kCount ? i ^ 2 : 0; };
+  return bug ? Run(CopiesWhileItGoesOn<kBug>, want) : Run(CopiesWhileItGoesOn<CopyBug::kNone>, want);
+}
+
+template <bool kBug>
+__global__ void CopiesOffItsAlignment(const float* in, float* out, int count) {
+  struct Stage {
+    alignas(16) float values[4 * kThreads];
+  };
+  Stage& memory = SharedMemory<Stage>();
+  const int t = static_cast<int>(threadIdx.x), first = 4 * Index() + (kBug ? 1 : 0);
+  if (first + 4 > count) return;
+  CopyAsync16(memory.values + 4 * t, in + first);
+  CommitCopies();
+  WaitForCopies<0>();
+  for (int i = 0; i < 4; ++i) out[first + i] = memory.values[4 * t + i];
+}
+
 int Same(int i) { return i; }
 int SumOfResidue(int i) {
   int sum = 0;
@@ -322,6 +396,18 @@ std::vector<SeededBug> SeededBugs() {
       {"two threads write one byte", {"race"}, KERNEL(TwoThreadsWriteOneByte, Same)},
       {"an index overflows", {"arithmetic"}, KERNEL(OverflowsAnIndex, [](int i) { return 2 * i; })},
       {"hands out a pointer to its stack", {"bounds"}, KERNEL(ReturnsAPointerToItsStack, [](int) { return 0; })},
+      {"reads what it has not waited for", {"asynchronous"}, RunCopies<CopyBug::kNoWait>},
+      {"waits for copies that it has not committed", {"asynchronous"}, RunCopies<CopyBug::kNoCommit>},
+      {"waits for one group too few", {"asynchronous"}, RunCopies<CopyBug::kOneGroupTooFew>},
+      {"no barrier after waiting for copies",
+       {"race", "asynchronous", "uninitialised"},
+       RunCopies<CopyBug::kNoBarrier>},
+      {"writes to what is being copied", {"asynchronous"}, RunCopies<CopyBug::kWritesSource>},
+      {"writes to where a copy goes", {"asynchronous"}, RunCopies<CopyBug::kWritesTarget>},
+      {"copies to where a copy goes", {"asynchronous"}, RunCopies<CopyBug::kCopiesTwice>},
+      {"copies to what others still read", {"race", "asynchronous"}, RunCopies<CopyBug::kRefillsTooEarly>},
+      {"exits with copies on their way", {"asynchronous"}, RunCopies<CopyBug::kExits>},
+      {"a copy off its alignment", {"misaligned"}, KERNEL(CopiesOffItsAlignment, Same, kCount / 4 * 4)},
       {"asks for too little dynamic shared memory",
        {"bounds"},
        [](bool bug) { return LaunchWithDynamicMemory((bug ? kThreads - 1 : kThreads) * sizeof(float), kThreads); }},

@@ -1,7 +1,10 @@
 // Small kernels, each right in one form and with one mistake in the other.
 #pragma once
 
+#include <cstdint>
 #include <vector>
+
+#include "emulator.h"
 
 struct SeededBug {
   const char* name;
@@ -10,3 +13,12 @@ struct SeededBug {
 };
 
 std::vector<SeededBug> SeededBugs();
+
+// Launches of one warp that take a known number of requests, cycles or sectors, and would take the least.
+struct SeededPattern {
+  const char* name;
+  cuda_emulator::AccessCount got;
+  std::uint64_t requests, taken, least;
+};
+
+std::vector<SeededPattern> SeededPatterns();

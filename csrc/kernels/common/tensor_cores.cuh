@@ -140,13 +140,13 @@ inline void CountCommonOnes(int (&c)[4], const std::uint32_t (&a)[4], std::uint3
   MultiplyOnHost(c, a, b0, b1, [](std::uint32_t x, std::uint32_t y) { return __popc(x & y); });
 }
 
-inline void CopyAsync8(void* to, const void* from) {
-  *static_cast<std::uint64_t*>(to) = *static_cast<const std::uint64_t*>(from);
-}
-inline void CopyAsync16(void* to, const void* from) { *static_cast<uint4*>(to) = *static_cast<const uint4*>(from); }
-inline void CommitCopies() {}
+__forceinline__ void CopyAsync8(void* to, const void* from) { cuda_emulator::CopyAsync(to, from, 8); }
+__forceinline__ void CopyAsync16(void* to, const void* from) { cuda_emulator::CopyAsync(to, from, 16); }
+inline void CommitCopies() { cuda_emulator::CommitCopies(); }
 template <int kGroups>
-void WaitForCopies() {}
+void WaitForCopies() {
+  cuda_emulator::WaitForCopies(kGroups);
+}
 
 #endif
 

@@ -164,8 +164,16 @@ struct NextWords {
   static_assert(kCount * kStride == Tile::kSamples, "whole loads");
   std::uint32_t of_x[kCount];
 
-  __device__ static int Word() { return static_cast<int>(threadIdx.x) % Tile::kWords; }
-  __device__ static int Line() { return static_cast<int>(threadIdx.x) / Tile::kWords; }
+  // A warp brings kWordsOfWarp words of each of some lines.
+  static constexpr int kOfWarp = Tile::kWordsOfWarp, kWarpsOfLine = Tile::kWords / kOfWarp;
+  __device__ static int Word() {
+    const int thread = static_cast<int>(threadIdx.x);
+    return thread / kWarpSize % kWarpsOfLine * kOfWarp + thread % kOfWarp;
+  }
+  __device__ static int Line() {
+    const int thread = static_cast<int>(threadIdx.x);
+    return thread / kWarpSize / kWarpsOfLine * (kWarpSize / kOfWarp) + thread % kWarpSize / kOfWarp;
+  }
 
   __device__ void Load(const FixedCudaArgs& a, bool whole, std::int64_t first, int word) {
     if (!whole) return;
@@ -198,11 +206,12 @@ struct NextWords {
 // Of int16, whose sums take 64 bits.
 struct WideTile {
   static constexpr int kRows = 32, kSamples = 64, kWords = 32;  // so many words of each at a time
+  static constexpr int kWordsOfWarp = 8;                        // a sector
   static constexpr int kSide = 4;                               // a thread has 4 rows and 4 samples
   static constexpr int kHalf = kRows / kSide * (kSamples / kSide), kThreads = 2 * kHalf;
   static_assert(kRows * kWords == kSide * kThreads, "a thread brings a word of 4 rows");
 
-  // Lines side by side, and some more, so that the words of one lie in different banks.
+  // Lines side by side, and some more, so that 8 words of 4 of them lie in different banks.
   struct Memory {
     alignas(16) std::uint32_t w[kWords][kRows + kSide];
     alignas(16) std::uint32_t x[kWords][kSamples + kSide];
@@ -269,6 +278,7 @@ __global__ void __launch_bounds__(Tile::kThreads) MultiplyWide(FixedCudaArgs a, 
 // fragment is free: a lane takes two rows and four words that lie side by side.
 struct NarrowTile {
   static constexpr int kRows = 32, kSamples = 64, kWords = 64;
+  static constexpr int kWordsOfWarp = kWarpSize;
   static constexpr int kParts = 4;  // 8 samples each
   static constexpr int kWarps = kRows / kPanelRows * (kSamples / (8 * kParts)),
                        kHalf = kWarps * kWarpSize;  // of a half

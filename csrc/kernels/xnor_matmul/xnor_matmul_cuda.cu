@@ -54,10 +54,11 @@ struct FragmentTile {
   static constexpr int kThreads = kWarps * kWarpSize;
 };
 
-// What each warp counted for each sample and row.
+// What each warp counted for each sample and row. Half-warps write pairs of 8 rows for 4 samples, of which each begins
+// 8 banks behind the one before.
 template <typename Tile>
 struct Counts {
-  int of_warp[Tile::kWarps][Tile::kSamples][kWarpSize + 1];
+  alignas(8) int of_warp[Tile::kWarps][Tile::kSamples][kWarpSize + 8];
 };
 
 // Words [begin, end) are this warp's, whole fragments but for the last.
@@ -194,9 +195,9 @@ __global__ void __launch_bounds__(Tile::kThreads) XnorFewKernel(XnorMatmulArgs a
 #pragma unroll
       for (int p = 0; p < kParts; ++p) {
 #pragma unroll
-        for (int c = 0; c < 4; ++c) {
-          counts.of_warp[warp][f * kFragmentSamples + c / 2 * 8 + g][p * kFragmentRows + 2 * t + c % 2] =
-              common.Differ(f, p, c);
+        for (int h = 0; h < 2; ++h) {
+          int& to = counts.of_warp[warp][f * kFragmentSamples + h * 8 + g][p * kFragmentRows + 2 * t];
+          reinterpret_cast<int2&>(to) = int2{common.Differ(f, p, 2 * h), common.Differ(f, p, 2 * h + 1)};
         }
       }
     }
