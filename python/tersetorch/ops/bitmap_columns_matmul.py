@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from tersetorch.ops._autocast import compute_in_float32, enabled_for
+from tersetorch.ops._autocast import compute_in_float32
 from tersetorch.ops._floats import FLOATS, floats_beside, floats_of
 from tersetorch.ops.bitmap_matmul import MAX_ENTRIES, WORD, check_tensor, columns_of, is_codebook
 
