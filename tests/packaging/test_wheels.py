@@ -1,6 +1,7 @@
 """Wheels with and without CUDA, built from a copy of the tree, and what runs from them on this machine's torch.
 
-Two builds, of which one with nvcc for one architecture: about eight minutes on two cores, a minute with a warm ccache.
+Two builds, of which one with nvcc for one architecture: about eight minutes of two free cores, three of one with a warm
+ccache.
 """
 
 import json
