@@ -10,7 +10,7 @@ KERNEL_TESTS := build/kernel-tests
 # Real-time priority where it is allowed: otherwise any other process costs each barrier of two threads a time slice.
 UNDISTURBED = GOMP_SPINCOUNT=200000 $(shell chrt -f 5 true 2>/dev/null && echo chrt -f 5)
 SANITIZED_TESTS := build/sanitized-tests
-# What the kernel tests are built for; .ci/check_cuda_kernels compiles for every architecture.
+# What the kernel tests are built for; the library that .ci/check_cuda_kernels reads is built for every architecture.
 GPU = $(shell nvidia-smi -L >/dev/null 2>&1 && echo native || echo 90-real)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
@@ -38,8 +38,9 @@ demo: venv
 test: venv test-kernels test-cuda
 	python -m pytest -m 'not slow'
 
-# The last line of the log is stored.
+# The last line of the log is stored, and what nvcc made of the kernels.
 test-full: SANITIZE := ALL
+test-full: KERNEL_REPORT := --json bench/results/cuda_kernels.json
 test-full: venv test-kernels test-cuda test-sanitized
 	set -o pipefail; python -m pytest | tee build/test-full.log
 	tail -n 1 build/test-full.log | tr -d '=' > bench/results/test_full.txt
@@ -58,8 +59,9 @@ test-sanitized: .venv/tools
 	cmake --build $(SANITIZED_TESTS)
 	ctest --test-dir $(SANITIZED_TESTS) --parallel 2 --output-on-failure
 
-# The CUDA ops on a pretend device, their kernels under the emulator. Where nvcc is, also that every kernel compiles for
-# every architecture, what it takes there, and the kernel tests on a GPU if there is one.
+# The CUDA ops on a pretend device, their kernels under the emulator. Where nvcc is, also what it made of every kernel for
+# every architecture, and the kernel tests on a GPU if there is one. KERNEL_REPORT=--json FILE stores what it made.
+KERNEL_REPORT :=
 test-cuda: venv
 	cmake -S . -B $(KERNEL_TESTS) -G Ninja -DTERSETORCH_TESTS=ON -DTERSETORCH_CUDA=AUTO \
 	  -DCMAKE_CUDA_ARCHITECTURES=$(GPU) -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
@@ -69,7 +71,7 @@ test-cuda: venv
 	PYTHONPATH=tests$${PYTHONPATH:+:$$PYTHONPATH} TERSETORCH_PRETEND_CUDA=$(KERNEL_TESTS)/tests/cuda_emulator \
 	  python -m pytest -p cuda_emulator.pretend_device tests/ops/test_*_cuda.py
 	ctest --test-dir $(KERNEL_TESTS) --parallel 2 --output-on-failure -R _cuda$$
-	.ci/check_cuda_kernels
+	.ci/check_cuda_kernels $(KERNEL_REPORT)
 
 # The library built against one torch serves later ones.
 test-newest-torch: venv

@@ -1,6 +1,7 @@
 """Builds csrc/ with CMake; everything about the package itself is in pyproject.toml."""
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -52,6 +53,47 @@ def cuda_option() -> str:
     return requested
 
 
+def installed_nvcc() -> str | None:
+    """Path of an nvcc that CMake finds by itself."""
+    places = [os.environ.get("PATH", os.defpath), f"{os.environ.get('CUDA_PATH', '')}/bin"]
+    return os.environ.get("CUDACXX") or shutil.which("nvcc", path=os.pathsep.join(places))
+
+
+def packaged_nvcc() -> Path | None:
+    """Path of the package nvidia-cuda-nvcc's, where it is installed in this environment."""
+    spec = find_spec("nvidia")
+    places = spec.submodule_search_locations if spec else None
+    return next((path for place in places or () for path in sorted(Path(place).glob("cu*/bin/nvcc"))), None)
+
+
+def cuda_environment() -> dict[str, str]:
+    """What makes CMake find the packaged nvcc where it finds no other."""
+    nvcc = packaged_nvcc()
+    if installed_nvcc() or nvcc is None:
+        return {}
+    # The package has its libraries in lib; its nvcc looks in lib64.
+    folders = [str(nvcc.parent.parent / "lib"), *filter(None, [os.environ.get("LIBRARY_PATH")])]
+    return {"CUDACXX": str(nvcc), "LIBRARY_PATH": os.pathsep.join(folders)}
+
+
+def version_suffix() -> str:
+    """+cuda13 where CUDA kernels of that generation are asked for by name, so that their wheel is told from others."""
+    if cuda_option() != "1":
+        return ""
+    nvcc = installed_nvcc() or packaged_nvcc()
+    try:
+        told = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout if nvcc else ""
+    except OSError:
+        told = ""
+    release = re.search(r"release (\d+)", told)
+    if release is None:
+        raise SystemExit(
+            f"tersetorch: TERSETORCH_CUDA=1 needs a working nvcc, found {nvcc or 'none'}; install the CUDA toolkit or "
+            "the packages that docs/gpu.md names, or set TERSETORCH_CUDA=0"
+        )
+    return f"+cuda{release[1]}"
+
+
 class CMakeBuild(build_ext):
     """Puts the three native pieces into the package. TERSETORCH_CUDA=1 or 0 builds or leaves out the CUDA kernels."""
 
@@ -82,7 +124,7 @@ class CMakeBuild(build_ext):
         }
         defines = [f"-D{name}={value}" for name, value in options.items()]
         for command in (["-S", ROOT, "-B", build, "-G", "Ninja", *defines], ["--build", build]):
-            if subprocess.run(["cmake", *command], check=False).returncode != 0:
+            if subprocess.run(["cmake", *command], env=os.environ | cuda_environment(), check=False).returncode != 0:
                 raise SystemExit("tersetorch: the native pieces did not compile; the compiler's message stands above")
 
 
@@ -96,4 +138,5 @@ setup(
     package_dir={"": "python", "tersetorch.bench": "bench"},
     ext_modules=[Extension("tersetorch._native", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
+    options={"egg_info": {"tag_build": version_suffix()}},
 )

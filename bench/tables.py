@@ -14,6 +14,7 @@ from typing import Any
 
 from . import flat_tables
 from .comparisons import MODES, Reached, Record, break_even, by_case, fastest, reached
+from .cuda import kernel_tables
 from .cuda import tables as cuda_tables
 from .implementations import Mode
 from .markdown import markdown as _markdown
@@ -23,7 +24,14 @@ from .reproduce.runs import SEEDS
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-PAGES = ("README.md", "docs/results.md", "docs/break_even.md", "docs/reproductions.md", "docs/gpu.md")
+PAGES = (
+    "README.md",
+    "docs/results.md",
+    "docs/break_even.md",
+    "docs/reproductions.md",
+    "docs/gpu.md",
+    "docs/cuda_kernels.md",
+)
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 # What `make bench` writes; one that is not there adds no rows.
@@ -451,6 +459,9 @@ def _load(name: str) -> dict[str, Any]:
 TABLES: dict[str, Callable[[], str]] = {
     "gpu_machine": lambda: cuda_tables.machine(_load("bench_cuda.json")),
     "gpu_speeds": lambda: cuda_tables.all_speeds(_load("bench_cuda.json")),
+    "cuda_compiler": lambda: kernel_tables.compiler(_load("cuda_kernels.json")),
+    "cuda_opcodes": lambda: kernel_tables.opcodes(_load("cuda_kernels.json")),
+    "cuda_resources": lambda: kernel_tables.resources(_load("cuda_kernels.json")),
     "sizes": sizes,
     "seeds": seeds,
     "sparser_seeds": sparser_seeds,

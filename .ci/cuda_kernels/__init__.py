@@ -1,0 +1,1 @@
+"""What nvcc made of the CUDA kernels, read from the built library."""
