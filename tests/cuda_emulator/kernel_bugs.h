@@ -21,29 +21,29 @@ namespace kernel_bugs {
 constexpr bool Bug(int number) { return !std::is_constant_evaluated() && Chosen() == number; }
 
 // `a < Less(1) < b` is a < b, or a <= b where bug 1 is chosen, whatever stands around it; so for the other operators.
-#define TERSETORCH_INFIX(Name, operation, mistaken)                               \
-  struct Name {                                                                   \
-    int number;                                                                   \
-    constexpr explicit Name(int number) : number(number) {}                       \
-  };                                                                              \
-  template <typename A>                                                           \
-  struct Name##Of {                                                               \
-    A a;                                                                          \
-    int number;                                                                   \
-  };                                                                              \
-  template <typename A>                                                           \
-  constexpr Name##Of<A> operator operation(A a, Name name) {                      \
-    return {a, name.number};                                                      \
-  }                                                                               \
-  template <typename A, typename B>                                               \
-  constexpr auto operator operation(Name##Of<A> name, B b) {                      \
-    const A a = name.a;                                                           \
-    using Result = decltype(a operation b);                                       \
-    if constexpr (requires { static_cast<Result>(mistaken); }) {                  \
-      return Bug(name.number) ? static_cast<Result>(mistaken) : (a operation b);  \
-    } else {                                                                      \
-      return a operation b;                                                       \
-    }                                                                             \
+#define TERSETORCH_INFIX(Name, operation, mistaken)                              \
+  struct Name {                                                                  \
+    int number;                                                                  \
+    constexpr explicit Name(int number) : number(number) {}                      \
+  };                                                                             \
+  template <typename A>                                                          \
+  struct Name##Of {                                                              \
+    A a;                                                                         \
+    int number;                                                                  \
+  };                                                                             \
+  template <typename A>                                                          \
+  constexpr Name##Of<A> operator operation(A a, Name name) {                     \
+    return {a, name.number};                                                     \
+  }                                                                              \
+  template <typename A, typename B>                                              \
+  constexpr auto operator operation(Name##Of<A> name, B b) {                     \
+    const A a = name.a;                                                          \
+    using Result = decltype(a operation b);                                      \
+    if constexpr (requires { static_cast<Result>(mistaken); }) {                 \
+      return Bug(name.number) ? static_cast<Result>(mistaken) : (a operation b); \
+    } else {                                                                     \
+      return a operation b;                                                      \
+    }                                                                            \
   }
 TERSETORCH_INFIX(Less, <, a <= b)
 TERSETORCH_INFIX(AtMost, <=, a < b)
@@ -57,7 +57,7 @@ TERSETORCH_INFIX(Times, *, a)
 TERSETORCH_INFIX(Over, /, a)
 TERSETORCH_INFIX(Modulo, %, a)
 TERSETORCH_INFIX(And, &, a | b)
-TERSETORCH_INFIX(Or, |, a & b)
+TERSETORCH_INFIX(Or, |, a& b)
 TERSETORCH_INFIX(Xor, ^, a)
 TERSETORCH_INFIX(ShiftLeft, <<, a)
 TERSETORCH_INFIX(ShiftRight, >>, a)
