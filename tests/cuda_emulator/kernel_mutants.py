@@ -24,7 +24,6 @@ INFIX = {
     "+": "Plus", "-": "Minus", "*": "Times", "/": "Over", "%": "Modulo",
     "&": "And", "|": "Or", "^": "Xor", "<<": "ShiftLeft", ">>": "ShiftRight",
 }  # fmt: skip
-BOUNDARY = re.compile(r"[;,?]|&&|\|\||(?<![:]):(?!:)|(?<![=!<>+\-*/%&|^])=(?!=)|\breturn\b")
 
 
 class Mutants:
@@ -107,9 +106,9 @@ class Mutants:
                 continue
             name, op, at = INFIX[m[1]], m[1], m.end()
             self.add(f"{op}", m.start(), 1, lambda n: Span(at, at, f"kernel_bugs::{name}({n}) {op} "))
-        both = re.compile(r"[;,?]|&&|\|\||(?<!:):(?!:)|(?<![=!<>+\-*/%&|^])=(?!=)|\breturn\b")
-        ors = re.compile(r"[;,?]|\|\||(?<!:):(?!:)|(?<![=!<>+\-*/%&|^])=(?!=)|\breturn\b")
-        ternary = re.compile(r"[;,?]|(?<!:):(?!:)|(?<![=!<>+\-*/%&|^])=(?!=)|\breturn\b")
+        both = re.compile(r"[;,?]|&&|\|\||(?<!:):(?!:)|(?<![=!<>])=(?!=)|(?:<<|>>)=|\breturn\b")
+        ors = re.compile(r"[;,?]|\|\||(?<!:):(?!:)|(?<![=!<>])=(?!=)|(?:<<|>>)=|\breturn\b")
+        ternary = re.compile(r"[;,?]|(?<!:):(?!:)|(?<![=!<>])=(?!=)|(?:<<|>>)=|\breturn\b")
         for m in re.finditer(r"(&&|\|\|)(?=\s)", code):
             stops, wrong = (both, "kernel_bugs::Bug({}) || (") if m[1] == "&&" else (ors, "!kernel_bugs::Bug({}) && (")
             end = self.operand_end(code, m.end(), stops)

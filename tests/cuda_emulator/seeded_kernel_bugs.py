@@ -131,7 +131,7 @@ BUGS = [
          "stochastic rounding a step of 2^-16 off"),
     ),
     *of(
-        "fixed_round",
+        "fixed_matmul",
         "common/philox.h",
         ("v % 2 == 0 ? «word & 0xffff» : word >> 16", "word >> 16", "result", "half of the random bits twice"),
     ),
