@@ -5,6 +5,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <type_traits>
+#include <utility>
 
 #include "cuda_runtime.h"
 
@@ -64,8 +65,8 @@ TERSETORCH_INFIX(ShiftRight, >>, a)
 #undef TERSETORCH_INFIX
 
 template <typename T>
-constexpr T Number(int number, T value) {
-  return static_cast<T>(Bug(number) ? value + 1 : Bug(number + 1) ? value - 1 : value);
+constexpr T Number(int above, int below, T value) {
+  return static_cast<T>(Bug(above) ? value + 1 : Bug(below) ? value - 1 : value);
 }
 
 template <typename Vector>
@@ -74,17 +75,23 @@ Vector Axes(int number, Vector v) {
   return v;
 }
 
-struct Call {
-  int number;
-  constexpr explicit Call(int number) : number(number) {}
+// `OneOf(1, 2).min(a, b)` is min(a, b), or a with bug 1, b with bug 2.
+struct OneOf {
+  int first, second;
+  constexpr OneOf(int first, int second) : first(first), second(second) {}
   template <typename A, typename B>
   constexpr auto min(A a, B b) const {
-    return Bug(number) ? a : Bug(number + 1) ? b : ::min(a, b);
+    return Bug(first) ? a : Bug(second) ? b : ::min(a, b);
   }
   template <typename A, typename B>
   constexpr auto max(A a, B b) const {
-    return Bug(number) ? a : Bug(number + 1) ? b : ::max(a, b);
+    return Bug(first) ? a : Bug(second) ? b : ::max(a, b);
   }
+};
+
+struct NotAtomic {
+  int number;
+  explicit NotAtomic(int number) : number(number) {}
   template <typename T, typename V>
   T atomicAdd(T* p, V value) const {
     if (!Bug(number)) return ::atomicAdd(p, value);

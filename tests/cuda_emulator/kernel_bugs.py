@@ -1,10 +1,10 @@
 """Bugs put into copies of the real CUDA kernels, which the kernels' own emulated tests must notice.
 
-    python tests/cuda_emulator/kernel_bugs.py [--families csr_matmul,sign_pack] [--quick] [--out FILE]
+    python tests/cuda_emulator/kernel_bugs.py [--kernels csr_matmul,sign_pack] [--quick] [--out FILE]
 
 A bug is a piece of a kernel's source, which occurs there once, and what a mistaken author would have written
 (`seeded_kernel_bugs.py`). All bugs of one source are compiled into one copy of it, each behind a switch
-(`kernel_bugs.h`), so that a family costs one compilation. The copy takes the kernel's place in its test program, which
+(`kernel_bugs.h`), so that a kernel costs one compilation. The copy takes the kernel's place in its test program, which
 must pass with no bug chosen and fail with each. `kernel_mutants.py` makes bugs by rule instead.
 
 Needs the kernel tests, built by `make test-kernels`.
@@ -14,7 +14,6 @@ import argparse
 import collections
 import concurrent.futures
 import dataclasses
-import json
 import os
 import pathlib
 import re
@@ -182,7 +181,7 @@ def main() -> None:
     parser.add_argument("--kernels", default="", help="only these, separated by commas")
     parser.add_argument("--quick", action="store_true", help="only the kernels that compile fast")
     parser.add_argument("--build", type=pathlib.Path, default=ROOT / "build" / "kernel-tests")
-    parser.add_argument("--out", type=pathlib.Path, help="write the outcomes there, as JSON")
+    parser.add_argument("--out", type=pathlib.Path, help="write the outcomes there, a line for each bug")
     args = parser.parse_args()
     by_kernel: dict[str, list[seeded_kernel_bugs.Bug]] = collections.defaultdict(list)
     for bug in seeded_kernel_bugs.BUGS:
@@ -197,15 +196,14 @@ def main() -> None:
             for of_kernel in pool.map(lambda name: try_kernel(name, by_kernel[name], args.build), names)
             for outcome in of_kernel
         ]
-    for outcome in outcomes:
-        what = outcome.report or "NOT NOTICED"
-        print(f"{outcome.bug.file}: {outcome.bug.why}: {what}{'' if outcome.right else ' (must be ' + outcome.bug.report + ')'}")
+    lines = [f"{o.bug.file}: {o.bug.why}: {o.report or 'NOT NOTICED'}" for o in outcomes]
+    print("\n".join(lines))
     if args.out:
-        rows = [{"file": o.bug.file, "why": o.bug.why, "caught_as": o.report} for o in outcomes]
-        args.out.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+        args.out.write_text("\n".join(lines) + "\n")
     print(f"{len(outcomes)} bugs in {len(names)} kernels, {time.monotonic() - started:.0f} s")
-    if not all(outcome.right for outcome in outcomes):
-        sys.exit("every bug must be noticed, as the list says")
+    wrong = [f"{o.bug.why}: must be {o.bug.report}, got {o.report or 'nothing'}" for o in outcomes if not o.right]
+    if wrong:
+        sys.exit("\n".join(["every bug must be noticed as what the list says:", *wrong]))
 
 
 if __name__ == "__main__":

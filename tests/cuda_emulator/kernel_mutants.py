@@ -25,6 +25,12 @@ INFIX = {
     "&": "And", "|": "Or", "^": "Xor", "<<": "ShiftLeft", ">>": "ShiftRight",
 }  # fmt: skip
 
+# Where an operand of && or ||, or a condition before ?, begins and ends.
+ENDS = r"[;,?]|(?<!:):(?!:)|(?<![=!<>])=(?!=)|(?:<<|>>)=|\breturn\b"
+BOTH, EITHER, CHOICE = re.compile(rf"{ENDS}|&&|\|\|"), re.compile(rf"{ENDS}|\|\|"), re.compile(ENDS)
+# Constants, and what only other processors compile.
+SKIPPED = re.compile(r"\bconstexpr\b|_mm\d|__m\d|alignas|static_assert|^\s*template|__launch_bounds__|^\s*using |asm")
+
 
 class Mutants:
     def __init__(self, path: pathlib.Path, first: int) -> None:
@@ -36,8 +42,8 @@ class Mutants:
 
     def code(self) -> str:
         """The source with comments, texts, directives and what only nvcc compiles as blanks."""
-        blank = lambda m: re.sub(r"[^\n]", " ", m[0])
-        code = re.sub(r"//[^\n]*|\"(?:[^\"\\\n]|\\.)*\"|'(?:[^'\\\n]|\\.)'", blank, self.source)
+        hidden = re.compile(r"//[^\n]*|\"(?:[^\"\\\n]|\\.)*\"|'(?:[^'\\\n]|\\.)'")
+        code = hidden.sub(lambda m: re.sub(r"[^\n]", " ", m[0]), self.source)
         lines, nvcc = [], []
         for line in code.split("\n"):
             stripped = line.strip()
@@ -47,9 +53,7 @@ class Mutants:
                 nvcc[-1] = not nvcc[-1] and "#ifndef" in stripped
             elif stripped.startswith("#endif") and nvcc:
                 nvcc.pop()
-            dead = stripped.startswith("#") or any(nvcc) or bool(
-                re.search(r"\bconstexpr\b|_mm\d|__m\d|alignas|static_assert|^\s*template|__launch_bounds__|^\s*using |asm", line)
-            )
+            dead = stripped.startswith("#") or any(nvcc) or SKIPPED.search(line)
             lines.append(" " * len(line) if dead else line)
         return "\n".join(lines)
 
@@ -93,50 +97,46 @@ class Mutants:
             at += 1
         return at
 
-    def add(self, what: str, at: int, count: int, span_of) -> None:
-        line = self.source.count("\n", 0, at) + 1
-        span = span_of(self.next)
+    def add(self, what: str, line_at: int, start: int, end: int, before: str, after: str = "") -> None:
+        """The mutants of a span, in whose text @ and @@ stand for their numbers."""
+        count = 2 if "@@" in before else 1
+        numbered = before.replace("@@", str(self.next + 1)).replace("@", str(self.next))
+        span = Span(start, end, numbered, after)
+        line = self.source.count("\n", 0, line_at) + 1
         for i in range(count):
-            self.found.append((self.next + i, line, f"{what} {'ab'[i] if count > 1 else ''}", span))
+            self.found.append((self.next + i, line, f"{what} {'ab'[i]}" if count > 1 else what, span))
         self.next += count
 
     def scan(self, code: str) -> None:
+        bug = "kernel_bugs::"
         for m in re.finditer(r" (<=|>=|==|!=|<<|>>|[<>+\-*/%&|^]) (?=\S)", code):
-            if code[: m.start()].rstrip()[-1:] in "(,=;{":
-                continue
-            name, op, at = INFIX[m[1]], m[1], m.end()
-            self.add(f"{op}", m.start(), 1, lambda n: Span(at, at, f"kernel_bugs::{name}({n}) {op} "))
-        both = re.compile(r"[;,?]|&&|\|\||(?<!:):(?!:)|(?<![=!<>])=(?!=)|(?:<<|>>)=|\breturn\b")
-        ors = re.compile(r"[;,?]|\|\||(?<!:):(?!:)|(?<![=!<>])=(?!=)|(?:<<|>>)=|\breturn\b")
-        ternary = re.compile(r"[;,?]|(?<!:):(?!:)|(?<![=!<>])=(?!=)|(?:<<|>>)=|\breturn\b")
+            if code[: m.start()].rstrip()[-1:] not in "(,=;{":
+                self.add(m[1], m.start(), m.end(), m.end(), f"{bug}{INFIX[m[1]]}(@) {m[1]} ")
         for m in re.finditer(r"(&&|\|\|)(?=\s)", code):
-            stops, wrong = (both, "kernel_bugs::Bug({}) || (") if m[1] == "&&" else (ors, "!kernel_bugs::Bug({}) && (")
+            stops, wrong = (BOTH, f"({bug}Bug(@) || (") if m[1] == "&&" else (EITHER, f"(!{bug}Bug(@) && (")
             end = self.operand_end(code, m.end(), stops)
             begin = self.operand_begin(code, m.start(), stops)
-            after = m.end() + 1
-            self.add(f"no right side of {m[1]}", m.start(), 1, lambda n: Span(after, end, "(" + wrong.format(n), "))"))
-            self.add(f"no left side of {m[1]}", m.start(), 1, lambda n: Span(begin, m.start(), "(" + wrong.format(n), "))"))
-        cond = "kernel_bugs::Bug({}) || (!kernel_bugs::Bug({}) && ("
+            self.add(f"no right side of {m[1]}", m.start(), m.end() + 1, end, wrong, "))")
+            self.add(f"no left side of {m[1]}", m.start(), begin, m.start(), wrong, "))")
+        condition = f"{bug}Bug(@) || (!{bug}Bug(@@) && ("
         for m in re.finditer(r"\bif \(", code):
-            begin, end = m.end(), self.brackets.get(m.end() - 1, 0)
-            if end and ";" not in code[begin:end]:
-                self.add("if", m.start(), 2, lambda n: Span(begin, end, cond.format(n, n + 1), "))"))
+            end = self.brackets.get(m.end() - 1, 0)
+            if end and ";" not in code[m.end() : end]:
+                self.add("if", m.start(), m.end(), end, condition, "))")
         for m in re.finditer(r" \?(?=\s)", code):
-            begin = self.operand_begin(code, m.start(), ternary)
-            self.add("?:", m.start(), 2, lambda n: Span(begin, m.start(), cond.format(n, n + 1), "))"))
+            self.add("?:", m.start(), self.operand_begin(code, m.start(), CHOICE), m.start(), condition, "))")
         for m in re.finditer(r"(?<![\w)\]])!(?=[\w(])", code):
-            self.add("!", m.start(), 1, lambda n: Span(m.start(), m.start(), f"kernel_bugs::Bug({n}) != "))
+            self.add("!", m.start(), m.start(), m.start(), f"{bug}Bug(@) != ")
         for m in re.finditer(r"(?<![\w:.])(min|max)\(", code):
-            self.add(m[1], m.start(), 2, lambda n: Span(m.start(), m.start(), f"kernel_bugs::Call({n})."))
+            self.add(m[1], m.start(), m.start(), m.start(), f"{bug}OneOf(@, @@).")
         for m in re.finditer(r"(?<![\w:.])atomicAdd\(", code):
-            self.add("atomicAdd", m.start(), 1, lambda n: Span(m.start(), m.start(), f"kernel_bugs::Call({n})."))
+            self.add("atomicAdd", m.start(), m.start(), m.start(), f"{bug}NotAtomic(@).")
         for m in re.finditer(r"\b(blockIdx|gridDim)(?=\.[xy]\b)", code):
-            self.add(m[1] + " axis", m.start(), 1, lambda n: Span(m.start(), m.end(), f"kernel_bugs::Axes({n}, ", ")"))
+            self.add(m[1] + " axis", m.start(), m.start(), m.end(), f"{bug}Axes(@, ", ")")
         for m in re.finditer(r"(?<![\w.\[<])(0x[0-9a-f]+u?|\d+u?)\b(?![\w.>'\]])", code):
             line = code[code.rfind("\n", 0, m.start()) + 1 : m.start()]
             if not re.search(r"\bcase\b|<\s*$", line):
-                span = m.span()
-                self.add(f"number {m[1]}", m.start(), 2, lambda n: Span(*span, f"kernel_bugs::Number({n}, ", ")"))
+                self.add(f"number {m[1]}", m.start(), m.start(), m.end(), f"{bug}Number(@, @@, ", ")")
         assigned = r"\*?[\w.]+(?:->|\.|\w|\[[^;=]*\])* [+\-*|&^]?(?:<<|>>)?= "
         called = r"(?!if|for|while|return|switch|static_assert|else)[A-Za-z_][\w:.]*(?:<[\w:, ]*>)?\([^;{]*\);"
         jumps = r"(?:continue|return|break);"
@@ -144,7 +144,7 @@ class Mutants:
             at = m.end()
             text = code[at : code.find(";", at)]
             if not re.match(r"\w+ \w+ =", text):
-                self.add(f"no statement {text[:40]!r}", at, 1, lambda n: Span(at, at, f"if (!kernel_bugs::Bug({n})) "))
+                self.add(f"no statement {text[:40]!r}", at, at, at, f"if (!{bug}Bug(@)) ")
 
     def changed(self) -> str:
         return insert(self.source, list({id(f[3]): f[3] for f in self.found}.values()))
