@@ -138,7 +138,6 @@ class KernelTest:
 class Outcome:
     bug: "seeded_kernel_bugs.Bug"
     report: str
-    seconds: float
 
     @property
     def right(self) -> bool:
@@ -173,7 +172,12 @@ def try_kernel(kernel: str, bugs: list["seeded_kernel_bugs.Bug"], build: pathlib
         failure, seconds = test.run(folder, 0, 600)
         if failure:
             sys.exit(f"{kernel}: the test must pass without a bug, got {failure}")
-        return [Outcome(bug, *test.run(folder, number, 60 + 10 * seconds)) for number, bug in enumerate(bugs, start=1)]
+        outcomes = []
+        for number, bug in enumerate(bugs, start=1):
+            report, taken = test.run(folder, number, 60 + 10 * seconds)
+            outcomes.append(Outcome(bug, report))
+            print(f"{bug.file}: {bug.why}: {report or 'NOT NOTICED'}, {taken:.1f} s", flush=True)
+        return outcomes
 
 
 def main() -> None:
@@ -186,6 +190,8 @@ def main() -> None:
     by_kernel: dict[str, list[seeded_kernel_bugs.Bug]] = collections.defaultdict(list)
     for bug in seeded_kernel_bugs.BUGS:
         by_kernel[bug.kernel].append(bug)
+    for bug in seeded_kernel_bugs.BUGS:
+        switched((KERNELS / bug.file).read_text(), bug, 0)  # must fit the sources
     names = [name for name in args.kernels.split(",") if name] or list(by_kernel)
     if args.quick:
         names = [name for name in names if name in seeded_kernel_bugs.QUICK]
@@ -196,10 +202,9 @@ def main() -> None:
             for of_kernel in pool.map(lambda name: try_kernel(name, by_kernel[name], args.build), names)
             for outcome in of_kernel
         ]
-    lines = [f"{o.bug.file}: {o.bug.why}: {o.report or 'NOT NOTICED'}" for o in outcomes]
-    print("\n".join(lines))
     if args.out:
-        args.out.write_text("\n".join(lines) + "\n")
+        lines = [f"{o.bug.file}: {o.bug.why}: {o.report or 'NOT NOTICED'}\n" for o in outcomes]
+        args.out.write_text("".join(lines))
     print(f"{len(outcomes)} bugs in {len(names)} kernels, {time.monotonic() - started:.0f} s")
     wrong = [f"{o.bug.why}: must be {o.bug.report}, got {o.report or 'nothing'}" for o in outcomes if not o.right]
     if wrong:

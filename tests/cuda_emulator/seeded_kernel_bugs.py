@@ -155,7 +155,7 @@ BUGS = [
             "race",
             "the warps' sums too early",
         ),
-        ("low(«x >> 16») * low(w >> 16)", "x", "result", "the first number of a word for the second"),
+        ("low(«x >> 16»)) * low(", "x", "result", "the first number of a word for the second"),
         ("«begin == 0» ? sum : of_warp + sum;", "true", "result", "only the last chunk counts"),
     ),
     *of(
