@@ -99,7 +99,8 @@ void TestOne(const Problem& p, Index count, std::mt19937& rng) {
 void TestDamage(std::mt19937& rng) {
   for (const Index entries : {5, 100}) {
     Problem p(70, 131, 131, entries, false, rng);
-    p.packed[66 * p.packed.size() / 70 + 7] = 0xff;
+    // The first code without an entry, of 4 bits and of 8.
+    p.packed[66 * p.packed.size() / 70 + 7] = static_cast<std::uint8_t>(entries == 5 ? 0x50 : entries);
     const auto got = LookUp(p, {3, 66, 70, -1, 65}, FloatDtype::kFloat32, true);
     for (Index i = 0; i < 5; ++i) {
       for (Index c = 0; c < 131; ++c) {
