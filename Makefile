@@ -38,17 +38,19 @@ demo: venv
 test: venv test-kernels test-cuda
 	python -m pytest -m 'not slow'
 
-# The last line of the log is stored, and what nvcc made of the kernels.
+# The last line of the log is stored, what nvcc made of the kernels, and how each seeded bug in them is noticed.
 test-full: SANITIZE := ALL
 test-full: KERNEL_REPORT := --json bench/results/cuda_kernels.json
 test-full: venv test-kernels test-cuda test-sanitized
 	set -o pipefail; python -m pytest | tee build/test-full.log
 	tail -n 1 build/test-full.log | tr -d '=' > bench/results/test_full.txt
+	python tests/cuda_emulator/kernel_bugs.py --build $(KERNEL_TESTS) --out bench/results/kernel_bugs.txt
 
 test-kernels: .venv/tools
 	cmake -S . -B $(KERNEL_TESTS) -G Ninja -DTERSETORCH_TESTS=ON -DTERSETORCH_CUDA=0 -DTERSETORCH_TORCH_DIR= >/dev/null
 	cmake --build $(KERNEL_TESTS)
 	ctest --test-dir $(KERNEL_TESTS) --parallel 2 --output-on-failure
+	python tests/cuda_emulator/kernel_bugs.py --build $(KERNEL_TESTS) --quick
 
 # The same tests with every address and every undefined operation checked. SANITIZE=ALL takes the files in that ON, for its
 # time, leaves out.

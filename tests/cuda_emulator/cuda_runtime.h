@@ -107,6 +107,8 @@ namespace cuda_emulator {
 
 using Site = std::source_location;
 
+std::int64_t MostBlocksOnY();  // of the schedule
+
 struct Kernel {
   const void* address;
   void (*call)(const void* parameters);

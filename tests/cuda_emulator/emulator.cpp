@@ -271,6 +271,7 @@ void RunBlocks() {
 // ---- what tests call
 
 void SetSchedule(const Schedule& next) { schedule = next; }
+std::int64_t MostBlocksOnY() { return schedule.most_blocks_on_y; }
 void FailLaunches(int error) { forced_error = error; }
 const Report& LastReport() { return report; }
 void ClearReport() { report = {}; }

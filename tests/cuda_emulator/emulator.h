@@ -15,11 +15,15 @@ struct Schedule {
   std::uint64_t seed = 1;   // of kRandom and of preemption
   int resident_blocks = 1;  // so many blocks take turns
   int preempt_one_in = 0;   // another thread goes on at one in so many memory accesses; 0: only where threads wait
+  std::int64_t most_blocks_on_y = 8192;  // of BlocksOnY: few, so that kernels walk what the grid does not reach
 };
 
 // What the tests of a kernel run under.
-inline constexpr Schedule kSchedules[] = {
-    {}, {Order::kReversed, 1, 2, 0}, {Order::kRandom, 1, 3, 0}, {Order::kRandom, 2, 4, 23}, {Order::kRandom, 3, 1, 7}};
+inline constexpr Schedule kSchedules[] = {{},
+                                          {Order::kReversed, 1, 2, 0, 1},
+                                          {Order::kRandom, 1, 3, 0, 2},
+                                          {Order::kRandom, 2, 4, 23},
+                                          {Order::kRandom, 3, 1, 7}};
 
 void SetSchedule(const Schedule& schedule);
 

@@ -30,9 +30,9 @@ struct BitplaneProblem {
     BitplaneImages& i = images;
     i.out_height = (i.height + 2 * i.padding_y - i.dilation_y * (i.kernel_height - 1) - 1) / i.stride_y + 1;
     i.out_width = (i.width + 2 * i.padding_x - i.dilation_x * (i.kernel_width - 1) - 1) / i.stride_x + 1;
-    i.column_stride = 1;
-    i.row_stride = i.width;
-    i.channel_stride = i.height * i.width;
+    if (i.column_stride == 0) i.column_stride = 1;
+    i.row_stride = i.width * i.column_stride;
+    i.channel_stride = i.height * i.row_stride;
     i.image_stride = channels * i.channel_stride;
     x.resize(count * i.image_stride);
     for (std::uint8_t& number : x) number = static_cast<std::uint8_t>(rng());
@@ -46,7 +46,8 @@ struct BitplaneProblem {
             const Index row = at / i.out_width * i.stride_y - i.padding_y + ky * i.dilation_y;
             const Index column = at % i.out_width * i.stride_x - i.padding_x + kx * i.dilation_x;
             const bool inside = row >= 0 && row < i.height && column >= 0 && column < i.width;
-            v.push_back(inside ? step * x[((image * channels + c) * i.height + row) * i.width + column] - zero : 0);
+            const Index from = ((image * channels + c) * i.height + row) * i.row_stride + column * i.column_stride;
+            v.push_back(inside ? step * x[from] - zero : 0);
           }
         }
       }

@@ -18,6 +18,7 @@ inline std::vector<SignMaxPool2dArgs> SignPools() {
   }
   pools.push_back({nullptr, 1, 7, 5, 2, 3, 3, 2, 1, 1, 1, 1, 1, 4, 5, nullptr, nullptr});
   pools.push_back({nullptr, 1, 7, 9, 4, 3, 2, 1, 3, 2, 1, 2, 1, 7, 4, nullptr, nullptr});
+  pools.push_back({nullptr, 2, 8, 9, 2, 2, 3, 1, 2, 0, 1, 1, 2, 7, 4, nullptr, nullptr});
   pools.push_back(
       {nullptr, 3, 5, 5, 2, 2, 2, 2, 2, 0, 0, 1, 1, 3, 3, nullptr, nullptr});  // ceil_mode: windows end outside
   pools.push_back({nullptr, 1, 1, 1, 1, 2, 2, 1, 1, 2, 2, 3, 3, 2, 2, nullptr, nullptr});  // none of a window inside

@@ -13,14 +13,14 @@ using namespace tersetorch::test;
 namespace {
 
 template <typename T>
-std::vector<T> Multiply(const BitplaneProblem& p, BitplaneOutput output) {
+std::vector<T> Multiply(const BitplaneProblem& p, BitplaneOutput output, bool scaled = true) {
   DeviceArray<std::uint8_t> x("x", p.x);
   DeviceArray<std::uint64_t> weight("weight", p.signs.packed);
   DeviceArray<float> scale("scale", p.scale), bias("bias", p.bias);
   DeviceArray<std::int32_t> thresholds("thresholds", p.thresholds);
   DeviceArray<T> y("y", static_cast<std::size_t>(p.Size(output)));
   BitplaneMatmulArgs args{weight.data(), nullptr, p.samples, p.signs.words, p.signs.rows, {}, {}, {}, {}, {}, {}, {}};
-  if (output == BitplaneOutput::kFloats) {
+  if (output == BitplaneOutput::kFloats && scaled) {
     args.scale = scale.data();
     args.bias = bias.data();
   }
@@ -37,6 +37,8 @@ void TestOne(const BitplaneProblem& p) {
   };
   complain(Multiply<std::int32_t>(p, BitplaneOutput::kDots) == p.dots, "dots");
   complain(Multiply<float>(p, BitplaneOutput::kFloats) == p.floats, "floats");
+  complain(Multiply<float>(p, BitplaneOutput::kFloats, false) == std::vector<float>(p.dots.begin(), p.dots.end()),
+           "floats without scale and bias");
   complain(Multiply<std::uint64_t>(p, BitplaneOutput::kBits) == p.bits, "bits");
 }
 
@@ -52,5 +54,9 @@ int main() {
     TestOne({31, 300, 9, 1, 128, rng});
     TestOne({37, 3, 2, ImageSizes(4, 3, 3, 3, 1, 1, 1), 2, 255, rng});
     TestOne({65, 2, 1, ImageSizes(5, 3, 2, 1, 2, 2, 1), 1, 0, rng});
+    TestOne({34, 530, 3, 1, 7, rng});  // more words than a block has tables for
+    BitplaneImages far = ImageSizes(7, 9, 2, 3, 3, 2, 2);
+    far.stride_x = 2, far.dilation_y = 3, far.column_stride = 2;
+    TestOne({7, 3, 2, far, 1, 100, rng});
   });
 }

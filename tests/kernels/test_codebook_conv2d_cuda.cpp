@@ -69,7 +69,7 @@ void TestOne(const Call& call, std::mt19937& rng, Index damaged_filter = -1) {
   const Index row_bytes = CodeRowBytes(columns, call.Block(), bits);
   std::vector<std::uint8_t> packed(rows * row_bytes);
   CodebookPack(codes.data(), columns, call.Block(), bits, packed.data(), 0, rows);
-  if (damaged_filter >= 0) packed[damaged_filter * row_bytes] = 0xff;
+  if (damaged_filter >= 0) packed[damaged_filter * row_bytes] = static_cast<std::uint8_t>(call.entries);  // the first
   const std::vector<float> image_scales(call.images, 0.5f), table_scales(rows, 0.25f);
 
   DeviceArray<std::uint8_t> device_codes("codes", packed);

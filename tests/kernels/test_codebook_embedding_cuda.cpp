@@ -95,17 +95,32 @@ void TestOne(const Problem& p, Index count, std::mt19937& rng) {
   complain(near, "sums");
 }
 
-// Such rows become NaN, the others stay.
+std::vector<float> Reduce(const Problem& p, const std::vector<std::int64_t>& indices, Index padding,
+                          const std::vector<float>& grad) {
+  OnDevice on(p, indices);
+  DeviceArray<float> of_y("grad", grad), sums("sums", p.codebook.size());
+  ExpectLaunched(CodebookEmbeddingReduceCuda({on.weight, on.Indices(true), static_cast<Index>(indices.size()), padding,
+                                              of_y.data(), sums.data(), p.tables},
+                                             nullptr),
+                 "CodebookEmbeddingReduceCuda");
+  return sums.Values();
+}
+
+// Such rows become NaN, the others stay; they have no part in sums.
 void TestDamage(std::mt19937& rng) {
   for (const Index entries : {5, 100}) {
     Problem p(70, 131, 131, entries, false, rng);
-    p.packed[66 * p.packed.size() / 70 + 7] = 0xff;
+    // The first code without an entry, of 4 bits and of 8.
+    p.packed[66 * p.packed.size() / 70 + 7] = static_cast<std::uint8_t>(entries == 5 ? 0x50 : entries);
     const auto got = LookUp(p, {3, 66, 70, -1, 65}, FloatDtype::kFloat32, true);
     for (Index i = 0; i < 5; ++i) {
       for (Index c = 0; c < 131; ++c) {
         Expect(std::isnan(got[i * 131 + c]) == (i == 1 || i == 2 || i == 3), "damage, index %ld", long{i});
       }
     }
+    const auto grad = Random(4 * 131, rng);
+    const std::vector<float> last(grad.begin() + 3 * 131, grad.end());
+    Expect(Reduce(p, {-1, 70, 9, 65}, 9, grad) == Reduce(p, {65}, 9, last), "sums without what is damaged or padding");
   }
 }
 
@@ -115,7 +130,7 @@ int main() {
   return RunOnDevice([] {
     std::mt19937 rng(3);
     for (const Index entries : {3, 16, 200}) {
-      for (const Index columns : {1, 33, 150}) {
+      for (const Index columns : {1, 33, 150, 256}) {
         TestOne({11, columns, columns, entries, false, rng}, 9, rng);
         TestOne({11, columns, columns, entries, true, rng}, 5, rng);
         TestOne({11, columns, 70, entries, false, rng}, 1, rng);

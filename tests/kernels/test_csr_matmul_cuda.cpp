@@ -1,6 +1,7 @@
 // The CUDA kernels against sums in double, on shapes around their tiles and on damaged weights.
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <initializer_list>
 #include <iterator>
 #include <random>
@@ -8,6 +9,7 @@
 
 #include "kernels/arrays.h"
 #include "kernels/check.h"
+#include "kernels/common/scalars.h"
 #include "kernels/csr_matmul/csr_matmul_cuda.h"
 #include "kernels/device.h"
 
@@ -165,6 +167,24 @@ void TestInfinities() {
          "NaN and infinity in grad_x");
 }
 
+// Results are stored as bfloat16 to the bit as on the CPU: ties, the largest numbers, and a NaN of all bits.
+void TestRounding() {
+  std::mt19937 rng(6);
+  const std::vector<std::uint32_t> bits = {0x3f808000, 0x3f818000, 0x3f807fff, 0x3f808001, 0xbf808000, 0xbf818000,
+                                           0x7f7fffff, 0x00008000, 0x00018000, 0x7f800000, 0x7fffffff, 0xffffffff};
+  Weight w(static_cast<Index>(bits.size()), 1, {1}, rng);
+  std::memcpy(w.values.data(), bits.data(), 4 * bits.size());
+  for (const Index samples : {1, 2}) {
+    const Results got = Run(w, CsrValues::kFloat32, FloatDtype::kBFloat16, samples, std::vector<float>(samples, 1.0f),
+                            std::vector<float>(samples * w.rows, 1.0f), nullptr);
+    for (Index i = 0; i < samples * w.rows; ++i) {
+      const float value = w.values[i % w.rows], want = Widened(ToBFloat16(value));
+      Expect(std::isnan(value) ? std::isnan(got.y[i]) : got.y[i] == want, "%a rounded to %a, want %a", double{value},
+             double{got.y[i]}, double{want});
+    }
+  }
+}
+
 // Damage becomes NaN where the contract says, and changes no other row.
 void TestDamage() {
   std::mt19937 rng(99);
@@ -247,6 +267,7 @@ int main() {
   return RunOnDevice([&] {
     TestShapes();
     TestInfinities();
+    TestRounding();
     TestDamage();
     if (first) TestLargeGrids();
     first = false;

@@ -1,4 +1,5 @@
 // The CUDA kernel of fixed_round against the reference, bit by bit.
+#include "kernels/common/philox.h"
 #include "kernels/device.h"
 #include "kernels/fixed_round/fixed_round_cuda.h"
 #include "kernels/fixed_round_problem.h"
@@ -8,9 +9,9 @@ using namespace tersetorch::test;
 
 namespace {
 
-void TestOne(Index size, FixedFormat format, FloatDtype stored_as, FixedAs as, bool stochastic, std::uint64_t offset,
-             std::mt19937& rng) {
-  const auto numbers = FixedNumbers(size, format, stored_as, rng);
+void Check(const std::vector<float>& numbers, FixedFormat format, FloatDtype stored_as, FixedAs as, bool stochastic,
+           std::uint64_t offset) {
+  const auto size = static_cast<Index>(numbers.size());
   const auto halves = HalvesOf(numbers);
   DeviceArray<float> floats("x", numbers);
   DeviceArray<std::uint16_t> stored_halves("x", halves);
@@ -36,11 +37,28 @@ void TestOne(Index size, FixedFormat format, FloatDtype stored_as, FixedAs as, b
          static_cast<long>(offset));
 }
 
+void TestOne(Index size, FixedFormat format, FloatDtype stored_as, FixedAs as, bool stochastic, std::uint64_t offset,
+             std::mt19937& rng) {
+  Check(FixedNumbers(size, format, stored_as, rng), format, stored_as, as, stochastic, offset);
+}
+
+// Numbers whose random bits are just enough to round them up, or one too few.
+void TestThresholds(std::mt19937& rng) {
+  constexpr std::uint64_t kSeed = 0x123456789abcdef0, kOffset = 38;
+  std::vector<float> numbers(400);
+  for (std::size_t i = 0; i < numbers.size(); ++i) {
+    const auto random = static_cast<float>(RandomBits(kSeed, kOffset + i) + rng() % 2);
+    numbers[i] = static_cast<float>(static_cast<int>(rng() % 9) - 4) - std::ldexp(random, -16);
+  }
+  Check(numbers, {6, 0}, FloatDtype::kFloat32, FixedAs::kFloats, true, kOffset);
+}
+
 }  // namespace
 
 int main() {
   return RunOnDevice([] {
     std::mt19937 rng(1);
+    TestThresholds(rng);
     for (const FixedFormat format : kFixedFormats) {
       for (const FloatDtype stored_as : kFloats) {
         for (const FixedAs as : {FixedAs::kFloats, FixedAs::kInt8, FixedAs::kInt16, FixedAs::kInt32}) {
@@ -50,6 +68,11 @@ int main() {
           }
           TestOne(65, format, stored_as, as, false, 0, rng);
         }
+      }
+    }
+    for (const Index size : {64, 100, 128, 255, 256}) {
+      for (const std::uint64_t offset : {0, 2, 38, 64, 127}) {
+        TestOne(size, {4, 4}, FloatDtype::kFloat32, FixedAs::kFloats, true, offset, rng);
       }
     }
     TestOne(3000, {2, 14}, FloatDtype::kFloat32, FixedAs::kFloats, true, (std::uint64_t{1} << 35) - 7, rng);

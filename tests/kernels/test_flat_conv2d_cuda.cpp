@@ -17,6 +17,7 @@ namespace {
 struct Call {
   Index images, channels, height, width, out_channels, rank, kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w;
   bool channels_last = false, relu = false;
+  Index gap = 0;  // columns of x that lie between its rows
   FloatDtype stored_as = FloatDtype::kFloat32;
 
   ConvSteps Steps(Index of, Index rows, Index cols) const {
@@ -64,19 +65,24 @@ void TestOne(const Call& call, std::mt19937& rng) {
     FlatConv2d(kFlatScalar, args, 0, stage.out_height, 0, stage.Panels(), aligned);
   }
 
-  DeviceFloats device_x("x", call.stored_as, x), y("y", call.stored_as, call.images * out_image);
+  const ConvSteps steps = call.Steps(call.channels, call.height, call.width + call.gap);
+  const ConvSteps from = call.Steps(call.channels, call.height, call.width);
+  std::vector<float> spread(call.images * steps.image, NAN);
+  for (Index at = 0; at < call.images * image; ++at) {
+    const Index w = at % call.width, h = at / call.width % call.height,
+                c = at / call.width / call.height % call.channels;
+    const Index n = at / image;
+    spread[n * steps.image + c * steps.channel + h * steps.row + w * steps.column] =
+        x[n * from.image + c * from.channel + h * from.row + w * from.column];
+  }
+  DeviceFloats device_x("x", call.stored_as, spread), y("y", call.stored_as, call.images * out_image);
   DeviceArray<float> device_packed("packed", packed), l("l", FlatLateralFloats(stage, call.images));
   stage.packed = device_packed.data();
-  const FlatConvCudaArgs on_device{stage,
-                                   call.images,
-                                   device_x.data(),
-                                   call.Steps(call.channels, call.height, call.width),
-                                   call.stored_as,
-                                   l.data(),
-                                   call.relu,
-                                   y.data(),
-                                   call.Steps(call.out_channels, stage.out_height, stage.out_width),
-                                   call.stored_as};
+  const FlatConvCudaArgs on_device{
+      stage,         call.images,    device_x.data(),
+      steps,         call.stored_as, l.data(),
+      call.relu,     y.data(),       call.Steps(call.out_channels, stage.out_height, stage.out_width),
+      call.stored_as};
   ExpectLaunched(FlatConvCuda(on_device, nullptr), "FlatConvCuda");
   const auto got = y.Values();
   const float half = call.stored_as == FloatDtype::kFloat32 ? 0 : 1.0f / 256;
@@ -95,7 +101,8 @@ void TestAll() {
       {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0},    {2, 3, 7, 9, 5, 1, 3, 3, 1, 1, 1, 1},
       {1, 17, 5, 13, 33, 1, 3, 5, 1, 1, 2, 4}, {3, 16, 4, 16, 16, 2, 2, 3, 2, 1, 0, 1},
       {1, 4, 2, 65, 7, 3, 1, 4, 1, 3, 0, 5},   {0, 3, 5, 5, 4, 1, 3, 3, 1, 1, 0, 0},
-      {1, 3, 5, 5, 0, 1, 3, 3, 1, 1, 0, 0},
+      {1, 3, 5, 5, 0, 1, 3, 3, 1, 1, 0, 0},    {1, 1, 63, 2, 2, 1, 63, 1, 1, 1, 0, 0},  // the longest filters
+      {1, 1, 2, 63, 1, 1, 1, 63, 1, 1, 0, 0},
   };
   int turn = 0;
   for (Call call : cases) {
@@ -106,6 +113,10 @@ void TestAll() {
     }
     call.channels_last = !call.channels_last;
     TestOne(call, rng);
+  }
+  // More channels, maps and outputs than a block takes; rows that do not follow each other.
+  for (const bool last : {false, true}) {
+    TestOne({3, 37, 9, 11, 18, 2, 3, 3, 1, 1, 1, 1, last, true, 5}, rng);
   }
 }
 

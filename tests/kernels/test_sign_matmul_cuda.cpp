@@ -53,6 +53,8 @@ int main() {
       TestOne(33, 70, 5, true, stored_as, rng);
       TestOne(129, 257, 1, false, stored_as, rng);
       TestOne(31, 300, 9, false, stored_as, rng);
+      TestOne(40, 1088, 3, true, stored_as, rng);  // more words than a block has tables for
+      TestOne(2, 64, 6, true, stored_as, rng);
     }
   });
 }

@@ -1,4 +1,4 @@
-// The CUDA kernels of sign_pack and xnor_matmul against the definition, to the bit, on shapes around their tiles.
+// The CUDA kernels of xnor_matmul against the definition, to the bit, on shapes around their tiles.
 #include <cmath>
 #include <random>
 #include <vector>
@@ -6,7 +6,6 @@
 #include "kernels/arrays.h"
 #include "kernels/check.h"
 #include "kernels/device.h"
-#include "kernels/sign_pack/sign_pack_cuda.h"
 #include "kernels/xnor_matmul/xnor_matmul_cuda.h"
 #include "kernels/xnor_problem.h"
 
@@ -44,32 +43,11 @@ void TestOne(XnorPath path, Index rows, Index columns, Index samples, std::mt199
   complain(Multiply<std::uint64_t>(path, p, XnorOutput::kBits) == p.bits, "bits");
 }
 
-void TestSigns(Index samples, Index columns, FloatDtype stored_as, std::mt19937& rng) {
-  auto numbers = Random(samples * columns, rng);
-  for (std::size_t i = 0; i < numbers.size(); i += 4) numbers[i] = i % 8 == 0 ? -0.0f : NAN;
-  DeviceFloats x("x", stored_as, numbers);
-  const Index words = SignWords(columns);
-  DeviceArray<std::uint64_t> bits("bits", static_cast<std::size_t>(samples * words));
-  ExpectLaunched(SignPackCuda({x.data(), stored_as, columns, bits.data()}, samples, nullptr), "SignPackCuda");
-  const auto got = bits.Values();
-  bool right = true;
-  for (Index n = 0; n < samples; ++n) {
-    for (Index c = 0; c < words * kSignBits; ++c) {
-      const bool want = c < columns && !(numbers[n * columns + c] >= 0);
-      right = right && (got[n * words + c / 64] >> c % 64 & 1) == want;
-    }
-  }
-  Expect(right, "signs of %ld samples of %ld, floats %d", long{samples}, long{columns}, static_cast<int>(stored_as));
-}
-
 }  // namespace
 
 int main() {
   return RunOnDevice([] {
     std::mt19937 rng(1);
-    for (const FloatDtype stored_as : kFloats) {
-      for (const Index columns : {1, 31, 33, 64, 65, 200}) TestSigns(3, columns, stored_as, rng);
-    }
     for (const XnorPath path : {XnorPath::kCount, XnorPath::kFew}) {
       for (const Index rows : {1, 32, 70}) {
         for (const Index columns : {1, 300}) {

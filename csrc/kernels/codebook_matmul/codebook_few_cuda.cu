@@ -36,7 +36,7 @@ int LaunchInt8(const CodebookMatmulCudaArgs& a, void* stream) {
 
 template <typename Tile, int kBits, bool kPerRow>
 int LaunchExactFew(const CodebookMatmulCudaArgs& a, void* stream) {
-  const dim3 grid(BlocksOnX(a.weight.rows, Tile::kRows), BlocksOnY(a.samples, Tile::kSamples));
+  const dim3 grid(BlocksOnX(a.weight.rows, Tile::kRows), static_cast<unsigned>(CeilDiv(a.samples, Tile::kSamples)));
   return LaunchMain(CodebookExactFewKernel<Tile, kBits, kPerRow>, grid, Tile::kThreads, 0, stream, a);
 }
 

@@ -276,8 +276,12 @@ inline unsigned BlocksOnX(std::int64_t size, std::int64_t part = 1) {
 
 // Blocks on the y axis, which walks the parts of `size`, several times where there are more than fill any GPU.
 inline unsigned BlocksOnY(std::int64_t size, std::int64_t part) {
-  constexpr std::int64_t kMost = 8192;  // of the 65,535 that CUDA takes
-  return static_cast<unsigned>(std::min(CeilDiv(size, part), kMost));
+#ifdef __CUDACC__
+  constexpr std::int64_t most = 8192;  // of the 65,535 that CUDA takes
+#else
+  const std::int64_t most = cuda_emulator::MostBlocksOnY();
+#endif
+  return static_cast<unsigned>(std::min(CeilDiv(size, part), most));
 }
 
 inline dim3 RowGrid(std::int64_t rows, std::int64_t samples) {
