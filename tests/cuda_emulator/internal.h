@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <string>
+#include <unordered_set>
 #include <vector>
 
 #include "cuda_runtime.h"
@@ -99,5 +100,34 @@ void MarkWritten(const void* memory, std::size_t bytes);
 void CheckerBeginLaunch();
 // An access by the running thread: reports what is wrong with it and remembers it.
 void CheckAccess(const void* p, std::size_t bytes, bool write, bool atomic, const void* code);
+// All memory of cudaMalloc.
+struct Memory {
+  const void* begin;
+  std::size_t bytes;
+  std::string name;
+  bool read_only;
+};
+std::vector<Memory> DeviceMemory();
+
+// ---- launch_recorder.cpp
+
+// Where CheckAccess was called from, while a launch is recorded.
+extern std::unordered_set<const void*>* reached;
+
+// Made before a launch and told when it went well.
+class LaunchRecorder {
+ public:
+  LaunchRecorder(const cudaLaunchConfig_t& config, const Kernel& kernel, bool forward);
+  ~LaunchRecorder();
+  LaunchRecorder(const LaunchRecorder&) = delete;
+  void Finish();
+
+ private:
+  const cudaLaunchConfig_t& config_;
+  const Kernel& kernel_;
+  std::vector<Memory> memory_;
+  std::string before_;
+  std::unordered_set<const void*> own_reached_;
+};
 
 }  // namespace cuda_emulator

@@ -279,6 +279,16 @@ std::size_t UnwrittenBytes(const void* memory) {
   return static_cast<std::size_t>(std::count(range.written.begin(), range.written.end(), false));
 }
 
+std::vector<Memory> DeviceMemory() {
+  std::vector<Memory> all;
+  for (const auto& [begin, range] : ranges) {
+    const bool parameters = range.written.empty();
+    if (range.owner != nullptr || parameters) continue;
+    all.push_back({reinterpret_cast<const void*>(begin), range.end - begin, range.name, range.read_only});
+  }
+  return all;
+}
+
 // ---- accesses
 
 void CheckerBeginLaunch() { ++launch; }
@@ -286,6 +296,7 @@ void CheckerBeginLaunch() { ++launch; }
 void CheckAccess(const void* p, std::size_t bytes, bool write, bool atomic, const void* code) {
   if (running == nullptr) return;
   if (running->fiber.Owns(p) || BuiltIn(p)) return;
+  if (reached != nullptr) reached->insert(code);
   const std::uintptr_t address = Number(p);
   const char* verb = write ? "write" : "read";
   Range* range = Find(address);
