@@ -6,6 +6,7 @@
 
 #include <cstdio>
 #include <cstdlib>
+#include <filesystem>
 #include <map>
 #include <string>
 #include <unordered_set>
@@ -64,9 +65,11 @@ void LaunchRecorder::Finish() {
   Dl_info symbol;
   link_map* module = nullptr;
   if (dladdr1(kernel_.address, &symbol, reinterpret_cast<void**>(&module), RTLD_DL_LINKMAP) == 0) std::abort();
+  const bool of_library = module->l_name[0] != '\0';
+  const std::string program = std::filesystem::canonical(of_library ? module->l_name : "/proc/self/exe");
   std::FILE* file = File();
   std::fprintf(file, "{\"program\": \"%s\", \"address\": %zu, \"grid\": [%u, %u, %u], \"block\": [%u, %u, %u], ",
-               symbol.dli_fname, reinterpret_cast<std::size_t>(kernel_.address) - module->l_addr, config_.gridDim.x,
+               program.c_str(), reinterpret_cast<std::size_t>(kernel_.address) - module->l_addr, config_.gridDim.x,
                config_.gridDim.y, config_.gridDim.z, config_.blockDim.x, config_.blockDim.y, config_.blockDim.z);
   std::fprintf(file, "\"dynamic_bytes\": %zu, \"parameter_bytes\": %zu, \"memory\": [", config_.dynamicSmemBytes,
                kernel_.packed.size());
