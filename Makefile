@@ -40,6 +40,7 @@ test: venv test-kernels test-cuda
 
 # The last line of the log is stored.
 test-full: SANITIZE := ALL
+test-full: OTHER_ARCHITECTURES := --architectures 75 80 100 --json bench/results/cuda_ptx.json
 test-full: venv test-kernels test-cuda test-sanitized
 	set -o pipefail; python -m pytest | tee build/test-full.log
 	tail -n 1 build/test-full.log | tr -d '=' > bench/results/test_full.txt
@@ -69,6 +70,7 @@ test-cuda: venv
 	PYTHONPATH=tests$${PYTHONPATH:+:$$PYTHONPATH} TERSETORCH_PRETEND_CUDA=$(KERNEL_TESTS)/tests/cuda_emulator \
 	  python -m pytest -p cuda_emulator.pretend_device tests/ops/test_*_cuda.py
 	ctest --test-dir $(KERNEL_TESTS) --parallel 2 --output-on-failure -R _cuda$$
+	PYTHONPATH=tests python -m ptx_interpreter $(KERNEL_TESTS) $(OTHER_ARCHITECTURES)
 	.ci/check_cuda_kernels
 
 # The library built against one torch serves later ones.

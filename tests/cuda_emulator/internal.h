@@ -111,8 +111,12 @@ std::vector<Memory> DeviceMemory();
 
 // ---- launch_recorder.cpp
 
-// Where CheckAccess was called from, while a launch is recorded.
-extern std::unordered_set<const void*>* reached;
+// While a launch is recorded: how often CheckAccess was called, and from where.
+struct Reached {
+  std::size_t accesses = 0;
+  std::unordered_set<const void*> code;
+};
+extern Reached* reached;
 
 // Made before a launch and told when it went well.
 class LaunchRecorder {
@@ -127,7 +131,7 @@ class LaunchRecorder {
   const Kernel& kernel_;
   std::vector<Memory> memory_;
   std::string before_;
-  std::unordered_set<const void*> own_reached_;
+  Reached reached_;
 };
 
 }  // namespace cuda_emulator

@@ -1,6 +1,6 @@
 // Writes launches down, so that what nvcc made of a kernel can be replayed on them and must leave the same memory
 // (tests/ptx_interpreter). A launch is kept if it ran forward, is small, and reached an access to memory that no kept
-// launch of its kernel had reached.
+// launch of its kernel had reached, or made many more accesses than all of them.
 #include <dlfcn.h>
 #include <link.h>
 
@@ -15,11 +15,11 @@
 
 namespace cuda_emulator {
 
-std::unordered_set<const void*>* reached = nullptr;
+Reached* reached = nullptr;
 
 namespace {
 
-constexpr std::size_t kMostThreads = 1 << 14, kMostBytes = 1 << 21;
+constexpr std::size_t kMostThreads = 1 << 16, kMostBytes = 1 << 21, kMostAccesses = 1 << 18, kManyMore = 8;
 
 // The folder's file of this program, or none.
 std::FILE* File() {
@@ -49,18 +49,21 @@ LaunchRecorder::LaunchRecorder(const cudaLaunchConfig_t& config, const Kernel& k
   for (const Memory& memory : memory_) bytes += memory.bytes;
   if (bytes > kMostBytes) return;
   for (const Memory& memory : memory_) before_.append(static_cast<const char*>(memory.begin), memory.bytes);
-  reached = &own_reached_;
+  reached = &reached_;
 }
 
 LaunchRecorder::~LaunchRecorder() { reached = nullptr; }
 
 void LaunchRecorder::Finish() {
   if (reached == nullptr) return;
-  static std::map<const void*, std::unordered_set<const void*>> kept;
-  auto& so_far = kept[kernel_.address];
-  const std::size_t known = so_far.size();
-  so_far.insert(own_reached_.begin(), own_reached_.end());
-  if (so_far.size() == known) return;
+  static std::map<const void*, Reached> kept;
+  Reached& so_far = kept[kernel_.address];
+  const std::size_t known = so_far.code.size();
+  if (known != 0 && reached_.accesses > kMostAccesses) return;
+  so_far.code.insert(reached_.code.begin(), reached_.code.end());
+  const bool more = reached_.accesses > kManyMore * so_far.accesses && reached_.accesses <= kMostAccesses;
+  if (so_far.code.size() == known && !more) return;
+  so_far.accesses = std::max(so_far.accesses, reached_.accesses);
 
   Dl_info symbol;
   link_map* module = nullptr;

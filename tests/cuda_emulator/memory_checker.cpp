@@ -296,7 +296,7 @@ void CheckerBeginLaunch() { ++launch; }
 void CheckAccess(const void* p, std::size_t bytes, bool write, bool atomic, const void* code) {
   if (running == nullptr) return;
   if (running->fiber.Owns(p) || BuiltIn(p)) return;
-  if (reached != nullptr) reached->insert(code);
+  if (reached != nullptr && ++reached->accesses != 0) reached->code.insert(code);
   const std::uintptr_t address = Number(p);
   const char* verb = write ? "write" : "read";
   Range* range = Find(address);

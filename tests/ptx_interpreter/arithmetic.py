@@ -316,7 +316,9 @@ def permute(name: str, modifiers: list[str]) -> Rule:
         result = np.zeros(np.broadcast(pair, selector).shape, np.uint32)
         for i in range(4):
             nibble = selector >> np.uint32(4 * i) & np.uint32(15)
-            byte = (pair >> ((nibble & np.uint32(7)) * np.uint32(8)).astype(np.uint64)).astype(np.uint32) & np.uint32(255)
+            byte = (pair >> ((nibble & np.uint32(7)) * np.uint32(8)).astype(np.uint64)).astype(np.uint32) & np.uint32(
+                255
+            )
             repeated = np.where(byte & np.uint32(128), np.uint32(255), np.uint32(0))
             result |= np.where(nibble & np.uint32(8), repeated, byte) << np.uint32(8 * i)
         return result
@@ -431,7 +433,9 @@ def to_integer(x: Any, of: str) -> Any:
     if bits == 64:
         result = np.where(wide >= float(high), np.array(high, TYPES[of]), result)
         return np.where(np.isnan(wide), np.array(1 << 63, np.uint64).view(TYPES[of]), result)
-    return np.where(np.isnan(wide) & (x.dtype == np.float64), np.array(1 << bits - 1, f"u{bits // 8}").view(TYPES[of]), result)
+    return np.where(
+        np.isnan(wide) & (x.dtype == np.float64), np.array(1 << bits - 1, f"u{bits // 8}").view(TYPES[of]), result
+    )
 
 
 @maker("cvt")

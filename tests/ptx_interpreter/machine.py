@@ -12,7 +12,15 @@ import numpy as np
 
 from ptx_interpreter import arithmetic, fragments
 from ptx_interpreter.arithmetic import TYPES
-from ptx_interpreter.memory import CONSTANT_WINDOW, LOCAL_WINDOW, SHARED_WINDOW, UNSIGNED, BlockMemory, GlobalMemory, Range
+from ptx_interpreter.memory import (
+    CONSTANT_WINDOW,
+    LOCAL_WINDOW,
+    SHARED_WINDOW,
+    UNSIGNED,
+    BlockMemory,
+    GlobalMemory,
+    Range,
+)
 from ptx_interpreter.parse import BYTES, Instruction, Kernel, Module, PtxError, up_to
 
 WARP = 32
@@ -349,7 +357,9 @@ class Blocks:
     def complain_of_parked(self) -> None:
         """Nothing runs any more, but lanes wait for others of their warp."""
         pc, lanes = next(iter(self.parked.items()))
-        raise PtxError(f"{self.kernel.code[pc].text}: lanes of the mask never come; here are {sorted(set(lanes % WARP))}")
+        raise PtxError(
+            f"{self.kernel.code[pc].text}: lanes of the mask never come; here are {sorted(set(lanes % WARP))}"
+        )
 
     def warp_operation(self, i: Instruction) -> tuple[Run, Callable[[Lanes], Any]]:
         """What it does to lanes whose masks are complete, and the masks."""
@@ -408,7 +418,12 @@ class Blocks:
 
     def vote(self, i: Instruction) -> tuple[Run, Callable[[Lanes], Any]]:
         """Of a predicate of the lanes of the mask."""
-        if i.modifiers[0] != "sync" or i.modifiers[1:] not in (["ballot", "b32"], ["any", "pred"], ["all", "pred"], ["uni", "pred"]):
+        if i.modifiers[0] != "sync" or i.modifiers[1:] not in (
+            ["ballot", "b32"],
+            ["any", "pred"],
+            ["all", "pred"],
+            ["uni", "pred"],
+        ):
             raise PtxError("unknown vote")
         put, mask = self.write(i.operands[0], i.modifiers[2]), self.read(i.operands[2], "u32")
         negated, predicate = i.operands[1].startswith("!"), self.read(i.operands[1].lstrip("!"), "pred")
@@ -421,19 +436,33 @@ class Blocks:
             ballot = votes[lanes // WARP] & masks
             put(
                 lanes,
-                {"ballot": ballot, "any": ballot != 0, "all": ballot == masks, "uni": (ballot == 0) | (ballot == masks)}[
-                    i.modifiers[1]
-                ],
+                {
+                    "ballot": ballot,
+                    "any": ballot != 0,
+                    "all": ballot == masks,
+                    "uni": (ballot == 0) | (ballot == masks),
+                }[i.modifiers[1]],
             )
 
         return run, mask
 
     def reduction(self, i: Instruction) -> tuple[Run, Callable[[Lanes], Any]]:
         """One number of the integers of all lanes of the mask."""
-        of = {"add": np.add, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
+        of = {
+            "add": np.add,
+            "min": np.minimum,
+            "max": np.maximum,
+            "and": np.bitwise_and,
+            "or": np.bitwise_or,
+            "xor": np.bitwise_xor,
+        }
         if i.modifiers[0] != "sync" or i.modifiers[1] not in of or i.modifiers[2] not in ("s32", "u32", "b32"):
             raise PtxError("unknown reduction")
-        put, value, mask = self.write(i.operands[0], i.modifiers[2]), self.read(i.operands[1], i.modifiers[2]), self.read(i.operands[2], "u32")
+        put, value, mask = (
+            self.write(i.operands[0], i.modifiers[2]),
+            self.read(i.operands[1], i.modifiers[2]),
+            self.read(i.operands[2], "u32"),
+        )
 
         def run(lanes: Lanes) -> None:
             values, keys = value(lanes), (lanes // WARP).astype(np.uint64) << np.uint64(32) | mask(lanes)
@@ -465,7 +494,11 @@ class Blocks:
         modifiers = [m for m in i.modifiers if not m.startswith("shared")]
         transposes = "trans" in modifiers
         modifiers = [m for m in modifiers if m != "trans"]
-        if modifiers[:3] != ["sync", "aligned", "m8n8"] or modifiers[3] not in ("x1", "x2", "x4") or modifiers[4:] != ["b16"]:
+        if (
+            modifiers[:3] != ["sync", "aligned", "m8n8"]
+            or modifiers[3] not in ("x1", "x2", "x4")
+            or modifiers[4:] != ["b16"]
+        ):
             raise PtxError("unknown ldmatrix")
         number = int(modifiers[3][1:])
         puts = [self.write(name.strip(), "b32") for name in i.operands[0].strip("{}").split(",")]
@@ -657,7 +690,9 @@ class Blocks:
         base = self.read(match[1], "u64")
         return lambda lanes: base(lanes) + offset + np.zeros(len(lanes), np.uint64)
 
-    def places(self, space: str, at: Any, size: int, lanes: Lanes, write: bool, what: str) -> list[tuple[Range, Any, Any]]:
+    def places(
+        self, space: str, at: Any, size: int, lanes: Lanes, write: bool, what: str
+    ) -> list[tuple[Range, Any, Any]]:
         """Where numbers of this size lie: range, indices in its view, and which of the lanes."""
         if space == "global":
             return self.launch.memory.place(at, size, write, what)
@@ -822,7 +857,9 @@ class Blocks:
             if (target % np.uint64(size)).any() or (source % np.uint64(size)).any():
                 raise PtxError(f"{i.text}: not a multiple of {size}")
             data = np.zeros((len(lanes), size // 4), np.uint32)
-            length = np.full(len(lanes), size) if some is None else np.broadcast_to(some(lanes), lanes.shape).astype(int)
+            length = (
+                np.full(len(lanes), size) if some is None else np.broadcast_to(some(lanes), lanes.shape).astype(int)
+            )
             for k in range(size // 4):
                 reads = length > 4 * k
                 if reads.any():

@@ -63,9 +63,7 @@ class BlockMemory:
         self.name, self.size, self.pitch = name, size, up_to(size, 16)
         self.range = Range(name, 0, np.full(self.pitch * owners, UNWRITTEN, np.uint8))
 
-    def place(
-        self, owners: Array, addresses: Array, size: int, what: str
-    ) -> list[tuple[Range, Array, Array | slice]]:
+    def place(self, owners: Array, addresses: Array, size: int, what: str) -> list[tuple[Range, Array, Array | slice]]:
         """As GlobalMemory.place."""
         offsets = addresses.astype(np.int64)
         bad = (offsets < 0) | (offsets + size > self.size)

@@ -57,6 +57,8 @@ class Module:
 VARIABLE = re.compile(r"(?:\.align (\d+) )?\.(\w+)\s+([\w$%.]+)(?:\[(\d*)\])?\s*(?:=\s*(.*))?$", re.S)
 LABEL = re.compile(r"([\w$%]+):")
 GUARD = re.compile(r"@(!?)(%\w+)\s+")
+SPACE = re.compile(r"\s*")
+TARGETS = re.compile(r"\s*\.branchtargets([^;]*);")
 OPERAND = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+")
 
 
@@ -67,7 +69,9 @@ def parse(text: str) -> Module:
         raise PtxError("a file of PTX must name its .target")
     dynamic, constants, outer_shared = [], {}, []
     head = re.sub(r"//[^\n]*", "", re.sub(r"(?m)^\{.*?^\}", "{}", text, flags=re.S))
-    for space, declaration in re.findall(r"(?m)^(?:\.visible |\.weak )?\.(?:extern \.)?(shared|const|global) ([^;]*);", head):
+    for space, declaration in re.findall(
+        r"(?m)^(?:\.visible |\.weak )?\.(?:extern \.)?(shared|const|global) ([^;]*);", head
+    ):
         alignment, of, name, count, value = VARIABLE.match(declaration.strip()).groups()
         if space == "shared" and count == "":
             dynamic.append(name)
@@ -127,7 +131,7 @@ def add_body(kernel: Kernel, body: str) -> None:
     scopes: list[dict[str, str]] = []
     at, opened = 0, 0
     while True:
-        at += re.compile(r"\s*").match(body, at).end() - at
+        at = SPACE.match(body, at).end()
         if at == len(body):
             return
         if body[at] in "{}":
@@ -140,7 +144,7 @@ def add_body(kernel: Kernel, body: str) -> None:
             continue
         if label := LABEL.match(body, at):
             name, at = label[1], label.end()
-            if targets := re.compile(r"\s*\.branchtargets([^;]*);").match(body, at):
+            if targets := TARGETS.match(body, at):
                 kernel.targets[name], at = re.findall(r"[\w$]+", targets[1]), targets.end()
             else:
                 kernel.labels[name] = len(kernel.code)

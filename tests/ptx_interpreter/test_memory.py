@@ -42,7 +42,10 @@ def test_generic_addresses(run):
         ("st.global.u32 [%rd10], %r0;", "writes to 'array 0'"),
         ("ld.global.u32 %r1, [%rd0+2];", "not a multiple of 4"),
         ("ld.global.v2.u32 {%r1, %r2}, [%rd10];", "not a multiple of 8"),
-        ("shl.b32 %r1, %r0, 5; mov.u32 %r2, tile; st.shared.u32 [%r1], %r2;", "out of bounds, shared memory of 1024 bytes at byte 1024"),
+        (
+            "shl.b32 %r1, %r0, 5; mov.u32 %r2, tile; st.shared.u32 [%r1], %r2;",
+            "out of bounds, shared memory of 1024 bytes at byte 1024",
+        ),
         ("mov.u64 %rd12, 4096; ld.global.u32 %r1, [%rd12];", "out of bounds"),
         ("ld.global.what.u32 %r1, [%rd10];", "unknown modifier what"),
         ("atom.global.nand.b32 %r1, [%rd11], 1;", "unknown atomic nand"),

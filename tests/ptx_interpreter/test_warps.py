@@ -61,7 +61,10 @@ def test_lanes_that_come_by_different_paths_meet_in_a_warp_operation(run):
         ("setp.lt.u32 %p1, %r0, 16; @%p1 shfl.sync.bfly.b32 %r9|%p2, %r0, 16, 31, 0xffff;", "reads a lane"),
         ("setp.lt.u32 %p1, %r0, 16; @%p1 ret; bar.warp.sync -1;", "have exited"),
         ("setp.lt.u32 %p1, %r0, 16; @%p1 ret; bar.sync 0;", "16 threads of the block have exited"),
-        ("setp.lt.u32 %p1, %r0, 16; @%p1 bra $a; bar.sync 0; bra.uni $e; $a: bar.red.or.pred %p2, 0, %p1; $e:", "wait at"),
+        (
+            "setp.lt.u32 %p1, %r0, 16; @%p1 bra $a; bar.sync 0; bra.uni $e; $a: bar.red.or.pred %p2, 0, %p1; $e:",
+            "wait at",
+        ),
         ("trap;", "not modelled: trap"),
     ],
 )
