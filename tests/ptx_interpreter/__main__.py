@@ -1,8 +1,9 @@
 """Replays, on the PTX that nvcc made of the CUDA kernels, the launches that their emulated tests make; needs no GPU.
 
-``python -m ptx_interpreter BUILD`` takes the folder where the kernel tests were built with nvcc. It fails where a kernel
-leaves other memory than under the emulator, does what no kernel may, holds an instruction that is not modelled, or was not
-launched; and where a mistake that was made on purpose is not noticed in any kernel. Without nvcc it says so and passes.
+``python -m ptx_interpreter BUILD`` takes the folder where the kernel tests were built with nvcc. It fails where a
+kernel leaves other memory than under the emulator, does what no kernel may, holds an instruction that is not modelled,
+or was not launched; and where a mistake that was made on purpose is not noticed in any kernel. Without nvcc it says so
+and passes.
 """
 
 import argparse
@@ -106,9 +107,10 @@ def check(
         problems += check_mistakes(kernels, outcomes, launches)
     executed, reached = sum(o.executed for o in outcomes.values()), sum(len(o.reached) for o in outcomes.values())
     total = sum(len(kernels[name][1].code) for name in outcomes)
+    number = sum(outcome.launches for outcome in outcomes.values())
     print(
-        f"{sum(o.launches for o in outcomes.values())} launches of {len(outcomes)} kernels, {executed / 1e6:.0f} million "
-        f"instructions, {reached / total:.0%} of all that there are, {time.process_time() - started:.0f} s of one core"
+        f"{number} launches of {len(outcomes)} kernels, {executed / 1e6:.0f} million instructions, "
+        f"{reached / total:.0%} of all that there are, {time.process_time() - started:.0f} s of one core"
     )
     return rows, problems
 

@@ -1,7 +1,8 @@
 """Instructions that compute one number from others, a thread at a time: name to a maker of numpy functions.
 
-A maker is given the modifiers and returns the type of the result, those of the operands, and the function of their arrays.
-What it does not know it refuses by name. PTX ISA, chapter "Instruction Set"; floats are IEEE 754, rounded to nearest even.
+A maker is given the modifiers and returns the type of the result, those of the operands, and the function of their
+arrays. What it does not know it refuses by name. PTX ISA, chapter "Instruction Set"; floats are IEEE 754, rounded to
+nearest even.
 """
 
 from collections.abc import Callable
@@ -96,7 +97,7 @@ def of_two(name: str, modifiers: list[str]) -> Rule:
         run = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide}.get(name)
         if name in ("min", "max"):
             run = getattr(np, f"{name}imum") if propagates else extreme(name)
-        if run is None or approximate and of != "f32":
+        if run is None or (approximate and of != "f32"):
             raise PtxError(f"unknown for {of}")
         return of, [of, of], run
     of = only(modifiers, *INTEGERS)
@@ -145,7 +146,7 @@ def fused(a: Any, b: Any, c: Any) -> Any:
     products = a.astype(np.float64) * b.astype(np.float64)  # exact
     sums = np.atleast_1d(products + c.astype(np.float64))
     result = sums.astype(np.float32)
-    # A sum that was rounded to the middle between two float32 goes the wrong way in half of all cases: done again exactly.
+    # A sum that was rounded to the middle between two float32 may go the wrong way: done again exactly.
     middle = (sums.view(np.uint64) & np.uint64(0x1FFFFFFF)) == np.uint64(0x10000000)
     if middle.any():
         a, b, c = np.broadcast_arrays(a, b, c)

@@ -1,7 +1,7 @@
 """Products of fragments: which element of a matrix a thread's register holds, as the PTX ISA's figures say.
 
-Written from the section "Matrix Fragments for mma" alone, element by element; what the kernels say about their fragments
-(tensor_cores.cuh) is not used. A warp's registers are arrays [warps, 32 lanes, registers].
+Written from the section "Matrix Fragments for mma" alone, element by element; what the kernels say about their
+fragments (tensor_cores.cuh) is not used. A warp's registers are arrays [warps, 32 lanes, registers].
 """
 
 from collections.abc import Callable

@@ -190,7 +190,6 @@ def instruction(statement: str) -> Instruction:
     text, guard = statement, None
     if match := GUARD.match(statement):
         guard, statement = (match[2], match[1] == "!"), statement[match.end() :]
-    opcode, _, operands = statement.partition(" ") if " " in statement else statement.partition("\t")
-    opcode, _, more = opcode.partition("\t")
+    opcode, *operands = statement.split(None, 1)
     name, *modifiers = opcode.split(".")
-    return Instruction(guard, name, modifiers, OPERAND.findall(f"{more} {operands}"), " ".join(text.split()))
+    return Instruction(guard, name, modifiers, OPERAND.findall("".join(operands)), " ".join(text.split()))

@@ -1,4 +1,4 @@
-"""Launches that the emulator wrote down (tests/cuda_emulator/launch_recorder.cpp), and the kernels that they were of."""
+"""Launches that the emulator wrote down (tests/cuda_emulator/launch_recorder.cpp), and what kernels they were of."""
 
 import bisect
 import functools

@@ -13,7 +13,7 @@ from ptx_interpreter.parse import Kernel, Module, PtxError, parse
 
 # Of the largest number in its array: what fused products may change where only some products of a kernel are.
 TOLERANCE = 2.0**-18
-# What a kernel for tensor cores consists of where it was compiled for an architecture without: nobody launches it there.
+# What a kernel for tensor cores lacks where it was compiled for an architecture without: nobody launches it there.
 TENSOR_CORES = ("mma", "cp", "ldmatrix")
 Name = tuple[str, str]  # source file, and mangled name without hashes
 
@@ -32,7 +32,7 @@ class Outcome:
 
 
 def load(folder: Path) -> dict[Name, tuple[Module, Kernel]]:
-    """The kernels of csr_matmul_cuda.ptx or, where there are several architectures, csr_matmul_cuda.compute_90.ptx, ..."""
+    """The kernels of csr_matmul_cuda.ptx or, of several architectures, csr_matmul_cuda.compute_90.ptx, ..."""
     kernels = {}
     for file in sorted(folder.glob("*.ptx"), key=lambda file: file.name.endswith("90.ptx")):  # the last one stays
         module = parse(file.read_text())
@@ -53,8 +53,8 @@ def run(module: Module, kernel: Kernel, recording: recordings.Recording, fuses: 
 
 
 def difference(got: Any, want: Any) -> float:
-    """Between arrays of bytes whose type nobody names, relative to the largest number: 0 if their bits agree, all NaN being
-    the same; inf if they cannot be floats. Of halves, one in the last bit counts as TOLERANCE.
+    """Between arrays of bytes whose type nobody names, relative to the largest number: 0 if their bits agree, all NaN
+    being the same; inf if they cannot be floats. Of halves, one in the last bit counts as TOLERANCE.
     """
     if (got == want).all():
         return 0.0

@@ -129,7 +129,8 @@ def multiply(run, opcode, a, b, c, places, bits):
     body += f"""
       ld.global.v4.u32 {{%r10, %r11, %r12, %r13}}, [%rd20]; ld.global.v2.u32 {{%r14, %r15}}, [%rd21];
       ld.global.v4.u32 {{%r16, %r17, %r18, %r19}}, [%rd22];
-      mma.sync.aligned.{opcode} {{%r20,%r21,%r22,%r23}}, {{%r10,%r11,%r12,%r13}}, {{%r14,%r15}}, {{%r16,%r17,%r18,%r19}};
+      mma.sync.aligned.{opcode}
+        {{%r20,%r21,%r22,%r23}}, {{%r10,%r11,%r12,%r13}}, {{%r14,%r15}}, {{%r16,%r17,%r18,%r19}};
       st.global.v4.u32 [%rd23], {{%r20, %r21, %r22, %r23}};
     """
     d = run(body, *words)
