@@ -68,6 +68,7 @@ test-cuda: venv
 	  -Dpybind11_DIR=$$(python -m pybind11 --cmakedir) >/dev/null
 	cmake --build $(KERNEL_TESTS) --target cuda_tests
 	PYTHONPATH=tests$${PYTHONPATH:+:$$PYTHONPATH} TERSETORCH_PRETEND_CUDA=$(KERNEL_TESTS)/tests/cuda_emulator \
+	TERSETORCH_RECORD_LAUNCHES=$(KERNEL_TESTS)/launches \
 	  python -m pytest -p cuda_emulator.pretend_device tests/ops/test_*_cuda.py
 	ctest --test-dir $(KERNEL_TESTS) --parallel 2 --output-on-failure -R _cuda$$
 	PYTHONPATH=tests python -m ptx_interpreter $(KERNEL_TESTS) $(OTHER_ARCHITECTURES)
