@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ptx_interpreter import mistakes, recordings
-from ptx_interpreter.replay import Name, Outcome, for_tensor_cores, load, replay_all
+from ptx_interpreter.replay import Name, Outcome, for_tensor_cores, load, replay_all, unknown_instructions
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 # (file, kernel as it is printed) -> why no emulated test launches it.
@@ -101,6 +101,8 @@ def check(
     names = list(kernels)
     readable = dict(zip(names, recordings.readable([name[1] for name in names]), strict=True))
     rows = report(outcomes, {name: len(kernel.code) for name, (_, kernel) in kernels.items()}, readable)
+    for name, (module, kernel) in kernels.items():
+        problems += [f"{name[0]}: {readable[name]}: {problem}" for problem in unknown_instructions(module, kernel)]
     for name, outcome in outcomes.items():
         problems += [f"{name[0]}: {readable[name]}: {problem}" for problem in outcome.problems]
     for name in sorted(kernels.keys() - outcomes.keys() - left_out):

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ptx_interpreter import recordings
-from ptx_interpreter.machine import Launch
+from ptx_interpreter.machine import Blocks, Launch
 from ptx_interpreter.memory import GlobalMemory, Range
 from ptx_interpreter.parse import Kernel, Module, PtxError, parse
 
@@ -39,6 +39,18 @@ def load(folder: Path) -> dict[Name, tuple[Module, Kernel]]:
         for kernel in module.kernels.values():
             kernels[file.name.split(".")[0], recordings.without_hashes(kernel.name)] = module, kernel
     return kernels
+
+
+def unknown_instructions(module: Module, kernel: Kernel) -> list[str]:
+    """Of the whole kernel, whether launches come by or not."""
+    launch = Launch(module, kernel, (1, 1, 1), (1, 1, 1), bytes(kernel.parameter_bytes), GlobalMemory([]))
+    block, problems = Blocks(launch, np.zeros((1, 3), np.uint32)), []
+    for i in kernel.code:
+        try:
+            block.decode(i)
+        except PtxError as error:
+            problems.append(str(error))
+    return problems
 
 
 def run(module: Module, kernel: Kernel, recording: recordings.Recording, fuses: bool) -> tuple[Launch, float]:

@@ -8,7 +8,7 @@ import pytest
 from ptx_interpreter import mistakes, recordings
 from ptx_interpreter.parse import PtxError, parse
 from ptx_interpreter.recordings import Memory, Recording
-from ptx_interpreter.replay import TOLERANCE, Outcome, difference, replay
+from ptx_interpreter.replay import TOLERANCE, Outcome, difference, replay, unknown_instructions
 
 HASHED = "_GLOBAL__N__0123abcd_13_scale_cuda_cu_89abcdef"
 SCALE = f""".version 9.0
@@ -71,6 +71,12 @@ def test_a_number_that_is_wrong_is_a_problem():
 def test_a_missing_guard_is_a_problem():
     unguarded = SCALE.replace("@%p1 bra $end;", "")
     assert "out of bounds, 'x' of 200 bytes at byte 200" in outcome_of(unguarded, recording()).problems[0]
+
+
+def test_an_unknown_instruction_is_named_though_no_thread_comes_by():
+    module = parse(SCALE.replace("$end:\n", "bra $end;\n texture.2d %r1, %r2;\n$end:\n"))
+    (kernel,) = module.kernels.values()
+    assert unknown_instructions(module, kernel) == ["instruction not modelled: texture.2d %r1, %r2: unknown opcode"]
 
 
 def test_mistakes_are_made_where_launches_come_by():
