@@ -6,7 +6,6 @@ nearest even.
 """
 
 from collections.abc import Callable
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -143,18 +142,16 @@ def multiply_add(name: str, modifiers: list[str]) -> Rule:
 
 def fused(a: Any, b: Any, c: Any) -> Any:
     """a * b + c of float32, rounded once."""
-    products = a.astype(np.float64) * b.astype(np.float64)  # exact
-    sums = np.atleast_1d(products + c.astype(np.float64))
+    products, c = a.astype(np.float64) * b.astype(np.float64), c.astype(np.float64)  # exact
+    sums = np.atleast_1d(products + c)
     result = sums.astype(np.float32)
-    # A sum that was rounded to the middle between two float32 may go the wrong way: done again exactly.
+    # Of a sum that float64 rounded to the middle between two float32, what was rounded away decides.
     middle = (sums.view(np.uint64) & np.uint64(0x1FFFFFFF)) == np.uint64(0x10000000)
     if middle.any():
-        a, b, c = np.broadcast_arrays(a, b, c)
-        for i in np.flatnonzero(middle & np.isfinite(sums)):
-            exact = Fraction(float(a[i])) * Fraction(float(b[i])) + Fraction(float(c[i]))
-            around = [np.nextafter(result[i], np.float32(side)) for side in (-np.inf, np.inf)] + [result[i]]
-            best = min(around, key=lambda y: (abs(Fraction(float(y)) - exact), int(y.view(np.uint32)) & 1))
-            result[i] = best
+        part = sums - products
+        lost = (products - (sums - part)) + (c - part)
+        result = np.where(middle, np.nextafter(sums, np.sign(lost) * np.inf), sums).astype(np.float32)
+        result = np.where(middle & (lost == 0), sums.astype(np.float32), result)
     return result
 
 

@@ -135,6 +135,9 @@ def test_fma_of_a_sum_in_the_middle_of_two_floats(compute):
     a, b = f32(2**-12 * (1 + 2**-20)), f32(2**-12 * (1 - 2**-20))
     got = compute("fma.rn.f32 {}, {}, {}, {};", np.float32, a, b, bits(0x3F800001))
     assert got.view(np.uint32)[0] == 0x3F800001
+    got = compute("fma.rn.f32 {}, {}, {}, {};", np.float32, -a, b, bits(0x3F800001))
+    assert got.view(np.uint32)[0] == 0x3F800001
+    assert compute("fma.rn.f32 {}, {}, {}, {};", np.float32, f32(2**-24), f32(1), f32(1))[0] == 1  # a tie
 
 
 @pytest.mark.parametrize(
