@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ptx_interpreter import mistakes, recordings
-from ptx_interpreter.replay import Name, Outcome, for_tensor_cores, load, replay_all, unknown_instructions
+from ptx_interpreter.replay import Name, Outcome, load, replay_all, tensor_cores, unknown_instructions
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 # (file, kernel as it is printed) -> why no emulated test launches it.
@@ -89,14 +89,14 @@ def report(
 
 
 def check(
-    folder: Path, launches: list[recordings.Recording], needs_tensor_cores: set[Name], makes_mistakes: bool
+    folder: Path, launches: list[recordings.Recording], needs: dict[Name, set[str]], makes_mistakes: bool
 ) -> tuple[dict[str, dict[str, object]], list[str]]:
     """All launches on the PTX of a folder: the table, and what is wrong."""
     started = time.process_time()
     kernels = load(folder)
     targets = {module.target for module, _ in kernels.values()}
     print(f"PTX of {len(kernels)} kernels for {', '.join(f'sm_{target}' for target in sorted(targets))}")
-    left_out = {name for name in kernels if name in needs_tensor_cores and not for_tensor_cores(kernels[name][1])}
+    left_out = {name for name, (_, kernel) in kernels.items() if not needs.get(name, set()) <= tensor_cores(kernel)}
     outcomes, problems = replay_all(kernels, [launch for launch in launches if launch.kernel not in left_out])
     names = list(kernels)
     readable = dict(zip(names, recordings.readable([name[1] for name in names]), strict=True))
@@ -150,7 +150,7 @@ def main() -> None:
     if given.architectures and shutil.which("nvcc") is None:
         parser.error("--architectures needs nvcc on the PATH")
     launches = record(given.build)
-    needs = {name for name, (_, kernel) in load(given.build / "ptx").items() if for_tensor_cores(kernel)}
+    needs = {name: tensor_cores(kernel) for name, (_, kernel) in load(given.build / "ptx").items()}
     tables, problems = {}, []
     for architecture in [None, *given.architectures]:
         folder = given.build / "ptx"

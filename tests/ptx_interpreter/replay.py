@@ -14,7 +14,7 @@ from ptx_interpreter.parse import Kernel, Module, PtxError, parse
 # Of the largest number in its array: what fused products may change where only some products of a kernel are.
 TOLERANCE = 2.0**-18
 # What a kernel for tensor cores lacks where it was compiled for an architecture without: nobody launches it there.
-TENSOR_CORES = ("mma", "cp", "ldmatrix")
+TENSOR_CORES = {"mma", "cp", "ldmatrix"}
 Name = tuple[str, str]  # source file, and mangled name without hashes
 
 
@@ -119,9 +119,9 @@ def replay(module: Module, kernel: Kernel, recording: recordings.Recording, outc
         )
 
 
-def for_tensor_cores(kernel: Kernel) -> bool:
-    """Whether it holds what needs sm_80 or later."""
-    return any(i.name in TENSOR_CORES for i in kernel.code)
+def tensor_cores(kernel: Kernel) -> set[str]:
+    """What it holds of that."""
+    return {i.name for i in kernel.code} & TENSOR_CORES
 
 
 def replay_all(
