@@ -41,6 +41,7 @@ test: venv test-kernels test-cuda
 # The last line of the log is stored, what nvcc made of the kernels, and how each seeded bug in them is noticed.
 test-full: SANITIZE := ALL
 test-full: KERNEL_REPORT := --json bench/results/cuda_kernels.json
+test-full: OTHER_ARCHITECTURES := --architectures 75 80 100 --json bench/results/cuda_ptx.json
 test-full: venv test-kernels test-cuda test-sanitized
 	set -o pipefail; python -m pytest | tee build/test-full.log
 	tail -n 1 build/test-full.log | tr -d '=' > bench/results/test_full.txt
@@ -64,6 +65,7 @@ test-sanitized: .venv/tools
 # The CUDA ops on a pretend device, their kernels under the emulator. Where nvcc is, also what it made of every kernel for
 # every architecture, and the kernel tests on a GPU if there is one. KERNEL_REPORT=--json FILE stores what it made.
 KERNEL_REPORT :=
+OTHER_ARCHITECTURES :=
 test-cuda: venv
 	cmake -S . -B $(KERNEL_TESTS) -G Ninja -DTERSETORCH_TESTS=ON -DTERSETORCH_CUDA=AUTO \
 	  -DCMAKE_CUDA_ARCHITECTURES=$(GPU) -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
@@ -71,8 +73,10 @@ test-cuda: venv
 	  -Dpybind11_DIR=$$(python -m pybind11 --cmakedir) >/dev/null
 	cmake --build $(KERNEL_TESTS) --target cuda_tests
 	PYTHONPATH=tests$${PYTHONPATH:+:$$PYTHONPATH} TERSETORCH_PRETEND_CUDA=$(KERNEL_TESTS)/tests/cuda_emulator \
+	TERSETORCH_RECORD_LAUNCHES=$(KERNEL_TESTS)/launches \
 	  python -m pytest -p cuda_emulator.pretend_device tests/ops/test_*_cuda.py
 	ctest --test-dir $(KERNEL_TESTS) --parallel 2 --output-on-failure -R _cuda$$
+	PYTHONPATH=tests python -m ptx_interpreter $(KERNEL_TESTS) $(OTHER_ARCHITECTURES)
 	.ci/check_cuda_kernels $(KERNEL_REPORT)
 
 # The library built against one torch serves later ones.

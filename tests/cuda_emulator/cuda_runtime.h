@@ -9,6 +9,7 @@
 #include <source_location>
 #include <tuple>
 #include <type_traits>
+#include <vector>
 
 #define TERSETORCH_CUDA_EMULATOR 1
 
@@ -114,7 +115,21 @@ struct Kernel {
   void (*call)(const void* parameters);
   const void* parameters;
   std::size_t parameter_bytes;
+  std::vector<char> packed;  // the parameters as CUDA passes them
 };
+// One behind the other, each at its alignment.
+template <typename... Parameters>
+std::vector<char> Packed(const Parameters&... parameters) {
+  std::vector<char> bytes;
+  const auto add = [&bytes](const auto& parameter) {
+    constexpr std::size_t kAlignment = alignof(std::remove_cvref_t<decltype(parameter)>);
+    bytes.resize((bytes.size() + kAlignment - 1) / kAlignment * kAlignment);
+    const char* begin = reinterpret_cast<const char*>(&parameter);
+    bytes.insert(bytes.end(), begin, begin + sizeof parameter);
+  };
+  (add(parameters), ...);
+  return bytes;
+}
 cudaError_t Launch(const cudaLaunchConfig_t& config, const Kernel& kernel);
 cudaError_t AllowDynamicSharedMemory(const void* kernel, int bytes);
 
@@ -171,7 +186,8 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     const Call& call = *static_cast<const Call*>(parameters);
     std::apply(call.kernel, call.parameters);
   };
-  return cuda_emulator::Launch(*config, {reinterpret_cast<const void*>(kernel), run, &call, sizeof call});
+  return cuda_emulator::Launch(*config, {reinterpret_cast<const void*>(kernel), run, &call, sizeof call,
+                                         std::apply(cuda_emulator::Packed<Parameters...>, call.parameters)});
 }
 
 template <typename... Parameters>

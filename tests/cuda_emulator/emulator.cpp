@@ -504,8 +504,10 @@ cudaError_t Launch(const cudaLaunchConfig_t& launch_config, const Kernel& launch
   random_state = schedule.seed * 0x9e3779b97f4a7c15ull + 0x1234567;
   CheckerBeginLaunch();
   AddParameters(launch_kernel.parameters, launch_kernel.parameter_bytes);
+  LaunchRecorder recorder(launch_config, launch_kernel, schedule.order == Order::kForward);
   RunBlocks();
   RemoveParameters(launch_kernel.parameters);
+  if (!failed) recorder.Finish();
   return failed ? cudaErrorLaunchFailure : cudaSuccess;
 }
 

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <string>
+#include <unordered_set>
 #include <vector>
 
 #include "cuda_runtime.h"
@@ -132,5 +133,39 @@ extern bool counting;
 void CountAccess(MemorySpace space, const void* p, std::size_t bytes, Use use, bool aligned, const void* code);
 // All lanes of the warp have come to one place: what they did before is what they did together.
 void CountTogether(const Block& block, unsigned warp);
+
+// All memory of cudaMalloc.
+struct Memory {
+  const void* begin;
+  std::size_t bytes;
+  std::string name;
+  bool read_only;
+};
+std::vector<Memory> DeviceMemory();
+
+// ---- launch_recorder.cpp
+
+// While a launch is recorded: how often Check was called, and from where.
+struct Reached {
+  std::size_t accesses = 0;
+  std::unordered_set<const void*> code;
+};
+extern Reached* reached;
+
+// Made before a launch and told when it went well.
+class LaunchRecorder {
+ public:
+  LaunchRecorder(const cudaLaunchConfig_t& config, const Kernel& kernel, bool forward);
+  ~LaunchRecorder();
+  LaunchRecorder(const LaunchRecorder&) = delete;
+  void Finish();
+
+ private:
+  const cudaLaunchConfig_t& config_;
+  const Kernel& kernel_;
+  std::vector<Memory> memory_;
+  std::string before_;
+  Reached reached_;
+};
 
 }  // namespace cuda_emulator

@@ -268,12 +268,23 @@ std::size_t UnwrittenBytes(const void* memory) {
          static_cast<std::size_t>(std::count(range.state.begin(), range.state.end(), Byte::kWritten));
 }
 
+std::vector<Memory> DeviceMemory() {
+  std::vector<Memory> all;
+  for (const auto& [begin, range] : ranges) {
+    const bool parameters = range.state.empty();
+    if (range.owner != nullptr || parameters) continue;
+    all.push_back({reinterpret_cast<const void*>(begin), range.end - begin, range.name, range.read_only});
+  }
+  return all;
+}
+
 // ---- accesses
 
 void CheckerBeginLaunch() { ++launch; }
 
 MemorySpace Check(const void* p, std::size_t bytes, Use use, bool aligned, const void* code) {
   if (running == nullptr || running->fiber.Owns(p) || BuiltIn(p)) return MemorySpace::kOther;
+  if (reached != nullptr && ++reached->accesses != 0) reached->code.insert(code);
   const std::uintptr_t address = Number(p);
   const bool write = use != Use::kRead, atomic = use == Use::kAtomic;
   const char* verb = write ? "write" : "read";

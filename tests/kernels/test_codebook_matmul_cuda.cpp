@@ -206,7 +206,8 @@ int main() {
         {40, 515, 9, 17, Tables::kOne},  {17, 140, 16, 9, Tables::kRows}, {3, 520, 200, 33, Tables::kOne},
         {130, 35, 16, 65, Tables::kOne}, {65, 70, 5, 34, Tables::kRows},  {9, 150, 7, 4, Tables::kBlocks},
         {7, 140, 3, 66, Tables::kOne},   {9, 68, 4, 2, Tables::kRows},    {6, 40, 100, 12, Tables::kRows},
-        {0, 40, 16, 40, Tables::kOne},
+        {0, 40, 16, 40, Tables::kOne},   {5, 68, 16, 3, Tables::kOne},    {5, 68, 200, 20, Tables::kOne},
+        {5, 68, 16, 20, Tables::kRows},  {5, 36, 200, 66, Tables::kOne},  {5, 36, 16, 66, Tables::kRows},
     };
     for (const Case& c : cases) {
       const Problem p(c.rows, c.columns, c.entries, c.kind, rng);

@@ -98,6 +98,16 @@ Results Run(const Weight& w, CsrValues values_as, FloatDtype floats_as, Index sa
   ExpectLaunched(CsrMatmulGradValuesCuda(
                      {weight.args, grad.data(), floats_as, x.data(), floats_as, grad_values.data(), samples}, nullptr),
                  "CsrMatmulGradValuesCuda");
+  // The same numbers, of which x is stored in the other way.
+  const FloatDtype other = floats_as == FloatDtype::kFloat32 ? FloatDtype::kBFloat16 : FloatDtype::kFloat32;
+  DeviceFloats other_x("x", other, x_numbers);
+  DeviceArray<float> again("grad_values", w.nnz());
+  ExpectLaunched(CsrMatmulGradValuesCuda(
+                     {weight.args, grad.data(), floats_as, other_x.data(), other, again.data(), samples}, nullptr),
+                 "CsrMatmulGradValuesCuda");
+  const auto first = grad_values.Values(), second = again.Values();
+  Expect(first.empty() || std::memcmp(first.data(), second.data(), first.size() * sizeof(float)) == 0,
+         "grad_values where x is stored in another way");
   return {y.Values(), grad_x.Values(), grad_values.Values()};
 }
 

@@ -153,7 +153,7 @@ int main() {
         }
       }
     }
-    TestOne({65, 4, 2, 3, 1, false}, FloatDtype::kFloat32, 67, rng);
+    for (const Index samples : {4, 67}) TestOne({65, 4, 2, 3, 1, false}, FloatDtype::kFloat32, samples, rng);
     TestNotFinite(rng);
     TestDamage(rng);
   });

@@ -225,7 +225,8 @@ void TestModes() {
   const ConvShape shapes[] = {{1, 1, 1, 1, 1, 1, 1, 1, 1},
                               {15, 4, 1, 3, 3, 1, 1, 1, 1},
                               {12, 8, 4, 3, 3, 2, 1, 1, 2},
-                              {2, 3, 1, 1, 1, 1, 1, 1, 1}};
+                              {2, 3, 1, 1, 1, 1, 1, 1, 1},
+                              {2, 3, 1, 1, 1, 65, 65, 1, 1}};  // too far apart for tiles
   for (const ConvShape& s : shapes) {
     const Weight w(s, 0.4, rng);
     for (const bool last : {false, true}) {
