@@ -14,7 +14,9 @@ using namespace tersetorch::test;
 
 namespace {
 
-constexpr float kTableScale = 0.25f;  // of int8, of tables whose largest entry is 127
+// Of int8: of a table, whose largest entry is 127, and of an image; the former is not the larger one.
+float TableScale(Index table) { return table % 2 == 0 ? 0.25f : 0.5f; }
+float ImageScale(Index image) { return 0.5f + 0.25f * static_cast<float>(image); }
 
 enum class Tables { kOne, kRows, kBlocks };
 
@@ -54,6 +56,8 @@ void TestOne(const Call& call, std::mt19937& rng, Index wave = 0, Index damaged_
   const Index tables = call.tables == Tables::kOne    ? 1
                        : call.tables == Tables::kRows ? rows
                                                       : std::max<Index>(1, (columns + 9) / 10);
+  const bool per_row = call.tables == Tables::kRows;
+  const auto scale_of_row = [&](Index row) { return TableScale(per_row ? row : 0); };
   std::vector<float> x, codebook, bias = Random(rows, rng);
   std::vector<std::int8_t> x_bytes, table_bytes;
   const Index x_count = call.images * s.in_channels * call.height * call.width;
@@ -63,7 +67,8 @@ void TestOne(const Call& call, std::mt19937& rng, Index wave = 0, Index damaged_
       table_bytes.push_back(static_cast<std::int8_t>(i % call.entries == 0 ? 127 : rng() % 255 - 127));
     }
     x.assign(x_bytes.begin(), x_bytes.end());
-    for (const std::int8_t byte : table_bytes) codebook.push_back(byte * kTableScale);
+    for (Index i = 0; i < tables * call.entries; ++i)
+      codebook.push_back(table_bytes[i] * scale_of_row(i / call.entries));
   } else {
     x = Random(x_count, rng), codebook = Random(tables * call.entries, rng);
   }
@@ -74,7 +79,9 @@ void TestOne(const Call& call, std::mt19937& rng, Index wave = 0, Index damaged_
   std::vector<std::uint8_t> packed(rows * row_bytes);
   CodebookPack(codes.data(), columns, call.Block(), bits, packed.data(), 0, rows);
   if (damaged_filter >= 0) packed[damaged_filter * row_bytes] = 0xff;
-  const std::vector<float> image_scales(call.images, 0.5f), table_scales(rows, kTableScale);
+  std::vector<float> image_scales, table_scales;
+  for (Index n = 0; n < call.images; ++n) image_scales.push_back(ImageScale(n));
+  for (Index o = 0; o < rows; ++o) table_scales.push_back(scale_of_row(o));
 
   DeviceArray<std::uint8_t> device_codes("codes", packed);
   DeviceArray<float> device_codebook("codebook", codebook), device_bias("bias", bias);
@@ -83,7 +90,6 @@ void TestOne(const Call& call, std::mt19937& rng, Index wave = 0, Index damaged_
   DeviceArray<std::int8_t> device_x_bytes("x", x_bytes), device_tables("tables", table_bytes);
   DeviceFloats device_x("x", call.stored_as, x);
   DeviceFloats y("y", call.stored_as, call.images * rows * out_height * out_width);
-  const bool per_row = call.tables == Tables::kRows;
   const ConvSteps from = call.Steps(s.in_channels, call.height, call.width);
   const ConvSteps to = call.Steps(rows, out_height, out_width);
   CodebookConvCudaArgs args{
@@ -145,7 +151,7 @@ void TestOne(const Call& call, std::mt19937& rng, Index wave = 0, Index damaged_
             want.Add(double{integer ? table_bytes[entry] : codebook[entry]} * x[At(from, n, first + c, h, v)]);
           }
           if (integer) {
-            const float sum = std::fma(static_cast<float>(want.value) * kTableScale, 0.5f, bias[o]);
+            const float sum = std::fma(static_cast<float>(want.value) * scale_of_row(o), ImageScale(n), bias[o]);
             const float stored = call.relu && sum < 0 ? 0.0f : sum;
             right &= call.stored_as == FloatDtype::kFloat32 ? number == stored
                                                             : std::fabs(number - stored) <= std::fabs(stored) / 128;

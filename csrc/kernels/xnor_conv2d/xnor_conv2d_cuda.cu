@@ -282,80 +282,81 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksAtOnce)
   const int g = lane / 4, t = lane % 4;
   const int first_pixel = warp / Tile::kFilterWarps * Tile::kFragments * 16;
   const int tile_of_block = warp % Tile::kFilterWarps, first_filter = tile_of_block * kXnorFilters;
-  const std::int64_t pixels = a.images * a.out_height * a.out_width, from = std::int64_t{blockIdx.x} * Tile::kPixels;
+  const std::int64_t pixels = a.images * a.out_height * a.out_width;
   const std::int64_t of_group = CeilDiv(a.filters, kXnorFilters), pairs = CeilDiv(of_group, Tile::kFilterWarps);
+  // Neighbouring blocks have the same pixels: what one reads, the next finds in the cache.
+  const auto together = static_cast<unsigned>(a.groups * pairs);
+  const std::int64_t from = std::int64_t{blockIdx.x / together} * Tile::kPixels, pair = blockIdx.x % together;
   const FragmentsOfBlock<Tile> block(a, memory);
+  const std::int64_t group = pair / pairs, tile = pair % pairs * Tile::kFilterWarps;
+  const bool idle = tile + tile_of_block >= of_group;
+  constexpr int kAhead = Tile::kStages - 1;
+  int differ[Tile::kFragments][Tile::kParts][4] = {};
   block.FindPlaces(from);
-  for (std::int64_t pair = blockIdx.y; pair < a.groups * pairs; pair += gridDim.y) {
-    const std::int64_t group = pair / pairs, tile = pair % pairs * Tile::kFilterWarps;
-    const bool idle = tile + tile_of_block >= of_group;
-    constexpr int kAhead = Tile::kStages - 1;
-    int differ[Tile::kFragments][Tile::kParts][4] = {};
-    __syncthreads();  // the places are there, and the counts before have gone
-    for (int i = 0; i < kAhead; ++i) block.Copy(memory.stages[i], group, tile, of_group, i * Tile::kWords);
-    int now = 0;
-    for (int word = 0; word < block.all; word += Tile::kWords) {
-      WaitForCopies<kAhead - 1>();
-      __syncthreads();  // what others copied is there, and what everybody has used may go
-      block.Copy(memory.stages[(now + kAhead) % Tile::kStages], group, tile, of_group, word + kAhead * Tile::kWords);
-      const typename Tile::Stage& stage = memory.stages[now];
-      now = (now + 1) % Tile::kStages;
-      if (idle) continue;
+  __syncthreads();
+  for (int i = 0; i < kAhead; ++i) block.Copy(memory.stages[i], group, tile, of_group, i * Tile::kWords);
+  int now = 0;
+  for (int word = 0; word < block.all; word += Tile::kWords) {
+    WaitForCopies<kAhead - 1>();
+    __syncthreads();  // what others copied is there, and what everybody has used may go
+    block.Copy(memory.stages[(now + kAhead) % Tile::kStages], group, tile, of_group, word + kAhead * Tile::kWords);
+    const typename Tile::Stage& stage = memory.stages[now];
+    now = (now + 1) % Tile::kStages;
+    if (idle) continue;
 #pragma unroll
-      for (int k = 0; k < Tile::kWords; k += Tile::kWordsOfStep) {
-        if (word + k >= block.all) break;
-        std::uint32_t w[Tile::kParts][2], not_w[Tile::kParts][2];
-#pragma unroll
-        for (int p = 0; p < Tile::kParts; ++p) {
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            w[p][half] = stage.weight[2 * (k + t) + half][first_filter + p * 8 + g];
-            not_w[p][half] = ~w[p][half];
-          }
-        }
-#pragma unroll
-        for (int f = 0; f < Tile::kFragments; ++f) {
-          std::uint32_t x[4], not_x[4];
-#pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            const int pixel = first_pixel + f * 16 + h * 8 + g;
-            const uint2 signs = stage.x[pixel][Tile::Swizzled(pixel, k + t)];
-            // The word's bit, in all places.
-            const auto seen = static_cast<std::uint32_t>(
-                static_cast<std::int32_t>(stage.seen[pixel / 4] << (31 - (pixel % 4 * Tile::kWords + k + t))) >> 31);
-            x[h] = signs.x, x[h + 2] = signs.y;
-            not_x[h] = ~signs.x & seen, not_x[h + 2] = ~signs.y & seen;
-          }
-#pragma unroll
-          for (int p = 0; p < Tile::kParts; ++p) {
-            CountCommonOnes(differ[f][p], x, not_w[p][0], not_w[p][1]);
-            CountCommonOnes(differ[f][p], not_x, w[p][0], w[p][1]);
-          }
-        }
-      }
-    }
-    WaitForCopies<0>();
-    __syncthreads();
-
-    auto& counts = *reinterpret_cast<typename Tile::Counts*>(&memory.stages);
-#pragma unroll
-    for (int f = 0; f < Tile::kFragments; ++f) {
+    for (int k = 0; k < Tile::kWords; k += Tile::kWordsOfStep) {
+      if (word + k >= block.all) break;
+      std::uint32_t w[Tile::kParts][2], not_w[Tile::kParts][2];
 #pragma unroll
       for (int p = 0; p < Tile::kParts; ++p) {
 #pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          w[p][half] = stage.weight[2 * (k + t) + half][first_filter + p * 8 + g];
+          not_w[p][half] = ~w[p][half];
+        }
+      }
+#pragma unroll
+      for (int f = 0; f < Tile::kFragments; ++f) {
+        std::uint32_t x[4], not_x[4];
+#pragma unroll
         for (int h = 0; h < 2; ++h) {
-          counts.differ[first_pixel + f * 16 + h * 8 + g][first_filter / 2 + p * 4 + t] = {differ[f][p][2 * h],
-                                                                                           differ[f][p][2 * h + 1]};
+          const int pixel = first_pixel + f * 16 + h * 8 + g;
+          const uint2 signs = stage.x[pixel][Tile::Swizzled(pixel, k + t)];
+          // The word's bit, in all places.
+          const auto seen = static_cast<std::uint32_t>(
+              static_cast<std::int32_t>(stage.seen[pixel / 4] << (31 - (pixel % 4 * Tile::kWords + k + t))) >> 31);
+          x[h] = signs.x, x[h + 2] = signs.y;
+          not_x[h] = ~signs.x & seen, not_x[h + 2] = ~signs.y & seen;
+        }
+#pragma unroll
+        for (int p = 0; p < Tile::kParts; ++p) {
+          CountCommonOnes(differ[f][p], x, not_w[p][0], not_w[p][1]);
+          CountCommonOnes(differ[f][p], not_x, w[p][0], w[p][1]);
         }
       }
     }
-    __syncthreads();
-    if (idle) continue;
-    const FiltersOfTile filters(a, whole, group, tile + tile_of_block);
-    for (int p = warp / Tile::kFilterWarps; p < Tile::kPixels && from + p < pixels; p += Tile::kPixelWarps) {
-      const int count = reinterpret_cast<const int*>(counts.differ[p])[first_filter + lane];
-      filters.Store(from + p, memory.taps[p] * static_cast<int>(a.channels) - 2 * count);
+  }
+  WaitForCopies<0>();
+  __syncthreads();
+
+  auto& counts = *reinterpret_cast<typename Tile::Counts*>(&memory.stages);
+#pragma unroll
+  for (int f = 0; f < Tile::kFragments; ++f) {
+#pragma unroll
+    for (int p = 0; p < Tile::kParts; ++p) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        counts.differ[first_pixel + f * 16 + h * 8 + g][first_filter / 2 + p * 4 + t] = {differ[f][p][2 * h],
+                                                                                         differ[f][p][2 * h + 1]};
+      }
     }
+  }
+  __syncthreads();
+  if (idle) return;
+  const FiltersOfTile filters(a, whole, group, tile + tile_of_block);
+  for (int p = warp / Tile::kFilterWarps; p < Tile::kPixels && from + p < pixels; p += Tile::kPixelWarps) {
+    const int count = reinterpret_cast<const int*>(counts.differ[p])[first_filter + lane];
+    filters.Store(from + p, memory.taps[p] * static_cast<int>(a.channels) - 2 * count);
   }
 }
 
@@ -396,17 +397,14 @@ int XnorConv2dCudaBy(XnorConvPath path, const XnorConv2dArgs& a, void* stream) n
     const int error = cudaMemsetAsync(a.bits, 0, bytes, static_cast<cudaStream_t>(stream));
     if (error != cudaSuccess) return error;
   }
-  const auto launch = [&](auto* kernel, std::int64_t of_block, std::int64_t filters, int threads) {
-    const std::int64_t blocks_of_group = CeilDiv(a.filters, filters);
-    const dim3 grid(static_cast<unsigned>(CeilDiv(pixels, of_block)), BlocksOnY(a.groups * blocks_of_group, 1));
-    return Launch(kernel, grid, threads, stream, a, XnorWholeTiles(a));
-  };
+  const bool whole = XnorWholeTiles(a);
   if (path == XnorConvPath::kFragments) {
     using Tile = FragmentTile;
-    return launch(XnorConvFragmentsKernel<Tile>, Tile::kPixels, Tile::kFilters, Tile::kThreads);
+    const std::int64_t blocks = CeilDiv(pixels, Tile::kPixels) * a.groups * CeilDiv(a.filters, Tile::kFilters);
+    return Launch(XnorConvFragmentsKernel<Tile>, static_cast<unsigned>(blocks), Tile::kThreads, stream, a, whole);
   }
-  using Tile = PixelTile;
-  return launch(XnorConvCountKernel<Tile>, Tile::kWarps * Tile::kPixels, kXnorFilters, Tile::kThreads);
+  const dim3 grid(static_cast<unsigned>(CeilDiv(pixels, PixelTile::kWarps * PixelTile::kPixels)), BlocksOnY(tiles, 1));
+  return Launch(XnorConvCountKernel<PixelTile>, grid, PixelTile::kThreads, stream, a, whole);
 }
 
 int XnorSplitGroupsCuda(const std::uint64_t* x, std::int64_t pixels, std::int64_t groups, std::int64_t channels,
