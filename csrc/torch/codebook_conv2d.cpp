@@ -305,18 +305,34 @@ Tensor ConvOnCuda(const Tensor& x, const Tensor& codes, const Tensor& codebook, 
   args.y = y.mutable_data_ptr();
   args.y_steps = StepsOf(w.rows, images.out_height, images.out_width, images.channels_last);
   args.mode = CodebookModeOf(kOp, mode, w.columns);
+  args.plan = CodebookConvPlanCuda(args);
   std::optional<RoundedRows> of_x, of_tables;
   if (args.mode == CodebookMode::kInt8) {
     const std::int64_t tables = filters.weight.codebook->size(0), image = args.x_steps.image;
     of_x.emplace(call, x, args.x, images.stored_as, images.count, image);
-    of_tables.emplace(call, codebook, w.codebook, FloatDtype::kFloat32, w.per_row ? tables : 1,
-                      w.per_row ? w.entries : tables * w.entries);
     args.x = of_x->bytes.const_data_ptr();
     args.x_steps.image = of_x->stride;
     args.image_scales = of_x->scales.const_data_ptr<float>();
-    args.tables = of_tables->bytes.const_data_ptr<std::int8_t>();
-    args.table_stride = w.per_row ? of_tables->stride : w.entries;
-    args.table_scales = of_tables->scales.const_data_ptr<float>();
+    if (args.plan.outputs == 0) {
+      of_tables.emplace(call, codebook, w.codebook, FloatDtype::kFloat32, w.per_row ? tables : 1,
+                        w.per_row ? w.entries : tables * w.entries);
+      args.tables = of_tables->bytes.const_data_ptr<std::int8_t>();
+      args.table_stride = w.per_row ? of_tables->stride : w.entries;
+      args.table_scales = of_tables->scales.const_data_ptr<float>();
+    }
+  }
+  std::optional<Tensor> windows, scales, parts;
+  if (const CodebookConvPlan& plan = args.plan; plan.outputs > 0) {
+    windows = torch::stable::new_empty(x, {plan.outputs, plan.window_stride}, ScalarType::Byte);
+    args.windows = windows->mutable_data_ptr();
+    if (args.mode == CodebookMode::kInt8) {
+      scales = torch::stable::new_empty(x, {plan.outputs}, ScalarType::Float);
+      args.window_scales = scales->mutable_data_ptr<float>();
+    }
+    if (plan.part_count > 1) {
+      parts = torch::stable::new_empty(x, {plan.part_count, plan.outputs, w.rows / groups}, ScalarType::Float);
+      args.parts = parts->mutable_data_ptr();
+    }
   }
   call.Check(CodebookConvCuda(args, call.Stream()));
   return y;

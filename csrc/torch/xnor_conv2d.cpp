@@ -56,7 +56,7 @@ struct Inputs {
                     kOp, ": weight must be int32 [", tiles, ", ", s.kernel_h, ", ", s.kernel_w, ", ", 2 * args.words,
                     ", ", kXnorFilters, "], got ", torch::headeronly::toString(packed.scalar_type()), " of ",
                     packed.dim(), "-D with ", packed.numel(), " elements; pass what xnor_conv2d_pack returns");
-    weight = Usable(place, packed);
+    weight = Usable(place, packed, 4);
     args.weight = weight.const_data_ptr<std::int32_t>();
     args.scale = epilogue.scale.Data<float>();
     args.bias = epilogue.bias.Data<float>();

@@ -14,6 +14,10 @@ using namespace tersetorch::test;
 
 namespace {
 
+// Of int8: of a table, whose largest entry is 127, and of an image; the former is not the larger one.
+float TableScale(Index table) { return table % 2 == 0 ? 0.25f : 0.5f; }
+float ImageScale(Index image) { return 0.5f + 0.25f * static_cast<float>(image); }
+
 enum class Tables { kOne, kRows, kBlocks };
 
 struct Call {
@@ -43,7 +47,8 @@ Index At(const ConvSteps& steps, Index image, Index channel, Index row, Index co
   return image * steps.image + channel * steps.channel + row * steps.row + column * steps.column;
 }
 
-void TestOne(const Call& call, std::mt19937& rng, Index damaged_filter = -1) {
+// With windows for so many outputs at a time, or without.
+void TestOne(const Call& call, std::mt19937& rng, Index wave = 0, Index damaged_filter = -1) {
   const ConvShape& s = call.shape;
   const Index rows = s.out_channels, columns = call.Columns(), out_height = call.OutHeight(),
               out_width = call.OutWidth();
@@ -51,15 +56,19 @@ void TestOne(const Call& call, std::mt19937& rng, Index damaged_filter = -1) {
   const Index tables = call.tables == Tables::kOne    ? 1
                        : call.tables == Tables::kRows ? rows
                                                       : std::max<Index>(1, (columns + 9) / 10);
+  const bool per_row = call.tables == Tables::kRows;
+  const auto scale_of_row = [&](Index row) { return TableScale(per_row ? row : 0); };
   std::vector<float> x, codebook, bias = Random(rows, rng);
   std::vector<std::int8_t> x_bytes, table_bytes;
   const Index x_count = call.images * s.in_channels * call.height * call.width;
   if (integer) {
     for (Index i = 0; i < x_count; ++i) x_bytes.push_back(static_cast<std::int8_t>(rng() % 255 - 127));
     for (Index i = 0; i < tables * call.entries; ++i) {
-      table_bytes.push_back(static_cast<std::int8_t>(rng() % 255 - 127));
+      table_bytes.push_back(static_cast<std::int8_t>(i % call.entries == 0 ? 127 : rng() % 255 - 127));
     }
-    x.assign(x_bytes.begin(), x_bytes.end()), codebook.assign(table_bytes.begin(), table_bytes.end());
+    x.assign(x_bytes.begin(), x_bytes.end());
+    for (Index i = 0; i < tables * call.entries; ++i)
+      codebook.push_back(table_bytes[i] * scale_of_row(i / call.entries));
   } else {
     x = Random(x_count, rng), codebook = Random(tables * call.entries, rng);
   }
@@ -70,7 +79,9 @@ void TestOne(const Call& call, std::mt19937& rng, Index damaged_filter = -1) {
   std::vector<std::uint8_t> packed(rows * row_bytes);
   CodebookPack(codes.data(), columns, call.Block(), bits, packed.data(), 0, rows);
   if (damaged_filter >= 0) packed[damaged_filter * row_bytes] = static_cast<std::uint8_t>(call.entries);  // the first
-  const std::vector<float> image_scales(call.images, 0.5f), table_scales(rows, 0.25f);
+  std::vector<float> image_scales, table_scales;
+  for (Index n = 0; n < call.images; ++n) image_scales.push_back(ImageScale(n));
+  for (Index o = 0; o < rows; ++o) table_scales.push_back(scale_of_row(o));
 
   DeviceArray<std::uint8_t> device_codes("codes", packed);
   DeviceArray<float> device_codebook("codebook", codebook), device_bias("bias", bias);
@@ -79,7 +90,6 @@ void TestOne(const Call& call, std::mt19937& rng, Index damaged_filter = -1) {
   DeviceArray<std::int8_t> device_x_bytes("x", x_bytes), device_tables("tables", table_bytes);
   DeviceFloats device_x("x", call.stored_as, x);
   DeviceFloats y("y", call.stored_as, call.images * rows * out_height * out_width);
-  const bool per_row = call.tables == Tables::kRows;
   const ConvSteps from = call.Steps(s.in_channels, call.height, call.width);
   const ConvSteps to = call.Steps(rows, out_height, out_width);
   CodebookConvCudaArgs args{
@@ -102,6 +112,20 @@ void TestOne(const Call& call, std::mt19937& rng, Index damaged_filter = -1) {
       call.mode};
   args.tables = device_tables.data(), args.table_stride = call.entries;
   args.image_scales = device_image_scales.data(), args.table_scales = device_table_scales.data();
+  if (wave > 0) {
+    args.plan = CodebookConvPlanCuda(args);
+    const bool tables_fit = call.tables == Tables::kOne || (call.tables == Tables::kRows && bits <= 4);
+    const bool enough = rows / s.groups >= (call.mode == CodebookMode::kExact ? 64 : 32);
+    Expect((args.plan.outputs > 0) == (tables_fit && enough), "windows for tables %d of %ld, %ld filters, mode %d",
+           static_cast<int>(call.tables), long{call.entries}, long{rows}, static_cast<int>(call.mode));
+    args.plan.outputs = std::min(args.plan.outputs, wave);
+  }
+  const CodebookConvPlan& plan = args.plan;
+  DeviceArray<uint4> windows("windows", static_cast<std::size_t>(plan.outputs * plan.window_stride / 16));
+  DeviceArray<float> window_scales("window_scales", static_cast<std::size_t>(plan.outputs));
+  DeviceArray<float> parts("parts", static_cast<std::size_t>(plan.part_count * plan.outputs * rows / s.groups));
+  args.windows = windows.data(), args.window_scales = window_scales.data();
+  args.parts = plan.part_count > 1 ? parts.data() : nullptr;
   ExpectLaunched(CodebookConvCuda(args, nullptr), "CodebookConvCuda");
   const auto got = y.Values();
 
@@ -123,11 +147,11 @@ void TestOne(const Call& call, std::mt19937& rng, Index damaged_filter = -1) {
             const Index v = j * s.stride_w + column % s.kernel_w * s.dilation_w - call.pad_w;
             if (h < 0 || h >= call.height || v < 0 || v >= call.width) continue;
             const Index table = per_row ? o : column / call.Block();
-            want.Add(double{codebook[table * call.entries + codes[o * columns + column]]} *
-                     x[At(from, n, first + c, h, v)]);
+            const Index entry = table * call.entries + codes[o * columns + column];
+            want.Add(double{integer ? table_bytes[entry] : codebook[entry]} * x[At(from, n, first + c, h, v)]);
           }
           if (integer) {
-            const float sum = std::fma(static_cast<float>(want.value) * 0.25f, 0.5f, bias[o]);
+            const float sum = std::fma(static_cast<float>(want.value) * scale_of_row(o), ImageScale(n), bias[o]);
             const float stored = call.relu && sum < 0 ? 0.0f : sum;
             right &= call.stored_as == FloatDtype::kFloat32 ? number == stored
                                                             : std::fabs(number - stored) <= std::fabs(stored) / 128;
@@ -175,9 +199,36 @@ void TestAll() {
   for (const auto mode : {CodebookMode::kExact, CodebookMode::kInt8}) {
     Call call = cases[1];
     call.mode = mode;
-    TestOne(call, rng, 3);
+    TestOne(call, rng, 0, 3);
     call.shape.out_channels = 10;
-    TestOne(call, rng, 9);
+    TestOne(call, rng, 0, 9);
+  }
+  // Windows: around the words and outputs of a block and the tiles of codebook_matmul, in several waves and parts.
+  struct {
+    Call call;
+    Index wave, entries;  // entries in turn if 0
+  } const of_windows[] = {
+      {{{5, 67, 1, 3, 3, 1, 1, 1, 1}, 2, 7, 7, 1, 1}, 64, 0},
+      {{{23, 64, 1, 1, 3, 2, 1, 1, 2}, 4, 4, 6, 1, 2}, 128, 0},
+      {{{16, 66, 2, 2, 3, 1, 2, 2, 1}, 1, 7, 6, 0, 1}, 33, 0},
+      {{{65, 64, 1, 3, 3, 1, 1, 1, 1}, 1, 3, 3, 1, 1}, 64, 200},
+      {{{1, 130, 1, 1, 1, 1, 1, 1, 1}, 5, 1, 1, 0, 0}, 5, 0},
+  };
+  for (auto [call, wave, of_table] : of_windows) {
+    for (const auto mode : {CodebookMode::kExact, CodebookMode::kBFloat16, CodebookMode::kInt8}) {
+      for (const auto tables : {Tables::kOne, Tables::kRows}) {
+        call.mode = mode, call.tables = tables, call.entries = of_table > 0 ? of_table : entries[turn % 3];
+        call.channels_last = turn % 2 == 1, call.relu = turn % 5 == 0, call.stored_as = kFloats[turn / 2 % 2];
+        ++turn;
+        if (of_table == 0 || tables == Tables::kOne) TestOne(call, rng, wave);
+      }
+    }
+    ++turn;
+  }
+  for (const auto mode : {CodebookMode::kExact, CodebookMode::kBFloat16, CodebookMode::kInt8}) {
+    Call call = of_windows[0].call;
+    call.mode = mode;
+    TestOne(call, rng, 64, 66);
   }
 }
 

@@ -51,6 +51,20 @@ def test_equals_the_cpu(device, shape, filters, kernel, sizes, memory_format, ki
             torch.testing.assert_close(got.cpu(), want, **exact)
 
 
+@pytest.mark.parametrize("mode", ops.CODEBOOK_MODES)
+def test_many_filters_equal_the_cpu(device, mode):
+    """Windows as samples of codebook_matmul, which few filters do not get; in parts, as the columns are many."""
+    for dtype, kind, groups in ((torch.float32, "tensor", 2), (torch.bfloat16, "rows", 1)):
+        tensors = problem((2, 120, 3, 4), 66 * groups, groups=groups, kind=kind, dtype=dtype)
+        tensors["x"] = tensors["x"].contiguous(memory_format=LAST if groups == 1 else torch.contiguous_format)
+        how = {"kernel_size": 3, "padding": 1, "groups": groups, "mode": mode}
+        want = ops.codebook_conv2d(**tensors, **how)
+        got = ops.codebook_conv2d(**on(device, tensors), **how)
+        near = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 1.6e-2, "atol": 1e-3}
+        assert got.stride() == want.stride()
+        torch.testing.assert_close(got.cpu(), want, **({"rtol": 0, "atol": 0} if mode == "int8" else near))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_equal_those_of_the_cpu(device, kind):
     def gradients(tensors):

@@ -1,8 +1,11 @@
+#include <algorithm>
 #include <cmath>
 #include <type_traits>
 
 #include "kernels/codebook_conv2d/codebook_conv2d_cuda.h"
+#include "kernels/codebook_matmul/codebook_paths_cuda.h"
 #include "kernels/common/cuda.cuh"
+#include "kernels/common/tensor_cores.cuh"
 
 namespace tersetorch {
 namespace {
@@ -172,11 +175,186 @@ __global__ void __launch_bounds__(Tile::kThreads) CodebookConvKernel(CodebookCon
   }
 }
 
+// ---- windows: outputs as samples of codebook_matmul, in its order
+
+// A block makes so many words of the windows of some outputs. Lanes are outputs while it reads, and words while it
+// writes: the pitch keeps both from meeting in a bank.
+struct WindowTile {
+  static constexpr int kWarps = 8, kThreads = kWarps * kWarpSize, kOutputs = kWarpSize, kWords = 64, kMostInWord = 4;
+
+  struct alignas(16) Tap {
+    std::int32_t offset, down, right;  // from an output's first tap in channel 0 of the group
+    bool within;
+  };
+  struct Memory {
+    Tap taps[kMostInWord][kWords];
+    std::uint32_t words[kOutputs][kWords + 1];
+  };
+};
+
+// Words of exact windows hold a column each; those of a step of codebook_matmul hold columns that lie 16 apart.
+struct WindowOrder {
+  __device__ std::uint32_t Column(std::uint32_t word, int i) const {
+    return in_word == 1 ? word : word / 16 * 16 * in_word + 16 * i + word % 16;
+  }
+  int in_word;
+};
+
+// x[i], i < in_word, as a word.
+__device__ std::uint32_t PackedWord(const float (&x)[WindowTile::kMostInWord], int in_word) {
+  if (in_word == 1) return __float_as_uint(x[0]);
+  return FromFloat<BFloat16>(x[0]).bits | std::uint32_t{FromFloat<BFloat16>(x[1]).bits} << 16;
+}
+__device__ std::uint32_t PackedWord(const std::int8_t (&x)[WindowTile::kMostInWord], int) {
+  std::uint32_t word = 0;
+#pragma unroll
+  for (int i = 0; i < WindowTile::kMostInWord; ++i) word |= std::uint32_t{static_cast<std::uint8_t>(x[i])} << 8 * i;
+  return word;
+}
+
+// Windows of outputs [first, first + count) for the group that begins with `channel`.
+template <typename Tile, typename Float>
+__global__ void __launch_bounds__(Tile::kThreads)
+    CodebookWindowsKernel(CodebookConvCudaArgs a, std::int64_t channel, std::int64_t first, std::int64_t count) {
+  constexpr bool kIntegers = std::is_same_v<Float, std::int8_t>;
+  using Number = std::conditional_t<kIntegers, std::int8_t, float>;
+  LetNextBegin();
+  auto& memory = SharedMemory<typename Tile::Memory>();
+  const ConvShape& s = a.shape;
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarpSize, warp = thread / kWarpSize;
+  const WindowOrder order{kIntegers ? 4 : a.mode == CodebookMode::kExact ? 1 : 2};
+  const auto words = static_cast<std::uint32_t>(a.plan.window_stride / 4);
+  const std::uint32_t tiles = (words + Tile::kWords - 1) / Tile::kWords, first_word = blockIdx.x % tiles * Tile::kWords;
+  const std::int64_t first_of_block = std::int64_t{blockIdx.x / tiles} * Tile::kOutputs;
+  for (int i = thread; i < Tile::kWords * order.in_word; i += Tile::kThreads) {
+    const std::uint32_t column = order.Column(first_word + i % Tile::kWords, i / Tile::kWords);
+    const auto kernel_w = static_cast<std::uint32_t>(s.kernel_w), row = column / kernel_w;
+    const auto kernel_h = static_cast<std::uint32_t>(s.kernel_h);
+    const std::int64_t down = row % kernel_h * s.dilation_h, right = column % kernel_w * s.dilation_w;
+    const bool within = column < a.weight.columns;
+    const std::int64_t offset =
+        within ? row / kernel_h * a.x_steps.channel + down * a.x_steps.row + right * a.x_steps.column : 0;
+    memory.taps[i / Tile::kWords][i % Tile::kWords] = {
+        static_cast<std::int32_t>(offset), static_cast<std::int32_t>(down), static_cast<std::int32_t>(right), within};
+  }
+  const std::int64_t plane = a.out_height * a.out_width, output = first + min(first_of_block + lane, count - 1);
+  const std::int64_t image = output / plane;
+  const auto place = static_cast<std::uint32_t>(output - image * plane),
+             out_width = static_cast<std::uint32_t>(a.out_width);
+  const auto top = static_cast<std::int32_t>(place / out_width * s.stride_h - a.pad_h);
+  const auto left = static_cast<std::int32_t>(place % out_width * s.stride_w - a.pad_w);
+  const Float* x = static_cast<const Float*>(a.x) + image * a.x_steps.image + channel * a.x_steps.channel +
+                   top * a.x_steps.row + left * a.x_steps.column;
+  __syncthreads();
+#pragma unroll 4  // so many loads are on their way
+  for (int word = warp; word < Tile::kWords; word += Tile::kWarps) {
+    Number numbers[Tile::kMostInWord] = {};
+#pragma unroll
+    for (int i = 0; i < (kIntegers ? 4 : 2); ++i) {
+      if (i >= order.in_word) break;
+      const typename Tile::Tap tap = memory.taps[i][word];
+      const auto h = static_cast<std::uint32_t>(top + tap.down), v = static_cast<std::uint32_t>(left + tap.right);
+      if (tap.within && h < static_cast<std::uint32_t>(a.height) && v < static_cast<std::uint32_t>(a.width)) {
+        if constexpr (kIntegers) {
+          numbers[i] = x[tap.offset];
+        } else {
+          numbers[i] = ToFloat(x[tap.offset]);
+        }
+      }
+    }
+    memory.words[lane][word] = PackedWord(numbers, order.in_word);
+  }
+  if (kIntegers && first_word == 0 && warp == 0 && first_of_block + lane < count) {
+    a.window_scales[first_of_block + lane] = a.image_scales[image];
+  }
+  __syncthreads();
+  for (int i = thread; i < Tile::kOutputs * Tile::kWords; i += Tile::kThreads) {
+    const std::int64_t n = first_of_block + i / Tile::kWords;
+    const std::uint32_t word = first_word + i % Tile::kWords;
+    if (n >= count || word >= words) continue;
+    static_cast<std::uint32_t*>(a.windows)[n * words + word] = memory.words[i / Tile::kWords][i % Tile::kWords];
+  }
+}
+
+// ---- launchers
+
+// The product that the filters of group g and `count` windows make, whose outputs begin with `first`.
+CodebookMatmulCudaArgs ProductOf(const CodebookConvCudaArgs& a, std::int64_t g, std::int64_t first,
+                                 std::int64_t count) {
+  const CodebookWeight& w = a.weight;
+  const std::int64_t rows = w.rows / a.shape.groups, before = g * rows, plane = a.out_height * a.out_width;
+  CodebookMatmulCudaArgs product{};
+  product.weight = w;
+  product.weight.rows = rows;
+  product.weight.codes += before * CodeRowBytes(w.columns, w.column_block, CodeBits(w.entries));
+  if (w.per_row) product.weight.codebook += before * w.entries;
+  product.mode = a.mode;
+  product.stored_as = a.stored_as;
+  product.bias = a.bias == nullptr ? nullptr : a.bias + before;
+  product.relu = a.relu;
+  product.samples = count;
+  product.packed = a.windows, product.packed_stride = a.plan.window_stride;
+  product.parts = a.parts, product.part_count = a.plan.part_count;
+  product.sample_scales = a.window_scales;
+  product.y_rows = w.rows;
+  const bool last = a.y_steps.channel == 1 && plane > 1;
+  if (!last) product.plane = plane, product.first_place = first;
+  const std::int64_t at = before * a.y_steps.channel + (last ? first * w.rows : 0);
+  product.y = static_cast<char*>(a.y) + at * (a.stored_as == FloatDtype::kFloat32 ? 4 : 2);
+  return product;
+}
+
+int ConvolveWindows(const CodebookConvCudaArgs& a, void* stream) {
+  const std::int64_t outputs = a.images * a.out_height * a.out_width, channels = a.shape.in_channels / a.shape.groups;
+  for (std::int64_t first = 0; first < outputs; first += a.plan.outputs) {
+    const std::int64_t count = std::min(a.plan.outputs, outputs - first);
+    const std::int64_t blocks =
+        CeilDiv(count, WindowTile::kOutputs) * CeilDiv(a.plan.window_stride / 4, WindowTile::kWords);
+    for (std::int64_t g = 0; g < a.shape.groups; ++g) {
+      const auto launch = [&](auto number) {
+        return Launch(CodebookWindowsKernel<WindowTile, decltype(number)>, static_cast<unsigned>(blocks),
+                      WindowTile::kThreads, stream, a, g * channels, first, count);
+      };
+      int error = a.mode == CodebookMode::kInt8 ? launch(std::int8_t{}) : WithFloat(a.stored_as, launch);
+      if (error == cudaSuccess) error = CodebookTilesCuda(ProductOf(a, g, first, count), stream);
+      if (error != cudaSuccess) return error;
+    }
+  }
+  return cudaSuccess;
+}
+
 }  // namespace
+
+CodebookConvPlan CodebookConvPlanCuda(const CodebookConvCudaArgs& a) noexcept {
+  const CodebookWeight& w = a.weight;
+  constexpr std::int64_t kMost = std::int64_t{1} << 30, kBytes = 64 << 20;
+  constexpr std::int64_t kTogether = 128;
+  // From so many filters on a tile of codebook_matmul, half empty or less, takes less time than a filter after the
+  // other.
+  const std::int64_t filters = a.mode == CodebookMode::kExact ? 64 : 32;
+  const std::int64_t outputs = a.images * a.out_height * a.out_width;
+  const bool fits = a.height + 2 * a.pad_h < kMost && a.width + 2 * a.pad_w < kMost && outputs < kMost &&
+                    a.shape.in_channels * a.height * a.width < kMost;
+  if (w.rows / a.shape.groups < filters || outputs == 0 || !fits || w.columns == 0 || !HasFewTables(w) ||
+      !IsAligned(w.codes, 16) || (a.mode != CodebookMode::kExact && !HasTensorCores())) {
+    return {};
+  }
+  CodebookConvPlan plan;
+  const int bits = KernelBits(w.entries);
+  plan.window_stride = a.mode == CodebookMode::kExact
+                           ? CeilDiv(w.columns, 4) * 16
+                           : CodeChunks(w.columns, bits) * (512 / bits) * (a.mode == CodebookMode::kInt8 ? 1 : 2);
+  // Waves of equal size.
+  const std::int64_t fit = std::max<std::int64_t>(1, kBytes / plan.window_stride / kTogether) * kTogether;
+  plan.outputs = std::min(outputs, CeilDiv(CeilDiv(outputs, CeilDiv(outputs, fit)), kTogether) * kTogether);
+  plan.part_count = CodebookTilePartsCuda(ProductOf(a, 0, 0, plan.outputs));
+  return plan;
+}
 
 int CodebookConvCuda(const CodebookConvCudaArgs& a, void* stream) noexcept {
   const std::int64_t outputs = a.images * a.out_height * a.out_width;
   if (a.weight.rows == 0 || outputs == 0) return cudaSuccess;
+  if (a.plan.outputs > 0) return ConvolveWindows(a, stream);
   const std::int64_t tiles = a.shape.groups * CeilDiv(a.shape.out_channels / a.shape.groups, FilterTile::kFilters);
   const dim3 blocks(static_cast<unsigned>(CeilDiv(outputs, FilterTile::kThreads) * tiles), 1, 1);
   const CodebookWeight& w = a.weight;

@@ -294,7 +294,13 @@ __device__ Sum SumOf(std::uint32_t bits) {
 struct Output {
   __device__ void Store(std::int64_t n, std::int64_t r, float value) const {
     value = a.relu && value < 0 ? 0.0f : value;
-    PutFloat(a.y, a.stored_as, n * a.weight.rows + r, value);
+    PutFloat(a.y, a.stored_as, Place(n, r), value);
+  }
+  __device__ std::int64_t Place(std::int64_t n, std::int64_t r) const {
+    const std::int64_t rows = a.y_rows > 0 ? a.y_rows : a.weight.rows;
+    if (a.plane == 0) return n * rows + r;
+    const auto place = static_cast<std::uint32_t>(a.first_place + n), plane = static_cast<std::uint32_t>(a.plane);
+    return (place / plane * rows + r) * a.plane + place % plane;
   }
   __device__ float Number(float sum, std::int64_t, std::int64_t r, float, bool) const { return sum + Bias(r); }
   __device__ float Number(int sum, std::int64_t n, std::int64_t r, float of_table, bool damaged) const {

@@ -41,6 +41,9 @@ struct CodebookMatmulCudaArgs {
   std::int64_t packed_stride = 0;
   void* parts = nullptr;  // 4 bytes [part_count, samples, rows] where there are several
   int part_count = 1;
+  // Where y is not [samples, rows]: it is [samples, y_rows], or with `plane` [images, y_rows, plane], sample n being
+  // place first_place + n of all images'. For CodebookTilesCuda only.
+  std::int64_t y_rows = 0, plane = 0, first_place = 0;
   // For int8 only.
   float* sample_scales = nullptr;  // [samples]; written where x is packed
   // For int8 without packed.
