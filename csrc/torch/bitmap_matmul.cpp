@@ -370,10 +370,8 @@ Tensor BitmapMatmulOnCuda(const Tensor& x, const Tensor& bitmap, const Tensor& r
     args.x = quantize.quantized;
     args.x_scales = quantize.x_scales;
   }
-  const std::int64_t item_bytes = inputs.quantized ? 1 : samples.item_bytes;
-  const Tensor panels =
-      torch::stable::new_empty(x, {PanelBytes(samples.count, samples.features, item_bytes)}, ScalarType::Byte);
-  args.panels = panels.mutable_data_ptr();
+  const Tensor scratch = torch::stable::new_empty(x, {BitmapScratchBytes(args)}, ScalarType::Byte);
+  args.scratch = scratch.mutable_data_ptr();
   call.Check(BitmapMatmulCuda(args, call.Stream()));
   return y;
 }

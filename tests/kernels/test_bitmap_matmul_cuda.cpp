@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <initializer_list>
+#include <iterator>
 #include <random>
 #include <vector>
 
@@ -48,10 +49,8 @@ std::vector<float> Multiply(const RandomBitmap& w, FloatDtype floats_as, Index s
   DeviceArray<float> bias("bias", bias_numbers == nullptr ? std::vector<float>() : *bias_numbers);
   DeviceArray<std::int8_t> quantized("quantized", samples * w.columns);
   DeviceArray<float> x_scales("x_scales", samples);
-  DeviceArray<float> panels("panels", (samples + 7) / 8 * 8 * w.columns);
-  BitmapMatmulCudaArgs args{
-      weight.args, x.data(), floats_as, nullptr,      bias_numbers == nullptr ? nullptr : bias.data(),
-      relu,        y.data(), samples,   panels.data()};
+  BitmapMatmulCudaArgs args{weight.args, x.data(), floats_as, nullptr, bias_numbers == nullptr ? nullptr : bias.data(),
+                            relu,        y.data(), samples,   nullptr};
   if (w.way.quantized) {
     ExpectLaunched(
         BitmapQuantizeCuda({x.data(), floats_as, samples, w.columns, quantized.data(), x_scales.data()}, nullptr),
@@ -59,6 +58,8 @@ std::vector<float> Multiply(const RandomBitmap& w, FloatDtype floats_as, Index s
     args.x = quantized.data();
     args.x_scales = x_scales.data();
   }
+  DeviceArray<unsigned char> scratch("scratch", BitmapScratchBytes(args));
+  args.scratch = scratch.data();
   ExpectLaunched(BitmapMatmulCuda(args, nullptr), "BitmapMatmulCuda");
   return y.Values();
 }
@@ -210,6 +211,70 @@ void TestShapesByColumns() {
   }
 }
 
+// Tiles of tensor cores: 64 rows, 64 or 128 samples, words of 64 columns, and parts of 8 words or more.
+void TestTiles() {
+  std::mt19937 rng(77);
+  const struct {
+    int way;
+    Index rows, columns;
+    double density;
+    Index samples;
+  } shapes[] = {{1, 1, 1, 1.0, 10},     {4, 3, 31, 1.0, 9},     {1, 63, 63, 0.3, 17},   {4, 64, 64, 0.6, 63},
+                {1, 65, 65, 0.5, 64},   {4, 17, 0, 0.0, 10},    {4, 5, 127, 0.1, 65},   {1, 16, 129, 0.4, 127},
+                {1, 15, 200, 0.0, 128}, {4, 33, 192, 0.9, 129}, {4, 13, 1023, 0.3, 12}, {1, 67, 1025, 0.1, 9},
+                {4, 3, 1600, 0.5, 66}};
+  int turn = 0;
+  for (const auto& shape : shapes) {
+    const RandomBitmap w(shape.rows, shape.columns, shape.density, kWays[shape.way], rng);
+    const FloatDtype floats_as = w.way.quantized ? kFloats[turn / 2 % 2] : FloatDtype::kBFloat16;
+    TestOne(w, floats_as, shape.samples, turn % 3 != 0, turn % 4 == 0, rng);
+    ++turn;
+  }
+}
+
+// By tiles whose columns are in parts: what is not finite in a sample meets the set bits alone, an infinite value meets
+// its row alone, and a damaged row is NaN.
+void TestOddTiles() {
+  std::mt19937 rng(6);
+  for (const int way : {1, 4}) {
+    RandomBitmap w(9, 1090, 0.3, kWays[way], rng);
+    const Index samples = 10, words = BitmapWords(w.columns);
+    w.halves[w.row_offsets[5] + 7] = Truncated(INFINITY);
+    w.values[w.row_offsets[5] + 7] = INFINITY;
+    auto x = Random(samples * w.columns, rng);
+    const float odd[samples] = {0, NAN, 0, 0, INFINITY, 0, 0, -INFINITY, 0, NAN};
+    const Index at[samples] = {0, 1089, 0, 0, 17, 0, 0, 1024, 0, 511};
+    for (Index n = 0; n < samples; ++n) {
+      if (odd[n] != 0) x[n * w.columns + at[n]] = odd[n];
+    }
+    RandomBitmap bad = w;
+    bad.bitmap[6 * words + words - 1] ^= 1;
+    bad.row_offsets[1] = -1;
+    const auto got = Multiply(w, FloatDtype::kBFloat16, samples, x, nullptr, false);
+    const auto damaged = Multiply(bad, FloatDtype::kBFloat16, samples, x, nullptr, true);
+    bool right = true;
+    for (Index n = 0; n < samples; ++n) {
+      for (Index r = 0; r < w.rows; ++r) {
+        const float y = got[n * w.rows + r], y_damaged = damaged[n * w.rows + r];
+        if (w.way.quantized) {
+          right &= std::isnan(y) == (odd[n] != 0);
+        } else {
+          const bool uses = odd[n] != 0 && (w.bitmap[r * words + at[n] / 64] >> at[n] % 64 & 1) != 0;
+          right &= std::isfinite(y) == (!uses && r != 5) && (!uses || !std::isnan(odd[n]) || std::isnan(y));
+          Sum want;
+          for (Index k = w.row_offsets[r]; k < w.row_offsets[r + 1]; ++k) {
+            want.Add(double{w.values[k]} * x[n * w.columns + w.col_indices[k]]);
+          }
+          right &= !std::isfinite(y) || want.Near(y, FloatDtype::kBFloat16);
+        }
+        const bool hit = r == 0 || r == 1 || r == 6;
+        right &= hit ? std::isnan(y_damaged) : Same(y_damaged, y < 0 ? 0.0f : y);
+      }
+    }
+    Expect(right, "odd tiles, values %d", static_cast<int>(w.way.stored_as));
+  }
+}
+
 // NaN and infinity reach the rows whose stored weights meet them, and no others.
 void TestInfinities() {
   std::mt19937 rng(5);
@@ -246,11 +311,16 @@ void TestDamage() {
     const Index samples = 9;
     const auto x = Random(samples * good.columns, rng);
     auto by_features = Random(2 * good.rows, rng);
+    std::vector<float> wants[std::size(kFloats)];
+    for (std::size_t i = 0; i < std::size(kFloats); ++i) {
+      wants[i] = Multiply(good, kFloats[i], samples, x, nullptr, true);
+    }
     const bool by_columns = way.stored_as != BitmapValues::kInt8;
     // rows: those that the damage lies in. code: the output that it reaches where a code is damaged, else -1.
     const auto expect = [&](const RandomBitmap& bad, std::vector<Index> rows, Index code, const char* what) {
-      for (const FloatDtype floats_as : kFloats) {
-        const auto want = Multiply(good, floats_as, samples, x, nullptr, true);
+      for (std::size_t f = 0; f < std::size(kFloats); ++f) {
+        const FloatDtype floats_as = kFloats[f];
+        const auto& want = wants[f];
         const auto got = Multiply(bad, floats_as, samples, x, nullptr, true);
         bool right = true;
         for (Index i = 0; i < samples * good.rows; ++i) {
@@ -316,6 +386,8 @@ int main() {
   bool first = true;
   return RunOnDevice([&] {
     TestShapes();
+    TestTiles();
+    TestOddTiles();
     TestShapesByColumns();
     TestInfinities();
     TestDamage();

@@ -1,25 +1,14 @@
 #include <cmath>
 
 #include "kernels/bitmap_matmul/bitmap_matmul_cuda.h"
+#include "kernels/bitmap_matmul/bitmap_tiles_cuda.h"
+#include "kernels/bitmap_matmul/bitmap_weight.cuh"
 #include "kernels/common/cuda.cuh"
 
 namespace tersetorch {
 namespace {
 
 // ---- the weight
-
-constexpr int kWordBits = 64;
-
-struct Row {
-  std::int32_t begin, end;  // its values
-  bool damaged;             // then it has none
-};
-
-__device__ Row RowAt(const BitmapWeight& w, std::int64_t r) {
-  const std::int32_t begin = w.row_offsets[r], end = w.row_offsets[r + 1];
-  if (begin < 0 || end < begin || end > w.nnz) return {0, 0, true};
-  return {begin, end, false};
-}
 
 __device__ bool IsSet(std::uint64_t word, int bit) { return (word >> bit & 1) != 0; }
 __device__ int SetBefore(std::uint64_t word, int bit) { return __popcll(word & ((std::uint64_t{1} << bit) - 1)); }
@@ -64,13 +53,7 @@ __device__ int Widened(std::int8_t x) { return x; }
 // The columns of a chunk's set bits, one word of each lane, as places in the chunk; all lanes call it. How many.
 template <typename Tile>
 __device__ int ListColumns(std::uint64_t word, int lane, std::uint16_t (&list)[Tile::kChunk]) {
-  const int count = __popcll(word);
-  int until = count;
-#pragma unroll
-  for (int distance = 1; distance < kWarpSize; distance *= 2) {
-    const int before = __shfl_up_sync(kWholeWarp, until, distance);
-    if (lane >= distance) until += before;
-  }
+  const int count = __popcll(word), until = SumThroughLane(count);
   for (int place = until - count; word != 0; ++place, word &= word - 1) {
     list[place] = static_cast<std::uint16_t>(lane * kWordBits + __ffsll(static_cast<long long>(word)) - 1);
   }
@@ -93,7 +76,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) BitmapMatmulKernel(BitmapMa
   const float scale = w.stored_as == BitmapValues::kInt8 ? w.scales[r] : 1.0f;
   const float bias = a.bias == nullptr ? 0.0f : a.bias[r];
   [[maybe_unused]] const X* x = static_cast<const X*>(a.x);
-  [[maybe_unused]] const auto* panels = static_cast<const PanelColumn<X>*>(a.panels);
+  [[maybe_unused]] const auto* panels = static_cast<const PanelColumn<X>*>(a.scratch);
   Y* y = static_cast<Y*>(a.y);
   const std::int64_t step = std::int64_t{gridDim.y} * Tile::kSamples;
   for (std::int64_t first = std::int64_t{blockIdx.y} * Tile::kSamples; first < a.samples; first += step) {
@@ -243,14 +226,21 @@ int LaunchTile(const BitmapMatmulCudaArgs& a, void* stream) {
 template <typename Values, typename X, typename Y>
 int LaunchRows(const BitmapMatmulCudaArgs& a, void* stream) {
   if (a.samples == 1) return LaunchTile<ListTile<1>, Values, X, Y>(a, stream);
-  const int packed = LaunchPackPanels<X>(a.x, a.panels, a.samples, a.weight.columns, stream);
+  const int packed = LaunchPackPanels<X>(a.x, a.scratch, a.samples, a.weight.columns, stream);
   return packed != cudaSuccess ? packed : LaunchTile<ListTile<kPanelSamples>, Values, X, Y>(a, stream);
 }
 
 }  // namespace
 
+std::int64_t BitmapScratchBytes(const BitmapMatmulCudaArgs& a) noexcept {
+  if (BitmapTakesTiles(a)) return BitmapTileScratchBytes(a);
+  const std::int64_t item_bytes = a.x_scales != nullptr ? 1 : a.stored_as == FloatDtype::kFloat32 ? 4 : 2;
+  return a.samples == 1 ? 0 : CeilDiv(a.samples, kPanelSamples) * kPanelSamples * a.weight.columns * item_bytes;
+}
+
 int BitmapMatmulCuda(const BitmapMatmulCudaArgs& a, void* stream) noexcept {
   if (a.weight.rows == 0 || a.samples == 0) return cudaSuccess;
+  if (BitmapTakesTiles(a)) return BitmapTilesCuda(a, stream);
   return WithFloat(a.stored_as, [&](auto number) {
     using Float = decltype(number);
     if (a.x_scales != nullptr) return LaunchRows<Int8Values, std::int8_t, Float>(a, stream);

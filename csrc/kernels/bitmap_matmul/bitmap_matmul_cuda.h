@@ -7,6 +7,8 @@
 //         or name no column, or whose codes are outside; in BitmapColumnsCuda all of y of a sample with a non-zero that
 //         meets a column with such offsets or bits, and the outputs where it meets a code outside. A codebook may begin
 //         with any number.
+// Method: up to 8 samples, and floats that tensor cores would round, go by lists of columns; others by tiles
+//         (bitmap_tiles_cuda.h).
 // Order:  every sum has one order of summation; quantized products give the bits that they give on the CPU.
 #pragma once
 
@@ -26,8 +28,7 @@ struct BitmapMatmulCudaArgs {
   bool relu;
   void* y;  // [samples, rows], stored as stored_as says
   std::int64_t samples;
-  // [CeilDiv(samples, 8), columns, 8] of x's type, aligned to 16 bytes: scratch; not used for one sample.
-  void* panels;
+  void* scratch;  // uninitialised, of BitmapScratchBytes, aligned to 16 bytes
 };
 
 struct BitmapQuantizeCudaArgs {
@@ -48,6 +49,9 @@ struct BitmapColumnsCudaArgs {
   void* y;  // [samples, columns], stored as x is
   std::int64_t samples;
 };
+
+// All of args but scratch count, of x_scales whether it is null.
+std::int64_t BitmapScratchBytes(const BitmapMatmulCudaArgs& args) noexcept;
 
 // Each enqueues on `stream`, a cudaStream_t, and returns the cudaError_t of that.
 int BitmapMatmulCuda(const BitmapMatmulCudaArgs& args, void* stream) noexcept;

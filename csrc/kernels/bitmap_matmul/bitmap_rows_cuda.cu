@@ -1,10 +1,9 @@
 #include "kernels/bitmap_matmul/bitmap_rows_cuda.h"
+#include "kernels/bitmap_matmul/bitmap_weight.cuh"
 #include "kernels/common/cuda.cuh"
 
 namespace tersetorch {
 namespace {
-
-constexpr int kWordBits = 64;
 
 // A warp lists one row, a lane the bits of a word.
 struct ListedRowTile {
@@ -32,13 +31,7 @@ __global__ void __launch_bounds__(Tile::kThreads) ListColumns(BitmapRowsCudaArgs
   std::int32_t* to = a.col_indices + begin;
   for (std::int64_t first = 0; first < words; first += kWarpSize) {
     std::uint64_t word = first + lane < words ? bits[first + lane] : 0;
-    const int own = __popcll(word);
-    int through = own;  // and the lanes before
-#pragma unroll
-    for (int distance = 1; distance < kWarpSize; distance *= 2) {
-      const int before = __shfl_up_sync(kWholeWarp, through, distance);
-      if (lane >= distance) through += before;
-    }
+    const int own = __popcll(word), through = SumThroughLane(own);
     std::int32_t* next = to + through - own;
     for (; word != 0; word &= word - 1) {
       *next++ = static_cast<std::int32_t>((first + lane) * kWordBits + __ffsll(static_cast<long long>(word)) - 1);
