@@ -247,7 +247,7 @@ Tensor BitmapColumnsMatmulOnCpu(const Tensor& x, const Tensor& bitmap, const Ten
 
 std::tuple<Tensor, Tensor, Tensor> BitmapPackOnCpu(const Tensor& weight) {
   constexpr const char* kOp = "bitmap_pack";
-  const FloatDtype stored_as = DtypeOf(kOp, weight, "weight");
+  const FloatDtype stored_as = DtypeOf(kOp, weight, "weight", true);
   CheckOnCpu(kOp, weight, "weight");
   STD_TORCH_CHECK(weight.dim() == 2, kOp, ": weight must be [out, in], got ", weight.dim(), "-D; reshape it");
   const Tensor dense = Contiguous(weight);

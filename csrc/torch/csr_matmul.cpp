@@ -342,7 +342,7 @@ std::tuple<Tensor, Tensor, Tensor> CsrPackOnCpu(const Tensor& dense) {
   const std::int64_t rows = dense.size(0), columns = dense.size(1);
   constexpr std::int64_t kMax = std::numeric_limits<std::int32_t>::max();
   Tensor row_offsets = torch::stable::new_empty(dense, {rows + 1}, ScalarType::Int);
-  CsrPackArgs args{source.const_data_ptr(), DtypeOf(kOp, dense, "dense"), columns, nullptr, nullptr, nullptr};
+  CsrPackArgs args{source.const_data_ptr(), DtypeOf(kOp, dense, "dense", true), columns, nullptr, nullptr, nullptr};
   std::vector<std::int64_t> counts(rows);
   ParallelRanges(1, rows, GrainItems(columns / 8), [&](std::int64_t, std::int64_t begin, std::int64_t end) {
     for (std::int64_t r = begin; r < end; ++r) counts[r] = CsrCount(args, r);

@@ -43,14 +43,14 @@ inline Tensor Usable(Place place, const Tensor& t, std::int64_t elements = 1) {
   return taken ? contiguous : torch::stable::clone(contiguous);
 }
 
-// float16 is for CUDA devices only.
-inline FloatDtype DtypeOf(const char* op, const Tensor& t, const char* name) {
+// float16 is for CUDA devices only, and not for weights, which are packed on the CPU.
+inline FloatDtype DtypeOf(const char* op, const Tensor& t, const char* name, bool of_weight = false) {
   const ScalarType dtype = t.scalar_type();
-  const bool half = dtype == ScalarType::Half, on_cuda = t.is_cuda();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || (half && on_cuda), op, ": ", name,
-                  " must be float32", on_cuda ? ", bfloat16 or float16" : " or bfloat16", ", got ",
+  const bool half = dtype == ScalarType::Half, takes_half = t.is_cuda() && !of_weight;
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || (half && takes_half), op, ": ", name,
+                  " must be float32", takes_half ? ", bfloat16 or float16" : " or bfloat16", ", got ",
                   torch::headeronly::toString(dtype), "; convert it",
-                  half ? ", or move it to a CUDA device, which takes float16" : "");
+                  half && !of_weight ? ", or move it to a CUDA device, which takes float16" : "");
   return half ? FloatDtype::kFloat16 : dtype == ScalarType::Float ? FloatDtype::kFloat32 : FloatDtype::kBFloat16;
 }
 

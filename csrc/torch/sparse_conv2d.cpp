@@ -135,7 +135,7 @@ struct Weight {
     }
     if (!codebook.has_value()) {
       args.stored_as =
-          DtypeOf(op, values, "values") == FloatDtype::kFloat32 ? ConvValues::kFloat32 : ConvValues::kBFloat16;
+          DtypeOf(op, values, "values", true) == FloatDtype::kFloat32 ? ConvValues::kFloat32 : ConvValues::kBFloat16;
       return;
     }
     STD_TORCH_CHECK(values.scalar_type() == ScalarType::Byte, op,
@@ -456,7 +456,7 @@ void CheckPositions(const char* op, const Tensor& row_offsets, const Tensor& col
 void CheckNumbers(const char* op, const Tensor& col_indices, const Tensor& values,
                   const std::optional<Tensor>& codebook, Place place = kCpu) {
   CheckOn(place, op, values, "values");
-  if (!codebook.has_value()) DtypeOf(op, values, "values");
+  if (!codebook.has_value()) DtypeOf(op, values, "values", true);
   STD_TORCH_CHECK(values.dim() == 1 && values.numel() == col_indices.numel() &&
                       (!codebook.has_value() || values.scalar_type() == ScalarType::Byte),
                   op, ": values must be [", col_indices.numel(), "], uint8 codes beside a codebook, got ",

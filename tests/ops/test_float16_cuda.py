@@ -275,3 +275,17 @@ def test_layers_in_half_precision(device, name):
         sentence = r"input must be float32(,| or) bfloat16.*got torch\.float16; convert it"
         with torch.no_grad(), pytest.raises(TypeError, match=sentence):
             make()(x.half())
+
+
+def test_weights_in_half_precision_are_refused(device):
+    for case, name in (("9 of csr", "values"), ("bitmap columns", "values"), ("blocked", "values")):
+        op, x, tensors, rest = CASES[case]
+        moved = {n: t.to(device) for n, t in (tensors | {name: tensors[name].half()}).items()}
+        with pytest.raises(TypeError, match=r"values must be float32 or bfloat16, got torch\.float16; pass"):
+            op(x.half().to(device), **moved, **rest)
+    _, x, tensors, _ = CASES["sparse_conv2d exact"]
+    offsets, columns, values = (tensors[n].to(device) for n in ("row_offsets", "col_indices", "values"))
+    with pytest.raises(RuntimeError, match="values must be float32 or bfloat16, got Half; convert it"):
+        ops.sparse_conv2d_inference(
+            x.half().to(device), offsets, columns, values.half(), None, None, [3, 3], [1, 1], [1, 1], [1, 1], 1
+        )
