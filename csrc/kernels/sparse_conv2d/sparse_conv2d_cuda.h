@@ -14,9 +14,9 @@
 //         `parts`, which a last kernel adds. Tiles that do not fit take one output a thread and read x where it lies.
 // Limits: a multiply-add costs a word of shared memory, of which a multiprocessor has 32 a cycle: a quarter of what it
 //         could multiply. Row ends are lost: 2 of 16 at 14 columns and 3 x 3. int8 scales come from a kernel before.
-//         Tensor cores, which would multiply the zeros too, need for 256 x 256 channels, 3 x 3, at 14 x 14 and 32 images
-//         13 us for 3.7 G products (an H100, 1,223 a clock and multiprocessor), and to gather windows of x for tiles of
-//         64 filters and 128 outputs at 10 instructions an element some 20; this kernel took 288 us at 20 %.
+//         Tensor cores, which would multiply the zeros too, need for 256 x 256 channels, 3 x 3, at 14 x 14 and 32
+//         images 13 us for 3.7 G products (an H100, 1,223 a clock and multiprocessor), and to gather windows of x for
+//         tiles of 64 filters and 128 outputs at 10 instructions an element some 20; this kernel took 288 us at 20 %.
 // Safety: offsets, columns and codes are compared with their bounds before they are used, and nothing outside the
 //         arrays is touched. A kernel cannot return a status without making the caller wait, so damage becomes NaN: all
 //         outputs, in every image, of a filter whose offsets, columns or codes are damaged. Where columns do not rise,
