@@ -20,6 +20,7 @@ from ptx_interpreter import mistakes, recordings
 from ptx_interpreter.replay import Name, Outcome, load, replay_all, tensor_cores, unknown_instructions
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+SOURCES = {file.stem for file in ROOT.glob("csrc/kernels/*/*_cuda.cu")}
 # (file, kernel as it is printed) -> why no emulated test launches it.
 UNLAUNCHED: dict[tuple[str, str], str] = {}
 
@@ -93,7 +94,7 @@ def check(
 ) -> tuple[dict[str, dict[str, object]], list[str]]:
     """All launches on the PTX of a folder: the table, and what is wrong."""
     started = time.process_time()
-    kernels = load(folder)
+    kernels = load(folder, SOURCES)
     targets = {module.target for module, _ in kernels.values()}
     print(f"PTX of {len(kernels)} kernels for {', '.join(f'sm_{target}' for target in sorted(targets))}")
     left_out = {name for name, (_, kernel) in kernels.items() if not needs.get(name, set()) <= tensor_cores(kernel)}
@@ -150,7 +151,7 @@ def main() -> None:
     if given.architectures and shutil.which("nvcc") is None:
         parser.error("--architectures needs nvcc on the PATH")
     launches = record(given.build)
-    needs = {name: tensor_cores(kernel) for name, (_, kernel) in load(given.build / "ptx").items()}
+    needs = {name: tensor_cores(kernel) for name, (_, kernel) in load(given.build / "ptx", SOURCES).items()}
     tables, problems = {}, []
     for architecture in [None, *given.architectures]:
         folder = given.build / "ptx"
