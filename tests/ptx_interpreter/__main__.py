@@ -127,7 +127,7 @@ def check_unlaunched(
     unlaunched: list[Name],
     readable: dict[Name, str],
 ) -> list[str]:
-    """A template must be launched, and all assembly that it holds for some arguments be executed for these or others."""
+    """A template must be launched, and the assembly that some arguments give it be executed for these or others."""
 
     def template(name: Name) -> Name:
         return name[0], readable[name].split("<")[0]
