@@ -17,11 +17,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ptx_interpreter import mistakes, recordings
+from ptx_interpreter.parse import Kernel, Module
 from ptx_interpreter.replay import Name, Outcome, load, replay_all, tensor_cores, unknown_instructions
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-# (file, kernel as it is printed) -> why no emulated test launches it.
-UNLAUNCHED: dict[tuple[str, str], str] = {}
+SOURCES = {file.stem for file in ROOT.glob("csrc/kernels/*/*_cuda.cu")}
 
 
 def record(build: Path) -> list[recordings.Recording]:
@@ -93,7 +93,7 @@ def check(
 ) -> tuple[dict[str, dict[str, object]], list[str]]:
     """All launches on the PTX of a folder: the table, and what is wrong."""
     started = time.process_time()
-    kernels = load(folder)
+    kernels = load(folder, SOURCES)
     targets = {module.target for module, _ in kernels.values()}
     print(f"PTX of {len(kernels)} kernels for {', '.join(f'sm_{target}' for target in sorted(targets))}")
     left_out = {name for name, (_, kernel) in kernels.items() if not needs.get(name, set()) <= tensor_cores(kernel)}
@@ -105,11 +105,8 @@ def check(
         problems += [f"{name[0]}: {readable[name]}: {problem}" for problem in unknown_instructions(module, kernel)]
     for name, outcome in outcomes.items():
         problems += [f"{name[0]}: {readable[name]}: {problem}" for problem in outcome.problems]
-    for name in sorted(kernels.keys() - outcomes.keys() - left_out):
-        if why := UNLAUNCHED.get((name[0], readable[name])):
-            print(f"{readable[name]} is not launched: {why}")
-        else:
-            problems.append(f"{name[0]}: {readable[name]}: no emulated test launches it")
+    unlaunched = kernels.keys() - outcomes.keys() - left_out
+    problems += check_unlaunched(kernels, outcomes, sorted(unlaunched), readable)
     if left_out:
         print(f"{len(left_out)} kernels are for tensor cores that sm_{min(targets)} lacks")
     if makes_mistakes:
@@ -122,6 +119,34 @@ def check(
         f"{reached / total:.0%} of all that there are, {time.process_time() - started:.0f} s of one core"
     )
     return rows, problems
+
+
+def check_unlaunched(
+    kernels: dict[Name, tuple[Module, Kernel]],
+    outcomes: dict[Name, Outcome],
+    unlaunched: list[Name],
+    readable: dict[Name, str],
+) -> list[str]:
+    """A template must be launched, and the assembly that some arguments give it be executed for these or others."""
+
+    def template(name: Name) -> Name:
+        return name[0], readable[name].split("<")[0]
+
+    executed: dict[Name, set[str]] = {}
+    for name, outcome in outcomes.items():
+        code = kernels[name][1].code
+        executed.setdefault(template(name), set()).update(code[pc].opcode for pc in outcome.reached)
+    problems = []
+    for name in unlaunched:
+        others = executed.get(template(name))
+        assembly = {i.opcode for i in kernels[name][1].code if i.assembly}
+        if others is None:
+            problems.append(f"{name[0]}: {readable[name]}: no emulated test launches it")
+        elif assembly - others:
+            problems.append(f"{name[0]}: {readable[name]}: no emulated test executes its {sorted(assembly - others)}")
+        else:
+            print(f"{readable[name]}: no emulated test launches it, but others of its template")
+    return problems
 
 
 def check_mistakes(kernels: dict, outcomes: dict[Name, Outcome], launches: list[recordings.Recording]) -> list[str]:
@@ -150,7 +175,7 @@ def main() -> None:
     if given.architectures and shutil.which("nvcc") is None:
         parser.error("--architectures needs nvcc on the PATH")
     launches = record(given.build)
-    needs = {name: tensor_cores(kernel) for name, (_, kernel) in load(given.build / "ptx").items()}
+    needs = {name: tensor_cores(kernel) for name, (_, kernel) in load(given.build / "ptx", SOURCES).items()}
     tables, problems = {}, []
     for architecture in [None, *given.architectures]:
         folder = given.build / "ptx"

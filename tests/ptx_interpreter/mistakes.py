@@ -31,7 +31,7 @@ MISTAKES: list[tuple[str, str, Replacement]] = [
     ("bytes without their sign in dp4a", r"dp4a\.s32\.s32", "dp4a.u32.s32"),
     ("bytes in another order", r"(prmt\.b32 [^,]+, [^,]+, [^,]+), \d+$", r"\1, 8961"),
     ("rounded to zero", r"cvt\.rni\.", "cvt.rzi."),
-    ("wide products of signed numbers", r"mul\.wide\.u32 (.*, -\d+)$", r"mul.wide.s32 \1"),
+    ("the upper half one bit off", r"shr\.u64 (.*), 32$", r"shr.u64 \1, 31"),
     ("no guard of the rest of a kernel", r"^@!?%\w+ bra \S+$", NOTHING),
     ("one number too many", r"^setp\.ge\.s64", "setp.gt.s64"),
     ("a vector off its alignment", r"(ld\.global\S*\.v4\.\S+ \{[^}]*\}, \[[^]+]+)\]", r"\1+4]"),

@@ -1,7 +1,7 @@
 """What stands in a file of PTX: kernels, their parameters and variables, their instructions."""
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 BYTES = {"pred": 1, **{kind + str(bits): bits // 8 for kind in "bsuf" for bits in (8, 16, 32, 64)}}
 
@@ -24,6 +24,12 @@ class Instruction:
     modifiers: list[str]
     operands: list[str]
     text: str
+    assembly: bool = False  # written as such in the source
+
+    @property
+    def opcode(self) -> str:
+        """With its modifiers."""
+        return ".".join([self.name, *self.modifiers])
 
 
 @dataclass
@@ -42,7 +48,6 @@ class Kernel:
     code: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
     targets: dict[str, list[str]] = field(default_factory=dict)  # of brx.idx
-    inline_assembly: bool = False
 
 
 @dataclass
@@ -82,7 +87,7 @@ def parse(text: str) -> Module:
     kernels = {}
     for match in re.finditer(r"\.entry\s+([\w$]+)\s*\((.*?)\)([^{]*)^\{(.*?)^\}", text, re.S | re.M):
         name, parameters, attributes, body = match.groups()
-        kernel = Kernel(name, inline_assembly="begin inline asm" in body)
+        kernel = Kernel(name)
         for declaration in filter(None, (line.strip() for line in parameters.split(","))):
             add_parameter(kernel, declaration)
         if threads := re.search(r"\.maxntid (\d+)(?:, (\d+))?(?:, (\d+))?", attributes):
@@ -91,6 +96,7 @@ def parse(text: str) -> Module:
         for variable in outer_shared:
             if variable[0] in body:
                 add_shared(kernel, *variable)
+        body = re.sub(r"// (begin|end) inline asm", r".pragma \1;", body)
         add_body(kernel, re.sub(r"//[^\n]*", "", body))
         kernel.shared_bytes = up_to(kernel.shared_bytes, 16)
         kernel.shared |= dict.fromkeys(dynamic, kernel.shared_bytes)
@@ -129,6 +135,7 @@ def add_shared(kernel: Kernel, name: str, alignment: int, size: int) -> None:
 def add_body(kernel: Kernel, body: str) -> None:
     """Statement by statement; a block in braces may have registers of its own."""
     scopes: list[dict[str, str]] = []
+    assembly = False
     at, opened = 0, 0
     while True:
         at = SPACE.match(body, at).end()
@@ -151,13 +158,16 @@ def add_body(kernel: Kernel, body: str) -> None:
             continue
         end = body.index(";", at)
         statement, at = body[at:end].strip(), end + 1
+        if statement in (".pragma begin", ".pragma end"):
+            assembly = statement == ".pragma begin"
+            continue
         if statement.startswith("."):
             add_declaration(kernel, statement, scopes[-1] if scopes else None, opened)
             continue
         for scope in reversed(scopes):
             for old, new in scope.items():
                 statement = re.sub(re.escape(old) + r"\b", new, statement)
-        kernel.code.append(instruction(statement))
+        kernel.code.append(replace(instruction(statement), assembly=assembly))
 
 
 def add_declaration(kernel: Kernel, statement: str, scope: dict[str, str] | None, number: int) -> None:

@@ -31,10 +31,12 @@ class Outcome:
     costs: list[tuple[int, int]] = field(default_factory=list)  # what each launch executed, and which it was
 
 
-def load(folder: Path) -> dict[Name, tuple[Module, Kernel]]:
+def load(folder: Path, sources: set[str]) -> dict[Name, tuple[Module, Kernel]]:
     """The kernels of csr_matmul_cuda.ptx or, of several architectures, csr_matmul_cuda.compute_90.ptx, ..."""
     kernels = {}
     for file in sorted(folder.glob("*.ptx"), key=lambda file: file.name.endswith("90.ptx")):  # the last one stays
+        if file.name.split(".")[0] not in sources:  # left from one that is gone
+            continue
         module = parse(file.read_text())
         for kernel in module.kernels.values():
             kernels[file.name.split(".")[0], recordings.without_hashes(kernel.name)] = module, kernel
