@@ -35,6 +35,13 @@ BUGS = [
         "bitmap_matmul/bitmap_rows_cuda.cu",
         ("std::int32_t* next = to + «through - own»;", "through", "bounds", "begins behind the lane's own bits"),
         ("«WarpSum(count) != end - begin») return;", "false", "race", "a row with other bits than offsets is listed"),
+        ("«begin < 0» || end < begin", "false", "bounds", "a row of right length that begins before the values"),
+    ),
+    *of(
+        "bitmap_tiles",
+        "bitmap_matmul/bitmap_tiles_cuda.cu",
+        ("«WaitForCopies<kStages - 2>();»\n      __syncthreads();", "", "asynchronous", "reads x that is being copied"),
+        ("n * a.weight.rows + r, «a.relu && y < 0» ?", "a.relu && !(y >= 0)", "result", "relu makes a NaN 0"),
     ),
     *of(
         "bitplane_matmul",
@@ -107,6 +114,7 @@ BUGS = [
             "result",
             "a fragment's words out of order",
         ),
+        ("«WaitForCopies<kStages - 2>();»", "", "asynchronous", "reads a stage that is being copied"),
     ),
     *of(
         "codebook_matmul",
@@ -271,6 +279,12 @@ BUGS = [
             "result",
             "counts taps outside the image",
         ),
+        (
+            "«WaitForCopies<kAhead - 1>();»\n    __syncthreads();",
+            "",
+            "asynchronous",
+            "reads a stage that is being copied",
+        ),
     ),
     *of(
         "xnor_matmul",
@@ -289,6 +303,7 @@ BUGS = [
             "a sum at the threshold has the other sign",
         ),
         ("«signs |= __shfl_xor_sync(kWholeWarp, signs, 2);»", "", "result", "signs of half of the lanes are lost"),
+        ("«WaitForCopies<kAhead - 1>();»\n", "", "asynchronous", "reads a stage that is being copied"),
     ),
 ]
 
