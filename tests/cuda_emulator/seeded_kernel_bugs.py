@@ -34,7 +34,14 @@ BUGS = [
         "bitmap_rows",
         "bitmap_matmul/bitmap_rows_cuda.cu",
         ("std::int32_t* next = to + «through - own»;", "through", "bounds", "begins behind the lane's own bits"),
-        ("«WarpSum(count) != end - begin») return;", "false", "result", "a row with other bits than offsets is listed"),
+        ("«WarpSum(count) != end - begin») return;", "false", "race", "a row with other bits than offsets is listed"),
+        ("«begin < 0» || end < begin", "false", "bounds", "a row of right length that begins before the values"),
+    ),
+    *of(
+        "bitmap_tiles",
+        "bitmap_matmul/bitmap_tiles_cuda.cu",
+        ("«WaitForCopies<kStages - 2>();»\n      __syncthreads();", "", "asynchronous", "reads x that is being copied"),
+        ("n * a.weight.rows + r, «a.relu && y < 0» ?", "a.relu && !(y >= 0)", "result", "relu makes a NaN 0"),
     ),
     *of(
         "bitplane_matmul",
@@ -52,8 +59,13 @@ BUGS = [
         "blocked_matmul",
         "blocked_matmul/blocked_matmul_cuda.cu",
         ("if («lane >= distance») after += before;", "lane > distance", "result", "a prefix sum leaves lanes out"),
-        ("«__syncthreads();»\n      for (int other = 0;", "", "race", "the warps' counts are read as they are written"),
-        ("bad = «atomicExch(&memory.seen_in[row], turn)» == turn;", "0u", "result", "a row that is named twice"),
+        (
+            "«__syncthreads();»\n      for (int other = 0;",
+            "",
+            "uninitialised",
+            "the warps' counts are read as they are written",
+        ),
+        ("bad = «atomicExch(&memory.seen_in[row], turn)» == turn;", "0u", "race", "a row that is named twice"),
         ("a.sample_scales[first + «s»]", "0", "result", "the scale of the tile's first sample for all"),
         ("«if (damaged) sum = DamagedWeight();»\n      y[", "", "result", "damage leaves a sum"),
         ("if («largest_bits >= 0x7f800000u») return", "largest_bits > 0x7f800000u", "result", "an infinite sample"),
@@ -67,13 +79,13 @@ BUGS = [
             "bounds",
             "the first code too many",
         ),
-        ("a.table_scales[«a.weight.per_row ? r : 0»]", "0", "result", "the first filter's scale for all"),
+        ("FromFloat<Float>(«a.relu && number < 0 ? 0.0f : number»);", "number", "result", "no relu"),
     ),
     *of(
         "codebook_embedding",
         "codebook_embedding/codebook_embedding_cuda.cu",
         ("bool damaged = «r < 0 || r >= w.rows»;", "r < 0 || r > w.rows", "bounds", "the row behind the last"),
-        ("|| «r == a.padding» ||", "false", "result", "the padding gets a gradient"),
+        ("|| «r == a.padding» ||", "false", "result", "the padding takes part in sums"),
     ),
     *of(
         "codebook_few",
@@ -93,7 +105,7 @@ BUGS = [
         (
             "«__syncthreads();  // the table is there, and the samples before are done»",
             "",
-            "race",
+            "uninitialised",
             "a table half filled",
         ),
         (
@@ -102,6 +114,7 @@ BUGS = [
             "result",
             "a fragment's words out of order",
         ),
+        ("«WaitForCopies<kStages - 2>();»", "", "asynchronous", "reads a stage that is being copied"),
     ),
     *of(
         "codebook_matmul",
@@ -109,7 +122,7 @@ BUGS = [
         (
             "«__syncthreads();»\n  for (int k = warp; k < w.entries; k += Tile::kWarps) {",
             "",
-            "race",
+            "uninitialised",
             "other warps' sums are added before they are complete",
         ),
         ("for (std::int64_t part = lane; «part < a.parts»;", "part + 1 < a.parts", "result", "the last part is lost"),
@@ -125,12 +138,13 @@ BUGS = [
         ),
         ("if (a.bias != nullptr) sum += a.bias[«r»];", "(first + lane) % w.rows", "result", "the bias of another row"),
         ("FromFloat<Float>(«a.relu && sum < 0 ? 0.0f : sum»);", "sum", "result", "no relu"),
+        ("a.relu && «sum < 0» ? 0.0f : sum);", "!(sum >= 0)", "result", "relu makes a NaN 0"),
         ("at = «first / Tile::kSamples * w.columns» +", "0", "result", "the first samples' panel for all"),
     ),
     *of(
         "csr_matmul",
         "csr_matmul/csr_weight.cuh",
-        ("column < 0 || «column >= w.columns»", "column > w.columns", "result", "the column behind the last"),
+        ("column < 0 || «column >= w.columns»", "column > w.columns", "bounds", "the column behind the last"),
         ("|| «end > w.nnz») return", "false", "bounds", "an offset behind the last non-zero"),
     ),
     *of(
@@ -189,9 +203,10 @@ BUGS = [
         (
             "«static_cast<std::uint64_t>(left + k) >= static_cast<std::uint64_t>(s.width)») continue;",
             "left + k >= s.width",
-            "result",
+            "bounds",
             "reads columns left of the image",
         ),
+        ("a.relu && «sum < 0» ?", "!(sum >= 0)", "result", "relu makes a NaN 0"),
     ),
     *of(
         "product_matmul",
@@ -200,7 +215,7 @@ BUGS = [
             "MakeWords<Tile, Words>(a, static_cast<int>(first_unit) * Tile::kUnit, pairs, n, memory.words);\n"
             "  «__syncthreads();»",
             "",
-            "race",
+            "uninitialised",
             "looks up in tables that are being made",
         ),
         (
@@ -216,6 +231,7 @@ BUGS = [
         "sign_matmul/sign_matmul_cuda.cu",
         ("«if (r >= a.rows) return;»", "", "bounds", "no guard for the rows of the last tile"),
         ("fmaf(dot, scale, «bias»)", "0.0f", "result", "no bias"),
+        ("a.relu && «y < 0» ?", "!(y >= 0)", "result", "relu makes a NaN 0"),
     ),
     *of(
         "sign_matmul",
@@ -230,14 +246,14 @@ BUGS = [
         (
             "        }\n        memory.tables[s][threadIdx.x].Make(x);\n      }\n      «__syncthreads();»",
             "",
-            "race",
+            "uninitialised",
             "adds from tables that are being made",
         ),
     ),
     *of(
         "sign_max_pool2d",
         "sign_max_pool2d/sign_max_pool2d_cuda.cu",
-        ("«if (row < 0 || row >= a.height) continue;»", "", "result", "rows outside the image"),
+        ("«if (row < 0 || row >= a.height) continue;»", "", "bounds", "rows outside the image"),
         ("kw * «a.dilation_w»;", "1", "result", "no dilation across"),
         ("pixel % «a.out_width»", "a.out_height", "result", "the other side of the image"),
     ),
@@ -263,6 +279,12 @@ BUGS = [
             "result",
             "counts taps outside the image",
         ),
+        (
+            "«WaitForCopies<kAhead - 1>();»\n    __syncthreads();",
+            "",
+            "asynchronous",
+            "reads a stage that is being copied",
+        ),
     ),
     *of(
         "xnor_matmul",
@@ -270,7 +292,7 @@ BUGS = [
         (
             "counts.of_warp[warp][s][lane] = counters[s].Count();\n    «__syncthreads();»",
             "",
-            "race",
+            "uninitialised",
             "the warps' counts too early",
         ),
         ("of_x[f][i] + of_w[p][i] - «2» * both[f][p][i]", "1", "result", "bits in common counted once"),
@@ -281,6 +303,7 @@ BUGS = [
             "a sum at the threshold has the other sign",
         ),
         ("«signs |= __shfl_xor_sync(kWholeWarp, signs, 2);»", "", "result", "signs of half of the lanes are lost"),
+        ("«WaitForCopies<kAhead - 1>();»\n", "", "asynchronous", "reads a stage that is being copied"),
     ),
 ]
 

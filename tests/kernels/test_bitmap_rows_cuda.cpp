@@ -59,5 +59,20 @@ int main() {
     Expect(Columns(high)[w.row_offsets[8] - 1] == w.col_indices[w.row_offsets[8] - 1] &&
                Columns(high)[w.row_offsets[8]] == -1,
            "an offset past the values loses its row");
+    // Of as many values as the row has bits, but outside.
+    const std::int32_t first = w.row_offsets[1], last = w.row_offsets[9] - w.row_offsets[8];
+    for (const std::int32_t off : {1, first}) {
+      RandomBitmap shifted = w;
+      shifted.row_offsets[0] = -off, shifted.row_offsets[1] = first - off;
+      const auto got = Columns(shifted);
+      Expect(got[0] == -1 && got[w.row_offsets[2]] == w.col_indices[w.row_offsets[2]], "a row from %d on is lost",
+             -off);
+    }
+    for (const std::int32_t off : {1, last}) {
+      RandomBitmap shifted = w;
+      shifted.row_offsets[8] += off, shifted.row_offsets[9] += off;
+      const auto got = Columns(shifted);
+      Expect(got.back() == -1 && got[0] == w.col_indices[0], "a row until %d past the values is lost", off);
+    }
   });
 }

@@ -283,6 +283,21 @@ void TestDamagedWords() {
   }
 }
 
+// Pairs are rounded as on the CPU: ties, the largest numbers, NaN of all bits.
+void TestRounding() {
+  const std::vector<std::uint32_t> bits = {0x3f808000, 0x3f818000, 0x3f807fff, 0x3f808001, 0xbf808000, 0xbf818000,
+                                           0x7f7fffff, 0x00018000, 0x7f800000, 0x7fffffff, 0x7f800001};
+  const auto features = static_cast<Index>(bits.size());
+  DeviceArray<std::uint32_t> x("x", bits), words("words", bits.size() / 2 + 1);
+  ExpectLaunched(BlockedPairsCuda({x.data(), FloatDtype::kFloat32, 1, features, words.data(), nullptr}, nullptr),
+                 "BlockedPairsCuda");
+  const auto got = words.Values();
+  for (Index c = 0; c < features; ++c) {
+    const auto want = ToBFloat16(std::bit_cast<float>(bits[c]));
+    Expect(static_cast<std::uint16_t>(got[c / 2] >> c % 2 * 16) == want, "%x rounded to words %x", bits[c], got[c / 2]);
+  }
+}
+
 // NaN and infinity reach the rows whose stored weights meet them, and no others; relu keeps NaN.
 void TestInfinities() {
   std::mt19937 rng(5);
@@ -380,6 +395,7 @@ int main() {
     TestDamagedWords<std::int8_t>();
     TestDamagedWords<std::uint16_t>();
     TestInfinities();
+    TestRounding();
     TestDamage();
     TestTooManyBlocks();
     if (first) TestLargeGrids();

@@ -105,7 +105,11 @@ std::vector<float> Multiply(const Problem& p, CodebookMode mode, FloatDtype floa
 }
 
 void TestOne(const Problem& p, FloatDtype floats_as, Index samples, std::mt19937& rng) {
-  const auto x = Random(samples * p.columns, rng), bias = Random(p.rows, rng);
+  auto x = Random(samples * p.columns, rng);
+  const auto bias = Random(p.rows, rng);
+  for (float& number : x) {  // to be rounded where the mode says so
+    if (floats_as == FloatDtype::kFloat32) number += number * std::ldexp(static_cast<float>(rng() % 512), -16);
+  }
   const auto complain = [&](bool ok, const char* what) {
     Expect(ok, "%s, %ld x %ld, entries %ld, tables %d, %ld samples, floats %d", what, long{p.rows}, long{p.columns},
            long{p.entries}, static_cast<int>(p.kind), long{samples}, static_cast<int>(floats_as));
@@ -121,7 +125,8 @@ void TestOne(const Problem& p, FloatDtype floats_as, Index samples, std::mt19937
         sum.Add(bias[r]);
         for (Index c = 0; c < p.columns; ++c) {
           const float weight = mode == CodebookMode::kExact ? p.At(r, c) : ToBFloat16Number(p.At(r, c));
-          sum.Add(double{x[n * p.columns + c]} * weight);
+          const float number = x[n * p.columns + c];
+          sum.Add(double{mode == CodebookMode::kExact ? number : ToBFloat16Number(number)} * weight);
         }
         const float value = got[n * p.rows + r];
         near = near && sum.Near(value, floats_as, 2);

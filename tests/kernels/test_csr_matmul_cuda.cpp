@@ -171,10 +171,13 @@ void TestInfinities() {
   Weight w(3, 4, {1}, rng);
   w.col_indices = {0, 1, 2};
   w.values = {2, INFINITY, 3};
-  const Results got = Run(w, CsrValues::kFloat32, FloatDtype::kFloat32, 1, {NAN, 0, INFINITY, NAN}, {1, 1, 1}, nullptr);
-  Expect(std::isnan(got.y[0]) && std::isnan(got.y[1]) && got.y[2] == INFINITY, "NaN and infinity in y");
-  Expect(got.grad_x[0] == 2 && got.grad_x[1] == INFINITY && got.grad_x[2] == 3 && got.grad_x[3] == 0,
-         "NaN and infinity in grad_x");
+  for (const bool relu : {false, true}) {
+    const Results got = Run(w, CsrValues::kFloat32, FloatDtype::kFloat32, 1, {NAN, 0, INFINITY, NAN}, {1, 1, 1},
+                            nullptr, CsrIndices::kInt32, relu);
+    Expect(std::isnan(got.y[0]) && std::isnan(got.y[1]) && got.y[2] == INFINITY, "NaN and infinity in y");
+    Expect(got.grad_x[0] == 2 && got.grad_x[1] == INFINITY && got.grad_x[2] == 3 && got.grad_x[3] == 0,
+           "NaN and infinity in grad_x");
+  }
 }
 
 // Results are stored as bfloat16 to the bit as on the CPU: ties, the largest numbers, and a NaN of all bits.

@@ -70,8 +70,8 @@ int main() {
         }
       }
     }
-    for (const Index size : {64, 100, 128, 255, 256}) {
-      for (const std::uint64_t offset : {0, 2, 38, 64, 127}) {
+    for (const Index size : {1, 64, 100, 128, 255, 2112}) {  // the last one just more than a block's
+      for (const std::uint64_t offset : {0, 38, 64, 127}) {
         TestOne(size, {4, 4}, FloatDtype::kFloat32, FixedAs::kFloats, true, offset, rng);
       }
     }

@@ -19,6 +19,7 @@ struct Call {
   bool channels_last = false, relu = false;
   Index gap = 0;  // columns of x that lie between its rows
   FloatDtype stored_as = FloatDtype::kFloat32;
+  bool with_nan = false;  // in x
 
   ConvSteps Steps(Index of, Index rows, Index cols) const {
     if (channels_last) return {of * rows * cols, 1, cols * of, of};
@@ -45,7 +46,9 @@ void TestOne(const Call& call, std::mt19937& rng) {
   stage.out_width = (call.width + 2 * call.pad_w - call.kernel_w) / call.stride_w + 1;
   const Index image = call.channels * call.height * call.width;
   const Index out_pixels = stage.out_height * stage.out_width, out_image = call.out_channels * out_pixels;
-  const auto x = Random(call.images * image, rng), packed = Random(stage.Vectors() * kFlatLanes, rng);
+  auto x = Random(call.images * image, rng);
+  if (call.with_nan) x[0] = NAN;
+  const auto packed = Random(stage.Vectors() * kFlatLanes, rng);
 
   // On the CPU, float32.
   std::vector<float> want(call.images * out_image);
@@ -88,7 +91,8 @@ void TestOne(const Call& call, std::mt19937& rng) {
   const float half = call.stored_as == FloatDtype::kFloat32 ? 0 : 1.0f / 256;
   bool right = true;
   for (std::size_t i = 0; i < want.size(); ++i) {
-    right &= std::fabs(got[i] - want[i]) <= 1e-3f + (half + 1e-5f) * std::fabs(want[i]);
+    right &= std::isnan(want[i]) ? std::isnan(got[i])
+                                 : std::fabs(got[i] - want[i]) <= 1e-3f + (half + 1e-5f) * std::fabs(want[i]);
   }
   Expect(right, "%ld images of %ld x %ld x %ld, %ld channels of %ld x %ld, rank %ld, last %d", long{call.images},
          long{call.channels}, long{call.height}, long{call.width}, long{call.out_channels}, long{call.kernel_h},
@@ -118,6 +122,9 @@ void TestAll() {
   for (const bool last : {false, true}) {
     TestOne({3, 37, 9, 11, 18, 2, 3, 3, 1, 1, 1, 1, last, true, 5}, rng);
   }
+  Call with_nan{1, 2, 4, 5, 3, 1, 3, 3, 1, 1, 1, 1, false, true};
+  with_nan.with_nan = true;
+  TestOne(with_nan, rng);
 }
 
 }  // namespace

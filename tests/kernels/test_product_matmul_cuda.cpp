@@ -131,8 +131,7 @@ void TestDamage(std::mt19937& rng) {
     w.SetCode(66, 3, static_cast<std::uint8_t>(entries));
     const auto x = Random(9, rng);
     for (const bool quantized : {false, true}) {
-      const auto got =
-          Multiply(w, FloatDtype::kFloat32, 1, quantized, false, x, std::vector<float>(w.shape.rows, 0.0f));
+      const auto got = Multiply(w, FloatDtype::kFloat32, 1, quantized, true, x, std::vector<float>(w.shape.rows, 0.0f));
       for (Index r = 0; r < w.shape.rows; ++r) {
         Expect(std::isnan(got[r]) == (r == 66), "damage, row %ld, %ld entries", long{r}, long{entries});
       }
