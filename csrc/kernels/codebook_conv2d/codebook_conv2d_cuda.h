@@ -10,7 +10,7 @@
 //         for 128 outputs. Else a block computes neighbouring outputs of 8 filters, a thread one place of them, over
 //         images as they lie; it decodes the filters' codes once, so many columns at a time, into weights and offsets
 //         from an output's first input.
-// Limits: two numbers, for 32 images of 256 channels at 14 x 14 and 256 filters of 3 x 3, codes of 4 bits. Bytes: x and
+// Cost:   two numbers, for 32 images of 256 channels at 14 x 14 and 256 filters of 3 x 3, codes of 4 bits. Bytes: x and
 //         y 6.4 MB each in float32, codes 0.3 MB, and windows 57.8 MB, 28.9 in bfloat16 and 14.5 in int8, written once
 //         and read once for each 128 filters, by 98 blocks that are all there at once: 24, 12 and 6 us to write at the
 //         2.4 TB/s of an H100, less where they stay in its 50 MB of second cache level. Operations: 7.4 thousand

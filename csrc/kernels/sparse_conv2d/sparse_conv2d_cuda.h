@@ -12,7 +12,7 @@
 //         after word: with steps of 1 a tile's outputs are numbered as its inputs lie, row ends included, so that no
 //         banks conflict. Where there are few outputs, several blocks share a filter's channels and leave their sums in
 //         `parts`, which a last kernel adds. Tiles that do not fit take one output a thread and read x where it lies.
-// Limits: a multiply-add costs a word of shared memory, of which a multiprocessor has 32 a cycle: a quarter of what it
+// Cost:   a multiply-add costs a word of shared memory, of which a multiprocessor has 32 a cycle: a quarter of what it
 //         could multiply. Row ends are lost: 2 of 16 at 14 columns and 3 x 3. int8 scales come from a kernel before.
 //         Tensor cores, which would multiply the zeros too, need for 256 x 256 channels, 3 x 3, at 14 x 14 and 32
 //         images 13 us for 3.7 G products (an H100, 1,223 a clock and multiprocessor), and to gather windows of x for

@@ -7,7 +7,7 @@
 //         the filters of a tile, and read the words of a pixel as one; a warp has 4 pixels for each word of the weight.
 //         A full adder of three lop3 takes both halves of a word, as on the CPU: 3 of these, a count and an addition
 //         for 64 products of a lane.
-// Limits: two numbers. Bytes: x and weight an eighth for each sign, y 4 or an eighth for each number; 32 images of 128
+// Cost:   two numbers. Bytes: x and weight an eighth for each sign, y 4 or an eighth for each number; 32 images of 128
 //         channels at 28 x 28, 3 x 3, write 12.8 MB of int32, 5.3 us at the 2.4 TB/s of a copy on an H100, or 0.4 MB of
 //         bits. Operations: their 3.7 thousand million products, each done twice and 18 words done as 20, take 1.8 us
 //         of and.popc at 19,480 a clock and multiprocessor. A warp's 4 words of 32 pixels and 32 filters are 16
