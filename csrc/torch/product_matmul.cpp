@@ -259,6 +259,9 @@ Tensor ProductMatmulOnCuda(const Tensor& x, const Tensor& codes, const Tensor& c
   STD_TORCH_CHECK(w.width <= kMostNumbers, kOp, ": a code must stand for at most ", kMostNumbers,
                   " columns on a GPU, got ", w.width, "; share shorter parts");
   const Tensor y = EmptyWithLastDim(x, out_features);
+  const bool half = samples.stored_as == FloatDtype::kFloat16;
+  const Tensor numbers = half ? torch::stable::to(samples.tensor, ScalarType::Float) : samples.tensor;
+  const std::int64_t x_bytes = w.columns * (half ? 4 : samples.item_bytes);
   const auto scratch = [&](std::int64_t bytes) {
     return torch::stable::new_empty(x, {(bytes + 3) / 4}, ScalarType::Float);
   };
@@ -268,7 +271,7 @@ Tensor ProductMatmulOnCuda(const Tensor& x, const Tensor& codes, const Tensor& c
     const Tensor parts = scratch(ProductPartsBytes(w, plan, count, inputs.quantized));
     ProductMatmulCudaArgs args{};
     args.weight = w;
-    args.x = samples.At(first);
+    args.x = static_cast<const char*>(numbers.const_data_ptr()) + first * x_bytes;
     args.stored_as = samples.stored_as;
     args.plan = plan;
     args.parts = parts.mutable_data_ptr();

@@ -42,6 +42,17 @@ __device__ Entry EntryAt(const ProductWeight& w, int table, int entry) {
   return {w.codebooks + book * w.width * w.entries + entry, column, entry < w.entries ? inputs : 0, inputs};
 }
 
+// Calls run with a number of the type of x. The branch is the same for all threads; a type for kernels would double
+// them, and a third branch would spill registers.
+template <typename Run>
+__device__ void WithInputs(const ProductMatmulCudaArgs& a, const Run& run) {
+  if (a.stored_as == FloatDtype::kBFloat16) {
+    run(BFloat16{});
+  } else {
+    run(float{});
+  }
+}
+
 // Products of kItems entries, of one table or not, with kSamples samples from n on; the last sample stands in for those
 // past it. So many numbers are read at a time that the reads overlap.
 template <bool kOneTable, int kItems, int kSamples>
@@ -61,7 +72,7 @@ __device__ void Multiply(const ProductMatmulCudaArgs& a, std::int64_t n, const E
         numbers[i][j] = first + j < entries[i].width ? __ldg(entries[i].numbers + (first + j) * pitch) : 0.0f;
       }
     }
-    WithFloatOnDevice(a.stored_as, [&](auto number) {
+    WithInputs(a, [&](auto number) {
       const auto* x = static_cast<const decltype(number)*>(a.x);
 #pragma unroll
       for (int j = 0; j < kStep; ++j) {
@@ -448,7 +459,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) ProductPanelsKernel(Product
   const auto stage = [&](int unit) {
     const int count = min(staged, end - unit) * Tile::kUnit * width * Tile::kSamples;
     float* to = reinterpret_cast<float*>(memory.x);
-    WithFloatOnDevice(a.stored_as, [&](auto number) {
+    WithInputs(a, [&](auto number) {
       const auto* x = static_cast<const decltype(number)*>(a.x);
 #pragma unroll 2
       for (int i = thread; i < count; i += Tile::kThreads) {

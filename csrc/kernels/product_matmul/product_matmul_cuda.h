@@ -46,7 +46,7 @@ std::int64_t ProductPartsBytes(const ProductWeight& weight, const ProductCudaPla
 
 struct ProductMatmulCudaArgs {
   ProductWeight weight;
-  const void* x;  // [samples, columns]
+  const void* x;  // [samples, columns]; float32 where y is float16
   FloatDtype stored_as;
   ProductCudaPlan plan;
   void* parts;           // [splits, samples, tiles * 64] float32, or uint16 of mode int8: scratch, aligned to 16 bytes
@@ -54,7 +54,7 @@ struct ProductMatmulCudaArgs {
   ProductScale* scales;  // [samples], the same
   const float* bias;     // [rows] or null
   bool relu;
-  void* y;  // [samples, rows], stored as x is
+  void* y;  // [samples, rows], stored as stored_as says
   std::int64_t samples;
 };
 
