@@ -29,10 +29,13 @@ EXPECTED = (
     Expected("Codebook(Few|Tile)Kernel<.*BFloat16Fragments", "HMMA.16816.F32.BF16"),
     Expected("Codebook(Few|Tile)Kernel<.*Int8Fragments", "IMMA.16832.S8.S8"),
     Expected("CodebookTileKernel<", "LDGSTS*"),
+    Expected("BitmapTileKernel<.*BFloat16Tiles", "HMMA.16816.F32.BF16"),
+    Expected("BitmapTileKernel<.*Int8Tiles", "IMMA.16832.S8.S8"),
+    Expected("BitmapTileKernel<", "LDGSTS*"),
     Expected("MultiplyNarrow<", "IMMA.16832.S8.S8"),
     # Where it is one instruction: not on sm_100.
-    Expected("Xnor(Few|Many)Kernel<", "BMMA.168256.AND.POPC", last=90),
-    Expected("XnorManyKernel<", "LDGSTS*"),
+    Expected("Xnor(Few|Many|ConvFragments)Kernel<", "BMMA.168256.AND.POPC", last=90),
+    Expected("Xnor(Many|ConvFragments)Kernel<", "LDGSTS*"),
 )
 # (kernel, architecture) -> why it may use local memory.
 EXPLAINED: dict[tuple[str, int], str] = {}
