@@ -27,7 +27,7 @@ BUGS = [
         "bitmap_matmul",
         "bitmap_matmul/bitmap_matmul_cuda.cu",
         ("«__syncwarp();»\n  return __shfl_sync(kWholeWarp, until", "", "race", "columns are read as they are listed"),
-        ("if («i < first») before += set;", "i <= first", "result", "counts the values of the first word as before it"),
+        ("if («i < first») before += set;", "i <= first", "bounds", "counts the values of the first word as before it"),
         ("bits_of_last != 0 && bits[words - 1] >> «bits_of_last» != 0", "0", "result", "full last words are damage"),
     ),
     *of(
