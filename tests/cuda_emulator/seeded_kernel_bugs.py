@@ -308,4 +308,7 @@ BUGS = [
 ]
 
 # Those whose copies compile and run within a few seconds; the others are left to make test-full.
-QUICK = ("bitmap_rows", "bitplane_matmul", "fixed_round", "flat_conv2d", "sign_matmul", "sign_max_pool2d", "sign_pack")
+QUICK = (
+    "bitmap_rows", "bitplane_matmul", "codebook_conv2d", "codebook_embedding", "fixed_round", "flat_conv2d",
+    "sign_matmul", "sign_max_pool2d", "sign_pack", "xnor_conv2d", "xnor_matmul",
+)  # fmt: skip
