@@ -27,7 +27,7 @@ BUGS = [
         "bitmap_matmul",
         "bitmap_matmul/bitmap_matmul_cuda.cu",
         ("«__syncwarp();»\n  return __shfl_sync(kWholeWarp, until", "", "race", "columns are read as they are listed"),
-        ("if («i < first») before += set;", "i <= first", "result", "counts the values of the first word as before it"),
+        ("if («i < first») before += set;", "i <= first", "bounds", "counts the values of the first word as before it"),
         ("bits_of_last != 0 && bits[words - 1] >> «bits_of_last» != 0", "0", "result", "full last words are damage"),
     ),
     *of(
@@ -308,4 +308,7 @@ BUGS = [
 ]
 
 # Those whose copies compile and run within a few seconds; the others are left to make test-full.
-QUICK = ("bitmap_rows", "bitplane_matmul", "fixed_round", "flat_conv2d", "sign_matmul", "sign_max_pool2d", "sign_pack")
+QUICK = (
+    "bitmap_rows", "bitplane_matmul", "codebook_conv2d", "codebook_embedding", "fixed_round", "flat_conv2d",
+    "sign_matmul", "sign_max_pool2d", "sign_pack", "xnor_conv2d", "xnor_matmul",
+)  # fmt: skip
