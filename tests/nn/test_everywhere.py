@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn as dense
 
+import tersetorch as tt
 from tersetorch import nn
 
 FORMATS = {"weight_format": "<2,6>", "input_format": "<3,5>", "output_format": "<6,10>"}
@@ -33,6 +34,10 @@ def shared(module):
     return module
 
 
+def summed(module):
+    return tt.finalize(tt.quantize.residual(module, 2, 5))
+
+
 def binary(module):
     module.weight.data = module.weight.sign() / 4
     return module
@@ -50,8 +55,8 @@ LAYERS = {
     "CodebookEmbedding": lambda: nn.CodebookEmbedding.from_dense(shared(dense.Embedding(30, 12))),
     "ProductLinear": lambda: nn.ProductLinear.from_dense(linear()),
     "ProductConv2d": lambda: nn.ProductConv2d.from_dense(conv()),
-    "ResidualLinear": lambda: nn.ResidualLinear.from_dense(linear()),
-    "ResidualConv2d": lambda: nn.ResidualConv2d.from_dense(conv()),
+    "ResidualLinear": lambda: nn.ResidualLinear.from_dense(summed(linear())),
+    "ResidualConv2d": lambda: nn.ResidualConv2d.from_dense(summed(conv())),
     "LowRankLinear": lambda: nn.LowRankLinear.from_dense(linear(), rank=3),
     "LowRankConv2d": lambda: nn.LowRankConv2d.from_dense(conv(), rank=3),
     "ClusteredConv2d": None,  # tests/nn/test_clustered_conv.py: factorize.bicluster alone makes one
