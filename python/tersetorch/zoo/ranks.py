@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -11,6 +12,20 @@ from torch import Tensor, distributed, nn
 from tersetorch.methods.distributed import take_from_rank_0
 
 Result = TypeVar("Result")
+
+
+def start(backend: str = "gloo") -> bool:
+    """Starts torch.distributed where torchrun has started this process; whether it has.
+
+    Does as init_process_group does, which after a rank was killed finds the addresses of the ranks that were, and fails
+    (seen with torch 2.13, gloo and torchrun --standalone): here those of each restart are kept apart.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return False
+    store, place, count = next(iter(distributed.rendezvous("env://")))
+    store = distributed.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    distributed.init_process_group(backend, store=store, rank=place, world_size=count)
+    return True
 
 
 def rank() -> int:
@@ -34,8 +49,8 @@ def from_rank_0(work: Callable[[], Result]) -> Result:
     if rank() == 0:
         try:
             came = [(work(), None)]
-        except Exception as error:
-            came = [(None, error)]
+        except Exception as problem:
+            came = [(None, problem)]
     distributed.broadcast_object_list(came, src=0)
     result, error = came[0]
     if error is not None:

@@ -108,7 +108,7 @@ def fit(
     parts = 1 if isinstance(model, DistributedDataParallel) else ranks()
     if parts > min(batch_size, len(images)):
         raise ValueError(
-            f"fit: a batch must hold an image for each of the {parts} ranks, got {min(batch_size, len(images))} images; "
+            f"fit: a batch must hold an image for each of the {parts} ranks, got {min(batch_size, len(images))}; "
             "raise batch_size or start fewer"
         )
     if parts > 1:
