@@ -40,7 +40,7 @@ class How:
         quick: a shorter plan, to see that everything runs; its figures are worth little.
         progress: bars are added to it; with more than one worker a single one, which counts seeds.
         workers: processes that share out the seeds; the figures do not depend on it.
-        notes: a file that keeps the seeds that are done: a run of the same plan takes them from there.
+        notes: a file that keeps the seeds that are done: a run of the same plan on as many ranks takes them from there.
     """
 
     seeds: Sequence[int] = SEEDS
@@ -103,7 +103,9 @@ def over_seeds(
         done[row["seed"]] = row
         if how.notes is not None and rank() == 0:
             partial_notes = how.notes.with_name(how.notes.name + ".partial")
-            partial_notes.write_text(json.dumps({"plan": described, "seeds": list(done.values())}) + "\n", "utf-8")
+            partial_notes.write_text(
+                json.dumps({"plan": described, "ranks": ranks(), "seeds": list(done.values())}) + "\n", "utf-8"
+            )
             partial_notes.replace(how.notes)
     rows = [done[seed] for seed in how.seeds]
     worst = {"least": max, "most": min}
@@ -115,16 +117,18 @@ def over_seeds(
         "mean": {figure: statistics.mean(row[figure] for row in rows) for figure in figures},
         "worst": {figure: worst[best](row[figure] for row in rows) for figure, best in figures.items()},
         "machine": machine_facts() | {"threads": torch.get_num_threads()},
+        **({"ranks": ranks()} if ranks() > 1 else {}),
         "seconds": time.monotonic() - started,
     }
 
 
 def _noted(notes: Path | None, plan: object) -> dict[int, dict[str, Any]]:
-    """The rows that a run of the same plan has left."""
+    """The rows that a run of the same plan on as many ranks has left."""
     if notes is None or not notes.exists():
         return {}
     noted = json.loads(notes.read_text(encoding="utf-8"))
-    return {row["seed"]: row for row in noted["seeds"]} if noted["plan"] == plan else {}
+    same = noted["plan"] == plan and noted.get("ranks", 1) == ranks()
+    return {row["seed"]: row for row in noted["seeds"]} if same else {}
 
 
 def _rows(one: OneSeed, seeds: Sequence[int], how: How) -> Iterator[dict[str, Any]]:

@@ -8,6 +8,8 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from tersetorch.methods.distributed import take_from_rank_0
 
@@ -22,8 +24,8 @@ def start(backend: str = "gloo") -> bool:
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return False
-    store, place, count = next(iter(distributed.rendezvous("env://")))
-    store = distributed.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    store, place, count = next(rendezvous("env://"))
+    store = PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     distributed.init_process_group(backend, store=store, rank=place, world_size=count)
     return True
 
