@@ -19,6 +19,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from tersetorch.bench.records import machine_facts
+from tersetorch.zoo.ranks import from_rank_0, rank, ranks
 
 SEEDS = (0, 1, 2)
 
@@ -39,7 +40,7 @@ class How:
         quick: a shorter plan, to see that everything runs; its figures are worth little.
         progress: bars are added to it; with more than one worker a single one, which counts seeds.
         workers: processes that share out the seeds; the figures do not depend on it.
-        notes: a file that keeps the seeds that are done: a run of the same plan takes them from there.
+        notes: a file that keeps the seeds that are done: a run of the same plan on as many ranks takes them from there.
     """
 
     seeds: Sequence[int] = SEEDS
@@ -84,25 +85,27 @@ def over_seeds(
     Returns:
         The record: reproduction, paper, plan, seeds, mean and worst of the figures, machine and seconds.
 
+    Where torch.distributed has started, every rank must call it; rank 0 alone reads and writes the notes.
+
     Raises:
-        ValueError: there are no seeds, or no workers.
+        ValueError: there are no seeds, no workers, or several workers where there are several ranks.
     """
     if not how.seeds:
         raise ValueError("run: seeds must hold at least one seed, got none; pass for example [0, 1, 2]")
     if how.workers < 1:
         raise ValueError(f"run: workers must be at least 1, got {how.workers}; pass the processes to use")
+    if how.workers > 1 and ranks() > 1:
+        raise ValueError(f"run: workers must be 1 on {ranks()} ranks, got {how.workers}; leave it out")
     started = time.monotonic()
     described = json.loads(json.dumps(plan))
-    done: dict[int, dict[str, Any]] = {}
-    if how.notes is not None and how.notes.exists():
-        noted = json.loads(how.notes.read_text(encoding="utf-8"))
-        if noted["plan"] == described:
-            done = {row["seed"]: row for row in noted["seeds"]}
+    done = from_rank_0(partial(_noted, how.notes, described))
     for row in _rows(one, [seed for seed in how.seeds if seed not in done], how):
         done[row["seed"]] = row
-        if how.notes is not None:
+        if how.notes is not None and rank() == 0:
             partial_notes = how.notes.with_name(how.notes.name + ".partial")
-            partial_notes.write_text(json.dumps({"plan": described, "seeds": list(done.values())}) + "\n", "utf-8")
+            partial_notes.write_text(
+                json.dumps({"plan": described, "ranks": ranks(), "seeds": list(done.values())}) + "\n", "utf-8"
+            )
             partial_notes.replace(how.notes)
     rows = [done[seed] for seed in how.seeds]
     worst = {"least": max, "most": min}
@@ -114,8 +117,18 @@ def over_seeds(
         "mean": {figure: statistics.mean(row[figure] for row in rows) for figure in figures},
         "worst": {figure: worst[best](row[figure] for row in rows) for figure, best in figures.items()},
         "machine": machine_facts() | {"threads": torch.get_num_threads()},
+        **({"ranks": ranks()} if ranks() > 1 else {}),
         "seconds": time.monotonic() - started,
     }
+
+
+def _noted(notes: Path | None, plan: object) -> dict[int, dict[str, Any]]:
+    """The rows that a run of the same plan on as many ranks has left."""
+    if notes is None or not notes.exists():
+        return {}
+    noted = json.loads(notes.read_text(encoding="utf-8"))
+    same = noted["plan"] == plan and noted.get("ranks", 1) == ranks()
+    return {row["seed"]: row for row in noted["seeds"]} if same else {}
 
 
 def _rows(one: OneSeed, seeds: Sequence[int], how: How) -> Iterator[dict[str, Any]]:
@@ -150,16 +163,21 @@ def reproduce(
     threads: int = 1,
     record: Path | None = None,
 ) -> dict[str, Any]:
-    """Runs a reproduction with bars, prints its table, stores its record; until then its seeds wait in FILE.notes."""
+    """Runs a reproduction with bars, prints its table, stores its record; until then its seeds wait in FILE.notes.
+
+    Where torch.distributed has started, every rank must call it, and rank 0 alone prints and stores.
+    """
     notes = None if record is None else record.with_name(record.name + ".notes")
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     console = Console()
     try:
-        with Progress(console=console) as progress:
+        with Progress(console=console, disable=rank() > 0) as progress:
             found = row.run(How(seeds, quick, progress, workers, notes))
     finally:
         torch.set_num_threads(before)
+    if rank() > 0:
+        return found
     Console(width=max(160, console.width)).print(row.table(found))
     if record is not None and notes is not None:
         record.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

@@ -23,6 +23,7 @@ from tersetorch.recipes.run_folder import RunFolder, fingerprint
 from tersetorch.storage import save
 from tersetorch.storage.arguments import target_of
 from tersetorch.storage.streams import CODERS
+from tersetorch.zoo.ranks import alike, from_rank_0, ranks
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -278,6 +279,11 @@ def deep_compression(
     that require gradients, with an optimizer of its own, and calls stage.after_step() after every step. The third
     stage of the paper, entropy coding, is tersetorch.save's, which path asks for.
 
+    Where torch.distributed has started, every rank must call it with the same arguments: all start from rank 0's model,
+    and end with the same bits where train leaves them alike, as tersetorch.zoo.fit does. Rank 0 alone writes to folder
+    and path. Where a rank is killed, the same call on the same number of ranks (torchrun --max-restarts makes it) goes
+    on from folder to the same bits.
+
     Example:
         def train(model, stage):
             tt.zoo.fit(model, images, labels, **dict(stage.training), after_step=stage.after_step)
@@ -312,6 +318,8 @@ def deep_compression(
     """
     plan, layers = _check(model, recipe, train, steps_per_epoch, path, coders)
     steps = _steps(model, plan, train, steps_per_epoch)
+    if ranks() > 1:
+        alike(model)
     weights = None if folder is None else fingerprint(model)
     settings = {"recipe": plan.model_dump(), "steps_per_epoch": steps_per_epoch, "weights": weights}
     run = RunFolder("deep_compression", folder, settings, done=0)
@@ -328,7 +336,7 @@ def deep_compression(
         if progress is not None and task is not None:
             progress.advance(task)
     if path is not None:
-        save(model, path, coders=coders, progress=progress)
+        from_rank_0(partial(save, model, path, coders=coders, progress=progress))
     return model
 
 

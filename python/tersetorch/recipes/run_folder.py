@@ -13,9 +13,14 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from tersetorch.zoo.ranks import from_rank_0, rank
+
 
 class RunFolder:
     """A folder with record.json, and with states of the model by name; each file is whole at any time.
+
+    Where torch.distributed has started, rank 0 alone writes, and what it reads is what every rank gets: all must make
+    one, and call kept, in the same order.
 
     Attributes:
         where: as it was given.
@@ -38,29 +43,33 @@ class RunFolder:
         self.where = where
         self.record: dict[str, Any] = {"settings": settings, **parts}
         self.folder = None if folder is None else Path(folder)
-        if self.folder is None:
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / "record.json"
+        if folder is not None:
+            self.record = from_rank_0(lambda: self._found(Path(folder), settings))
+
+    def _found(self, folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+        """The record that folder holds, which is made where it is missing; ours where there is none."""
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "record.json"
         if path.exists():
             try:
                 found = json.loads(path.read_text(encoding="utf-8"))
                 same = found["settings"] == json.loads(json.dumps(settings))
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(
-                    f"{where}: folder must hold a run's record, got {path} ({error}); delete it"
+                    f"{self.where}: folder must hold a run's record, got {path} ({error}); delete it"
                 ) from error
             if not same:
                 raise ValueError(
-                    f"{where}: folder must hold a run with the same model and arguments, got another in {path}; pass "
-                    "another folder, or delete it"
+                    f"{self.where}: folder must hold a run with the same model and arguments, got another in {path}; "
+                    "pass another folder, or delete it"
                 )
-            self.record = found
+            return dict(found)
+        return self.record
 
     def store(self, **parts: Any) -> None:
         """Writes the record with these parts."""
         self.record |= parts
-        if self.folder is not None:
+        if self.folder is not None and rank() == 0:
             partial = self.folder / "record.json.partial"
             partial.write_text(json.dumps(self.record, indent=1), encoding="utf-8")
             partial.replace(self.folder / "record.json")
@@ -68,7 +77,7 @@ class RunFolder:
     def keep(self, model: nn.Module, name: str) -> dict[str, torch.Tensor]:
         """Stores the state of model under name, and gives it."""
         state = {key: tensor.detach().clone().contiguous() for key, tensor in model.state_dict().items()}
-        if self.folder is not None:
+        if self.folder is not None and rank() == 0:
             partial = self.folder / f"{name}.safetensors.partial"
             safetensors.torch.save_file(state, partial)
             partial.replace(self.folder / f"{name}.safetensors")
@@ -80,8 +89,11 @@ class RunFolder:
         Raises:
             ValueError: the file is damaged.
         """
-        path = None if self.folder is None else self.folder / f"{name}.safetensors"
-        if path is None or not path.exists():
+        folder = self.folder
+        return None if folder is None else from_rank_0(lambda: self._read(folder / f"{name}.safetensors"))
+
+    def _read(self, path: Path) -> dict[str, torch.Tensor] | None:
+        if not path.exists():
             return None
         try:
             return safetensors.torch.load_file(path)
@@ -90,7 +102,7 @@ class RunFolder:
 
     def forget(self, name: str) -> None:
         """Deletes the state under name, if there is one."""
-        if self.folder is not None:
+        if self.folder is not None and rank() == 0:
             (self.folder / f"{name}.safetensors").unlink(missing_ok=True)
 
 

@@ -10,13 +10,16 @@ import torch
 from rich.progress import Progress
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
 
 from tersetorch.zoo.checks import check_count, check_seed
+from tersetorch.zoo.ranks import add_up, alike, rank, ranks
 
 OptimizerName = Literal["sgd", "adam"]
 Schedule = Literal["cosine", "constant"]
 
 EVALUATION_BATCH = 1000
+SEED_STEP = 0x9E3779B97F4A7C15  # far from any seed that a person or a loop would count to
 
 
 def steps_per_epoch(images: int, batch_size: int = 128) -> int:
@@ -55,6 +58,12 @@ def fit(
     Parameters that do not require gradients stay as they are. The same seed on the same machine with the same number
     of threads gives the same weights; torch's global generator is left as it was found.
 
+    Where torch.distributed has started, every rank must call it with the same arguments. All start from rank 0's
+    parameters and buffers, each takes its part of every batch, and the gradients are added up, so that all end with the
+    same bits. One process gets the same up to rounding, but for dropout, which each rank draws for itself, and batch
+    norm, which sees a rank's part alone and ends with rank 0's statistics. A DistributedDataParallel does its own
+    averaging: each rank trains it on whole batches of the images it was called with.
+
     Args:
         model: gives logits [N, classes] for images.
         images: [N, ...], what model takes.
@@ -75,7 +84,8 @@ def fit(
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: an argument is outside its range, no parameter trains, or the loss is no longer finite.
+        ValueError: an argument is outside its range, no parameter trains, there are more ranks than images in a batch,
+            or the loss is no longer finite.
 
     Source:
         Loshchilov and Hutter, SGDR (2017), equation 5 without restarts, and Decoupled weight decay (2019).
@@ -95,6 +105,14 @@ def fit(
     else:
         stepper = torch.optim.AdamW(groups, lr=lr, foreach=True)
 
+    parts = 1 if isinstance(model, DistributedDataParallel) else ranks()
+    if parts > min(batch_size, len(images)):
+        raise ValueError(
+            f"fit: a batch must hold an image for each of the {parts} ranks, got {min(batch_size, len(images))}; "
+            "raise batch_size or start fewer"
+        )
+    if parts > 1:
+        alike(model)
     batches = steps_per_epoch(len(images), batch_size)
     task = None if progress is None else progress.add_task(description, total=epochs * batches)
     training = model.training
@@ -102,7 +120,7 @@ def fit(
     order = torch.Generator().manual_seed(seed)
     try:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.manual_seed(seed if parts == 1 else (seed + rank() * SEED_STEP) % 2**63)
             for epoch in range(epochs):
                 shuffled = torch.randperm(len(images), generator=order)
                 for batch in range(batches):
@@ -111,10 +129,19 @@ def fit(
                         for group in stepper.param_groups:
                             group["lr"] = lr * (1 + math.cos(math.pi * part)) / 2
                     rows = shuffled[batch * batch_size : (batch + 1) * batch_size]
+                    share = 1.0
+                    if parts > 1:
+                        own = rows.tensor_split(parts)[rank()]
+                        rows, share = own, len(own) / len(rows)
                     x = functional.dropout(images[rows], input_dropout) if input_dropout else images[rows]
                     loss = functional.cross_entropy(model(x), labels[rows])
                     stepper.zero_grad()
-                    loss.backward()
+                    if parts == 1:
+                        loss.backward()
+                    else:
+                        loss = loss * share
+                        loss.backward()
+                        loss = add_up(trained, loss)
                     if l1_penalty:
                         for parameter in decayed:
                             if parameter.grad is not None:
@@ -128,6 +155,8 @@ def fit(
                     raise ValueError(
                         f"fit: the loss must stay finite, got {loss.item()} in epoch {epoch + 1}; lower lr={lr}"
                     )
+        if parts > 1:
+            alike(model)
     finally:
         model.train(training)
     return model

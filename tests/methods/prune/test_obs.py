@@ -358,22 +358,39 @@ model = nn.Sequential(nn.Linear(20, 12), nn.ReLU(), nn.Linear(12, 4))
 prune.obs(nn.parallel.DistributedDataParallel(model), torch.load(f"{folder}/data.pt")[rank], 0.5)
 if rank == 0:  # a bare module asks nobody
     prune.obs(nn.Linear(20, 4), torch.load(f"{folder}/data.pt")[0], 0.5)
-torch.save(model.state_dict(), f"{folder}/{rank}.pt")
+states = [model.state_dict()]
+for solver in ("exactobs", "layerwise"):  # rank 0 alone has data, so that H is one process's to the bit
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 12), nn.ReLU(), nn.Linear(12, 5))
+    data = torch.load(f"{folder}/data.pt")[0] if rank == 0 else []
+    sys.modules["tersetorch.methods.prune.exact_obs"].BATCH_BYTES = 3 * 20 * 20 * 8
+    prune.obs(nn.parallel.DistributedDataParallel(model), data, 0.5, solver=solver)
+    states.append(model.state_dict())
+torch.save(states, f"{folder}/{rank}.pt")
 distributed.destroy_process_group()
 """
 
 
-def test_two_ranks_prune_by_the_data_of_both(tmp_path):
+def test_two_ranks_prune_by_the_data_of_both(tmp_path, monkeypatch):
     data = batches()
     torch.save([data[:1], data[1:]], tmp_path / "data.pt")
     ranks = [subprocess.Popen([sys.executable, "-c", RANK, str(rank), str(tmp_path)]) for rank in (0, 1)]
     assert [rank.wait(120) for rank in ranks] == [0, 0]
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
-    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    for one, other in zip(first, second, strict=True):
+        assert all(torch.equal(value, other[name]) for name, value in one.items())
     torch.manual_seed(0)
     alone = prune.obs(nn.Sequential(nn.Linear(20, 12), nn.ReLU(), nn.Linear(12, 4)), data, 0.5).state_dict()
     for name, value in alone.items():
-        torch.testing.assert_close(first[name], value)
+        torch.testing.assert_close(first[0][name], value)
+    # Rows shared out over the ranks come to the bits of one process.
+    monkeypatch.setattr(sys.modules["tersetorch.methods.prune.exact_obs"], "BATCH_BYTES", 3 * 20 * 20 * 8)
+    for solver, shared in zip(("exactobs", "layerwise"), first[1:], strict=True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(20, 12), nn.ReLU(), nn.Linear(12, 5))
+        alone = prune.obs(model, data[:1], 0.5, solver=solver).state_dict()
+        assert alone.keys() == shared.keys()
+        assert all(torch.equal(shared[name], value) for name, value in alone.items())
 
 
 def test_statistics_of_batch_norm_are_taken_anew_afterwards(network):

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tersetorch.methods.prune.least_squares import restricted
+from tersetorch.methods.prune.obs_ranks import ALONE, Ranks
 from tersetorch.methods.prune.patterns import BlockPattern, GroupPattern, Pattern
 
 # Bytes of inverse Hessians that are worked on at a time: about a cache, since every deletion goes over all of them.
@@ -23,6 +24,7 @@ def exact_obs(
     sparsity: float,
     pattern: Pattern,
     tick: Callable[[float], None],
+    ranks: Ranks = ALONE,
 ) -> tuple[Tensor, Tensor]:
     """Greedy deletion, with H^-1 brought up to date after each, in each row w alone.
 
@@ -41,6 +43,7 @@ def exact_obs(
         sparsity: part of all weights; not looked at with N:M.
         pattern: what parse gave; groups of M are consecutive columns; R divides the rows where there are more groups.
         tick: is told the part that is done.
+        ranks: share out the rows, some at a time; all have the same arguments, and get the same bits as one would.
 
     Returns:
         The new weights and bool what is kept, both [groups, rows, n].
@@ -60,18 +63,19 @@ def exact_obs(
     units, blocks = sizes.shape
     group_of = torch.arange(units, device=weights.device) // (units // groups)
     batch = max(1, BATCH_BYTES // (inverse[0].numel() * inverse.element_size()))
-    orders, losses = [], []
+    order = torch.zeros(units, blocks, dtype=torch.int64, device=weights.device)
+    loss = weights.new_zeros(units, blocks)
     for start in range(0, units, batch):
+        if not ranks.own(start // batch):
+            continue
         some = slice(start, min(units, start + batch))
 
         def report(part: float, done: int = start, size: int = some.stop - start) -> None:
             tick((done + part * size) / units)
 
         traced = _Trace.start(padded[some], inverse[group_of[some]], sizes[some], width, pattern)
-        order, loss = traced.run(report)
-        orders.append(order)
-        losses.append(loss)
-    order, loss = torch.cat(orders), torch.cat(losses)
+        order[some], loss[some] = traced.run(report)
+    ranks.merge(order, loss)
     if isinstance(pattern, GroupPattern):
         taken = loss.isfinite()
     else:
@@ -84,7 +88,7 @@ def exact_obs(
     gone = torch.zeros_like(order).scatter_add_(1, order, taken.to(order)) > 0
     keep = ~gone[:, None, :, None].expand(units, height, blocks, width).reshape(groups, -1, n + spare)
     keep = keep[:, :rows, :n] & (weights != 0)
-    return restricted(weights, keep, hessian), keep
+    return restricted(weights, keep, hessian, ranks), keep
 
 
 @dataclass

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from tersetorch.methods.prune.obs_ranks import ALONE, Ranks
 from tersetorch.methods.prune.patterns import Pattern, keep
 
 
@@ -17,6 +18,7 @@ def layerwise_obs(
     sparsity: float,
     pattern: Pattern,
     tick: Callable[[float], None],
+    ranks: Ranks = ALONE,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Ranks the weights once by L_q and deletes the least, in that order, each with the update of its row.
 
@@ -32,6 +34,7 @@ def layerwise_obs(
         sparsity: part of all weights; not looked at with N:M.
         pattern: what parse gave; groups of M are consecutive columns.
         tick: is told the part that is done.
+        ranks: share out the rows; all have the same arguments, and get the same bits as one would.
 
     Returns:
         The new weights, bool what is kept, both [groups, rows, n], and the new bias.
@@ -48,16 +51,19 @@ def layerwise_obs(
     order = torch.where(going, score, torch.inf).argsort(dim=-1, stable=True)
     counts = going.sum(-1)
     w = weights if bias is None else torch.cat([weights, bias[..., None]], -1)
-    w = w.clone()
-    gone = ~alive
-    steps = int(counts.max())
+    whole, gone = w, ~alive
+    own = torch.arange(rows, device=w.device).tensor_split(ranks.count)[ranks.rank]
+    w, order, counts, gone = (each[:, own] for each in (w, order, counts, gone))
+    steps = int(counts.max()) if len(own) else 0
     for step in range(steps):
         at = order[..., step : step + 1]
         active = (step < counts)[..., None]
-        lines = inverse.gather(1, at.expand(groups, rows, inverse.shape[2]))
+        lines = inverse.gather(1, at.expand(groups, len(own), inverse.shape[2]))
         w -= torch.where(active, w.gather(2, at) / lines.gather(2, at), 0) * lines
         gone.scatter_(2, at, gone.gather(2, at) | active)
         w[..., :n].masked_fill_(gone, 0)
         if step % 16 == 0:
             tick((step + 1) / steps)
+    w = torch.zeros_like(whole).index_copy_(1, own, w)
+    ranks.merge(w)
     return w[..., :n], kept, None if bias is None else w[..., n]

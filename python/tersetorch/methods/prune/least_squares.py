@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tersetorch.methods.prune.obs_ranks import ALONE, Ranks
+
 # What a dead input has on the diagonal, relative: deleting its weights costs as good as nothing.
 DEAD = 1e-12
 
@@ -43,7 +45,7 @@ def inverse(where: str, name: str, hessian: Tensor) -> Tensor:
     return torch.cholesky_inverse(factor)
 
 
-def restricted(weights: Tensor, keep: Tensor, hessian: Tensor) -> Tensor:
+def restricted(weights: Tensor, keep: Tensor, hessian: Tensor, ranks: Ranks = ALONE) -> Tensor:
     """The W' nearest to W in the quadratic of which only what keep says is not zero.
 
     With A the kept and P the other weights of a row w: w'_A = w_A + (H_AA)^-1 H_AP w_P. It is what the optimal updates
@@ -53,15 +55,19 @@ def restricted(weights: Tensor, keep: Tensor, hessian: Tensor) -> Tensor:
         weights: [groups, rows, n].
         keep: bool, of that shape.
         hessian: [groups, n, n], positive definite.
+        ranks: share out the rows; all have the same arguments, and get the same bits as one would.
     """
     found = torch.zeros_like(weights)
-    for group, row in torch.ones_like(weights[..., 0], dtype=torch.bool).nonzero().tolist():
+    for place, (group, row) in enumerate(torch.ones_like(weights[..., 0], dtype=torch.bool).nonzero().tolist()):
+        if not ranks.own(place):
+            continue
         kept = keep[group, row]
         h, w = hessian[group][kept], weights[group, row]
         lost = h[:, ~kept] @ w[~kept]
         found[group, row, kept] = w[kept] + torch.cholesky_solve(
             lost[:, None], torch.linalg.cholesky(h[:, kept])
         ).squeeze(1)
+    ranks.merge(found)
     return found
 
 

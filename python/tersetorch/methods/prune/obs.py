@@ -27,6 +27,7 @@ from tersetorch.methods.prune.exact_obs import exact_obs
 from tersetorch.methods.prune.layerwise_obs import layerwise_obs
 from tersetorch.methods.prune.least_squares import damped, inverse, relative_error
 from tersetorch.methods.prune.magnitude import Sparsity, apply_masks, choose
+from tersetorch.methods.prune.obs_ranks import Ranks
 from tersetorch.methods.prune.optimal_brain_surgeon import DeletedWeight, full_obs
 from tersetorch.methods.prune.patterns import BlockPattern, GroupPattern, Pattern, parse
 from tersetorch.methods.quantize.kmeans_1d import cluster
@@ -99,9 +100,13 @@ def obs(
     What goes is masked as by prune.magnitude, which says how pruning adds up and trains on. Weights that are zero
     already stay zero and count. Biases are never pruned. Half precision is computed in dtype and rounded at the end.
     Batch norm statistics stay as they are: prune.recalibrate_batch_norm takes them anew. Where anything is refused or
-    fails half-way, the model is as it was. Given a DistributedDataParallel, on every rank, it sums H over the ranks'
-    data, so that all prune the same ("full" does not: give every rank the same data); the bare module is pruned by the
-    data of the calling rank alone.
+    fails half-way, the model is as it was.
+
+    Given a DistributedDataParallel, on every rank, it sums H over the ranks' data, so that all prune the same ("full"
+    does not: give every rank the same data), in the order in which rank 0's data runs through the layers. A layer's
+    rows are shared out over the ranks by "exactobs" and "layerwise", with the bits that one process gets from the same
+    H; the sweep of "blocked" chooses among all rows at once, and each rank does all of it. The bare module is pruned by
+    the data of the calling rank alone.
 
     Args:
         model: any nn.Module; run in eval mode, with no gradients but for "full". Its Linear and Conv layers can be
@@ -207,7 +212,8 @@ def _by_layer(
     """Prunes each layer in place, in the order of use; the masks in the order of chosen, the errors, the codebooks."""
     order: Sequence[int] = [0][: len(chosen)]
     if len(chosen) > 1:
-        order = in_order_of_use(model, [target for target, _ in chosen], data)
+        found = in_order_of_use(model, [target for target, _ in chosen], data)
+        order = Ranks.of(model).of_rank_0(found, chosen[0][0].weight.device)
     results: dict[int, _Pruned] = {}
     for place in order:
 
@@ -250,9 +256,9 @@ def _prune_layer(
     bias, moved, shared = None, None, None
     if plan.solver == "layerwise":
         bias = None if held is None else held.detach().to(plan.dtype).view(w.shape[:2])
-        found, keep, moved = layerwise_obs(w, inverted, bias, sparsity, plan.pattern, solving)
+        found, keep, moved = layerwise_obs(w, inverted, bias, sparsity, plan.pattern, solving, Ranks.of(model))
     elif plan.solver == "exactobs":
-        found, keep = exact_obs(w, hessian, inverted, sparsity, plan.pattern, solving)
+        found, keep = exact_obs(w, hessian, inverted, sparsity, plan.pattern, solving, Ranks.of(model))
     else:
         found, keep = blocked_obs(w, inverted, sparsity, plan.pattern, plan.block_size, solving)
         if plan.bits is not None:
