@@ -214,11 +214,12 @@ void TestAll() {
       {{{65, 64, 1, 3, 3, 1, 1, 1, 1}, 1, 3, 3, 1, 1}, 64, 200},
       {{{1, 130, 1, 1, 1, 1, 1, 1, 1}, 5, 1, 1, 0, 0}, 5, 0},
   };
+  const FloatDtype of_device[] = {FloatDtype::kFloat32, FloatDtype::kBFloat16, FloatDtype::kFloat16};
   for (auto [call, wave, of_table] : of_windows) {
     for (const auto mode : {CodebookMode::kExact, CodebookMode::kBFloat16, CodebookMode::kInt8}) {
       for (const auto tables : {Tables::kOne, Tables::kRows}) {
         call.mode = mode, call.tables = tables, call.entries = of_table > 0 ? of_table : entries[turn % 3];
-        call.channels_last = turn % 2 == 1, call.relu = turn % 5 == 0, call.stored_as = kFloats[turn / 2 % 2];
+        call.channels_last = turn % 2 == 1, call.relu = turn % 5 == 0, call.stored_as = of_device[turn / 2 % 3];
         ++turn;
         if (of_table == 0 || tables == Tables::kOne) TestOne(call, rng, wave);
       }
