@@ -72,23 +72,18 @@ def add_up(parameters: Sequence[nn.Parameter], loss: Tensor) -> Tensor:
 
     A gradient that is None on every rank stays so, that an optimizer passes its parameter over as it would alone.
     """
-    if ranks() == 1:
-        return loss
-    present = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.int32)
-    present = present.to(loss.device)
-    distributed.all_reduce(present)
-    moved = [parameter for parameter, some in zip(parameters, present.tolist(), strict=True) if some]
-    for parameter in moved:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
+    present = torch.tensor([parameter.grad is not None for parameter in parameters]).to(loss)
+    gradients = [torch.zeros_like(each) if each.grad is None else each.grad for each in parameters]
     loss = loss.detach()
-    gradients = [loss, *(parameter.grad for parameter in moved if parameter.grad is not None)]
-    for kind in dict.fromkeys((tensor.dtype, tensor.device) for tensor in gradients):
-        some = [tensor for tensor in gradients if (tensor.dtype, tensor.device) == kind]
+    summed = [present, loss, *gradients]  # together, since a small message takes as long as a large one
+    for kind in dict.fromkeys((tensor.dtype, tensor.device) for tensor in summed):
+        some = [tensor for tensor in summed if (tensor.dtype, tensor.device) == kind]
         packed = torch.cat([tensor.flatten() for tensor in some])
         distributed.all_reduce(packed)
         for tensor, total in zip(some, packed.split([tensor.numel() for tensor in some]), strict=True):
             tensor.copy_(total.view(tensor.shape))
+    for parameter, gradient, anywhere in zip(parameters, gradients, present.tolist(), strict=True):
+        parameter.grad = gradient if anywhere else None
     return loss
 
 
