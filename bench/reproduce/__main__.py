@@ -2,7 +2,8 @@
 
 Every rank runs the row: the trainings of tersetorch.zoo.fit are shared out, all else is done by each alike, and rank 0
 alone prints and stores. What is drawn and rounded on the way depends on the number of ranks. Where a rank is killed,
-torchrun --max-restarts goes on with the seeds that --json has no notes of. Without torchrun it is one process.
+torchrun --max-restarts goes on with the seeds that --json has no notes of, and lenet_300_100 and lenet_5 from the last
+finished training. Without torchrun it is one process.
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@ the paper's files have.
 
 All choices were made on 5,000 held-out training images, which the seed draws; the test images are read once for each
 seed, at the end, for the dense network and for the one that comes back from the file.
+
+With a record to store, a run that is stopped goes on from its last finished training, to the same bits.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from tersetorch.bench.reproduce.runs import How, Reproduction, over_seeds
 from tersetorch.methods import finalize
 from tersetorch.recipes.deep_compression import DeepCompressionRecipe, PruneStage, ShareStage, Training
 from tersetorch.recipes.lenet import LeNetPlan, compress_lenet, full_plan, quick_plan, train_lenet
+from tersetorch.recipes.run_folder import RunFolder
 from tersetorch.storage import StoredTensor, inspect, load, save
 from tersetorch.zoo import Dataset, error_rate
 from tersetorch.zoo import load as load_data
@@ -126,7 +129,8 @@ def run(network: str, how: How) -> dict[str, Any]:
         "dense": plan.dense.model_dump(),
         "recipe": plan.recipe.model_dump(exclude_none=True),
     }
-    record: dict[str, Any] = over_seeds(network, partial(_one, network, plan), how, described, PAPER[network], FIGURES)
+    one = partial(_one, network, plan, how.folder(described))
+    record: dict[str, Any] = over_seeds(network, one, how, described, PAPER[network], FIGURES)
     return record
 
 
@@ -150,14 +154,23 @@ def table(record: dict[str, Any]) -> Table:
     return shown
 
 
-def _one(network: str, plan: LeNetPlan, seed: int, *, progress: Progress | None) -> dict[str, Any]:
+def _one(network: str, plan: LeNetPlan, folder: Path | None, seed: int, *, progress: Progress | None) -> dict[str, Any]:
     data = load_data("mnist", seed=seed)
+    own = None if folder is None else folder / f"seed_{seed}"
+    run = RunFolder("run", own, {})
+    state = run.kept("dense")
+    training = plan.dense if state is None else plan.dense.model_copy(update={"epochs": 0})
     dense: nn.Module
     if network == "lenet_5":
-        dense = train_dense(network, plan.dense, plan.batch_size, data, seed, progress)
+        dense = train_dense(network, training, plan.batch_size, data, seed, progress)
     else:
-        dense = train_lenet(data, plan, seed=seed, progress=progress)
-    compressed = compress_lenet(copy.deepcopy(dense), data, plan, seed=seed, progress=progress)
+        dense = train_lenet(data, replace(plan, dense=training), seed=seed, progress=progress)
+    if state is None:
+        run.keep(dense, "dense")
+    else:
+        dense.load_state_dict(state)
+    kept = None if own is None else own / "recipe"
+    compressed = compress_lenet(copy.deepcopy(dense), data, plan, seed=seed, progress=progress, folder=kept)
     return _measured(dense, compressed, data, PAPER[network]["layers"])
 
 

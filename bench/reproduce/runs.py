@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
+import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -48,6 +51,13 @@ class How:
     progress: Progress | None = None
     workers: int = 1
     notes: Path | None = None
+
+    def folder(self, plan: Mapping[str, Any]) -> Path | None:
+        """A folder beside the notes for what seeds have come to by plan on as many ranks; reproduce deletes it."""
+        if self.notes is None:
+            return None
+        digest = hashlib.sha256(json.dumps([plan, ranks()], sort_keys=True).encode()).hexdigest()
+        return self.notes.with_name(f"{self.notes.name}.{digest[:16]}")
 
 
 @dataclass(frozen=True)
@@ -182,4 +192,7 @@ def reproduce(
     if record is not None and notes is not None:
         record.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         notes.unlink(missing_ok=True)
+        for path in notes.parent.iterdir():
+            if path.is_dir() and re.fullmatch(re.escape(notes.name) + r"\.[0-9a-f]{16}", path.name):
+                shutil.rmtree(path)
     return found

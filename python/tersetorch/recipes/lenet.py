@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -88,10 +89,19 @@ def train_lenet(data: Dataset, plan: LeNetPlan, *, seed: int = 0, progress: Prog
 
 
 def compress_lenet(
-    model: Network, data: Dataset, plan: LeNetPlan, *, seed: int = 0, progress: Progress | None = None
+    model: Network,
+    data: Dataset,
+    plan: LeNetPlan,
+    *,
+    seed: int = 0,
+    progress: Progress | None = None,
+    folder: Path | None = None,
 ) -> Network:
-    """Prunes and shares a network by plan, in place, retraining on data.train_images; returns it live."""
+    """Prunes and shares a network by plan, in place, retraining on data.train_images; returns it live.
+
+    Where it is stopped, the same call with the same folder goes on, as deep_compression does.
+    """
     train = trainer(data, batch_size=plan.batch_size, seed=seed + 1, progress=progress)
     steps = steps_per_epoch(len(data.train_images), plan.batch_size)
-    deep_compression(model, plan.recipe, train, steps_per_epoch=steps)
+    deep_compression(model, plan.recipe, train, steps_per_epoch=steps, folder=folder)
     return model

@@ -8,8 +8,10 @@ from torch.nn import functional
 from tersetorch.bench.reproduce import deep_compression
 from tersetorch.bench.reproduce.deep_compression import PAPER, ROWS, run, table
 from tersetorch.bench.reproduce.runs import How, reproduce
+from tersetorch.recipes import lenet, trainer
 from tersetorch.recipes.deep_compression import DeepCompressionRecipe, Training
 from tersetorch.recipes.lenet import LeNetPlan
+from tersetorch.zoo import fit as zoo_fit
 from tersetorch.zoo import load
 
 
@@ -39,6 +41,31 @@ def short(monkeypatch):
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+def test_a_stopped_run_goes_on_from_its_last_training(tmp_path, monkeypatch):
+    trained = []
+
+    def fit(model, *data, epochs, description, **rest):
+        trained.extend([description] * (epochs > 0))
+        if stopping and description.startswith("share"):
+            raise KeyboardInterrupt
+        return zoo_fit(model, *data, epochs=epochs, description=description, **rest)
+
+    monkeypatch.setattr(lenet, "fit", fit)
+    monkeypatch.setattr(trainer, "fit", fit)
+    row = ROWS[0]
+    stopping = True
+    with pytest.raises(KeyboardInterrupt):
+        reproduce(row, [0], record=tmp_path / "record.json")
+    stopping = False
+    record = reproduce(row, [0], record=tmp_path / "record.json")
+    share = "share weights and train the shared values"
+    assert trained == ["train the dense network", "prune and retrain", share, share]
+    assert [path.name for path in tmp_path.iterdir()] == ["record.json"]
+    whole = run("lenet_300_100", How([0]))
+    assert [row["file"] for row in whole["seeds"]] == [row["file"] for row in record["seeds"]]
+    assert whole["mean"] == record["mean"]
 
 
 def test_record_is_whole_and_consistent():
