@@ -8,6 +8,10 @@
 The head is a function of the version and of the two lengths. Reading rebuilds it and compares: a head with other keys,
 another spelling, gaps, overlaps or bytes after the end is refused without being interpreted. CRC-32 finds every single
 flipped bit in the rest.
+
+What a reader allocates before it decodes a tensor follows from the file's size: the bytes twice, and the header's
+objects, up to OBJECT_BYTES for each byte of JSON, of which there may be header_cap of the file's size. A header that
+deflates better than that is written without deflating it.
 """
 
 from __future__ import annotations
@@ -26,6 +30,11 @@ VERSIONS = ("1", "2")
 HEAD_CAP = 1024
 START_CAP = 8 + HEAD_CAP
 HEADER_CAP = 16 << 20
+# JSON that a file may inflate its header to: so much, and so many times its own bytes. Those of save reach 10 times.
+FREE_HEADER = 256 << 10
+HEADER_RATIO = 16
+# Most bytes of Python objects for a byte of JSON, what is made of them included.
+OBJECT_BYTES = 64
 CHECKSUM_BYTES = 4
 _ALIGNMENT = 8
 
@@ -41,11 +50,14 @@ def pack(header: dict[str, Any], streams: Sequence[bytes]) -> bytes:
         raise ValueError(
             f"save: the model's description must fit {HEADER_CAP} bytes, got {len(text)}; save its parts apart"
         )
-    compressor = zlib.compressobj(9, zlib.DEFLATED, -15, 9)
-    deflated = compressor.compress(text) + compressor.flush()
     data = b"".join(part for stream in streams for part in (stream, _checksum(stream)))
-    packed = _checksum(deflated) + deflated
-    return _head(len(data), len(packed)) + data + packed
+    raw = _around(data, _deflated(text, 9))
+    return raw if len(text) <= header_cap(len(raw)) else _around(data, _deflated(text, 0))
+
+
+def header_cap(file_bytes: int) -> int:
+    """The most bytes of JSON that a file of this size may hold."""
+    return min(HEADER_CAP, FREE_HEADER + HEADER_RATIO * file_bytes)
 
 
 def unpack(raw: bytes) -> tuple[dict[str, Any], memoryview, int, int]:
@@ -59,7 +71,7 @@ def unpack(raw: bytes) -> tuple[dict[str, Any], memoryview, int, int]:
     data = view[start : start + data_length]
     packed = view[start + data_length :]
     deflated = _checked(packed[CHECKSUM_BYTES:], bytes(packed[:CHECKSUM_BYTES]), "the header")
-    return _inflate(deflated), data, start, header_length
+    return _inflate(deflated, header_cap(len(raw))), data, start, header_length
 
 
 def check_start(raw: bytes, file_bytes: int) -> tuple[int, int, int]:
@@ -109,6 +121,16 @@ def version_of(raw: bytes) -> int:
     return int(_places(_parse(raw[8 : 8 + head_length], "the head"))[0])
 
 
+def _around(data: bytes, deflated: bytes) -> bytes:
+    packed = _checksum(deflated) + deflated
+    return _head(len(data), len(packed)) + data + packed
+
+
+def _deflated(text: bytes, level: int) -> bytes:
+    compressor = zlib.compressobj(level, zlib.DEFLATED, -15, 9)
+    return compressor.compress(text) + compressor.flush()
+
+
 def _head(data_length: int, header_length: int, version: str = str(VERSION)) -> bytes:
     """What the safetensors library writes for these two tensors."""
     places = {
@@ -148,14 +170,14 @@ def _checked(data: memoryview, checksum: bytes, name: str) -> bytes:
     return bytes(data)
 
 
-def _inflate(deflated: bytes) -> dict[str, Any]:
+def _inflate(deflated: bytes, cap: int) -> dict[str, Any]:
     inflater = zlib.decompressobj(-15)
     try:
-        text = inflater.decompress(deflated, HEADER_CAP + 1)
+        text = inflater.decompress(deflated, cap + 1)
     except zlib.error as error:
         refuse("hold a deflated header", str(error))
-    if len(text) > HEADER_CAP:
-        refuse(f"inflate to a header of at most {HEADER_CAP} bytes", "a longer one")
+    if len(text) > cap:
+        refuse(f"inflate to a header of at most {cap} bytes", "a longer one")
     if not inflater.eof or inflater.unused_data or inflater.unconsumed_tail:
         refuse("hold one whole deflated header", "a part, or more")
     header = _parse(text, "the header")

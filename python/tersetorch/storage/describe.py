@@ -25,6 +25,7 @@ from tersetorch.formats.vector_codes import VectorCodes, noted_codes
 from tersetorch.storage import registry
 from tersetorch.storage.compare import difference, needs_values
 from tersetorch.storage.entry import Entry
+from tersetorch.storage.fields import MAX_PATH
 from tersetorch.storage.layers import KINDS, Layer, config_of, encode_layer, make_layer
 from tersetorch.storage.packed_kinds import packed_names, packing, plain_form
 from tersetorch.storage.streams import Stream
@@ -107,9 +108,7 @@ class Describer:
             node["e"] = module.training
         self._open.add(module)
         children = {
-            name: None
-            if child is None
-            else self.node(child, f"{path}.{name}".removeprefix("."), _child(built, name), module.training)
+            name: None if child is None else self.node(child, _join(path, name), _child(built, name), module.training)
             for name, child in module._modules.items()
         }
         self._open.remove(module)
@@ -225,6 +224,10 @@ def _class_name(module: nn.Module) -> str:
 
 
 def _join(path: str, name: str) -> str:
+    if len(path) + len(name) >= MAX_PATH:
+        raise ValueError(
+            f"save: model must have paths of fewer than {MAX_PATH} characters, got {_label(path)[:40]}...; nest less"
+        )
     return f"{path}.{name}".removeprefix(".")
 
 

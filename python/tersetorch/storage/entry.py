@@ -210,6 +210,11 @@ class Entry:
         kept = self.stored * (5 if self.form == "sparse-codebook" else 4 + size)
         return 4 * (self.shape[0] + 1) + kept + 4 * self.entries
 
+    @property
+    def places_read(self) -> int:
+        """Places that a coder of positions looks at one by one, whatever is stored."""
+        return self.numel if self.is_sparse and self.streams[0].coder == "contexts" else 0
+
     def with_streams(self, streams: list[Stream]) -> Entry:
         """This entry with what the header has to know of its streams."""
         specs = tuple(StreamSpec(stream.role, stream.coder, stream.width, len(stream.data)) for stream in streams)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike
@@ -17,6 +18,23 @@ class TerseFileError(ValueError):
 def refuse(rule: str, came: object, fix: str = FIX) -> NoReturn:
     """Raises TerseFileError for what is being read; `reading` puts the function and the path in front."""
     raise TerseFileError(f"must {rule}, got {came}; {fix}")
+
+
+class Budget:
+    """Bytes that a file may make a reader allocate, of which some are taken already."""
+
+    def __init__(self, limit: float) -> None:
+        self.limit = limit
+        self._taken = 0
+
+    def take(self, nbytes: int) -> None:
+        """Takes bytes, or refuses the file if it has taken more than the limit."""
+        self._taken += nbytes
+        if self._taken > self.limit:
+            refuse(f"decode to at most {self.limit} bytes", self._taken, "pass max_bytes= if you trust the file")
+
+
+UNBOUNDED = Budget(math.inf)
 
 
 @contextmanager

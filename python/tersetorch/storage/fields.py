@@ -8,6 +8,8 @@ from tersetorch.storage.errors import refuse
 
 # Beyond any tensor, and small enough that products of two stay exact in the native code.
 MAX_SIZE = 1 << 48
+# Of a module's or a tensor's path. Each module below has its own, so a long one would be kept many times.
+MAX_PATH = 4096
 
 
 def check_keys(data: Any, owner: str, allowed: set[str]) -> dict[str, Any]:
@@ -25,6 +27,13 @@ def integer(value: Any, owner: str, low: int, high: int) -> int:
     if type(value) is not int or not low <= value <= high:
         refuse(f"have an integer in [{low}, {high}] as {owner}", repr(value)[:40])
     return value
+
+
+def joined(path: str, name: str) -> str:
+    """Returns the path of what is called name inside path."""
+    if len(path) + len(name) >= MAX_PATH:
+        refuse(f"have paths of modules of fewer than {MAX_PATH} characters", f"{path[:40]}...")
+    return f"{path}.{name}".removeprefix(".")
 
 
 def text(value: Any, owner: str, allowed: tuple[str, ...] = ()) -> str:

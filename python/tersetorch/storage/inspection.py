@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from tersetorch.storage import streams
+from tersetorch.storage import fields, streams
 from tersetorch.storage.container import CHECKSUM_BYTES
 from tersetorch.storage.entry import Entry
 from tersetorch.storage.errors import reading, refuse
@@ -225,9 +225,9 @@ def _names(node: Any, path: str) -> Iterator[tuple[int, str, dict[str, Any]]]:
     for name, number in node.get("t", {}).items():
         if type(number) is not int:
             refuse("number its tensors", repr(number)[:40])
-        yield number, f"{path}.{name}".removeprefix("."), node
+        yield number, fields.joined(path, name), node
     for name, child in node.get("m", {}).items():
-        yield from _names(child, f"{path}.{name}".removeprefix("."))
+        yield from _names(child, fields.joined(path, name))
 
 
 def _stored(name: str, node: dict[str, Any], entry: Entry, data: list[bytes]) -> StoredTensor:

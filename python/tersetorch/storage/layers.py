@@ -21,7 +21,7 @@ from tersetorch.nn import (
 )
 from tersetorch.storage import streams, tensors
 from tersetorch.storage.entry import Entry
-from tersetorch.storage.errors import TerseFileError, refuse
+from tersetorch.storage.errors import UNBOUNDED, Budget, TerseFileError, refuse
 from tersetorch.storage.streams import Array, Stream
 
 Layer = SparseLinear | SparseCodebookLinear | SparseConv2d | SparseCodebookConv2d | SparseConv1d | SparseCodebookConv1d
@@ -98,11 +98,18 @@ def config_of(layer: Layer) -> dict[str, Any]:
     return {"kernel_size": layer.kernel_size, **changed, **more}
 
 
-def make_layer(kind: str, weight: Any, bias: Tensor | None, config: dict[str, Any], training: bool) -> Layer:
-    """The layer of a kind with a sparse weight and what config_of says of it.
+def make_layer(
+    kind: str,
+    weight: Any,
+    bias: Tensor | None,
+    config: dict[str, Any],
+    training: bool,
+    budget: Budget = UNBOUNDED,
+) -> Layer:
+    """The layer of a kind with a sparse weight and what config_of says of it; its layout is taken from budget.
 
     Raises:
-        TerseFileError: weight or config are none of that layer.
+        TerseFileError: weight or config are none of that layer, or its layout needs more than budget has.
     """
     cls: Any = LAYERS[kind]
     try:
@@ -111,14 +118,35 @@ def make_layer(kind: str, weight: Any, bias: Tensor | None, config: dict[str, An
         if not isinstance(layout, str) or (cls in Linear and any(type(n) is not int for n in options.values())):
             refuse("name a layout and whole numbers for its options", str(config)[:60])
         if cls in Linear:
+            budget.take(_linear_bytes(weight, layout, **options))
             packed: Layer = cls(weight, bias, relu=relu).train(training).pack(layout, **options)
             return packed
-        layer: Layer = cls(weight, bias, relu=relu, **options).train(training)
+        layer: Layer = cls(weight, bias, relu=relu, **options)
+        budget.take(_convolution_bytes(layer))
+        layer = layer.train(training)
         return layer if layout == cls.plain_layout else layer.pack(layout)
     except (MemoryError, RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, TerseFileError):
             raise
         refuse(f"hold the weight and the settings of a {kind}", error)
+
+
+def _linear_bytes(weight: Any, layout: str, column_block: int = 128, **others: Any) -> int:
+    """About how much a layout of a linear layer takes; a block that was not named has at least 128 columns."""
+    rows, columns, stored = int(weight.shape[0]), int(weight.shape[1]), int(weight.nnz)
+    if layout == "bitmap_columns":
+        return 8 * (columns * -(-rows // 64) + 3 * columns + 2 * stored)
+    if layout.startswith("bitmap"):
+        return 8 * (rows * -(-columns // 64) + stored)
+    if layout.startswith("blocked"):
+        return 8 * (rows * -(-columns // max(1, column_block)) + 2 * stored)
+    return 4 * stored
+
+
+def _convolution_bytes(layer: Any) -> int:
+    """About how much the layout of a convolution takes, of blocks of channels or of words of 4 of them."""
+    blocks: int = -(-layer.in_channels // layer._channel_block)
+    return 8 * (4 * int(layer.out_channels) * blocks + 2 * int(layer.sparse_weight.nnz))
 
 
 def dense_shape(layer: Layer) -> tuple[int, ...]:
@@ -155,7 +183,13 @@ def _encode_values(
 
 
 def decode_layer(
-    kind: str, entry: Entry, data: list[bytes], bias: Tensor | None, config: dict[str, Any], training: bool
+    kind: str,
+    entry: Entry,
+    data: list[bytes],
+    bias: Tensor | None,
+    config: dict[str, Any],
+    training: bool,
+    budget: Budget = UNBOUNDED,
 ) -> Layer:
     """The layer of a kind in LAYERS; bias is used, not copied. config is what config_of says.
 
@@ -191,6 +225,6 @@ def decode_layer(
         weight = SparseCodebookWeight(codes=codes, codebook=table, **pattern)
     else:
         weight = CsrWeight(values=tensors.from_patterns(values, entry.dtype), **pattern)
-    layer = make_layer(kind, weight, bias, config, training)
+    layer = make_layer(kind, weight, bias, config, training, budget)
     getattr(layer, layer.parameter_field).requires_grad_(entry.trains)
     return layer

@@ -19,7 +19,7 @@ from tersetorch.storage import fields
 from tersetorch.storage.arguments import naming, path_of
 from tersetorch.storage.container import START_CAP, check_start, split, unpack, version_of
 from tersetorch.storage.entry import Entry
-from tersetorch.storage.errors import reading, refuse
+from tersetorch.storage.errors import Budget, reading, refuse
 from tersetorch.storage.rebuild import Builder, Tensors, adopt
 
 # What a file may ask for without being asked about: this much, or this many times its own size.
@@ -67,7 +67,8 @@ def load(
             file's sparse layers are put into the copy, and the copy is returned; model itself never changes. Without
             it, zoo networks and trees of torch.nn modules and our layers are built from the file alone.
         max_bytes: the most bytes that the tensors may take; None allows 64 MiB or 4096 times the file's size, whichever
-            is more.
+            is more. Packed codes may take as much again, and so may modules with layouts (64 MiB at least); a tensor
+            that is being decoded takes up to 16 times its bytes. What asks for more is refused before it is allocated.
         progress: a bar of the tensors' bytes is added to it.
 
     Raises:
@@ -87,10 +88,9 @@ def load(
     with reading("load", path_of("load", path)):
         contents = read("load", path)
         limit = max(FREE_BYTES, FREE_RATIO * contents.file_bytes) if max_bytes is None else max_bytes
-        needed = sum(entry.decoded_bytes for entry in contents.entries)
-        if needed > limit:
-            refuse(f"decode to at most {limit} bytes", needed, "pass max_bytes= if you trust the file")
-        tensors = Tensors(contents.entries, contents.data, limit, progress)
+        Budget(limit).take(sum(max(entry.decoded_bytes, entry.places_read) for entry in contents.entries))
+        budgets = Budget(limit), Budget(max(limit, FREE_BYTES))
+        tensors = Tensors(contents.entries, contents.data, *budgets, progress)
         if model is None:
             loaded = Builder(tensors, limit).build(contents.root)
         else:

@@ -13,7 +13,7 @@ from tersetorch.formats.vector_codes import VectorCodes, note_codes
 from tersetorch.storage import fields, registry
 from tersetorch.storage.compare import needs_values
 from tersetorch.storage.entry import Entry
-from tersetorch.storage.errors import TerseFileError, refuse
+from tersetorch.storage.errors import Budget, TerseFileError, refuse
 from tersetorch.storage.layers import LAYERS, Layer, decode_layer, dense_shape, make_layer
 from tersetorch.storage.packed_kinds import (
     check_layer,
@@ -29,18 +29,30 @@ from tersetorch.storage.packed_kinds import (
 from tersetorch.storage.tensors import decode_tensor, vector_codes
 
 _NODE_KEYS = set("kcatmeo")
+# What a module costs, without its tensors.
+MODULE_BYTES = 4096
 
 
 class Tensors:
-    """Decodes entries when they are asked for, each once, so that what was tied is tied again."""
+    """Decodes entries when they are asked for, each once, so that what was tied is tied again.
+
+    budget is for what is made beside them: modules, layouts and buffers that no file holds. Packed codes have their own.
+    """
 
     def __init__(
-        self, entries: list[Entry], data: list[list[bytes]], limit: int, progress: Progress | None = None
+        self,
+        entries: list[Entry],
+        data: list[list[bytes]],
+        packed: Budget,
+        budget: Budget,
+        progress: Progress | None = None,
     ) -> None:
         self.entries = entries
-        self._limit = limit
+        self.budget = budget
+        self._packed_budget = packed
         self._data = data
         self._plain: dict[int, Tensor] = {}
+        self._sums: dict[int, VectorCodes] = {}
         self._packed: dict[tuple[object, ...], Tensor] = {}
         self._parameters: dict[int, nn.Parameter] = {}
         self._layers: dict[int, Layer] = {}
@@ -65,16 +77,16 @@ class Tensors:
     def sums(self, number: Any) -> VectorCodes | None:
         """Codes of the tensor of this number where it consists of sums, which the tensor does not tell."""
         entry = self.entry(number, compressed=False)
-        return vector_codes(entry, self._data[number]) if entry.stages > 1 else None
+        if entry.stages > 1 and number not in self._sums:
+            self._sums[number] = vector_codes(entry, self._data[number])
+        return self._sums.get(number)
 
     def packed(self, number: Any, layer: nn.Module, name: str) -> Tensor:
         """The tensor of this number as layer packs it into buffer name; layers of the same sizes share it."""
         key = fields.integer(number, "the number of a tensor", 0, len(self.entries) - 1), *packing(layer)
         if key not in self._packed:
             # Of a few columns, padding is the most.
-            size = layer.get_buffer(name).nbytes + sum(packed.nbytes for packed in self._packed.values())
-            if size > self._limit:
-                refuse(f"decode to at most {self._limit} bytes", size, "pass max_bytes= if you trust the file")
+            self._packed_budget.take(layer.get_buffer(name).nbytes)
             self._packed[key] = pack_again(layer, self.plain(number))
         return self._packed[key]
 
@@ -99,12 +111,13 @@ class Tensors:
         config = registry.from_json(node.get("c", {}))
         earlier = self._layers.get(number)
         if earlier is None:
-            self._layers[number] = layer = decode_layer(kind, entry, self._data[number], bias, config, training)
+            layer = decode_layer(kind, entry, self._data[number], bias, config, training, self.budget)
+            self._layers[number] = layer
             self._progress.advance(self._task, entry.decoded_bytes)
             return layer
         if type(earlier) is not LAYERS[kind]:
             refuse("share a weight among layers of one kind", kind)
-        return make_layer(kind, earlier.sparse_weight, bias, config, training)
+        return make_layer(kind, earlier.sparse_weight, bias, config, training, self.budget)
 
     def check_all_used(self) -> None:
         """Refuses tensors that no module uses."""
@@ -145,6 +158,7 @@ class Builder:
         training = node.get("e", training)
         kind = node.get("k")
         if kind in LAYERS:
+            self._tensors.budget.take(MODULE_BYTES)
             module: nn.Module = self._tensors.layer(kind, node, training)
             self._modules.append(module)
         else:
@@ -181,8 +195,10 @@ class Builder:
         if kind.tensors(config) > tensors:
             refuse(f"hold the tensors of {kind.name}({config})", tensors)
         module = registry.construct(kind, config, "meta")
+        self._tensors.budget.take(MODULE_BYTES * sum(1 for _ in module.modules()))
         if not needs_values(module):
             return module
+        self._tensors.budget.take(sum(_passing_bytes(part) for part in module.modules()))
         size = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
         if size > self._limit:
             refuse(f"need at most {self._limit} bytes for a {kind.name}", size, "raise max_bytes")
@@ -194,7 +210,7 @@ class Builder:
             own = name in module._parameters or name in module._buffers or hasattr(type(module), name)
             if not name or "." in name or own:
                 refuse("name children as nn.Module allows", repr(name)[:40])
-            inside = f"{path}.{name}".removeprefix(".")
+            inside = fields.joined(path, name)
             children[name] = None if node is None else self.build(node, inside, module._modules.get(name), training)
             vars(module).pop(name, None)
         # Older files do not name a network's ReLUs, which were calls of functions.
@@ -296,7 +312,11 @@ def _pairs(node: Any, module: nn.Module | None, seen: dict[nn.Module, int], path
     if list(children) != list(module._modules):
         mismatch(f"children {list(children)} at {path or 'its root'}", list(module._modules))
     for name, child in children.items():
-        yield from _pairs(child, module._modules[name], seen, f"{path}.{name}".removeprefix("."))
+        yield from _pairs(child, module._modules[name], seen, fields.joined(path, name))
+
+
+def _passing_bytes(module: nn.Module) -> int:
+    return sum(module.get_buffer(name).nbytes for name in module._non_persistent_buffers_set)
 
 
 def _below(node: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -1,0 +1,242 @@
+"""Files made to take memory: what a reader may allocate follows from the file's size and max_bytes."""
+
+import gc
+import resource
+import struct
+import time
+import zlib
+
+import pytest
+import torch
+from torch import nn
+
+from tersetorch.nn import SparseConv2d, SparseLinear
+from tersetorch.storage import TerseFileError, container, inspect, load, save
+from tersetorch.storage.reader import FREE_BYTES, FREE_RATIO
+
+MIB = 1 << 20
+
+
+def peak(call):
+    """Bytes of memory that call takes at most, beside what was taken before, and the refusal that ended it.
+
+    Far more address space than any bound leaves no chance to a reader that none of them stops.
+    """
+    gc.collect()
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # the peak is the present size again
+    before = _status("VmRSS")
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (_status("VmSize") + (3 << 30), hard))
+    refusal = None
+    try:
+        call()
+    except TerseFileError as error:
+        refusal = str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    return _status("VmHWM") - before, refusal
+
+
+def _status(field):
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) << 10 for line in file if line.startswith(field + ":"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def warm(tmp_path_factory):
+    """What a first load and a first refusal import is nobody's bound."""
+    path = tmp_path_factory.mktemp("warm") / "m.terse"
+    save(nn.Sequential(nn.Linear(3, 4), SparseLinear.from_dense(nn.Linear(4, 3))), path)
+    load(path), inspect(path)
+
+
+def packed(text, data=b""):
+    """A file whose header is this text, deflated as well as it goes."""
+    deflated = zlib.compressobj(9, zlib.DEFLATED, -15, 9)
+    body = deflated.compress(text) + deflated.flush()
+    body = struct.pack("<I", zlib.crc32(body)) + body
+    return container._head(len(data), len(body)) + data + body
+
+
+def filled(start, item, end, size):
+    """A header of about this size of one item again and again."""
+    return (start + b",".join([item] * ((size - len(start) - len(end)) // (len(item) + 1))) + end)[:size]
+
+
+def terse(path, header, streams=()):
+    """Writes a forged file and returns its size."""
+    path.write_bytes(container.pack(header, list(streams)))
+    return path.stat().st_size
+
+
+ITEMS = {
+    "lists": (b'{"t":[],"p":{"x":[', b"[]", b"]}}"),
+    "objects": (b'{"t":[],"p":{"x":[', b"{}", b"]}}"),
+    "pairs": (b'{"t":[],"p":{"x":[', b'{"":0}', b"]}}"),
+    "numbers": (b'{"t":[],"p":{"x":[', b"1e9", b"]}}"),
+    "wide characters": (b'{"t":[],"p":{"x":[', '"\U0001f600"'.encode(), b"]}}"),
+    "tensors": (b'{"m":{},"t":[', b'{"s":[0],"d":"u8","f":"raw","x":[["raw",0]]}', b"]}"),
+}
+
+
+@pytest.mark.parametrize("item", ITEMS)
+@pytest.mark.parametrize("size", [container.FREE_HEADER, container.HEADER_CAP])
+def test_what_a_header_may_take_follows_from_the_size_of_the_file(tmp_path, item, size):
+    path = tmp_path / "m.terse"
+    start, text, end = ITEMS[item]
+    count = (size - len(start) - len(end)) // (len(text) + 1)
+    data = bytes(4 * count) if item == "tensors" and size == container.FREE_HEADER else b""  # checksums of nothing
+    path.write_bytes(packed(start + b",".join([text] * count) + end, data))
+    file_bytes = path.stat().st_size
+    for read in (inspect, load):
+        taken, refusal = peak(lambda read=read: read(path))
+        if size > container.header_cap(file_bytes):
+            assert "inflate to a header of at most" in refusal
+        assert taken < container.OBJECT_BYTES * container.header_cap(file_bytes) + 2 * file_bytes + 4 * MIB
+
+
+def test_a_header_that_deflates_too_well_is_written_as_it_is(tmp_path):
+    path = tmp_path / "m.terse"
+    shared = nn.ReLU()
+    header = {"m": {"k": "Sequential", "m": {"": None}}, "t": [], "p": {"x": "x" * (2 * container.FREE_HEADER)}}
+    assert terse(path, header) > 2 * container.FREE_HEADER
+    assert inspect(path).provenance == header["p"]
+    save(nn.Sequential(*[shared] * 50_000), path)
+    assert len(load(path)) == 50_000
+
+
+def test_long_names_are_not_kept_for_every_tensor(tmp_path):
+    path = tmp_path / "m.terse"
+    tensors = 1500
+    leaf = {"k": "ParameterList", "t": {str(number): number for number in range(tensors)}}
+    header = {"m": {"k": "Sequential", "m": {"n" * 150_000: leaf}}, "t": []}
+    header["t"] = [{"s": [0], "d": "u8", "f": "raw", "x": [["raw", 0]]}] * tensors
+    terse(path, header, [b""] * tensors)
+    for read in (inspect, load):
+        taken, refusal = peak(lambda read=read: read(path))
+        assert "paths of modules of fewer than 4096 characters" in refusal
+        assert taken < 24 * MIB
+    with pytest.raises(ValueError, match="fewer than 4096 characters"):
+        save(nn.Sequential(nn.ModuleDict({"n" * 5000: nn.Linear(2, 2)})), path)
+
+
+def parts_of(model, path):
+    """Header and streams of a model's file, to be forged."""
+    save(model, path)
+    header, data, _, _ = container.unpack(path.read_bytes())
+    return header, container.split(data, [stream[1] for entry in header["t"] for stream in entry["x"]])
+
+
+@pytest.mark.parametrize(
+    "layout,options",
+    [
+        ("csr", {}),
+        ("csr16", {}),
+        ("bitmap", {}),
+        ("bitmap_int8", {}),
+        ("bitmap_columns", {}),
+        ("blocked", {"column_block": 1}),
+        ("blocked", {"column_block": 4}),
+        ("blocked", {}),
+        ("blocked_int8", {"column_block": 4}),
+        ("blocked_bfloat16", {"column_block": 2}),
+    ],
+)
+def test_a_layout_of_far_more_columns_than_the_file_has_numbers(tmp_path, layout, options):
+    path = tmp_path / "m.terse"
+    header, _ = parts_of(SparseLinear.from_dense(nn.Linear(4, 3, bias=False)).eval(), path)
+    header["t"][0] |= {"s": [64, (1 << 31) - 1], "f": "sparse", "n": 0, "x": [["gaps", 0, 8], ["raw", 0]]}
+    header["t"][0].pop("k", None)
+    header["m"]["c"] = {"layout": layout, **options}
+    file_bytes = terse(path, header, [b"", b""])
+    assert file_bytes < 500
+    taken, refusal = peak(lambda: load(path))
+    assert taken < 2 * FREE_BYTES
+    assert refusal is None or "decode to at most 67108864 bytes" in refusal or "for 16-bit indices" in refusal
+
+
+def test_a_convolution_of_far_more_channels_than_the_file_has_numbers(tmp_path):
+    path = tmp_path / "m.terse"
+    header, _ = parts_of(SparseConv2d.from_dense(nn.Conv2d(4, 3, 3, bias=False)).eval(), path)
+    header["t"][0] |= {"s": [1024, 9 << 25], "f": "sparse", "n": 0, "x": [["gaps", 0, 8], ["raw", 0]]}
+    header["t"][0].pop("k", None)
+    for layout in ({}, {"layout": "direct_int8"}, {"layout": "direct_bfloat16"}):
+        header["m"]["c"] = {"kernel_size": [3, 3], **layout}
+        assert terse(path, header, [b"", b""]) < 500
+        taken, refusal = peak(lambda: load(path))
+        assert taken < 2 * FREE_BYTES
+        assert "decode to at most 67108864 bytes" in refusal
+
+
+def test_layers_that_share_a_weight_pay_for_each_of_its_layouts(tmp_path):
+    path = tmp_path / "m.terse"
+    layer = SparseLinear.from_dense(nn.Linear(64, 4000, bias=False)).eval().pack("blocked")
+    header, _ = parts_of(nn.Sequential(layer), path)
+    header["m"]["m"] = {str(number): header["m"]["m"]["0"] for number in range(2000)}
+    header["t"][0] |= {"f": "sparse-codebook", "k": 1, "x": [["all", 0], ["raw", 4], ["constant", 0]]}
+    file_bytes = terse(path, header, [b"", b"\0\0\x80\x3f", b""])
+    assert file_bytes < 12_000
+    taken, refusal = peak(lambda: load(path))
+    assert "decode to at most" in refusal
+    assert taken < 2 * max(FREE_BYTES, FREE_RATIO * file_bytes)
+
+
+def test_modules_count(tmp_path):
+    path = tmp_path / "m.terse"
+    node = {"k": "TransformerEncoderLayer", "c": {"d_model": 1, "nhead": 1}}
+    header = {"t": [], "m": {"k": "Sequential", "m": {str(number): node for number in range(5000)}}}
+    assert terse(path, header) < 20_000
+    start = time.process_time()
+    taken, refusal = peak(lambda: load(path))
+    assert taken < 2 * FREE_BYTES
+    assert "decode to at most" in refusal
+    assert time.process_time() - start < 60
+
+
+def test_places_that_are_read_one_by_one_count(tmp_path):
+    path = tmp_path / "m.terse"
+    layer = SparseLinear.from_dense(nn.Linear(64, 64, bias=False)).eval()
+    header, _ = parts_of(nn.Sequential(layer), path)
+    entry = header["t"][0] | {"s": [1, 1 << 23], "f": "sparse", "n": 1, "x": [["contexts", 2], ["raw", 4]]}
+    entry.pop("k", None)
+    header["t"] = [entry] * 1000
+    node = header["m"]["m"]["0"]
+    header["m"]["m"] = {str(number): node | {"t": {"weight": number}} for number in range(1000)}
+    file_bytes = terse(path, header, [b"\0\0", b"1234"] * 1000)
+    assert FREE_RATIO * file_bytes < 1000 << 23
+    with pytest.raises(TerseFileError, match="decode to at most"):
+        load(path)
+
+
+def sparse_tensor(shape, dtype, density):
+    generator = torch.Generator().manual_seed(0)
+    kept = torch.rand(shape, generator=generator) < density
+    return torch.where(kept, torch.randint(1, 100, shape, generator=generator), 0).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("density", [0.0, 0.02, 0.6])
+def test_decoding_takes_at_most_16_times_a_tensor_beside_it(tmp_path, dtype, density):
+    path = tmp_path / "m.terse"
+    tensor = sparse_tensor((1000, 1500), dtype, density)
+    save(nn.ParameterList([nn.Parameter(tensor, requires_grad=False)]), path, coders="fast")
+    taken, refusal = peak(lambda: load(path))
+    assert refusal is None
+    assert taken < 17 * tensor.nbytes + 4 * MIB
+
+
+def test_a_sparse_layer_far_larger_dense_than_its_file_loads(tmp_path):
+    path = tmp_path / "m.terse"
+    weight = torch.zeros(4096, 9216)
+    generator = torch.Generator().manual_seed(0)
+    at = torch.randint(weight.numel(), (30_000,), generator=generator)
+    weight.view(-1)[at] = torch.randn(len(at), generator=generator)
+    layer = nn.Linear(1, 1, bias=False)
+    layer.in_features, layer.out_features, layer.weight = 9216, 4096, nn.Parameter(weight)
+    sparse = SparseLinear.from_dense(layer).eval().pack("blocked")
+    save(sparse, path, coders="fast")
+    taken, refusal = peak(lambda: load(path))
+    assert refusal is None
+    assert taken < 40 * path.stat().st_size + 8 * MIB
+    assert torch.equal(load(path).col_indices, sparse.col_indices)
