@@ -371,3 +371,33 @@ def test_digits_lose_little():
     for layer in (model.fc1, model.fc2, model.fc3):
         assert (layer.weight == 0).sum() == round(0.8 * layer.weight.numel())
         assert layer.weight.unique().numel() <= 16
+
+
+LAUGHS = "a: &a [x]\n" + "".join(
+    f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+)
+MERGES = "a: &a {x: 1}\n" + "".join(
+    f"{b}: &{b} {{<<: [{', '.join([f'*{a}'] * 9)}]}}\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "prune: !!int adam",
+        "prune: !!int ''",
+        "prune: !!bool x",
+        "prune: !!timestamp x",
+        "prune: 2001-99-99",
+        "[" * 3000,
+        "prune: &a {<<: *a}",
+        LAUGHS + "prune: *i",
+        MERGES + "prune: *i",
+    ],
+)
+def test_yaml_that_no_parser_expects_is_refused_in_a_short_sentence(tmp_path, text):
+    path = tmp_path / "odd.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"must (be YAML|have valid fields), got ") as refusal:
+        DeepCompressionRecipe.from_yaml(path)
+    assert len(str(refusal.value)) < 10_000

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -34,6 +35,14 @@ PUBLISHED = {path.stem: path for path in sorted(Path(__file__).parent.glob("*.ya
 Value = TypeVar("Value", int, float)
 
 
+# Keys of a mapping, those that it merges counted each time.
+MAX_MERGED = 10_000
+# What came, in an error: lists of lists by alias (*a) may be far longer than their file.
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel = 3
+_SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 200
+
+
 class _Plan(BaseModel):
     # Strict: "0.9" or True in a YAML file is a slip, not a number.
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
@@ -53,6 +62,14 @@ class _Loader(yaml.SafeLoader):
                 )
             seen.add(name)
         return super().construct_mapping(node, deep)
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """As SafeLoader's, but merges of merges, which multiply, end at MAX_MERGED keys."""
+        super().flatten_mapping(node)
+        if len(node.value) > MAX_MERGED:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"a mapping of more than {MAX_MERGED} keys", node.start_mark
+            )
 
 
 class Training(_Plan):
@@ -161,8 +178,12 @@ class DeepCompressionRecipe(_Plan):
         """
         try:
             plan = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"DeepCompressionRecipe: {path} must be YAML, got {error}; mend the file") from error
+        except OSError:
+            raise
+        except Exception as error:  # whatever the parser raises for !!bool x, !!int "", nests and dates that are none
+            raise ValueError(
+                f"DeepCompressionRecipe: {path} must be YAML, got {error!s:.1000}; mend the file"
+            ) from error
         return cls.from_mapping(plan)
 
     @classmethod
@@ -191,7 +212,7 @@ def _problem(recipe: type[BaseModel], problem: ErrorDetails) -> str:
     if problem["type"] == "missing":
         return f"{where}: {problem['msg']}"
     if problem["type"] != "extra_forbidden":
-        return f"{where}: {problem['msg']}, got {problem['input']!r}"
+        return f"{where}: {problem['msg']}, got {_SHORT.repr(problem['input'])}"
     fields = _fields(recipe, problem["loc"][:-1])
     near = difflib.get_close_matches(str(problem["loc"][-1]), fields, n=1)
     meant = f" (did you mean {near[0]}?)" if near else ""
