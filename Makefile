@@ -14,7 +14,7 @@ SANITIZED_TESTS := build/sanitized-tests
 GPU = $(shell nvidia-smi -L >/dev/null 2>&1 && echo native || echo 90-real)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: venv demo test test-full test-kernels test-sanitized test-cuda test-newest-torch bench reproduce tables lint clean
+.PHONY: venv demo test test-full test-kernels test-sanitized test-cuda test-newest-torch fuzz bench reproduce tables lint clean
 
 venv: .venv/package
 
@@ -82,6 +82,12 @@ test-cuda: venv
 # The library built against one torch serves later ones.
 test-newest-torch: venv
 	python .ci/test_newest_torch.py '$(TORCH_INDEX)'
+
+# What reads other people's files, on inputs changed until they reach new code; FUZZ_SECONDS for each kind of input. The
+# next run goes on from build/fuzz. make test fuzzes for seconds, make test-full for minutes.
+FUZZ_SECONDS := 3600
+fuzz: venv
+	PYTHONPATH=tests python -m fuzz files coders recipes --seconds $(FUZZ_SECONDS) --seed $$$$
 
 # Measures on this machine, which should do nothing else, and stores the records the tables are made of: about a quarter
 # of an hour for each number of threads, and ten minutes once to build llama.cpp for this CPU. TERSETORCH_DATA names the

@@ -36,7 +36,7 @@ MODULE_BYTES = 4096
 class Tensors:
     """Decodes entries when they are asked for, each once, so that what was tied is tied again.
 
-    budget is for what is made beside them: modules, layouts and buffers that no file holds. Packed codes have their own.
+    budget is for what is made beside them: modules, layouts and buffers that no file holds; packed, for packed codes.
     """
 
     def __init__(
