@@ -16,6 +16,6 @@ if "TERSETORCH_PRETEND_CUDA" not in os.environ:
         return "cuda"
 
     @pytest.fixture
-    def emulator():
+    def emulator(device):
         """What shows how kernels were launched."""
         pytest.skip("only the pretend device of `make test-cuda` can show this")

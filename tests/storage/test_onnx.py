@@ -38,16 +38,10 @@ def test_a_converted_model_runs_elsewhere(tmp_path):
     assert found.onnx_bytes == (tmp_path / "m.onnx").stat().st_size
     tt.save(fast, tmp_path / "m.terse")
     assert found.terse_bytes == (tmp_path / "m.terse").stat().st_size < found.onnx_bytes / 4
-    assert (
-        found.lost
-        == {
-            "0": "SparseConv2d becomes Conv2d: dense weight, no kernel of ours",
-            "3": "SparseCodebookLinear becomes Linear and ReLU: dense weight, no kernel of ours",
-            "5": "SparseLinear becomes Linear: dense weight, no kernel of ours",
-        }
-        or "3" in found.lost
-    )
-    assert "times the" in str(found) and list(tmp_path.iterdir()) and isinstance(fast[3], tt.nn.SparseCodebookLinear)
+    assert set(found.lost) == {"0", "3", "5"}
+    for name, words in (("0", "SparseConv2d becomes Conv2d"), ("3", "SparseCodebookLinear becomes Linear")):
+        assert found.lost[name].startswith(words)
+    assert "times the" in str(found) and isinstance(fast[3], tt.nn.SparseCodebookLinear)
 
 
 def test_thin_layers_stay_thin_and_live_methods_are_baked(tmp_path):
