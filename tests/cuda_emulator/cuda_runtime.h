@@ -109,6 +109,7 @@ namespace cuda_emulator {
 using Site = std::source_location;
 
 std::int64_t MostBlocksOnY();  // of the schedule
+void WaitForPrevious();
 
 struct Kernel {
   const void* address;

@@ -137,6 +137,7 @@ void StartBlock(Block& block, std::uint64_t number, char* stack) {
     Thread& thread = block.threads[i];
     thread.block = &block;
     thread.number = i;
+    thread.waited = false;
     thread.copies.clear();
     thread.copy_groups = 0;
     thread.index = {i % size.x, i / size.x % size.y, i / size.x / size.y};
@@ -487,6 +488,10 @@ cudaError_t AllowDynamicSharedMemory(const void* address, int bytes) {
   return cudaSuccess;
 }
 
+bool begun_early = false;
+
+void WaitForPrevious() { running->waited = true; }
+
 cudaError_t Launch(const cudaLaunchConfig_t& launch_config, const Kernel& launch_kernel) {
   const std::lock_guard<std::mutex> lock(one_launch);
   if (forced_error != 0) return static_cast<cudaError_t>(forced_error);
@@ -503,6 +508,11 @@ cudaError_t Launch(const cudaLaunchConfig_t& launch_config, const Kernel& launch
   next_in_order = 0;
   random_state = schedule.seed * 0x9e3779b97f4a7c15ull + 0x1234567;
   CheckerBeginLaunch();
+  begun_early =
+      std::any_of(launch_config.attrs, launch_config.attrs + launch_config.numAttrs, [](const auto& attribute) {
+        return attribute.id == cudaLaunchAttributeProgrammaticStreamSerialization &&
+               attribute.val.programmaticStreamSerializationAllowed != 0;
+      });
   AddParameters(launch_kernel.parameters, launch_kernel.parameter_bytes);
   LaunchRecorder recorder(launch_config, launch_kernel, schedule.order == Order::kForward);
   RunBlocks();

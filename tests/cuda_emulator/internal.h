@@ -38,6 +38,7 @@ struct Thread {
   std::uint64_t warp_result = 0;
   std::vector<AsyncCopy> copies;  // in flight
   int copy_groups = 0;            // committed
+  bool waited = false;            // for the kernel before
 
   unsigned lane() const { return number % warpSize; }
   unsigned warp() const { return number / warpSize; }
@@ -110,6 +111,8 @@ void AddParameters(const void* parameters, std::size_t bytes);
 void RemoveParameters(const void* parameters);
 void MarkWritten(const void* memory, std::size_t bytes);
 void CheckerBeginLaunch();
+// Whether the running kernel may have begun before the one ahead of it ended.
+extern bool begun_early;
 // Bytes that a copy will write; then, once it is waited for, bytes to write.
 void MarkInFlight(const void* memory, std::size_t bytes, bool in_flight);
 

@@ -82,8 +82,9 @@ struct Range {
   std::uintptr_t begin, end;
   std::string name;
   bool read_only = false;
-  const Block* owner = nullptr;  // of shared memory
-  std::vector<Byte> state;       // empty: all is written
+  const Block* owner = nullptr;                      // of shared memory
+  std::vector<Byte> state;                           // empty: all is written
+  std::uint64_t written_in = 0, written_before = 0;  // the last launch that wrote to it, and the last before that
   // The accesses of one launch, by cell; made when they are needed.
   std::uint64_t launch = 0;
   std::size_t cell_bytes = 4;
@@ -305,6 +306,14 @@ MemorySpace Check(const void* p, std::size_t bytes, Use use, bool aligned, const
     Fail("misaligned", "%zu-byte %s at %s of %s", bytes, verb, Line(code).c_str(), Place(*range, address).c_str());
   }
   const std::size_t offset = address - range->begin;
+  if (range->owner == nullptr) {
+    const std::uint64_t before = range->written_in == launch ? range->written_before : range->written_in;
+    if (begun_early && !running->waited && before != 0 && before == launch - 1) {
+      Fail("asynchronous", "%s at %s of %s, which the kernel before may be writing, ahead of WaitForPrevious", verb,
+           Line(code).c_str(), Place(*range, address).c_str());
+    }
+    if (write) range->written_before = before, range->written_in = launch;
+  }
   if (!range->state.empty()) {
     for (std::size_t i = offset; i < offset + bytes; ++i) {
       Byte& byte = range->state[i];

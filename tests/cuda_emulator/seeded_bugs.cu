@@ -270,6 +270,26 @@ __global__ void FillsDynamicMemory(float* out) {
   out[threadIdx.x] = tile[kThreads - 1 - threadIdx.x];
 }
 
+template <bool kBug>
+__global__ void ReadsWhatTheKernelBeforeWrites(const float* in, float* out, int count) {
+  if (!kBug) WaitForPrevious();
+  const int i = Index();
+  if (i < count) out[i] = in[i];
+}
+
+__global__ void LetsTheNextBegin(float* out, int count) {
+  LetNextBegin();
+  const int i = Index();
+  if (i < count) out[i] = static_cast<float>(i);
+}
+
+int LaunchTwo(bool bug) {
+  Array<float> between(kCount, true), out(kCount, true);
+  if (const int error = Launch(LetsTheNextBegin, kBlocks, kThreads, nullptr, between.data(), kCount)) return error;
+  return LaunchEarly(bug ? ReadsWhatTheKernelBeforeWrites<true> : ReadsWhatTheKernelBeforeWrites<false>, kBlocks,
+                     kThreads, 0, nullptr, static_cast<const float*>(between.data()), out.data(), kCount);
+}
+
 int LaunchWithDynamicMemory(std::size_t bytes, unsigned threads) {
   Array<float> out(kThreads, true);
   cudaLaunchConfig_t config{};
@@ -408,6 +428,7 @@ std::vector<SeededBug> SeededBugs() {
       {"copies to what others still read", {"race", "asynchronous"}, RunCopies<CopyBug::kRefillsTooEarly>},
       {"exits with copies on their way", {"asynchronous"}, RunCopies<CopyBug::kExits>},
       {"a copy off its alignment", {"misaligned"}, KERNEL(CopiesOffItsAlignment, Same, kCount / 4 * 4)},
+      {"reads what the kernel before may be writing", {"asynchronous"}, LaunchTwo},
       {"asks for too little dynamic shared memory",
        {"bounds"},
        [](bool bug) { return LaunchWithDynamicMemory((bug ? kThreads - 1 : kThreads) * sizeof(float), kThreads); }},

@@ -41,6 +41,7 @@ BUGS = [
         "bitmap_tiles",
         "bitmap_matmul/bitmap_tiles_cuda.cu",
         ("«WaitForCopies<kStages - 2>();»\n      __syncthreads();", "", "asynchronous", "reads x that is being copied"),
+        ("  «WaitForPrevious();»", "", "asynchronous", "reads x that the kernel before is packing"),
         ("n * a.weight.rows + r, «a.relu && y < 0» ?", "a.relu && !(y >= 0)", "result", "relu makes a NaN 0"),
     ),
     *of(

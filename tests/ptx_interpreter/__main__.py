@@ -169,12 +169,18 @@ def main() -> None:
     parser.add_argument("--architectures", type=int, nargs="*", default=[], help="these too; nvcc is run for them")
     parser.add_argument("--json", type=Path, help="where to store the tables")
     given = parser.parse_args()
+    if not given.build.is_dir():
+        parser.error(f"build must be the folder that the kernel tests were built in, got {given.build}")
     if not list((given.build / "ptx").glob("*.ptx")):
         print("ptx_interpreter: skipped, the kernel tests were built without nvcc")
         return
     if given.architectures and shutil.which("nvcc") is None:
         parser.error("--architectures needs nvcc on the PATH")
     launches = record(given.build)
+    if not launches:
+        parser.error(
+            f"build must hold emulated tests that launch kernels, got none in {given.build}; run make test-cuda"
+        )
     needs = {name: tensor_cores(kernel) for name, (_, kernel) in load(given.build / "ptx", SOURCES).items()}
     tables, problems = {}, []
     for architecture in [None, *given.architectures]:

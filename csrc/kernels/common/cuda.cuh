@@ -264,6 +264,8 @@ __device__ inline void LetNextBegin() {
 __device__ inline void WaitForPrevious() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
+#elif !defined(__CUDACC__)
+  cuda_emulator::WaitForPrevious();
 #endif
 }
 
