@@ -22,6 +22,8 @@
 #include "kernels/product_matmul/product_matmul_cuda.h"
 #include "kernels/sign_matmul/sign_matmul_cuda.h"
 #include "kernels/sign_pack/sign_pack_cuda.h"
+#include "kernels/xnor_conv2d/xnor_conv2d_cuda.h"
+#include "kernels/xnor_conv_problem.h"
 #include "kernels/xnor_matmul/xnor_matmul_cuda.h"
 
 using namespace tersetorch;
@@ -234,6 +236,17 @@ void TestXnor(const char* name, XnorPath path, Index samples, const std::vector<
   Expect(name, allowed, [&] { return XnorMatmulCudaBy(path, args, nullptr); });
 }
 
+void TestXnorConv(const char* name, XnorConvPath path, XnorOutput output, const std::vector<Allowed>& allowed) {
+  const XnorConvProblem p({1, 128, 8, 8, 64, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1}, rng);
+  DeviceArray<std::uint64_t> x("x", p.split);
+  DeviceArray<std::int32_t> weight("weight", p.packed), thresholds("thresholds", p.thresholds);
+  DeviceArray<std::int32_t> y("y", p.dots.size());
+  XnorConv2dArgs args = p.args;
+  args.x = x.data(), args.weight = weight.data();
+  p.SetOutput(args, output, nullptr, nullptr, thresholds.data(), y.data());
+  Expect(name, allowed, [&] { return XnorConv2dCudaBy(path, args, nullptr); });
+}
+
 void TestSigns() {
   TestXnor("xnor count", XnorPath::kCount, 4, {});
   TestXnor("xnor few", XnorPath::kFew, 16, {});
@@ -246,6 +259,13 @@ void TestSigns() {
             {"to[0] = 0;", 2, 1},
             {"to[1] = 0;", 2, 1},
             {"a.dots[n * a.rows + r] = dot;", 1, 2}});
+  TestXnorConv("xnor conv count", XnorConvPath::kCount, XnorOutput::kDots, {});
+  // A pixel is half a sector, and those of a row of taps may begin with the other half. nvcc stores four words of zeros
+  // at once, and then no banks conflict.
+  const std::vector<Allowed> fragments{{"CopyAsync8(to, x + place.first)", 1, 1.14},
+                                       {"to[0] = to[1] = to[2] = to[3] = 0;", 4, 1}};
+  TestXnorConv("xnor conv fragments", XnorConvPath::kFragments, XnorOutput::kDots, fragments);
+  TestXnorConv("xnor conv bits", XnorConvPath::kFragments, XnorOutput::kBits, fragments);
   const Index rows = 128, words = 9, columns = words * 64, samples = 4;
   DeviceArray<std::uint64_t> weight("weight", Words(rows * words)), bits("bits", samples * words);
   DeviceArray<float> x("x", Random(samples * columns, rng)), y("y", samples * rows);
