@@ -10,6 +10,8 @@
 #include <vector>
 
 #include "emulator.h"
+#include "kernels/bitmap_matmul/bitmap_matmul_cuda.h"
+#include "kernels/bitmap_weight.h"
 #include "kernels/bitplane_matmul/bitplane_matmul_cuda.h"
 #include "kernels/blocked_matmul/blocked_matmul_cuda.h"
 #include "kernels/codebook_embedding/codebook_embedding_cuda.h"
@@ -293,6 +295,56 @@ void TestSigns() {
   });
 }
 
+// ---- bitmaps
+
+void TestBitmap(const char* name, BitmapWay way, Index rows, Index columns, double density, Index samples,
+                const std::vector<Allowed>& allowed) {
+  const RandomBitmap w(rows, columns, density, way, rng);
+  DeviceArray<std::uint64_t> bitmap("bitmap", w.bitmap);
+  DeviceArray<std::int32_t> offsets("offsets", w.row_offsets);
+  DeviceArray<std::uint16_t> halves("values", w.halves);
+  DeviceArray<std::uint8_t> codes("values", w.codes);
+  DeviceArray<float> scales("scales", w.scales), x_scales("x_scales", Random(samples, rng));
+  DeviceArray<std::uint16_t> x("x", DeviceFloats::Halves(Random(samples * columns, rng), FloatDtype::kBFloat16)),
+      y("y", samples * rows);
+  DeviceArray<std::int8_t> quantized("x", Whole<std::int8_t>(samples * columns));
+  BitmapMatmulCudaArgs args{};
+  args.weight = {bitmap.data(), offsets.data(),
+                 nullptr,       way.stored_as,
+                 nullptr,       0,
+                 scales.data(), rows,
+                 columns,       static_cast<Index>(w.values.size())};
+  args.weight.values = way.quantized ? static_cast<const void*>(codes.data()) : halves.data();
+  args.x = way.quantized ? static_cast<const void*>(quantized.data()) : x.data();
+  args.stored_as = FloatDtype::kBFloat16, args.samples = samples, args.y = y.data();
+  if (way.quantized) args.x_scales = x_scales.data();
+  DeviceArray<uint4> scratch("scratch", (BitmapScratchBytes(args) + 15) / 16);
+  args.scratch = scratch.data();
+  Expect(name, allowed, [&] { return BitmapMatmulCuda(args, nullptr); });
+}
+
+void TestBitmaps() {
+  const BitmapWay bfloat16{BitmapValues::kBFloat16, 0, false}, int8{BitmapValues::kInt8, 0, true};
+  // A thread packs numbers that lie side by side, and another walks the words of a row. Lanes load a row's values where
+  // their bits are set, so that what is counted as one request are those of several rows.
+  const std::vector<Allowed> tiles{{"X number = c < columns ? x[c]", 1, 8},
+                                   {"step < steps ? bits[step] : 0", 1, 4},
+                                   {"pairs[i][0] = (own & 1)", 1, 9},
+                                   {"pairs[i][1] = (own & 2)", 1, 9}};
+  TestBitmap("bitmap tiles bfloat16", bfloat16, 64, 256, 0.35, 64, tiles);
+  TestBitmap("bitmap tiles bfloat16 128", bfloat16, 64, 256, 0.35, 128, tiles);
+  TestBitmap("bitmap tiles int8", int8, 64, 256, 0.35, 64, tiles);
+  TestBitmap("bitmap tiles int8 128", int8, 64, 256, 0.35, 128, tiles);
+  // Each lane lists the columns of its word as 16 bits each, from places that random counts before it make; a row's
+  // values begin within a sector, and a column of a panel is half a sector. Two rows: the third of a random bitmap is
+  // dense.
+  const Allowed values{"static_cast<const BFloat16*>(w.values)[k]", 1, 1.6};
+  TestBitmap("bitmap list 10 %", bfloat16, 2, 8192, 0.1, 1, {{"list[place] =", 2.25, 1}, values});
+  TestBitmap("bitmap list 50 %", bfloat16, 2, 8192, 0.5, 1, {{"list[place] =", 3.6, 1}, values});
+  TestBitmap("bitmap list 8 samples", bfloat16, 2, 8192, 0.1, 8,
+             {{"list[place] =", 2.25, 1}, values, {"numbers = panels[of_chunk + list[j]]", 1, 2}});
+}
+
 // ---- fixed point
 
 template <typename T>
@@ -404,6 +456,7 @@ int main() {
   TestCodebooks();
   TestProducts();
   TestSigns();
+  TestBitmaps();
   TestFixedPoint();
   TestCsr("csr 1", 1, {{"sums[0] += damaged ? value : value * ToFloat(x[at])", 1, 4}});
   TestCsr("csr 8", 8, {{"y[(first + lane) * w.rows + r] =", 1, 8}});
