@@ -14,6 +14,7 @@
 #include "kernels/bitmap_weight.h"
 #include "kernels/bitplane_matmul/bitplane_matmul_cuda.h"
 #include "kernels/blocked_matmul/blocked_matmul_cuda.h"
+#include "kernels/codebook_conv2d/codebook_conv2d_cuda.h"
 #include "kernels/codebook_embedding/codebook_embedding_cuda.h"
 #include "kernels/codebook_matmul/codebook_matmul_cuda.h"
 #include "kernels/csr_matmul/csr_matmul_cuda.h"
@@ -24,6 +25,7 @@
 #include "kernels/product_matmul/product_matmul_cuda.h"
 #include "kernels/sign_matmul/sign_matmul_cuda.h"
 #include "kernels/sign_pack/sign_pack_cuda.h"
+#include "kernels/sparse_conv2d/sparse_conv2d_cuda.h"
 #include "kernels/xnor_conv2d/xnor_conv2d_cuda.h"
 #include "kernels/xnor_conv_problem.h"
 #include "kernels/xnor_matmul/xnor_matmul_cuda.h"
@@ -450,6 +452,109 @@ void TestFlat() {
          });
 }
 
+// ---- convolutions
+
+void TestCodebookConv(const char* name, CodebookMode mode, bool windows, const std::vector<Allowed>& allowed) {
+  const Index channels = 16, height = 8, width = 16, outputs = height * width, columns = channels * 9;
+  const Index filters = windows ? 64 : 8, entries = 16;
+  DeviceArray<std::uint8_t> codes("codes",
+                                  Whole<std::uint8_t>(filters * CodeRowBytes(columns, columns, CodeBits(entries))));
+  DeviceArray<float> codebook("codebook", Random(entries, rng)), x("x", Random(channels * outputs, rng)),
+      y("y", filters * outputs), scales("scales", std::vector<float>{1});
+  DeviceArray<std::int8_t> bytes("x", Whole<std::int8_t>(channels * outputs)), tables("tables", Whole<std::int8_t>(16));
+  CodebookConvCudaArgs args{};
+  args.weight = {codes.data(), codebook.data(), entries, false, filters, columns, columns};
+  args.shape = {channels, filters, 1, 3, 3, 1, 1, 1, 1};
+  args.images = 1, args.height = args.out_height = height, args.width = args.out_width = width;
+  args.pad_h = args.pad_w = 1;
+  args.x = mode == CodebookMode::kInt8 ? static_cast<const void*>(bytes.data()) : x.data();
+  args.x_steps = {channels * outputs, outputs, width, 1};
+  // With the channels last, since lanes of the product have a row each.
+  args.y = y.data(), args.y_steps = {filters * outputs, 1, width * filters, filters};
+  if (!windows) args.y_steps = {filters * outputs, outputs, width, 1};
+  args.mode = mode;
+  args.tables = tables.data(), args.table_stride = entries;
+  args.image_scales = args.table_scales = scales.data();
+  if (windows) args.plan = CodebookConvPlanCuda(args);
+  const CodebookConvPlan& plan = args.plan;
+  test::Expect((plan.outputs > 0) == windows, "%s: windows for %ld outputs", name, long{plan.outputs});
+  DeviceArray<uint4> of_windows("windows", plan.outputs * plan.window_stride / 16);
+  DeviceArray<float> window_scales("window_scales", plan.outputs),
+      parts("parts", plan.part_count * plan.outputs * filters);
+  args.windows = of_windows.data(), args.window_scales = window_scales.data(), args.parts = parts.data();
+  Expect(name, allowed, [&] { return CodebookConvCuda(args, nullptr); });
+}
+
+void TestSparseConv(const char* name, ConvMode mode, int splits, bool tiled, const std::vector<Allowed>& allowed) {
+  const Index channels = 16, filters = 16, size = 14, of_row = 36, columns = channels * 9, plane = size * size;
+  std::vector<std::int32_t> offsets, all;
+  for (Index r = 0; r <= filters; ++r) offsets.push_back(static_cast<int>(r * of_row));
+  for (Index k = 0; k < filters * of_row; ++k) all.push_back(static_cast<int>(k % of_row * 4 + rng() % 4));
+  DeviceArray<std::int32_t> row_offsets("offsets", offsets), indices("columns", all);
+  DeviceArray<float> values("values", Random(filters * of_row, rng)), x("x", Random(channels * plane, rng)),
+      y("y", filters * plane);
+  DeviceArray<ConvScale> scales("scales", 1 + filters);
+  ConvCudaArgs args{};
+  args.weight = {row_offsets.data(),
+                 indices.data(),
+                 CsrIndices::kInt32,
+                 values.data(),
+                 CsrValues::kFloat32,
+                 nullptr,
+                 0,
+                 filters,
+                 columns,
+                 filters * of_row};
+  args.shape = {channels, filters, 1, 3, 3, 1, 1, 1, 1};
+  args.images = 1, args.height = args.width = args.out_height = args.out_width = size, args.pad_h = args.pad_w = 1;
+  args.x = x.data(), args.x_steps = {channels * plane, plane, size, 1};
+  args.y = y.data(), args.y_steps = {filters * plane, plane, size, 1};
+  args.mode = mode, args.scales = scales.data();
+  args.plan = ConvPlanCuda(args);
+  test::Expect(args.plan.tiled, "%s: no tiles", name);
+  args.plan.tiled = tiled;
+  if (splits != 0) args.plan.splits = splits;
+  DeviceArray<std::uint8_t> parts("parts", ConvPartsBytes(args));
+  args.parts = parts.data();
+  Expect(name, allowed, [&] { return ConvCuda(args, nullptr); });
+}
+
+void TestConvolutions() {
+  using enum CodebookMode;
+  // Taps begin within a sector, and where they are outside the image, lanes are counted with another tap of others.
+  const Allowed x{"numbers[i] = ToFloat(x[tap.offset])", 1, 1.6};
+  std::vector<Allowed> exact = kExactTiles;
+  exact.push_back(x);
+  TestCodebookConv("codebook conv exact", kExact, true, exact);
+  TestCodebookConv("codebook conv bfloat16", kBFloat16, true, {x});
+  TestCodebookConv("codebook conv int8", kInt8, true, {{"numbers[i] = x[tap.offset]", 1, 3.3}});
+  // Four columns of a filter's codes are half a sector.
+  const Allowed offsets{"x[k] = read ?", 1.06, 1}, codes{"code = words[in_chunk % 16]", 1, 2};
+  TestCodebookConv("codebook conv few exact", kExact, false,
+                   {{"ToFloat(static_cast<const Float*>(a.x)[at])", 1, 1.6}, offsets, codes});
+  TestCodebookConv("codebook conv few int8", kInt8, false,
+                   {{"static_cast<const std::int8_t*>(a.x)[at]", 1, 2.5}, offsets, codes});
+  // Rows and a tile's inputs begin within a sector. A tap is stored as two words, with another between those of a lane.
+  // Two lanes are past the last of 222 outputs, and read the first one beside that of its bank: 8 cycles for 7.
+  std::vector<Allowed> tiles{{"static_cast<const std::int32_t*>(w.col_indices)[k]", 1, 1.4},
+                             {"static_cast<const float*>(w.values)[k]", 1, 1.2},
+                             {"to[c * size + place] = Staged(", 1, 1.2},
+                             {"memory.taps[warp][lane] = {", 1.5, 1},
+                             {"inputs + (places[p] + tap.place)", 1.15, 1}};
+  TestSparseConv("sparse conv", ConvMode::kExact, 0, true, tiles);
+  tiles.push_back({"static_cast<float>(static_cast<int>(total)) * a.scales", 1, 1.1});
+  TestSparseConv("sparse conv int8", ConvMode::kInt8, 2, true, tiles);
+  // Without tiles a tap is stored number by number, 8 words from one lane to the next.
+  TestSparseConv("sparse conv outputs", ConvMode::kExact, 1, false,
+                 {{"static_cast<const std::int32_t*>(w.col_indices)[k]", 1, 1.2},
+                  {"static_cast<const float*>(w.values)[k]", 1, 1.2},
+                  {"static_cast<const decltype(type)*>(floats)[i]", 1, 2},
+                  {"static_cast<Float*>(floats)[i] =", 1, 1.2},
+                  {"taps[thread] = TapAt(", 1.8, 1},
+                  {"h = top + tap.down", 1.01, 1},
+                  {"total += Sums::Product(", 1.25, 1}});
+}
+
 }  // namespace
 
 int main() {
@@ -462,5 +567,6 @@ int main() {
   TestCsr("csr 8", 8, {{"y[(first + lane) * w.rows + r] =", 1, 8}});
   TestBlocked();
   TestFlat();
+  TestConvolutions();
   return Failures() != 0;
 }
