@@ -10,8 +10,11 @@
 #include <vector>
 
 #include "emulator.h"
+#include "kernels/bitmap_matmul/bitmap_matmul_cuda.h"
+#include "kernels/bitmap_weight.h"
 #include "kernels/bitplane_matmul/bitplane_matmul_cuda.h"
 #include "kernels/blocked_matmul/blocked_matmul_cuda.h"
+#include "kernels/codebook_conv2d/codebook_conv2d_cuda.h"
 #include "kernels/codebook_embedding/codebook_embedding_cuda.h"
 #include "kernels/codebook_matmul/codebook_matmul_cuda.h"
 #include "kernels/csr_matmul/csr_matmul_cuda.h"
@@ -22,6 +25,9 @@
 #include "kernels/product_matmul/product_matmul_cuda.h"
 #include "kernels/sign_matmul/sign_matmul_cuda.h"
 #include "kernels/sign_pack/sign_pack_cuda.h"
+#include "kernels/sparse_conv2d/sparse_conv2d_cuda.h"
+#include "kernels/xnor_conv2d/xnor_conv2d_cuda.h"
+#include "kernels/xnor_conv_problem.h"
 #include "kernels/xnor_matmul/xnor_matmul_cuda.h"
 
 using namespace tersetorch;
@@ -234,6 +240,17 @@ void TestXnor(const char* name, XnorPath path, Index samples, const std::vector<
   Expect(name, allowed, [&] { return XnorMatmulCudaBy(path, args, nullptr); });
 }
 
+void TestXnorConv(const char* name, XnorConvPath path, XnorOutput output, const std::vector<Allowed>& allowed) {
+  const XnorConvProblem p({1, 128, 8, 8, 64, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1}, rng);
+  DeviceArray<std::uint64_t> x("x", p.split);
+  DeviceArray<std::int32_t> weight("weight", p.packed), thresholds("thresholds", p.thresholds);
+  DeviceArray<std::int32_t> y("y", p.dots.size());
+  XnorConv2dArgs args = p.args;
+  args.x = x.data(), args.weight = weight.data();
+  p.SetOutput(args, output, nullptr, nullptr, thresholds.data(), y.data());
+  Expect(name, allowed, [&] { return XnorConv2dCudaBy(path, args, nullptr); });
+}
+
 void TestSigns() {
   TestXnor("xnor count", XnorPath::kCount, 4, {});
   TestXnor("xnor few", XnorPath::kFew, 16, {});
@@ -246,6 +263,13 @@ void TestSigns() {
             {"to[0] = 0;", 2, 1},
             {"to[1] = 0;", 2, 1},
             {"a.dots[n * a.rows + r] = dot;", 1, 2}});
+  TestXnorConv("xnor conv count", XnorConvPath::kCount, XnorOutput::kDots, {});
+  // A pixel is half a sector, and those of a row of taps may begin with the other half. nvcc stores four words of zeros
+  // at once, and then no banks conflict.
+  const std::vector<Allowed> fragments{{"CopyAsync8(to, x + place.first)", 1, 1.14},
+                                       {"to[0] = to[1] = to[2] = to[3] = 0;", 4, 1}};
+  TestXnorConv("xnor conv fragments", XnorConvPath::kFragments, XnorOutput::kDots, fragments);
+  TestXnorConv("xnor conv bits", XnorConvPath::kFragments, XnorOutput::kBits, fragments);
   const Index rows = 128, words = 9, columns = words * 64, samples = 4;
   DeviceArray<std::uint64_t> weight("weight", Words(rows * words)), bits("bits", samples * words);
   DeviceArray<float> x("x", Random(samples * columns, rng)), y("y", samples * rows);
@@ -271,6 +295,56 @@ void TestSigns() {
   Expect("sign pack planes", {}, [&] {
     return SignPackPlanesCuda({images.data(), FloatDtype::kFloat32, 1, 64, 96, of_images.data()}, 2, nullptr);
   });
+}
+
+// ---- bitmaps
+
+void TestBitmap(const char* name, BitmapWay way, Index rows, Index columns, double density, Index samples,
+                const std::vector<Allowed>& allowed) {
+  const RandomBitmap w(rows, columns, density, way, rng);
+  DeviceArray<std::uint64_t> bitmap("bitmap", w.bitmap);
+  DeviceArray<std::int32_t> offsets("offsets", w.row_offsets);
+  DeviceArray<std::uint16_t> halves("values", w.halves);
+  DeviceArray<std::uint8_t> codes("values", w.codes);
+  DeviceArray<float> scales("scales", w.scales), x_scales("x_scales", Random(samples, rng));
+  DeviceArray<std::uint16_t> x("x", DeviceFloats::Halves(Random(samples * columns, rng), FloatDtype::kBFloat16)),
+      y("y", samples * rows);
+  DeviceArray<std::int8_t> quantized("x", Whole<std::int8_t>(samples * columns));
+  BitmapMatmulCudaArgs args{};
+  args.weight = {bitmap.data(), offsets.data(),
+                 nullptr,       way.stored_as,
+                 nullptr,       0,
+                 scales.data(), rows,
+                 columns,       static_cast<Index>(w.values.size())};
+  args.weight.values = way.quantized ? static_cast<const void*>(codes.data()) : halves.data();
+  args.x = way.quantized ? static_cast<const void*>(quantized.data()) : x.data();
+  args.stored_as = FloatDtype::kBFloat16, args.samples = samples, args.y = y.data();
+  if (way.quantized) args.x_scales = x_scales.data();
+  DeviceArray<uint4> scratch("scratch", (BitmapScratchBytes(args) + 15) / 16);
+  args.scratch = scratch.data();
+  Expect(name, allowed, [&] { return BitmapMatmulCuda(args, nullptr); });
+}
+
+void TestBitmaps() {
+  const BitmapWay bfloat16{BitmapValues::kBFloat16, 0, false}, int8{BitmapValues::kInt8, 0, true};
+  // A thread packs numbers that lie side by side, and another walks the words of a row. Lanes load a row's values where
+  // their bits are set, so that what is counted as one request are those of several rows.
+  const std::vector<Allowed> tiles{{"X number = c < columns ? x[c]", 1, 8},
+                                   {"step < steps ? bits[step] : 0", 1, 4},
+                                   {"pairs[i][0] = (own & 1)", 1, 9},
+                                   {"pairs[i][1] = (own & 2)", 1, 9}};
+  TestBitmap("bitmap tiles bfloat16", bfloat16, 64, 256, 0.35, 64, tiles);
+  TestBitmap("bitmap tiles bfloat16 128", bfloat16, 64, 256, 0.35, 128, tiles);
+  TestBitmap("bitmap tiles int8", int8, 64, 256, 0.35, 64, tiles);
+  TestBitmap("bitmap tiles int8 128", int8, 64, 256, 0.35, 128, tiles);
+  // Each lane lists the columns of its word as 16 bits each, from places that random counts before it make; a row's
+  // values begin within a sector, and a column of a panel is half a sector. Two rows: the third of a random bitmap is
+  // dense.
+  const Allowed values{"static_cast<const BFloat16*>(w.values)[k]", 1, 1.6};
+  TestBitmap("bitmap list 10 %", bfloat16, 2, 8192, 0.1, 1, {{"list[place] =", 2.25, 1}, values});
+  TestBitmap("bitmap list 50 %", bfloat16, 2, 8192, 0.5, 1, {{"list[place] =", 3.6, 1}, values});
+  TestBitmap("bitmap list 8 samples", bfloat16, 2, 8192, 0.1, 8,
+             {{"list[place] =", 2.25, 1}, values, {"numbers = panels[of_chunk + list[j]]", 1, 2}});
 }
 
 // ---- fixed point
@@ -378,16 +452,121 @@ void TestFlat() {
          });
 }
 
+// ---- convolutions
+
+void TestCodebookConv(const char* name, CodebookMode mode, bool windows, const std::vector<Allowed>& allowed) {
+  const Index channels = 16, height = 8, width = 16, outputs = height * width, columns = channels * 9;
+  const Index filters = windows ? 64 : 8, entries = 16;
+  DeviceArray<std::uint8_t> codes("codes",
+                                  Whole<std::uint8_t>(filters * CodeRowBytes(columns, columns, CodeBits(entries))));
+  DeviceArray<float> codebook("codebook", Random(entries, rng)), x("x", Random(channels * outputs, rng)),
+      y("y", filters * outputs), scales("scales", std::vector<float>{1});
+  DeviceArray<std::int8_t> bytes("x", Whole<std::int8_t>(channels * outputs)), tables("tables", Whole<std::int8_t>(16));
+  CodebookConvCudaArgs args{};
+  args.weight = {codes.data(), codebook.data(), entries, false, filters, columns, columns};
+  args.shape = {channels, filters, 1, 3, 3, 1, 1, 1, 1};
+  args.images = 1, args.height = args.out_height = height, args.width = args.out_width = width;
+  args.pad_h = args.pad_w = 1;
+  args.x = mode == CodebookMode::kInt8 ? static_cast<const void*>(bytes.data()) : x.data();
+  args.x_steps = {channels * outputs, outputs, width, 1};
+  // With the channels last, since lanes of the product have a row each.
+  args.y = y.data(), args.y_steps = {filters * outputs, 1, width * filters, filters};
+  if (!windows) args.y_steps = {filters * outputs, outputs, width, 1};
+  args.mode = mode;
+  args.tables = tables.data(), args.table_stride = entries;
+  args.image_scales = args.table_scales = scales.data();
+  if (windows) args.plan = CodebookConvPlanCuda(args);
+  const CodebookConvPlan& plan = args.plan;
+  test::Expect((plan.outputs > 0) == windows, "%s: windows for %ld outputs", name, long{plan.outputs});
+  DeviceArray<uint4> of_windows("windows", plan.outputs * plan.window_stride / 16);
+  DeviceArray<float> window_scales("window_scales", plan.outputs),
+      parts("parts", plan.part_count * plan.outputs * filters);
+  args.windows = of_windows.data(), args.window_scales = window_scales.data(), args.parts = parts.data();
+  Expect(name, allowed, [&] { return CodebookConvCuda(args, nullptr); });
+}
+
+void TestSparseConv(const char* name, ConvMode mode, int splits, bool tiled, const std::vector<Allowed>& allowed) {
+  const Index channels = 16, filters = 16, size = 14, of_row = 36, columns = channels * 9, plane = size * size;
+  std::vector<std::int32_t> offsets, all;
+  for (Index r = 0; r <= filters; ++r) offsets.push_back(static_cast<int>(r * of_row));
+  for (Index k = 0; k < filters * of_row; ++k) all.push_back(static_cast<int>(k % of_row * 4 + rng() % 4));
+  DeviceArray<std::int32_t> row_offsets("offsets", offsets), indices("columns", all);
+  DeviceArray<float> values("values", Random(filters * of_row, rng)), x("x", Random(channels * plane, rng)),
+      y("y", filters * plane);
+  DeviceArray<ConvScale> scales("scales", 1 + filters);
+  ConvCudaArgs args{};
+  args.weight = {row_offsets.data(),
+                 indices.data(),
+                 CsrIndices::kInt32,
+                 values.data(),
+                 CsrValues::kFloat32,
+                 nullptr,
+                 0,
+                 filters,
+                 columns,
+                 filters * of_row};
+  args.shape = {channels, filters, 1, 3, 3, 1, 1, 1, 1};
+  args.images = 1, args.height = args.width = args.out_height = args.out_width = size, args.pad_h = args.pad_w = 1;
+  args.x = x.data(), args.x_steps = {channels * plane, plane, size, 1};
+  args.y = y.data(), args.y_steps = {filters * plane, plane, size, 1};
+  args.mode = mode, args.scales = scales.data();
+  args.plan = ConvPlanCuda(args);
+  test::Expect(args.plan.tiled, "%s: no tiles", name);
+  args.plan.tiled = tiled;
+  if (splits != 0) args.plan.splits = splits;
+  DeviceArray<std::uint8_t> parts("parts", ConvPartsBytes(args));
+  args.parts = parts.data();
+  Expect(name, allowed, [&] { return ConvCuda(args, nullptr); });
+}
+
+void TestConvolutions() {
+  using enum CodebookMode;
+  // Taps begin within a sector, and where they are outside the image, lanes are counted with another tap of others.
+  const Allowed x{"numbers[i] = ToFloat(x[tap.offset])", 1, 1.6};
+  std::vector<Allowed> exact = kExactTiles;
+  exact.push_back(x);
+  TestCodebookConv("codebook conv exact", kExact, true, exact);
+  TestCodebookConv("codebook conv bfloat16", kBFloat16, true, {x});
+  TestCodebookConv("codebook conv int8", kInt8, true, {{"numbers[i] = x[tap.offset]", 1, 3.3}});
+  // Four columns of a filter's codes are half a sector.
+  const Allowed offsets{"x[k] = read ?", 1.06, 1}, codes{"code = words[in_chunk % 16]", 1, 2};
+  TestCodebookConv("codebook conv few exact", kExact, false,
+                   {{"ToFloat(static_cast<const Float*>(a.x)[at])", 1, 1.6}, offsets, codes});
+  TestCodebookConv("codebook conv few int8", kInt8, false,
+                   {{"static_cast<const std::int8_t*>(a.x)[at]", 1, 2.5}, offsets, codes});
+  // Rows and a tile's inputs begin within a sector. A tap is stored as two words, with another between those of a lane.
+  // Two lanes are past the last of 222 outputs, and read the first one beside that of its bank: 8 cycles for 7.
+  std::vector<Allowed> tiles{{"static_cast<const std::int32_t*>(w.col_indices)[k]", 1, 1.4},
+                             {"static_cast<const float*>(w.values)[k]", 1, 1.2},
+                             {"to[c * size + place] = Staged(", 1, 1.2},
+                             {"memory.taps[warp][lane] = {", 1.5, 1},
+                             {"inputs + (places[p] + tap.place)", 1.15, 1}};
+  TestSparseConv("sparse conv", ConvMode::kExact, 0, true, tiles);
+  tiles.push_back({"static_cast<float>(static_cast<int>(total)) * a.scales", 1, 1.1});
+  TestSparseConv("sparse conv int8", ConvMode::kInt8, 2, true, tiles);
+  // Without tiles a tap is stored number by number, 8 words from one lane to the next.
+  TestSparseConv("sparse conv outputs", ConvMode::kExact, 1, false,
+                 {{"static_cast<const std::int32_t*>(w.col_indices)[k]", 1, 1.2},
+                  {"static_cast<const float*>(w.values)[k]", 1, 1.2},
+                  {"static_cast<const decltype(type)*>(floats)[i]", 1, 2},
+                  {"static_cast<Float*>(floats)[i] =", 1, 1.2},
+                  {"taps[thread] = TapAt(", 1.8, 1},
+                  {"h = top + tap.down", 1.01, 1},
+                  {"total += Sums::Product(", 1.25, 1}});
+}
+
 }  // namespace
 
 int main() {
   TestCodebooks();
   TestProducts();
   TestSigns();
+  TestBitmaps();
   TestFixedPoint();
   TestCsr("csr 1", 1, {{"sums[0] += damaged ? value : value * ToFloat(x[at])", 1, 4}});
   TestCsr("csr 8", 8, {{"y[(first + lane) * w.rows + r] =", 1, 8}});
   TestBlocked();
   TestFlat();
+  TestConvolutions();
   return Failures() != 0;
 }

@@ -10,8 +10,9 @@
 //         says. A warp takes a few filters in turn: its lanes decode 32 non-zeros into places in that copy, then every
 //         non-zero is read by all lanes, each of which multiplies it for up to 8 outputs. Lane after lane reads word
 //         after word: with steps of 1 a tile's outputs are numbered as its inputs lie, row ends included, so that no
-//         banks conflict. Where there are few outputs, several blocks share a filter's channels and leave their sums in
-//         `parts`, which a last kernel adds. Tiles that do not fit take one output a thread and read x where it lies.
+//         banks conflict but for lanes past the last output, which read the first one: 8 cycles for 7 at 14 x 14 and
+//         3 x 3. Where there are few outputs, several blocks share a filter's channels and leave their sums in `parts`,
+//         which a last kernel adds. Tiles that do not fit take one output a thread and read x where it lies.
 // Cost:   a multiply-add costs a word of shared memory, of which a multiprocessor has 32 a cycle: a quarter of what it
 //         could multiply. Row ends are lost: 2 of 16 at 14 columns and 3 x 3. int8 scales come from a kernel before.
 //         Tensor cores, which would multiply the zeros too, need for 256 x 256 channels, 3 x 3, at 14 x 14 and 32
