@@ -211,7 +211,8 @@ void TestShapesByColumns() {
   }
 }
 
-// Tiles of tensor cores: 64 rows, 64 or 128 samples, words of 64 columns, and parts of 8 words or more.
+// Tiles of tensor cores: 64 rows, 64 or 128 samples, words of 64 columns, and parts of 8 words or more. A warp counts
+// 32 words at a time, a block packs 2048 columns of bfloat16 or 4096 of int8.
 void TestTiles() {
   std::mt19937 rng(77);
   const struct {
@@ -222,7 +223,7 @@ void TestTiles() {
   } shapes[] = {{1, 1, 1, 1.0, 10},     {4, 3, 31, 1.0, 9},     {1, 63, 63, 0.3, 17},   {4, 64, 64, 0.6, 63},
                 {1, 65, 65, 0.5, 64},   {4, 17, 0, 0.0, 10},    {4, 5, 127, 0.1, 65},   {1, 16, 129, 0.4, 127},
                 {1, 15, 200, 0.0, 128}, {4, 33, 192, 0.9, 129}, {4, 13, 1023, 0.3, 12}, {1, 67, 1025, 0.1, 9},
-                {4, 3, 1600, 0.5, 66}};
+                {4, 3, 1600, 0.5, 66},  {1, 3, 2200, 0.3, 9},   {4, 2, 4200, 0.2, 9}};
   int turn = 0;
   for (const auto& shape : shapes) {
     const RandomBitmap w(shape.rows, shape.columns, shape.density, kWays[shape.way], rng);
@@ -236,14 +237,18 @@ void TestTiles() {
 // its row alone, and a damaged row is NaN.
 void TestOddTiles() {
   std::mt19937 rng(6);
-  for (const int way : {1, 4}) {
-    RandomBitmap w(9, 1090, 0.3, kWays[way], rng);
+  const struct {
+    int way;
+    Index columns;
+  } cases[] = {{1, 1090}, {4, 1090}, {1, 2200}};
+  for (const auto& one : cases) {
+    RandomBitmap w(9, one.columns, 0.3, kWays[one.way], rng);
     const Index samples = 10, words = BitmapWords(w.columns);
     w.halves[w.row_offsets[5] + 7] = Truncated(INFINITY);
     w.values[w.row_offsets[5] + 7] = INFINITY;
     auto x = Random(samples * w.columns, rng);
     const float odd[samples] = {0, NAN, 0, 0, INFINITY, 0, 0, -INFINITY, 0, NAN};
-    const Index at[samples] = {0, 1089, 0, 0, 17, 0, 0, 1024, 0, 511};
+    const Index at[samples] = {0, w.columns - 1, 0, 0, 17, 0, 0, 1024, 0, 511};
     for (Index n = 0; n < samples; ++n) {
       if (odd[n] != 0) x[n * w.columns + at[n]] = odd[n];
     }
@@ -271,7 +276,7 @@ void TestOddTiles() {
         right &= hit ? std::isnan(y_damaged) : Same(y_damaged, y < 0 ? 0.0f : y);
       }
     }
-    Expect(right, "odd tiles, values %d", static_cast<int>(w.way.stored_as));
+    Expect(right, "odd tiles, %ld columns, values %d", long{w.columns}, static_cast<int>(w.way.stored_as));
   }
 }
 

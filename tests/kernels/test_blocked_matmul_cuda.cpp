@@ -369,6 +369,22 @@ void TestDamage() {
   }
 }
 
+// A block that begins one late and ends one past the non-zeros has as many as its segments say.
+void TestShiftedBlock() {
+  std::mt19937 rng(101);
+  const Index samples = 9;
+  RandomBlocked w(40, 8, 8, 0.4, rng);
+  w.block_offsets = {1, static_cast<std::int32_t>(w.indices.size()) + 1};
+  const auto x = Random(samples * w.columns, rng);
+  for (const BlockedValues values_as : {BlockedValues::kFloat32, BlockedValues::kBFloat16, BlockedValues::kCodes}) {
+    bool right = true;
+    for (const float y : Multiply(w, values_as, FloatDtype::kFloat32, samples, x, nullptr, true)) {
+      right &= std::isnan(y);
+    }
+    Expect(right, "a block past the non-zeros, values %d", static_cast<int>(values_as));
+  }
+}
+
 // More samples than the grid's y axis is given.
 void TestLargeGrids() {
   std::mt19937 rng(7);
@@ -397,6 +413,7 @@ int main() {
     TestInfinities();
     TestRounding();
     TestDamage();
+    TestShiftedBlock();
     TestTooManyBlocks();
     if (first) TestLargeGrids();
     first = false;

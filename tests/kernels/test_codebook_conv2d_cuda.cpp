@@ -48,7 +48,7 @@ Index At(const ConvSteps& steps, Index image, Index channel, Index row, Index co
 }
 
 // With windows for so many outputs at a time, or without.
-void TestOne(const Call& call, std::mt19937& rng, Index wave = 0, Index damaged_filter = -1) {
+void TestOne(const Call& call, std::mt19937& rng, Index wave = 0, Index damaged_filter = -1, Index damaged_column = 0) {
   const ConvShape& s = call.shape;
   const Index rows = s.out_channels, columns = call.Columns(), out_height = call.OutHeight(),
               out_width = call.OutWidth();
@@ -74,11 +74,11 @@ void TestOne(const Call& call, std::mt19937& rng, Index wave = 0, Index damaged_
   }
   std::vector<std::uint8_t> codes(rows * columns);
   for (auto& code : codes) code = static_cast<std::uint8_t>(rng() % call.entries);
+  if (damaged_filter >= 0) codes[damaged_filter * columns + damaged_column] = static_cast<std::uint8_t>(call.entries);
   const int bits = CodeBits(call.entries);
   const Index row_bytes = CodeRowBytes(columns, call.Block(), bits);
   std::vector<std::uint8_t> packed(rows * row_bytes);
   CodebookPack(codes.data(), columns, call.Block(), bits, packed.data(), 0, rows);
-  if (damaged_filter >= 0) packed[damaged_filter * row_bytes] = static_cast<std::uint8_t>(call.entries);  // the first
   std::vector<float> image_scales, table_scales;
   for (Index n = 0; n < call.images; ++n) image_scales.push_back(ImageScale(n));
   for (Index o = 0; o < rows; ++o) table_scales.push_back(scale_of_row(o));
@@ -199,9 +199,9 @@ void TestAll() {
   for (const auto mode : {CodebookMode::kExact, CodebookMode::kInt8}) {
     Call call = cases[1];
     call.mode = mode;
-    TestOne(call, rng, 0, 3);
+    for (const Index column : {Index{0}, Index{5}, call.Columns() - 1}) TestOne(call, rng, 0, 3, column);
     call.shape.out_channels = 10;
-    TestOne(call, rng, 0, 9);
+    TestOne(call, rng, 0, 9, 5);
   }
   // Windows: around the words and outputs of a block and the tiles of codebook_matmul, in several waves and parts.
   struct {
@@ -229,7 +229,7 @@ void TestAll() {
   for (const auto mode : {CodebookMode::kExact, CodebookMode::kBFloat16, CodebookMode::kInt8}) {
     Call call = of_windows[0].call;
     call.mode = mode;
-    TestOne(call, rng, 64, 66);
+    for (const Index column : {Index{0}, Index{5}, call.Columns() - 1}) TestOne(call, rng, 64, 66, column);
   }
 }
 

@@ -148,7 +148,10 @@ void TestDamage(Index columns, Index samples, Tables kind, std::mt19937& rng) {
     if (kind == Tables::kRows && entries == 200) continue;
     Problem p(70, columns, entries, kind, rng);
     for (auto& code : p.codes) code = std::max<std::uint8_t>(code, 1);
-    p.codes[66 * columns + columns - 1] = static_cast<std::uint8_t>(entries);
+    // Those of different lanes.
+    for (const Index at : {3 * columns + 5, 20 * columns + columns - 30, 66 * columns + columns - 1}) {
+      p.codes[at] = static_cast<std::uint8_t>(entries);
+    }
     CodebookPack(p.codes.data(), columns, p.column_block, CodeBits(entries), p.packed.data(), 0, p.rows);
     const auto x = Random(samples * columns, rng);
     for (const auto mode : {CodebookMode::kExact, CodebookMode::kBFloat16, CodebookMode::kInt8}) {
@@ -159,9 +162,10 @@ void TestDamage(Index columns, Index samples, Tables kind, std::mt19937& rng) {
       }
       const auto got = Multiply(p, mode, FloatDtype::kFloat32, samples, true, x, std::vector<float>(p.rows, 0.0f));
       for (Index i = 0; i < static_cast<Index>(got.size()); ++i) {
-        Expect(std::isnan(got[i]) == (i % p.rows == 66) && !std::isinf(got[i]),
-               "damage, mode %d, row %ld, %ld entries, %ld samples", static_cast<int>(mode), long{i % p.rows},
-               long{entries}, long{samples});
+        const Index r = i % p.rows;
+        Expect(std::isnan(got[i]) == (r == 3 || r == 20 || r == 66) && !std::isinf(got[i]),
+               "damage, mode %d, row %ld, %ld entries, %ld samples", static_cast<int>(mode), long{r}, long{entries},
+               long{samples});
       }
     }
   }

@@ -124,16 +124,22 @@ void TestNotFinite(std::mt19937& rng) {
   }
 }
 
-// Rows with such a code become NaN, the others stay.
+// Rows with such a code become NaN in every sample, the others stay. Of many tables the last is not in the first split.
 void TestDamage(std::mt19937& rng) {
-  for (const Index entries : {5, 100}) {
-    RandomProduct w({70, 9, 2, entries, 1, false}, rng);
-    w.SetCode(66, 3, static_cast<std::uint8_t>(entries));
-    const auto x = Random(9, rng);
-    for (const bool quantized : {false, true}) {
-      const auto got = Multiply(w, FloatDtype::kFloat32, 1, quantized, true, x, std::vector<float>(w.shape.rows, 0.0f));
-      for (Index r = 0; r < w.shape.rows; ++r) {
-        Expect(std::isnan(got[r]) == (r == 66), "damage, row %ld, %ld entries", long{r}, long{entries});
+  const ProductShape shapes[] = {
+      {70, 9, 2, 5, 1, false}, {70, 9, 2, 100, 1, false}, {67, 300, 2, 5, 1, false}, {67, 300, 2, 250, 1, false}};
+  for (const ProductShape& s : shapes) {
+    RandomProduct w(s, rng);
+    w.SetCode(66, w.tables - 1, static_cast<std::uint8_t>(s.entries));
+    for (const Index samples : {1, 3, 9}) {
+      const auto x = Random(samples * s.columns, rng);
+      for (const bool quantized : {false, true}) {
+        const auto got =
+            Multiply(w, FloatDtype::kFloat32, samples, quantized, true, x, std::vector<float>(s.rows, 0.0f));
+        for (Index i = 0; i < samples * s.rows; ++i) {
+          Expect(std::isnan(got[i]) == (i % s.rows == 66), "damage, row %ld of %ld columns, %ld entries, %ld samples",
+                 long{i % s.rows}, long{s.columns}, long{s.entries}, long{samples});
+        }
       }
     }
   }

@@ -319,12 +319,17 @@ void TestDamage() {
   const Index pixels = call.height * call.width, filters = good.shape.out_channels;
   Call shared = call;
   shared.splits = 3;
-  const std::vector<float> wanted[] = {Run(good, call, x, nullptr), Run(good, shared, x, nullptr)};
+  Call integer = shared;
+  integer.mode = ConvMode::kInt8;
+  const Call calls[] = {call, shared, integer};
+  const std::vector<float> wanted[] = {Run(good, call, x, nullptr), Run(good, shared, x, nullptr),
+                                       Run(good, integer, x, nullptr)};
   const auto expect = [&](const Weight& bad, const std::vector<Index>& damaged, const char* what) {
-    for (const bool relu : {false, true}) {
-      Call own = relu ? shared : call;
+    for (const int way : {0, 1, 2}) {
+      const bool relu = way == 1;
+      Call own = calls[way];
       own.relu = relu;
-      const std::vector<float>& want = wanted[relu];
+      const std::vector<float>& want = wanted[way];
       const auto got = Run(bad, own, x, nullptr);
       bool right = true;
       for (Index i = 0; i < static_cast<Index>(got.size()); ++i) {
@@ -332,7 +337,7 @@ void TestDamage() {
         const bool is_damaged = std::find(damaged.begin(), damaged.end(), filter) != damaged.end();
         right &= is_damaged ? std::isnan(got[i]) : got[i] == (relu && want[i] < 0 ? 0 : want[i]);
       }
-      Expect(right, "%s, relu %d", what, relu);
+      Expect(right, "%s, mode %d, relu %d", what, static_cast<int>(own.mode), relu);
     }
   };
   const Index last = good.nnz() - 1, columns = good.columns;
@@ -362,6 +367,19 @@ void TestDamage() {
   --end.row_offsets.back();
   expect(first, {0}, "offsets that do not start at 0");
   expect(end, {filters - 1}, "offsets that do not end at nnz");
+  // Columns out of order, in blocks of channels that are not shared alike: the filter is NaN, or each counts once.
+  for (const Index distance : {Index{20}, Index{40}, Index{60}}) {
+    Weight bad = good;
+    const Index k = good.row_offsets[1];
+    std::swap(bad.col_indices[k], bad.col_indices[k + distance]);
+    std::swap(bad.codes[k], bad.codes[k + distance]);
+    const auto got = Run(bad, integer, x, nullptr);
+    bool right = true;
+    for (Index i = 0; i < static_cast<Index>(got.size()); ++i) {
+      right &= got[i] == wanted[2][i] || (i / pixels % filters == 1 && std::isnan(got[i]));
+    }
+    Expect(right, "columns %ld apart swapped", long{distance});
+  }
   Weight no_channels = good;
   no_channels.shape.in_channels = no_channels.columns = 0;
   const auto none = Run(no_channels, call, {}, nullptr);
