@@ -165,7 +165,7 @@ def test_refuses():
 
     for error, message, changes in (
         (TypeError, "x must be a tensor, got list", {"x": [1.0]}),
-        (TypeError, "x must be float32 or bfloat16 or int64", {"x": x.double()}),
+        (TypeError, "x must be float32, bfloat16 or int64", {"x": x.double()}),
         (TypeError, "weight must be int32", {"weight": arguments["weight"].long()}),
         (TypeError, "thresholds must be int32", {"thresholds": torch.zeros(40)}),
         (ValueError, r"x must be \[N, 70, H, W\] or \[70, H, W\], got shape \(2, 69, 6, 7\)", {"x": x[:, 1:]}),

@@ -106,7 +106,7 @@ def test_refuses():
 
     for error, message, changes in (
         (TypeError, "x must be a tensor, got list", {"x": [1.0]}),
-        (TypeError, "x must be float32 or bfloat16 or int64", {"x": x.double()}),
+        (TypeError, "x must be float32, bfloat16 or int64", {"x": x.double()}),
         (TypeError, "weight must be int64", {"weight": sizes["weight"].int()}),
         (TypeError, "thresholds must be int32", {"thresholds": torch.zeros(20)}),
         (ValueError, r"x must be \[..., 70\], got shape \(3, 69\)", {"x": x[:, 1:]}),
