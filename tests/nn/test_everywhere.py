@@ -138,7 +138,7 @@ def test_threads_share_a_layer(kind):
 
 
 def answers(kinds, pipe):
-    """In a worker process: what each layer gives. One thread, as in DataLoader's workers: OpenMP's do not outlive a fork."""
+    """In a worker process: what each layer gives; one thread, as DataLoader's have: OpenMP's do not outlive a fork."""
     torch.set_num_threads(1)
     outputs = []
     for kind in kinds:
