@@ -76,8 +76,9 @@ test-cuda: venv
 	TERSETORCH_RECORD_LAUNCHES=$(KERNEL_TESTS)/launches \
 	  python -m pytest -p cuda_emulator.pretend_device tests/ops/test_*_cuda.py
 	ctest --test-dir $(KERNEL_TESTS) --parallel 2 --output-on-failure -R _cuda$$
-	PYTHONPATH=tests python -m ptx_interpreter $(KERNEL_TESTS) $(OTHER_ARCHITECTURES)
-	.ci/check_cuda_kernels $(KERNEL_REPORT)
+	PYTHONPATH=tests python -m ptx_interpreter $(KERNEL_TESTS) $(OTHER_ARCHITECTURES) >$(KERNEL_TESTS)/ptx.log 2>&1 & \
+	  ptx=$$!; .ci/check_cuda_kernels $(KERNEL_REPORT); kernels=$$?; wait $$ptx; ptx=$$?; \
+	  cat $(KERNEL_TESTS)/ptx.log; exit $$((kernels || ptx))
 
 # The library built against one torch serves later ones.
 test-newest-torch: venv

@@ -24,7 +24,7 @@ def fuzz(*arguments):
 @pytest.mark.parametrize(
     "targets,seconds",
     [
-        (("files", "coders", "recipes"), 5),
+        (("files", "coders", "recipes"), 2),
         pytest.param(("files",), 120, marks=pytest.mark.slow),
         pytest.param(("coders", "recipes"), 60, marks=pytest.mark.slow),
     ],

@@ -2,11 +2,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 SCRIPT = Path(__file__).with_name("killed_ranks.py")
 
 
+@pytest.mark.slow
 def test_a_killed_rank_goes_on_from_the_last_checkpoint_to_the_same_bits(tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
     command = [*torchrun, "--monitor-interval=0.1", SCRIPT, tmp_path]

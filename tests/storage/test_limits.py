@@ -81,7 +81,7 @@ ITEMS = {
 
 
 @pytest.mark.parametrize("item", ITEMS)
-@pytest.mark.parametrize("size", [container.FREE_HEADER, container.HEADER_CAP])
+@pytest.mark.parametrize("size", [container.FREE_HEADER, pytest.param(container.HEADER_CAP, marks=pytest.mark.slow)])
 def test_what_a_header_may_take_follows_from_the_size_of_the_file(tmp_path, item, size):
     path = tmp_path / "m.terse"
     start, text, end = ITEMS[item]

@@ -27,6 +27,7 @@ def small_mnist(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_torchrun_shares_the_trainings_and_rank_0_alone_prints_and_stores(small_mnist):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = [*torchrun, "-m", "tersetorch.bench.reproduce", "lenet_300_100", "--quick", "--seed=0"]
