@@ -501,7 +501,10 @@ cudaError_t Launch(const cudaLaunchConfig_t& launch_config, const Kernel& launch
   ++launch_count;
   last_stream = launch_config.stream;
   last_device = device_now;
-  if (!Launchable()) return cudaErrorInvalidConfiguration;
+  if (!Launchable()) {
+    // As cudaLaunchKernelEx of CUDA 13 answers for a grid of no blocks.
+    return config->gridDim.x == 0 ? cudaErrorInvalidValue : cudaErrorInvalidConfiguration;
+  }
   blockDim = launch_config.blockDim;
   gridDim = launch_config.gridDim;
   ready.clear();
