@@ -48,6 +48,8 @@ BENCHES = (
     *FLAT_BENCHES,
     *FIXED_BENCHES,
 )
+# A family is in the record of the card that measured its kernels of today.
+GPU_RECORDS = ("bench_cuda_h100.json", "bench_cuda_h200.json")
 # (case, density, batch) of the README's rows.
 HEADLINES = (
     ("alexnet fc6", 0.09, 1),
@@ -457,8 +459,8 @@ def _load(name: str) -> dict[str, Any]:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "gpu_machine": lambda: cuda_tables.machine(_load("bench_cuda.json")),
-    "gpu_speeds": lambda: cuda_tables.all_speeds(_load("bench_cuda.json")),
+    "gpu_machines": lambda: cuda_tables.machines(*map(_load, GPU_RECORDS)),
+    "gpu_speeds": lambda: cuda_tables.all_speeds(*map(_load, GPU_RECORDS)),
     "cuda_compiler": lambda: kernel_tables.compiler(_load("cuda_kernels.json")),
     "cuda_opcodes": lambda: kernel_tables.opcodes(_load("cuda_kernels.json")),
     "cuda_resources": lambda: kernel_tables.resources(_load("cuda_kernels.json")),

@@ -22,15 +22,17 @@ TITLES: dict[Family, str] = {
 }
 
 
-def machine(stored: Record) -> str:
-    """The GPU and what torch reaches on it, in one line."""
-    facts, rates = stored["machine"], stored["machine"]["rates"]
-    gops = ", ".join(f"{rate / 1e3:,.0f} TOP/s {mode}" for mode, rate in rates["gops"].items())
-    return (
-        f"{rates['gpu']}, CUDA {rates['cuda']}, torch {facts['torch']}; copies {rates['copy_gbytes_per_s']:,.0f} GB/s "
-        f"(read and written), products of large matrices {gops}, an all but empty kernel in a graph "
-        f"{1e3 * rates['launch_ms']:.2f} us\n"
-    )
+def machines(*stored: Record) -> str:
+    """A line for each GPU: what torch reaches on it."""
+    lines = []
+    for facts, rates in ((one["machine"], one["machine"]["rates"]) for one in stored):
+        gops = ", ".join(f"{rate / 1e3:,.0f} TOP/s {mode}" for mode, rate in rates["gops"].items())
+        lines.append(
+            f"- {rates['gpu']}, CUDA {rates['cuda']}, torch {facts['torch']}: copies {rates['copy_gbytes_per_s']:,.0f} "
+            f"GB/s (read and written), products of large matrices {gops}, an all but empty kernel in a graph "
+            f"{1e3 * rates['launch_ms']:.2f} us\n"
+        )
+    return "".join(lines)
 
 
 def speeds(stored: Record, family: Family) -> str:
@@ -54,10 +56,14 @@ def speeds(stored: Record, family: Family) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def all_speeds(stored: Record) -> str:
-    """The tables of every family that was measured, each under its title."""
-    measured = {record["suite"] for record in stored["records"]}
-    return "\n".join(f"### {TITLES[family]}\n{speeds(stored, family)}" for family in FAMILIES if family in measured)
+def all_speeds(*stored: Record) -> str:
+    """The tables of every family that was measured, each under its title and its GPU."""
+    of_family = {record["suite"]: one for one in stored for record in one["records"]}
+    return "\n".join(
+        f"### {TITLES[family]} ({of_family[family]['machine']['rates']['gpu']})\n{speeds(of_family[family], family)}"
+        for family in FAMILIES
+        if family in of_family
+    )
 
 
 def _cell(record: Record | None, fastest: Record) -> str:

@@ -11,7 +11,7 @@
 //         (bitmap_tiles_cuda.h).
 // Cost:   bytes = rows * columns / 8 + values' bytes + 8 * rows, and x and y; operations = 2 * nnz * samples.
 //         AlexNet's fc7 [4096, 4096], 35 % in bfloat16, one sample on an H100: 13.8 MB, 5.7 us at 2.41 TB/s; took
-//         18.7 us, 30 %: listing a word's columns bounds it. Tiles: see their header, not measured.
+//         18.7 us, 30 %: listing a word's columns bounds it. Tiles: see their header.
 // Order:  every sum has one order of summation; quantized products give the bits that they give on the CPU.
 #pragma once
 

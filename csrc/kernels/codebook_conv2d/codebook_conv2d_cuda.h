@@ -15,9 +15,10 @@
 //         and read once for each 128 filters, by 98 blocks that are all there at once: 24, 12 and 6 us to write at the
 //         2.4 TB/s of an H100, less where they stay in its 50 MB of second cache level. Operations: 7.4 thousand
 //         million, 180, 29 and 19 us at the 41, 256 and 380 thousand a nanosecond that codebook_matmul reached there,
-//         and 98 blocks occupy 98 of 132 multiprocessors: 240, 37 and 26. So products bound it; 270, 50 and 35 us are
-//         to be expected with their windows. Not measured. The other way took 691, 717 and 706 us: a column costs a
-//         thread one load and two comparisons beside its 8 multiply-adds. Rows have less than 2^32 columns.
+//         and 98 blocks occupy 98 of 132 multiprocessors: 240, 37 and 26. So products bound it, and 270, 50 and 35 us
+//         were expected with their windows. An H200 took 325, 106 and 97 us: 74, 47 and 36 % of that; the rest is not
+//         profiled. The other way took 691, 717 and 706 us on an H100: a column costs a thread one load and two
+//         comparisons beside its 8 multiply-adds. Rows have less than 2^32 columns.
 // Safety: a code is compared with the entries before it is used. A kernel cannot return a status without making the
 //         caller wait, so a filter with a code outside its table is NaN, in every image.
 // Order:  every sum has one order of summation; int8 gives the bits that it gives on the CPU.
