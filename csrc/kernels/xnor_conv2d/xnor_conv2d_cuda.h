@@ -13,10 +13,10 @@
 //         of and.popc at 19,480 a clock and multiprocessor. A warp's 4 words of 32 pixels and 32 filters are 16
 //         products of fragments, 108 clocks of its tensor core, beside 12 reads of shared memory and some 60 other
 //         instructions; blocks read 14.5 MB from the second cache level. So y's bytes bound it, or for bits the start
-//         and the first words' way. An H200 (2.76 TB/s) took 19.9 us for int32, 24 %, and 21.5 for bits; 14.0 and 17.5 for
-//         256 channels at 14 x 14 and 512 at 7 x 7, where the lanes that count took 132 and 112, and 177 here, on an
-//         H100. What holds the blocks back was not profiled: gathering words between two barriers, it seems, since 512
-//         channels, whose products are as many and whose y is a sixteenth, take nearly as long.
+//         and the first words' way. An H200 (2.76 TB/s) took 19.9 us for int32, 24 %, and 21.5 for bits; 14.0 and 17.5
+//         for 256 channels at 14 x 14 and 512 at 7 x 7, where the lanes that count took 132 and 112, and 177 here, on
+//         an H100. What holds the blocks back was not profiled: gathering words between two barriers, it seems, since
+//         512 channels, whose products are as many and whose y is a sixteenth, take nearly as long.
 #pragma once
 
 #include <cstdint>
