@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -64,22 +65,26 @@ def rounded(x: Tensor, values: Rounding | None, gradients: Rounding | None, near
     bits are counted.
     """
     if x.requires_grad and torch.is_grad_enabled():
-        return cast(Tensor, _apply(x, values, gradients, nearest))
+        return _in_python(_apply, x, values, gradients, nearest)
     if values is None:
         return x
-    return _nearest(x, values) if nearest else cast(Tensor, _call(values, x))
+    return _nearest(x, values) if nearest else _in_python(_call, values, x)
 
 
-# What torch.compile leaves to Python.
-_eager: Any = torch.compiler.disable(reason="fixed_point counts the random bits of training in Python")
+def _in_python(call: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """call(*arguments), which torch.compile leaves to Python."""
+    if torch.compiler.is_compiling():
+        # What says so to the compiler imports it, for two seconds that only those who compile shall spend.
+        from tersetorch.methods.quantize.uncompiled import uncompiled
+
+        return cast(Tensor, uncompiled(call, *arguments))
+    return call(*arguments)
 
 
-@_eager
 def _apply(x: Tensor, values: Rounding | None, gradients: Rounding | None, nearest: bool) -> Tensor:
     return cast(Tensor, _Rounded.apply(x, values, gradients, nearest))
 
 
-@_eager
 def _call(values: Rounding, x: Tensor) -> Tensor:
     return values(x)
 
