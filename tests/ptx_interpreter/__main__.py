@@ -9,6 +9,7 @@ and passes.
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,12 @@ from ptx_interpreter.parse import Kernel, Module
 from ptx_interpreter.replay import Name, Outcome, load, replay_all, tensor_cores, unknown_instructions
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.append(str(ROOT / ".ci"))
+from cuda_kernels.reading import tool  # noqa: E402
+
+# What is always replayed: it has tensor cores for every kernel that uses any.
+ARCHITECTURE = 90
+OBJECTS = Path("CMakeFiles", "cuda_objects.dir")
 SOURCES = {file.stem for file in ROOT.glob("csrc/kernels/*/*_cuda.cu")}
 
 
@@ -44,25 +51,25 @@ def record(build: Path) -> list[recordings.Recording]:
     return launches
 
 
-def compile_for(architecture: int, folder: Path) -> None:
-    """Makes PTX of every kernel file, where it is older than the sources."""
+def make_ptx(build: Path, architecture: int, folder: Path) -> None:
+    """Makes PTX of every kernel file: what its object holds, else what nvcc makes, if that is not there yet."""
     folder.mkdir(exist_ok=True)
     newest = max(file.stat().st_mtime for file in (ROOT / "csrc" / "kernels").rglob("*") if file.is_file())
-    command = [
-        "nvcc",
-        "-std=c++17",
-        "-O3",
-        "-DNDEBUG",
-        "-I",
-        str(ROOT / "csrc"),
-        "-ptx",
-        f"-arch=compute_{architecture}",
-    ]
+    nvcc = re.search(r"^CMAKE_CUDA_COMPILER:\w+=(.*)$", (build / "CMakeCache.txt").read_text(), re.MULTILINE)
+    assert nvcc is not None
+    compile_it = [nvcc[1], "-std=c++17", "-O3", "-DNDEBUG", "-I", ROOT / "csrc", "-ptx", f"-arch=compute_{architecture}"]
+    extract = [tool("cuobjdump"), "-xptx", f"sm_{architecture}"]
 
     def one(source: Path) -> None:
-        to = folder / f"{source.stem}.ptx"
-        if not to.exists() or to.stat().st_mtime < newest:
-            subprocess.run([*command, "-o", to, source], check=True)
+        made = folder / f"{source.stem}.ptx"
+        for old in folder.glob(f"{source.name}.*.ptx"):
+            old.unlink()
+        built = (build / OBJECTS / source.relative_to(ROOT)).with_name(f"{source.name}.o")
+        subprocess.run([*extract, built], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+        if list(folder.glob(f"{source.name}.*.ptx")):
+            made.unlink(missing_ok=True)
+        elif not made.exists() or made.stat().st_mtime < newest:
+            subprocess.run([*compile_it, "-o", made, source], check=True)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(one, sorted((ROOT / "csrc" / "kernels").glob("*/*_cuda.cu"))))
@@ -166,30 +173,28 @@ def main() -> None:
     """Exits with 1 if anything is wrong."""
     parser = argparse.ArgumentParser(prog="ptx_interpreter", description=__doc__)
     parser.add_argument("build", type=Path)
-    parser.add_argument("--architectures", type=int, nargs="*", default=[], help="these too; nvcc is run for them")
+    parser.add_argument("--architectures", type=int, nargs="*", default=[], help="these too")
     parser.add_argument("--json", type=Path, help="where to store the tables")
     given = parser.parse_args()
     if not given.build.is_dir():
         parser.error(f"build must be the folder that the kernel tests were built in, got {given.build}")
-    if not list((given.build / "ptx").glob("*.ptx")):
-        print("ptx_interpreter: skipped, the kernel tests were built without nvcc")
+    build = given.build.resolve()
+    if not (build / OBJECTS).is_dir():
+        print("ptx_interpreter: skipped, the package was built without nvcc")
         return
-    if given.architectures and shutil.which("nvcc") is None:
-        parser.error("--architectures needs nvcc on the PATH")
-    launches = record(given.build)
+    launches = record(build)
     if not launches:
         parser.error(
             f"build must hold emulated tests that launch kernels, got none in {given.build}; run make test-cuda"
         )
-    needs = {name: tensor_cores(kernel) for name, (_, kernel) in load(given.build / "ptx", SOURCES).items()}
-    tables, problems = {}, []
-    for architecture in [None, *given.architectures]:
-        folder = given.build / "ptx"
-        if architecture is not None:
-            folder = given.build / f"ptx_{architecture}"
-            compile_for(architecture, folder)
-        rows, wrong = check(folder, launches, needs, makes_mistakes=architecture is None)
-        tables[str(architecture or "built")] = rows
+    tables, problems, needs = {}, [], {}
+    for architecture in [ARCHITECTURE, *given.architectures]:
+        folder = build / f"ptx_{architecture}"
+        make_ptx(build, architecture, folder)
+        if architecture == ARCHITECTURE:
+            needs = {name: tensor_cores(kernel) for name, (_, kernel) in load(folder, SOURCES).items()}
+        rows, wrong = check(folder, launches, needs, makes_mistakes=architecture == ARCHITECTURE)
+        tables[str(architecture)] = rows
         problems += wrong
     if given.json:
         given.json.write_text(json.dumps(tables, indent=1) + "\n")

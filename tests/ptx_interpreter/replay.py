@@ -32,9 +32,9 @@ class Outcome:
 
 
 def load(folder: Path, sources: set[str]) -> dict[Name, tuple[Module, Kernel]]:
-    """The kernels of csr_matmul_cuda.ptx or, of several architectures, csr_matmul_cuda.compute_90.ptx, ..."""
+    """The kernels of csr_matmul_cuda.ptx or, out of an object, csr_matmul_cuda.cu.1.sm_90.ptx."""
     kernels = {}
-    for file in sorted(folder.glob("*.ptx"), key=lambda file: file.name.endswith("90.ptx")):  # the last one stays
+    for file in sorted(folder.glob("*.ptx")):
         if file.name.split(".")[0] not in sources:  # left from one that is gone
             continue
         module = parse(file.read_text())
