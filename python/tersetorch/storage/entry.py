@@ -96,6 +96,7 @@ FORMS = {
     "affine": ("scales", "offsets", "codes"),
     "scaled": ("codebook", "scales", "codes"),
 }
+FIELDS = "sdfnkwuhimbtogcvx"
 # Forms that name how many codes there are.
 CODED = ("codebook", "codebooks", "vectors", "sparse-codebook", "integers", "affine", "scaled")
 # Forms of runs of weights that have a scale each.
@@ -259,7 +260,7 @@ class Entry:
         Raises:
             TerseFileError: a field is unknown, missing or out of range, or the fields contradict each other.
         """
-        data = fields.check_keys(data, "a tensor", set("sdfnkwuhimbtogcvx"))
+        data = fields.check_keys(data, "a tensor", set(FIELDS))
         sizes = fields.items(data.get("s"), "a shape")
         shape = tuple(fields.integer(size, "a dimension", 0, fields.MAX_SIZE) for size in sizes[:65])
         if len(sizes) > 64 or math.prod(shape) >= fields.MAX_SIZE // 2:

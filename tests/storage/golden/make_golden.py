@@ -3,7 +3,10 @@ version1_layouts.terse: every layout, and the sparse convolutions; version2.ters
 version2_packed_codes.terse: layers of codes as first written; version2_plain_codes.terse: as written now;
 version2_signs.terse: rows of two values, and layers of signs; version2_vectors.terse: dense layers whose rows share
 sub-vectors or are sums of shared rows; version2_codebooks.terse: dense weights with a table for each row or block of
-columns; version2_integers.terse: dense weights that were integers; version2_fixed.terse: layers in fixed point.
+columns; version2_integers.terse: dense weights that were integers; version2_fixed.terse: layers in fixed point;
+version2_coders.terse: the coders and dtypes that no file before it had; version2_layers.terse: the same of our layers.
+Of kinds whose modules are many or large, so that they are no seeds of fuzzing: kinds/version2_torch.terse and
+kinds/version2_zoo.terse.
 
 Run once for each version of the format and each new kind of layer; a file is then never written again.
 """
@@ -13,18 +16,25 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from tersetorch.formats import CodebookWeight, FixedFormat, FixedWeight, SignWeight
+from tersetorch import zoo
+from tersetorch.formats import CodebookWeight, FixedFormat, FixedWeight, ProductWeight, SignWeight
 from tersetorch.formats.vector_codes import VectorCodes, decode, note_codes
-from tersetorch.methods.binarize import ShiftBatchNorm1d, Sign
+from tersetorch.methods.binarize import ShiftBatchNorm1d, ShiftBatchNorm2d, Sign
 from tersetorch.nn import (
     BinaryConv2d,
     BinaryLinear,
+    ClusteredConv2d,
     CodebookConv2d,
     CodebookEmbedding,
     CodebookLinear,
     FixedPointConv2d,
     FixedPointLinear,
+    FlattenedConv2d,
+    LowRankConv2d,
+    LowRankLinear,
+    ProductConv2d,
     ProductLinear,
+    ResidualConv2d,
     ResidualLinear,
     SignMaxPool2d,
     SparseCodebookConv1d,
@@ -285,6 +295,143 @@ def fixed():
     ).eval()
 
 
+def filled(module):
+    """A module whose parameters and buffers are numbers, but for those that count or order something."""
+    with torch.no_grad():
+        for tensor in (*module.parameters(), *module.buffers()):
+            if tensor.is_floating_point():
+                tensor.copy_(numbers(*tensor.shape))
+    return module
+
+
+def rare():
+    """The model in the file of coders."""
+
+    def of_sums(rows, steps, least):
+        """A weight float32(float32(code scale) + offset), of a scale and an offset for each run of a row."""
+        return (codes(rows, 64, 16) * steps + least).reshape(rows, 64)
+
+    def halves(rows, size, least):
+        """Numbers with as few bits as float16 has."""
+        return (numbers(rows, 1) * size + least).half().float()
+
+    def of_rows(rows, columns, negative):
+        """Rows of one magnitude each; of the signs this share is negative."""
+        signs = (torch.arange(rows * columns) * 7919 % 1000 < 1000 * negative).reshape(rows, columns)
+        return torch.where(signs, -1.0, 1.0) * (numbers(rows, 1) + 1)
+
+    # Codes that their neighbours tell.
+    near = (torch.arange(16)[:, None] // 4 + torch.arange(32) // 4) % 8
+    quantiles = torch.tensor(NF4)
+    large = torch.arange(9).reshape(3, 3) + (1 << 15) - 4
+    others = {
+        "f8e4": numbers(5, 3).to(torch.float8_e4m3fn),
+        "f8e5": numbers(5, 3).to(torch.float8_e5m2),
+        "c64": torch.complex(numbers(3, 4), numbers(4, 3).T),
+        "c128": torch.complex(numbers(3, 4), numbers(4, 3).T).to(torch.complex128),
+        "u64": (large * large).to(torch.uint64),
+        "u32": (large * 9973).to(torch.uint32),
+        "u16": large.to(torch.uint16),
+    }
+    return nn.ModuleList(
+        [
+            dense(of_sums(2, torch.tensor([[1.0], [3.0]]) * 2**-20, (numbers(2, 1) * 2**23).round() / 2**24 + 1)),
+            dense(of_sums(400, halves(400, 0.01, 0.02), halves(400, 1, 0))),
+            dense(of_rows(400, 64, 0.5)),
+            dense(of_rows(16, 640, 0.04)),
+            dense((near - 3) * (numbers(16, 1) * 0.001 + 0.0015)),
+            dense(quantiles[2 * near] * halves(16, 0.01, 0.02)),
+            dense(numbers(16, 8).gather(1, near)),
+            nn.ParameterDict({name: nn.Parameter(tensor, requires_grad=False) for name, tensor in others.items()}),
+        ]
+    ).eval()
+
+
+def others_of_ours():
+    """The model in the file of layers."""
+    products = ProductWeight.from_codes(codes(12, 4, 5), numbers(1, 4, 9, 5), 36)
+    sums = ProductWeight.from_codes(codes(10, 3, 6), numbers(3, 1, 27, 6), 27)
+    clusters = ClusteredConv2d(6, 8, 3, (3, 2), in_clusters=2, out_clusters=4, padding=1, form="svd")
+    clusters.input_order.copy_(torch.tensor([3, 0, 5, 1, 4, 2]))
+    return nn.ModuleList(
+        [
+            filled(LowRankLinear(20, 12, 3)),
+            filled(LowRankConv2d(5, 7, (3, 2), 4, stride=2, padding=1, form="separable", padding_mode="reflect")),
+            filled(clusters),
+            filled(ClusteredConv2d(4, 6, 3, out_clusters=3, bias=False, form="monochromatic")),
+            filled(FlattenedConv2d(3, 6, (3, 5), padding=(1, 2), stages=2, rank=2, relu=True)),
+            ProductConv2d(products, numbers(12), kernel_size=3, padding=1, relu=True),
+            ResidualConv2d(sums, kernel_size=3, stride=2),
+            filled(ShiftBatchNorm2d(5, momentum=0.2)),
+        ]
+    ).eval()
+
+
+PLAIN_OF_TORCH = """
+    Identity ReLU6 CELU ELU SELU SiLU Mish GLU Sigmoid LogSigmoid Tanh Tanhshrink Hardsigmoid Hardswish Hardtanh
+    Hardshrink Softshrink Softplus Softsign Softmax2d LeakyReLU RReLU PReLU ReLU
+    Dropout Dropout1d Dropout2d Dropout3d AlphaDropout FeatureAlphaDropout CosineSimilarity PairwiseDistance
+    L1Loss MSELoss SmoothL1Loss HuberLoss BCELoss BCEWithLogitsLoss NLLLoss CrossEntropyLoss KLDivLoss PoissonNLLLoss
+    GaussianNLLLoss CTCLoss SoftMarginLoss MultiLabelMarginLoss MultiLabelSoftMarginLoss MultiMarginLoss
+    HingeEmbeddingLoss CosineEmbeddingLoss MarginRankingLoss TripletMarginLoss ModuleDict ParameterList
+"""
+OF_TWO = """
+    MaxPool1d MaxPool2d MaxPool3d AvgPool1d AvgPool2d AvgPool3d MaxUnpool1d MaxUnpool2d MaxUnpool3d
+    AdaptiveAvgPool1d AdaptiveAvgPool2d AdaptiveAvgPool3d AdaptiveMaxPool1d AdaptiveMaxPool2d AdaptiveMaxPool3d
+    ReflectionPad1d ReflectionPad2d ReflectionPad3d ReplicationPad1d ReplicationPad2d ReplicationPad3d
+    ZeroPad1d ZeroPad2d ZeroPad3d CircularPad1d CircularPad2d CircularPad3d
+    BatchNorm1d BatchNorm3d SyncBatchNorm InstanceNorm1d InstanceNorm2d InstanceNorm3d
+    PixelShuffle PixelUnshuffle ChannelShuffle LocalResponseNorm UpsamplingNearest2d UpsamplingBilinear2d
+    Softmax Softmin LogSoftmax
+"""
+
+
+def of_torch():
+    """The model in the file of torch's modules."""
+    sizes = (3, 4, 2)
+    layer = {"d_model": 4, "nhead": 2, "dim_feedforward": 3}
+    modules = [
+        *(getattr(nn, name)() for name in PLAIN_OF_TORCH.split()),
+        *(getattr(nn, name)(2) for name in OF_TWO.split()),
+        *(getattr(nn, name)(1, 0.5) for name in ("ConstantPad1d", "ConstantPad2d", "ConstantPad3d", "Threshold")),
+        *(getattr(nn, name)(1.5, 2) for name in ("LPPool1d", "LPPool2d", "LPPool3d")),
+        *(getattr(nn, name)(*sizes) for name in ("Bilinear", "Conv3d", "RNN", "LSTM", "GRU")),
+        *(getattr(nn, f"ConvTranspose{dims}d")(*sizes, stride=2) for dims in (1, 2, 3)),
+        *(getattr(nn, name)(3, 4, bias=False) for name in ("RNNCell", "LSTMCell", "GRUCell")),
+        *(nn.FractionalMaxPool2d(2, output_size=3), nn.FractionalMaxPool3d(2, output_ratio=0.5)),
+        *(nn.Flatten(0, 1), nn.Unflatten(1, (2, 3)), nn.Fold((4, 5), 2), nn.Unfold(2), nn.Upsample(scale_factor=2)),
+        *(nn.EmbeddingBag(5, 3, mode="sum"), nn.GroupNorm(2, 4), nn.LayerNorm([2, 3]), nn.RMSNorm(3, eps=0.25)),
+        *(nn.MultiheadAttention(4, 2, kdim=3, vdim=5), nn.MultiheadAttention(4, 2).out_proj),
+        *(nn.TransformerDecoderLayer(**layer, norm_first=True), nn.TransformerDecoderLayer(**layer, activation="gelu")),
+        nn.TransformerEncoder(nn.TransformerEncoderLayer(**layer, batch_first=True), 2),
+        nn.TransformerDecoder(nn.TransformerDecoderLayer(**layer), 1),
+        nn.Transformer(4, 2, 1, 1, 3),
+    ]
+    return filled(nn.ModuleList(modules)).eval()
+
+
+def of_the_zoo():
+    """The model in the file of networks; AlexNet and VGG16 have no small form."""
+    networks = nn.ModuleList(
+        [
+            zoo.LeNet300100(4, 3),
+            zoo.LeNet5(3, dropout=0.25),
+            zoo.CifarResNet(8, 3),
+            zoo.MobileNet(0.01, 3),
+            zoo.SqueezeNet("1.1", 3, "simple"),
+            zoo.FireNet(3, fires=2, base_e=8, incr_e=8, squeeze_ratio=0.5, pooled=(1,), first=(4, 3, 2)),
+            zoo.BinaryMLP(6, 3, 8, "sign", True),
+            zoo.BinaryVGG(3, 2, "stochastic sign"),
+            zoo.FlattenedCNN(1, 16, 3, (4, 5, 6), 7),
+            zoo.Transformer(5, 4, 1, 2, 3),
+        ]
+    )
+    with torch.no_grad():
+        for parameter in networks.parameters():
+            parameter.fill_(0.25)
+    return networks.eval()
+
+
 # Limits that make small tensors take the coders of large ones.
 SMALL = {"MAX_CONTEXT_BITS": 3000, "MAX_NUMBERS": 300}
 
@@ -297,7 +444,12 @@ if __name__ == "__main__":
     files |= {"version2_packed_codes": (products, None), "version2_plain_codes": (coded, None)}
     files |= {"version2_signs": (signs, None), "version2_vectors": (vectors, None)}
     files |= {"version2_codebooks": (tables, None), "version2_integers": (quantized, None)}
-    files["version2_fixed"] = (fixed, None)
+    files |= {
+        "version2_fixed": (fixed, None),
+        "version2_coders": (rare, None),
+        "version2_layers": (others_of_ours, None),
+    }
+    files |= {"kinds/version2_torch": (of_torch, None), "kinds/version2_zoo": (of_the_zoo, None)}
     for name, (network, notes) in files.items():
         path = folder / f"{name}.terse"
         if not path.exists():
