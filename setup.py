@@ -12,6 +12,7 @@ from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.egg_info import egg_info
 
 ROOT = Path(__file__).parent.resolve()
 
@@ -94,6 +95,15 @@ def version_suffix() -> str:
     return f"+cuda{release[1]}"
 
 
+class EggInfo(egg_info):
+    """Adds the suffix to the version that pyproject.toml names."""
+
+    def finalize_options(self) -> None:
+        """Sets it here: the setup.cfg inside an sdist, which asks for none, is read after setup()'s own options."""
+        self.tag_build = SUFFIX
+        super().finalize_options()
+
+
 class CMakeBuild(build_ext):
     """Puts the three native pieces into the package. TERSETORCH_CUDA=1 or 0 builds or leaves out the CUDA kernels."""
 
@@ -129,6 +139,7 @@ class CMakeBuild(build_ext):
 
 
 torch_version()
+SUFFIX = version_suffix()
 setup(
     packages=[
         *find_packages("python"),
@@ -137,6 +148,5 @@ setup(
     ],
     package_dir={"": "python", "tersetorch.bench": "bench"},
     ext_modules=[Extension("tersetorch._native", sources=[])],
-    cmdclass={"build_ext": CMakeBuild},
-    options={"egg_info": {"tag_build": version_suffix()}},
+    cmdclass={"build_ext": CMakeBuild, "egg_info": EggInfo},
 )

@@ -1,4 +1,4 @@
-"""Wheels with and without CUDA, built from a copy of the tree, and what runs from them on this machine's torch.
+"""The wheels with and without CUDA, what is in them, and what runs from them on this machine's torch.
 
 Two builds, of which one with nvcc for one architecture: 160 s of CPU time where ccache has the C++ files, most of it
 nvcc and doctor; 12 minutes beside ten other processes on two cores.
@@ -6,6 +6,7 @@ nvcc and doctor; 12 minutes beside ten other processes on two cores.
 
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -14,8 +15,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
-ROOT = Path(__file__).parent.parent.parent
 pytestmark = pytest.mark.slow
 # What any Linux with a C++ runtime has, torch, and our own pieces.
 ALLOWED = {"libtersetorch_core", "libtorch_cpu", "libstdc++", "libgcc_s", "libm", "libc", "ld-linux-x86-64"}
@@ -34,40 +35,14 @@ print(json.dumps({
 """
 
 
-@pytest.fixture(scope="module")
-def tree(tmp_path_factory):
-    """A copy of what the repository holds, so that this tree's own build stays as it is."""
-    copy = tmp_path_factory.mktemp("tree")
-    for name in ("csrc", "python", "bench"):
-        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info"))
-    for name in (
-        "CMakeLists.txt",
-        "LICENSE",
-        "MANIFEST.in",
-        "README.md",
-        "constraints.txt",
-        "pyproject.toml",
-        "setup.py",
-    ):
-        shutil.copy(ROOT / name, copy)
-    return copy
-
-
-@pytest.fixture(scope="module", params=["0", "1"])
-def wheel(request, tree, tmp_path_factory):
-    """(whether with CUDA, path): what the documented command makes."""
-    if request.param == "1" and not shutil.which("nvcc"):
+@pytest.fixture(scope="module", params=[False, True], ids=["cpu", "cuda"])
+def wheel(request, dist):
+    """(whether with CUDA, path)."""
+    found = [path for path in dist.glob("*.whl") if ("+cuda" in path.name) == request.param]
+    if request.param and not found and not shutil.which("nvcc"):
         pytest.skip("no nvcc")
-    folder = tmp_path_factory.mktemp("dist")
-    environment = {"TERSETORCH_CUDA": request.param, "CUDAARCHS": "90"}
-    if ccache := shutil.which("ccache"):
-        environment |= {f"CMAKE_{language}_COMPILER_LAUNCHER": ccache for language in ("CXX", "CUDA")}
-        environment |= {"CCACHE_BASEDIR": str(tree), "CCACHE_NOHASHDIR": "1"}
-    command = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", folder, tree]
-    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (path,) = folder.iterdir()
-    return request.param == "1", path
+    (path,) = found
+    return request.param, path
 
 
 @pytest.fixture(scope="module")
@@ -89,10 +64,29 @@ def run(installed, *arguments):
     return json.loads(done.stdout)
 
 
-def test_the_name_tells_the_wheels_apart(wheel):
+def test_the_name_says_what_it_runs_on(wheel):
+    """_native is built for one version of Python, everything for this processor and glibc from some version on."""
     cuda, path = wheel
-    assert re.fullmatch(r"tersetorch-\d+\.\d+\.\d+(\+cuda\d+)?-cp\d+-cp\d+-linux_\w+\.whl", path.name)
-    assert ("+cuda" in path.name) == cuda
+    this = f"cp{sys.version_info.major}{sys.version_info.minor}"
+    version = r"\d+\.\d+\.\d+" + (r"\+cuda\d+" if cuda else "")
+    assert re.fullmatch(rf"tersetorch-{version}-{this}-{this}-manylinux_\d+_\d+_{platform.machine()}\.whl", path.name)
+
+
+def test_it_holds_the_package_and_nothing_else(wheel, tree):
+    _, path = wheel
+    with zipfile.ZipFile(path) as archive:
+        names = {name for name in archive.namelist() if not name.endswith("/")}
+        metadata = archive.read(next(name for name in names if name.endswith("/METADATA"))).decode()
+    info = {name for name in names if name.partition("/")[0].endswith(".dist-info")}
+    package = {f.relative_to(tree / "python").as_posix() for f in (tree / "python").rglob("*") if f.is_file()}
+    bench = {f"tersetorch/bench/{f.relative_to(tree / 'bench').as_posix()}" for f in (tree / "bench").rglob("*.py")}
+    egg = {name for name in package if ".egg-info/" in name}
+    native = {name for name in names if name.endswith(".so")}
+    results = {name for name in names if name.startswith("tersetorch/bench/") and not name.endswith(".py")}
+    assert {Path(name).name for name in info} >= {"METADATA", "WHEEL", "RECORD", "LICENSE", "entry_points.txt"}
+    assert names - info - native - results == package - egg | bench
+    assert len(native) == 3
+    assert re.search(r"^Requires-Dist: torch>=2\.13$", metadata, re.MULTILINE) and "Requires-Python: >=3.11" in metadata
 
 
 def test_it_runs_on_this_torch(wheel, installed):
@@ -113,8 +107,7 @@ def test_doctor_says_what_was_built(wheel, installed):
     assert all(check["ok"] for checks in facts["checks"].values() for check in checks)
 
 
-def test_it_needs_no_library_of_cuda_and_is_of_a_sane_size(wheel, installed):
-    cuda, path = wheel
+def test_it_needs_no_library_of_cuda_names_no_path_and_is_of_a_sane_size(wheel, installed, tree, building):
     pieces = sorted((installed / "tersetorch").glob("*.so"))
     assert len(pieces) == 3
     for piece in pieces:
@@ -122,6 +115,7 @@ def test_it_needs_no_library_of_cuda_and_is_of_a_sane_size(wheel, installed):
         needed = set(re.findall(r"\(NEEDED\).*\[([^\]]+?)\.so", told))
         assert needed <= ALLOWED, piece.name
         assert re.findall(r"\((?:RUNPATH|RPATH)\).*\[(.*)\]", told) == ["$ORIGIN"]
-    assert path.stat().st_size < (12 if cuda else 5) * 2**20
-    names = zipfile.ZipFile(path).namelist()
-    assert not [name for name in names if not name.startswith(("tersetorch/", "tersetorch-"))]
+        content = piece.read_bytes()
+        for path in (tree, building["TMPDIR"], torch.__path__[0]):
+            assert str(path).encode() not in content, f"{piece.name} contains {path}"
+    assert wheel[1].stat().st_size < (12 if wheel[0] else 5) * 2**20
