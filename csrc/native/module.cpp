@@ -23,8 +23,12 @@ py::list CpuLevels() {
 py::dict BuildFacts() {
   py::dict facts;
   facts["compiler"] = __VERSION__;
+  facts["build_type"] = TERSETORCH_BUILD_TYPE;
   facts["torch"] = TERSETORCH_BUILD_TORCH;
-  // Empty where the CUDA kernels were not built.
+  // The oldest torch that has everything the ops call.
+  facts["torch_abi"] = TERSETORCH_BUILD_TORCH_ABI;
+  // Both empty where the CUDA kernels were not built.
+  facts["cuda_compiler"] = TERSETORCH_BUILD_CUDA_COMPILER;
   facts["cuda_architectures"] = py::str(TERSETORCH_BUILD_CUDA_ARCHITECTURES).attr("split")();
   return facts;
 }

@@ -5,7 +5,10 @@ from numpy.typing import NDArray
 
 class BuildFacts(TypedDict):
     compiler: str
+    build_type: str
     torch: str
+    torch_abi: str
+    cuda_compiler: str
     cuda_architectures: list[str]
 
 def cpu_detected() -> str: ...

@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import metadata, version
 
 import pytest
 import torch
@@ -11,6 +12,15 @@ from safetensors.torch import save_file
 import tersetorch as tt
 from tersetorch import _native
 from tersetorch.cli.shape import parse_shape
+
+# Public names, which stay: docs/design.md, Versions.
+DOCTOR_FACTS = [
+    *("tersetorch", "package_folder", "python", "platform", "cpu", "cpus", "threads"),
+    *("torch", "built_against_torch", "torch_abi", "compiler", "build_type", "native_pieces"),
+    *("file_versions_read", "file_version_written"),
+    *("compiled_levels", "levels", "active_level", "level_is_forced", "missing_for_level"),
+    *("cuda_architectures", "cuda_compiler", "torch_cuda", "missing_for_cuda", "packages", "checks"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -173,9 +183,33 @@ def test_doctor_checks_every_level(tersetorch):
     assert facts["levels"] + list(facts["missing_for_level"]) == ["scalar", "avx2", "avx512", "avx512bf16"]
     assert facts["cuda_architectures"] == _native.build_facts()["cuda_architectures"]
     assert (facts["missing_for_cuda"] is None) == bool(facts["cuda_architectures"] and torch.cuda.is_available())
+    assert list(facts) == DOCTOR_FACTS
+    build = _native.build_facts()
+    assert (facts["torch"], facts["torch_abi"], facts["build_type"]) == (torch.__version__, "2.13", "Release")
+    assert bool(facts["cuda_compiler"]) == bool(build["cuda_architectures"])
+    assert facts["file_version_written"] in facts["file_versions_read"] == [1, 2]
+    assert facts["active_level"] in facts["levels"] and len(facts["native_pieces"]) == 3
+    assert facts["packages"]["numpy"] == {"version": version("numpy"), "extras": []}
+    assert facts["packages"]["onnx"] == {"version": version("onnx"), "extras": ["bench", "onnx"]}
     for checks in facts["checks"].values():
         assert {check["case"] for check in checks} >= {"float32", "bfloat16", "codebook", "gradient of x"}
         assert all(check["ok"] and check["max_error"] <= check["bound"] for check in checks)
+
+
+def test_doctor_knows_every_extra_but_dev_and_says_what_is_missing(monkeypatch, capsys):
+    from tersetorch.cli import doctor
+
+    assert {*doctor.EXTRAS, "dev"} == set(metadata("tersetorch").get_all("Provides-Extra"))
+    monkeypatch.setattr(doctor, "_check", lambda level: [])
+    known = doctor._version
+    monkeypatch.setattr(doctor, "_version", lambda name: None if name in ("h5py", "rich") else known(name))
+    doctor.doctor(as_json=False)
+    told = " ".join(capsys.readouterr().out.split())
+    assert "h5py: not installed; needed for tersetorch.storage.read_larq (pip install 'tersetorch[larq]')" in told
+    assert "rich: not installed; needed for tersetorch itself" in told
+    assert (
+        f"torch {torch.__version__}; built against" in told and "files of version 1 and 2 are read, 2 written" in told
+    )
 
 
 def test_doctor_fails_when_an_op_is_wrong(monkeypatch):

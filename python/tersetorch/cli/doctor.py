@@ -2,9 +2,11 @@
 
 import json
 import os
+import platform
+import re
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +17,11 @@ from rich.table import Table
 
 import tersetorch
 from tersetorch import _native
+from tersetorch.conversion.machine import machine_facts
 from tersetorch.ops.self_check import check_ops
+from tersetorch.storage.container import VERSION, VERSIONS
+
+PACKAGE = Path(tersetorch.__file__).parent
 
 # What /proc/cpuinfo calls the instructions of each level.
 LEVEL_FLAGS = {
@@ -34,13 +40,13 @@ LEVEL_FLAGS = {
     ],
     "avx512bf16": ["avx512_bf16"],
 }
+# What needs the packages of each optional dependency; those of "dev" are for who changes the project.
 EXTRAS = {
-    "matplotlib": "pictures (pip install 'tersetorch[report]')",
-    "scikit-learn": "the demo's data without a download (pip install 'tersetorch[demo]')",
-    **{
-        peer: "a peer of the benches (pip install 'tersetorch[bench]')"
-        for peer in ("scipy", "onnxruntime", "openvino", "ai-edge-litert")
-    },
+    "report": "pictures and pages of reports",
+    "demo": "tersetorch demo",
+    "bench": "peers of tersetorch bench",
+    "larq": "tersetorch.storage.read_larq",
+    "onnx": "tersetorch.storage.export_onnx",
 }
 CHECK_PROGRAM = "import json, sys; from tersetorch.ops.self_check import check_ops; json.dump(check_ops(), sys.stdout)"
 
@@ -59,26 +65,40 @@ def doctor(
 
 
 def examine() -> dict[str, Any]:
-    """Facts of the build and the machine, and the checks of every level."""
+    """Facts of the build and the machine, and the checks of every level; public names, which stay."""
+    build = _native.build_facts()
     present = _native.cpu_levels()
     flags = _cpu_flags()
     return {
         "tersetorch": tersetorch.__version__,
-        "torch": torch.__version__,
-        "built_against_torch": _native.build_facts()["torch"],
-        "compiler": _native.build_facts()["compiler"],
+        "package_folder": str(PACKAGE),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": machine_facts()["cpu"],
+        "cpus": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
-        "native_pieces": {piece.name: piece.stat().st_size for piece in Path(tersetorch.__file__).parent.glob("*.so")},
+        "torch": torch.__version__,
+        "built_against_torch": build["torch"],
+        "torch_abi": build["torch_abi"],
+        "compiler": build["compiler"],
+        "build_type": build["build_type"],
+        "native_pieces": {piece.name: piece.stat().st_size for piece in sorted(PACKAGE.glob("*.so"))},
+        "file_versions_read": [int(each) for each in VERSIONS],
+        "file_version_written": VERSION,
+        "compiled_levels": list(LEVEL_FLAGS),
         "levels": present,
         "active_level": _native.cpu_active(),
+        "level_is_forced": _native.cpu_forced(),
         "missing_for_level": {
             level: [flag for flag in needed if flag not in flags]
             for level, needed in LEVEL_FLAGS.items()
             if level not in present
         },
-        "cuda_architectures": _native.build_facts()["cuda_architectures"],
+        "cuda_architectures": build["cuda_architectures"],
+        "cuda_compiler": build["cuda_compiler"] or None,
+        "torch_cuda": torch.version.cuda,
         "missing_for_cuda": _missing_for_cuda(),
-        "missing_extras": {name: use for name, use in EXTRAS.items() if not _installed(name)},
+        "packages": _packages(),
         "checks": {level: _check(level) for level in present},
     }
 
@@ -117,19 +137,42 @@ def _cpu_flags() -> set[str]:
     return next((set(line.split(":")[1].split()) for line in lines if line.startswith("flags")), set())
 
 
-def _installed(distribution: str) -> bool:
+def _packages() -> dict[str, dict[str, Any]]:
+    """Versions of what the package asks for, None for what is missing, and the extras that need it; none: all of it."""
+    found: dict[str, dict[str, Any]] = {}
+    for requirement in requires("tersetorch") or []:
+        name = re.split(r"[^\w.-]", requirement)[0]
+        extra = re.search(r"extra == ['\"](\w+)['\"]", requirement)
+        if extra is not None and extra[1] not in EXTRAS:
+            continue
+        package = found.setdefault(name, {"version": _version(name), "extras": []})
+        package["extras"] += [extra[1]] if extra else []
+    return found
+
+
+def _version(distribution: str) -> str | None:
     try:
-        version(distribution)
+        return version(distribution)
     except PackageNotFoundError:
-        return False
-    return True
+        return None
 
 
 def _print(facts: dict[str, Any]) -> None:
     console = Console()
     console.print(
-        f"tersetorch {facts['tersetorch']} on torch {facts['torch']} (built against {facts['built_against_torch']}, "
-        f"{facts['compiler']}), {facts['threads']} threads"
+        f"tersetorch {facts['tersetorch']} in {facts['package_folder']}: files of version "
+        f"{' and '.join(map(str, facts['file_versions_read']))} are read, {facts['file_version_written']} written",
+        markup=False,
+    )
+    console.print(
+        f"torch {facts['torch']}; built against {facts['built_against_torch']} for {facts['torch_abi']} and later by "
+        f"{facts['compiler']}, {facts['build_type']}",
+        markup=False,
+    )
+    console.print(
+        f"Python {facts['python']}, {facts['platform']}, {facts['cpu']}: {facts['cpus']} CPUs, "
+        f"{facts['threads']} threads",
+        markup=False,
     )
     table = Table("level", "op", "case", "largest error", "allowed", "")
     for level, checks in facts["checks"].items():
@@ -144,6 +187,13 @@ def _print(facts: dict[str, Any]) -> None:
         reason = f"this CPU lacks {', '.join(missing)}" if missing else "the level before it is missing"
         console.print(f"{level}: not run, {reason}")
     built = ", ".join(f"sm_{architecture}" for architecture in facts["cuda_architectures"])
-    console.print(f"cuda: kernels for {built or 'no device'}; {facts['missing_for_cuda'] or 'a device is there'}")
-    for name, use in facts["missing_extras"].items():
-        console.print(f"{name}: not installed; needed for {use}", markup=False)
+    compiler = f" by {facts['cuda_compiler']}" if facts["cuda_compiler"] else ""
+    console.print(
+        f"cuda: kernels for {built or 'no device'}{compiler}; {facts['missing_for_cuda'] or 'a device is there'}"
+    )
+    found = {name: package["version"] for name, package in facts["packages"].items() if package["version"]}
+    console.print(f"installed: {', '.join(f'{name} {number}' for name, number in found.items())}", markup=False)
+    for name, package in facts["packages"].items():
+        if name not in found:
+            uses = " and ".join(f"{EXTRAS[extra]} (pip install 'tersetorch[{extra}]')" for extra in package["extras"])
+            console.print(f"{name}: not installed; needed for {uses or 'tersetorch itself'}", markup=False)

@@ -1,11 +1,11 @@
 """Does it give one native op a Python face? A public function, a fake kernel, an autograd formula; a file per op."""
 
 from tersetorch.ops._load import load_native
-from tersetorch.ops._native_op import native_op
 
 load_native()
 
-# The files below register on what was just loaded.
+# The files below need torch, and register on what was just loaded.
+from tersetorch.ops._native_op import native_op  # noqa: E402
 from tersetorch.ops.bitmap_columns_matmul import (  # noqa: E402
     bitmap_columns_matmul,
     bitmap_columns_matmul_inference,
