@@ -26,7 +26,7 @@ def torch_version() -> str:
     if found == "none" or tuple(map(int, found.split(".")[:2])) < (2, 13):
         raise SystemExit(
             f"tersetorch: the build needs torch >= 2.13 in this environment, found {found}; run "
-            "'pip install torch==2.13.0 setuptools cmake ninja pybind11', then 'pip install --no-build-isolation .'"
+            "'pip install torch==2.13.0 setuptools cmake ninja pybind11', then install again with --no-build-isolation"
         )
     return found
 

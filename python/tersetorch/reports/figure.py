@@ -15,6 +15,7 @@ def figure_class(where: str) -> Any:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ModuleNotFoundError(
-            f"{where}: the picture must be drawn by matplotlib, got no such package; run pip install 'tersetorch[demo]'"
+            f"{where}: the picture must be drawn by matplotlib, got no such package; "
+            "run pip install 'tersetorch[report]'"
         ) from error
     return Figure
