@@ -22,7 +22,11 @@ py::list CpuLevels() {
 
 py::dict BuildFacts() {
   py::dict facts;
-  facts["compiler"] = __VERSION__;
+#ifdef __clang__
+  facts["compiler"] = __VERSION__;  // names itself
+#else
+  facts["compiler"] = "GCC " __VERSION__;
+#endif
   facts["build_type"] = TERSETORCH_BUILD_TYPE;
   facts["torch"] = TERSETORCH_BUILD_TORCH;
   // The oldest torch that has everything the ops call.

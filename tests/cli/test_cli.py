@@ -205,8 +205,8 @@ def test_doctor_knows_every_extra_but_dev_and_says_what_is_missing(monkeypatch, 
     monkeypatch.setattr(doctor, "_version", lambda name: None if name in ("h5py", "rich") else known(name))
     doctor.doctor(as_json=False)
     told = " ".join(capsys.readouterr().out.split())
-    assert "h5py: not installed; needed for tersetorch.storage.read_larq (pip install 'tersetorch[larq]')" in told
-    assert "rich: not installed; needed for tersetorch itself" in told
+    assert "not installed: h5py; needed for tersetorch.storage.read_larq (pip install 'tersetorch[larq]')" in told
+    assert "not installed: rich; needed for tersetorch itself" in told
     assert (
         f"torch {torch.__version__}; built against" in told and "files of version 1 and 2 are read, 2 written" in told
     )
