@@ -110,6 +110,9 @@ def _goals() -> Iterator[Goal]:
     yield from _binary_goals()
     yield from _flat_goals()
     yield from _rounding_goals()
+    for case in ("LeNet-300-100", "LeNet-5"):
+        where = {"suite": "production", "case": case, "pattern": "compiled", "batch": 1}
+        yield Goal(f"{case} converted, batch 1, each in its fastest form", where, ("torch dense*",), plain, (), (1,))
     for batch in (1, 16):
         where = {"case": "SqueezeNet of Deep Compression", "batch": batch}
         yield Goal(f"SqueezeNet as published, batch {batch}", where, ("torch dense*",), plain, (), (1.3,))

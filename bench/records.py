@@ -26,7 +26,7 @@ from .implementations import LeftOut
 from .options import Options
 from .peers import PEERS
 from .rates import Rates, caches_kib
-from .suites import binary, binary_networks, codebook, coders, fixed, flat, networks, product, sparse
+from .suites import binary, binary_networks, codebook, coders, fixed, flat, networks, product, production, sparse
 
 Record = dict[str, Any]
 
@@ -56,6 +56,7 @@ SUITES: dict[str, tuple[Any, type[Any]]] = {
     "flat": (flat.groups, flat.Flattened),
     "coders": (coders.groups, coders.Coders),
     "networks": (networks.groups, networks.Networks),
+    "production": (production.groups, production.Production),
 }
 # With --device cuda.
 CUDA_SUITES: dict[str, tuple[Any, type[Any]]] = {

@@ -12,7 +12,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from . import flat_tables
+from . import flat_tables, production_tables
 from .comparisons import MODES, Reached, Record, break_even, by_case, fastest, reached
 from .cuda import kernel_tables
 from .cuda import tables as cuda_tables
@@ -40,6 +40,7 @@ BINARY_BENCHES = ("bench_binary_1_thread.json", "bench_binary_2_threads.json", "
 # In processes of their own: how large tensors get their pages depends on what ran before.
 FLAT_BENCHES = ("bench_flat_1_thread.json", "bench_flat_2_threads.json")
 FIXED_BENCHES = ("bench_fixed_1_thread.json", "bench_fixed_2_threads.json")
+PRODUCTION_BENCHES = ("bench_production_1_thread.json", "bench_production_2_threads.json")
 BENCHES = (
     "bench_1_thread.json",
     "bench_2_threads.json",
@@ -47,6 +48,7 @@ BENCHES = (
     *BINARY_BENCHES,
     *FLAT_BENCHES,
     *FIXED_BENCHES,
+    *PRODUCTION_BENCHES,
 )
 # A family is in the record of the card that measured its kernels of today.
 GPU_RECORDS = ("bench_cuda_h100.json", "bench_cuda_h200.json")
@@ -481,6 +483,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "fixed_speeds": lambda: flat_tables.fixed_speeds(_records()),
     "fixed_roundings": lambda: flat_tables.fixed_roundings(_records()),
     "coder_speeds": coder_speeds,
+    "production_compiled": lambda: production_tables.compiled(_records()),
+    "production_called": lambda: production_tables.called(_records()),
+    "production_loaded": lambda: production_tables.loaded(_records()),
     "machine": machine,
     "machine_rates": machine_rates,
     "goals": goals,

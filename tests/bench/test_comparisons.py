@@ -9,6 +9,7 @@ from tersetorch.bench.flat_peers import FLAT
 from tersetorch.bench.implementations import MAX_ERROR
 from tersetorch.bench.ours import OURS
 from tersetorch.bench.peers import PEERS
+from tersetorch.bench.production_networks import NETWORKS
 from tersetorch.bench.suites import fixed, flat
 from tersetorch.bench.suites.binary_networks import Group
 
@@ -59,6 +60,7 @@ def test_goals_name_cases_and_peers_that_exist():
     peers += ["torch dense", *(row.name for rows in BINARY.values() for row in rows), *(row.name for row in FLAT)]
     peers += fixed.ROUNDINGS
     others = {"SqueezeNet of Deep Compression", Group(4096, 1).case, fixed.Group().label}
+    others |= {network.name for network in NETWORKS}
     patterns = {flat.FRESH, flat.KEPT, fixed.FRESH, fixed.KEPT}
     for goal in GOALS:
         assert goal.where["case"] in {*CASES, *FLATS, *others}
