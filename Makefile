@@ -102,7 +102,7 @@ bench: venv
 	  run="env $(UNDISTURBED) tersetorch bench --threads $${threads%%_*} --json bench/results"; \
 	  $$run/bench_$$threads.json sparse networks && $$run/bench_coded_$$threads.json codebook product coders && \
 	    $$run/bench_binary_$$threads.json binary binary_networks && $$run/bench_flat_$$threads.json flat && \
-	    $$run/bench_fixed_$$threads.json fixed || exit 1; \
+	    $$run/bench_fixed_$$threads.json fixed && $$run/bench_production_$$threads.json production || exit 1; \
 	done
 	TERSETORCH_CPU_ISA=avx2 $(UNDISTURBED) tersetorch bench --case fc7 --json bench/results/bench_binary_avx2.json binary
 
