@@ -1,7 +1,5 @@
 import copy
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -114,6 +112,19 @@ def test_the_record_says_what_happened_to_the_outputs(solver):
     after = (layer(x) - dense(x)).square().sum() / outputs
     assert found.after == pytest.approx(float(after.detach()), rel=1e-3)
     assert found.after < found.before
+
+
+@pytest.mark.parametrize("solver", LAYERS)
+def test_one_pass_calibrates_every_layer_on_the_model_as_it_came(network, solver):
+    data, history = images(), []
+    together = prune.obs(network(), iter(data), 0.5, solver=solver, one_pass=True, history=history)
+    for name in ("0", "3", "5", "7"):
+        one = prune.obs(network(), data, 0.5, solver=solver, targets=name).get_submodule(name)
+        torch.testing.assert_close(together.get_submodule(name).weight, one.weight)
+        torch.testing.assert_close(together.get_submodule(name).bias, one.bias)
+    assert [note.layer for note in history] == ["0", "3", "5", "7"]
+    in_turn = prune.obs(network(), data, 0.5, solver=solver)
+    assert not torch.equal(in_turn[3].weight, together[3].weight)
 
 
 @pytest.mark.parametrize("solver", LAYERS)
@@ -345,54 +356,6 @@ def test_progress_moves_a_bar_to_its_end(mlp, solver):
         assert [task.description for task in progress.tasks] == ["pruning"] and progress.finished
 
 
-RANK = """
-import sys, torch
-from datetime import timedelta
-from torch import distributed, nn
-from tersetorch.methods import prune
-rank, folder = int(sys.argv[1]), sys.argv[2]
-torch.set_num_threads(1)
-distributed.init_process_group("gloo", f"file://{folder}/meeting", timedelta(seconds=60), world_size=2, rank=rank)
-torch.manual_seed(0)
-model = nn.Sequential(nn.Linear(20, 12), nn.ReLU(), nn.Linear(12, 4))
-prune.obs(nn.parallel.DistributedDataParallel(model), torch.load(f"{folder}/data.pt")[rank], 0.5)
-if rank == 0:  # a bare module asks nobody
-    prune.obs(nn.Linear(20, 4), torch.load(f"{folder}/data.pt")[0], 0.5)
-states = [model.state_dict()]
-for solver in ("exactobs", "layerwise"):  # rank 0 alone has data, so that H is one process's to the bit
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(20, 12), nn.ReLU(), nn.Linear(12, 5))
-    data = torch.load(f"{folder}/data.pt")[0] if rank == 0 else []
-    sys.modules["tersetorch.methods.prune.exact_obs"].BATCH_BYTES = 3 * 20 * 20 * 8
-    prune.obs(nn.parallel.DistributedDataParallel(model), data, 0.5, solver=solver)
-    states.append(model.state_dict())
-torch.save(states, f"{folder}/{rank}.pt")
-distributed.destroy_process_group()
-"""
-
-
-def test_two_ranks_prune_by_the_data_of_both(tmp_path, monkeypatch):
-    data = batches()
-    torch.save([data[:1], data[1:]], tmp_path / "data.pt")
-    ranks = [subprocess.Popen([sys.executable, "-c", RANK, str(rank), str(tmp_path)]) for rank in (0, 1)]
-    assert [rank.wait(120) for rank in ranks] == [0, 0]
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
-    for one, other in zip(first, second, strict=True):
-        assert all(torch.equal(value, other[name]) for name, value in one.items())
-    torch.manual_seed(0)
-    alone = prune.obs(nn.Sequential(nn.Linear(20, 12), nn.ReLU(), nn.Linear(12, 4)), data, 0.5).state_dict()
-    for name, value in alone.items():
-        torch.testing.assert_close(first[0][name], value)
-    # Rows shared out over the ranks come to the bits of one process.
-    monkeypatch.setattr(sys.modules["tersetorch.methods.prune.exact_obs"], "BATCH_BYTES", 3 * 20 * 20 * 8)
-    for solver, shared in zip(("exactobs", "layerwise"), first[1:], strict=True):
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(20, 12), nn.ReLU(), nn.Linear(12, 5))
-        alone = prune.obs(model, data[:1], 0.5, solver=solver).state_dict()
-        assert alone.keys() == shared.keys()
-        assert all(torch.equal(shared[name], value) for name, value in alone.items())
-
-
 def test_statistics_of_batch_norm_are_taken_anew_afterwards(network):
     data = images()
     model = prune.recalibrate_batch_norm(prune.obs(network(), data, 0.8, solver="exactobs"), data)
@@ -405,6 +368,8 @@ def test_statistics_of_batch_norm_are_taken_anew_afterwards(network):
     [
         ({}, ValueError, "sparsity must be given, got neither it nor a pattern N:M; pass a number such as 0.5"),
         ({"solver": "full"}, ValueError, "sparsity must be given, got neither it nor max_increase"),
+        ({"sparsity": 0.5, "solver": "full", "one_pass": True}, ValueError, "one_pass must be left out with solver"),
+        ({"sparsity": 0.5, "one_pass": 1}, TypeError, "one_pass must be"),
         ({"sparsity": 1.2}, ValueError, "sparsity must be in [0, 1), got 1.2; pass a number in that range"),
         ({"sparsity": "0.5"}, TypeError, "sparsity must be a number, got '0.5'"),
         ({"sparsity": {"fc": 0.5}}, ValueError, "sparsity must match weights of two or more dimensions, got 'fc'"),

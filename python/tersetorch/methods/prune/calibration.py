@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, distributed, nn
@@ -13,7 +14,9 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
+from tersetorch.methods.distributed import failing_together
 from tersetorch.methods.parametrization import live_weight
+from tersetorch.methods.prune.obs_ranks import Ranks
 from tersetorch.methods.selection import DEFAULT_TARGETS, Target
 
 # Most entries of the unfolded input of a convolution that are in memory at a time.
@@ -114,7 +117,7 @@ def in_order_of_use(model: nn.Module, targets: Sequence[Target], data: Iterable[
         for module in layers_of(target)
     ]
     try:
-        with evaluating(model):
+        with failing_together(_ranks_of(model)), evaluating(model):
             for batch in data:
                 call(model, batch)
                 break
@@ -154,33 +157,151 @@ def input_moments(
         ValueError: there is no batch, none of them reaches the layer, or the inputs do not fit it or hold NaN or
             infinity.
     """
-    layers = layers_of(target)
-    weight = target.weight
-    groups = getattr(layers[0], "groups", 1)
-    n = weight[0].numel() + bias
-    total = torch.zeros(groups, n, n, dtype=dtype, device=weight.device)
-    samples = 0
+    total = _Sum(where, target, by_position, bias, dtype)
 
     def add(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        nonlocal samples
-        given = _given(where, target, module, arguments, keywords)
-        for x in layer_inputs(module, given.to(dtype), by_position):
-            _check_width(where, target, x, n - bias)
-            if bias:
-                x = functional.pad(x, (0, 1), value=1.0)
-            total.baddbmm_(x.mT, x)
-            samples += x.shape[1]
+        total.add(module, _given(where, target, module, arguments, keywords))
 
-    hooks = [module.register_forward_pre_hook(add, with_kwargs=True) for module in layers]
+    hooks = [module.register_forward_pre_hook(add, with_kwargs=True) for module in layers_of(target)]
     batches = _run(model, data, hooks)
-    total, samples = _over_ranks(where, model, target, total, samples, batches)
-    return Moments(total * (2 / samples), samples)
+    found, samples = _over_ranks(where, model, target, total.total, total.samples, batches)
+    return Moments(found.mul_(2 / samples), samples)
+
+
+class _Sum:
+    """The sum of x x^T over what reaches a target's layers, [groups, n, n], and how many x there were."""
+
+    def __init__(self, where: str, target: Target, by_position: bool, bias: bool, dtype: torch.dtype) -> None:
+        self.where, self.target, self.by_position, self.bias = where, target, by_position, bias
+        groups, n = moments_shape(target, bias)
+        self.total = torch.zeros(groups, n, n, dtype=dtype, device=target.weight.device)
+        self.samples = 0
+
+    def add(self, module: nn.Module, given: Tensor) -> None:
+        """Adds what a layer was called with."""
+        for x in layer_inputs(module, given.to(self.total.dtype), self.by_position):
+            if self.bias:
+                x = functional.pad(x, (0, 1), value=1.0)
+            self.total.baddbmm_(x.mT, x)
+            self.samples += x.shape[1]
+
+
+def moments_shape(target: Target, bias: bool) -> tuple[int, int]:
+    """The sizes (groups, n) of the moments [groups, n, n] of a target's inputs, with a 1 appended where bias is."""
+    return getattr(layers_of(target)[0], "groups", 1), target.weight[0].numel() + bias
+
+
+@torch.no_grad()
+def moments_by_owner(
+    where: str,
+    model: nn.Module,
+    targets: Sequence[Target],
+    data: Iterable[Any],
+    *,
+    biases: Sequence[bool],
+    ranks: Ranks,
+    owners: Sequence[int],
+    by_position: bool = False,
+    dtype: torch.dtype = torch.float64,
+) -> dict[int, Moments]:
+    """What input_moments gives of each target with the model as it is, from one pass over data; each on one rank.
+
+    Ranks go through their own data, a batch each at a time, until the longest has ended. After each batch what reached
+    a layer is sent, as it is, to the rank that owns its moments, which adds it up: first rank 0's, then rank 1's. So
+    where rank r has data[r::count], an owner adds up what one process would, in the same order, and gets the same
+    bits, if a batch gives the same bits on each rank.
+
+    Memory holds the moments that are owned, and with several ranks what one batch puts into all of the layers.
+
+    Args:
+        where: the caller, for messages.
+        model: what to run.
+        targets: weights that check_layers lets pass.
+        data: batches as call takes them; may be an iterator.
+        biases: for each target, whether a 1 is appended to its vectors.
+        ranks: every one of them must call.
+        owners: for each target, the rank that keeps its moments.
+        by_position: as in input_moments.
+        dtype: likewise.
+
+    Returns:
+        The moments of the targets that this rank owns, by their places.
+
+    Raises:
+        ValueError: as input_moments, on every rank, whichever rank's data it was.
+    """
+    sums = {
+        place: _Sum(where, target, by_position, biases[place], dtype)
+        for place, target in enumerate(targets)
+        if owners[place] == ranks.rank
+    }
+    layers = [layers_of(target) for target in targets]
+    came: list[tuple[int, int, Tensor]] = []  # target, which of its layers, what this was called with
+
+    def noting(place: int, layer: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def note(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            given = _given(where, targets[place], module, arguments, keywords).contiguous()
+            if ranks.count == 1:
+                sums[place].add(module, given)
+            else:
+                came.append((place, layer, given.clone()))  # what follows may change it in place
+
+        return note
+
+    hooks = [
+        module.register_forward_pre_hook(noting(place, layer), with_kwargs=True)
+        for place, modules in enumerate(layers)
+        for layer, module in enumerate(modules)
+    ]
+    batches = 0
+    try:
+        with evaluating(model):
+            for given in _in_step(model, data, ranks):
+                told = ranks.each([(place, layer, x.shape, x.dtype) for place, layer, x in came])
+                batches += given
+                for source, heads in enumerate(told):
+                    for index, (place, layer, shape, kind) in enumerate(heads):
+                        x = came[index][2] if source == ranks.rank else None
+                        if owners[place] == ranks.rank:
+                            if x is None:
+                                x = torch.empty(shape, dtype=kind, device=sums[place].total.device)
+                                ranks.receive(x, source)
+                            sums[place].add(layers[place][layer], x)
+                        elif x is not None:
+                            ranks.send(x, owners[place])
+                came.clear()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    _check_batches(where, batches)
+    with failing_together(ranks.group):
+        for place, each in sums.items():
+            _check_sum(where, targets[place], each.total, each.samples, batches)
+    return {place: Moments(each.total.mul_(2 / each.samples), each.samples) for place, each in sums.items()}
+
+
+def _in_step(model: nn.Module, data: Iterable[Any], ranks: Ranks) -> Iterator[int]:
+    """Runs model on a batch of each rank's data at a time, until all have ended; how many ranks had one."""
+    batches = iter(data)
+    while True:
+        ran = False
+        with failing_together(ranks.group):
+            for batch in batches:
+                call(model, batch)
+                ran = True
+                break
+        if not (together := sum(ranks.each(ran))):
+            return
+        yield together
 
 
 def _given(
     where: str, target: Target, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]
 ) -> Tensor:
-    """What a layer is called with; refused where it is nothing to multiply, which its own hook sees before it does."""
+    """What a layer is called with; refused where it is nothing to multiply with its weight.
+
+    The layer would say so too, but its hook comes first.
+    """
     given = arguments[0] if arguments else keywords["input"]
     dims = len(getattr(module, "kernel_size", ()))
     if not isinstance(given, Tensor) or given.dim() not in ((dims + 1, dims + 2) if dims else range(1, 65)):
@@ -189,23 +310,23 @@ def _given(
         raise ValueError(
             f"{where}: data must give the layer {target.name!r} {wanted}, got {came}; pass inputs of the model"
         )
-    return given.detach()
-
-
-def _check_width(where: str, target: Target, x: Tensor, width: int) -> None:
-    """Refuses vectors that do not fit the weight, which a layer's own hook sees before the layer does."""
-    if x.shape[-1] != width:
+    groups, inputs = getattr(module, "groups", 1), given.shape[-1]
+    if dims:
+        inputs = given.shape[-1 - dims] * math.prod(cast(tuple[int, ...], module.kernel_size))
+    width = target.weight[0].numel()
+    if inputs != width * groups:
         raise ValueError(
-            f"{where}: data must give the layer {target.name!r} inputs of {width} weights each, got {x.shape[-1]}; "
-            "pass samples of the model's own shape"
+            f"{where}: data must give the layer {target.name!r} inputs of {width} weights each, got "
+            f"{inputs // groups}; pass samples of the model's own shape"
         )
+    return given.detach()
 
 
 def _run(model: nn.Module, data: Iterable[Any], hooks: Sequence[RemovableHandle]) -> int:
     """Runs model on data in evaluation mode and takes the hooks off, whatever happens; the batches there were."""
     batches = 0
     try:
-        with evaluating(model):
+        with failing_together(_ranks_of(model)), evaluating(model):
             for batch in data:
                 call(model, batch)
                 batches += 1
@@ -213,6 +334,11 @@ def _run(model: nn.Module, data: Iterable[Any], hooks: Sequence[RemovableHandle]
         for hook in hooks:
             hook.remove()
     return batches
+
+
+def _ranks_of(model: nn.Module) -> distributed.ProcessGroup | None:
+    """Those of a DistributedDataParallel; a bare module asks nobody."""
+    return model.process_group if isinstance(model, DistributedDataParallel) else None
 
 
 def _over_ranks(
@@ -224,8 +350,13 @@ def _over_ranks(
         distributed.all_reduce(counts, group=model.process_group)
         distributed.all_reduce(total, group=model.process_group)
         samples, batches = counts.tolist()
-    if not batches:
-        raise ValueError(f"{where}: data must hold at least one batch, got none; pass some inputs of the model")
+    _check_sum(where, target, total, samples, batches)
+    return total, samples
+
+
+def _check_sum(where: str, target: Target, total: Tensor, samples: int, batches: int) -> None:
+    """Refuses sums that no input has reached, or that are not finite."""
+    _check_batches(where, batches)
     if not samples:
         raise ValueError(
             f"{where}: data must reach the layer {target.name!r}, got no input there; pass samples that do, "
@@ -235,7 +366,11 @@ def _over_ranks(
         raise ValueError(
             f"{where}: data must give finite inputs, got NaN or infinity at the layer {target.name!r}; clean the data"
         )
-    return total, samples
+
+
+def _check_batches(where: str, batches: int) -> None:
+    if not batches:
+        raise ValueError(f"{where}: data must hold at least one batch, got none; pass some inputs of the model")
 
 
 @torch.no_grad()
@@ -256,7 +391,6 @@ def input_squares(where: str, model: nn.Module, targets: Sequence[Target], data:
         def add(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
             given = _given(where, targets[place], module, arguments, keywords)
             for x in layer_inputs(module, given.double(), by_position=False):
-                _check_width(where, targets[place], x, totals[place].shape[1])
                 totals[place] += x.square().sum(1)
                 samples[place] += x.shape[1]
 

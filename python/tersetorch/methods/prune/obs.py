@@ -12,22 +12,26 @@ import torch
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from tersetorch.methods.arguments import check_choice, check_int, check_model, check_number
+from tersetorch.methods.arguments import check_choice, check_flag, check_int, check_model, check_number
+from tersetorch.methods.distributed import check_alike, failing_together
 from tersetorch.methods.parametrization import attach, live_weight, share
 from tersetorch.methods.prune.blocked_obs import blocked_obs
 from tersetorch.methods.prune.calibration import (
+    Moments,
     check_data,
     check_layers,
     in_order_of_use,
     input_moments,
     layers_of,
+    moments_by_owner,
+    moments_shape,
     parameter_of,
 )
 from tersetorch.methods.prune.exact_obs import exact_obs
 from tersetorch.methods.prune.layerwise_obs import layerwise_obs
 from tersetorch.methods.prune.least_squares import damped, inverse, relative_error
 from tersetorch.methods.prune.magnitude import Sparsity, apply_masks, choose
-from tersetorch.methods.prune.obs_ranks import Ranks
+from tersetorch.methods.prune.obs_ranks import ALONE, Ranks
 from tersetorch.methods.prune.optimal_brain_surgeon import DeletedWeight, full_obs
 from tersetorch.methods.prune.patterns import BlockPattern, GroupPattern, Pattern, parse
 from tersetorch.methods.quantize.kmeans_1d import cluster
@@ -72,6 +76,7 @@ def obs(
     block_size: int = 16,
     bits: int | None = None,
     max_increase: float | None = None,
+    one_pass: bool = False,
     dtype: torch.dtype = torch.float64,
     targets: Patterns | None = None,
     ignore: Patterns | None = None,
@@ -102,18 +107,26 @@ def obs(
     Batch norm statistics stay as they are: prune.recalibrate_batch_norm takes them anew. Where anything is refused or
     fails half-way, the model is as it was.
 
-    Given a DistributedDataParallel, on every rank, it sums H over the ranks' data, so that all prune the same ("full"
-    does not: give every rank the same data), in the order in which rank 0's data runs through the layers. A layer's
-    rows are shared out over the ranks by "exactobs" and "layerwise", with the bits that one process gets from the same
-    H; the sweep of "blocked" chooses among all rows at once, and each rank does all of it. The bare module is pruned by
-    the data of the calling rank alone.
+    With one_pass all layers are calibrated together on the model as it is, by one pass over the data instead of one for
+    each layer: faster, and a little worse, since no layer sees what pruning the others does to its inputs. Memory then
+    holds the H of all. Several calls, with targets of a block each, are between the two.
+
+    Given a DistributedDataParallel, on every rank, all ranks calibrate on the data of all and prune the same ("full"
+    does not: give every rank the same data), and what goes wrong on one is raised on all. With one_pass each layer is
+    owned by one rank, which alone holds its H and prunes it, so that a rank's memory holds about the part of one in
+    the number of ranks; where rank r has batches[r::ranks], and a batch gives the same on each, the bits are those of
+    one process with all batches. Otherwise H is summed over the ranks, which is so up to rounding, in the order in
+    which rank 0's data runs through the layers. A layer's rows are then shared out over the ranks by "exactobs" and
+    "layerwise", with the bits that one process gets from the same H; the sweep of "blocked" chooses among all rows at
+    once, and each rank does all of it. The bare module is pruned by the data of the calling rank alone.
 
     Args:
         model: any nn.Module; run in eval mode, with no gradients but for "full". Its Linear and Conv layers can be
             pruned, tied ones too (their inputs are summed), but not while a codebook shares them.
-        data: an iterable of batches, gone through once for each layer (twice with "full"), so that an iterator serves
-            only one layer. A batch is one input; a tuple or list (inputs..., target), whose last entry is not looked at
-            where there are several; or a dict of keyword arguments. A few hundred samples do.
+        data: an iterable of batches, gone through once for each layer (twice with "full", once with one_pass), so that
+            an iterator serves only one layer, or one_pass. A batch is one input; a tuple or list (inputs..., target),
+            whose last entry is not looked at where there are several; or a dict of keyword arguments. A few hundred
+            samples do.
         sparsity: as in prune.magnitude; one number with "full", which ranks all weights together. Left out with a
             pattern N:M, and optional beside max_increase.
         solver: as above.
@@ -127,17 +140,20 @@ def obs(
             zero (as kmeans clusters those that pruning alone would leave), which the layer then shares as
             quantize.kmeans has it.
         max_increase: of "full": stops before the sum of the L_q, the predicted rise of the error, exceeds it.
+        one_pass: calibrate all layers together; not with "full".
         dtype: torch.float64 or float32, of H and of the weights while they are worked on; "full" is float64 always.
         targets: as in prune.magnitude.
         ignore: as in prune.magnitude.
-        history: gets a LayerError for each layer, or with "full" a DeletedWeight for each weight, in order.
+        history: gets a LayerError for each layer, or with "full" a DeletedWeight for each weight, in order (with
+            one_pass, that of the model's layers).
         progress: a bar is added to it.
 
     Raises:
         TypeError: an argument has the wrong type, or data is an iterator and has to be gone through again.
         ValueError: a number is outside its range, a pattern matches nothing, a weight cannot be pruned, data is empty,
             does not reach a layer (nn.MultiheadAttention reads its out_proj's weight itself: ignore it) or gives NaN
-            or infinity, H cannot be inverted, or the network is too large for "full".
+            or infinity, H cannot be inverted, the network is too large for "full", or the ranks of a
+            DistributedDataParallel were given other arguments.
 
     Source:
         Hassibi and Stork, Optimal Brain Surgeon (1993); Dong, Chen, Pan, layer-wise OBS (2017); Frantar, Singh,
@@ -146,15 +162,21 @@ def obs(
     """
     where = "prune.obs"
     check_model(where, model)
-    check_choice(where, "solver", solver, get_args(Solver))
-    form = parse(where, pattern)
-    _check(where, solver, sparsity, form, damping, block_size, bits, max_increase, dtype, history)
-    asked = 0.0 if sparsity is None and max_increase is not None else sparsity
-    every = choose(where, model, asked, "layer", targets, ignore, form)
-    chosen = [(target, part) for target, part in every if target.weight.numel()]
-    pruned = [target for target, _ in chosen]
-    _check_targets(where, pruned, form, solver)
-    check_data(where, data, 2 if solver == "full" else len(pruned) + (len(pruned) > 1))
+    ranks = Ranks.of(model)
+    with failing_together(ranks.group):
+        check_choice(where, "solver", solver, get_args(Solver))
+        form = parse(where, pattern)
+        _check(where, solver, sparsity, form, damping, block_size, bits, max_increase, one_pass, dtype, history)
+        asked = 0.0 if sparsity is None and max_increase is not None else sparsity
+        every = choose(where, model, asked, "layer", targets, ignore, form)
+        chosen = [(target, part) for target, part in every if target.weight.numel()]
+        pruned = [target for target, _ in chosen]
+        _check_targets(where, pruned, form, solver)
+        passes = {"full": 2}.get(solver, 1 if one_pass else len(pruned) + (len(pruned) > 1))
+        check_data(where, data, passes)
+    parts = [(target.name, part) for target, part in chosen]
+    settings = (parts, solver, pattern, damping, block_size, bits, max_increase, one_pass, dtype)
+    check_alike(where, "the layers and arguments", settings, ranks.group)
     steps = 1 if solver == "full" else len(pruned)
     tick = _ticker(progress, steps)
     notes: Sequence[LayerError | DeletedWeight]
@@ -166,7 +188,8 @@ def obs(
             masks, notes = full_obs(where, model, pruned, data, alpha, part, max_increase, tick)
         else:
             plan = _Plan(solver, form, DAMPING if damping is None else damping, block_size, bits, dtype)
-            masks, notes, codebooks = _by_layer(where, model, chosen, data, plan, tick)
+            prune = _together if one_pass else _by_layer
+            masks, notes, codebooks = prune(where, model, chosen, data, plan, tick)
     apply_masks(chosen, masks)
     for target, _ in every:
         attach(target.owners)  # one without weights too, as prune.magnitude does
@@ -189,6 +212,11 @@ class _Plan:
     bits: int | None
     dtype: torch.dtype
 
+    @property
+    def by_position(self) -> bool:
+        """Whether a kernel's inputs are ordered with channels innermost, where N:M takes its groups."""
+        return isinstance(self.pattern, GroupPattern)
+
 
 @dataclass(frozen=True)
 class _Pruned:
@@ -199,6 +227,26 @@ class _Pruned:
     bias: Tensor | None
     shared: tuple[Tensor, Tensor] | None
     error: LayerError
+
+    def write(self, target: Target) -> None:
+        """Puts weight and bias into the layer."""
+        parameter_of(target).copy_(self.weight)
+        if self.bias is not None:
+            cast(Tensor, target.owners[0][0].bias).copy_(self.bias)
+
+    @classmethod
+    def of_owner(cls, own: _Pruned | None, owner: int, ranks: Ranks, device: torch.device) -> _Pruned:
+        """What rank owner has, on every rank."""
+        optional: list[Tensor | None] = [None, None, None]
+        if own is not None:
+            optional = [own.bias, *(own.shared or (None, None))]
+        there = [each for each in optional if each is not None]
+        note = None if own is None else (own.error, [each is not None for each in optional])
+        held = [] if own is None else [own.weight, own.keep, *there]
+        (error, given), (weight, keep, *rest) = ranks.of_owner(owner, note, held, device)
+        bias, codes, codebook = (rest.pop(0) if present else None for present in given)
+        shared = None if codes is None or codebook is None else (codes, codebook)
+        return cls(weight, keep, bias, shared, error)
 
 
 def _by_layer(
@@ -221,10 +269,66 @@ def _by_layer(
             tick(done + part)
 
         target, sparsity = chosen[place]
-        results[place] = result = _prune_layer(where, model, target, sparsity, data, plan, report)
-        parameter_of(target).copy_(result.weight)
-        if result.bias is not None:
-            cast(Tensor, target.owners[0][0].bias).copy_(result.bias)
+        bias = _bias(model, target, plan)
+        moments = input_moments(
+            where, model, target, data, by_position=plan.by_position, bias=bias is not None, dtype=plan.dtype
+        )
+        report(0.5)
+        results[place] = result = _prune_layer(
+            where, target, sparsity, bias, moments, plan, Ranks.of(model), lambda part: report(0.5 + part / 2)
+        )
+        result.write(target)
+    return _told(chosen, results)
+
+
+def _together(
+    where: str,
+    model: nn.Module,
+    chosen: Sequence[tuple[Target, float]],
+    data: Iterable[Any],
+    plan: _Plan,
+    tick: Callable[[float], None],
+) -> tuple[list[Tensor], list[LayerError], dict[str, tuple[Tensor, Tensor]]]:
+    """The same with all layers calibrated on the model as it is, each by the rank that owns it."""
+    ranks = Ranks.of(model)
+    targets = [target for target, _ in chosen]
+    biases = [_bias(model, target, plan) for target in targets]
+    shapes = [moments_shape(target, bias is not None) for target, bias in zip(targets, biases, strict=True)]
+    owners = ranks.owners([groups * n * n for groups, n in shapes])
+    moments = moments_by_owner(
+        where,
+        model,
+        targets,
+        data,
+        biases=[bias is not None for bias in biases],
+        ranks=ranks,
+        owners=owners,
+        by_position=plan.by_position,
+        dtype=plan.dtype,
+    )
+    tick(len(chosen) / 2)
+    results: dict[int, _Pruned] = {}
+    with failing_together(ranks.group):
+        while moments:
+            place = next(iter(moments))
+
+            def report(part: float, done: int = len(results)) -> None:
+                tick(len(chosen) * (0.5 + (done + part) / (done + len(moments) + 1) / 2))
+
+            target, sparsity = chosen[place]
+            results[place] = _prune_layer(
+                where, target, sparsity, biases[place], moments.pop(place), plan, ALONE, report
+            )
+    for place, owner in enumerate(owners):
+        results[place] = _Pruned.of_owner(results.get(place), owner, ranks, targets[place].weight.device)
+        results[place].write(targets[place])
+    return _told(chosen, dict(sorted(results.items())))
+
+
+def _told(
+    chosen: Sequence[tuple[Target, float]], results: Mapping[int, _Pruned]
+) -> tuple[list[Tensor], list[LayerError], dict[str, tuple[Tensor, Tensor]]]:
+    """The masks in the order of chosen, the errors in that of results, and the codebooks."""
     codebooks = {chosen[place][0].name: each.shared for place, each in results.items() if each.shared is not None}
     masks = [results[place].keep for place in range(len(chosen))]
     return masks, [each.error for each in results.values()], codebooks
@@ -232,35 +336,28 @@ def _by_layer(
 
 def _prune_layer(
     where: str,
-    model: nn.Module,
     target: Target,
     sparsity: float,
-    data: Iterable[Any],
+    held: nn.Parameter | None,
+    moments: Moments,
     plan: _Plan,
+    ranks: Ranks,
     tick: Callable[[float], None],
 ) -> _Pruned:
-    by_position = isinstance(plan.pattern, GroupPattern)
-    held = _bias(model, target) if plan.solver == "layerwise" else None
-    moments = input_moments(
-        where, model, target, data, by_position=by_position, bias=held is not None, dtype=plan.dtype
-    )
-    tick(0.5)
+    """A layer's new weight by its moments, and its bias where the moments have a place for it."""
+    by_position = plan.by_position
     hessian = damped(moments.hessian, plan.damping)
     inverted = inverse(where, target.name, hessian)
     weight = target.weight
     w = _matrix(weight, len(hessian), by_position).to(plan.dtype)
-
-    def solving(part: float) -> None:
-        tick(0.5 + part / 2)
-
     bias, moved, shared = None, None, None
     if plan.solver == "layerwise":
         bias = None if held is None else held.detach().to(plan.dtype).view(w.shape[:2])
-        found, keep, moved = layerwise_obs(w, inverted, bias, sparsity, plan.pattern, solving, Ranks.of(model))
+        found, keep, moved = layerwise_obs(w, inverted, bias, sparsity, plan.pattern, tick, ranks)
     elif plan.solver == "exactobs":
-        found, keep = exact_obs(w, hessian, inverted, sparsity, plan.pattern, solving, Ranks.of(model))
+        found, keep = exact_obs(w, hessian, inverted, sparsity, plan.pattern, tick, ranks)
     else:
-        found, keep = blocked_obs(w, inverted, sparsity, plan.pattern, plan.block_size, solving)
+        found, keep = blocked_obs(w, inverted, sparsity, plan.pattern, plan.block_size, tick)
         if plan.bits is not None:
             # The sweep that pruned says which values the layer needs; a second one, of the same choice, rounds to them.
             levels = _levels(found, keep, plan.bits, weight.dtype)
@@ -271,7 +368,7 @@ def _prune_layer(
                 sparsity,
                 plan.pattern,
                 plan.block_size,
-                solving,
+                tick,
                 keep,
                 lambda column: levels.to(plan.dtype)[torch.bucketize(column.contiguous(), bounds)],
             )
@@ -297,8 +394,10 @@ def _prune_layer(
     )
 
 
-def _bias(model: nn.Module, target: Target) -> nn.Parameter | None:
-    """The bias of a layer that shares neither it nor its weight with another, unless it is frozen."""
+def _bias(model: nn.Module, target: Target, plan: _Plan) -> nn.Parameter | None:
+    """The bias that changes with the weight, of a layer that shares neither with another, unless it is frozen."""
+    if plan.solver != "layerwise":
+        return None
     layers = layers_of(target)
     bias = layers[0]._parameters.get("bias") if len(layers) == 1 else None
     holders = sum(held is bias for module in model.modules() for held in module._parameters.values())
@@ -365,10 +464,14 @@ def _check(
     block_size: int,
     bits: int | None,
     max_increase: float | None,
+    one_pass: bool,
     dtype: torch.dtype,
     history: object,
 ) -> None:
     full = solver == "full"
+    check_flag(where, "one_pass", one_pass)
+    if full and one_pass:
+        raise ValueError(f"{where}: one_pass must be left out with solver 'full', got True; pass another solver")
     if full and pattern is not None:
         raise ValueError(f"{where}: pattern must be left out with solver 'full', got one; pass another solver")
     if full and isinstance(sparsity, Mapping):

@@ -1,13 +1,16 @@
-"""The rows of a layer shared out over ranks, where what is done to one row does not depend on the others."""
+"""Work shared out over ranks: the rows of a layer, where one does not depend on the others, or whole layers."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from tersetorch.methods.distributed import gather
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,48 @@ class Ranks:
         if self.count > 1:
             for part in parts:
                 distributed.all_reduce(part, group=self.group)
+
+    def owners(self, sizes: Sequence[int]) -> list[int]:
+        """A rank for each piece of work: the largest first, each to the rank that has least so far."""
+        held, owners = [0] * self.count, [0] * len(sizes)
+        for place in sorted(range(len(sizes)), key=lambda place: -sizes[place]):
+            owners[place] = min(range(self.count), key=held.__getitem__)
+            held[owners[place]] += sizes[place]
+        return owners
+
+    def each(self, value: Any) -> list[Any]:
+        """The small value that each rank calls this with, in their order."""
+        return gather(value, self.group)
+
+    def send(self, tensor: Tensor, target: int) -> None:
+        """Gives tensor to rank target, which calls receive."""
+        distributed.send(_bytes(tensor.contiguous()), group=self.group, group_dst=target)
+
+    def receive(self, tensor: Tensor, source: int) -> None:
+        """Overwrites tensor, which is contiguous, with what rank source sends."""
+        distributed.recv(_bytes(tensor), group=self.group, group_src=source)
+
+    def of_owner(
+        self, owner: int, note: Any, tensors: Sequence[Tensor], device: torch.device
+    ) -> tuple[Any, list[Tensor]]:
+        """The small note and the tensors that rank owner calls this with; what the others call it with is not read."""
+        if self.count == 1:
+            return note, list(tensors)
+        head = [(note, [(tensor.shape, tensor.dtype) for tensor in tensors])]
+        distributed.broadcast_object_list(head, group=self.group, group_src=owner)
+        note, shapes = head[0]
+        found = []
+        for place, (shape, dtype) in enumerate(shapes):
+            own = self.rank == owner
+            tensor = tensors[place].contiguous() if own else torch.empty(shape, dtype=dtype, device=device)
+            distributed.broadcast(_bytes(tensor), group=self.group, group_src=owner)
+            found.append(tensor)
+        return note, found
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """The same memory, as what every backend knows."""
+    return tensor.view(-1).view(torch.uint8)
 
 
 ALONE = Ranks()
