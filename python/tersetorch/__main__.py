@@ -1,5 +1,6 @@
-"""python -m tersetorch: the command, where its script is not on PATH."""
+"""python -m tersetorch: the command, where its script is not on PATH; torchrun -m tersetorch: on several ranks."""
 
 from tersetorch.cli import main
 
-main()
+if __name__ == "__main__":
+    main()

@@ -27,6 +27,6 @@ def main() -> None:
     try:
         app()
     except Exception as error:  # a person gets the sentence, never a traceback
-        sentence = str(error).strip().partition("\n")[0]
-        print(sentence or f"tersetorch: {type(error).__name__}", file=sys.stderr)
+        sentence = str(error).strip().partition("\n")[0] or f"tersetorch: {type(error).__name__}"
+        print(" ".join([sentence, *(f"({note})" for note in getattr(error, "__notes__", ()))]), file=sys.stderr)
         sys.exit(1)

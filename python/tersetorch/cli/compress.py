@@ -15,13 +15,16 @@ from tersetorch import storage
 from tersetorch.cli.coders import CodersOption
 from tersetorch.cli.data_source import DataOption, read_data
 from tersetorch.cli.model_file import NetworkOption, read_model
+from tersetorch.cli.on_ranks import on_ranks
 from tersetorch.cli.output import OutputArgument, OutputOption, one_output
+from tersetorch.methods.distributed import failing_together
 from tersetorch.recipes.compression import CompressionPlan, plan_compression
 from tersetorch.recipes.compression import compress as run_compression
 from tersetorch.recipes.compression_record import CompressionRecord, record_path
 from tersetorch.recipes.deep_compression import PUBLISHED, DeepCompressionRecipe
 from tersetorch.recipes.trainer import trainer
 from tersetorch.storage.arguments import target_of
+from tersetorch.zoo.ranks import everyone, rank
 
 UNITS = {"": 1, "b": 1, "kb": 1000, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
@@ -30,6 +33,7 @@ def _complete_recipe(typed: str) -> list[str]:
     return [name for name in PUBLISHED if name.startswith(typed)]
 
 
+@on_ranks()
 def compress(
     model: Annotated[
         Path,
@@ -68,21 +72,25 @@ def compress(
 
     With --budget or --max-drop the recipe gives the trainings, and the sparsities are found. A run that is stopped goes
     on where it was when the same command is given again.
+
+    On several ranks, which share out the trainings: torchrun --nproc-per-node RANKS -m tersetorch compress ...
     """
-    target = target_of("compress", one_output(output, output_option))
-    if recipe not in PUBLISHED and not Path(recipe).is_file():
-        raise typer.BadParameter(f"--recipe must be one of {', '.join(PUBLISHED)} or a YAML file, got {recipe}")
-    plan = DeepCompressionRecipe.named(recipe) if recipe in PUBLISHED else DeepCompressionRecipe.from_yaml(recipe)
-    compressed = read_model("compress", model, network)
-    limited = bool(budget) or max_drop is not None
-    planned = plan_compression(compressed, plan, limited=limited)  # before hours of training, what is wrong is said
-    most = _bytes(budget, planned.dense_bytes) if budget else None
-    loaded = read_data("compress", data, seed)
-    if dry_run:
+    with failing_together(everyone()):  # before hours of training, what is wrong is said
+        target = target_of("compress", one_output(output, output_option))
+        if recipe not in PUBLISHED and not Path(recipe).is_file():
+            raise typer.BadParameter(f"--recipe must be one of {', '.join(PUBLISHED)} or a YAML file, got {recipe}")
+        plan = DeepCompressionRecipe.named(recipe) if recipe in PUBLISHED else DeepCompressionRecipe.from_yaml(recipe)
+        compressed = read_model("compress", model, network)
+        limited = bool(budget) or max_drop is not None
+        planned = plan_compression(compressed, plan, limited=limited)
+        most = _bytes(budget, planned.dense_bytes) if budget else None
+        loaded = read_data("compress", data, seed)
+    if dry_run and rank() == 0:
         print(json.dumps(planned.to_dict(), indent=1) if as_json else _text(planned))
+    if dry_run:
         return
     run = folder or target.with_suffix(".run")
-    with Progress(console=Console(stderr=True)) as progress:
+    with Progress(console=Console(stderr=True), disable=rank() > 0) as progress:
         record = run_compression(
             compressed,
             plan,
@@ -96,6 +104,8 @@ def compress(
             folder=run,
             progress=progress,
         )
+    if rank() > 0:
+        return
     if folder is None:
         shutil.rmtree(run)
     inspection = storage.inspect(target)

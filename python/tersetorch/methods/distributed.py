@@ -70,7 +70,7 @@ def failing_together(group: distributed.ProcessGroup | None) -> Iterator[None]:
         yield
     except Exception as problem:
         error = problem
-    told = gather(None if error is None else _sendable(error), group)
+    told = gather(None if error is None else sendable(error), group)
     failed = [place for place, each in enumerate(told) if each is not None]
     if not failed:
         return
@@ -124,7 +124,7 @@ def gather(value: Any, group: distributed.ProcessGroup | None) -> list[Any]:
     return found
 
 
-def _sendable(error: Exception) -> Exception:
+def sendable(error: Exception) -> Exception:
     """The error, or one of the same words where it cannot travel to another process."""
     try:
         pickle.loads(pickle.dumps(error))

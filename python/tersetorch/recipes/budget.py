@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from tersetorch.methods import finalize, prune
 from tersetorch.methods.arguments import check_choice, check_int, check_number
+from tersetorch.methods.distributed import check_alike, failing_together
 from tersetorch.methods.parametrization import release_graphs
 from tersetorch.methods.prune import Sensitivity
 from tersetorch.methods.prune.patterns import blocks
@@ -29,6 +30,7 @@ from tersetorch.methods.selection import Patterns, Target, select
 from tersetorch.recipes.allocation import Curves, allocate
 from tersetorch.recipes.cost_curves import CostCurves, Unit, cost_curves, file_bytes
 from tersetorch.recipes.run_folder import RunFolder, fingerprint
+from tersetorch.zoo.ranks import alike, everyone, from_rank_0
 
 SPARSITIES = (0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97)
 # How often sparsities are chosen within a budget of bytes: each time by what the last file took beyond the curves.
@@ -147,6 +149,9 @@ def prune_to_budget(
     (raised to what a lower sparsity loses already), or numbers of yours, such as what prune.saliencies gives by its
     losses(sparsities).
 
+    Where torch.distributed has started, every rank must call it with the same arguments: all start from rank 0's model,
+    what rank 0 measures of files, operations and times counts, and of what evaluate gives on each rank, rank 0's.
+
     Example:
         found = tt.prune_to_budget(model, accuracy, max_drop=0.005, budget=200_000, retrain=train, folder="run")
         print(found)
@@ -173,25 +178,27 @@ def prune_to_budget(
     Raises:
         TypeError: an argument has another type.
         ValueError: an argument is out of range, no choice tried costs as little as budget, folder holds another run
-            or weights that do not fit, retrain leaves other tensors in the state than it was given, or as
-            prune.magnitude. model is as it was.
+            or weights that do not fit, retrain leaves other tensors in the state than it was given, ranks were called
+            with other arguments, or as prune.magnitude. model is as it was.
     """
     where = "prune_to_budget"
-    chosen = _check(
-        where,
-        model,
-        evaluate,
-        max_drop,
-        budget,
-        unit,
-        example_inputs,
-        retrain,
-        sparsities,
-        trials,
-        pattern,
-        targets,
-        ignore,
-    )
+    with failing_together(everyone()):
+        chosen = _check(
+            where,
+            model,
+            evaluate,
+            max_drop,
+            budget,
+            unit,
+            example_inputs,
+            retrain,
+            sparsities,
+            trials,
+            pattern,
+            targets,
+            ignore,
+        )
+    alike(model)
     grid = sorted({float(sparsity) for sparsity in sparsities})
     settings = {
         "weights": fingerprint(model),
@@ -205,6 +212,7 @@ def prune_to_budget(
         "losses": None if losses is None else _digest(losses),
         "example_inputs": _shapes(example_inputs),
     }
+    check_alike(where, "layers and arguments", settings, everyone())
     run = RunFolder(where, folder, settings, sensitivity=None, costs=None, trials=[])
     told = _scan(run, where, model, evaluate, losses, chosen, grid, pattern, progress)
     curves = _costs(run, model, chosen, grid, unit, example_inputs, pattern, progress)
@@ -347,7 +355,7 @@ class _Search:
         if self.unit != "bytes":
             return self.curves.total(sparsities)
         release_graphs(candidate)
-        return file_bytes(finalize(copy.deepcopy(candidate))).whole
+        return from_rank_0(lambda: file_bytes(finalize(copy.deepcopy(candidate))).whole)
 
     def _is_best(self, index: int) -> bool:
         """Whether a trial keeps floor and budget at the least cost so far, of equal costs with the best score."""
@@ -376,7 +384,7 @@ def _scan(
         known = run.record["sensitivity"]
         losses = prune.sensitivity(
             model,
-            evaluate,
+            lambda tried: _score(where, evaluate, tried),
             grid,
             pattern=pattern,
             targets=names,
@@ -423,18 +431,19 @@ def _costs(
     if known is not None:
         layers = {name: {sparsity: cost for sparsity, cost in curve} for name, curve in known["layers"].items()}
         return CostCurves(known["fixed"], layers)
-    curves = cost_curves(model, chosen, grid, unit, example_inputs, pattern, progress)
+    curves = from_rank_0(lambda: cost_curves(model, chosen, grid, unit, example_inputs, pattern, progress))
     plain = {name: sorted(curve.items()) for name, curve in curves.layers.items()}
     run.store(costs={"fixed": curves.fixed, "layers": plain})
     return curves
 
 
-def _score(where: str, evaluate: Callable[[nn.Module], float], model: nn.Module | None) -> float:
-    assert model is not None
-    value = evaluate(model)
-    if not isinstance(value, Real):
-        raise TypeError(f"{where}: evaluate must give a number, got {type(value).__name__}; return a float")
-    return float(value)
+def _score(where: str, evaluate: Callable[[nn.Module], float], model: nn.Module) -> float:
+    """What evaluate gives, on rank 0 where there are several: each calls it, since it may share the work out itself."""
+    with failing_together(everyone()):
+        value = evaluate(model)
+        if not isinstance(value, Real):
+            raise TypeError(f"{where}: evaluate must give a number, got {type(value).__name__}; return a float")
+    return from_rank_0(lambda: float(value))
 
 
 def _digest(losses: Sensitivity | Curves) -> str:

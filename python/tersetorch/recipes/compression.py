@@ -6,8 +6,10 @@ import copy
 import math
 import os
 import time
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +18,7 @@ from torch import nn
 
 from tersetorch.methods import finalize, prune, quantize
 from tersetorch.methods.arguments import check_choice, check_int, check_number
+from tersetorch.methods.distributed import check_alike, failing_together
 from tersetorch.methods.parametrization import release_graphs
 from tersetorch.methods.selection import select
 from tersetorch.recipes.bits import share_to_budget
@@ -35,6 +38,7 @@ from tersetorch.storage import save
 from tersetorch.storage.arguments import target_of
 from tersetorch.storage.streams import CODERS
 from tersetorch.zoo import Dataset, error_rate, steps_per_epoch
+from tersetorch.zoo.ranks import alike, everyone, from_rank_0
 
 WHERE = "compress"
 MAX_BITS = 8
@@ -142,6 +146,11 @@ def compress(
     recipe, and the bits of recipe.share are raised (at most to 8) while the drop is too large, or chosen by
     share_to_budget within the budget. Nothing is written where the limits cannot be kept.
 
+    Where torch.distributed has started, every rank must call it with the same arguments: all start from rank 0's model,
+    train shares out its batches as tersetorch.zoo.fit does, rank 0 alone measures and writes, and what it found decides
+    on every rank. What fails on one rank is raised on all. The bytes are the same each time on as many ranks; what is
+    trained on another number of them is rounded in another way.
+
     Args:
         model: a trained network that gives logits.
         recipe: the plan.
@@ -158,23 +167,28 @@ def compress(
 
     Raises:
         TypeError: an argument has another type.
-        ValueError: an argument is out of range, the limits cannot be kept, or as deep_compression and prune_to_budget.
+        ValueError: an argument is out of range, the limits cannot be kept, ranks were called with other layers, data or
+            arguments, or as deep_compression and prune_to_budget.
     """
-    check_choice(WHERE, "coders", coders, CODERS)
-    if budget is not None:
-        check_int(WHERE, "budget", budget, 1)
-    if max_drop is not None:
-        check_number(WHERE, "max_drop", max_drop, 0, 100)
-    target = target_of(WHERE, path)
+    with failing_together(everyone()):
+        check_choice(WHERE, "coders", coders, CODERS)
+        if budget is not None:
+            check_int(WHERE, "budget", budget, 1)
+        if max_drop is not None:
+            check_number(WHERE, "max_drop", max_drop, 0, 100)
+        target = target_of(WHERE, path)
+    if everyone() is not None:
+        asked = (recipe.model_dump(), budget, max_drop, batch_size, coders, folder is None)
+        check_alike(WHERE, "arguments", asked, everyone())
+        check_alike(WHERE, "data", _digest(data), everyone())
+        alike(model)
     started = time.monotonic()
 
     def error(tried: nn.Module) -> float:
-        return 100 * error_rate(tried, data.validation_images, data.validation_labels)
+        return from_rank_0(lambda: 100 * error_rate(tried, data.validation_images, data.validation_labels))
 
     def point(label: str, tried: nn.Module) -> Point:
-        release_graphs(tried)
-        whole = file_bytes(finalize(copy.deepcopy(tried))).whole
-        return Point(label=label, file_bytes=int(whole), error_percent=error(tried))
+        return Point(label=label, file_bytes=_bytes(tried), error_percent=error(tried))
 
     kept = None if folder is None else Path(folder)
     settings = {"weights": fingerprint(model), "budget": budget, "max_drop": max_drop, "recipe": recipe.model_dump()}
@@ -205,20 +219,36 @@ def compress(
         limits = _Limits(model, recipe, train, error, note, before, budget, max_drop, inner, progress)
         sensitivity = limits.search()
     finalize(model)
-    save(model, target, coders=coders, progress=progress)
-    after = Point(label="in the file", file_bytes=target.stat().st_size, error_percent=error(model))
-    record = CompressionRecord(
-        data=data.name,
-        examples=len(data.validation_labels),
-        before=before,
-        after=after,
-        points=[Point(**old) for old in run.record["points"]],
-        sensitivity=sensitivity,
-        recipe=recipe.model_dump(exclude_none=True),
-        seconds=time.monotonic() - started,
-    )
-    record.write(record_path(target))
-    return record
+    error_after = error(model)
+
+    def written() -> CompressionRecord:
+        save(model, target, coders=coders, progress=progress)
+        record = CompressionRecord(
+            data=data.name,
+            examples=len(data.validation_labels),
+            before=before,
+            after=Point(label="in the file", file_bytes=target.stat().st_size, error_percent=error_after),
+            points=[Point(**old) for old in run.record["points"]],
+            sensitivity=sensitivity,
+            recipe=recipe.model_dump(exclude_none=True),
+            seconds=time.monotonic() - started,
+        )
+        record.write(record_path(target))
+        return record
+
+    return from_rank_0(written)
+
+
+def _digest(data: Dataset) -> list[tuple[tuple[int, ...], int]]:
+    """What tells one set of examples from another, cheaply."""
+    parts = (data.train_images, data.train_labels, data.validation_images, data.validation_labels)
+    return [(tuple(part.shape), zlib.crc32(part.cpu().contiguous().numpy().data)) for part in parts]
+
+
+def _bytes(model: nn.Module) -> int:
+    """Of the file of model once it is finalized, as rank 0 finds them."""
+    release_graphs(model)
+    return from_rank_0(lambda: int(file_bytes(finalize(copy.deepcopy(model))).whole))
 
 
 class _Limits:
@@ -300,9 +330,9 @@ class _Limits:
             return self.budget
         release_graphs(self.model)
         tried = prune.magnitude(copy.deepcopy(self.model), TYPICAL_SPARSITY)
-        pruned = file_bytes(finalize(copy.deepcopy(tried))).whole
+        pruned = _bytes(tried)
         quantize.kmeans(tried, by_pattern(self.recipe.share.bits), init=self.recipe.share.init)
-        return math.floor(self.budget * pruned / file_bytes(finalize(tried)).whole)
+        return math.floor(self.budget * pruned / _bytes(tried))
 
     def _share(self) -> None:
         """Shares at the recipe's bits, or more of them, or at what the budget pays."""
@@ -319,7 +349,8 @@ class _Limits:
                 widths = {name: min(width + attempt, MAX_BITS) for name, width in asked.items()}
                 quantize.kmeans(tried, {**widths}, init=self.recipe.share.init)
             else:
-                widths = share_to_budget(tried, nbytes=limit, targets=list(asked), progress=self.progress).bits
+                widths = from_rank_0(partial(self._bits, plain, limit, list(asked)))
+                quantize.kmeans(tried, {**widths})
             self.train(tried, Stage("share", 1, 1, self.recipe.share.train, lambda: None))
             point = self.note("shared", tried)
             if self._fits(point):
@@ -337,6 +368,9 @@ class _Limits:
         raise ValueError(
             f"{WHERE}: the file must keep {self._words()}, got {reached} at the best; allow more, or train longer"
         )
+
+    def _bits(self, plain: nn.Module, limit: int, names: list[str]) -> dict[str, int]:
+        return share_to_budget(copy.deepcopy(plain), nbytes=limit, targets=names, progress=self.progress).bits
 
     def _fits(self, point: Point) -> bool:
         small = self.budget is None or point.file_bytes <= self.budget

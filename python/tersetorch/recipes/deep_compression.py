@@ -18,12 +18,13 @@ from torch import nn
 
 from tersetorch.methods import prune, quantize
 from tersetorch.methods.arguments import check_choice
+from tersetorch.methods.distributed import check_alike, failing_together
 from tersetorch.methods.selection import Pattern, assign, select
 from tersetorch.recipes.run_folder import RunFolder, fingerprint
 from tersetorch.storage import save
 from tersetorch.storage.arguments import target_of
 from tersetorch.storage.streams import CODERS
-from tersetorch.zoo.ranks import alike, from_rank_0, ranks
+from tersetorch.zoo.ranks import alike, everyone, from_rank_0
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -308,7 +309,8 @@ def deep_compression(
     Raises:
         TypeError: model is no module, recipe is no recipe, or train cannot be called.
         ValueError: the recipe is not valid, a pattern matches no layer, steps_per_epoch is missing or not positive,
-            folder holds another run, or train did not call stage.after_step() often enough for the ramp to end.
+            folder holds another run, train did not call stage.after_step() often enough for the ramp to end, or ranks
+            were called with other layers or arguments.
         FileNotFoundError: recipe names no file, or path's folder does not exist. What is wrong with recipe, path and
             folder is said before anything changes.
 
@@ -316,10 +318,12 @@ def deep_compression(
         Han, Mao, Dally, Deep Compression (2016), sections 2 and 3. Where we differ: dropout is scaled, and sparsity
         may rise while training (Zhu and Gupta, To prune, or not to prune, 2017, equation 1).
     """
-    plan, layers = _check(model, recipe, train, steps_per_epoch, path, coders)
+    with failing_together(everyone()):
+        plan, layers = _check(model, recipe, train, steps_per_epoch, path, coders)
+    asked = (plan.model_dump(), steps_per_epoch, layers, path is None, coders, folder is None)
+    check_alike("deep_compression", "layers and arguments", asked, everyone())
     steps = _steps(model, plan, train, steps_per_epoch)
-    if ranks() > 1:
-        alike(model)
+    alike(model)
     weights = None if folder is None else fingerprint(model)
     settings = {"recipe": plan.model_dump(), "steps_per_epoch": steps_per_epoch, "weights": weights}
     run = RunFolder("deep_compression", folder, settings, done=0)

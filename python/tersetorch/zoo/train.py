@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping
 from typing import Literal, get_args
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
+from tersetorch.methods.distributed import check_alike, failing_together
 from tersetorch.zoo.checks import check_count, check_seed
-from tersetorch.zoo.ranks import add_up, alike, rank, ranks
+from tersetorch.zoo.ranks import add_up, alike, everyone, rank, ranks
 
 OptimizerName = Literal["sgd", "adam"]
 Schedule = Literal["cosine", "constant"]
@@ -61,8 +63,9 @@ def fit(
     Where torch.distributed has started, every rank must call it with the same arguments. All start from rank 0's
     parameters and buffers, each takes its part of every batch, and the gradients are added up, so that all end with the
     same bits. One process gets the same up to rounding, but for dropout, which each rank draws for itself, and batch
-    norm, which sees a rank's part alone and ends with rank 0's statistics. A DistributedDataParallel does its own
-    averaging: each rank trains it on whole batches of the images it was called with.
+    norm, which sees a rank's part alone and ends with rank 0's statistics. What fails on one rank is raised on all. A
+    DistributedDataParallel does its own averaging: each rank trains it on whole batches of the images it was called
+    with.
 
     Args:
         model: gives logits [N, classes] for images.
@@ -85,17 +88,30 @@ def fit(
     Raises:
         TypeError: an argument has the wrong type.
         ValueError: an argument is outside its range, no parameter trains, there are more ranks than images in a batch,
-            or the loss is no longer finite.
+            they were called with other arguments or layers, or the loss is no longer finite.
 
     Source:
         Loshchilov and Hutter, SGDR (2017), equation 5 without restarts, and Decoupled weight decay (2019).
     """
-    fractions = {"weight_decay": weight_decay, "l1_penalty": l1_penalty, "input_dropout": input_dropout}
-    _check_fit(model, images, labels, epochs, batch_size, lr, optimizer, momentum, schedule, fractions)
-    check_seed("fit", seed)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not trained:
-        raise ValueError("fit: model must have a parameter that requires gradients, got none; unfreeze one")
+    parts = 1 if isinstance(model, DistributedDataParallel) else ranks()
+    together = everyone() if parts > 1 else None
+    with failing_together(together):
+        fractions = {"weight_decay": weight_decay, "l1_penalty": l1_penalty, "input_dropout": input_dropout}
+        _check_fit(model, images, labels, epochs, batch_size, lr, optimizer, momentum, schedule, fractions)
+        check_seed("fit", seed)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if not trained:
+            raise ValueError("fit: model must have a parameter that requires gradients, got none; unfreeze one")
+        if parts > min(batch_size, len(images)):
+            raise ValueError(
+                f"fit: a batch must hold an image for each of the {parts} ranks, got {min(batch_size, len(images))}; "
+                "raise batch_size or start fewer"
+            )
+    if parts > 1:
+        drawn = (len(images), hashlib.sha256(labels.cpu().numpy().tobytes()).hexdigest())
+        asked = (epochs, batch_size, lr, optimizer, momentum, schedule, fractions, seed)
+        check_alike("fit", "labels and arguments", (drawn, asked, len(trained)), together)
+        alike(model)
     decayed = [parameter for parameter in trained if parameter.ndim > 1]
     plain = [parameter for parameter in trained if parameter.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
@@ -105,14 +121,6 @@ def fit(
     else:
         stepper = torch.optim.AdamW(groups, lr=lr, foreach=True)
 
-    parts = 1 if isinstance(model, DistributedDataParallel) else ranks()
-    if parts > min(batch_size, len(images)):
-        raise ValueError(
-            f"fit: a batch must hold an image for each of the {parts} ranks, got {min(batch_size, len(images))}; "
-            "raise batch_size or start fewer"
-        )
-    if parts > 1:
-        alike(model)
     batches = steps_per_epoch(len(images), batch_size)
     task = None if progress is None else progress.add_task(description, total=epochs * batches)
     training = model.training
@@ -129,19 +137,19 @@ def fit(
                         for group in stepper.param_groups:
                             group["lr"] = lr * (1 + math.cos(math.pi * part)) / 2
                     rows = shuffled[batch * batch_size : (batch + 1) * batch_size]
-                    share = 1.0
-                    if parts > 1:
-                        own = rows.tensor_split(parts)[rank()]
-                        rows, share = own, len(own) / len(rows)
-                    x = functional.dropout(images[rows], input_dropout) if input_dropout else images[rows]
-                    loss = functional.cross_entropy(model(x), labels[rows])
                     stepper.zero_grad()
                     if parts == 1:
+                        loss = _loss(model, images[rows], labels[rows], input_dropout)
                         loss.backward()
                     else:
-                        loss = loss * share
-                        loss.backward()
-                        loss = add_up(trained, loss)
+                        own = rows.tensor_split(parts)[rank()]
+                        found, error = None, None
+                        try:
+                            found = _loss(model, images[own], labels[own], input_dropout) * (len(own) / len(rows))
+                            found.backward()
+                        except Exception as problem:
+                            error = problem
+                        loss = add_up(trained, found, error)
                     if l1_penalty:
                         for parameter in decayed:
                             if parameter.grad is not None:
@@ -160,6 +168,11 @@ def fit(
     finally:
         model.train(training)
     return model
+
+
+def _loss(model: nn.Module, images: Tensor, labels: Tensor, input_dropout: float) -> Tensor:
+    x = functional.dropout(images, input_dropout) if input_dropout else images
+    return functional.cross_entropy(model(x), labels)
 
 
 @torch.no_grad()
