@@ -75,11 +75,11 @@ def test_a_process_alone_is_rank_0():
         from_rank_0(lambda: int("one"))
 
 
-def test_a_process_of_torchrun_must_start_before_it_trains_beside_the_others(monkeypatch, mlp):
+def test_a_process_of_torchrun_must_start_before_it_trains_beside_the_others(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RuntimeError, match=r"as one of 2, got none; call tersetorch\.zoo\.ranks\.start\(\) first"):
-        tt.zoo.fit(mlp, torch.rand(4, 20), torch.tensor([0, 1, 2, 3]), epochs=1)
+        tt.zoo.fit(torch.nn.Linear(3, 2), torch.rand(4, 3), torch.tensor([0, 1, 1, 0]), epochs=1)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="backend must be 'gloo' where there is no CUDA device, got 'nccl'"):
         start("nccl")

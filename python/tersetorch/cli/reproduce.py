@@ -8,8 +8,10 @@ from rich.console import Console
 from rich.table import Table
 
 from tersetorch.bench.reproduce import ROWS, runs
+from tersetorch.cli.on_ranks import on_ranks
 
 
+@on_ranks()
 def reproduce(
     row: Annotated[str, typer.Argument(help="The row to reproduce; a list of them when left out.")] = "",
     json_file: Annotated[

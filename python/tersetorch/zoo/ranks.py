@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -16,6 +17,8 @@ from tersetorch.methods.distributed import check_alike, check_device, failing_to
 
 Result = TypeVar("Result")
 
+# How long ranks wait for rank 0 to measure; torchrun ends them where it has died.
+WAIT = timedelta(days=1)
 # Where the ranks of start meet; None elsewhere.
 _meeting: PrefixStore | None = None
 
@@ -39,7 +42,7 @@ def start(backend: str = "gloo") -> bool:
         raise ValueError("start: backend must be 'gloo' where there is no CUDA device, got 'nccl'; leave it out")
     store, place, count = next(rendezvous("env://"))
     _meeting = PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-    distributed.init_process_group(backend, store=_meeting, rank=place, world_size=count)
+    distributed.init_process_group(backend, timeout=WAIT, store=_meeting, rank=place, world_size=count)
     return True
 
 

@@ -108,8 +108,8 @@ def obs(
     fails half-way, the model is as it was.
 
     With one_pass all layers are calibrated together on the model as it is, by one pass over the data instead of one for
-    each layer: faster, and a little worse, since no layer sees what pruning the others does to its inputs. Memory then
-    holds the H of all. Several calls, with targets of a block each, are between the two.
+    each layer: faster, but no layer then makes up for what pruning the others does to its inputs. Memory holds the H of
+    all. Several calls, with the targets of a block of layers each, are between the two.
 
     Given a DistributedDataParallel, on every rank, all ranks calibrate on the data of all and prune the same ("full"
     does not: give every rank the same data), and what goes wrong on one is raised on all. With one_pass each layer is
