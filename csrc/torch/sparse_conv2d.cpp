@@ -604,8 +604,8 @@ Tensor ConvOnCuda(const Tensor& x, const Tensor& row_offsets, const Tensor& col_
     args.scales = static_cast<ConvScale*>(scales->mutable_data_ptr());
   }
   args.plan = ConvPlanCuda(args);
-  const Tensor parts = torch::stable::new_empty(x, {ConvPartsBytes(args) / 4}, ScalarType::Float);
-  args.parts = parts.mutable_data_ptr();
+  const Tensor scratch = torch::stable::new_empty(x, {ConvScratchBytes(args) / 4}, ScalarType::Float);
+  args.scratch = scratch.mutable_data_ptr();
   call.Check(ConvCuda(args, call.Stream()));
   return y;
 }

@@ -514,8 +514,8 @@ void TestSparseConv(const char* name, ConvMode mode, int splits, bool tiled, con
   test::Expect(args.plan.tiled, "%s: no tiles", name);
   args.plan.tiled = tiled;
   if (splits != 0) args.plan.splits = splits;
-  DeviceArray<std::uint8_t> parts("parts", ConvPartsBytes(args));
-  args.parts = parts.data();
+  DeviceArray<std::uint8_t> scratch("scratch", ConvScratchBytes(args));
+  args.scratch = scratch.data();
   Expect(name, allowed, [&] { return ConvCuda(args, nullptr); });
 }
 

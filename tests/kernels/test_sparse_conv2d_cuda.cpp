@@ -8,6 +8,7 @@
 #include "kernels/arrays.h"
 #include "kernels/check.h"
 #include "kernels/device.h"
+#include "kernels/sparse_conv2d/conv_fragments_cuda.h"
 #include "kernels/sparse_conv2d/sparse_conv2d_cuda.h"
 
 using namespace tersetorch;
@@ -49,7 +50,8 @@ struct Call {
   FloatDtype stored_as = FloatDtype::kFloat32;
   CsrValues values_as = CsrValues::kFloat32;
   ConvMode mode = ConvMode::kExact;
-  int splits = 0;  // blocks that share a filter's channels; 0: as planned
+  int splits = 0;          // blocks that share a filter's channels; 0: as planned
+  bool fragments = false;  // whether or not they are expected to be faster
 
   Index OutHeight(const ConvShape& s) const {
     return (height + 2 * pad_h - s.dilation_h * (s.kernel_h - 1) - 1) / s.stride_h + 1;
@@ -108,14 +110,16 @@ std::vector<float> Run(const Weight& w, const Call& call, const std::vector<floa
                     static_cast<ConvScale*>(scales.data()),
                     {},
                     nullptr};
-  args.plan = ConvPlanCuda(args);
+  args.plan = call.fragments ? ConvFragmentPlan(args) : ConvPlanCuda(args);
+  if (call.fragments)
+    Expect(args.plan.fragments, "fragments for filters of %ld x %ld", long{s.kernel_h}, long{s.kernel_w});
   if (call.splits != 0 && args.plan.tiled) {
     args.plan.splits = call.splits;
     args.plan.channels = 2;
     args.plan.warp_filters = call.splits == 3 ? 2 : 1;
   }
-  DeviceArray<std::uint8_t> parts("parts", ConvPartsBytes(args));
-  args.parts = parts.data();
+  DeviceArray<std::uint8_t> scratch("scratch", ConvScratchBytes(args));
+  args.scratch = scratch.data();
   ExpectLaunched(ConvCuda(args, nullptr), "ConvCuda");
   return y.Values();
 }
@@ -386,6 +390,122 @@ void TestDamage() {
   Expect(std::isnan(none[0]) && none[3 * pixels] == 0, "columns of images without channels");
 }
 
+// ---- fragments
+
+// Around the 16 filters of a fragment and the 64 of a block, the 32 or 64 channels that are multiplied together, the 8,
+// 128 and 256 outputs of a fragment and of tiles, and images side by side in one.
+const struct {
+  ConvShape shape;
+  Call call;
+} kFragmentCases[] = {
+    {{1, 1, 1, 1, 1, 1, 1, 1, 1}, {1, 1, 1, 0, 0}},    {{31, 15, 1, 3, 3, 1, 1, 1, 1}, {2, 6, 7, 1, 1}},
+    {{33, 17, 1, 3, 3, 1, 1, 1, 1}, {1, 14, 9, 1, 1}}, {{64, 63, 1, 1, 1, 1, 1, 1, 1}, {1, 1, 127, 0, 0}},
+    {{65, 65, 1, 1, 1, 1, 1, 1, 1}, {1, 3, 43, 0, 0}}, {{32, 16, 1, 1, 1, 1, 1, 1, 1}, {5, 8, 8, 0, 0}},
+    {{10, 8, 2, 3, 3, 1, 1, 1, 1}, {3, 7, 7, 1, 1}},   {{66, 34, 2, 1, 3, 2, 1, 1, 2}, {2, 6, 9, 0, 2}},
+    {{5, 9, 1, 4, 4, 2, 3, 3, 2}, {1, 14, 13, 5, 1}},  {{4, 20, 1, 6, 6, 3, 2, 1, 1}, {1, 17, 19, 2, 2}},
+    {{3, 6, 1, 3, 3, 1, 1, 1, 1}, {1, 2, 2, 20, 3}},   {{4, 4, 1, 3, 3, 1, 1, 1, 1}, {1, 5, 67, 1, 1}},
+    {{2, 4, 1, 3, 3, 2, 2, 1, 1}, {2, 33, 33, 1, 1}},
+};
+
+void TestFragments() {
+  std::mt19937 rng(77);
+  int turn = 0;
+  for (const auto& one : kFragmentCases) {
+    const Weight w(one.shape, 0.4, rng);
+    Call call = one.call;
+    call.fragments = true, call.mode = ConvMode::kBFloat16;  // x and W are such numbers already
+    call.channels_last = turn % 2 == 1, call.relu = turn % 3 == 0;
+    call.values_as = kValues[turn % 3], call.stored_as = kFloats[turn / 2 % 2];
+    TestOne(w, call, turn % 4 != 0, rng);
+    call.mode = ConvMode::kExact, call.values_as = CsrValues::kBFloat16, call.stored_as = FloatDtype::kBFloat16;
+    if (turn % 3 == 1) TestOne(w, call, turn % 4 == 0, rng);
+    ++turn;
+  }
+}
+
+// int8 gives the bits that it gives without fragments; which numbers are rounded, is the same.
+void TestFragmentsOfIntegers() {
+  std::mt19937 rng(78);
+  int turn = 0;
+  for (const auto& one : kFragmentCases) {
+    const Weight w(one.shape, 0.4, rng);
+    Call call = one.call;
+    call.mode = ConvMode::kInt8, call.channels_last = turn % 2 == 0, call.relu = turn % 3 == 1;
+    call.values_as = kValues[turn % 3], call.stored_as = kFloats[turn / 2 % 2];
+    const auto x = Random(call.images * one.shape.in_channels * call.height * call.width, rng);
+    const auto bias = Random(one.shape.out_channels, rng);
+    const auto want = Run(w, call, x, &bias);
+    call.fragments = true;
+    Expect(Run(w, call, x, &bias) == want, "int8 fragments, case %d", turn++);
+  }
+}
+
+// What is damaged is NaN in all images, and what is not, is as it was. An infinity or NaN in x reaches the filters
+// whose non-zeros meet it, as without fragments.
+void TestDamagedFragments() {
+  std::mt19937 rng(79);
+  const Weight good({40, 6, 1, 3, 3, 1, 1, 1, 1}, 0.5, rng);
+  for (const ConvMode mode : {ConvMode::kBFloat16, ConvMode::kInt8}) {
+    Call call{2, 4, 5, 1, 1};
+    call.mode = mode, call.fragments = true, call.values_as = CsrValues::kCodes;
+    auto x = Random(call.images * 40 * 20, rng);
+    const auto want = Run(good, call, x, nullptr);
+    const auto expect = [&](const Weight& bad, const std::vector<Index>& filters, const char* what) {
+      const auto got = Run(bad, call, x, nullptr);
+      bool right = true;
+      for (Index i = 0; i < static_cast<Index>(got.size()); ++i) {
+        const bool damaged = std::find(filters.begin(), filters.end(), i / 20 % 6) != filters.end();
+        right &= damaged ? std::isnan(got[i]) : got[i] == want[i];
+      }
+      Expect(right, "fragments, %s, mode %d", what, static_cast<int>(mode));
+    };
+    Weight bad = good;
+    bad.col_indices[bad.row_offsets[1]] = -1;
+    bad.col_indices[bad.row_offsets[6] - 1] = static_cast<std::int32_t>(good.columns);
+    bad.codes[bad.row_offsets[2] + 150] = 7;
+    expect(bad, {1, 2, 5}, "columns and a code outside");
+    bad = good;
+    bad.row_offsets[2] = -1;
+    expect(bad, {1, 2}, "an offset outside");
+    bad = good;
+    bad.col_indices[bad.row_offsets[4] + 3] = bad.col_indices[bad.row_offsets[4] + 2];
+    if (mode == ConvMode::kInt8) expect(bad, {4}, "a column twice");
+    x[20 * 40 + 7] = INFINITY, x[20 * 40 + 20 * 33 + 11] = NAN;
+    const auto got = Run(good, call, x, nullptr);
+    call.fragments = false;
+    const auto alone = Run(good, call, x, nullptr);
+    bool right = true;
+    Index numbers = 0;
+    for (std::size_t i = 0; i < got.size(); ++i) {
+      right &= std::isfinite(alone[i]) ? std::isfinite(got[i])
+                                       : got[i] == alone[i] || (std::isnan(got[i]) && std::isnan(alone[i]));
+      numbers += std::isfinite(got[i]) && i >= got.size() / 2;
+    }
+    Expect(right && (numbers > 0) == (mode != ConvMode::kInt8), "fragments of an infinite image, mode %d",
+           static_cast<int>(mode));
+  }
+}
+
+// Which way is taken: images in batches go to tensor cores where products are exact, one image and few non-zeros do
+// not.
+void TestChoice() {
+  ConvCudaArgs args{};
+  args.weight.rows = 256, args.weight.columns = 2304, args.weight.nnz = 118000;
+  args.weight.stored_as = CsrValues::kFloat32;
+  args.shape = {256, 256, 1, 3, 3, 1, 1, 1, 1};
+  args.height = args.width = args.out_height = args.out_width = 14, args.pad_h = args.pad_w = 1;
+  args.x_steps = {256 * 196, 196, 14, 1};
+  const auto fragments = [&](ConvMode mode, Index images, Index nnz = 118000) {
+    args.mode = mode, args.images = images, args.weight.nnz = nnz;
+    return ConvPlanCuda(args).fragments;
+  };
+  Expect(fragments(ConvMode::kBFloat16, 32) && fragments(ConvMode::kInt8, 32), "32 images on tensor cores");
+  Expect(!fragments(ConvMode::kBFloat16, 1) && !fragments(ConvMode::kBFloat16, 32, 5000), "little work is not");
+  Expect(!fragments(ConvMode::kExact, 32), "float32 is not");
+  args.weight.stored_as = CsrValues::kBFloat16, args.stored_as = FloatDtype::kBFloat16;
+  Expect(fragments(ConvMode::kExact, 32), "bfloat16 products are exact");
+}
+
 // More blocks than the grid's y axis has.
 void TestLargeGrids() {
   std::mt19937 rng(7);
@@ -402,6 +522,10 @@ int main() {
     TestDamagedInt8();
     TestInfinities();
     TestDamage();
+    TestFragments();
+    TestFragmentsOfIntegers();
+    TestDamagedFragments();
+    if (first) TestChoice();
     if (first) TestLargeGrids();
     first = false;
   });

@@ -1,7 +1,6 @@
-#include <cmath>
-
 #include "kernels/common/cuda.cuh"
-#include "kernels/csr_matmul/csr_weight.cuh"
+#include "kernels/sparse_conv2d/conv_fragments_cuda.h"
+#include "kernels/sparse_conv2d/conv_numbers.cuh"
 #include "kernels/sparse_conv2d/sparse_conv2d_cuda.h"
 
 namespace tersetorch {
@@ -51,43 +50,11 @@ struct ScaleTile {
   };
 };
 
-// A non-zero, as all outputs of its filter see it.
-struct Tap {
-  std::int64_t offset;       // in x, from the input that an output's first tap multiplies in channel 0
-  std::int64_t down, right;  // of that input
-  float value;
-};
-
 // The non-zeros that the block works on.
 template <typename Tile>
 struct Taps {
   Tap taps[Tile::kThreads];
 };
-
-// Numbers as they are stored. The branches are the same for all threads; types for them would multiply the kernels.
-__device__ float InputAt(const ConvCudaArgs& a, std::int64_t i) { return FloatAt(a.x, a.stored_as, i); }
-__device__ void PutOutput(const ConvCudaArgs& a, std::int64_t i, float y) { PutFloat(a.y, a.stored_as, i, y); }
-// A code without an entry is 0, and damaged.
-__device__ float WeightAt(const CsrWeight& w, std::int64_t k, bool& damaged) {
-  if (w.stored_as == CsrValues::kFloat32) return Float32Values::At(w, k);
-  if (w.stored_as == CsrValues::kBFloat16) return BFloat16Values::At(w, k);
-  if (!CodeValues::Damaged(w, k)) return CodeValues::At(w, k);
-  damaged = true;
-  return 0.0f;
-}
-
-// A damaged one lies below every image, so that nothing is read for it.
-__device__ Tap TapAt(const ConvCudaArgs& a, std::int64_t filter, std::int32_t k) {
-  const ConvShape& s = a.shape;
-  const std::int32_t column = ColumnAt(a.weight, k);
-  bool damaged = Outside(a.weight, column);
-  const float value = WeightAt(a.weight, k, damaged);
-  if (damaged) return {0, a.height + a.pad_h, 0, DamagedWeight()};
-  const std::int64_t row = column / s.kernel_w, group = filter / (s.out_channels / s.groups);
-  const std::int64_t channel = group * (s.in_channels / s.groups) + row / s.kernel_h;
-  const std::int64_t down = row % s.kernel_h * s.dilation_h, right = column % s.kernel_w * s.dilation_w;
-  return {channel * a.x_steps.channel + down * a.x_steps.row + right * a.x_steps.column, down, right, value};
-}
 
 // ---- kernels
 
@@ -99,8 +66,6 @@ __device__ ConvScale ScaleOf(std::uint32_t largest_bits) {
   return {largest / 127.0f, 127.0f / largest};
 }
 
-__device__ int Rounded(float x, float inverse) { return inverse == 0 ? 0 : static_cast<int>(rintf(x * inverse)); }
-
 // Images first. What is damaged in a filter is left to ConvKernel.
 template <typename Tile>
 __global__ void __launch_bounds__(Tile::kThreads) ConvScaleKernel(ConvCudaArgs a) {
@@ -109,10 +74,13 @@ __global__ void __launch_bounds__(Tile::kThreads) ConvScaleKernel(ConvCudaArgs a
   // Compared as integers: infinities are above all numbers, and NaN above them.
   std::uint32_t largest = 0;
   if (filter < 0) {
-    const std::int64_t first = item * a.x_steps.image;
-    for (std::int64_t i = thread; i < a.x_steps.image; i += Tile::kThreads) {
-      largest = max(largest, __float_as_uint(InputAt(a, first + i)) & 0x7fffffffu);
-    }
+    WithFloatOnDevice(a.stored_as, [&](auto type) {
+      const auto* x = static_cast<const decltype(type)*>(a.x) + item * a.x_steps.image;
+#pragma unroll 8
+      for (std::int64_t i = thread; i < a.x_steps.image; i += Tile::kThreads) {
+        largest = max(largest, __float_as_uint(ToFloat(x[i])) & 0x7fffffffu);
+      }
+    });
   } else {
     const Row row = RowAt(a.weight, filter);
     for (std::int64_t k = row.begin + thread; k < row.end; k += Tile::kThreads) {
@@ -189,40 +157,6 @@ __global__ void __launch_bounds__(Tile::kThreads) ConvKernel(ConvCudaArgs a) {
   if (damaged) sum = DamagedWeight();
   if (a.relu && sum < 0) sum = 0;  // NaN stays
   PutOutput(a, image * a.y_steps.image + filter * a.y_steps.channel + i * a.y_steps.row + j * a.y_steps.column, sum);
-}
-
-// A sum of products: a float, or for int8 an integer in its bits, so that one kernel serves both. Of integers the least
-// stands for damage, which no sum reaches.
-using ConvSum = std::uint32_t;
-
-__device__ bool Integers(const ConvCudaArgs& a) { return a.mode == ConvMode::kInt8; }
-__device__ ConvSum DamagedSum(bool integers) { return integers ? 0x80000000u : __float_as_uint(DamagedWeight()); }
-
-// What y holds where the products' sum is `total`.
-__device__ float Finished(const ConvCudaArgs& a, std::int64_t image, std::int64_t filter, ConvSum total) {
-  const float bias = a.bias == nullptr ? 0.0f : a.bias[filter];
-  float sum = __uint_as_float(total);
-  if (!Integers(a)) {
-    sum = a.bias == nullptr ? sum : sum + bias;
-  } else if (total == DamagedSum(true)) {
-    return DamagedWeight();
-  } else {
-    sum = fmaf(static_cast<float>(static_cast<int>(total)) * a.scales[a.images + filter].scale, a.scales[image].scale,
-               bias);
-  }
-  return a.relu && sum < 0 ? 0.0f : sum;  // NaN stays
-}
-
-// How many of the non-zeros [begin, end) come before the first in `column` or behind it; all lanes of the warp call it.
-__device__ int FindColumn(const CsrWeight& w, int begin, int end, std::int64_t column) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
-  while (begin < end) {
-    const int step = (end - begin + kWarpSize - 1) / kWarpSize, probe = begin + (lane + 1) * step - 1;
-    const bool before = probe < end && ColumnAt(w, probe) < column;
-    begin += __popc(__ballot_sync(kWholeWarp, before)) * step;
-    end = min(end, begin + step - 1);
-  }
-  return begin;
 }
 
 // A number as products take it, rounded as the mode says.
@@ -427,7 +361,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) ConvTileKernel(ConvCudaArgs
       if (whole) {
         PutOutput(a, at + filter * step, Finished(a, image, filter, sum));
       } else {
-        static_cast<ConvSum*>(a.parts)[at + filter * step] = sum;
+        static_cast<ConvSum*>(a.scratch)[at + filter * step] = sum;
       }
     }
   }
@@ -443,7 +377,7 @@ __global__ void __launch_bounds__(Tile::kThreads) ConvAddKernel(ConvCudaArgs a) 
   bool damaged = false;  // NaN tells of itself
 #pragma unroll 8
   for (int split = 0; split < a.plan.splits; ++split) {
-    const ConvSum part = static_cast<const ConvSum*>(a.parts)[split * outputs + at];
+    const ConvSum part = static_cast<const ConvSum*>(a.scratch)[split * outputs + at];
     damaged = damaged || part == DamagedSum(true);
     total += part;
     sum += __uint_as_float(part);
@@ -463,6 +397,8 @@ __global__ void __launch_bounds__(Tile::kThreads) ConvAddKernel(ConvCudaArgs a) 
 }  // namespace
 
 ConvCudaPlan ConvPlanCuda(const ConvCudaArgs& a) noexcept {
+  const ConvCudaPlan fragments = ConvFragmentPlan(a);
+  if (fragments.fragments && ConvTakesFragments(a, fragments)) return fragments;
   constexpr std::int64_t kMostOutputs = 8 * kWarpSize, kBlocks = 132, kWarps = ConvTile<8>::kWarps;
   constexpr std::int64_t kFewProducts = 100000;  // of a block that shares filters
   const ConvShape& s = a.shape;
@@ -517,7 +453,8 @@ ConvCudaPlan ConvPlanCuda(const ConvCudaArgs& a) noexcept {
   return plan;
 }
 
-std::int64_t ConvPartsBytes(const ConvCudaArgs& a) noexcept {
+std::int64_t ConvScratchBytes(const ConvCudaArgs& a) noexcept {
+  if (a.plan.fragments) return ConvFragmentBytes(a);
   if (!a.plan.tiled || a.plan.splits == 1) return 0;
   return a.plan.splits * a.images * a.shape.out_channels * a.out_height * a.out_width * sizeof(float);
 }
@@ -562,9 +499,11 @@ int ConvCuda(const ConvCudaArgs& a, void* stream) noexcept {
     const dim3 items(static_cast<unsigned>(a.images + a.weight.rows), 1, 1);
     const int error = Launch(ConvScaleKernel<ScaleTile>, items, ScaleTile::kThreads, stream, a);
     if (error != cudaSuccess) return error;
+    if (a.plan.fragments) return ConvFragmentsCuda(a, stream);
     if (a.plan.tiled) return LaunchTiles(a, stream);
     return Launch(ConvKernel<OutputTile, IntegerSums>, blocks, OutputTile::kThreads, stream, a);
   }
+  if (a.plan.fragments) return ConvFragmentsCuda(a, stream);
   if (a.plan.tiled) return LaunchTiles(a, stream);
   return Launch(ConvKernel<OutputTile, FloatSums>, blocks, OutputTile::kThreads, stream, a);
 }

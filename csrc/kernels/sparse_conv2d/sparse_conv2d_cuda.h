@@ -46,7 +46,9 @@ struct ConvScale {
 
 // How a convolution is cut up for the device's blocks.
 struct ConvCudaPlan {
-  bool tiled;                      // else every output by itself
+  bool tiled;                      // in tiles, a product for each non-zero
+  bool fragments;                  // in tiles on tensor cores; else every output by itself
+  int numbers;                     // of outputs in a tile of fragments: 128 or 256
   int columns, rows, images;       // of y in a tile
   int pitch;                       // from an output's number to that of the one below
   int outputs;                     // numbers of a tile's outputs in one image
@@ -71,12 +73,12 @@ struct ConvCudaArgs {
   ConvMode mode;
   ConvScale* scales;  // [images + out_channels], uninitialised, for int8 only
   ConvCudaPlan plan;  // by ConvPlanCuda
-  void* parts;        // uninitialised, of ConvPartsBytes; null for none
+  void* scratch;      // uninitialised, of ConvScratchBytes, aligned to 16 bytes; null for none
 };
 
-// All of args but plan, parts and pointers count.
+// All of args but plan, scratch and pointers count, for the current device.
 ConvCudaPlan ConvPlanCuda(const ConvCudaArgs& args) noexcept;
-std::int64_t ConvPartsBytes(const ConvCudaArgs& args) noexcept;
+std::int64_t ConvScratchBytes(const ConvCudaArgs& args) noexcept;
 
 // Enqueues on `stream`, a cudaStream_t, and returns the cudaError_t of that.
 int ConvCuda(const ConvCudaArgs& args, void* stream) noexcept;
