@@ -30,7 +30,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 4) CsrMatmulKernel(CsrMatmulCu
   const std::int64_t r = Tile::RowOfWarp();
   if (r >= w.rows) return;
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
-  const Row row = RowAt(w, r);
+  Row row = RowAt(w, r);
+  // NaN times any number of x is NaN; where there is none, nothing may be read.
+  if (w.columns == 0 && row.begin < row.end) row = {0, 0, true};
   [[maybe_unused]] const Float* x = static_cast<const Float*>(a.x);
   [[maybe_unused]] const auto* panels = static_cast<const PanelColumn<Float>*>(a.panels);
   Float* y = static_cast<Float*>(a.y);
@@ -46,13 +48,11 @@ __global__ void __launch_bounds__(Tile::kThreads, 4) CsrMatmulKernel(CsrMatmulCu
       const float value = damaged ? DamagedWeight() : Values::At(w, k);
       const std::int64_t at = first / Tile::kSamples * w.columns + (damaged ? 0 : column);
       if constexpr (Tile::kSamples == 1) {
-        sums[0] += damaged ? value : value * ToFloat(x[at]);
+        sums[0] += value * ToFloat(x[at]);
       } else {
         const PanelColumn<Float> numbers = panels[at];
 #pragma unroll
-        for (int s = 0; s < Tile::kSamples; ++s) {
-          sums[s] += damaged ? value : value * ToFloat(numbers.of_sample[s]);
-        }
+        for (int s = 0; s < Tile::kSamples; ++s) sums[s] += value * ToFloat(numbers.of_sample[s]);
       }
     }
     float sum = 0;  // of sample `lane`
