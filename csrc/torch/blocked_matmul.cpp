@@ -477,6 +477,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> BlockedInt8PackOnCpu(const Te
 
 #ifdef TERSETORCH_CUDA
 
+// Memory for x in panels of 8 samples.
+Tensor Panels(const Tensor& x, std::int64_t samples, std::int64_t columns, std::int64_t item_bytes) {
+  return torch::stable::new_empty(x, {(samples + 7) / 8 * 8 * columns * item_bytes}, ScalarType::Byte);
+}
+
 Tensor BlockedMatmulOnCuda(const Tensor& x, const Tensor& block_offsets, const Tensor& segments, const Tensor& indices,
                            const Tensor& values, const std::optional<Tensor>& bias,
                            const std::optional<Tensor>& codebook, std::int64_t out_features, std::int64_t column_block,
@@ -487,8 +492,9 @@ Tensor BlockedMatmulOnCuda(const Tensor& x, const Tensor& block_offsets, const T
                             out_features, column_block);
   const Samples& samples = inputs.samples;
   const Tensor y = EmptyWithLastDim(x, out_features);
+  const Tensor panels = Panels(x, samples.count, samples.features, samples.item_bytes);
   call.Check(BlockedMatmulCuda({inputs.weight.args, samples.At(0), samples.stored_as, inputs.bias.data, relu,
-                                y.mutable_data_ptr(), samples.count},
+                                y.mutable_data_ptr(), samples.count, nullptr, nullptr, panels.mutable_data_ptr()},
                                call.Stream()));
   return y;
 }
@@ -504,12 +510,13 @@ Tensor BlockedBFloat16MatmulOnCuda(const Tensor& x, const Tensor& block_offsets,
   const BlockedWeight& weight = inputs.weight.args;
   const Tensor y = EmptyWithLastDim(x, out_features);
   const Tensor words = torch::stable::new_empty(x, {samples.count, weight.columns}, ScalarType::Int);
+  const Tensor panels = Panels(x, samples.count, weight.columns, 4);
   auto* rounded = static_cast<std::uint32_t*>(words.mutable_data_ptr());
   call.Check(BlockedPairsCuda({samples.At(0), samples.stored_as, samples.count, samples.features, rounded, nullptr},
                               call.Stream()));
-  call.Check(BlockedMatmulCuda(
-      {weight, rounded, samples.stored_as, inputs.bias.data, relu, y.mutable_data_ptr(), samples.count},
-      call.Stream()));
+  call.Check(BlockedMatmulCuda({weight, rounded, samples.stored_as, inputs.bias.data, relu, y.mutable_data_ptr(),
+                                samples.count, nullptr, nullptr, panels.mutable_data_ptr()},
+                               call.Stream()));
   return y;
 }
 
@@ -526,12 +533,13 @@ Tensor BlockedInt8MatmulOnCuda(const Tensor& x, const Tensor& block_offsets, con
   const Tensor y = EmptyWithLastDim(x, out_features);
   const Tensor words = torch::stable::new_empty(x, {samples.count, weight.columns}, ScalarType::Int);
   const Tensor scales = torch::stable::new_empty(x, {samples.count}, ScalarType::Float);
+  const Tensor panels = Panels(x, samples.count, weight.columns, 4);
   auto* rounded = static_cast<std::uint32_t*>(words.mutable_data_ptr());
   auto* scale = scales.mutable_data_ptr<float>();
   call.Check(BlockedQuadsCuda({samples.At(0), samples.stored_as, samples.count, samples.features, rounded, scale},
                               call.Stream()));
   call.Check(BlockedMatmulCuda({weight, rounded, samples.stored_as, inputs.bias.data, relu, y.mutable_data_ptr(),
-                                samples.count, scale, inputs.scales},
+                                samples.count, scale, inputs.scales, panels.mutable_data_ptr()},
                                call.Stream()));
   return y;
 }

@@ -43,8 +43,9 @@ std::vector<float> Multiply(const RandomBlocked& w, BlockedValues values_as, Flo
                              w.columns,
                              static_cast<Index>(w.indices.size()),
                              w.column_block};
+  DeviceArray<std::uint32_t> panels("panels", (samples + 7) / 8 * 8 * w.columns);
   ExpectLaunched(BlockedMatmulCuda({weight, x.data(), floats_as, bias_numbers == nullptr ? nullptr : bias.data(), relu,
-                                    y.data(), samples},
+                                    y.data(), samples, nullptr, nullptr, panels.data()},
                                    nullptr),
                  "BlockedMatmulCuda");
   return y.Values();
@@ -76,9 +77,9 @@ void TestShapes() {
   const struct {
     Index rows, columns, column_block;
     double density;
-  } shapes[] = {{1, 1, 1, 1.0},      {7, 9, 4, 0.5},      {33, 37, 16, 0.3},  {255, 5, 3, 0.2},
-                {256, 64, 64, 0.02}, {257, 65, 64, 0.02}, {3, 257, 300, 1.0}, {20, 50, 16, 0.0},
-                {5, 0, 16, 0.0},     {0, 5, 16, 0.0},     {515, 31, 8, 0.05}};
+  } shapes[] = {{1, 1, 1, 1.0},      {7, 9, 4, 0.5},     {33, 37, 16, 0.3}, {255, 5, 3, 0.2}, {256, 64, 64, 0.02},
+                {257, 65, 64, 0.02}, {3, 257, 300, 1.0}, {20, 50, 16, 0.0}, {5, 0, 16, 0.0},  {0, 5, 16, 0.0},
+                {515, 31, 8, 0.05},  {34, 33, 40, 1.0},  {2, 16, 16, 1.0},  {70, 48, 48, 0.4}};
   int turn = 0;
   for (const auto& shape : shapes) {
     const RandomBlocked w(shape.rows, shape.columns, shape.column_block, shape.density, rng);
@@ -174,6 +175,8 @@ std::vector<float> MultiplyWords(const Words<T>& w, FloatDtype floats_as, Index 
     args.sample_scales = scales.data();
     args.row_scales = row_scales.data();
   }
+  DeviceArray<std::uint32_t> panels("panels", (samples + 7) / 8 * 8 * w.columns);
+  args.panels = panels.data();
   ExpectLaunched(BlockedMatmulCuda(args, nullptr), "BlockedMatmulCuda of words");
   return y.Values();
 }

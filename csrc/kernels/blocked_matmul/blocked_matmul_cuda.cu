@@ -42,17 +42,25 @@ __device__ std::uint32_t Added(std::uint32_t sum, Quad value, Quad x) {
 
 // ---- tiles
 
+constexpr std::uint16_t kNoColumn = 0xffff;  // for a code without an entry
+static_assert(kNoColumn >= kBlockedMaxColumnBlock);
+
 // A block multiplies a row block with some samples. Its threads take the segments in their order, so that those of a
 // warp have about as many non-zeros, and find each segment's row in shared memory.
 struct RowBlockTile {
   static constexpr int kThreads = kBlockedRows;
   static constexpr int kWarps = kThreads / kWarpSize;
   static constexpr int kSamples = 8;
-  static constexpr int kBlocksAtOnce = 4;  // at least; leaves each thread the 64 registers that it needs
+  static constexpr int kBlocksAtOnce = 4;     // at least; leaves each thread the 64 registers that it needs
+  static constexpr int kRun = kWarpSize / 2;  // non-zeros of a row that are staged at once
+  static_assert(kSamples == kPanelSamples, "a panel's");
 
-  template <typename Sum>
+  // A half-warp stores a row's run, and another one 16 rows behind; then lanes walk rows. Neither has a bank conflict.
+  template <typename Sum, typename Value>
   struct Memory {
     Sum sums[kSamples][kBlockedRows];
+    Value values[kWarps][kWarpSize][kRun + 1];
+    std::uint16_t indices[kWarps][kWarpSize][kRun + 2];
     std::uint32_t seen_in[kBlockedRows];  // the last column block that named the row, counted from 1
     bool damaged[kBlockedRows];
     std::int32_t counts[kWarps];
@@ -65,13 +73,14 @@ template <typename Tile, typename Values, typename X, typename Y>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksAtOnce) BlockedMatmulKernel(BlockedMatmulCudaArgs a) {
   constexpr bool kQuads = std::is_same_v<X, Quad>;
   using Sum = std::conditional_t<kQuads, std::uint32_t, float>;
-  auto& memory = SharedMemory<typename Tile::template Memory<Sum>>();
   const BlockedWeight& w = a.weight;
+  using Value = decltype(Values::At(w, 0));
+  auto& memory = SharedMemory<typename Tile::template Memory<Sum, Value>>();
   const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarpSize, lane = thread % kWarpSize;
   const std::int64_t column_blocks = CeilDiv(w.columns, w.column_block);
   const std::int64_t row_begin = std::int64_t{blockIdx.x} * kBlockedRows;
   const int rows = static_cast<int>(min(kBlockedRows, w.rows - row_begin));
-  const X* x = static_cast<const X*>(a.x);
+  const auto* panels = static_cast<const PanelColumn<X>*>(a.panels);
   Y* y = static_cast<Y*>(a.y);
   const std::int64_t step = std::int64_t{gridDim.y} * Tile::kSamples;
   for (std::int64_t first = std::int64_t{blockIdx.y} * Tile::kSamples; first < a.samples; first += step) {
@@ -110,25 +119,49 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksAtOnce) BlockedMa
       }
       damaged = __syncthreads_or(bad) != 0;
       if (damaged) break;
-      if (thread < rows) {
-        const std::int64_t first_column = j * w.column_block;
-        const std::int64_t columns = min(w.column_block, w.columns - first_column);
-        Sum sums[Tile::kSamples];
+      const std::int64_t first_column = j * w.column_block;
+      const std::int64_t columns = min(w.column_block, w.columns - first_column);
+      const auto* x = panels + first / Tile::kSamples * w.columns + first_column;
+      Sum sums[Tile::kSamples];
 #pragma unroll
-        for (int s = 0; s < Tile::kSamples; ++s) sums[s] = memory.sums[s][row];
-        for (std::int32_t k = begin + after - length; k < begin + after; ++k) {
-          const int column = w.indices[k];
-          if (column >= columns || Values::Damaged(w, k)) {
+      for (int s = 0; s < Tile::kSamples; ++s) sums[s] = thread < rows ? memory.sums[s][row] : Sum{};
+      int longest = length, left = length;
+#pragma unroll
+      for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
+        longest = max(longest, __shfl_xor_sync(kWholeWarp, longest, distance));
+      }
+      const std::int32_t own_first = begin + after - length;
+      auto& values = memory.values[warp];
+      auto& indices = memory.indices[warp];
+#pragma unroll 1
+      for (int base = 0; base < longest; base += Tile::kRun) {
+        const int in_run = base + lane % Tile::kRun;
+#pragma unroll 4
+        for (int r = 0; r < kWarpSize / 2; ++r) {
+          const int of_row = r + lane / Tile::kRun * (kWarpSize / 2);
+          const std::int32_t k = __shfl_sync(kWholeWarp, own_first, of_row) + in_run;
+          if (in_run >= __shfl_sync(kWholeWarp, length, of_row)) continue;
+          const bool bad = Values::Damaged(w, k);
+          indices[of_row][lane % Tile::kRun] = bad ? kNoColumn : w.indices[k];
+          values[of_row][lane % Tile::kRun] = bad ? Value{} : Values::At(w, k);
+        }
+        __syncwarp();
+        const int count_of_run = min(Tile::kRun, left - base);
+        for (int e = 0; e < count_of_run; ++e) {
+          const int column = indices[lane][e];
+          if (column >= columns) {
             memory.damaged[row] = true;
+            left = 0;
             break;
           }
-          const auto value = Values::At(w, k);
-          const X* x_of_column = x + first * w.columns + first_column + column;
+          const Value value = values[lane][e];
+          const PanelColumn<X> numbers = x[column];
 #pragma unroll
-          for (int s = 0; s < Tile::kSamples; ++s) {
-            if (s < count) sums[s] = Added(sums[s], value, x_of_column[s * w.columns]);
-          }
+          for (int s = 0; s < Tile::kSamples; ++s) sums[s] = Added(sums[s], value, numbers.of_sample[s]);
         }
+        __syncwarp();
+      }
+      if (thread < rows) {
 #pragma unroll
         for (int s = 0; s < Tile::kSamples; ++s) memory.sums[s][row] = sums[s];
       }
@@ -219,7 +252,10 @@ int BlockedMatmulCuda(const BlockedMatmulCudaArgs& a, void* stream) noexcept {
   const dim3 grid(BlocksOnX(a.weight.rows, kBlockedRows), BlocksOnY(a.samples, RowBlockTile::kSamples));
   return WithFloat(a.stored_as, [&](auto number) {
     return WithValues(a.weight.stored_as, number, [&](auto values, auto x) {
-      return Launch(BlockedMatmulKernel<RowBlockTile, decltype(values), decltype(x), decltype(number)>, grid,
+      using X = decltype(x);
+      const int packed = LaunchPackPanels<X>(a.x, a.panels, a.samples, a.weight.columns, stream);
+      if (packed != cudaSuccess) return packed;
+      return Launch(BlockedMatmulKernel<RowBlockTile, decltype(values), X, decltype(number)>, grid,
                     RowBlockTile::kThreads, stream, a);
     });
   });
