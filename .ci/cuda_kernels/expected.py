@@ -32,6 +32,9 @@ EXPECTED = (
     Expected("BitmapTileKernel<.*BFloat16Tiles", "HMMA.16816.F32.BF16"),
     Expected("BitmapTileKernel<.*Int8Tiles", "IMMA.16832.S8.S8"),
     Expected("BitmapTileKernel<", "LDGSTS*"),
+    Expected("ConvFragmentsKernel<.*BFloat16Words", "HMMA.16816.F32.BF16"),
+    Expected("ConvFragmentsKernel<.*Int8Words", "IMMA.16832.S8.S8"),
+    Expected("ConvFragmentsKernel<", "LDGSTS*"),
     Expected("MultiplyNarrow<", "IMMA.16832.S8.S8"),
     # Where it is one instruction: not on sm_100.
     Expected("Xnor(Few|Many|ConvFragments)Kernel<", "BMMA.168256.AND.POPC", last=90),

@@ -28,7 +28,12 @@ import seeded_kernel_bugs
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 KERNELS = ROOT / "csrc" / "kernels"
 # Tests whose name is not that of the kernel's source.
-TESTS = {"bitmap_tiles": "bitmap_matmul", "codebook_few": "codebook_matmul", "codebook_tiles": "codebook_matmul"}
+TESTS = {
+    "bitmap_tiles": "bitmap_matmul",
+    "codebook_few": "codebook_matmul",
+    "codebook_tiles": "codebook_matmul",
+    "conv_fragments": "sparse_conv2d",
+}
 
 
 @dataclasses.dataclass(frozen=True)

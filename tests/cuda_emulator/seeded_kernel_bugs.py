@@ -268,7 +268,25 @@ BUGS = [
         "sparse_conv2d",
         "sparse_conv2d/sparse_conv2d_cuda.cu",
         ("«if (row.damaged) damaged = 1u << lane;»", "", "result", "damaged offsets leave a filter of zeros"),
+    ),
+    *of(
+        "sparse_conv2d",
+        "sparse_conv2d/conv_numbers.cuh",
         ("«damaged = true;»", "", "result", "a code without an entry is 0"),
+    ),
+    *of(
+        "conv_fragments",
+        "sparse_conv2d/conv_fragments_cuda.cu",
+        ("(k > from && «ColumnAt(a.weight, k - 1) >= column»)", "false", "race", "a column that is named twice"),
+        ("if («whole != whole») sum", "false", "result", "zeros times infinity"),
+        ("«if (inside || item >= stage_units) continue;»", "continue;", "uninitialised", "no zeros around the image"),
+        (
+            "WaitForCopies<0>();\n    «__syncthreads();»  // all have",
+            "",
+            "asynchronous",
+            "reads what other threads are still copying",
+        ),
+        ("column = 0, tap_of_row += «down»", "across", "result", "rows of taps follow each other"),
     ),
     *of(
         "xnor_conv2d",

@@ -25,6 +25,7 @@
 #include "kernels/product_matmul/product_matmul_cuda.h"
 #include "kernels/sign_matmul/sign_matmul_cuda.h"
 #include "kernels/sign_pack/sign_pack_cuda.h"
+#include "kernels/sparse_conv2d/conv_fragments_cuda.h"
 #include "kernels/sparse_conv2d/sparse_conv2d_cuda.h"
 #include "kernels/xnor_conv2d/xnor_conv2d_cuda.h"
 #include "kernels/xnor_conv_problem.h"
@@ -422,11 +423,13 @@ void TestBlocked() {
   const BlockedWeight w{
       offsets.data(), of_rows.data(), indices.data(), values.data(), BlockedValues::kFloat32, nullptr, 0,
       rows,           columns,        rows * of_row,  columns};
-  // A lane walks a row: what one turn leaves of a sector, 15 indices or 7 values, is for the next ones.
-  Expect("blocked matmul",
-         {{"const int column = w.indices[k];", 1, 16}, {"return static_cast<const float*>(w.values)[k];", 1, 8}}, [&] {
-           return BlockedMatmulCuda({w, x.data(), FloatDtype::kFloat32, nullptr, false, y.data(), samples}, nullptr);
-         });
+  DeviceArray<float> panels("panels", samples * columns);
+  // Two rows of 16 indices and of 16 values are read at once. The panel's columns lie a sector apart.
+  Expect("blocked matmul", {}, [&] {
+    return BlockedMatmulCuda(
+        {w, x.data(), FloatDtype::kFloat32, nullptr, false, y.data(), samples, nullptr, nullptr, panels.data()},
+        nullptr);
+  });
 }
 
 // ---- flattened convolution
@@ -485,7 +488,8 @@ void TestCodebookConv(const char* name, CodebookMode mode, bool windows, const s
   Expect(name, allowed, [&] { return CodebookConvCuda(args, nullptr); });
 }
 
-void TestSparseConv(const char* name, ConvMode mode, int splits, bool tiled, const std::vector<Allowed>& allowed) {
+void TestSparseConv(const char* name, ConvMode mode, int splits, bool tiled, const std::vector<Allowed>& allowed,
+                    bool fragments = false) {
   const Index channels = 16, filters = 16, size = 14, of_row = 36, columns = channels * 9, plane = size * size;
   std::vector<std::int32_t> offsets, all;
   for (Index r = 0; r <= filters; ++r) offsets.push_back(static_cast<int>(r * of_row));
@@ -510,8 +514,8 @@ void TestSparseConv(const char* name, ConvMode mode, int splits, bool tiled, con
   args.x = x.data(), args.x_steps = {channels * plane, plane, size, 1};
   args.y = y.data(), args.y_steps = {filters * plane, plane, size, 1};
   args.mode = mode, args.scales = scales.data();
-  args.plan = ConvPlanCuda(args);
-  test::Expect(args.plan.tiled, "%s: no tiles", name);
+  args.plan = fragments ? ConvFragmentPlan(args) : ConvPlanCuda(args);
+  test::Expect(args.plan.tiled || args.plan.fragments, "%s: no tiles", name);
   args.plan.tiled = tiled;
   if (splits != 0) args.plan.splits = splits;
   DeviceArray<std::uint8_t> scratch("scratch", ConvScratchBytes(args));
@@ -548,11 +552,19 @@ void TestConvolutions() {
   TestSparseConv("sparse conv outputs", ConvMode::kExact, 1, false,
                  {{"static_cast<const std::int32_t*>(w.col_indices)[k]", 1, 1.2},
                   {"static_cast<const float*>(w.values)[k]", 1, 1.2},
-                  {"static_cast<const decltype(type)*>(floats)[i]", 1, 2},
-                  {"static_cast<Float*>(floats)[i] =", 1, 1.2},
+                  {"return static_cast<const float*>(a.x)[i]", 1, 2},
+                  {"static_cast<float*>(a.y)[i] = y", 1, 1.2},
                   {"taps[thread] = TapAt(", 1.8, 1},
                   {"h = top + tap.down", 1.01, 1},
-                  {"total += Sums::Product(", 1.25, 1}});
+                  {"const float x = read ? InputAt(", 1.4, 1}});
+  // A non-zero is stored where its column says; 8 neighbouring pixels of a channel begin within a sector.
+  const std::vector<Allowed> fragments{{"static_cast<const std::int32_t*>(w.col_indices)[k]", 1, 1.2},
+                                       {"static_cast<const float*>(w.values)[k]", 1, 1.2},
+                                       {"reinterpret_cast<Bits*>(&memory.words[at])", 9, 1},
+                                       {"const float number = i < count ?", 1, 1.6},
+                                       {"static_cast<float*>(a.y)[i] = y", 1, 1.2}};
+  TestSparseConv("sparse conv fragments", ConvMode::kBFloat16, 0, false, fragments, true);
+  TestSparseConv("sparse conv fragments int8", ConvMode::kInt8, 0, false, fragments, true);
 }
 
 }  // namespace
@@ -563,7 +575,7 @@ int main() {
   TestSigns();
   TestBitmaps();
   TestFixedPoint();
-  TestCsr("csr 1", 1, {{"sums[0] += damaged ? value : value * ToFloat(x[at])", 1, 4}});
+  TestCsr("csr 1", 1, {{"sums[0] += value * ToFloat(x[at])", 1, 4}});
   TestCsr("csr 8", 8, {{"y[(first + lane) * w.rows + r] =", 1, 8}});
   TestBlocked();
   TestFlat();

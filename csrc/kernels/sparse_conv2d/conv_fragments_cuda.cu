@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 4) ConvExpandKernel(ConvCudaAr
   for (int i = thread; i < taps * kTapUnits; i += Tile::kThreads) to[i] = units[i];
 }
 
-template <typename Tile, typename Words>
+template <typename Tile, typename Words, typename Float>
 __global__ void __launch_bounds__(Tile::kThreads) ConvPackKernel(ConvCudaArgs a) {
   constexpr int kNumbers = 4 * Words::kInWord;  // of a unit
   LetNextBegin();
@@ -159,15 +159,13 @@ __global__ void __launch_bounds__(Tile::kThreads) ConvPackKernel(ConvCudaArgs a)
   const int count = layout.group_channels - first;
   const float inverse = Words::kInWord == 4 ? a.scales[image].inverse : 0.0f;
   std::uint32_t words[4] = {};
-  WithFloatOnDevice(a.stored_as, [&](auto type) {
-    const auto* x = static_cast<const decltype(type)*>(a.x) + image * a.x_steps.image + pixel * a.x_steps.column +
-                    (std::int64_t{group} * layout.group_channels + first) * a.x_steps.channel;
+  const Float* x = static_cast<const Float*>(a.x) + image * a.x_steps.image + pixel * a.x_steps.column +
+                   (std::int64_t{group} * layout.group_channels + first) * a.x_steps.channel;
 #pragma unroll
-    for (int i = 0; i < kNumbers; ++i) {
-      const float number = i < count ? ToFloat(x[i * a.x_steps.channel]) : 0.0f;
-      words[i / Words::kInWord] |= Words::BitsOf(number, inverse) << i % Words::kInWord * (32 / Words::kInWord);
-    }
-  });
+  for (int i = 0; i < kNumbers; ++i) {
+    const float number = i < count ? ToFloat(x[i * a.x_steps.channel]) : 0.0f;
+    words[i / Words::kInWord] |= Words::BitsOf(number, inverse) << i % Words::kInWord * (32 / Words::kInWord);
+  }
   uint4* packed = static_cast<uint4*>(a.scratch) + layout.WeightUnits(a) + image * layout.ImageUnits(a);
   packed[((std::int64_t{group} * blocks + block) * layout.pixels + pixel) * kUnits + unit] = {words[0], words[1],
                                                                                               words[2], words[3]};
@@ -426,9 +424,11 @@ int LaunchAll(const ConvCudaArgs& a, void* stream) {
   int error = Launch(ConvExpandKernel<ExpandTile, Words>, BlocksOnX(channel_blocks * layout.row_tiles),
                      ExpandTile::kThreads, stream, a);
   if (error != cudaSuccess) return error;
-  error = Launch(ConvPackKernel<PackTile, Words>,
-                 BlocksOnX(a.images * channel_blocks * CeilDiv(layout.pixels, PackTile::kPixels)), PackTile::kThreads,
-                 stream, a);
+  error = WithFloat(a.stored_as, [&](auto number) {
+    return Launch(ConvPackKernel<PackTile, Words, decltype(number)>,
+                  BlocksOnX(a.images * channel_blocks * CeilDiv(layout.pixels, PackTile::kPixels)), PackTile::kThreads,
+                  stream, a);
+  });
   if (error != cudaSuccess) return error;
   const auto launch = [&](auto tile) {
     using Tile = decltype(tile);

@@ -19,8 +19,20 @@ struct Tap {
 };
 
 // Numbers as they are stored. The branches are the same for all threads; types for them would multiply the kernels.
-__device__ inline float InputAt(const ConvCudaArgs& a, std::int64_t i) { return FloatAt(a.x, a.stored_as, i); }
-__device__ inline void PutOutput(const ConvCudaArgs& a, std::int64_t i, float y) { PutFloat(a.y, a.stored_as, i, y); }
+__device__ inline float InputAt(const ConvCudaArgs& a, std::int64_t i) {
+  if (a.stored_as == FloatDtype::kFloat32) return static_cast<const float*>(a.x)[i];
+  if (a.stored_as == FloatDtype::kBFloat16) return ToFloat(static_cast<const BFloat16*>(a.x)[i]);
+  return ToFloat(static_cast<const Float16*>(a.x)[i]);
+}
+__device__ inline void PutOutput(const ConvCudaArgs& a, std::int64_t i, float y) {
+  if (a.stored_as == FloatDtype::kFloat32) {
+    static_cast<float*>(a.y)[i] = y;
+  } else if (a.stored_as == FloatDtype::kBFloat16) {
+    static_cast<BFloat16*>(a.y)[i] = FromFloat<BFloat16>(y);
+  } else {
+    static_cast<Float16*>(a.y)[i] = FromFloat<Float16>(y);
+  }
+}
 // A code without an entry is 0, and damaged.
 __device__ inline float WeightAt(const CsrWeight& w, std::int64_t k, bool& damaged) {
   if (w.stored_as == CsrValues::kFloat32) return Float32Values::At(w, k);

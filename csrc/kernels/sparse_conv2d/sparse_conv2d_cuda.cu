@@ -66,6 +66,17 @@ __device__ ConvScale ScaleOf(std::uint32_t largest_bits) {
   return {largest / 127.0f, 127.0f / largest};
 }
 
+// The bits of the largest |x| that the thread reads; so many loads are on their way.
+template <typename Tile, typename Float>
+__device__ std::uint32_t LargestOfThread(const Float* x, std::int64_t size) {
+  std::uint32_t largest = 0;
+#pragma unroll 8
+  for (std::int64_t i = threadIdx.x; i < size; i += Tile::kThreads) {
+    largest = max(largest, __float_as_uint(ToFloat(x[i])) & 0x7fffffffu);
+  }
+  return largest;
+}
+
 // Images first. What is damaged in a filter is left to ConvKernel.
 template <typename Tile>
 __global__ void __launch_bounds__(Tile::kThreads) ConvScaleKernel(ConvCudaArgs a) {
@@ -74,13 +85,14 @@ __global__ void __launch_bounds__(Tile::kThreads) ConvScaleKernel(ConvCudaArgs a
   // Compared as integers: infinities are above all numbers, and NaN above them.
   std::uint32_t largest = 0;
   if (filter < 0) {
-    WithFloatOnDevice(a.stored_as, [&](auto type) {
-      const auto* x = static_cast<const decltype(type)*>(a.x) + item * a.x_steps.image;
-#pragma unroll 8
-      for (std::int64_t i = thread; i < a.x_steps.image; i += Tile::kThreads) {
-        largest = max(largest, __float_as_uint(ToFloat(x[i])) & 0x7fffffffu);
-      }
-    });
+    const std::int64_t size = a.x_steps.image, first = item * size;
+    if (a.stored_as == FloatDtype::kFloat32) {
+      largest = LargestOfThread<Tile>(static_cast<const float*>(a.x) + first, size);
+    } else if (a.stored_as == FloatDtype::kBFloat16) {
+      largest = LargestOfThread<Tile>(static_cast<const BFloat16*>(a.x) + first, size);
+    } else {
+      largest = LargestOfThread<Tile>(static_cast<const Float16*>(a.x) + first, size);
+    }
   } else {
     const Row row = RowAt(a.weight, filter);
     for (std::int64_t k = row.begin + thread; k < row.end; k += Tile::kThreads) {
@@ -145,7 +157,8 @@ __global__ void __launch_bounds__(Tile::kThreads) ConvKernel(ConvCudaArgs a) {
         const bool read = 0 <= h && h < a.height && 0 <= w && w < a.width;
         // Damage is NaN; integers have none.
         damaged |= kIntegers && tap.value != tap.value;
-        total += Sums::Product(a, tap.value, read ? InputAt(a, origin + tap.offset) : 0.0f, of_weight, of_x);
+        const float x = read ? InputAt(a, origin + tap.offset) : 0.0f;
+        total += Sums::Product(a, tap.value, x, of_weight, of_x);
       }
     }
     __syncthreads();
