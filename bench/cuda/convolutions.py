@@ -63,8 +63,8 @@ def _dense(x: Tensor, weight: Tensor, case: Conv, operations: float, name: str =
 def _sparse(problem: Problem, case: Conv, operations: float) -> Iterator[Row]:
     csr = [part.to(problem.x.device) for part in ops.csr_pack(problem.dense.cpu().flatten(1))]
     sizes = _sizes(case)
-    for mode in ("exact", "int8"):
-        x = problem.x
+    for mode, dtype in (("exact", torch.float32), ("bfloat16", torch.bfloat16), ("int8", torch.float32)):
+        x = problem.x.to(dtype)
 
         def bind(x: Tensor = x, mode: str = mode) -> Callable[[], Tensor]:
             offsets, columns, values = fresh(*csr)
