@@ -1,9 +1,11 @@
+import importlib
 import json
 import os
 import subprocess
 import sys
 from importlib.metadata import metadata, version
 
+import numpy as np
 import pytest
 import torch
 import typer
@@ -147,7 +149,7 @@ def test_wrong_usage_is_exit_code_2(tersetorch, arguments, match):
 
 def write_states(folder):
     torch.save(torch.nn.Linear(3, 2).state_dict(), folder / "other.pt")
-    torch.save({"state_dict": tt.zoo.LeNet300100().state_dict()}, folder / "nested.pt")
+    torch.save({"state_dict": torch.nn.Linear(3, 2).state_dict()}, folder / "nested.pt")
     torch.save(torch.nn.Linear(3, 2), folder / "whole.pt")
     torch.save([1, 2], folder / "list.pt")
     for name in ("garbage.pt", "garbage.safetensors"):
@@ -170,9 +172,88 @@ def test_a_file_without_the_network_gives_one_sentence(tersetorch, tmp_path):
     assert not (tmp_path / "out.terse").exists()
 
 
+@pytest.mark.parametrize("around", ["state_dict", "model_state_dict", "model", ""])
+def test_a_checkpoint_of_a_training_loop_is_read(tersetorch, tmp_path, around):
+    network = tt.zoo.LeNet300100().eval()
+    state = {f"module._orig_mod.{name}": value for name, value in network.state_dict().items()}
+    torch.save({around: state, "epoch": 3} if around else state, tmp_path / "checkpoint.pt")
+    output = tmp_path / "lenet.terse"
+    done = tersetorch("convert", tmp_path / "checkpoint.pt", output, "--network", "lenet-300-100", "--plan", "sparse")
+    assert done.returncode == 0, done.stderr
+    assert torch.equal(tt.load(output).fc1.weight, network.fc1.weight)
+
+
+def test_names_that_a_network_has_itself_stay(tersetorch, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nets.py").write_text(
+        "from torch import nn\n\ndef wrapped():\n    made = nn.Sequential()\n"
+        "    made.add_module('module', nn.Linear(4, 3))\n    return made\n"
+    )
+    torch.save({"module.weight": torch.eye(3, 4), "module.bias": torch.zeros(3)}, "wrapped.pt")
+    done = tersetorch("convert", "wrapped.pt", "o.terse", "--network", "nets:wrapped", "--plan", "sparse")
+    assert done.returncode == 0, done.stderr
+    assert torch.equal(tt.load("o.terse").module.weight, torch.eye(3, 4))
+
+
 def test_measuring_needs_a_shape(tersetorch, terse_file, tmp_path):
     done = tersetorch("convert", terse_file, tmp_path / "fast.terse")
-    assert done.returncode == 2 and "needs --input-shape" in done.stderr
+    assert done.returncode == 2 and "needs --input-shape or --input" in " ".join(done.stderr.split())
+
+
+NETS = """
+from torch import nn
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words, self.layer, self.other = nn.Embedding(9, 4), nn.Linear(4, 3), nn.Linear(2, 3)
+
+    def forward(self, ids, other):
+        return self.layer(self.words(ids).mean(1)) + self.other(other)
+
+def half():
+    return nn.Sequential(nn.Linear(4, 3)).bfloat16()
+"""
+
+
+def test_inputs_come_from_a_file(tersetorch, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "inputs_nets.py").write_text(NETS)
+    made = importlib.import_module("inputs_nets")
+    torch.save(made.Two().state_dict(), "two.pt")
+    ids, other = np.arange(6).reshape(2, 3), np.ones((2, 2), np.float32)
+    np.savez("by_name.npz", other=other, ids=ids)
+    np.savez("in_order.npz", ids, other)
+    save_file({"ids": torch.from_numpy(ids), "other": torch.from_numpy(other)}, "by_name.safetensors")
+    common = ("convert", "two.pt", "o.terse", "--network", "inputs_nets:Two")
+    for name in ("by_name.npz", "in_order.npz", "by_name.safetensors"):
+        done = tersetorch(*common, "--input", name, "--json")
+        assert done.returncode == 0, done.stderr
+        assert len(json.loads(done.stdout)["layers"]) == 3
+    np.savez("wrong.npz", ids=ids, others=other)
+    np.savez("empty.npz")
+    (tmp_path / "garbage.npz").write_bytes(b"PK garbage")
+    for name, code, words in (
+        ("wrong.npz", 1, "example_inputs must be what the model is called with"),
+        ("none.npz", 1, "--input must exist"),
+        ("garbage.npz", 1, "--input must hold arrays of numbers"),
+        ("empty.npz", 1, "--input must hold an array for each argument"),
+        ("two.pt", 2, "--input must be a .npz or .safetensors file"),
+    ):
+        done = tersetorch(*common, "--input", name)
+        assert done.returncode == code and words in " ".join(done.stderr.replace("│", " ").split()), done.stderr
+    both = tersetorch(*common, "--input", "by_name.npz", "--input-shape", "1x4")
+    assert both.returncode == 2 and "must not come together" in both.stderr
+
+
+def test_random_inputs_have_the_type_of_the_weights(tersetorch, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "half_nets.py").write_text(NETS)
+    torch.save(importlib.import_module("half_nets").half().state_dict(), "half.pt")
+    done = tersetorch("convert", "half.pt", "o.terse", "--network", "half_nets:half", "--input-shape", "2x4")
+    assert done.returncode == 0, done.stderr
 
 
 def test_doctor_checks_every_level(tersetorch):

@@ -4,15 +4,14 @@ import json
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 import typer
 from rich.console import Console
 
 from tersetorch import conversion, storage
 from tersetorch.cli.coders import CodersOption
+from tersetorch.cli.example_input import InputOption, InputShapeOption, read_example
 from tersetorch.cli.model_file import NetworkOption, file_bar, read_model
 from tersetorch.cli.output import OutputArgument, OutputOption, one_output
-from tersetorch.cli.shape import parse_shape
 
 
 def convert(
@@ -24,9 +23,8 @@ def convert(
     ],
     output: OutputArgument = None,
     output_option: OutputOption = None,
-    input_shape: Annotated[
-        str, typer.Option(help="Shape of one input, such as 1x784: what the measuring runs on.", metavar="NxM...")
-    ] = "",
+    input_shape: InputShapeOption = "",
+    input_file: InputOption = None,
     plan: Annotated[
         Literal["measure", "sparse", "codebook", "product", "residual", "binary"],
         typer.Option(help="measure keeps, for each layer, what is fastest here; the others are told, not measured."),
@@ -40,11 +38,11 @@ def convert(
     target = one_output(output, output_option)
     dense = read_model("convert", model, network)
     if plan == "measure":
-        if not input_shape:
+        example = read_example("convert", input_shape, input_file, dense)
+        if example is None:
             raise typer.BadParameter(
-                "measuring needs --input-shape; or name a --plan such as sparse, codebook or binary"
+                "measuring needs --input-shape or --input; or name a --plan such as sparse, codebook or binary"
             )
-        example = torch.randn(parse_shape(input_shape), generator=torch.Generator().manual_seed(0))
         with console.status("measuring each layer"):
             fast = conversion.convert(dense, example)
     else:

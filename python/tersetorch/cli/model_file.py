@@ -1,7 +1,8 @@
 """The file that a verb starts from."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -15,6 +16,9 @@ from tersetorch.cli.importable import call_importable, is_importable
 from tersetorch.storage.importers.quantized import is_quantized_file
 
 SUFFIXES = (".terse", ".pt2", ".pt", ".pth", ".safetensors")
+# Under which training loops store a state dict beside the optimizer's, and what wrappers put before its names.
+NESTED = ("state_dict", "model_state_dict", "model")
+PREFIXES = ("module.", "_orig_mod.")
 
 
 def _complete_network(typed: str) -> list[str]:
@@ -62,7 +66,8 @@ def read_model(verb: str, path: Path, network: str) -> nn.Module:
     if path.suffix == ".safetensors" and is_quantized_file(path):
         return storage.import_quantized(path, model).eval()
     try:
-        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+        stored = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+        state = _plain_state(stored, model)
         wide = [name for name, value in state.items() if isinstance(value, torch.Tensor) and value.is_complex()]
         if wide:
             raise ValueError(f"{wide[0]} must be real, got a complex tensor, whose imaginary part would be lost")
@@ -76,6 +81,18 @@ def read_model(verb: str, path: Path, network: str) -> nn.Module:
             "write it with torch.save(model.state_dict(), path)"
         ) from error
     return model.eval()
+
+
+def _plain_state(stored: Any, model: nn.Module) -> Any:
+    """The state dict in a checkpoint, without what DataParallel, torch.compile and the like put before its names."""
+    if isinstance(stored, Mapping):
+        stored = next((stored[name] for name in NESTED if isinstance(stored.get(name), Mapping)), stored)
+    expected = model.state_dict()
+    for prefix in PREFIXES * 2:  # a compiled model in DataParallel has both, in either order
+        wrapped = isinstance(stored, Mapping) and bool(stored) and all(str(name).startswith(prefix) for name in stored)
+        if wrapped and not any(name.startswith(prefix) for name in expected):
+            stored = {name[len(prefix) :]: value for name, value in stored.items()}
+    return stored
 
 
 def _network(verb: str, name: str) -> nn.Module:

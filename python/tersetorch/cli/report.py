@@ -12,8 +12,8 @@ from torch import nn
 from tersetorch import conversion, costs, storage
 from tersetorch._native import cpu_active
 from tersetorch.bench import rates
+from tersetorch.cli.example_input import Example, InputOption, InputShapeOption, in_words, read_example
 from tersetorch.cli.model_file import NetworkOption, read_model
-from tersetorch.cli.shape import parse_shape
 from tersetorch.recipes.compression_record import CompressionRecord, record_path
 from tersetorch.reports.page import Measurements, Rates, build_page
 
@@ -23,10 +23,8 @@ L2 = 2**20
 def report(
     file: Annotated[Path, typer.Argument(help="A .terse file.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The page to write, such as report.html.")],
-    input_shape: Annotated[
-        str,
-        typer.Option(help="Shape of one input, such as 1x784: measures time and energy on it.", metavar="NxM..."),
-    ] = "",
+    input_shape: InputShapeOption = "",
+    input_file: InputOption = None,
     network: NetworkOption = "",
     record: Annotated[
         Path | None,
@@ -42,9 +40,10 @@ def report(
     found = record or record_path(file)
     story = CompressionRecord.read(found) if record is not None or found.exists() else None
     measured = None
-    if input_shape:
-        example = torch.randn(parse_shape(input_shape), generator=torch.Generator().manual_seed(0))
+    if input_shape or input_file is not None:
         model = read_model("report", file, network)
+        example = read_example("report", input_shape, input_file, model)
+        assert example is not None
         with console.status("measuring each layer"):
             measured = measure(model, example)
     partial = output.with_name(output.name + ".partial")
@@ -64,7 +63,7 @@ def report(
     console.print(f"{output}: {output.stat().st_size:,} bytes", markup=False, highlight=False)
 
 
-def measure(model: nn.Module, example: torch.Tensor) -> Measurements:
+def measure(model: nn.Module, example: Example) -> Measurements:
     """Times and counts the model that runs fastest here, beside its dense form, and the machine."""
     fast = conversion.convert(model, example)
     found = conversion.report(fast)
@@ -74,7 +73,7 @@ def measure(model: nn.Module, example: torch.Tensor) -> Measurements:
     reached = machine.arithmetic[cpu_active()]
     arithmetic = {mode: reached[mode] for mode in ("float32", "int8") if mode in reached}
     return Measurements(
-        input_shape=tuple(example.shape),
+        inputs=in_words(example),
         conversion=found,
         energy_before=costs.energy(dense, example),
         energy_after=costs.energy(fast, example),

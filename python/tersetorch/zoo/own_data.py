@@ -23,9 +23,9 @@ def read_dataset(path: str | os.PathLike[str], *, seed: int = 0) -> Dataset:
     """Reads examples and their labels; every twelfth example, drawn by seed, is held out for validation.
 
     Args:
-        path: a .npz or .safetensors file with images [N, ...], anything that the network takes, floating-point or
-            uint8, which is scaled to [0, 1], and labels [N], whole numbers from 0; test_images and test_labels
-            likewise, or neither, for no test examples.
+        path: a .npz or .safetensors file with images [N, ...], anything that the network takes: floating-point, uint8,
+            which is scaled to [0, 1], or int32 or int64, numbers of words as an nn.Embedding takes them; and labels
+            [N], whole numbers from 0; test_images and test_labels likewise, or neither, for no test examples.
         seed: draws the held-out examples.
 
     Raises:
@@ -95,12 +95,17 @@ def _pair(path: Path, arrays: dict[str, Tensor], images_name: str, labels_name: 
         )
     if images.dtype == torch.uint8:
         images = images.float() / 255
-    elif not images.is_floating_point():
+    elif images.dtype in (torch.int32, torch.int64):
+        images = images.long()
+    elif images.is_floating_point():
+        images = images.float()
+    else:
         raise ValueError(
-            f"read_dataset: {images_name} in {path} must be floating-point or uint8, got {images.dtype}; convert them"
+            f"read_dataset: {images_name} in {path} must be floating-point, uint8, int32 or int64, got {images.dtype}; "
+            "convert them"
         )
     if int(labels.min()) < 0:
         raise ValueError(
             f"read_dataset: {labels_name} in {path} must be at least 0, got {int(labels.min())}; number classes from 0"
         )
-    return images.float(), labels.long()
+    return images, labels.long()

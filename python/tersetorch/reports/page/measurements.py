@@ -25,17 +25,17 @@ class Rates:
 
 @dataclass(frozen=True)
 class Measurements:
-    """Figures of one machine and one shape of input.
+    """Figures of one machine and one example.
 
     Attributes:
-        input_shape: of the example that ran.
+        inputs: shapes of the example that ran, in words.
         conversion: what tersetorch.convert measured of the file's model.
         energy_before: of the dense model.
         energy_after: of the model as it runs.
         rates: of the machine.
     """
 
-    input_shape: tuple[int, ...]
+    inputs: str
     conversion: ConversionReport
     energy_before: ModelEnergy
     energy_after: ModelEnergy

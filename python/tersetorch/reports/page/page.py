@@ -121,9 +121,9 @@ def _accuracy(record: CompressionRecord | None) -> Headline:
 
 def _latency(measured: Measurements | None) -> Headline:
     if measured is None:
-        return Headline("Time", "not measured", "", "", "Give --input-shape to measure it on this machine.")
+        return Headline("Time", "not measured", "", "", "Give --input-shape or --input to measure it on this machine.")
     before, after = measured.conversion.dense_ms, measured.conversion.converted_ms
-    note = f"A call with an input of {'x'.join(map(str, measured.input_shape))}, median, on this machine."
+    note = f"A call with inputs of {measured.inputs}, median, on this machine."
     if before is None or after is None:  # no layer won, so there was no other model to time
         return Headline("Time", "as before", "", "every layer stays dense", f"{note} {measured.conversion.reason}")
     return Headline("Time", _time(after), _time(before), f"{charts.ratio(before, after)} faster", note)
@@ -131,7 +131,7 @@ def _latency(measured: Measurements | None) -> Headline:
 
 def _energy(measured: Measurements | None) -> Headline:
     if measured is None:
-        return Headline("Energy", "not counted", "", "", "Give --input-shape to count it.")
+        return Headline("Energy", "not counted", "", "", "Give --input-shape or --input to count it.")
     before, after = measured.energy_before.total, measured.energy_after.total
     fits = measured.energy_after.weight_bytes <= measured.energy_after.cache_bytes < measured.energy_before.weight_bytes
     cache = "Weights fit the cache on the chip now, which is most of it." if fits else ""
@@ -167,7 +167,7 @@ def _error_by_size(record: CompressionRecord | None) -> Picture:
 def _roofline(measured: Measurements | None, table: list[Row]) -> Picture:
     title = "How near each layer is to what the machine can do"
     if measured is None:
-        return Picture(title, "", "Not measured: give --input-shape.")
+        return Picture(title, "", "Not measured: give --input-shape or --input.")
     words = (
         "Operations a second of each layer over its operations a byte moved. Lines are the rates that this machine "
         "reached just now: reading and arithmetic. Small layers lie far below them, since a call costs time too."
