@@ -13,12 +13,12 @@ from rich.table import Table
 
 from tersetorch import storage
 from tersetorch.cli.coders import CodersOption
-from tersetorch.cli.data_source import DataOption, read_data
+from tersetorch.cli.data_source import DataOption, in_dtype, read_data
 from tersetorch.cli.model_file import NetworkOption, read_model
 from tersetorch.cli.on_ranks import on_ranks
 from tersetorch.cli.output import OutputArgument, OutputOption, one_output
 from tersetorch.methods.distributed import failing_together
-from tersetorch.recipes.compression import CompressionPlan, plan_compression
+from tersetorch.recipes.compression import CompressionPlan, check_fit, plan_compression
 from tersetorch.recipes.compression import compress as run_compression
 from tersetorch.recipes.compression_record import CompressionRecord, record_path
 from tersetorch.recipes.deep_compression import PUBLISHED, DeepCompressionRecipe
@@ -84,7 +84,8 @@ def compress(
         limited = bool(budget) or max_drop is not None
         planned = plan_compression(compressed, plan, limited=limited)
         most = _bytes(budget, planned.dense_bytes) if budget else None
-        loaded = read_data("compress", data, seed)
+        loaded = in_dtype(read_data("compress", data, seed), compressed)
+        check_fit(compressed, loaded)
     if dry_run and rank() == 0:
         print(json.dumps(planned.to_dict(), indent=1) if as_json else _text(planned))
     if dry_run:

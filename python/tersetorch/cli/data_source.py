@@ -1,9 +1,11 @@
 """The examples that a verb trains on and counts errors on."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, get_args
 
 import typer
+from torch import nn
 
 from tersetorch import zoo
 from tersetorch.cli.importable import call_importable, is_importable
@@ -25,6 +27,13 @@ DataOption = Annotated[
         autocompletion=_complete_data,
     ),
 ]
+
+
+def in_dtype(data: zoo.Dataset, model: nn.Module) -> zoo.Dataset:
+    """The same examples in model's floating-point type, such as bfloat16; whole numbers stay."""
+    dtype = next((weight.dtype for weight in model.parameters() if weight.is_floating_point()), None)
+    parts = {name: getattr(data, name) for name in ("train_images", "validation_images", "test_images")}
+    return replace(data, **{name: part.to(dtype) for name, part in parts.items() if part.is_floating_point()})
 
 
 def read_data(verb: str, name: str, seed: int) -> zoo.Dataset:

@@ -13,13 +13,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from rich.progress import Progress
-from torch import nn
+from torch import Tensor, nn
 
 from tersetorch.methods import finalize, prune, quantize
 from tersetorch.methods.arguments import check_choice, check_int, check_number
 from tersetorch.methods.distributed import check_alike, failing_together
 from tersetorch.methods.parametrization import release_graphs
+from tersetorch.methods.prune.calibration import evaluating
 from tersetorch.methods.selection import select
 from tersetorch.recipes.bits import share_to_budget
 from tersetorch.recipes.budget import prune_to_budget
@@ -125,6 +127,42 @@ def plan_compression(model: nn.Module, recipe: DeepCompressionRecipe, *, limited
     return CompressionPlan(layers, tuple(trainings), int(file_bytes(model).whole), size)
 
 
+@torch.no_grad()
+def check_fit(model: nn.Module, data: Dataset) -> None:
+    """Calls model with two of data's images, so that what does not fit together is said before hours of training.
+
+    Args:
+        model: it is not changed.
+        data: what compress would train it on.
+
+    Raises:
+        ValueError: model does not take the images, or does not give logits [N, classes] with one for each class of
+            data.
+    """
+    images = data.validation_images[:2]
+    try:
+        with evaluating(model):
+            logits = model(images)
+    except Exception as error:  # whatever the user's model raises
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise ValueError(
+            f"{WHERE}: model must take the images of {data.name}, {images.dtype} {tuple(images.shape)}, as its only "
+            f"argument, got {reason}; pass examples that it takes, or a module that wraps it"
+        ) from error
+    if not isinstance(logits, Tensor) or logits.shape[:-1] != (len(images),) or not logits.is_floating_point():
+        came = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+        raise ValueError(
+            f"{WHERE}: model must give one tensor of logits [N, classes] for N images, got {came} for {len(images)}; "
+            "pass a module that wraps it"
+        )
+    if logits.shape[1] < data.classes:
+        raise ValueError(
+            f"{WHERE}: model must give logits for the {data.classes} classes of {data.name}, got {logits.shape[1]}; "
+            "pass the data that it was trained on; losses other than cross-entropy over classes need "
+            "tersetorch.prune and tersetorch.quantize in a loop of your own"
+        )
+
+
 def compress(
     model: nn.Module,
     recipe: DeepCompressionRecipe,
@@ -144,7 +182,9 @@ def compress(
     Without limits this is deep_compression, with the errors and sizes of the models on the way. With a budget or a
     largest drop, recipe.prune.sparsity is not followed: prune_to_budget finds the sparsities, with the trainings of the
     recipe, and the bits of recipe.share are raised (at most to 8) while the drop is too large, or chosen by
-    share_to_budget within the budget. Nothing is written where the limits cannot be kept.
+    share_to_budget within the budget. Half of the drop is for pruning where weights are shared after it; where no
+    sparsity that is tried keeps it, and no budget asks for one, nothing is pruned. Nothing is written where the limits
+    cannot be kept.
 
     Where torch.distributed has started, every rank must call it with the same arguments: all start from rank 0's model,
     train shares out its batches as tersetorch.zoo.fit does, rank 0 alone measures and writes, and what it found decides
@@ -168,7 +208,7 @@ def compress(
     Raises:
         TypeError: an argument has another type.
         ValueError: an argument is out of range, the limits cannot be kept, ranks were called with other layers, data or
-            arguments, or as deep_compression and prune_to_budget.
+            arguments, or as check_fit, deep_compression and prune_to_budget.
     """
     with failing_together(everyone()):
         check_choice(WHERE, "coders", coders, CODERS)
@@ -177,6 +217,7 @@ def compress(
         if max_drop is not None:
             check_number(WHERE, "max_drop", max_drop, 0, 100)
         target = target_of(WHERE, path)
+        check_fit(model, data)
     if everyone() is not None:
         asked = (recipe.model_dump(), budget, max_drop, batch_size, coders, folder is None)
         check_alike(WHERE, "arguments", asked, everyone())
@@ -299,16 +340,20 @@ class _Limits:
                 f"which is about {pruned_budget} before sharing ({error}); raise it"
             ) from error
         trials = found.trials
-        if found.sparsities is None:
+        if found.sparsities is not None:
+            if self.prune.dropout_rule:
+                prune.rescale_dropout(self.model)
+            self._keeps(self.note("pruned", self.model), share=self.recipe.share is not None)
+        elif self.budget is not None or self.recipe.share is None:
             best = max(trials, key=lambda trial: trial.score)
+            halved = part < 1 and self.max_drop > 0
+            words = f", half of the {self.max_drop:g} that may be lost, before weights are shared" if halved else ""
             raise ValueError(
-                f"{WHERE}: the error must not rise by more than {self.max_drop:g} points, got "
+                f"{WHERE}: the error must not rise by more than {part * self.max_drop:g} points{words}, got "
                 f"{best.score:.2f} % right of {found.baseline:.2f} % at the best of {_count(len(trials), 'trial')}; "
                 "allow a larger drop or budget, or train longer"
             )
-        if self.prune.dropout_rule:
-            prune.rescale_dropout(self.model)
-        self._keeps(self.note("pruned", self.model), share=self.recipe.share is not None)
+        # Else every sparsity that was tried lost too much: the model stays unpruned, and sharing has the whole drop.
         if self.recipe.share is not None:
             self._share()
         return SensitivityCurves(

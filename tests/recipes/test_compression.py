@@ -1,0 +1,224 @@
+import copy
+from collections import OrderedDict
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+import tersetorch as tt
+from tersetorch.recipes.compression import check_fit, compress, plan_compression
+from tersetorch.recipes.compression_record import CompressionRecord
+from tersetorch.recipes.trainer import trainer
+
+RECIPE = {
+    "prune": {"sparsity": {"fc1": 0.8, "fc2": 0.7}, "rounds": 2, "train": {"epochs": 1, "lr": 0.05}},
+    "share": {"bits": {"fc*": 4}, "train": {"epochs": 1, "lr": 0.001, "optimizer": "adam"}},
+}
+
+
+def recipe(**changes):
+    return tt.recipes.DeepCompressionRecipe.from_mapping({**RECIPE, **changes})
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return tt.zoo.load("digits")
+
+
+@pytest.fixture(scope="module")
+def trained(digits):
+    torch.manual_seed(0)
+    layers = {"flatten": nn.Flatten(), "fc1": nn.Linear(64, 48), "relu1": nn.ReLU()}
+    layers |= {"fc2": nn.Linear(48, 24), "relu2": nn.ReLU(), "fc3": nn.Linear(24, 10)}
+    network = nn.Sequential(OrderedDict(layers))
+    return tt.zoo.fit(network, digits.train_images, digits.train_labels, epochs=6, batch_size=32)
+
+
+@pytest.fixture
+def network(trained):
+    return copy.deepcopy(trained)
+
+
+@pytest.fixture
+def train(digits):
+    return trainer(digits, batch_size=32, seed=0)
+
+
+def untrained(model, stage):
+    """A train that changes nothing."""
+
+
+def error(model, digits):
+    return 100 * tt.zoo.error_rate(model, digits.validation_images, digits.validation_labels)
+
+
+def test_a_plan_names_every_change_and_makes_none(network):
+    before = copy.deepcopy(network.state_dict())
+    plan = plan_compression(network, recipe())
+    assert [(layer.name, layer.weights, layer.sparsity, layer.bits) for layer in plan.layers] == [
+        ("fc1", 48 * 64, 0.8, 4),
+        ("fc2", 24 * 48, 0.7, 4),
+        ("fc3", 10 * 24, 0.0, 4),
+    ]
+    assert plan.trainings == (
+        "prune and retrain, 1 epoch",
+        "prune and retrain, 1 epoch",
+        "share weights and train the shared values, 1 epoch",
+    )
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    limited = plan_compression(network, recipe(), limited=True)
+    assert limited.file_bytes is None and {layer.sparsity for layer in limited.layers} == {None}
+    assert limited.trainings[0].endswith("for each trial") and len(limited.trainings) == 2
+    assert plan.to_dict()["layers"][0]["name"] == "fc1"
+
+
+def test_a_plans_sizes_are_those_of_files(network, tmp_path, digits):
+    plan = plan_compression(network, recipe())
+    tt.save(network, tmp_path / "dense.terse")
+    assert plan.dense_bytes == (tmp_path / "dense.terse").stat().st_size
+    compress(network, recipe(), digits, untrained, path=tmp_path / "small.terse")
+    assert plan.file_bytes == pytest.approx((tmp_path / "small.terse").stat().st_size, rel=0.01)
+
+
+def test_without_limits_the_recipe_is_followed(network, digits, train, tmp_path):
+    before = error(network, digits)
+    record = compress(network, recipe(), digits, train, path=tmp_path / "small.terse", batch_size=32)
+    assert network.fc1.weight.count_nonzero() == round(0.2 * network.fc1.weight.numel())
+    assert network.fc2.weight.unique().numel() == 16 and type(network.fc1) is nn.Linear
+    assert record.before.error_percent == before and record.after.error_percent == error(network, digits)
+    assert record.after.file_bytes == (tmp_path / "small.terse").stat().st_size
+    assert [point.label for point in record.points] == ["pruned", "shared"]
+    assert CompressionRecord.read(tmp_path / "small.record.json") == record
+    loaded = tt.load(tmp_path / "small.terse")
+    assert torch.equal(loaded(digits.test_images), network(digits.test_images))
+
+
+def test_a_budget_is_kept_and_used(network, digits, train, tmp_path):
+    budget = plan_compression(network, recipe()).dense_bytes // 6
+    record = compress(network, recipe(), digits, train, path=tmp_path / "small.terse", budget=budget, batch_size=32)
+    assert 0.7 * budget < record.after.file_bytes <= budget
+    assert (tmp_path / "small.terse").stat().st_size == record.after.file_bytes
+    assert set(record.sensitivity.layers) == {"fc1", "fc2", "fc3"}
+
+
+def test_a_largest_drop_takes_more_bits_until_it_holds(network, digits, tmp_path):
+    """Every pruning is made to lose all, and so nothing is pruned; 1 bit loses too much."""
+    plan = recipe(share={"bits": 1, "train": {"epochs": 0, "lr": 0.1}})
+
+    def ruins_pruned(model, stage):
+        if stage.name == "prune":
+            with torch.no_grad():
+                model.fc3.bias.add_(1000 * torch.arange(10))
+
+    before = error(network, digits)
+    record = compress(network, plan, digits, ruins_pruned, path=tmp_path / "small.terse", max_drop=2.0)
+    assert [point.label for point in record.points] == ["shared"]
+    assert record.after.error_percent == error(network, digits) <= before + 2.0
+    assert bool(network.fc1.weight.all()) and 2 < network.fc1.weight.unique().numel() <= 256
+
+
+def test_what_cannot_be_kept_leaves_no_file(network, digits, tmp_path):
+    plan = recipe(share={"bits": 1, "train": {"epochs": 0, "lr": 0.1}})
+    dense = plan_compression(network, plan).dense_bytes
+
+    def ruins(model, stage):
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.zero_()
+
+    with pytest.raises(
+        ValueError, match=r"must not rise by more than 0.5 points, half of the 1 that .* at the best of"
+    ):
+        compress(network, plan, digits, ruins, path=tmp_path / "a.terse", max_drop=1.0, budget=dense // 10)
+    with pytest.raises(ValueError, match="budget must have room for the layers at their sparsest, shared, got 300"):
+        compress(network, plan, digits, untrained, path=tmp_path / "a.terse", budget=300)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_stopped_run_goes_on_to_the_same_file(trained, digits, train, tmp_path):
+    calls = []
+
+    def counted(model, stage):
+        if len(calls) == 2 and not resumed:
+            raise KeyboardInterrupt
+        calls.append(stage.name)
+        train(model, stage)
+
+    resumed, options = True, {"batch_size": 32}
+    whole = compress(copy.deepcopy(trained), recipe(), digits, counted, path=tmp_path / "a.terse", **options)
+    calls.clear()
+    resumed, options = False, {**options, "folder": tmp_path / "run"}
+    with pytest.raises(KeyboardInterrupt):
+        compress(copy.deepcopy(trained), recipe(), digits, counted, path=tmp_path / "b.terse", **options)
+    assert not (tmp_path / "b.terse").exists()
+    resumed = True
+    again = compress(copy.deepcopy(trained), recipe(), digits, counted, path=tmp_path / "b.terse", **options)
+    assert calls == ["prune", "prune", "share"]
+    assert (tmp_path / "a.terse").read_bytes() == (tmp_path / "b.terse").read_bytes()
+    assert again.points == whole.points and again.before == whole.before
+
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.of_image, self.of_other = nn.Linear(64, 10), nn.Linear(3, 10)
+
+    def forward(self, image, other):
+        return self.of_image(image.flatten(1)) + self.of_other(other)
+
+
+class Named(nn.Sequential):
+    def forward(self, image):
+        return {"logits": super().forward(image)}
+
+
+def flat(outputs, kind=nn.Sequential):
+    return kind(nn.Flatten(), nn.Linear(64, outputs))
+
+
+@pytest.mark.parametrize(
+    "model,sentence",
+    [
+        (
+            Two(),
+            "model must take the images of digits, torch.float32 (2, 1, 8, 8), as its only argument, got TypeError",
+        ),
+        (flat(10).bfloat16(), "got RuntimeError: mat1 and mat2 must have the same dtype"),
+        (flat(10, Named), "must give one tensor of logits [N, classes] for N images, got a dict for 2"),
+        (nn.Sequential(nn.Linear(8, 10)), "got shape (2, 1, 8, 10) for 2"),
+        (flat(1), "must give logits for the 10 classes of digits, got 1"),
+    ],
+)
+def test_a_model_that_does_not_fit_the_data_is_told_so_at_once(model, sentence, digits, tmp_path):
+    with pytest.raises(ValueError) as raised:
+        compress(model, recipe(), digits, untrained, path=tmp_path / "small.terse", folder=tmp_path / "run")
+    assert sentence in str(raised.value) and "compress: model must" in str(raised.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_checking_leaves_the_model_as_it_was(digits):
+    model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.Dropout(), nn.Linear(64, 12))
+    before, state = copy.deepcopy(model.state_dict()), torch.random.get_rng_state()
+    check_fit(model, digits)
+    assert model.training and model[2].training and torch.equal(state, torch.random.get_rng_state())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    check_fit(model.bfloat16(), replace(digits, validation_images=digits.validation_images.bfloat16()))
+
+
+@pytest.mark.parametrize(
+    "options,sentence",
+    [
+        ({"budget": 0}, "budget must be at least 1, got 0"),
+        ({"max_drop": -1.0}, "max_drop must be in [0, 100), got -1.0"),
+        ({"coders": "slow"}, "coders must be one of"),
+        ({"recipe": recipe(prune=None), "max_drop": 1.0}, "recipe must have a stage prune where budget or max_drop"),
+        ({"recipe": recipe(share={**RECIPE["share"], "bits": {"conv*": 4}})}, "conv*"),
+    ],
+)
+def test_wrong_arguments_get_a_sentence(network, digits, tmp_path, options, sentence):
+    chosen = {"recipe": recipe(), "path": tmp_path / "small.terse", **options}
+    with pytest.raises(ValueError) as raised:
+        compress(network, chosen.pop("recipe"), digits, untrained, **chosen)
+    assert sentence in str(raised.value)
+    assert not (tmp_path / "small.terse").exists()
