@@ -96,6 +96,27 @@ def test_rounding_in_the_sweep_is_ahead_of_rounding_afterwards(seed, bits):
     assert error(together, dense, x) < error(afterwards, dense, x)
 
 
+@pytest.mark.parametrize("bits", [None, 2, 3])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_refined_weights_lose_less(seed, bits):
+    torch.manual_seed(seed)
+    dense, x = nn.Linear(32, 24), correlated(400, 32, seed)
+    swept, refined = (prune.obs(copy.deepcopy(dense), [x], 0.4, bits=bits, refine=rounds) for rounds in (0, 3))
+    assert error(refined, dense, x) < 0.95 * error(swept, dense, x)
+    assert torch.equal(refined.weight == 0, swept.weight == 0)
+    assert bits is None or refined.weight.unique().numel() <= 2**bits
+
+
+def test_filters_of_groups_are_refined():
+    torch.manual_seed(0)
+    dense, data = nn.Conv2d(4, 6, 3, groups=2), [images()[0]]
+    losses = []
+    for rounds in (0, 2):
+        layer = prune.obs(copy.deepcopy(dense), data, 0.5, bits=3, refine=rounds)
+        losses.append((layer(data[0]) - dense(data[0])).square().sum())
+    assert losses[1] < losses[0]
+
+
 @pytest.mark.parametrize("solver", LAYERS)
 def test_the_record_says_what_happened_to_the_outputs(solver):
     torch.manual_seed(0)
@@ -388,6 +409,8 @@ def test_statistics_of_batch_norm_are_taken_anew_afterwards(network):
             ValueError,
             "bits must be left out with solver 'exactobs'",
         ),
+        ({"sparsity": 0.5, "refine": -1}, ValueError, "refine must be at least 0, got -1"),
+        ({"sparsity": 0.5, "refine": 2, "solver": "layerwise"}, ValueError, "refine must be 0 with solver 'layerwise'"),
         ({"max_increase": 0.1}, ValueError, "max_increase must be left out with solver 'blocked'"),
         ({"max_increase": -1, "solver": "full"}, ValueError, "max_increase must be finite and at least 0, got -1"),
         ({"sparsity": 0.5, "dtype": torch.float16}, ValueError, "dtype must be torch.float64 or torch.float32, got"),
