@@ -193,10 +193,10 @@ def _print(facts: dict[str, Any]) -> None:
     )
     found = {name: package["version"] for name, package in facts["packages"].items() if package["version"]}
     console.print(f"installed: {', '.join(f'{name} {number}' for name, number in found.items())}", markup=False)
-    missing: dict[tuple[str, ...], list[str]] = {}
+    absent: dict[tuple[str, ...], list[str]] = {}
     for name, package in facts["packages"].items():
         if name not in found:
-            missing.setdefault(tuple(package["extras"]), []).append(name)
-    for extras, names in missing.items():
+            absent.setdefault(tuple(package["extras"]), []).append(name)
+    for extras, names in absent.items():
         uses = " and ".join(f"{EXTRAS[extra]} (pip install 'tersetorch[{extra}]')" for extra in extras)
         console.print(f"not installed: {', '.join(names)}; needed for {uses or 'tersetorch itself'}", markup=False)
