@@ -2,7 +2,6 @@ import importlib
 import json
 import os
 import subprocess
-import sys
 from importlib.metadata import metadata, version
 
 import numpy as np
@@ -355,13 +354,12 @@ def test_bench_shows_and_stores(tersetorch, tmp_path, monkeypatch):
     assert limits.returncode == 0 and "multiply-adds float32" in limits.stdout and "16 KiB" in limits.stdout
 
 
-def test_a_bad_level_gives_one_sentence():
+def test_a_bad_level_gives_one_sentence(run_python):
     environment = {**os.environ, "TERSETORCH_CPU_ISA": "mmx"}
     command = subprocess.run(["tersetorch", "doctor"], env=environment, capture_output=True, text=True, check=False)
     assert command.returncode == 2
     assert command.stderr.startswith("tersetorch: TERSETORCH_CPU_ISA must be") and command.stderr.count("\n") == 1
-    program = [sys.executable, "-c", "import tersetorch"]
-    imported = subprocess.run(program, env=environment, capture_output=True, text=True, check=False)
+    imported = run_python("import tersetorch", TERSETORCH_CPU_ISA="mmx")
     assert imported.returncode == 1 and "ImportError: tersetorch: TERSETORCH_CPU_ISA must be" in imported.stderr
 
 

@@ -1,9 +1,5 @@
 """sign_matmul: products of numbers with signs, their gradients, the compiler, and what it refuses."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -56,23 +52,15 @@ def test_a_sample_does_not_depend_on_the_others_nor_on_threads():
     assert all(torch.equal(result, results[0]) for result in results)
 
 
-def test_every_level_gives_the_same_bits():
-    code = (
+def test_every_level_gives_the_same_bits(run_python):
+    program = (
         "import torch; from tersetorch.ops import *; g = torch.Generator().manual_seed(0);"
         "x = torch.randn(7, 300, generator=g); w = xnor_pack(sign_pack(torch.randn(70, 300, generator=g)));"
         "print(sign_matmul(x, w, out_features=70).view(torch.int32).long().sum().item())"
     )
-    seen = {
-        subprocess.run(
-            [sys.executable, "-c", code],
-            env={**os.environ, "TERSETORCH_CPU_ISA": level},
-            check=True,
-            capture_output=True,
-            text=True,
-        ).stdout
-        for level in ("scalar", native_op("cpu_isa")())
-    }
-    assert len(seen) == 1
+    done = [run_python(program, TERSETORCH_CPU_ISA=level) for level in ("scalar", native_op("cpu_isa")())]
+    assert all(one.returncode == 0 for one in done), [one.stderr for one in done]
+    assert len({one.stdout for one in done}) == 1
 
 
 def test_leading_dimensions_strides_and_what_is_not_finite():
