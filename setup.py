@@ -133,7 +133,8 @@ class CMakeBuild(build_ext):
             "TERSETORCH_CUDA": cuda_option(),
         }
         defines = [f"-D{name}={value}" for name, value in options.items()]
-        for command in (["-S", ROOT, "-B", build, "-G", "Ninja", *defines], ["--build", build]):
+        targets = ["--target", "tersetorch_ops", "_native"]  # not the kernel tests, which make puts there too
+        for command in (["-S", ROOT, "-B", build, "-G", "Ninja", *defines], ["--build", build, *targets]):
             if subprocess.run(["cmake", *command], env=os.environ | cuda_environment(), check=False).returncode != 0:
                 raise SystemExit("tersetorch: the native pieces did not compile; the compiler's message stands above")
 

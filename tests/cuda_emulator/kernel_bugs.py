@@ -189,7 +189,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kernels", default="", help="only these, separated by commas")
     parser.add_argument("--quick", action="store_true", help="only the kernels that compile fast")
-    parser.add_argument("--build", type=pathlib.Path, default=ROOT / "build" / "kernel-tests")
+    parser.add_argument("--build", type=pathlib.Path, default=ROOT / "build" / sys.implementation.cache_tag)
     parser.add_argument("--out", type=pathlib.Path, help="write the outcomes there, a line for each bug")
     args = parser.parse_args()
     by_kernel: dict[str, list[seeded_kernel_bugs.Bug]] = collections.defaultdict(list)

@@ -177,7 +177,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kernel")
     parser.add_argument("--files", default="", help="only these, below csrc/kernels, separated by commas")
-    parser.add_argument("--build", type=pathlib.Path, default=ROOT / "build" / "kernel-tests")
+    parser.add_argument("--build", type=pathlib.Path, default=ROOT / "build" / sys.implementation.cache_tag)
     parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--only", default="", help="numbers, separated by commas")
     parser.add_argument("--out", type=pathlib.Path)

@@ -10,7 +10,6 @@ import argparse
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -57,7 +56,16 @@ def make_ptx(build: Path, architecture: int, folder: Path) -> None:
     newest = max(file.stat().st_mtime for file in (ROOT / "csrc" / "kernels").rglob("*") if file.is_file())
     nvcc = re.search(r"^CMAKE_CUDA_COMPILER:\w+=(.*)$", (build / "CMakeCache.txt").read_text(), re.MULTILINE)
     assert nvcc is not None
-    compile_it = [nvcc[1], "-std=c++17", "-O3", "-DNDEBUG", "-I", ROOT / "csrc", "-ptx", f"-arch=compute_{architecture}"]
+    compile_it = [
+        nvcc[1],
+        "-std=c++17",
+        "-O3",
+        "-DNDEBUG",
+        "-I",
+        ROOT / "csrc",
+        "-ptx",
+        f"-arch=compute_{architecture}",
+    ]
     extract = [tool("cuobjdump"), "-xptx", f"sm_{architecture}"]
 
     def one(source: Path) -> None:
