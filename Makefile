@@ -58,7 +58,7 @@ test-kernels: venv
 SANITIZE := ON
 test-sanitized: .venv/tools
 	cmake -S . -B $(SANITIZED_TESTS) -G Ninja -DTERSETORCH_TESTS=ON -DTERSETORCH_SANITIZE=$(SANITIZE) \
-		-DTERSETORCH_CUDA=0 -DCMAKE_BUILD_TYPE=None -DCMAKE_CXX_FLAGS=-O2 >/dev/null
+		-DTERSETORCH_CUDA=0 -DCMAKE_BUILD_TYPE=None -DCMAKE_CXX_FLAGS=-O1 >/dev/null
 	cmake --build $(SANITIZED_TESTS)
 	ctest --test-dir $(SANITIZED_TESTS) --parallel 2 --output-on-failure
 
