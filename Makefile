@@ -5,7 +5,9 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 SHELL := /bin/bash
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+# Bytecode of what is imported is written at the first import; of all that is installed it would take a minute.
+PIP := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
+export PYTHONDONTWRITEBYTECODE :=
 # The kernel tests are built where the package is, so that each kernel is compiled once.
 KERNEL_TESTS := build/$(shell $(PYTHON) -c 'import sys; print(sys.implementation.cache_tag)')
 # Real-time priority where it is allowed: otherwise any other process costs each barrier of two threads a time slice.
@@ -13,18 +15,23 @@ UNDISTURBED = GOMP_SPINCOUNT=200000 $(shell chrt -f 5 true 2>/dev/null && echo c
 SANITIZED_TESTS := build/sanitized-tests
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: venv demo test test-full test-kernels test-sanitized test-cuda test-newest-torch fuzz bench reproduce \
+.PHONY: venv demo test test-full test-python test-kernels test-sanitized test-cuda test-newest-torch fuzz bench reproduce \
   tables dist lint clean
 
 venv: .venv/package
 
-.venv/tools: constraints.txt
+# What the torch-free parts are built with.
+.venv/cmake: constraints.txt
 	$(PYTHON) -m venv .venv
+	$(PIP) cmake ninja
+	touch $@
+
+.venv/tools: .venv/cmake
 	index='$(TORCH_INDEX)'; \
 	if [ -n "$$index" ] && timeout 10 $(BIN)/python -c 'import sys, urllib.request as u; u.urlopen(sys.argv[1], timeout=5)' "$$index/torch/" 2>/dev/null; \
 	then extra="--extra-index-url $$index"; else extra=; fi; \
 	$(PIP) $$extra torch==2.13.0
-	$(PIP) 'setuptools>=77' cmake ninja pybind11
+	$(PIP) 'setuptools>=77' pybind11
 	touch $@
 
 # The native sources count too: what the tests load is what the tree says.
@@ -35,7 +42,9 @@ venv: .venv/package
 demo: venv
 	tersetorch demo
 
-test: venv test-kernels test-cuda
+test: test-kernels test-cuda test-python
+
+test-python: venv
 	python -m pytest -m 'not slow'
 
 # The last line of the log is stored, what nvcc made of the kernels, and how each seeded bug in them is noticed.
@@ -56,7 +65,7 @@ test-kernels: venv
 # The same tests with every address and every undefined operation checked. SANITIZE=ALL takes the files in that ON, for its
 # time, leaves out.
 SANITIZE := ON
-test-sanitized: .venv/tools
+test-sanitized: .venv/cmake
 	cmake -S . -B $(SANITIZED_TESTS) -G Ninja -DTERSETORCH_TESTS=ON -DTERSETORCH_SANITIZE=$(SANITIZE) \
 		-DTERSETORCH_CUDA=0 -DCMAKE_BUILD_TYPE=None -DCMAKE_CXX_FLAGS=-O1 >/dev/null
 	cmake --build $(SANITIZED_TESTS)
