@@ -12,6 +12,7 @@ from tersetorch.cli.doctor import doctor
 from tersetorch.cli.inspect import inspect
 from tersetorch.cli.report import report
 from tersetorch.cli.reproduce import reproduce
+from tersetorch.zoo.ranks import told
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -30,3 +31,5 @@ def main() -> None:
         sentence = str(error).strip().partition("\n")[0] or f"tersetorch: {type(error).__name__}"
         print(" ".join([sentence, *(f"({note})" for note in getattr(error, "__notes__", ()))]), file=sys.stderr)
         sys.exit(1)
+    finally:
+        told()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import TypeVar
 
@@ -47,8 +48,22 @@ def start(backend: str = "gloo") -> bool:
 
 
 def first_to_fail() -> bool:
-    """Whether no other rank that start has started asked this before: the one whose error is to be told."""
-    return _meeting is None or _meeting.add("failed", 1) == 1
+    """Whether no other rank that start has started asked this before: the one whose error is to be told.
+
+    The others wait until it calls told, a moment at most, since torchrun ends all when one of them exits.
+    """
+    if _meeting is None or _meeting.add("failed", 1) == 1:
+        return True
+    with suppress(RuntimeError):
+        _meeting.wait(["told"], timedelta(seconds=5))
+    return False
+
+
+def told() -> None:
+    """Lets the ranks that wait in first_to_fail go on."""
+    if _meeting is not None:
+        with suppress(RuntimeError):  # the ranks may have parted
+            _meeting.set("told", "")
 
 
 def rank() -> int:
