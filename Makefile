@@ -37,6 +37,7 @@ venv: .venv/package
 # The native sources count too: what the tests load is what the tree says.
 .venv/package: .venv/tools pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 	$(PIP) --no-build-isolation --editable '.[dev,demo]'
+	$(BIN)/python -c 'import tersetorch.cli'
 	touch $@
 
 demo: venv
