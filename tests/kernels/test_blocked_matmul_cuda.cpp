@@ -77,18 +77,17 @@ void TestShapes() {
   const struct {
     Index rows, columns, column_block;
     double density;
-  } shapes[] = {{1, 1, 1, 1.0},      {7, 9, 4, 0.5},     {33, 37, 16, 0.3}, {255, 5, 3, 0.2}, {256, 64, 64, 0.02},
-                {257, 65, 64, 0.02}, {3, 257, 300, 1.0}, {20, 50, 16, 0.0}, {5, 0, 16, 0.0},  {0, 5, 16, 0.0},
-                {515, 31, 8, 0.05},  {34, 33, 40, 1.0},  {2, 16, 16, 1.0},  {70, 48, 48, 0.4}};
+  } shapes[] = {{1, 1, 1, 1.0},      {7, 9, 4, 0.5},      {33, 37, 16, 0.3},  {255, 5, 3, 0.2},
+                {256, 64, 64, 0.02}, {257, 65, 64, 0.02}, {3, 257, 300, 1.0}, {20, 50, 16, 0.0},
+                {5, 0, 16, 0.0},     {0, 5, 16, 0.0},     {515, 31, 8, 0.05}, {34, 33, 40, 1.0}};
   int turn = 0;
   for (const auto& shape : shapes) {
     const RandomBlocked w(shape.rows, shape.columns, shape.column_block, shape.density, rng);
-    for (const Index samples : {0, 1, 7, 8, 9}) {
-      for (const BlockedValues values_as : {BlockedValues::kFloat32, BlockedValues::kBFloat16, BlockedValues::kCodes}) {
-        const FloatDtype floats_as = kFloats[turn % 2];
-        TestOne(w, values_as, floats_as, samples, turn % 5 != 0, turn % 3 == 0, rng);
-        ++turn;
-      }
+    // One way of storing values after the other: each comes with every number of samples and both floats.
+    for (const Index samples : {0, 1, 8, 9}) {
+      constexpr BlockedValues kValues[] = {BlockedValues::kFloat32, BlockedValues::kBFloat16, BlockedValues::kCodes};
+      TestOne(w, kValues[turn % 3], kFloats[turn / 4 % 2], samples, turn % 5 != 0, turn % 7 < 3, rng);
+      ++turn;
     }
   }
 }

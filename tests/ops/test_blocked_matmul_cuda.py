@@ -132,7 +132,7 @@ def test_accepts_unaligned_memory_and_strides(emulator, way):
     assert_close(op_of(way)(**moved), want, way)
 
 
-@pytest.mark.parametrize("way,kernels", [("float32", 1), ("blocked_bfloat16", 2), ("blocked_int8", 2)])
+@pytest.mark.parametrize("way,kernels", [("float32", 2), ("blocked_bfloat16", 3), ("blocked_int8", 3)])
 def test_runs_on_the_current_stream_of_its_device(emulator, way, kernels):
     moved = on("cuda:1", problem(way=way))
     emulator.use_stream(1, 0x20)

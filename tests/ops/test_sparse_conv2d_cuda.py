@@ -11,11 +11,11 @@ LAST = torch.channels_last
 SIZES = ("kernel_size", "stride", "padding", "dilation")
 
 
-def problem(shape=(2, 6, 7, 9), out=5, kernel=(3, 3), groups=1, dtype=torch.float32, codes=False, seed=0):
+def problem(shape=(2, 6, 7, 9), out=5, kernel=(3, 3), groups=1, dtype=torch.float32, codes=False, seed=0, density=0.3):
     """Tensors of a random convolution on the CPU; filter 3 is empty and filter 2 full."""
     generator = torch.Generator().manual_seed(seed)
     columns = shape[1] // groups * kernel[0] * kernel[1]
-    kept = torch.rand(out, columns, generator=generator) < 0.3
+    kept = torch.rand(out, columns, generator=generator) < density
     kept[3:4], kept[2:3] = False, True
     nnz = int(kept.sum())
     tensors = {
@@ -85,6 +85,21 @@ def test_equals_the_cpu(device, shape, out, kernel, sizes, memory_format, dtype,
         y = op(**moved, kernel_size=kernel, **sizes)
         assert_close(y, want)
         assert y.stride() == want.stride()
+
+
+# So much work that tensor cores take it, zeros and all.
+@pytest.mark.parametrize(
+    "mode,dtype,memory_format",
+    [("int8", torch.float32, torch.contiguous_format), ("bfloat16", torch.bfloat16, LAST)],
+)
+def test_batches_of_images_equal_those_of_the_cpu(device, mode, dtype, memory_format):
+    tensors = problem((13, 32, 7, 7), 64, dtype=dtype, density=0.9)
+    tensors["x"] = tensors["x"].contiguous(memory_format=memory_format)
+    want = sparse_conv2d(**tensors, kernel_size=3, padding=1, relu=True, mode=mode)
+    y = sparse_conv2d(**on(device, tensors), kernel_size=3, padding=1, relu=True, mode=mode)
+    # Sums of 288 products, of numbers up to 4, in another order, rounded to bfloat16.
+    torch.testing.assert_close(y.cpu(), want, rtol=0 if mode == "int8" else 2**-7, atol=0 if mode == "int8" else 1e-3)
+    assert y.stride() == want.stride()
 
 
 @pytest.mark.parametrize("mode", ["int8", "bfloat16"])

@@ -61,6 +61,7 @@ struct RowBlockTile {
     Sum sums[kSamples][kBlockedRows];
     Value values[kWarps][kWarpSize][kRun + 1];
     std::uint16_t indices[kWarps][kWarpSize][kRun + 2];
+    std::int32_t first[kWarps][kWarpSize], lengths[kWarps][kWarpSize];  // of the lanes' segments
     std::uint32_t seen_in[kBlockedRows];  // the last column block that named the row, counted from 1
     bool damaged[kBlockedRows];
     std::int32_t counts[kWarps];
@@ -130,7 +131,9 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksAtOnce) BlockedMa
       for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
         longest = max(longest, __shfl_xor_sync(kWholeWarp, longest, distance));
       }
-      const std::int32_t own_first = begin + after - length;
+      memory.first[warp][lane] = begin + after - length;
+      memory.lengths[warp][lane] = length;
+      __syncwarp();
       auto& values = memory.values[warp];
       auto& indices = memory.indices[warp];
 #pragma unroll 1
@@ -139,8 +142,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksAtOnce) BlockedMa
 #pragma unroll 4
         for (int r = 0; r < kWarpSize / 2; ++r) {
           const int of_row = r + lane / Tile::kRun * (kWarpSize / 2);
-          const std::int32_t k = __shfl_sync(kWholeWarp, own_first, of_row) + in_run;
-          if (in_run >= __shfl_sync(kWholeWarp, length, of_row)) continue;
+          if (in_run >= memory.lengths[warp][of_row]) continue;
+          const std::int32_t k = memory.first[warp][of_row] + in_run;
           const bool bad = Values::Damaged(w, k);
           indices[of_row][lane % Tile::kRun] = bad ? kNoColumn : w.indices[k];
           values[of_row][lane % Tile::kRun] = bad ? Value{} : Values::At(w, k);

@@ -4,20 +4,18 @@
 // Layout: row o of the weight is filter o, flattened: column (c * kernel_h + kh) * kernel_w + kw, with c counted from
 //         the first channel of the filter's group. x and y lie as their steps say; every pointer is to the device's
 //         memory and aligned to its element.
-// Method: a block takes a tile of outputs, some filters of a group and some of its channels. Channel block after
-// channel
-//         block it copies the inputs that the tile needs into shared memory, zeros for padding, rounded as the mode
-//         says. A warp takes a few filters in turn: its lanes decode 32 non-zeros into places in that copy, then every
-//         non-zero is read by all lanes, each of which multiplies it for up to 8 outputs. Lane after lane reads word
-//         after word: with steps of 1 a tile's outputs are numbered as its inputs lie, row ends included, so that no
-//         banks conflict but for lanes past the last output, which read the first one: 8 cycles for 7 at 14 x 14 and
-//         3 x 3. Where there are few outputs, several blocks share a filter's channels and leave their sums in `parts`,
-//         which a last kernel adds. Tiles that do not fit take one output a thread and read x where it lies.
+// Method: images in batches go to tensor cores, where products are exact there (conv_fragments_cuda.h). Else a block
+//         takes a tile of outputs, some filters of a group and some of its channels. Channel block after channel block
+//         it copies the inputs that the tile needs into shared memory, zeros for padding, rounded as the mode says. A
+//         warp takes a few filters in turn: its lanes decode 32 non-zeros into places in that copy, then every non-zero
+//         is read by all lanes, each of which multiplies it for up to 8 outputs. Lane after lane reads word after word:
+//         with steps of 1 a tile's outputs are numbered as its inputs lie, row ends included, so that no banks conflict
+//         but for lanes past the last output, which read the first one: 8 cycles for 7 at 14 x 14 and 3 x 3. Where
+//         there are few outputs, several blocks share a filter's channels and leave their sums in scratch, which a last
+//         kernel adds. Tiles that do not fit take one output a thread and read x where it lies.
 // Cost:   a multiply-add costs a word of shared memory, of which a multiprocessor has 32 a cycle: a quarter of what it
 //         could multiply. Row ends are lost: 2 of 16 at 14 columns and 3 x 3. int8 scales come from a kernel before.
-//         Tensor cores, which would multiply the zeros too, need for 256 x 256 channels, 3 x 3, at 14 x 14 and 32
-//         images 13 us for 3.7 G products (an H100, 1,223 a clock and multiprocessor), and to gather windows of x for
-//         tiles of 64 filters and 128 outputs at 10 instructions an element some 20; this kernel took 288 us at 20 %.
+//         256 x 256 channels, 3 x 3, at 14 x 14 and 32 images, 20 %, took 288 us on an H100, of 114 for these words.
 // Safety: offsets, columns and codes are compared with their bounds before they are used, and nothing outside the
 //         arrays is touched. A kernel cannot return a status without making the caller wait, so damage becomes NaN: all
 //         outputs, in every image, of a filter whose offsets, columns or codes are damaged. Where columns do not rise,
