@@ -1,3 +1,6 @@
+import pickle
+import zipfile
+
 import numpy as np
 import pytest
 import torch
@@ -86,3 +89,41 @@ def test_other_files_are_refused(tmp_path):
         tt.zoo.read_dataset(tmp_path / "x.csv")
     with pytest.raises(FileNotFoundError, match="path must exist"):
         tt.zoo.read_dataset(tmp_path / "none.npz")
+
+
+def npz(path, **members):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in members.items():
+            archive.writestr(f"{name}.npy", data)
+    return path
+
+
+def npy(shape, data=b"", dtype="<f4", version=(1, 0)):
+    header = repr({"descr": dtype, "fortran_order": False, "shape": shape}).encode()
+    header += b" " * (-(len(header) + 11) % 64) + b"\n"
+    return b"\x93NUMPY" + bytes(version) + len(header).to_bytes(2, "little") + header + data
+
+
+@pytest.mark.parametrize(
+    "members,sentence",
+    [
+        ({"images": npy((1 << 40, 2)), "labels": npy((1 << 40,), dtype="<i8")}, "bytes for float32"),
+        ({"images": npy((1 << 62, 1 << 62))}, "bytes for float32"),
+        ({"images": npy((-1, 2))}, "bytes for float32"),
+        ({"images": npy((2,), bytes(80 << 20))}, "where 67108864 are the most"),
+        ({"images": npy((2,), version=(9, 9))}, "another file"),
+        ({"images": npy((2,), pickle.dumps(print), dtype="|O")}, "Object arrays cannot be loaded"),
+        ({"images": b""}, "another file"),
+        ({"images": b"\x93NUMPY\1\0\xff\xff{"}, "another file"),
+    ],
+)
+def test_arrays_take_no_more_than_the_file_has(tmp_path, members, sentence):
+    path = npz(tmp_path / "own.npz", **members)
+    assert path.stat().st_size < 200_000
+    with pytest.raises(ValueError, match=f"must hold arrays of numbers, got .*{sentence}"):
+        tt.zoo.read_dataset(path)
+
+
+def test_a_compressed_file_is_read(tmp_path):
+    np.savez_compressed(tmp_path / "own.npz", images=np.zeros((5000, 16), np.float32), labels=np.zeros(5000, np.int64))
+    assert len(tt.zoo.read_dataset(tmp_path / "own.npz").train_labels) > 4000

@@ -13,6 +13,7 @@ from torch import nn
 
 from tersetorch import storage, zoo
 from tersetorch.cli.importable import call_importable, is_importable
+from tersetorch.storage.archives import check_stored
 from tersetorch.storage.importers.quantized import is_quantized_file
 
 SUFFIXES = (".terse", ".pt2", ".pt", ".pth", ".safetensors")
@@ -66,6 +67,8 @@ def read_model(verb: str, path: Path, network: str) -> nn.Module:
     if path.suffix == ".safetensors" and is_quantized_file(path):
         return storage.import_quantized(path, model).eval()
     try:
+        if path.suffix != ".safetensors":
+            check_stored(path)
         stored = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
         state = _plain_state(stored, model)
         wide = [name for name, value in state.items() if isinstance(value, torch.Tensor) and value.is_complex()]

@@ -23,6 +23,8 @@ from typing import Any, NoReturn
 
 from torch.export.pt2_archive import PT2ArchiveWriter
 
+from tersetorch.storage.archives import what_is_wrong
+
 TABLES = {"weights": "weight_", "constants": "tensor_"}
 MODEL = "model"  # the name that torch.export.save gives, and the one that load reads
 # Names of nodes, inputs, parameters and devices; they become source code.
@@ -109,14 +111,10 @@ def refuse(came: str) -> NoReturn:
 
 def _entries(archive: zipfile.ZipFile, file_bytes: int) -> dict[str, zipfile.ZipInfo]:
     """The archive's files by their names without the prefix that all of them have."""
-    infos = archive.infolist()
-    if len({info.filename.casefold() for info in infos}) != len(infos):
-        refuse("a name that comes twice")
-    if any(info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size for info in infos):
-        refuse("deflated files, which torch.export.save does not write")
-    if sum(info.file_size for info in infos) > file_bytes:
-        refuse("files that share their bytes")
-    return {info.filename.partition("/")[2]: info for info in infos}
+    wrong = what_is_wrong(archive, file_bytes)
+    if wrong is not None:
+        refuse(wrong)
+    return {info.filename.partition("/")[2]: info for info in archive.infolist()}
 
 
 def _files(table: Any, prefix: str, sizes: dict[str, int], folder: str) -> Iterator[str]:
