@@ -12,6 +12,7 @@ from tersetorch.cli.doctor import doctor
 from tersetorch.cli.inspect import inspect
 from tersetorch.cli.report import report
 from tersetorch.cli.reproduce import reproduce
+from tersetorch.storage.errors import printable
 from tersetorch.zoo.ranks import told
 
 app = typer.Typer(
@@ -29,7 +30,8 @@ def main() -> None:
         app()
     except Exception as error:  # a person gets the sentence, never a traceback
         sentence = str(error).strip().partition("\n")[0] or f"tersetorch: {type(error).__name__}"
-        print(" ".join([sentence, *(f"({note})" for note in getattr(error, "__notes__", ()))]), file=sys.stderr)
+        notes = (f"({note})" for note in getattr(error, "__notes__", ()))
+        print(printable(" ".join([sentence, *notes])), file=sys.stderr)
         sys.exit(1)
     finally:
         told()

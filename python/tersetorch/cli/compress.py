@@ -1,6 +1,7 @@
 """tersetorch compress MODEL --recipe RECIPE --data DATA -o OUTPUT."""
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -77,6 +78,9 @@ def compress(
     """
     with failing_together(everyone()):  # before hours of training, what is wrong is said
         target = target_of("compress", one_output(output, output_option))
+        run = folder or target.with_suffix(".run")
+        if folder is None and not dry_run:
+            _check_own(run)
         if recipe not in PUBLISHED and not Path(recipe).is_file():
             raise typer.BadParameter(f"--recipe must be one of {', '.join(PUBLISHED)} or a YAML file, got {recipe}")
         plan = DeepCompressionRecipe.named(recipe) if recipe in PUBLISHED else DeepCompressionRecipe.from_yaml(recipe)
@@ -90,7 +94,6 @@ def compress(
         print(json.dumps(planned.to_dict(), indent=1) if as_json else _text(planned))
     if dry_run:
         return
-    run = folder or target.with_suffix(".run")
     with Progress(console=Console(stderr=True), disable=rank() > 0) as progress:
         record = run_compression(
             compressed,
@@ -115,6 +118,21 @@ def compress(
         return
     print(inspection)
     print(_summary(record, target))
+
+
+def _check_own(run: Path) -> None:
+    """Looks at the folder beside the output that keeps a run, and goes with all that is in it when the run is done.
+
+    Raises:
+        ValueError: there is something else of this name: a link, a file, or a folder that no run of this user made.
+    """
+    if run.is_symlink() or run.exists():
+        ours = not run.is_symlink() and run.is_dir() and run.stat().st_uid == os.getuid()
+        if not ours or not ((run / "record.json").is_file() or not any(run.iterdir())):
+            raise ValueError(
+                f"compress: {run} must be free to keep the run in, got something else of this name; rename it, or name "
+                "a --folder"
+            )
 
 
 def _bytes(text: str, dense: int) -> int:

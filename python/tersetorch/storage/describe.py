@@ -228,6 +228,11 @@ def _join(path: str, name: str) -> str:
         raise ValueError(
             f"save: model must have paths of fewer than {MAX_PATH} characters, got {_label(path)[:40]}...; nest less"
         )
+    if not name.isprintable():
+        raise ValueError(
+            f"save: model must have names of modules and tensors without control characters, got {name[:40]!r} in "
+            f"{_label(path)[:40]}; rename it"
+        )
     return f"{path}.{name}".removeprefix(".")
 
 

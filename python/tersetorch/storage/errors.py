@@ -15,9 +15,14 @@ class TerseFileError(ValueError):
     """A .terse file is truncated, damaged, too large, of another version, or no .terse file at all."""
 
 
+def printable(text: str) -> str:
+    """text, with what would move a terminal's cursor, hide or turn round other characters written as its number."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
 def refuse(rule: str, came: object, fix: str = FIX) -> NoReturn:
     """Raises TerseFileError for what is being read; `reading` puts the function and the path in front."""
-    raise TerseFileError(f"must {rule}, got {came}; {fix}")
+    raise TerseFileError(printable(f"must {rule}, got {came}; {fix}"))
 
 
 class Budget:

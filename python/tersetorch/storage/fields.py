@@ -33,6 +33,8 @@ def joined(path: str, name: str) -> str:
     """Returns the path of what is called name inside path."""
     if len(path) + len(name) >= MAX_PATH:
         refuse(f"have paths of modules of fewer than {MAX_PATH} characters", f"{path[:40]}...")
+    if not name.isprintable():
+        refuse("have names of modules and tensors without control characters", repr(name)[:40])
     return f"{path}.{name}".removeprefix(".")
 
 

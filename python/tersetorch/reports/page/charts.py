@@ -12,6 +12,7 @@ from tersetorch.recipes.compression_record import CompressionRecord, Sensitivity
 from tersetorch.reports.figure import figure_class
 from tersetorch.reports.page.measurements import Measurements, moved_bytes, operations
 from tersetorch.reports.page.rows import Row
+from tersetorch.storage.errors import printable
 from tersetorch.storage.inspection import PARTS, Inspection
 
 # Okabe and Ito's colours, which the colour-blind tell apart, with greys for what is the file's own.
@@ -96,7 +97,7 @@ def error_by_size(record: CompressionRecord) -> str:
             size = 13 if marker == "*" else 7
             axes.plot(point.file_bytes / 1000, point.error_percent, marker, color=colour, markersize=size)
             place = {"textcoords": "offset points", "fontsize": "small"}
-            axes.annotate(point.label, (point.file_bytes / 1000, point.error_percent), (4, 5), **place)
+            axes.annotate(printable(point.label), (point.file_bytes / 1000, point.error_percent), (4, 5), **place)
         axes.set(xlabel="file, kilobytes (log scale)", ylabel="error, %", xscale="log")
         axes.margins(0.2)
 
@@ -148,7 +149,9 @@ def _svg(name: str, draw: Callable[[Any], None], height: float = 3.6) -> str:
     from matplotlib import rc_context  # beside Figure, so it is there
 
     # Ids of a picture depend on its own salt alone: pages are the same for the same figures, and no two pictures mix.
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif", "font.size": 11}):
+    # A name between dollar signs is a name, not a formula.
+    looks = {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 11, "text.parse_math": False}
+    with rc_context({**looks, "svg.hashsalt": name}):
         figure = figure_type(figsize=(5.2, min(height, 9.0)), layout="constrained")
         axes = figure.subplots()
         draw(axes)
@@ -165,6 +168,7 @@ def _svg(name: str, draw: Callable[[Any], None], height: float = 3.6) -> str:
 
 
 def _short(name: str) -> str:
+    name = printable(name)
     return name if len(name) <= 28 else f"{name[:12]}...{name[-13:]}"
 
 

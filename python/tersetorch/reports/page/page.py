@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -11,6 +12,9 @@ from tersetorch.reports.page import charts
 from tersetorch.reports.page.measurements import Measurements
 from tersetorch.reports.page.rows import Row, rows
 from tersetorch.storage.inspection import Inspection
+
+# No page has them; a record may.
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,7 @@ def build_page(
     # Names of layers come from the file, whoever made it: they are text, never markup.
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string((files("tersetorch.reports.page") / "page.html.jinja").read_text("utf-8"))
-    return template.render(
+    page = template.render(
         name=Path(inspection.path).name,
         inspection=inspection,
         headlines=[_size(inspection), _accuracy(record), _latency(measured), _energy(measured)],
@@ -94,6 +98,7 @@ def build_page(
         record=record,
         machine={} if measured is None else measured.conversion.machine or {},
     )
+    return _CONTROLS.sub("", page)
 
 
 def _size(inspection: Inspection) -> Headline:

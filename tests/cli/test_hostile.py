@@ -1,0 +1,142 @@
+"""What other people's files and folders may not do to the person who types the command."""
+
+import json
+import os
+import zipfile
+
+import pytest
+import torch
+from torch import nn
+
+import tersetorch as tt
+from tersetorch.recipes.compression_record import CompressionRecord, Point, SensitivityCurves, record_path
+from tersetorch.storage import container
+
+ESCAPE = "\x1b]0;gone\x07\x1b[2J"
+
+
+def named(path, name):
+    """A file whose second layer has this name."""
+    model = nn.Sequential(nn.Linear(4, 3))
+    model.add_module("layer", nn.Linear(3, 2))
+    tt.save(model, path)
+    header, data, _, _ = container.unpack(path.read_bytes())
+    header["m"]["m"] = {name if key == "layer" else key: child for key, child in header["m"]["m"].items()}
+    streams = container.split(data, [stream[1] for entry in header["t"] for stream in entry["x"]])
+    path.write_bytes(container.pack(header, streams))
+    return path
+
+
+@pytest.mark.parametrize("name", [ESCAPE, "a\nb", "\u202etxt", "\x9b2J", "\0"])
+def test_names_that_a_terminal_would_obey_are_refused(tersetorch, tmp_path, name):
+    path = named(tmp_path / "m.terse", name)
+    for verb in (("inspect",), ("inspect", "--json"), ("report", "-o", tmp_path / "r.html")):
+        done = tersetorch(verb[0], path, *verb[1:])
+        assert done.returncode == 1 and "without control characters" in done.stderr
+        assert all(letter.isprintable() or letter == "\n" for letter in done.stdout + done.stderr)
+    with pytest.raises(ValueError, match="without control characters"):
+        tt.load(path)
+    model = nn.Sequential()
+    model.add_module(name, nn.Linear(3, 2))
+    with pytest.raises(ValueError, match=r"save: model must have names .* without control characters"):
+        tt.save(model, tmp_path / "n.terse")
+
+
+def test_refusals_quote_nothing_that_a_terminal_would_obey(tersetorch, tmp_path):
+    tt.save(nn.Linear(3, 2), tmp_path / "m.terse")
+    raw = (tmp_path / "m.terse").read_bytes()
+    head = raw.replace(b'{"terse":"2"}', b'{"terse":"\\u001b[2J"}')
+    length = int.from_bytes(raw[:8], "little") + len(head) - len(raw)
+    (tmp_path / "m.terse").write_bytes(length.to_bytes(8, "little") + head[8:])
+    done = tersetorch("inspect", tmp_path / "m.terse")
+    assert done.returncode == 1 and "version" in done.stderr and "\x1b" not in done.stderr
+    done = tersetorch("inspect", tmp_path / f"{ESCAPE}.terse")
+    assert done.returncode == 1 and "\x1b" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["</svg><script>x()</script>", '"><img src=x onerror=x()>', "$\\frac{$", "{{7*7}}&lt;"],
+)
+def test_a_report_shows_names_as_they_are(tersetorch, tmp_path, name):
+    path = named(tmp_path / "m.terse", name)
+    point = Point(label=f"{name}{ESCAPE}", file_bytes=10, error_percent=1.0)
+    curves = SensitivityCurves(baseline=1.0, layers={name: [(0.5, 1.0)]})
+    texts = {"data": name, "recipe": {name: f"{name}{ESCAPE}"}}
+    CompressionRecord(**texts, examples=3, before=point, after=point, points=[point], sensitivity=curves).write(
+        record_path(path)
+    )
+    done = tersetorch("report", path, "-o", tmp_path / "r.html")
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "r.html").read_text()
+    assert page.count("<script") == 1 and "<img" not in page
+    assert "\x1b" not in page and "javascript:" not in page
+    shown = name.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    assert f"<td>{shown.replace(chr(34), '&#34;')}</td>" in page
+
+
+def test_output_may_be_the_input(tersetorch, tmp_path):
+    path = tmp_path / "m.terse"
+    tt.save(nn.Sequential(nn.Linear(40, 30), nn.ReLU(), nn.Linear(30, 10)), path)
+    before = tt.load(path)
+    done = tersetorch("convert", path, path, "--plan", "sparse")
+    assert done.returncode == 0, done.stderr
+    x = torch.randn(3, 40)
+    torch.testing.assert_close(tt.load(path)(x), before(x))
+
+
+def folder(path):
+    path.mkdir()
+    (path / "thesis.txt").write_text("years")
+
+
+def link(path):
+    folder(path.with_name("elsewhere"))
+    path.symlink_to(path.with_name("elsewhere"))
+
+
+@pytest.mark.parametrize("make", [folder, link, lambda path: path.write_text("years")])
+def test_a_run_takes_no_folder_of_somebody_else(tersetorch, tmp_path, make):
+    tt.save(tt.zoo.LeNet300100(64), tmp_path / "dense.terse")
+    (tmp_path / "recipe.yaml").write_text("prune: {sparsity: {fc1: 0.8}, rounds: 1, train: {epochs: 1, lr: 0.1}}\n")
+    make(tmp_path / "small.run")
+    given = ("--recipe", tmp_path / "recipe.yaml", "--data", "digits", "-o", tmp_path / "small.terse")
+    done = tersetorch("compress", tmp_path / "dense.terse", *given)
+    assert done.returncode == 1 and "small.run must be free to keep the run in" in done.stderr
+    kept = [path for path in tmp_path.rglob("*") if path.is_file() and path.read_bytes() == b"years"]
+    assert kept and not (tmp_path / "small.terse").exists()
+    if os.getuid() == 0:
+        (tmp_path / "other.run").mkdir()
+        os.chown(tmp_path / "other.run", 12345, 12345)
+        done = tersetorch("compress", tmp_path / "dense.terse", *given[:-1], tmp_path / "other.terse")
+        assert done.returncode == 1 and "must be free" in done.stderr
+
+
+def test_weights_that_inflate_are_refused(tersetorch, tmp_path):
+    state = {"fc1.weight": torch.zeros(300, 784)}
+    torch.save(state, tmp_path / "plain.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "plain.pt") as old,
+        zipfile.ZipFile(tmp_path / "deflated.pt", "w", zipfile.ZIP_DEFLATED) as new,
+    ):
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    given = ("--network", "lenet-300-100", "--plan", "sparse")
+    done = tersetorch("convert", tmp_path / "deflated.pt", tmp_path / "m.terse", *given)
+    assert done.returncode == 1 and "deflated files, which torch does not write" in done.stderr
+
+
+def test_damaged_files_end_in_a_sentence(tersetorch, tmp_path):
+    tt.save(nn.Linear(3, 2), tmp_path / "m.terse")
+    whole = (tmp_path / "m.terse").read_bytes()
+    for name in ("bad.terse", "bad.pt2", "bad.pt", "bad.safetensors", "bad.npz"):
+        for data in (b"", b"\x80\x02.", whole[:50], b"PK\3\4" + whole, json.dumps({"a": 1}).encode(), bytes(100)):
+            (tmp_path / name).write_bytes(data)
+            if name.endswith(".npz"):
+                given = ("--recipe", "lenet_300_100", "--data", tmp_path / name, "-o", tmp_path / "o.terse")
+                done = tersetorch("compress", tmp_path / "m.terse", *given)
+            else:
+                given = ("--network", "lenet-300-100", "--plan", "sparse")
+                done = tersetorch("convert", tmp_path / name, tmp_path / "o.terse", *given)
+            assert done.returncode in (1, 2) and done.stderr and "Traceback" not in done.stderr
+            assert not (tmp_path / "o.terse").exists()
