@@ -13,10 +13,11 @@ KERNEL_TESTS := build/$(shell $(PYTHON) -c 'import sys; print(sys.implementation
 # Real-time priority where it is allowed: otherwise any other process costs each barrier of two threads a time slice.
 UNDISTURBED = GOMP_SPINCOUNT=200000 $(shell chrt -f 5 true 2>/dev/null && echo chrt -f 5)
 SANITIZED_TESTS := build/sanitized-tests
+THREAD_TESTS := build/thread-tests
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: venv demo test test-full test-python test-kernels test-sanitized test-cuda test-newest-torch fuzz bench reproduce \
-  tables dist lint clean
+.PHONY: venv demo test test-full test-python test-kernels test-sanitized test-threads test-cuda test-newest-torch fuzz \
+  bench reproduce tables dist lint clean
 
 venv: .venv/package
 
@@ -52,7 +53,7 @@ test-python: venv
 test-full: SANITIZE := ALL
 test-full: KERNEL_REPORT := --json bench/results/cuda_kernels.json
 test-full: OTHER_ARCHITECTURES := --architectures 75 80 100 --json bench/results/cuda_ptx.json
-test-full: venv test-kernels test-cuda test-sanitized
+test-full: venv test-kernels test-cuda test-sanitized test-threads
 	set -o pipefail; python -m pytest | tee build/test-full.log
 	tail -n 1 build/test-full.log | tr -d '=' > bench/results/test_full.txt
 	python tests/cuda_emulator/kernel_bugs.py --build $(KERNEL_TESTS) --out bench/results/kernel_bugs.txt
@@ -87,15 +88,25 @@ test-cuda: venv
 	  ptx=$$!; .ci/check_cuda_kernels $(KERNEL_REPORT); kernels=$$?; wait $$ptx; ptx=$$?; \
 	  cat $(KERNEL_TESTS)/ptx.log; exit $$((kernels || ptx))
 
+# The same tests with the parts of a kernel's work on threads of their own, and every race between them reported.
+test-threads: .venv/cmake
+	cmake -S . -B $(THREAD_TESTS) -G Ninja -DTERSETORCH_TESTS=ON -DTERSETORCH_SANITIZE=THREAD \
+		-DTERSETORCH_CUDA=0 -DCMAKE_BUILD_TYPE=None -DCMAKE_CXX_FLAGS='-O1 -g1' >/dev/null
+	cmake --build $(THREAD_TESTS)
+	ctest --test-dir $(THREAD_TESTS) --parallel 2 --output-on-failure
+
 # The library built against one torch serves later ones.
 test-newest-torch: venv
 	python .ci/test_newest_torch.py '$(TORCH_INDEX)'
 
-# What reads other people's files, on inputs changed until they reach new code; FUZZ_SECONDS for each kind of input. The
-# next run goes on from build/fuzz. make test fuzzes for seconds, make test-full for minutes.
+# What reads other people's files, on inputs changed until they reach new code; FUZZ_SECONDS for each kind of input, and
+# for the native decoders of the sanitized build. The next run goes on from build/fuzz. make test and make test-sanitized
+# fuzz for seconds, make test-full for minutes.
 FUZZ_SECONDS := 3600
-fuzz: venv
-	PYTHONPATH=tests python -m fuzz files coders recipes --seconds $(FUZZ_SECONDS) --seed $$$$
+fuzz: venv test-sanitized
+	PYTHONPATH=tests python -m fuzz files coders exported foreign recipes --seconds $(FUZZ_SECONDS) --seed $$$$
+	$(SANITIZED_TESTS)/tests/fuzz/native/fuzz_codec --seconds $(FUZZ_SECONDS) --seed $$$$ --corpus build/fuzz/native \
+	  --seeds tests/fuzz/native/codec.corpus
 
 # Measures on this machine, which should do nothing else, and stores the records the tables are made of: about a quarter
 # of an hour for each number of threads, and ten minutes once to build llama.cpp for this CPU. TERSETORCH_DATA names the
