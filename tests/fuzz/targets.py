@@ -1,22 +1,38 @@
-"""What is fuzzed: tt.load and tt.inspect, the coders of streams, and recipes. Inputs come from this project alone."""
+"""What is fuzzed: tt.load and tt.inspect, coders of streams, importers, data sets and recipes. Seeds are made here."""
 
 import copy
+import io
 import json
 import random
+import struct
 import tempfile
+import zipfile
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.torch
+import torch
 
 import tersetorch
 from fuzz.engine import Target
 from tersetorch import _native
 from tersetorch.recipes import DeepCompressionRecipe
-from tersetorch.storage import TerseFileError, container, inspect, load, streams
+from tersetorch.storage import (
+    TerseFileError,
+    container,
+    import_exported,
+    inspect,
+    load,
+    read_deep_compression,
+    read_larq,
+    read_quantized,
+    streams,
+)
 from tersetorch.storage.streams import Context, Grid, Stream
+from tersetorch.zoo import read_dataset
 
 PACKAGE = Path(tersetorch.__file__).parent
 GOLDEN = Path(__file__).parent.parent / "storage" / "golden"
@@ -309,8 +325,123 @@ def read_recipe(data: bytes) -> object:
     return None
 
 
+# ---- exported programs
+
+
+@cache
+def _exported() -> bytes:
+    model = torch.nn.Sequential(torch.nn.Conv1d(2, 4, 3, padding=1), torch.nn.Flatten(1), torch.nn.Linear(20, 3)).eval()
+    batch = torch.export.Dim("batch", min=2, max=64)
+    path = _path().with_name("seed.pt2")
+    torch.export.save(torch.export.export(model, (torch.zeros(3, 2, 5),), dynamic_shapes=({0: batch},)), path)
+    return path.read_bytes()
+
+
+def exported() -> Iterable[bytes]:
+    """An exported program."""
+    return [_exported()]
+
+
+EXPRESSIONS = ["Integer(2)", "Symbol('s9')", "Pow(Symbol('s77'), Integer(2))", "Max(1, 2)", "FloorDiv(4, 0)", "Mod()"]
+
+
+def odd_exported(rng: random.Random, data: bytes, other: bytes) -> bytes:
+    """An archive with a word of its program or of a table changed, or one that is just damaged."""
+    if rng.random() < 0.1:
+        return odd_bytes(rng, data, other)
+    changed = io.BytesIO()
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(changed, "w") as new:
+            names = old.namelist()
+            chosen = rng.choice([*names, *[name for name in names if name.endswith(".json")] * len(names)])
+            for name in names:
+                content = old.read(name)
+                if name == chosen:
+                    content = _odd_json(rng, content) if name.endswith(".json") else odd_bytes(rng, content, other)
+                if name != chosen or rng.random() > 0.02:
+                    new.writestr(name, content)
+    except Exception:  # an archive that was damaged before
+        return odd_bytes(rng, data, other)
+    return changed.getvalue()
+
+
+def _odd_json(rng: random.Random, content: bytes) -> bytes:
+    header = json.loads(content)
+    for _ in range(rng.choice([1, 1, 2, 4])):
+        path = rng.choice(list(places(header))[1:] or [()])
+        if not path:
+            break
+        if path[-1] == "expr_str":
+            at_place(header, path[:-1])["expr_str"] = rng.choice(EXPRESSIONS)
+        else:
+            odd_header(rng, header, header)
+    return json.dumps(header).encode()
+
+
+def read_exported(data: bytes) -> object:
+    """Imports an exported program."""
+    path = _path().with_name("m.pt2")
+    path.write_bytes(data)
+    return type(import_exported(path)).__name__
+
+
+# ---- files of other libraries: the first byte is the reader
+
+
+def foreign() -> Iterable[bytes]:
+    """A small file for each reader."""
+    rng = np.random.default_rng(0)
+
+    def text(value: bytes) -> bytes:
+        return struct.pack("<Q", len(value)) + value
+
+    gguf = b"GGUF" + struct.pack("<IQQ", 3, 3, 2)
+    gguf += text(b"general.alignment") + struct.pack("<II", 4, 32)
+    gguf += text(b"names") + struct.pack("<IIQ", 9, 8, 2) + text(b"a") + text(b"b")
+    for name, kind, shape, offset in ((b"w", 2, (32, 2), 0), (b"q", 8, (32, 1), 64), (b"f", 0, (3,), 128)):
+        gguf += text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, offset)
+    gguf += bytes(-len(gguf) % 32) + rng.bytes(36).ljust(64, b"\0") + rng.bytes(34).ljust(64, b"\0") + bytes(12)
+    yield b"\0" + gguf
+    buffer = io.BytesIO()
+    np.savez(buffer, **{"d/kernel:0": rng.standard_normal((5, 3)).astype("f4"), "d/bias:0": np.zeros(3, "f4")})
+    yield b"\1" + buffer.getvalue()
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, images=np.zeros((24, 4), np.uint8), labels=np.zeros(24, np.int64))
+    yield b"\2" + buffer.getvalue()
+    table = np.arange(16, dtype="<f4").tobytes() + np.zeros(4, "<f4").tobytes()
+    yield b"\3" + struct.pack("<I", 6) + table + bytes([0x21, 0x43, 0x65]) + bytes([0x10, 0x12, 0x01])
+    tensors = {"w": torch.zeros(4, 8), "images": torch.zeros(24, 4), "labels": torch.zeros(24, dtype=torch.int64)}
+    yield b"\4" + safetensors.torch.save(tensors)
+    yield b"\5" + safetensors.torch.save({name: tensors[name] for name in ("images", "labels")})
+
+
+def odd_foreign(rng: random.Random, data: bytes, other: bytes) -> bytes:
+    """A changed file for the same reader."""
+    return data[:1] + odd_bytes(rng, data[1:], other[1:])
+
+
+def read_foreign(data: bytes) -> object:
+    """Reads a file as the library that its first byte names."""
+    kind, suffix = data[0] % 6, (".gguf", ".npz", ".npz", ".net", ".safetensors", ".safetensors")[data[0] % 6]
+    path = _path().with_name(f"foreign{suffix}")
+    path.write_bytes(data[1:])
+    if kind in (0, 4):
+        found: Any = read_quantized(path)
+    elif kind == 1:
+        found = read_larq(path)
+    elif kind == 3:
+        found = read_deep_compression(path, {"fc": (4, 11)})
+    else:
+        found = read_dataset(path).classes
+    return kind, type(found).__name__
+
+
 TARGETS = {
     "files": Target(files, read_file, odd_file, (TerseFileError,), (str(PACKAGE / "storage"),)),
     "coders": Target(coded, read_stream, odd_stream, (TerseFileError,), (str(PACKAGE / "storage"),)),
+    "exported": Target(exported, read_exported, odd_exported, (ValueError,), (str(PACKAGE / "storage" / "importers"),)),
+    "foreign": Target(
+        foreign, read_foreign, odd_foreign, (ValueError,), (str(PACKAGE / "storage"), str(PACKAGE / "zoo" / "own_data"))
+    ),
     "recipes": Target(recipes, read_recipe, odd_text, (ValueError,), (str(PACKAGE / "recipes"),)),
 }

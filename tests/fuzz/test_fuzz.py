@@ -24,9 +24,9 @@ def fuzz(*arguments):
 @pytest.mark.parametrize(
     "targets,seconds",
     [
-        (("files", "coders", "recipes"), 2),
+        (("files", "coders", "exported", "foreign", "recipes"), 2),
         pytest.param(("files",), 120, marks=pytest.mark.slow),
-        pytest.param(("coders", "recipes"), 60, marks=pytest.mark.slow),
+        pytest.param(("coders", "exported", "foreign", "recipes"), 60, marks=pytest.mark.slow),
     ],
 )
 def test_hostile_input_is_read_or_refused_in_a_sentence(targets, seconds, tmp_path):

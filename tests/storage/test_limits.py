@@ -1,6 +1,7 @@
 """Files made to take memory: what a reader may allocate follows from the file's size and max_bytes."""
 
 import gc
+import json
 import resource
 import struct
 import time
@@ -240,3 +241,63 @@ def test_a_sparse_layer_far_larger_dense_than_its_file_loads(tmp_path):
     assert refusal is None
     assert taken < 40 * path.stat().st_size + 8 * MIB
     assert torch.equal(load(path).col_indices, sparse.col_indices)
+
+
+def repeated(values, shape, dtype):
+    return torch.tensor(values).repeat(shape[0] * shape[1] // len(values)).view(shape).to(dtype)
+
+
+SHAPE = (500, 1500)
+STEPS = torch.arange(1500).repeat(500, 1)
+# Tensors whose streams say least for each number, in every form of a tensor.
+THIN = {
+    "zeros": lambda dtype: torch.zeros(SHAPE, dtype=dtype),
+    "one value": lambda dtype: torch.full(SHAPE, 7, dtype=dtype),
+    "one other": lambda dtype: torch.where(STEPS == 700, 5, 1).to(dtype),
+    "runs": lambda dtype: (STEPS // 400).to(dtype),
+    "rising": lambda dtype: (STEPS % 100).to(dtype),
+    "rows of two values": lambda dtype: repeated([3.0, -3.0], SHAPE, dtype),
+    "all codes": lambda dtype: torch.arange(750_000).view(SHAPE).remainder(256).to(dtype),
+    "scaled integers": lambda dtype: (STEPS % 15 - 7).float().mul(torch.rand(500, 1)).to(dtype),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+@pytest.mark.parametrize("coders", ["fast", "smallest"])
+@pytest.mark.slow
+def test_streams_that_say_least_take_no_more(tmp_path, dtype, coders):
+    path = tmp_path / "m.terse"
+    forms = set()
+    for name, make in THIN.items():
+        tensor = make(dtype)
+        save(nn.ParameterList([nn.Parameter(tensor, requires_grad=False)]), path, coders=coders)
+        forms |= {(one.form, *one.coders) for one in inspect(path).tensors}
+        taken, refusal = peak(lambda: load(path))
+        assert refusal is None
+        assert taken < 17 * tensor.nbytes + 4 * MIB, name
+    assert len(forms) > 4
+
+
+@pytest.mark.parametrize("form", ["sparse", "codebook", "raw"])
+def test_a_tensor_of_nothing_but_zeros_may_be_larger_only_by_max_bytes(tmp_path, form):
+    """A few bytes may stand for any number of zeros: the limit is that of what they become."""
+    path = tmp_path / "m.terse"
+    spec = {
+        "sparse": {"f": "sparse", "n": 0, "x": [["gaps", 0, 8], ["raw", 0]]},
+        "codebook": {"f": "codebook", "k": 1, "x": [["raw", 4], ["constant", 0]]},
+        "raw": {"f": "raw", "x": [["planes", 36]]},
+    }[form]
+    tensors = nn.ParameterList([nn.Parameter(torch.zeros(2), requires_grad=False)])
+    for size, refused in ((1 << 22, form == "raw"), (1 << 30, True)):
+        header, _ = parts_of(tensors, path)
+        header["m"] = json.loads(json.dumps(header["m"]).replace("[2]", f"[{size}]"))
+        header["t"][0] = {"s": [size], "d": header["t"][0]["d"], **spec}
+        streams = [bytes(stream[1]) for stream in header["t"][0]["x"]]
+        assert terse(path, header, streams) < 400
+        taken, refusal = peak(lambda: load(path))
+        assert (refusal is not None) == refused
+        assert taken < (17 << 24) + 4 * MIB
+        if size == 1 << 30:
+            assert "decode to at most 67108864 bytes" in refusal or "must hold 1073741824 items in a stream" in refusal
+        elif not refused:
+            assert "decode to at most" in peak(lambda: load(path, max_bytes=(1 << 24) - 1))[1]

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 # Deflated parts may be this large, or this many times the file.
 FREE_BYTES = 64 << 20
 RATIO = 64
+_NPY_HEADERS: dict[tuple[int, int], Callable[..., tuple[Any, Any, np.dtype[Any]]]] = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
 
 
 def what_is_wrong(archive: zipfile.ZipFile, file_bytes: int, *, deflated: bool = False) -> str | None:
@@ -44,3 +53,24 @@ def check_stored(path: Path) -> None:
         raise ValueError(f"must be a whole archive, got a damaged one ({error})") from error
     if wrong is not None:
         raise ValueError(f"must be an archive that torch.save wrote, got one with {wrong}")
+
+
+def check_npz(path: Path) -> None:
+    """Refuses a .npz file whose arrays are larger than their bytes, or inflate to more than they may.
+
+    Raises:
+        ValueError: it is such a file. What zipfile and numpy raise of damaged ones passes.
+        OSError: it cannot be read.
+    """
+    with zipfile.ZipFile(path) as archive:
+        wrong = what_is_wrong(archive, path.stat().st_size, deflated=True)
+        if wrong is not None:
+            raise ValueError(wrong)
+        for part in archive.infolist():
+            with archive.open(part) as file:
+                read = _NPY_HEADERS.get(np.lib.format.read_magic(file))
+                if read is None:
+                    raise ValueError(f"{part.filename} is of another version")
+                shape, _, dtype = read(file)
+            if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize > part.file_size:
+                raise ValueError(f"{part.filename} has {part.file_size} bytes for {dtype} {list(shape)}")

@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-from zipfile import ZipFile
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tersetorch.storage.archives import what_is_wrong
+from tersetorch.storage.archives import check_npz
 from tersetorch.zoo.checks import check_seed
 from tersetorch.zoo.data import HELD_OUT, Dataset
 
-_NPY_HEADERS: dict[tuple[int, int], Callable[..., tuple[Any, Any, np.dtype[Any]]]] = {
-    (1, 0): np.lib.format.read_array_header_1_0,
-    (2, 0): np.lib.format.read_array_header_2_0,
-}
 SUFFIXES = (".npz", ".safetensors")
 NAMES = ("images", "labels", "test_images", "test_labels")
 
@@ -76,7 +68,7 @@ def _arrays(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        _check_npz(path)
+        check_npz(path)
         with np.load(path, allow_pickle=False) as file:
             return {name: torch.from_numpy(file[name]) for name in file.files}
     except FileNotFoundError:
@@ -86,22 +78,6 @@ def _arrays(path: Path) -> dict[str, Tensor]:
             f"read_dataset: {path} must hold arrays of numbers, got another file ({error}); write it with numpy.savez "
             "or safetensors"
         ) from error
-
-
-def _check_npz(path: Path) -> None:
-    """Raises ValueError where arrays are larger than their bytes, or those more than a file may inflate to."""
-    with ZipFile(path) as archive:
-        wrong = what_is_wrong(archive, path.stat().st_size, deflated=True)
-        if wrong is not None:
-            raise ValueError(wrong)
-        for part in archive.infolist():
-            with archive.open(part) as file:
-                read = _NPY_HEADERS.get(np.lib.format.read_magic(file))
-                if read is None:
-                    raise ValueError(f"{part.filename} is of another version")
-                shape, _, dtype = read(file)
-            if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize > part.file_size:
-                raise ValueError(f"{part.filename} has {part.file_size} bytes for {dtype} {list(shape)}")
 
 
 def _pair(path: Path, arrays: dict[str, Tensor], images_name: str, labels_name: str) -> tuple[Tensor, Tensor]:

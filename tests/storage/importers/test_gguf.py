@@ -193,3 +193,17 @@ def test_the_library_agrees(file):
         weight = read_quantized(file(file_of([(b"w", number, (2, 2 * weights), raw.tobytes())])))["w"]
         dense = weight.to_dense() if isinstance(weight, QuantizedWeight) else weight
         np.testing.assert_array_equal(dense.numpy(), expected, strict=True)
+
+
+def test_tensors_that_share_their_bytes_are_refused(tmp_path):
+    """Each would be a tensor of its own, so that a file of n bytes could take n * n."""
+    block = bytes(18 * 400)
+    many = [(b"w%d" % number, 2, (32 * 400,), block if number == 0 else b"") for number in range(50)]
+    data = bytearray(file_of(many))
+    path = tmp_path / "m.gguf"
+    for number in range(1, 50):  # all at offset 0
+        at = data.index(b"w%d" % number + struct.pack("<I", 1)) + len(b"w%d" % number) + 4 + 8 + 4
+        data[at : at + 8] = bytes(8)
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="hold tensors that share no bytes"):
+        read_quantized(path)

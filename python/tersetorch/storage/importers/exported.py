@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.export.pt2_archive._package import load_pt2
 
 from tersetorch.storage.arguments import path_of
-from tersetorch.storage.importers.exported_archive import HarmfulError, rewritten
+from tersetorch.storage.importers.exported_archive import MODEL, HarmfulError, rewritten
 
 WHERE = "import_exported"
 _CONVOLUTIONS: dict[Any, Any] = {
@@ -57,7 +58,8 @@ def import_exported(path: str | PathLike[str]) -> nn.Module:
             f"with {error}; write it with torch.export.save, from a model of plain tensors"
         ) from error
     try:
-        module = torch.export.load(archive).module(check_guards=False)
+        # Not torch.export.load, which falls back to an older form that it unpickles.
+        module = load_pt2(archive).exported_programs[MODEL].module(check_guards=False)
         # A module of its own: that of a program refuses train().
         plain = fx.GraphModule(module, module.graph)
         _name_layers(plain)

@@ -40,6 +40,7 @@ ALIGNMENT = "general.alignment"
 SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 STRING, ARRAY, U32 = 8, 9, 4
 MOST_DIMENSIONS = 4
+MOST_SIZE = 1 << 48
 PLAIN = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
 IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
@@ -114,9 +115,11 @@ def _layout(head: _Header) -> dict[str, tuple[int, list[int], int, int]]:
     listed: dict[str, tuple[int, list[int], int, int]] = {}
     for _ in range(tensors):
         name, dimensions = head.string(), head.number("I")
-        if name in listed or dimensions > MOST_DIMENSIONS:
+        if name in listed or not 1 <= dimensions <= MOST_DIMENSIONS:
             refuse(f"name each tensor once, of at most {MOST_DIMENSIONS} dimensions", f"{name!r:.80}", FIX)
         shape = [head.number("Q") for _ in range(dimensions)][::-1]
+        if max(shape) >= MOST_SIZE:
+            refuse(f"hold {name!r:.80} of sizes below {MOST_SIZE}", str(shape), FIX)
         kind, offset = head.number("I"), head.number("Q")
         if kind in PLAIN:
             block, size = 1, PLAIN[kind].itemsize
@@ -128,13 +131,15 @@ def _layout(head: _Header) -> dict[str, tuple[int, list[int], int, int]]:
                 f"kind {kind} as {name!r}",
                 "quantise it to one of these",
             )
-        if (shape[-1] if shape else 1) % block or offset % alignment:
+        if shape[-1] % block or offset % alignment:
             refuse(f"hold {name!r} in rows of whole blocks of {block}, aligned", f"{shape} at {offset}", FIX)
         listed[name] = (kind, shape, prod(shape) // block * size, offset)
     start = -(-head.at // alignment) * alignment
     for name, (_, _, size, offset) in listed.items():
         if start + offset + size > head.data.size:
             refuse(f"hold {size} bytes of {name!r}", f"{max(0, head.data.size - start - offset)}", FIX)
+    if sum(size for _, _, size, _ in listed.values()) > head.data.size:  # each becomes a tensor of its own
+        refuse("hold tensors that share no bytes", f"more than its {head.data.size} bytes in all", FIX)
     return {name: (kind, shape, size, start + offset) for name, (kind, shape, size, offset) in listed.items()}
 
 

@@ -16,7 +16,6 @@ Source: github.com/larq/larq, larq/quantizers.py and larq/layers.py; Keras's sav
 from __future__ import annotations
 
 import zipfile
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tersetorch.methods.arguments import check_number
+from tersetorch.storage.archives import FREE_BYTES, RATIO, check_npz
 
 WHERE = "read_larq"
 SIGNS = ("ste_sign", "approx_sign", "swish_sign")
@@ -176,9 +176,10 @@ def _from_npz(path: Path) -> dict[str, NDArray[Any]]:
     if not zipfile.is_zipfile(path):
         _refuse("be an NPZ file", "another or a damaged one", "save it with numpy.savez")
     try:
+        check_npz(path)
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
-    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except Exception as error:  # whatever readers make of a damaged file
         _refuse("be a whole NPZ file of plain arrays", f"{type(error).__name__}", "save it with numpy.savez")
 
 
@@ -196,7 +197,11 @@ def _from_hdf5(path: Path) -> dict[str, NDArray[Any]]:
             _refuse("hold the attribute 'layer_names'", "none", "save it with model.save_weights(path)")
         for layer in _names(root.attrs["layer_names"]):
             for name in _names(root[layer].attrs["weight_names"]):
-                array = np.array(root[layer][name])
+                dataset = root[layer][name]
+                elsewhere = dataset.external or dataset.is_virtual or dataset.file.filename != file.filename
+                if elsewhere or dataset.nbytes > max(FREE_BYTES, RATIO * path.stat().st_size):
+                    _refuse(f"hold {name!r} itself, in plain numbers", "another file's, or far more than its bytes")
+                array = np.array(dataset)
                 # The layer's own name, not that of a scope around it.
                 found[f"{layer}/{name.rpartition('/')[2]}"] = array
     return found
