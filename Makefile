@@ -16,7 +16,7 @@ SANITIZED_TESTS := build/sanitized-tests
 THREAD_TESTS := build/thread-tests
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: venv demo test test-full test-python test-kernels test-sanitized test-threads test-cuda test-newest-torch fuzz \
+.PHONY: venv demo test test-full test-native test-python test-kernels test-sanitized test-threads test-cuda test-newest-torch fuzz \
   bench reproduce tables dist lint clean
 
 venv: .venv/package
@@ -44,7 +44,12 @@ venv: .venv/package
 demo: venv
 	tersetorch demo
 
-test: test-kernels test-cuda test-python
+# With --jobs 2 the Python tests keep one core busy and the others the second one.
+test: test-native test-python
+
+test-native: venv  # in turn: both build in one folder
+	$(MAKE) test-kernels
+	$(MAKE) test-cuda
 
 test-python: venv
 	python -m pytest -m 'not slow'
