@@ -283,7 +283,7 @@ BUGS = [
         (
             "WaitForCopies<0>();\n    «__syncthreads();»  // all have",
             "",
-            "asynchronous",
+            "race",
             "reads what other threads are still copying",
         ),
         ("column = 0, tap_of_row += «down»", "across", "result", "rows of taps follow each other"),

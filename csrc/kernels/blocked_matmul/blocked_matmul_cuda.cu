@@ -126,18 +126,14 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksAtOnce) BlockedMa
       Sum sums[Tile::kSamples];
 #pragma unroll
       for (int s = 0; s < Tile::kSamples; ++s) sums[s] = thread < rows ? memory.sums[s][row] : Sum{};
-      int longest = length, left = length;
-#pragma unroll
-      for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
-        longest = max(longest, __shfl_xor_sync(kWholeWarp, longest, distance));
-      }
+      int left = length;
       memory.first[warp][lane] = begin + after - length;
       memory.lengths[warp][lane] = length;
       __syncwarp();
       auto& values = memory.values[warp];
       auto& indices = memory.indices[warp];
 #pragma unroll 1
-      for (int base = 0; base < longest; base += Tile::kRun) {
+      for (int base = 0; __any_sync(kWholeWarp, base < left) != 0; base += Tile::kRun) {
         const int in_run = base + lane % Tile::kRun;
 #pragma unroll 4
         for (int r = 0; r < kWarpSize / 2; ++r) {
