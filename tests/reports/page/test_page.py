@@ -6,7 +6,7 @@ import pytest
 
 import tersetorch as tt
 from tersetorch.reports.page import build_page
-from tersetorch.reports.page.page import nbytes
+from tersetorch.reports.page.page import _joules, _time, nbytes
 from tersetorch.reports.page.rows import rows
 
 
@@ -31,9 +31,9 @@ def test_the_headline_says_before_and_after(page, terse_file, measured, record):
     assert nbytes(file.file_bytes) in words and f"before: {nbytes(file.dense_bytes)}" in words
     assert f"{file.dense_bytes / file.file_bytes:.3g}x smaller" in words
     assert {"1.72 %", "before: 1.64 %", "+0.08 points"} <= set(words)
-    time = "as before" if found.converted_ms is None else f"{1000 * found.converted_ms:.3g} us"  # what won, if any did
+    time = "as before" if found.converted_ms is None else _time(found.converted_ms)  # what won, if any did
     assert any(time in word for word in words)
-    assert f"before: {measured.energy_before.total / 1e6:.3g} uJ" in words
+    assert f"before: {_joules(measured.energy_before.total)}" in words
 
 
 def test_nothing_is_asked_of_a_network(page):
@@ -68,6 +68,18 @@ def test_rows_hold_every_byte_of_the_tensors(terse_file, measured):
         assert row.dense_us == (None if layer.dense_ms is None else 1000 * layer.dense_ms)
         if row.speedup is not None:
             assert row.speedup == row.dense_us / row.runs_us and (row.runs_as == "dense") <= (row.speedup == 1)
+
+
+@pytest.mark.parametrize(
+    "picojoules,words",
+    [(12.0, "0.012 nJ"), (2.5e6, "2.5 uJ"), (999_900_000.0, "1 mJ"), (9.42e9, "9.42 mJ"), (3e13, "30 J")],
+)
+def test_energies_have_a_unit_that_fits(picojoules, words):
+    assert _joules(picojoules) == words
+
+
+def test_times_have_a_unit_that_fits():
+    assert [_time(each) for each in (0.0123, 0.99996, 574.6, 1520.0)] == ["12.3 us", "1 ms", "575 ms", "1.52 s"]
 
 
 def test_what_was_not_measured_is_said(terse_file):

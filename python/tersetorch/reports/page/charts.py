@@ -38,6 +38,7 @@ COLOURS = dict(
     )
 )
 MARKERS = "osv^D*PX"
+LEGEND_COLUMNS = 3
 MOST_LAYERS = 24  # bars or curves that a phone can still show
 
 
@@ -80,9 +81,9 @@ def sensitivity(curves: SensitivityCurves) -> str:
             axes.plot(kept, errors, marker=MARKERS[index % len(MARKERS)], markersize=4, label=_short(name))
         axes.axhline(curves.baseline, color="0.4", linewidth=1, linestyle="--")
         axes.set(xlabel="weights of the layer kept, %", ylabel="error, %", xlim=(100, 0))
-        axes.legend(fontsize="small", ncols=1 + len(curves.layers) // 9)
+        _legend_below(axes)
 
-    return _svg("sensitivity", draw)
+    return _svg("sensitivity", draw, height=3.6 + _legend_height(len(curves.layers)))
 
 
 def error_by_size(record: CompressionRecord) -> str:
@@ -138,9 +139,18 @@ def roofline(measured: Measurements, table: Sequence[Row]) -> str:
             axes.plot(intensity, rate, MARKERS[index % len(MARKERS)], markersize=7, label=_short(name))
         axes.set(xscale="log", yscale="log", xlabel="operations a byte", ylabel="giga-operations a second")
         if points:
-            axes.legend(fontsize="small", loc="lower right", ncols=1 + len(points) // 9)
+            _legend_below(axes)
 
-    return _svg("roofline", draw, height=4.2)
+    return _svg("roofline", draw, height=4.2 + _legend_height(len(points)))
+
+
+def _legend_below(axes: Any) -> None:
+    """Names under the picture: in it, those of many layers would hide what they name."""
+    axes.figure.legend(fontsize="small", loc="outside lower center", ncols=LEGEND_COLUMNS)
+
+
+def _legend_height(names: int) -> float:
+    return 0.2 * math.ceil(min(names, MOST_LAYERS) / LEGEND_COLUMNS)
 
 
 def _svg(name: str, draw: Callable[[Any], None], height: float = 3.6) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -142,9 +143,9 @@ def _energy(measured: Measurements | None) -> Headline:
     cache = "Weights fit the cache on the chip now, which is most of it." if fits else ""
     return Headline(
         "Energy",
-        f"{after / 1e6:.3g} uJ",
-        f"{before / 1e6:.3g} uJ",
-        f"{charts.ratio(before, after)} less",
+        _joules(after),
+        _joules(before),
+        "as before" if charts.ratio(before, after) == "1x" else f"{charts.ratio(before, after)} less",
         f"Of one call by the table of 45 nm, a bound and no measurement. {cache}",
     )
 
@@ -189,4 +190,14 @@ def nbytes(count: int) -> str:
 
 
 def _time(milliseconds: float) -> str:
-    return f"{milliseconds:.3g} ms" if milliseconds >= 1 else f"{1000 * milliseconds:.3g} us"
+    return _scaled(milliseconds, (("us", 1e-3), ("ms", 1), ("s", 1000)))
+
+
+def _joules(picojoules: float) -> str:
+    return _scaled(picojoules, (("nJ", 1e3), ("uJ", 1e6), ("mJ", 1e9), ("J", 1e12)))
+
+
+def _scaled(number: float, units: Sequence[tuple[str, float]]) -> str:
+    """Three digits in the largest unit of which there is at least one, or in the first: never 9.42e+03."""
+    unit, size = next(((unit, size) for unit, size in reversed(units) if number >= 0.9995 * size), units[0])
+    return f"{number / size:.3g} {unit}"
