@@ -455,6 +455,55 @@ def _records() -> list[Record]:
     return [r for name in BENCHES if (RESULTS / name).exists() for r in _load(name)["records"]]
 
 
+def examples() -> str:
+    """What each of examples/python made of its network; one that was not run adds no row."""
+    rows = []
+    for name, (network, quality) in EXAMPLES.items():
+        if not (RESULTS / f"example_{name}.json").exists():
+            continue
+        record = _load(f"example_{name}.json")
+        times = [record.get(key) for key in ("dense_ms", "fast_ms")]
+        rows.append(
+            (
+                f"[{network}](../examples/python/{name}.py)",
+                quality(record),
+                f"{record['dense_bytes']:,}",
+                f"{record['file_bytes']:,}",
+                f"{record['dense_bytes'] / record['file_bytes']:.1f}x",
+                *("" if time is None else f"{time:.2f}" for time in times),
+            )
+        )
+    return _markdown(("example", "what it still does", "bytes dense", "bytes", "smaller", "ms dense", "ms"), rows)
+
+
+def _of_embeddings(record: dict[str, Any]) -> str:
+    words = f"cosine to the original {record['mean_cosine']:.3f}, at least {record['least_cosine']:.3f}"
+    if "distilled_mean_cosine" in record:
+        words += f"; distilled {record['distilled_mean_cosine']:.3f}"
+    return words
+
+
+EXAMPLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "resnet_cifar": (
+        "ResNet-20 on CIFAR-10 (JPEG)",
+        lambda record: f"test error {record['test_error_before']:.2f} %, then {record['test_error_after']:.2f} %",
+    ),
+    "squeezenet": (
+        "SqueezeNet of Deep Compression",
+        lambda record: (
+            f"{record['right_of_100']} of 100 images right, {record['right_in_five_of_100']} in five answers"
+        ),
+    ),
+    "sentence_embeddings": ("all-MiniLM-L6-v2", _of_embeddings),
+    "lstm": (
+        "character LSTM",
+        lambda record: (
+            f"{record['bits_per_character_before']:.2f} bits a character, then {record['bits_per_character_after']:.2f}"
+        ),
+    ),
+}
+
+
 def _load(name: str) -> dict[str, Any]:
     content: dict[str, Any] = json.loads((RESULTS / name).read_text())
     return content
@@ -466,6 +515,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cuda_compiler": lambda: kernel_tables.compiler(_load("cuda_kernels.json")),
     "cuda_opcodes": lambda: kernel_tables.opcodes(_load("cuda_kernels.json")),
     "cuda_resources": lambda: kernel_tables.resources(_load("cuda_kernels.json")),
+    "examples": examples,
     "sizes": sizes,
     "seeds": seeds,
     "sparser_seeds": sparser_seeds,
