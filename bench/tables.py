@@ -462,7 +462,7 @@ def examples() -> str:
         if not (RESULTS / f"example_{name}.json").exists():
             continue
         record = _load(f"example_{name}.json")
-        times = [record.get(key) for key in ("dense_ms", "fast_ms")]
+        times = [record.get(key, "") for key in ("dense_ms", "fast_ms")]
         rows.append(
             (
                 f"[{network}](../examples/python/{name}.py)",
@@ -470,7 +470,7 @@ def examples() -> str:
                 f"{record['dense_bytes']:,}",
                 f"{record['file_bytes']:,}",
                 f"{record['dense_bytes'] / record['file_bytes']:.1f}x",
-                *("" if time is None else f"{time:.2f}" for time in times),
+                *("as dense" if time is None else time and f"{time:.2f}" for time in times),
             )
         )
     return _markdown(("example", "what it still does", "bytes dense", "bytes", "smaller", "ms dense", "ms"), rows)
