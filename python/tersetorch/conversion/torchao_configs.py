@@ -23,6 +23,8 @@ except ImportError as error:
         "torchao_configs: quantize_ must come from torchao, got no such package; run pip install torchao"
     ) from error
 
+__all__ = ["CodebookConfig", "ConvertConfig", "PruneConfig"]
+
 ITSELF = ""  # a module's own name, as plan= calls it
 
 

@@ -29,6 +29,8 @@ Value = TypeVar("Value")
 PerPattern: TypeAlias = Mapping[str, Value] | Mapping[Pattern, Value]
 
 DEFAULT_TARGETS: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+__all__ = ["Target", "assign", "find_weights", "select"]
+
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 NAMES_SHOWN = 5
 

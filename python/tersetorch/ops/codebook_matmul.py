@@ -11,6 +11,7 @@ from tersetorch.ops._floats import floats_beside, floats_of, refusal
 from tersetorch.ops._packing import pack_on_cpu
 
 MAX_ENTRIES = 256
+# How products of codes are computed: in float32, or with x rounded to bfloat16 or to int8.
 CODEBOOK_MODES = ("exact", "bfloat16", "int8")
 CHUNK_BITS = 512
 

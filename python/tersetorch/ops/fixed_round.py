@@ -9,6 +9,7 @@ from torch import Tensor
 from tersetorch.ops._floats import floats_beside, refusal
 
 MAX_BITS = 24
+# Nearest, ties up, or up with the probability of what is cut off.
 ROUNDINGS = ("nearest", "stochastic")
 # Values that share eight counters: whoever counts offsets by so many draws every counter once.
 RANDOM_BLOCK = 64

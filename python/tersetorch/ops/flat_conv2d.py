@@ -12,7 +12,9 @@ from tersetorch.ops._autocast import compute_in_float32
 from tersetorch.ops._floats import floats_beside, refusal
 from tersetorch.ops._images import MAX_SIZE, Pair, pair_of
 
+# The longest 1-D filter that the op takes.
 FLAT_MAX_KERNEL = 63
+# The most stages in one call.
 FLAT_MAX_STAGES = 8
 _LANES = 16
 _NUMBERS = 8

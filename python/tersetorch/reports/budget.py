@@ -7,6 +7,8 @@ import os
 from tersetorch.recipes.budget import BudgetReport
 from tersetorch.reports.figure import figure_class
 
+__all__ = ["draw_budget"]
+
 
 def draw_budget(found: BudgetReport, path: str | os.PathLike[str], score: str = "score") -> None:
     """Draws the trials, score over cost with the floor, and the part of each layer kept, as a PNG or SVG file.

@@ -11,6 +11,8 @@ from tersetorch.costs import ModelEnergy
 from tersetorch.costs.coefficients import ACCESSES
 from tersetorch.reports.figure import figure_class
 
+__all__ = ["draw_energy", "energy_table", "layer_parts"]
+
 PARTS = {"arithmetic": "#1f6f8b", "register": "#7fb7be", "sram": "#e0a458", "dram": "#b23a48"}
 MICROJOULE = 1e6  # picojoules
 

@@ -7,6 +7,8 @@ import os
 from tersetorch.methods.prune import Sensitivity
 from tersetorch.reports.figure import figure_class
 
+__all__ = ["draw_sensitivity"]
+
 
 def draw_sensitivity(found: Sensitivity, path: str | os.PathLike[str], score: str = "score") -> None:
     """Draws the score over the part of each layer's weights that is kept, one curve a layer, as a PNG or SVG file.

@@ -16,6 +16,8 @@ from torch.distributed.rendezvous import rendezvous
 
 from tersetorch.methods.distributed import check_alike, check_device, failing_together, sendable, take_from_rank_0
 
+__all__ = ["add_up", "alike", "from_rank_0", "rank", "ranks", "start"]
+
 Result = TypeVar("Result")
 
 # How long ranks wait for rank 0 to measure; torchrun ends them where it has died.

@@ -38,6 +38,7 @@ from tersetorch.methods.prune.patterns import BlockPattern, GroupPattern, Patter
 from tersetorch.methods.quantize.kmeans_1d import cluster
 from tersetorch.methods.selection import Patterns, Target
 
+# How prune.obs finds what goes.
 Solver = Literal["full", "layerwise", "exactobs", "blocked"]
 
 DAMPING = 0.01
