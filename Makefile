@@ -17,7 +17,7 @@ THREAD_TESTS := build/thread-tests
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: venv demo test test-full test-native test-python test-kernels test-sanitized test-threads test-cuda test-newest-torch fuzz \
-  bench reproduce tables dist lint clean
+  bench reproduce tables dist docs lint clean
 
 venv: .venv/package
 
@@ -37,7 +37,7 @@ venv: .venv/package
 
 # The native sources count too: what the tests load is what the tree says.
 .venv/package: .venv/tools pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
-	$(PIP) --no-build-isolation --editable '.[dev,demo]'
+	$(PIP) --no-build-isolation --editable '.[dev,demo,docs]'
 	$(BIN)/python -c 'import tersetorch.cli'
 	touch $@
 
@@ -149,6 +149,11 @@ dist: venv
 	$(if $(NVCC),TERSETORCH_CUDA=1 python -m pip wheel --no-build-isolation --no-deps --wheel-dir build/dist build/dist/*.tar.gz)
 	auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --wheel-dir dist build/dist/*.whl
 	mv build/dist/*.tar.gz dist
+
+# The site in build/docs; every warning is an error. It takes a minute.
+docs: venv
+	sphinx-build --quiet --fail-on-warning --keep-going -j auto -c docs . build/docs
+	@echo build/docs/index.html
 
 lint: venv
 	ruff check .

@@ -1,4 +1,4 @@
-"""What the README and the docs claim is run or compared with stored results."""
+"""What the README and the docs claim is compared with stored results; tests/docs runs what they show."""
 
 import re
 from pathlib import Path
@@ -9,13 +9,9 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_example_runs_and_is_short(tmp_path, monkeypatch):
+def test_the_example_is_short():
     (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len(example.splitlines()) <= 12
-    monkeypatch.chdir(tmp_path)
-    names = {}
-    exec(compile(example, "README.md", "exec"), names)
-    assert (tmp_path / "model.terse").stat().st_size > 0
 
 
 def test_every_command_shown_exists():
@@ -29,9 +25,3 @@ def test_tables_are_those_of_the_stored_results():
     for page in PAGES:
         text = (ROOT / page).read_text()
         assert render(text) == text, f"{page}: run 'make tables'"
-
-
-def test_links_lead_somewhere():
-    for page in [ROOT / "README.md", *ROOT.glob("docs/*.md"), ROOT / "CONTRIBUTING.md"]:
-        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
-            assert (page.parent / target).exists(), f"{page.name} links {target}"
