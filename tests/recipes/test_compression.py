@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import tersetorch as tt
-from tersetorch.recipes.compression import check_fit, compress, plan_compression
+from tersetorch.recipes.compression import _digest, check_fit, compress, plan_compression
 from tersetorch.recipes.compression_record import CompressionRecord
 from tersetorch.recipes.trainer import trainer
 
@@ -222,3 +222,12 @@ def test_wrong_arguments_get_a_sentence(network, digits, tmp_path, options, sent
         compress(network, chosen.pop("recipe"), digits, untrained, **chosen)
     assert sentence in str(raised.value)
     assert not (tmp_path / "small.terse").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ranks_tell_data_apart_in_any_dtype(digits, dtype):
+    one = replace(digits, train_images=digits.train_images.to(dtype))
+    other = replace(one, train_images=one.train_images.clone())
+    assert _digest(one) == _digest(other)
+    other.train_images[-1, 0, 3, 3] += 1
+    assert _digest(one) != _digest(other)

@@ -283,7 +283,7 @@ def compress(
 def _digest(data: Dataset) -> list[tuple[tuple[int, ...], int]]:
     """What tells one set of examples from another, cheaply."""
     parts = (data.train_images, data.train_labels, data.validation_images, data.validation_labels)
-    return [(tuple(part.shape), zlib.crc32(part.cpu().contiguous().numpy().data)) for part in parts]
+    return [(tuple(part.shape), zlib.crc32(part.cpu().contiguous().view(torch.uint8).numpy().data)) for part in parts]
 
 
 def _bytes(model: nn.Module) -> int:
