@@ -83,7 +83,7 @@ class Environment:
         assert facts["packages"]["matplotlib"] == {"version": None, "extras": ["report", "demo", "bench"]}
         compress = ("compress", "dense.terse", "out.terse", "--recipe", "recipe.yaml", "--data", "data.npz", "--json")
         compressed = json.loads(self.run("tersetorch", *compress))
-        inspected = json.loads(self.run("python", "-m", "tersetorch", "inspect", "out.terse", "--json"))
+        inspected = json.loads(self.run("python", "-m", "tersetorch", "inspect", self.work / "out.terse", "--json"))
         assert inspected == compressed["file"]
         self.run("tersetorch", "convert", "out.terse", "fast.terse", "--input-shape", "1x64")
         told = self.run("tersetorch", "report", "out.terse", "-o", "report.html", fails=True)
