@@ -388,7 +388,7 @@ void TestShiftedBlock() {
 }
 
 // More samples than the grid's y axis is given.
-void TestLargeGrids() {
+[[maybe_unused]] void TestLargeGrids() {
   std::mt19937 rng(7);
   TestOne(RandomBlocked(1, 1, 1, 1, rng), BlockedValues::kFloat32, FloatDtype::kBFloat16, 8192 * 8 + 9, true, false,
           rng);
@@ -406,7 +406,6 @@ void TestTooManyBlocks() {
 }
 
 int main() {
-  bool first = true;
   return RunOnDevice([&] {
     TestShapes();
     TestWordShapes();
@@ -417,7 +416,8 @@ int main() {
     TestDamage();
     TestShiftedBlock();
     TestTooManyBlocks();
-    if (first) TestLargeGrids();
-    first = false;
+#ifndef TERSETORCH_CUDA_EMULATOR  // some of its schedules grant one or two blocks on that axis
+    TestLargeGrids();
+#endif
   });
 }

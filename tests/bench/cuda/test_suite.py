@@ -61,7 +61,7 @@ def test_every_row_is_compared_and_recorded(family):
         "codebook": {"codebook exact", "codebook bfloat16", "codebook int8"},
         "sparse": {"csr float32", "csr bfloat16", "bitmap float32", "bitmap bfloat16", "bitmap int8"},
         "product": {"product exact", "product int8"},
-        "conv": {"conv exact", "conv int8"},
+        "conv": {"conv exact", "conv bfloat16", "conv int8"},
         "xnor": {
             *(f"xnor{way}" for way in ("", " bfloat16", ", packed x", ", packed x, signs out")),
             "signs by float32",
