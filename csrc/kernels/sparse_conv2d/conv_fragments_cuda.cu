@@ -67,6 +67,7 @@ struct FragmentTile {
   static constexpr int kNumbers = kNumberWarps * kGroups * 8;
   static constexpr int kStages = 2, kCopies = kPlaces * kUnits / kThreads;
   static constexpr int kBlocksAtOnce = kGroups == 8 ? 1 : 2;
+  static_assert(kSlots * kFilterWarps * kRowsOfFragment == kFilterTile && kCopies * kThreads == kPlaces * kUnits);
 };
 
 // A block writes 16 filters of a block of channels.
@@ -172,8 +173,8 @@ __global__ void __launch_bounds__(Tile::kThreads) ConvPackKernel(ConvCudaArgs a)
 }
 
 // The sum of an output's products with its non-zeros alone, in their order.
-__device__ float SumOfNonZeros(const ConvCudaArgs& a, std::int64_t image, std::int64_t filter, std::int64_t i,
-                               std::int64_t j) {
+[[maybe_unused]] __device__ float SumOfNonZeros(const ConvCudaArgs& a, std::int64_t image, std::int64_t filter,
+                                                std::int64_t i, std::int64_t j) {
   const Row row = RowAt(a.weight, filter);
   if (row.damaged) return DamagedWeight();
   const std::int64_t top = i * a.shape.stride_h - a.pad_h, left = j * a.shape.stride_w - a.pad_w;
