@@ -160,8 +160,11 @@ def _svg(name: str, draw: Callable[[Any], None], height: float = 3.6) -> str:
 
     # Ids of a picture depend on its own salt alone: pages are the same for the same figures, and no two pictures mix.
     # A name between dollar signs is a name, not a formula.
-    looks = {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 11, "text.parse_math": False}
-    with rc_context({**looks, "svg.hashsalt": name}):
+    plain = rc_context({"text.parse_math": False})
+    with (
+        plain,
+        rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif", "font.size": 11}),
+    ):
         figure = figure_type(figsize=(5.2, min(height, 9.0)), layout="constrained")
         axes = figure.subplots()
         draw(axes)

@@ -31,7 +31,7 @@ MODEL = "model"  # the name that torch.export.save gives, and the one that load 
 _NAME = re.compile(r"[\w.@-]*")
 # Strings in an op's arguments become literals, and may be anything.
 _TEXTS = ("as_string", "as_strings")
-_NOTES = {"metadata": {}, "guards_code": [], "treespec_namedtuple_fields": {}}
+_NOTES: dict[str, Any] = {"metadata": {}, "guards_code": [], "treespec_namedtuple_fields": {}}
 # Arguments that name functions or classes.
 _REFUSED = ("as_operator", "as_custom_obj", "as_complex")
 _OPERATORS = re.compile(
@@ -213,7 +213,7 @@ def check_expression(text: str) -> None:
     _check_node(tree, 0)
 
 
-def _check_node(node: ast.expr, powers: int) -> None:
+def _check_node(node: Any, powers: int) -> None:
     if isinstance(node, ast.Name) and node.id in ("true", "false"):
         return
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
@@ -229,12 +229,13 @@ def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and -MOST_NUMBER <= value <= MOST_NUMBER
 
 
-def _check_call(node: ast.Call, name: str, powers: int) -> None:
+def _check_call(node: Any, name: str, powers: int) -> None:
     arguments = node.args
     for keyword in node.keywords:  # what a symbol is assumed to be, or a number's precision
-        if not isinstance(keyword.value, ast.Constant) or type(keyword.value.value) not in (bool, int):
+        word: Any = getattr(keyword.value, "value", None)
+        if type(word) not in (bool, int):
             refuse("a size with other words than true and false")
-        if keyword.arg == "precision" and not 1 <= keyword.value.value <= 100:
+        if keyword.arg == "precision" and not 1 <= word <= 100:
             refuse("a size of too many digits")
     if name in ("Symbol", "Float") and arguments and isinstance(arguments[0], ast.Constant):
         first, arguments = arguments[0].value, arguments[1:]
@@ -244,13 +245,8 @@ def _check_call(node: ast.Call, name: str, powers: int) -> None:
     if name in _POWERS:
         last = arguments[-1] if len(arguments) == 2 else None
         exponent = last.args[0] if isinstance(last, ast.Call) and len(last.args) == 1 else last
-        plain = exponent.operand if isinstance(exponent, ast.UnaryOp) else exponent
-        if (
-            powers >= MOST_NESTED_POWERS
-            or not isinstance(plain, ast.Constant)
-            or not _is_number(plain.value)
-            or plain.value > MOST_POWER
-        ):
+        power: Any = getattr(exponent.operand if isinstance(exponent, ast.UnaryOp) else exponent, "value", None)
+        if powers >= MOST_NESTED_POWERS or not _is_number(power) or power > MOST_POWER:
             refuse(f"a size with a power above {MOST_POWER}")
         powers += 1
     for argument in arguments:
