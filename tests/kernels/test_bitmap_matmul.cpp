@@ -1,6 +1,7 @@
 // Every variant against sums in double (8-bit products against the scalar level, to the bit), on awkward shapes and
 // unaligned memory, and against damaged weights.
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <initializer_list>
@@ -12,6 +13,7 @@
 #include "kernels/bitmap_weight.h"
 #include "kernels/check.h"
 #include "kernels/common/cpu_isa.h"
+#include "kernels/parts.h"
 
 using namespace tersetorch;
 using namespace tersetorch::test;
@@ -49,9 +51,9 @@ struct Stored {
   BitmapWeight args;
 };
 
-// Packs x and runs rows [begin, end), and then those before.
+// Packs x and runs rows [cut, end) and those before.
 BitmapStatus Multiply(const BitmapKernels& kernels, const RandomBitmap& w, const std::vector<float>& x,
-                      FloatDtype floats_as, Index samples, Output& y, bool relu, const float* bias, Index begin) {
+                      FloatDtype floats_as, Index samples, Output& y, bool relu, const float* bias, Index cut) {
   Stored stored(w);
   Unaligned<float> x_floats(x);
   std::vector<std::uint16_t> halves;
@@ -64,8 +66,12 @@ BitmapStatus Multiply(const BitmapKernels& kernels, const RandomBitmap& w, const
       {from, floats_as, samples, w.columns, w.way.stored_as, w.way.entries, w.way.quantized, panel.data(), x_scales});
   const BitmapMatmulArgs args{stored.args, panel.data(), samples, w.way.quantized, plain,
                               x_scales,    bias,         relu,    y.data(),        floats_as};
-  const BitmapStatus status = kernels.matmul(args, begin, w.rows);
-  return status == BitmapStatus::kOk ? kernels.matmul(args, 0, begin) : status;
+  std::atomic<BitmapStatus> status = BitmapStatus::kOk;
+  InParts(cut, w.rows, [&](Index begin, Index end) {
+    const BitmapStatus found = kernels.matmul(args, begin, end);
+    if (found != BitmapStatus::kOk) status = found;
+  });
+  return status;
 }
 
 void TestOne(const Variant& variant, const RandomBitmap& w, FloatDtype floats_as, Index samples, std::mt19937& rng) {
@@ -137,7 +143,7 @@ void TestShapes(const Variant& variant) {
 
 // A sample with zeros times a weight kept by columns: here the rows of w.
 BitmapStatus AddColumns(const BitmapKernels& kernels, const RandomBitmap& w, const std::vector<float>& x, Output& y,
-                        bool relu, const float* bias, Index word) {
+                        bool relu, const float* bias, Index cut) {
   Stored stored(w);
   std::vector<std::int32_t> active(w.rows);
   std::vector<float> values(w.rows), sums(BitmapWords(w.columns) * 64);
@@ -147,8 +153,12 @@ BitmapStatus AddColumns(const BitmapKernels& kernels, const RandomBitmap& w, con
       BitmapFindActive(x_floats.data(), FloatDtype::kFloat32, w.rows, active.data(), values.data(), &finite);
   const BitmapColumnsArgs args{stored.args, active.data(), values.data(), count,    !finite,
                                sums.data(), bias,          relu,          y.data(), y.stored_as};
-  const BitmapStatus status = kernels.columns(args, word, BitmapWords(w.columns));
-  return status == BitmapStatus::kOk && word != 0 ? kernels.columns(args, 0, word) : status;
+  std::atomic<BitmapStatus> status = BitmapStatus::kOk;
+  InParts(cut, BitmapWords(w.columns), [&](Index begin, Index end) {
+    const BitmapStatus found = kernels.columns(args, begin, end);
+    if (found != BitmapStatus::kOk) status = found;
+  });
+  return status;
 }
 
 void TestColumns(const Variant& variant) {

@@ -8,6 +8,7 @@
 #include "kernels/bitplane_problem.h"
 #include "kernels/check.h"
 #include "kernels/common/cpu_isa.h"
+#include "kernels/parts.h"
 
 using namespace tersetorch;
 using namespace tersetorch::test;
@@ -31,8 +32,7 @@ std::vector<T> Multiply(const BitplaneMatmulKernels& kernels, const BitplaneProb
     make.first = first;
     make.samples = count;
     make.tables = tables.data();
-    kernels.tables(make, words / 2, words);
-    kernels.tables(make, 0, words / 2);
+    InParts(words / 2, words, [&](Index begin, Index end) { kernels.tables(make, begin, end); });
     BitplaneMatmulArgs args{weight.data(),  tables.data(), count, words, p.signs.rows, {}, {}, {}, {}, {}, {},
                             p.signs.columns};
     if (output == BitplaneOutput::kFloats) {
@@ -41,8 +41,7 @@ std::vector<T> Multiply(const BitplaneMatmulKernels& kernels, const BitplaneProb
     }
     if (output == BitplaneOutput::kBits) args.thresholds = thresholds.data();
     BitplaneProblem::SetOutput(args, output, y.data() + first * numbers);
-    kernels.multiply(args, cut, tiles);
-    kernels.multiply(args, 0, cut);
+    InParts(cut, tiles, [&](Index begin, Index end) { kernels.multiply(args, begin, end); });
     first += count;
   }
   return y.Values();

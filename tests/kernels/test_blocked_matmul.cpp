@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -19,6 +20,7 @@
 #include "kernels/common/cpu_isa.h"
 #include "kernels/common/scalars.h"
 #include "kernels/panels/panels.h"
+#include "kernels/parts.h"
 
 namespace tersetorch {
 extern const BlockedMatmulFunction kBlockedAvx512OnAvx2;
@@ -107,18 +109,31 @@ void TestPacking(const RandomBlocked& w) {
   complain(packed == dense, "non-zeros");
 }
 
+// Whether all blocks of rows are without damage; each part has sums of its own.
+bool Multiply(const Variant& variant, const BlockedMatmulArgs& args, Index row_blocks) {
+  std::atomic<bool> ok = true;
+  InParts(row_blocks / 2, row_blocks, [&](Index begin, Index end) {
+    Unaligned<float> sums(std::vector<float>(kBlockedRows * args.width, NAN));
+    BlockedMatmulArgs part = args;
+    part.sums = sums.data();
+    for (Index block = end; block-- > begin;) {
+      if (variant.matmul(part, block) != BlockedStatus::kOk) ok = false;
+    }
+  });
+  return ok;
+}
+
 void TestOne(const Variant& variant, const RandomBlocked& w, BlockedValues values_as, FloatDtype floats_as,
              Index samples, Index width, bool relu, std::mt19937& rng) {
   Stored stored(w, values_as);
   const auto x = Random(samples * w.columns, rng), bias = Random(w.rows, rng);
   std::vector<float> panel(w.columns * width, NAN);
   kPackPanelScalar({x.data(), FloatDtype::kFloat32, samples, w.columns, panel.data(), width}, 0, w.columns);
-  Unaligned<float> stored_panel(panel), stored_bias(bias), sums(std::vector<float>(kBlockedRows * width, NAN));
+  Unaligned<float> stored_panel(panel), stored_bias(bias);
   Output y(samples * w.rows, floats_as);
-  const BlockedMatmulArgs args{stored.args, stored_panel.data(), width,   stored_bias.data(), relu,
-                               y.data(),    floats_as,           samples, sums.data()};
-  bool ok = true;
-  for (Index block = w.RowBlocks(); block-- > 0;) ok &= variant.matmul(args, block) == BlockedStatus::kOk;
+  const BlockedMatmulArgs args{
+      stored.args, stored_panel.data(), width, stored_bias.data(), relu, y.data(), floats_as, samples, nullptr};
+  const bool ok = Multiply(variant, args, w.RowBlocks());
   const auto y_values = y.Values();
   bool right = true;
   for (Index n = 0; n < samples; ++n) {
@@ -193,7 +208,6 @@ void TestWords(const Variant& variant, Index rows, Index features, Index column_
   Unaligned<std::array<T, Words<T>::kGroup>> values(w.values);
   Unaligned<std::int32_t> segments(w.segments), offsets(w.block_offsets);
   Unaligned<std::uint16_t> indices(w.indices);
-  Unaligned<float> sums(std::vector<float>(kBlockedRows * width, NAN));
   Output y(samples * rows, floats_as);
   BlockedMatmulArgs args{};
   args.weight = {offsets.data(),
@@ -214,14 +228,10 @@ void TestWords(const Variant& variant, Index rows, Index features, Index column_
   args.y = y.data();
   args.y_stored_as = floats_as;
   args.samples = samples;
-  args.sums = sums.data();
   args.sample_scales = scales.data();
   args.row_scales = row_scales.data();
   args.row_sums = row_sums.data();
-  bool right = true;
-  for (Index block = 0; block < (rows + kBlockedRows - 1) / kBlockedRows; ++block) {
-    right &= variant.matmul(args, block) == BlockedStatus::kOk;
-  }
+  bool right = Multiply(variant, args, (rows + kBlockedRows - 1) / kBlockedRows);
   const auto got = y.Values();
   for (Index n = 0; n < samples; ++n) {
     for (Index r = 0; r < rows; ++r) {

@@ -8,6 +8,7 @@
 #include "kernels/check.h"
 #include "kernels/codebook_conv2d/codebook_conv2d.h"
 #include "kernels/common/cpu_isa.h"
+#include "kernels/parts.h"
 
 using namespace tersetorch;
 using namespace tersetorch::test;
@@ -86,8 +87,7 @@ void TestOne(const Variant& variant, const Case& c, CodebookMode mode, int bits,
                                 integer,
                                 kInverse,
                                 memory.data() + 1 + n * a.image_step * (integer ? 1 : 4)};
-      variant.kernels.pad(pad, c.channels / 2, c.channels);
-      variant.kernels.pad(pad, 0, c.channels / 2);
+      InParts(c.channels / 2, c.channels, [&](Index begin, Index end) { variant.kernels.pad(pad, begin, end); });
     }
   }
   a.shape = c.shape;
@@ -106,8 +106,7 @@ void TestOne(const Variant& variant, const Case& c, CodebookMode mode, int bits,
     Unaligned<char> got(std::vector<char>(bytes, 'g')), want(std::vector<char>(bytes, 'w'));
     std::vector<std::int32_t> sums(width, 7), want_sums(width, 7);
     a.panel = got.data(), a.sums = sums.data();
-    variant.kernels.pack_windows(a, chunks / 2, chunks);
-    variant.kernels.pack_windows(a, 0, chunks / 2);
+    InParts(chunks / 2, chunks, [&](Index begin, Index end) { variant.kernels.pack_windows(a, begin, end); });
     const auto windows = Windows(c, x, a.first, count);
     const std::vector<float> inverses(count, kInverse);
     kCodebookScalar.pack_samples({windows.data(), FloatDtype::kFloat32, count, columns, a.column_block, bits, mode,

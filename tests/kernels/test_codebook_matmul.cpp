@@ -4,6 +4,7 @@
 #include <signal.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdio>
 #include <random>
@@ -15,6 +16,7 @@
 #include "kernels/common/cpu_isa.h"
 #include "kernels/common/scalars.h"
 #include "kernels/panels/panels.h"
+#include "kernels/parts.h"
 
 using namespace tersetorch;
 using namespace tersetorch::test;
@@ -82,21 +84,25 @@ std::vector<float> Run(const CodebookKernels& kernels, Problem& p, CodebookMode 
   const CodebookSamplesArgs pack{stored_x.data(), FloatDtype::kFloat32, samples, p.columns,  p.column_block, bits, mode,
                                  inverses.data(), panel.data(),         width,   sums.data()};
   const Index chunks = p.RowBytes() / kCodeChunkBytes;
-  kernels.pack_samples(pack, chunks / 2, chunks);
-  kernels.pack_samples(pack, 0, chunks / 2);
+  InParts(chunks / 2, chunks, [&](Index begin, Index end) { kernels.pack_samples(pack, begin, end); });
   Output y(samples * p.rows, y_as);
-  Unaligned<float> scratch(std::vector<float>(CodebookScratchBytes(width, p.per_row) / 4, NAN));
-  CodebookMatmulArgs args{p.Weight(),    mode,        panel.data(), width,         samples,
-                          scales.data(), sums.data(), table.scale,  table.inverse, stored_bias.data(),
-                          relu,          y.data(),    y_as,         scratch.data()};
+  CodebookMatmulArgs args{p.Weight(),  mode,          panel.data(),       width, samples,  scales.data(), sums.data(),
+                          table.scale, table.inverse, stored_bias.data(), relu,  y.data(), y_as,          nullptr};
   // Two samples change places, so that not all lie side by side.
   std::vector<Index> places(samples);
   for (Index n = 0; n < samples; ++n) places[n] = n;
   std::swap(places.front(), places[samples / 2]);
   const bool by_rows = (p.columns + samples) % 2 == 0;
   if (by_rows) args.places = places.data(), args.place_step = samples;
-  *status = kernels.matmul(args, p.rows / 2, p.rows);
-  if (*status == CodebookStatus::kOk) *status = kernels.matmul(args, 0, p.rows / 2);
+  std::atomic<CodebookStatus> worst = CodebookStatus::kOk;
+  InParts(p.rows / 2, p.rows, [&](Index begin, Index end) {
+    Unaligned<float> scratch(std::vector<float>(CodebookScratchBytes(width, p.per_row) / 4, NAN));
+    CodebookMatmulArgs part = args;
+    part.sums = scratch.data();
+    const CodebookStatus found = kernels.matmul(part, begin, end);
+    if (found != CodebookStatus::kOk) worst = found;
+  });
+  *status = worst;
   const auto stored = y.Values();
   if (!by_rows) return stored;
   std::vector<float> values;

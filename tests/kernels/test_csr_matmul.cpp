@@ -12,6 +12,7 @@
 #include "kernels/common/cpu_isa.h"
 #include "kernels/csr_matmul/csr_matmul.h"
 #include "kernels/panels/panels.h"
+#include "kernels/parts.h"
 
 namespace tersetorch {
 extern const CsrKernels kCsrAvx512OnAvx2;
@@ -117,8 +118,7 @@ void TestOne(const Variant& variant, const Weight& w, CsrValues values_as, CsrIn
   CsrMatmulArgs args{stored.args, x_panel.data(), width, stored_bias.data(), relu, y.data(), floats_as, samples};
   complain(kernels.matmul(args, 0, w.rows) == CsrStatus::kOk, "matmul status");
   args.y = parts.data();
-  kernels.matmul(args, w.rows / 3, w.rows);
-  kernels.matmul(args, 0, w.rows / 3);
+  InParts(w.rows / 3, w.rows, [&](Index begin, Index end) { kernels.matmul(args, begin, end); });
   const auto y_values = y.Values();
   complain(samples * w.rows == 0 ||
                std::memcmp(y_values.data(), parts.Values().data(), sizeof(float) * y_values.size()) == 0,
@@ -174,8 +174,7 @@ void TestOne(const Variant& variant, const Weight& w, CsrValues values_as, CsrIn
   auto doubled = grad_values;
   values_args.add = true;
   values_args.grad_values = doubled.data();
-  kernels.grad_values(values_args, w.rows / 3, w.rows);
-  kernels.grad_values(values_args, 0, w.rows / 3);
+  InParts(w.rows / 3, w.rows, [&](Index begin, Index end) { kernels.grad_values(values_args, begin, end); });
   bool twice = true;
   for (std::size_t k = 0; k < doubled.size(); ++k) twice &= doubled[k] == 2 * grad_values[k];
   complain(twice, "grad_values added");

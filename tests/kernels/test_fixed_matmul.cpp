@@ -1,6 +1,7 @@
 // Products against the formula, conversions against the reference and that against the formula, bit by bit: shapes
 // around every tile, numbers that overflow 32 bits at once, unaligned memory.
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdlib>
 #include <random>
@@ -13,6 +14,7 @@
 #include "kernels/fixed_matmul/fixed_images.h"
 #include "kernels/fixed_matmul/fixed_matmul.h"
 #include "kernels/fixed_matmul_problem.h"
+#include "kernels/parts.h"
 
 using namespace tersetorch;
 using namespace tersetorch::test;
@@ -67,21 +69,25 @@ void TestProduct(const Variant& variant, Index samples, Index rows, Index column
     for (Index s = 0; s < segments; ++s) segment_at.push_back((segments - 1 - s) * of_part);
     const Index chunk = kWide ? 0x7fffffff / (2 * (split ? 128 : largest_x) * largest_w) : 16384;
     if (chunk == 0) continue;  // -2^15 times itself, twice
-    std::vector<Index> sums(copies * samples * kFixedTile);
-    bool right = true;
-    for (Index panel = 0; panel < panels; panel += kFixedTilePanels) {
-      const Index some = std::min(kFixedTilePanels, panels - panel);
-      variant.kernels->multiply({of_x.data(), kWide, copies * samples, segments, part_words, chunk, sample_at.data(),
-                                 segment_at.data(), packed.data(), sums.data()},
-                                panel, some);
-      for (Index n = 0; n < samples; ++n) {
-        for (Index i = 0; i < some * kFixedPanel; ++i) {
-          const Index* of = &sums[copies * n * kFixedTile + i];
-          const Index sum = split ? 256 * of[0] + of[kFixedTile] : of[0], r = panel * kFixedPanel + i;
-          right = right && sum == (r < rows ? want[n * rows + r] : 0);
+    std::atomic<bool> right = true;
+    const Index tiles = (panels + kFixedTilePanels - 1) / kFixedTilePanels;
+    InParts(tiles / 2, tiles, [&](Index begin, Index end) {
+      std::vector<Index> sums(copies * samples * kFixedTile);
+      for (Index panel = begin * kFixedTilePanels; panel < std::min(panels, end * kFixedTilePanels);
+           panel += kFixedTilePanels) {
+        const Index some = std::min(kFixedTilePanels, panels - panel);
+        variant.kernels->multiply({of_x.data(), kWide, copies * samples, segments, part_words, chunk, sample_at.data(),
+                                   segment_at.data(), packed.data(), sums.data()},
+                                  panel, some);
+        for (Index n = 0; n < samples; ++n) {
+          for (Index i = 0; i < some * kFixedPanel; ++i) {
+            const Index* of = &sums[copies * n * kFixedTile + i];
+            const Index sum = split ? 256 * of[0] + of[kFixedTile] : of[0], r = panel * kFixedPanel + i;
+            if (sum != (r < rows ? want[n * rows + r] : 0)) right = false;
+          }
         }
       }
-    }
+    });
     Expect(right, "%s: int%d, %ld samples, %ld rows, %ld columns in %ld segments, %d bits, extreme %d, split %d",
            variant.name, static_cast<int>(8 * sizeof(Whole)), long{samples}, long{rows}, long{columns}, long{segments},
            bits, extreme, split);
@@ -140,8 +146,7 @@ void TestImages(Index channels, Index height, Index width, bool channels_last, b
   }
   Unaligned<To> got(std::vector<To>(want.size(), 99));
   const FixedImageArgs args{x.data(), sizeof(X) == 2, sizeof(To) == 2, split, images, got.data()};
-  FixedImageRows(args, 1, 2 * high);
-  FixedImageRows(args, 0, 1);
+  InParts(1, 2 * high, [&](Index begin, Index end) { FixedImageRows(args, begin, end); });
   Expect(got.Values() == want, "int%d images of %ld x %ld x %ld, channels_last %d, split %d",
          static_cast<int>(8 * sizeof(X)), long{channels}, long{height}, long{width}, channels_last, split);
 }
@@ -200,8 +205,7 @@ void TestConversion(const Variant& variant, FixedConvertArgs args, Index size, s
         want(std::vector<unsigned char>(bytes, 0xa5));
     args.sums = sums.data();
     args.y = got.data();
-    variant.kernels->convert(args, 1, 3);
-    variant.kernels->convert(args, 0, 1);
+    InParts(1, 3, [&](Index begin, Index end) { variant.kernels->convert(args, begin, end); });
     args.y = want.data();
     kFixedMatmulScalar.convert(args, 0, 3);
     Expect(got.Values() == want.Values(),

@@ -10,6 +10,7 @@
 #include "kernels/check.h"
 #include "kernels/common/cpu_isa.h"
 #include "kernels/flat_conv2d/flat_conv2d.h"
+#include "kernels/parts.h"
 
 using namespace tersetorch;
 using namespace tersetorch::test;
@@ -146,15 +147,16 @@ void TestOne(const Variant& variant, const Case& c, bool channels_last, FloatDty
             channels_last ? c.channels : in_pixels};
   args.y = {y.data(), stored_as, channels_last, channels_last ? last.out_channels : out_pixels};
   args.relu = relu;
-  std::vector<char> scratch(FlatScratchBytes(args) + 64, 'x');
-  char* aligned = scratch.data() + (64 - reinterpret_cast<std::uintptr_t>(scratch.data()) % 64) % 64;
   const Index parts = args.count == 1 ? std::min(cut, last.Panels()) : 1;
-  for (Index band = bands; band-- > 0;) {
-    for (Index part = 0; part < parts; ++part) {
+  InParts(bands * parts / 2, bands * parts, [&](Index begin, Index end) {
+    std::vector<char> scratch(FlatScratchBytes(args) + 64, 'x');
+    char* aligned = scratch.data() + (64 - reinterpret_cast<std::uintptr_t>(scratch.data()) % 64) % 64;
+    for (Index task = end; task-- > begin;) {
+      const Index band = task / parts, part = task % parts;
       FlatConv2d(variant.kernels, args, last.out_height * band / bands, last.out_height * (band + 1) / bands,
                  last.Panels() * part / parts, last.Panels() * (part + 1) / parts, aligned);
     }
-  }
+  });
 
   const std::vector<float> got = y.Values();
   for (Index f = 0; f < last.out_channels; ++f) {

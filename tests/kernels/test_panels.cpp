@@ -7,6 +7,7 @@
 #include "kernels/check.h"
 #include "kernels/common/cpu_isa.h"
 #include "kernels/panels/panels.h"
+#include "kernels/parts.h"
 
 using namespace tersetorch;
 using namespace tersetorch::test;
@@ -32,8 +33,7 @@ void TestVariant(const char* name, PackPanelFunction pack) {
                                    features,
                                    panel.data(),
                                    width};
-          pack(args, features / 3, features);
-          pack(args, 0, features / 3);
+          InParts(features / 3, features, [&](Index begin, Index end) { pack(args, begin, end); });
           const auto packed = panel.Values();
           bool right = true;
           for (Index c = 0; c < features; ++c) {
@@ -99,8 +99,7 @@ void TestWords(const WordVariant& variant) {
               std::vector<std::uint32_t> want(words * width, 0xdeadbeef);
               WordPanelArgs args{in, stored_as, samples, features, panel.data(), width, inverses.data(), offset};
               const auto pack = group == 2 ? variant.functions.pairs : variant.functions.quads;
-              pack(args, words / 3, words);
-              pack(args, 0, words / 3);
+              InParts(words / 3, words, [&](Index begin, Index end) { pack(args, begin, end); });
               args.panel = want.data();
               (group == 2 ? kWordPanelsScalar.pairs : kWordPanelsScalar.quads)(args, 0, words);
               bool same = panel.Values() == want;

@@ -8,6 +8,7 @@
 #include "kernels/check.h"
 #include "kernels/common/cpu_isa.h"
 #include "kernels/common/scalars.h"
+#include "kernels/parts.h"
 #include "kernels/planes/planes.h"
 
 using namespace tersetorch;
@@ -64,8 +65,7 @@ void TestOne(const Variant& variant, Index group, Index channels, Index groups, 
                             inverse,
                             offset};
   const auto convert = group == 2 ? variant.functions.pairs : variant.functions.quads;
-  convert(args, pixels / 3, pixels);
-  convert(args, 0, pixels / 3);
+  InParts(pixels / 3, pixels, [&](Index begin, Index end) { convert(args, begin, end); });
   Expect(planes.Values() == want, "%s: words of %ld, %ld channels in %ld groups, %ld pixels, stored %d, last %d",
          variant.name, long{group}, long{channels}, long{groups}, long{pixels}, static_cast<int>(stored_as), last);
 }

@@ -8,6 +8,7 @@
 #include "kernels/arrays.h"
 #include "kernels/check.h"
 #include "kernels/common/cpu_isa.h"
+#include "kernels/parts.h"
 #include "kernels/product_matmul/product_matmul.h"
 #include "kernels/product_weight.h"
 
@@ -50,16 +51,14 @@ void TestExact(const Variant& variant, const RandomProduct& w, FloatDtype floats
   // Entries past the weight's are not written, and must not be used.
   std::vector<float> tables(in_memory * ProductTableEntries(w.args) * lanes, NAN);
   const ProductTablesArgs make{stored.args, panel.data(), lanes, tables.data()};
-  variant.kernels.make_tables(make, in_memory / 2, in_memory);
-  variant.kernels.make_tables(make, 0, in_memory / 2);
+  InParts(in_memory / 2, in_memory, [&](Index begin, Index end) { variant.kernels.make_tables(make, begin, end); });
   std::vector<float> sums(tiles * kProductRows * lanes);
   Output y(samples * s.rows, floats_as), relu(samples * s.rows, floats_as);
   for (const bool with_relu : {false, true}) {
     Output& out = with_relu ? relu : y;
     const ProductMatmulArgs args{stored.args, tables.data(), lanes,     sums.data(), stored_bias.data(),
                                  with_relu,   out.data(),    floats_as, samples};
-    variant.kernels.matmul(args, tiles / 2, tiles);
-    variant.kernels.matmul(args, 0, tiles / 2);
+    InParts(tiles / 2, tiles, [&](Index begin, Index end) { variant.kernels.matmul(args, begin, end); });
   }
   const auto got = y.Values(), got_relu = relu.Values();
   bool near = true, clipped = true;
@@ -113,8 +112,7 @@ Int8Result RunInt8(const ProductKernels& kernels, const RandomProduct& w, const 
   const ProductInt8Args multiply{stored.args, result.quantized.data(), result.scale,
                                  sums.data(), stored_bias.data(),      false,
                                  y.data(),    FloatDtype::kFloat32};
-  kernels.matmul_int8(multiply, tiles / 2, tiles);
-  kernels.matmul_int8(multiply, 0, tiles / 2);
+  InParts(tiles / 2, tiles, [&](Index begin, Index end) { kernels.matmul_int8(multiply, begin, end); });
   result.y = y.Values();
   return result;
 }

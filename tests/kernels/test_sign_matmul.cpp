@@ -8,6 +8,7 @@
 #include "kernels/arrays.h"
 #include "kernels/check.h"
 #include "kernels/common/cpu_isa.h"
+#include "kernels/parts.h"
 #include "kernels/sign_matmul/sign_matmul.h"
 #include "kernels/sign_tables_problem.h"
 
@@ -38,8 +39,7 @@ std::vector<float> Multiply(const SignMatmulKernels& kernels, const Problem& p, 
   Output y(p.samples * p.signs.rows, stored_as);
   const void* x = stored_as == FloatDtype::kFloat32 ? static_cast<const void*>(floats.data()) : short_floats.data();
   const SignTablesArgs make{x, stored_as, p.samples, p.signs.columns, tables.data()};
-  kernels.tables(make, p.signs.words / 2, p.signs.words);
-  kernels.tables(make, 0, p.signs.words / 2);
+  InParts(p.signs.words / 2, p.signs.words, [&](Index begin, Index end) { kernels.tables(make, begin, end); });
   const SignMatmulArgs args{weight.data(),
                             tables.data(),
                             p.samples,
@@ -51,8 +51,7 @@ std::vector<float> Multiply(const SignMatmulKernels& kernels, const Problem& p, 
                             y.data(),
                             stored_as};
   const Index tiles = XnorTiles(p.signs.rows), cut = tiles / 3;
-  kernels.multiply(args, cut, tiles);
-  kernels.multiply(args, 0, cut);
+  InParts(cut, tiles, [&](Index begin, Index end) { kernels.multiply(args, begin, end); });
   return y.Values();
 }
 

@@ -1,5 +1,6 @@
 // Every variant against the definition, bit by bit, on windows around its vectors and borders and on unaligned memory.
 #include "kernels/common/cpu_isa.h"
+#include "kernels/parts.h"
 #include "kernels/sign_pool_problem.h"
 
 using namespace tersetorch;
@@ -25,8 +26,7 @@ int main() {
         args.flips = flipped ? flips.data() : nullptr;
         args.y = y.data();
         const Index rows = args.images * args.out_height;
-        variant.pool(args, rows / 3, rows);
-        variant.pool(args, 0, rows / 3);
+        InParts(rows / 3, rows, [&](Index begin, Index end) { variant.pool(args, begin, end); });
         Expect(y.Values() == (flipped ? p.flipped : p.plain), "%s: %ld x %ld of %ld words, windows %ld x %ld, flips %d",
                variant.name, long{args.height}, long{args.width}, long{args.words}, long{args.kernel_h},
                long{args.kernel_w}, flipped);

@@ -6,6 +6,7 @@
 #include "kernels/arrays.h"
 #include "kernels/check.h"
 #include "kernels/common/cpu_isa.h"
+#include "kernels/parts.h"
 #include "kernels/sign_pack/sign_pack.h"
 
 using namespace tersetorch;
@@ -37,8 +38,7 @@ void TestOne(const Variant& variant, Index samples, Index columns, FloatDtype st
   const Index words = SignWords(columns), all = samples * words;
   Unaligned<std::uint64_t> bits(std::vector<std::uint64_t>(all, 0x5555555555555555));
   const SignPackArgs args{x, stored_as, columns, bits.data()};
-  variant.pack(args, all / 3, all);
-  variant.pack(args, 0, all / 3);
+  InParts(all / 3, all, [&](Index begin, Index end) { variant.pack(args, begin, end); });
   const auto got = bits.Values();
   bool right = true;
   for (Index n = 0; n < samples; ++n) {
@@ -62,8 +62,7 @@ void TestPlanes(const Variant& variant, Index groups, Index channels, Index pixe
   const Index words = SignWords(channels);
   Unaligned<std::uint64_t> bits(std::vector<std::uint64_t>(pixels * groups * words, 0x5555555555555555));
   const SignPackPlanesArgs args{x, stored_as, groups, channels, pixels, bits.data()};
-  variant.pack_planes(args, pixels / 3, pixels);
-  variant.pack_planes(args, 0, pixels / 3);
+  InParts(pixels / 3, pixels, [&](Index begin, Index end) { variant.pack_planes(args, begin, end); });
   const auto got = bits.Values();
   bool right = true;
   for (Index p = 0; p < pixels; ++p) {

@@ -13,6 +13,7 @@
 #include "kernels/check.h"
 #include "kernels/common/cpu_isa.h"
 #include "kernels/common/scalars.h"
+#include "kernels/parts.h"
 #include "kernels/planes/planes.h"
 #include "kernels/sparse_conv2d/sparse_conv2d.h"
 
@@ -179,14 +180,17 @@ void TestOne(const Variant& variant, const Weight& w, const Image& image, ConvVa
   args.plan = ConvPlanFor(s, stored.args.nnz, image.pad_h, out_height, out_width, variant.kernels.lanes);
   const ConvScratchSizes sizes = ConvScratch(stored.args, args.plan);
   const Index rows = Blocks(w.RowBlocks(), chunks);
-  Aligned buffer(sizes.buffer), line(sizes.line), sums(sizes.sums * rows);
-  args.buffer = buffer.data(), args.line = line.data(), args.sums = sums.data();
   bool right = variant.kernels.check(stored.args) == ConvStatus::kOk;
-  for (Index tile = args.plan.tiles_across * args.plan.tiles_down; tile-- > 0;) {
-    for (Index row = 0; row < w.RowBlocks(); row += rows) {
-      variant.kernels.conv(args, tile, row, std::min(row + rows, w.RowBlocks()));
+  const Index of_tile = Blocks(w.RowBlocks(), rows), tasks = args.plan.tiles_across * args.plan.tiles_down * of_tile;
+  InParts(tasks / 2, tasks, [&](Index begin, Index end) {
+    Aligned buffer(sizes.buffer), line(sizes.line), sums(sizes.sums * rows);
+    ConvArgs part = args;
+    part.buffer = buffer.data(), part.line = line.data(), part.sums = sums.data();
+    for (Index task = end; task-- > begin;) {
+      const Index row = task % of_tile * rows;
+      variant.kernels.conv(part, task / of_tile, row, std::min(row + rows, w.RowBlocks()));
     }
-  }
+  });
   const auto y_values = y.Values();
   for (Index o = 0; o < s.out_channels; ++o) {
     const Index first = o / (s.out_channels / s.groups) * (s.in_channels / s.groups);
@@ -373,12 +377,14 @@ void TestWords(const Variant& variant, const WordWeight<T>& w, const Image& imag
   args.plan = ConvPlanFor(w.shape, args.weight.nnz, image.pad_h, out_height, out_width, variant.kernels.lanes);
   const ConvScratchSizes sizes = ConvScratch(args.weight, args.plan);
   const Index row_blocks = Blocks(s.out_channels, kConvRows);
-  Aligned buffer(sizes.buffer), line(sizes.line), sums(sizes.sums * row_blocks);
-  args.buffer = buffer.data(), args.line = line.data(), args.sums = sums.data();
   bool right = variant.kernels.check(args.weight) == ConvStatus::kOk;
-  for (Index tile = args.plan.tiles_across * args.plan.tiles_down; tile-- > 0;) {
-    variant.kernels.conv(args, tile, 0, row_blocks);
-  }
+  const Index tiles = args.plan.tiles_across * args.plan.tiles_down;
+  InParts(tiles / 2, tiles, [&](Index begin, Index end) {
+    Aligned buffer(sizes.buffer), line(sizes.line), sums(sizes.sums * row_blocks);
+    ConvArgs part = args;
+    part.buffer = buffer.data(), part.line = line.data(), part.sums = sums.data();
+    for (Index tile = end; tile-- > begin;) variant.kernels.conv(part, tile, 0, row_blocks);
+  });
   const auto y_values = y.Values();
   for (Index o = 0; o < s.out_channels; ++o) {
     const Index first = o / (s.out_channels / s.groups) * group_channels;
@@ -473,8 +479,7 @@ void TestPlanes(const Variant& variant) {
       for (const auto& image : images) {
         std::vector<float> planes(x.size(), NAN);
         const ConvPlanesArgs args{image.x, image.stored_as, image.channels_last, channels, pixels, planes.data()};
-        variant.kernels.planes(args, pixels / 3, pixels);
-        variant.kernels.planes(args, 0, pixels / 3);
+        InParts(pixels / 3, pixels, [&](Index begin, Index end) { variant.kernels.planes(args, begin, end); });
         Expect(planes == x, "%s: planes of %ld channels, %ld pixels, stored %d, channels last %d", variant.name,
                long{channels}, long{pixels}, static_cast<int>(image.stored_as), static_cast<int>(image.channels_last));
       }

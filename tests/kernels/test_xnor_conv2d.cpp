@@ -1,5 +1,6 @@
 // Every variant against the definition, to the bit, on shapes around its tiles and borders and on unaligned memory.
 #include "kernels/common/cpu_isa.h"
+#include "kernels/parts.h"
 #include "kernels/xnor_conv_problem.h"
 
 using namespace tersetorch;
@@ -28,9 +29,10 @@ std::vector<T> Convolve(const Variant& variant, const XnorConvProblem& p, XnorOu
   const Index tiles = XnorConvTiles(args.filters, args.groups), cut = XnorWholeTiles(args) ? tiles / 4 * 2 : tiles;
   const Index row = args.out_height / 2;
   for (Index n = 0; n < args.images; ++n) {
-    variant.convolve(args, {n, row, args.out_height, cut, tiles});
-    variant.convolve(args, {n, 0, row, cut, tiles});
-    variant.convolve(args, {n, 0, args.out_height, 0, cut});
+    const auto upper = [&] { variant.convolve(args, {n, 0, row, cut, tiles}); };
+    const auto lower = [&] { variant.convolve(args, {n, row, args.out_height, cut, tiles}); };
+    const auto other_filters = [&] { variant.convolve(args, {n, 0, args.out_height, 0, cut}); };
+    AtOnce(other_filters, [&] { AtOnce(upper, lower); });
   }
   return y.Values();
 }

@@ -7,6 +7,7 @@
 #include "kernels/arrays.h"
 #include "kernels/check.h"
 #include "kernels/common/cpu_isa.h"
+#include "kernels/parts.h"
 #include "kernels/xnor_matmul/xnor_matmul.h"
 #include "kernels/xnor_problem.h"
 
@@ -36,8 +37,7 @@ std::vector<T> Multiply(const Variant& variant, const XnorProblem& p, XnorOutput
   if (output == XnorOutput::kBits) args.thresholds = thresholds.data();
   p.SetOutput(args, output, y.data());
   const Index tiles = XnorTiles(p.rows), cut = tiles / 2 / 2 * 2;
-  variant.multiply(args, cut, tiles);
-  variant.multiply(args, 0, cut);
+  InParts(cut, tiles, [&](Index begin, Index end) { variant.multiply(args, begin, end); });
   return y.Values();
 }
 
