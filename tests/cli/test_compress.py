@@ -22,6 +22,7 @@ def files(tmp_path, monkeypatch):
     """A folder with a trained network in every form that compress takes, its recipe and its data."""
     monkeypatch.chdir(tmp_path)
     digits = tt.zoo.load("digits")
+    torch.manual_seed(0)
     network = tt.zoo.LeNet300100(64)
     tt.zoo.fit(network, digits.train_images, digits.train_labels, epochs=4, batch_size=32)
     tt.save(network, "dense.terse")
