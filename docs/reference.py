@@ -57,7 +57,8 @@ def places() -> dict[str, dict[str, Any]]:
     for module_name, module in public_modules().items():
         # Numbers and tuples may be one object by accident.
         new = {name: value for name, value in public(module).items() if id(value) not in described or is_plain(value)}
-        pages[module_name] = {name: value for name, value in new.items() if not inspect.ismodule(value)}
+        if here := {name: value for name, value in new.items() if not inspect.ismodule(value)}:
+            pages[module_name] = here
         described |= {id(value) for value in new.values()}
     return pages
 
@@ -105,6 +106,9 @@ def as_markup(docstring: list[str]) -> list[str]:
         elif line and not (literal or section) and lines and not lines[-1]:
             lines += ["::", ""]
             literal = True
+        if section and not literal and (names := re.match(r"    \w+(, \w+)+:", line)):
+            # Several attributes in one line: without a space, or the first would count as the others' type.
+            line = names[0].replace(", ", ",") + line[names.end() :]
         lines.append(line if literal and line.startswith(" ") else _escaped(line))
     return lines
 
@@ -184,7 +188,7 @@ def _entry(name: str, value: object) -> list[str]:
 
 def _first_sentence(docstring: list[str]) -> str:
     paragraph = " ".join(itertools.takewhile(bool, docstring))
-    return _escaped(re.split(r"(?<=[.:;]) ", paragraph)[0].rstrip(":;"))
+    return _escaped(re.split(r"(?<=[.;]) ", paragraph)[0].rstrip(";"))
 
 
 def comment_above(name: str) -> list[str]:
