@@ -121,7 +121,8 @@ class CMakeBuild(build_ext):
 
         editable = self.inplace or self.editable_mode
         package = (ROOT / "python" if editable else Path(self.build_lib).resolve()) / "tersetorch"
-        torch_dir = Path(find_spec("torch").origin).parent
+        # Where it really lies: GCC names its headers so, and that name is kept out of what is built.
+        torch_dir = Path(find_spec("torch").origin).resolve().parent
         build = ROOT / "build" / sys.implementation.cache_tag
         options = {
             "CMAKE_LIBRARY_OUTPUT_DIRECTORY": package,

@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ def tree(tmp_path_factory):
         shutil.copytree(ROOT / name, copy / name, ignore=BUILT)
     for name in (*FILES, "setup.py", "Makefile"):
         shutil.copy(ROOT / name, copy)
-    (copy / ".venv").symlink_to(ROOT / ".venv")
+    (copy / ".venv").symlink_to(sys.prefix)
     return copy
 
 
