@@ -276,10 +276,10 @@ def test_doctor_checks_every_level(tersetorch):
         assert all(check["ok"] and check["max_error"] <= check["bound"] for check in checks)
 
 
-def test_doctor_knows_every_extra_but_dev_and_says_what_is_missing(monkeypatch, capsys):
+def test_doctor_knows_every_extra_of_users_and_says_what_is_missing(monkeypatch, capsys):
     from tersetorch.cli import doctor
 
-    assert {*doctor.EXTRAS, "dev"} == set(metadata("tersetorch").get_all("Provides-Extra"))
+    assert {*doctor.EXTRAS, "dev", "docs"} == set(metadata("tersetorch").get_all("Provides-Extra"))
     monkeypatch.setattr(doctor, "_check", lambda level: [])
     known = doctor._version
     monkeypatch.setattr(doctor, "_version", lambda name: None if name in ("h5py", "rich") else known(name))

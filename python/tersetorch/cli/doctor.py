@@ -40,7 +40,7 @@ LEVEL_FLAGS = {
     ],
     "avx512bf16": ["avx512_bf16"],
 }
-# What needs the packages of each optional dependency; those of "dev" are for who changes the project.
+# What needs the packages of each optional dependency; those of "dev" and "docs" are for who changes the project.
 EXTRAS = {
     "report": "pictures and pages of reports",
     "demo": "tersetorch demo",

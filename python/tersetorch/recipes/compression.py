@@ -44,7 +44,7 @@ from tersetorch.zoo.ranks import alike, everyone, from_rank_0
 
 WHERE = "compress"
 MAX_BITS = 8
-ATTEMPTS = 4
+ATTEMPTS = 6
 # A sparsity at which shared weights' bytes are compared with plain ones', to split a budget between the two stages.
 TYPICAL_SPARSITY = 0.8
 
@@ -407,7 +407,8 @@ class _Limits:
             if limit is not None and self.budget is not None:
                 if point.file_bytes <= self.budget:
                     break  # the drop is too large, and fewer bytes do not help
-                limit -= point.file_bytes - self.budget
+                # More than the excess: the next choice may miss by as much again.
+                limit -= (point.file_bytes - self.budget) << attempt
             elif min(widths.values()) == MAX_BITS:
                 break
         raise ValueError(
@@ -429,7 +430,7 @@ class _Limits:
             )
 
     def _words(self) -> str:
-        error = f"an error of at most {self.before.error_percent + self.max_drop:.2f} %"
+        error = f"an error of at most {min(self.before.error_percent + self.max_drop, 100):.2f} %"
         return error if self.budget is None else f"{error} and {self.budget} bytes"
 
 
