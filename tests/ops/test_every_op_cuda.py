@@ -285,8 +285,9 @@ SCRATCH = {
     "csr_matmul": 1,  # samples in panels
     "bitmap_matmul": 1,  # likewise
     "bitmap_matmul int8": 3,  # and rounded samples, their scales
-    "blocked_bfloat16_matmul": 1,  # rounded samples
-    "blocked_int8_matmul": 2,  # and their scales
+    "blocked_matmul": 1,
+    "blocked_bfloat16_matmul": 2,  # and rounded samples
+    "blocked_int8_matmul": 3,  # and their scales
     "codebook_matmul int8": 4,  # and those of the tables
     "codebook_matmul many int8": 4,
     "codebook_conv2d int8": 4,
