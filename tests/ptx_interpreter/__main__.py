@@ -21,9 +21,6 @@ from ptx_interpreter.parse import Kernel, Module
 from ptx_interpreter.replay import Name, Outcome, load, replay_all, tensor_cores, unknown_instructions
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.append(str(ROOT / ".ci"))
-from cuda_kernels.reading import tool  # noqa: E402
-
 # What is always replayed: it has tensor cores for every kernel that uses any.
 ARCHITECTURE = 90
 OBJECTS = Path("CMakeFiles", "cuda_objects.dir")
@@ -51,33 +48,20 @@ def record(build: Path) -> list[recordings.Recording]:
 
 
 def make_ptx(build: Path, architecture: int, folder: Path) -> None:
-    """Makes PTX of every kernel file: what its object holds, else what nvcc makes, if that is not there yet."""
+    """Makes PTX of every kernel file, where it is older than the sources.
+
+    What objects of the package hold would not do: comments that tell inline assembly from the rest are gone from it.
+    """
     folder.mkdir(exist_ok=True)
     newest = max(file.stat().st_mtime for file in (ROOT / "csrc" / "kernels").rglob("*") if file.is_file())
     nvcc = re.search(r"^CMAKE_CUDA_COMPILER:\w+=(.*)$", (build / "CMakeCache.txt").read_text(), re.MULTILINE)
     assert nvcc is not None
-    compile_it = [
-        nvcc[1],
-        "-std=c++17",
-        "-O3",
-        "-DNDEBUG",
-        "-I",
-        ROOT / "csrc",
-        "-ptx",
-        f"-arch=compute_{architecture}",
-    ]
-    extract = [tool("cuobjdump"), "-xptx", f"sm_{architecture}"]
+    command = [nvcc[1], "-std=c++17", "-O3", "-DNDEBUG", "-I", ROOT / "csrc", "-ptx", f"-arch=compute_{architecture}"]
 
     def one(source: Path) -> None:
-        made = folder / f"{source.stem}.ptx"
-        for old in folder.glob(f"{source.name}.*.ptx"):
-            old.unlink()
-        built = (build / OBJECTS / source.relative_to(ROOT)).with_name(f"{source.name}.o")
-        subprocess.run([*extract, built], cwd=folder, check=True, stdout=subprocess.DEVNULL)
-        if list(folder.glob(f"{source.name}.*.ptx")):
-            made.unlink(missing_ok=True)
-        elif not made.exists() or made.stat().st_mtime < newest:
-            subprocess.run([*compile_it, "-o", made, source], check=True)
+        to = folder / f"{source.stem}.ptx"
+        if not to.exists() or to.stat().st_mtime < newest:
+            subprocess.run([*command, "-o", to, source], check=True)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(one, sorted((ROOT / "csrc" / "kernels").glob("*/*_cuda.cu"))))
