@@ -392,6 +392,8 @@ void TestDamage() {
 
 // ---- fragments
 
+constexpr FloatDtype kAllFloats[] = {FloatDtype::kFloat32, FloatDtype::kBFloat16, FloatDtype::kFloat16};
+
 // Around the 16 filters of a fragment and the 64 of a block, the 32 or 64 channels that are multiplied together, the 8,
 // 128 and 256 outputs of a fragment and of tiles, and images side by side in one.
 const struct {
@@ -416,7 +418,7 @@ void TestFragments(int round) {
     Call call = one.call;
     call.fragments = true, call.mode = static_cast<ConvMode>(turn % 3);
     call.channels_last = turn % 2 == 1, call.relu = turn % 4 == 0;
-    call.values_as = kValues[turn / 3 % 3], call.stored_as = kFloats[turn / 2 % 2];
+    call.values_as = kValues[turn / 3 % 3], call.stored_as = kAllFloats[turn / 2 % 3];
     if (call.mode == ConvMode::kExact) call.values_as = CsrValues::kBFloat16, call.stored_as = FloatDtype::kBFloat16;
     if (call.mode != ConvMode::kInt8) {
       TestOne(w, call, turn % 5 != 0, rng);
@@ -461,18 +463,21 @@ void TestDamagedFragments() {
     bad.col_indices[bad.row_offsets[4] + 3] = bad.col_indices[bad.row_offsets[4] + 2];
     if (mode == ConvMode::kInt8) expect(bad, {4}, "a column twice");
     x[20 * 40 + 7] = INFINITY, x[20 * 40 + 20 * 33 + 11] = NAN;
-    const auto got = Run(good, call, x, nullptr);
-    call.fragments = false;
-    const auto alone = Run(good, call, x, nullptr);
-    bool right = true;
-    Index numbers = 0;
-    for (std::size_t i = 0; i < got.size(); ++i) {
-      right &= std::isfinite(alone[i]) ? std::isfinite(got[i])
-                                       : got[i] == alone[i] || (std::isnan(got[i]) && std::isnan(alone[i]));
-      numbers += std::isfinite(got[i]) && i >= got.size() / 2;
+    for (const FloatDtype stored_as : kAllFloats) {
+      call.stored_as = stored_as, call.fragments = true;
+      const auto got = Run(good, call, x, nullptr);
+      call.fragments = false;
+      const auto alone = Run(good, call, x, nullptr);
+      bool right = true;
+      Index numbers = 0;
+      for (std::size_t i = 0; i < got.size(); ++i) {
+        right &= std::isfinite(alone[i]) ? std::isfinite(got[i])
+                                         : got[i] == alone[i] || (std::isnan(got[i]) && std::isnan(alone[i]));
+        numbers += std::isfinite(got[i]) && i >= got.size() / 2;
+      }
+      Expect(right && (numbers > 0) == (mode != ConvMode::kInt8), "fragments of an infinite image, mode %d, floats %d",
+             static_cast<int>(mode), static_cast<int>(stored_as));
     }
-    Expect(right && (numbers > 0) == (mode != ConvMode::kInt8), "fragments of an infinite image, mode %d",
-           static_cast<int>(mode));
   }
 }
 
