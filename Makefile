@@ -51,8 +51,9 @@ test-native: venv  # in turn: both build in one folder
 	$(MAKE) test-kernels
 	$(MAKE) test-cuda
 
+# Tests that are about threads say how many; the others' would wait for each other where something runs beside them.
 test-python: venv
-	python -m pytest -m 'not slow'
+	OMP_NUM_THREADS=1 python -m pytest -m 'not slow'
 
 # The last line of the log is stored, what nvcc made of the kernels, and how each seeded bug in them is noticed.
 test-full: SANITIZE := ALL
