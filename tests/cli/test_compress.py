@@ -105,6 +105,31 @@ def test_compress_goes_on_where_it_was_stopped(tersetorch, files, monkeypatch):
     assert first["points"] == second["points"]
 
 
+def test_compress_goes_on_with_the_same_data_alone_and_ends_no_input(tersetorch, files, monkeypatch):
+    from tersetorch.recipes import trainer
+
+    def stops(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer, "fit", stops)
+    own = (*BASE, "--data", "digits.npz")
+    assert tersetorch("compress", "dense.terse", *own).returncode != 0 and (files / "small.run").is_dir()
+    stored = dict(np.load("digits.npz"))
+    np.savez("digits.npz", images=stored["images"], labels=stored["labels"][::-1])
+    again = tersetorch("compress", "dense.terse", *own)
+    assert again.returncode == 1 and "other" in again.stderr
+    stored["images"] = stored["images"].astype(np.float32)
+    stored["images"][3, 0, 2, 2] = np.nan
+    np.savez("digits.npz", **stored)
+    nan = tersetorch("compress", "dense.terse", *own, "--dry-run")
+    assert nan.returncode == 1 and "must be finite, got NaN or infinity" in nan.stderr
+    for name in ("dense.terse", "recipe.yaml", "digits.npz"):
+        before = (files / name).read_bytes()
+        done = tersetorch("compress", "dense.terse", *own, "-o", name)
+        assert done.returncode == 2 and "must be none that is read" in " ".join(done.stderr.split())
+        assert (files / name).read_bytes() == before
+
+
 def test_compress_within_a_drop(tersetorch, files):
     done = tersetorch("compress", "dense.terse", *BASE, "--max-drop", "3", "--json")
     assert done.returncode == 0, done.stderr

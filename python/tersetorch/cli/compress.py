@@ -17,7 +17,7 @@ from tersetorch.cli.coders import CodersOption
 from tersetorch.cli.data_source import DataOption, in_dtype, read_data
 from tersetorch.cli.model_file import NetworkOption, read_model
 from tersetorch.cli.on_ranks import on_ranks
-from tersetorch.cli.output import OutputArgument, OutputOption, one_output
+from tersetorch.cli.output import OutputArgument, OutputOption, keep_inputs, one_output
 from tersetorch.methods.distributed import failing_together
 from tersetorch.recipes.compression import CompressionPlan, check_fit, plan_compression
 from tersetorch.recipes.compression import compress as run_compression
@@ -78,6 +78,7 @@ def compress(
     """
     with failing_together(everyone()):  # before hours of training, what is wrong is said
         target = target_of("compress", one_output(output, output_option))
+        keep_inputs(target, model, recipe, data, network)
         run = folder or target.with_suffix(".run")
         if folder is None and not dry_run:
             _check_own(run)

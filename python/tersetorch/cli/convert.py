@@ -11,7 +11,7 @@ from tersetorch import conversion, storage
 from tersetorch.cli.coders import CodersOption
 from tersetorch.cli.example_input import InputOption, InputShapeOption, read_example
 from tersetorch.cli.model_file import NetworkOption, file_bar, read_model
-from tersetorch.cli.output import OutputArgument, OutputOption, one_output
+from tersetorch.cli.output import OutputArgument, OutputOption, keep_inputs, one_output
 
 
 def convert(
@@ -36,6 +36,7 @@ def convert(
     """Moves a pruned or shared model onto the kernels that are faster on this machine, and stores it."""
     console = Console(stderr=True)
     target = one_output(output, output_option)
+    keep_inputs(target, model, input_file, network)
     dense = read_model("convert", model, network)
     if plan == "measure":
         example = read_example("convert", input_shape, input_file, dense)

@@ -1,5 +1,6 @@
 """The file that a verb writes: told as an argument or as --output."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -21,3 +22,18 @@ def one_output(argument: Path | None, option: Path | None) -> Path:
             f"the file to write must come once, as OUTPUT or --output, got {' and '.join(map(str, found)) or 'none'}"
         )
     return found[0]
+
+
+def keep_inputs(output: Path, *inputs: Path | str | None) -> None:
+    """Looks whether output is one of the files that a verb reads; inputs that name no file are passed over.
+
+    Raises:
+        typer.BadParameter: it is: writing would end the only copy.
+    """
+    for name in inputs:
+        try:
+            same = bool(name) and os.path.samefile(output, str(name))
+        except OSError:  # one of them does not exist
+            continue
+        if same:
+            raise typer.BadParameter(f"the file to write must be none that is read, got {output}; name another")

@@ -14,6 +14,7 @@ from tersetorch._native import cpu_active
 from tersetorch.bench import rates
 from tersetorch.cli.example_input import Example, InputOption, InputShapeOption, in_words, read_example
 from tersetorch.cli.model_file import NetworkOption, read_model
+from tersetorch.cli.output import keep_inputs
 from tersetorch.recipes.compression_record import CompressionRecord, record_path
 from tersetorch.reports.page import Measurements, Rates, build_page
 
@@ -36,9 +37,15 @@ def report(
     console = Console(stderr=True)
     if not output.parent.is_dir():
         raise typer.BadParameter(f"--output must lie in a folder that exists, got {output}")
-    inspection = storage.inspect(file)
     found = record or record_path(file)
+    keep_inputs(output, file, found, input_file, network)
+    inspection = storage.inspect(file)
     story = CompressionRecord.read(found) if record is not None or found.exists() else None
+    if story is not None and not story.is_of(file):
+        if record is not None:
+            raise typer.BadParameter(f"--record must be of {file}, got one of another file; compress leaves it beside")
+        console.print(f"{found} is of another file, and left out", markup=False, highlight=False)
+        story = None
     measured = None
     if input_shape or input_file is not None:
         model = read_model("report", file, network)

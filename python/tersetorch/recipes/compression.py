@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
 import os
 import time
@@ -232,7 +233,13 @@ def compress(
         return Point(label=label, file_bytes=_bytes(tried), error_percent=error(tried))
 
     kept = None if folder is None else Path(folder)
-    settings = {"weights": fingerprint(model), "budget": budget, "max_drop": max_drop, "recipe": recipe.model_dump()}
+    settings = {
+        "weights": fingerprint(model),
+        "data": [[*shape, checksum] for shape, checksum in _digest(data)],
+        "budget": budget,
+        "max_drop": max_drop,
+        "recipe": recipe.model_dump(),
+    }
     run = RunFolder(WHERE, kept, settings, points=[], before=None)
     if run.record["before"] is None:
         run.store(before=point("as it came", model).model_dump())
@@ -273,6 +280,7 @@ def compress(
             sensitivity=sensitivity,
             recipe=recipe.model_dump(exclude_none=True),
             seconds=time.monotonic() - started,
+            sha256=hashlib.sha256(target.read_bytes()).hexdigest(),
         )
         record.write(record_path(target))
         return record

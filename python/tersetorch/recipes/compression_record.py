@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -54,6 +55,7 @@ class CompressionRecord(_Part):
         sensitivity: where it was measured.
         recipe: the plan that was followed, as plain data.
         seconds: that all of it took; of the last run only, where it went on from an earlier one.
+        sha256: of the file, in hexadecimal digits; empty where nobody knows.
     """
 
     format: Literal[1] = 1
@@ -65,6 +67,13 @@ class CompressionRecord(_Part):
     sensitivity: SensitivityCurves | None = None
     recipe: dict[str, Any] = {}
     seconds: float = 0.0
+    sha256: str = ""
+
+    def is_of(self, file: Path) -> bool:
+        """Whether file is the one that this is about, as far as this says."""
+        if self.sha256:
+            return hashlib.sha256(file.read_bytes()).hexdigest() == self.sha256
+        return file.stat().st_size == self.after.file_bytes
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Writes it as JSON; the file is whole at any time."""

@@ -183,9 +183,10 @@ class DeepCompressionRecipe(_Plan):
         except OSError:
             raise
         except Exception as error:  # whatever the parser raises for !!bool x, !!int "", nests and dates that are none
-            raise ValueError(
-                f"DeepCompressionRecipe: {path} must be YAML, got {error!s:.1000}; mend the file"
-            ) from error
+            came = str(error)
+            if isinstance(error, yaml.MarkedYAMLError) and error.problem and error.problem_mark:
+                came = f"{error.problem} in line {error.problem_mark.line + 1}"
+            raise ValueError(f"DeepCompressionRecipe: {path} must be YAML, got {came:.1000}; mend the file") from error
         return cls.from_mapping(plan)
 
     @classmethod

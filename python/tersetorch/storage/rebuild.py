@@ -153,7 +153,7 @@ class Builder:
             refuse(
                 "consist of modules that tt.load can rebuild by itself",
                 f"{name} at {path or 'the model itself'} ({reason})",
-                "pass model=, an instance of the network's class",
+                "pass model=, an instance of the network's class, or --network to a command",
             )
         training = node.get("e", training)
         kind = node.get("k")

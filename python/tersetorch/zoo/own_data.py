@@ -104,6 +104,10 @@ def _pair(path: Path, arrays: dict[str, Tensor], images_name: str, labels_name: 
             f"read_dataset: {images_name} in {path} must be floating-point, uint8, int32 or int64, got {images.dtype}; "
             "convert them"
         )
+    if images.is_floating_point() and not bool(images.isfinite().all()):
+        raise ValueError(
+            f"read_dataset: {images_name} in {path} must be finite, got NaN or infinity; leave such examples out"
+        )
     if int(labels.min()) < 0:
         raise ValueError(
             f"read_dataset: {labels_name} in {path} must be at least 0, got {int(labels.min())}; number classes from 0"

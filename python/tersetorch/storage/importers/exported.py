@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from os import PathLike
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.export.pt2_archive._package import load_pt2
 
 from tersetorch.storage.arguments import path_of
 from tersetorch.storage.importers.exported_archive import MODEL, HarmfulError, rewritten
@@ -57,9 +57,14 @@ def import_exported(path: str | PathLike[str]) -> nn.Module:
             f"{WHERE}: path must hold one exported program of aten's operators without pickled objects, got {file} "
             f"with {error}; write it with torch.export.save, from a model of plain tensors"
         ) from error
+    # Imported here, since it imports torch's compiler for two seconds.
+    from torch.export.pt2_archive._package import load_pt2
+
     try:
         # Not torch.export.load, which falls back to an older form that it unpickles.
-        module = load_pt2(archive).exported_programs[MODEL].module(check_guards=False)
+        with warnings.catch_warnings():  # about torch's own use of itself
+            warnings.simplefilter("ignore", FutureWarning)
+            module = load_pt2(archive).exported_programs[MODEL].module(check_guards=False)
         # A module of its own: that of a program refuses train().
         plain = fx.GraphModule(module, module.graph)
         _name_layers(plain)

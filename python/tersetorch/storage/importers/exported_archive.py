@@ -21,8 +21,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from torch.export.pt2_archive import PT2ArchiveWriter
-
 from tersetorch.storage.archives import what_is_wrong
 
 TABLES = {"weights": "weight_", "constants": "tensor_"}
@@ -89,6 +87,9 @@ def _rewritten(archive: zipfile.ZipFile, file_bytes: int) -> io.BytesIO:
         refuse("compiled code")
     if any(f"data/{kind}/{model}.pt" in entries for kind in TABLES):
         refuse("pickled tensors or objects")
+    # Imported here, since it imports torch's compiler for two seconds.
+    from torch.export.pt2_archive import PT2ArchiveWriter
+
     out = io.BytesIO()
     with PT2ArchiveWriter(out) as writer:
         program = json.loads(archive.read(entries[programs[0]]))
