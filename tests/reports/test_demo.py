@@ -107,5 +107,5 @@ def test_bad_threads_are_refused(threads, tmp_path):
 def test_missing_matplotlib_is_said_before_training(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     monkeypatch.setattr(demo, "compute_demo", lambda *_, **__: pytest.fail("trained"))
-    with pytest.raises(ModuleNotFoundError, match=r"drawn by matplotlib.*tersetorch\[demo\]"):
+    with pytest.raises(ModuleNotFoundError, match=r"drawn by matplotlib.*tersetorch\[report\]"):
         run_demo(0, tmp_path, Console(file=io.StringIO()))
