@@ -107,6 +107,9 @@ def run_page(page, folder, monkeypatch):
     for block in blocks(page):
         if "file" in block.marks:
             (folder / block.marks["file"]).write_text(block.text)
+            monkeypatch.delitem(
+                sys.modules, Path(block.marks["file"]).stem, raising=False
+            )  # another test's of that name
         elif "not run" in block.marks:
             continue
         elif block.language == "python":
