@@ -343,7 +343,8 @@ def test_a_custom_class_needs_an_instance(tmp_path):
         load(path)
     assert str(caught.value) == (
         f"load: {path} must consist of modules that tt.load can rebuild by itself, got {Custom.__module__}.Custom at 1 "
-        "(its class is not registered); pass model=, an instance of the network's class"
+        "(its class is not registered); pass model=, an instance of the network's class, or "
+        "--network to a command"
     )
 
 

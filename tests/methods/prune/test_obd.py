@@ -268,6 +268,7 @@ wrapped = nn.parallel.DistributedDataParallel(model)
 history = []
 prune.obd(wrapped, [given[f"data {rank}"]], "cross_entropy", 0.6, rounds=2, history=history)
 torch.save({"weight": model[0].weight.detach(), "loss": history[0].loss}, f"{folder}/found {rank}.pt")
+distributed.destroy_process_group()
 """
 
 
