@@ -121,6 +121,7 @@ def test_convert_reads_a_quantised_state_dict(tersetorch, tmp_path):
             ["compress", "m.terse", "o.terse", "--recipe", "lenet", "--data", "digits"],
             "--recipe must be one of alexnet",
         ),
+        (["compress", "m.terse", "o.terse", "--recipe", "lenet-5", "--data", "digits"], "(did you mean lenet_5?)"),
         (["compress", "m.terse", "o.terse", "--recipe", "lenet_5"], "Missing option '--data'"),
         (["compress", "m.pt", "o.terse", "--recipe", "lenet_5", "--data", "digits"], "a state dict needs --network"),
         (
@@ -133,6 +134,7 @@ def test_convert_reads_a_quantised_state_dict(tersetorch, tmp_path):
         ),
         (["convert", "model.onnx", "out.terse", "--network", "lenet-300-100"], "must be a .terse, .pt2, .pt, .pth or"),
         (["bench", "sparse", "--quick", "--case", "nosuch"], "must leave something to measure"),
+        (["convert", "model.pt", "out.terse", "--network", "LeNet_5"], "got LeNet_5 (did you mean lenet-5?)"),
         (["reproduce", "nothing"], "ROW must be one of"),
         (["reproduce", "trade_off", "--json", "missing/x.json"], "--json must name a file in a folder"),
         (["bench", "nothing"], "SUITE must be one of sparse, codebook, product, binary, binary_networks, fixed, "),
@@ -168,6 +170,8 @@ def test_a_file_without_the_network_gives_one_sentence(tersetorch, tmp_path):
         assert (
             done.stderr.startswith("convert: MODEL must ") and done.stderr.count("\n") == 1 and str(path) in done.stderr
         )
+        if path.name == "whole.pt":  # not torch's advice to run it
+            assert "it holds torch.nn.modules.linear.Linear, more than tensors and numbers" in done.stderr
     assert not (tmp_path / "out.terse").exists()
 
 

@@ -208,6 +208,14 @@ def test_a_missing_or_broken_file_is_said(tmp_path):
     path.write_text("share: {bits: {'0': 2, '1': 3, '0': 4}, train: {epochs: 1, lr: 0.1}}")
     with pytest.raises(ValueError, match=r"broken\.yaml must be YAML, (?s:.)*the key '0' comes twice"):
         deep_compression(network(), path, ignore)
+    path.write_text("{prune: {sparsity: {'0': 1.5}, train: 3}, share: {bits: many, train: {epochs: 1, lr: 0.1}}}")
+    with pytest.raises(ValueError) as error:
+        deep_compression(network(), path, ignore)
+    assert str(error.value) == (
+        "DeepCompressionRecipe: recipe must have valid fields, got prune.sparsity.0: Input should be less than 1, got "
+        "1.5; prune.train: Input should be a mapping, got 3; share.bits: Input should be a valid integer, got 'many'; "
+        "mend them there"
+    )
     path.write_text("just words")
     with pytest.raises(ValueError, match=r"recipe must have valid fields, got .*'just words'"):
         deep_compression(network(), path, ignore)

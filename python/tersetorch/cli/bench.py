@@ -11,6 +11,7 @@ from tersetorch.bench import rates
 from tersetorch.bench.cuda import rates as cuda_rates
 from tersetorch.bench.options import Options
 from tersetorch.bench.records import CUDA_SUITES, SUITES, Run, missing, table
+from tersetorch.methods.arguments import did_you_mean
 
 SUITES_OF = {"cpu": SUITES, "cuda": CUDA_SUITES}
 NAMES = {device: (*suites, "rates") for device, suites in SUITES_OF.items()}
@@ -46,7 +47,8 @@ def bench(
     """Times our kernels beside their peers in one process and shows every row, also where we lose."""
     for name in suite or ():
         if name not in NAMES[device]:
-            raise typer.BadParameter(f"SUITE must be one of {', '.join(NAMES[device])}, got {name}")
+            meant = did_you_mean(name, NAMES[device])
+            raise typer.BadParameter(f"SUITE must be one of {', '.join(NAMES[device])}, got {name}{meant}")
     if json_file:  # before anything is measured
         try:
             json_file.parent.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,7 @@ from tersetorch.cli.data_source import DataOption, in_dtype, read_data
 from tersetorch.cli.model_file import NetworkOption, read_model
 from tersetorch.cli.on_ranks import on_ranks
 from tersetorch.cli.output import OutputArgument, OutputOption, keep_inputs, one_output
+from tersetorch.methods.arguments import did_you_mean
 from tersetorch.methods.distributed import failing_together
 from tersetorch.recipes.compression import CompressionPlan, check_fit, plan_compression
 from tersetorch.recipes.compression import compress as run_compression
@@ -83,7 +84,10 @@ def compress(
         if folder is None and not dry_run:
             _check_own(run)
         if recipe not in PUBLISHED and not Path(recipe).is_file():
-            raise typer.BadParameter(f"--recipe must be one of {', '.join(PUBLISHED)} or a YAML file, got {recipe}")
+            raise typer.BadParameter(
+                f"--recipe must be one of {', '.join(PUBLISHED)} or a YAML file, got {recipe}"
+                f"{did_you_mean(recipe, PUBLISHED)}"
+            )
         plan = DeepCompressionRecipe.named(recipe) if recipe in PUBLISHED else DeepCompressionRecipe.from_yaml(recipe)
         compressed = read_model("compress", model, network)
         limited = bool(budget) or max_drop is not None
@@ -155,8 +159,9 @@ def _summary(record: CompressionRecord, target: Path) -> str:
     return (
         f"error on {record.examples:,} held-out examples: {before.error_percent:.2f} % before, "
         f"{after.error_percent:.2f} % after\n"
-        f"{target}: {after.file_bytes:,} bytes, {before.file_bytes / after.file_bytes:.1f} times smaller; its story is "
-        f"in {record_path(target).name}, and 'tersetorch report {target} -o report.html' draws it"
+        f"{target}: {after.file_bytes:,} bytes, {before.file_bytes / after.file_bytes:.1f} times smaller than the "
+        f"{before.file_bytes:,} of the same kind of file before; its story is in {record_path(target).name}, and "
+        f"'tersetorch report {target} -o report.html' draws it"
     )
 
 

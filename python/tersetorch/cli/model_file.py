@@ -1,5 +1,7 @@
 """The file that a verb starts from."""
 
+import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +15,7 @@ from torch import nn
 
 from tersetorch import storage, zoo
 from tersetorch.cli.importable import call_importable, is_importable
+from tersetorch.methods.arguments import did_you_mean
 from tersetorch.storage.archives import check_stored
 from tersetorch.storage.importers.quantized import is_quantized_file
 
@@ -79,6 +82,10 @@ def read_model(verb: str, path: Path, network: str) -> nn.Module:
         raise FileNotFoundError(f"{verb}: MODEL must exist, got {path}; pass a file that does") from None
     except Exception as error:  # whatever torch makes of a file that holds something else
         reason = " ".join(str(error).split())[:200]
+        # torch's own words are long, and advise to run what the file holds
+        # torch's own words are long, and advise to run what the file holds
+        if isinstance(error, pickle.UnpicklingError) and (code := re.search(r"GLOBAL ([\w.]+)", str(error))):
+            reason = f"it holds {code[1]}, more than tensors and numbers"
         raise ValueError(
             f"{verb}: MODEL must hold a state dict of {network}, got {path} ({type(error).__name__}: {reason}); "
             "write it with torch.save(model.state_dict(), path)"
@@ -106,6 +113,7 @@ def _network(verb: str, name: str) -> nn.Module:
     if not is_importable(name):
         raise typer.BadParameter(
             f"--network must be one of {', '.join(zoo.NETWORKS)}, package.module:function or a .pt2 file, got {name}"
+            f"{did_you_mean(name, zoo.NETWORKS)}"
         )
     model = call_importable(verb, "--network", name)
     if not isinstance(model, nn.Module):

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from tersetorch.bench.reproduce import ROWS, runs
 from tersetorch.cli.on_ranks import on_ranks
+from tersetorch.methods.arguments import did_you_mean
 
 
 @on_ranks()
@@ -34,7 +35,7 @@ def reproduce(
         Console().print(shown)
         return
     if row not in ROWS:
-        raise typer.BadParameter(f"ROW must be one of {', '.join(ROWS)}, got {row}")
+        raise typer.BadParameter(f"ROW must be one of {', '.join(ROWS)}, got {row}{did_you_mean(row, ROWS)}")
     if json_file is not None and not json_file.parent.is_dir():
         raise typer.BadParameter(f"--json must name a file in a folder that exists, got {json_file}")
     if quick and json_file is not None and json_file.exists():

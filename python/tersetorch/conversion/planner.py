@@ -14,7 +14,7 @@ from tersetorch.conversion.baselines import Call, dense_forms, run_of
 from tersetorch.conversion.cache import DecisionCache
 from tersetorch.conversion.candidates import FACTORED, Candidate, density, weight_of
 from tersetorch.conversion.machine import MachineFacts, is_busy
-from tersetorch.conversion.report import Trial
+from tersetorch.conversion.report import NOT_TRIED, Trial
 from tersetorch.conversion.swap import build
 from tersetorch.conversion.timing import Contest, Timer, contest
 from tersetorch.conversion.verify import compare
@@ -114,7 +114,7 @@ class Planner:
             if reason is None and share > row.max_density:
                 reason = f"larger than the dense weight at density {share:.2f}"
             if reason is not None:
-                trials[name] = Trial(name, f"not tried: {reason}")
+                trials[name] = Trial(name, f"{NOT_TRIED}: {reason}")
                 continue
             try:
                 layers = build(row, modules, samples)

@@ -15,6 +15,8 @@ from tersetorch.conversion.walk import label
 # Where the converted model carries its report, as plain data: not in its state_dict, kept by deepcopy and pickle.
 ATTRIBUTE = "_tersetorch_conversion"
 WIDTH = 160
+# How the reason of a candidate begins that was not even built.
+NOT_TRIED = "not tried"
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ class ConversionReport:
                 _number(layer.density, ".3g"),
                 _number(layer.distinct, "d"),
                 _number(layer.dense_ms, ".4g"),
-                "\n".join(map(_trial_line, layer.trials)),
+                "\n".join(_trial_lines(layer.trials)),
                 layer.chosen + " + ReLU" * (layer.relu is not None),
                 layer.reason,
             )
@@ -189,6 +191,13 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return value
+
+
+def _trial_lines(trials: tuple[Trial, ...]) -> list[str]:
+    """Those that came to something; the others, most of a dozen, are counted. to_dict has why each was not tried."""
+    tried = [trial for trial in trials if not trial.reason.startswith(NOT_TRIED)]
+    others = len(trials) - len(tried)
+    return [*map(_trial_line, tried), *([f"{NOT_TRIED}: {others} more"] if others else [])]
 
 
 def _trial_line(trial: Trial) -> str:

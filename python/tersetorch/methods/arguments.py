@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Iterable
 from numbers import Integral, Real
@@ -19,7 +20,19 @@ def check_choice(where: str, name: str, value: object, choices: Iterable[str]) -
     """Refuses what is none of choices."""
     choices = tuple(choices)
     if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{where}: {name} must be one of {', '.join(choices)}, got {value!r}; pass one of these")
+        came = f"{value!r}{did_you_mean(value, choices)}"
+        raise ValueError(f"{where}: {name} must be one of {', '.join(choices)}, got {came}; pass one of these")
+
+
+def did_you_mean(value: object, choices: Iterable[str]) -> str:
+    """The words " (did you mean X?)" with the choice that is written most like value; none where none is."""
+    plain = {_plain(choice): choice for choice in choices}
+    near = difflib.get_close_matches(_plain(str(value)), plain, n=1)
+    return f" (did you mean {plain[near[0]]}?)" if near else ""
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("-", "_")
 
 
 def check_int(where: str, name: str, value: object, least: int, most: int | None = None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
@@ -12,12 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 from rich.progress import Progress
 from torch import nn
 
 from tersetorch.methods import prune, quantize
-from tersetorch.methods.arguments import check_choice
+from tersetorch.methods.arguments import check_choice, did_you_mean
 from tersetorch.methods.distributed import check_alike, failing_together
 from tersetorch.methods.selection import Pattern, assign, select
 from tersetorch.recipes.run_folder import RunFolder, fingerprint
@@ -32,6 +31,11 @@ if TYPE_CHECKING:
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Bits = Annotated[int, Field(ge=1, le=8)]
 Epochs = Annotated[int, Field(ge=0)]
+# One value for all layers, or one for each: which was meant is seen from the type, and an error speaks of it alone.
+_ONE, _EACH = "one value", "one for each"
+_which = Discriminator(lambda value: _EACH if isinstance(value, dict) else _ONE)
+Fractions = Annotated[Annotated[Fraction, Tag(_ONE)] | Annotated[dict[str, Fraction], Tag(_EACH)], _which]
+SharedBits = Annotated[Annotated[Bits, Tag(_ONE)] | Annotated[dict[str, Bits], Tag(_EACH)], _which]
 # The recipes that come with the package, by the names of their files.
 PUBLISHED = {path.stem: path for path in sorted(Path(__file__).parent.glob("*.yaml"))}
 Value = TypeVar("Value", int, float)
@@ -108,7 +112,7 @@ class PruneStage(_Plan):
         train: the training of each round, or of the whole ramp.
     """
 
-    sparsity: Fraction | dict[str, Fraction]
+    sparsity: Fractions
     rounds: Annotated[int, Field(ge=1)] | None = None
     ramp_epochs: Annotated[int, Field(ge=1)] | None = None
     frequency: Annotated[int, Field(ge=1)] = 25
@@ -133,7 +137,7 @@ class ShareStage(_Plan):
         train: the training of the shared values.
     """
 
-    bits: Bits | dict[str, Bits]
+    bits: SharedBits
     init: Literal["exact", "linear", "density", "random"] = "exact"
     train: Training
 
@@ -211,15 +215,14 @@ class DeepCompressionRecipe(_Plan):
 
 def _problem(recipe: type[BaseModel], problem: ErrorDetails) -> str:
     """What is wrong with a recipe's field, in words; a name that is no field gets the ones that are."""
-    where = ".".join(map(str, problem["loc"])) or "recipe"
+    where = ".".join(str(name) for name in problem["loc"] if name not in (_ONE, _EACH)) or "recipe"
     if problem["type"] == "missing":
         return f"{where}: {problem['msg']}"
     if problem["type"] != "extra_forbidden":
-        return f"{where}: {problem['msg']}, got {_SHORT.repr(problem['input'])}"
+        words = "Input should be a mapping" if problem["type"] == "model_type" else problem["msg"]
+        return f"{where}: {words}, got {_SHORT.repr(problem['input'])}"
     fields = _fields(recipe, problem["loc"][:-1])
-    near = difflib.get_close_matches(str(problem["loc"][-1]), fields, n=1)
-    meant = f" (did you mean {near[0]}?)" if near else ""
-    return f"{where}, where only {', '.join(fields)} may stand{meant}"
+    return f"{where}, where only {', '.join(fields)} may stand{did_you_mean(problem['loc'][-1], fields)}"
 
 
 def _fields(recipe: type[BaseModel], path: Sequence[int | str]) -> list[str]:

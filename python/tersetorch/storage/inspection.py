@@ -147,7 +147,7 @@ class Inspection:
         console.print(self._tensor_table())
         console.print(self._part_table())
         console.print(
-            f"{self.file_bytes} bytes for {self.parameters} numbers, {self.dense_bytes} bytes dense: "
+            f"{self.file_bytes} bytes for {self.parameters} numbers, {self.dense_bytes} bytes as plain float32: "
             f"{self.ratio:.2f} times smaller"
         )
         assert isinstance(console.file, io.StringIO)
