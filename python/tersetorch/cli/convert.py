@@ -12,6 +12,7 @@ from tersetorch.cli.coders import CodersOption
 from tersetorch.cli.example_input import InputOption, InputShapeOption, read_example
 from tersetorch.cli.model_file import NetworkOption, file_bar, read_model
 from tersetorch.cli.output import OutputArgument, OutputOption, keep_inputs, one_output
+from tersetorch.storage.arguments import target_of
 
 
 def convert(
@@ -36,6 +37,7 @@ def convert(
     """Moves a pruned or shared model onto the kernels that are faster on this machine, and stores it."""
     console = Console(stderr=True)
     target = one_output(output, output_option)
+    target_of("convert", target)  # looked at before minutes of measuring
     keep_inputs(target, model, input_file, network)
     dense = read_model("convert", model, network)
     if plan == "measure":

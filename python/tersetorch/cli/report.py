@@ -17,6 +17,7 @@ from tersetorch.cli.model_file import NetworkOption, read_model
 from tersetorch.cli.output import keep_inputs
 from tersetorch.recipes.compression_record import CompressionRecord, record_path
 from tersetorch.reports.page import Measurements, Rates, build_page
+from tersetorch.storage.arguments import target_of, write_whole
 
 L2 = 2**20
 
@@ -35,8 +36,7 @@ def report(
 ) -> None:
     """Writes one page of HTML about a file: size, accuracy, time and energy, before and after, layer by layer."""
     console = Console(stderr=True)
-    if not output.parent.is_dir():
-        raise typer.BadParameter(f"--output must lie in a folder that exists, got {output}")
+    target = target_of("report", output)  # looked at before minutes of measuring
     found = record or record_path(file)
     keep_inputs(output, file, found, input_file, network)
     inspection = storage.inspect(file)
@@ -53,9 +53,8 @@ def report(
         assert example is not None
         with console.status("measuring each layer"):
             measured = measure(model, example)
-    partial = output.with_name(output.name + ".partial")
-    partial.write_text(build_page(inspection, measured=measured, record=story), encoding="utf-8")
-    partial.replace(output)
+    page = build_page(inspection, measured=measured, record=story)
+    write_whole("report", target, page.encode())
     if as_json:
         plain = {
             "page": str(output),
