@@ -109,7 +109,7 @@ test-newest-torch: venv
 
 # What reads other people's files, on inputs changed until they reach new code; FUZZ_SECONDS for each kind of input, and
 # for the native decoders of the sanitized build. The next run goes on from build/fuzz. make test and make test-sanitized
-# fuzz for seconds, make test-full for minutes.
+# fuzz for a minute each, make test-full for more.
 FUZZ_SECONDS := 3600
 fuzz: venv test-sanitized
 	PYTHONPATH=tests python -m fuzz files coders exported foreign recipes --seconds $(FUZZ_SECONDS) --seed $$$$
