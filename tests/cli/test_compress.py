@@ -126,7 +126,8 @@ def test_compress_goes_on_with_the_same_data_alone_and_ends_no_input(tersetorch,
     for name in ("dense.terse", "recipe.yaml", "digits.npz"):
         before = (files / name).read_bytes()
         done = tersetorch("compress", "dense.terse", *own, "-o", name)
-        assert done.returncode == 2 and "must be none that is read" in " ".join(done.stderr.split())
+        rule = "must be none that is read" if name.endswith(".terse") else "must end in .terse"
+        assert done.returncode == 2 and rule in " ".join(done.stderr.split())
         assert (files / name).read_bytes() == before
 
 
@@ -193,6 +194,10 @@ def test_a_dry_run_says_what_would_be_done(tersetorch, files):
         (("--data", "my_code:broken"), 1, "RuntimeError: no disk"),
         (("--data", "none.npz"), 1, "read_dataset: path must exist"),
         (("twice.terse",), 2, "must come once, as OUTPUT or --output"),
+        (("-o", "small.bin"), 2, "must end in .terse, got small.bin"),
+        # the record's name is longer
+        (("-o", "x" * 245 + ".terse"), 1, "compress: path must name a file that can be written, got"),
+        (("--folder", "dense.pt"), 1, "compress: folder must be one that can be written, got dense.pt (File exists)"),
     ],
 )
 def test_bad_arguments_get_a_sentence(tersetorch, files, arguments, code, sentence):

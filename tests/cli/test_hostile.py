@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import zipfile
 
 import pytest
@@ -82,6 +83,38 @@ def test_output_is_not_the_input(tersetorch, tmp_path):
     done = tersetorch("convert", path, path, "--plan", "sparse")
     assert done.returncode == 2 and "must be none that is read" in " ".join(done.stderr.split())
     assert path.read_bytes() == before
+
+
+def test_output_is_not_the_code_of_the_network(tersetorch, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_nets").mkdir()
+    tt.save(nn.Linear(4, 3), "m.terse")
+    for code in ("mine.py", "my_nets/mine.py", "my_nets/__init__.py"):
+        (tmp_path / code).write_text("raise SystemExit\n")
+        name = code.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+        done = tersetorch("report", "m.terse", "-o", code, "--network", f"{name}:network")
+        assert done.returncode == 2 and "must be none that is read" in " ".join(done.stderr.split())
+        assert (tmp_path / code).read_text() == "raise SystemExit\n"
+
+
+def test_a_name_that_is_no_utf_8_is_shown_as_far_as_it_can_be(tersetorch, tmp_path):
+    path = tmp_path / os.fsdecode(b"bad\xff.terse")
+    tt.save(nn.Linear(4, 3), path)
+    done = tersetorch("report", path, "-o", tmp_path / "page.html")
+    assert done.returncode == 0, done.stderr
+    assert "bad?.terse" in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+def test_what_the_system_says_gets_a_sentence(tersetorch, monkeypatch):
+    def full(path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sys.modules["tersetorch.cli.inspect"], "inspect_file", full)
+    done = tersetorch("inspect", "m.terse")
+    assert done.returncode == 1
+    assert done.stderr.startswith(
+        "tersetorch: standard output must be there and have room, got No space left on device;"
+    )
 
 
 def folder(path):

@@ -1,3 +1,4 @@
+import os
 import pickle
 import zipfile
 
@@ -87,6 +88,9 @@ def test_other_files_are_refused(tmp_path):
         tt.zoo.read_dataset(tmp_path / "pickled.npz")
     with pytest.raises(ValueError, match="path must end in"):
         tt.zoo.read_dataset(tmp_path / "x.csv")
+    os.mkfifo(tmp_path / "pipe.npz")
+    with pytest.raises(ValueError, match="path must name a regular file"):
+        tt.zoo.read_dataset(tmp_path / "pipe.npz")
     with pytest.raises(FileNotFoundError, match="path must exist"):
         tt.zoo.read_dataset(tmp_path / "none.npz")
 

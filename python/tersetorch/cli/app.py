@@ -24,12 +24,19 @@ for verb in (demo, compress, convert, inspect, report, doctor, bench, reproduce)
     app.command()(verb)
 
 
+def _sentence(error: Exception) -> str:
+    if isinstance(error, OSError) and str(error).startswith("[Errno"):  # the system's own words name no argument
+        what = error.filename or "standard output"
+        return f"tersetorch: {what} must be there and have room, got {error.strerror}; mend it, or name another"
+    return str(error).strip().partition("\n")[0] or f"tersetorch: {type(error).__name__}"
+
+
 def main() -> None:
     """Runs the command. Exit codes: 0 done, 1 it could not be done (one sentence on stderr says why), 2 wrong usage."""
     try:
         app()
     except Exception as error:  # a person gets the sentence, never a traceback
-        sentence = str(error).strip().partition("\n")[0] or f"tersetorch: {type(error).__name__}"
+        sentence = _sentence(error)
         notes = (f"({note})" for note in getattr(error, "__notes__", ()))
         print(printable(" ".join([sentence, *notes])), file=sys.stderr)
         sys.exit(1)

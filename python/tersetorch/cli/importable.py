@@ -13,6 +13,13 @@ def is_importable(name: str) -> bool:
     return bool(colon) and all(part.isidentifier() for part in (*module.split("."), *attribute.split(".")))
 
 
+def files_of(name: str) -> list[str]:
+    """Where the code of package.module:name may lie; nothing is imported to find out."""
+    parts = os.path.join(*name.partition(":")[0].split("."))
+    folders = [os.getcwd(), *sys.path]
+    return [os.path.join(folder, file) for folder in folders for file in (f"{parts}.py", f"{parts}/__init__.py")]
+
+
 def call_importable(verb: str, option: str, name: str) -> Any:
     """What the function name gives; the current folder is looked in first, as by python -m.
 

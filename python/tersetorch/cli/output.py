@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from tersetorch.cli.importable import files_of, is_importable
+
 OutputArgument = Annotated[Path | None, typer.Argument(help="The .terse file to write.", metavar="OUTPUT")]
 OutputOption = Annotated[Path | None, typer.Option("--output", "-o", help="The same, by name.")]
 
@@ -14,25 +16,30 @@ def one_output(argument: Path | None, option: Path | None) -> Path:
     """The one that was given.
 
     Raises:
-        typer.BadParameter: none or both were.
+        typer.BadParameter: none or both were, or it is named as another kind of file, which no verb would read again.
     """
     found = [path for path in (argument, option) if path is not None]
     if len(found) != 1:
         raise typer.BadParameter(
             f"the file to write must come once, as OUTPUT or --output, got {' and '.join(map(str, found)) or 'none'}"
         )
+    if found[0].suffix != ".terse":
+        raise typer.BadParameter(f"the file to write must end in .terse, got {found[0]}")
     return found[0]
 
 
 def keep_inputs(output: Path, *inputs: Path | str | None) -> None:
-    """Looks whether output is one of the files that a verb reads; inputs that name no file are passed over.
+    """Looks whether output is one of the files that a verb reads, or the code of a package.module:function.
+
+    Inputs that name no file are passed over.
 
     Raises:
         typer.BadParameter: it is: writing would end the only copy.
     """
-    for name in inputs:
+    names = [str(name) for name in inputs if name]
+    for file in [*names, *(code for name in names if is_importable(name) for code in files_of(name))]:
         try:
-            same = bool(name) and os.path.samefile(output, str(name))
+            same = os.path.samefile(output, file)
         except OSError:  # one of them does not exist
             continue
         if same:

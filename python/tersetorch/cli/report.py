@@ -54,7 +54,7 @@ def report(
         with console.status("measuring each layer"):
             measured = measure(model, example)
     page = build_page(inspection, measured=measured, record=story)
-    write_whole("report", target, page.encode())
+    write_whole("report", target, page.encode(errors="replace"))  # a file's name may be no UTF-8
     if as_json:
         plain = {
             "page": str(output),

@@ -218,6 +218,7 @@ def compress(
         if max_drop is not None:
             check_number(WHERE, "max_drop", max_drop, 0, 100)
         target = target_of(WHERE, path)
+        target_of(WHERE, record_path(target))  # its name is longer
         check_fit(model, data)
     if everyone() is not None:
         asked = (recipe.model_dump(), budget, max_drop, batch_size, coders, folder is None)

@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from tersetorch.storage.arguments import target_of, write_whole
+
 SUFFIX = ".record.json"
 Count = Annotated[int, Field(ge=0)]
 
@@ -77,9 +79,8 @@ class CompressionRecord(_Part):
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Writes it as JSON; the file is whole at any time."""
-        partial = Path(f"{os.fspath(path)}.partial")
-        partial.write_text(self.model_dump_json(indent=1), encoding="utf-8")
-        partial.replace(path)
+        where = "CompressionRecord.write"
+        write_whole(where, target_of(where, path), self.model_dump_json(indent=1).encode())
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Self:

@@ -48,7 +48,12 @@ class RunFolder:
 
     def _found(self, folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
         """The record that folder holds, which is made where it is missing; ours where there is none."""
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise type(error)(
+                f"{self.where}: folder must be one that can be written, got {folder} ({error.strerror}); name another"
+            ) from error
         path = folder / "record.json"
         if path.exists():
             try:

@@ -28,7 +28,8 @@ def read_dataset(path: str | os.PathLike[str], *, seed: int = 0) -> Dataset:
         seed: draws the held-out examples.
 
     Raises:
-        ValueError: the file is none of these, or an array is missing, left over or has another shape or type.
+        ValueError: the file is none of these or no regular file, or an array is missing, left over or has another shape
+            or type.
         TypeError: seed is no int.
         FileNotFoundError: there is no such file.
     """
@@ -65,6 +66,8 @@ def read_dataset(path: str | os.PathLike[str], *, seed: int = 0) -> Dataset:
 def _arrays(path: Path) -> dict[str, Tensor]:
     if path.suffix not in SUFFIXES:
         raise ValueError(f"read_dataset: path must end in {' or '.join(SUFFIXES)}, got {path}; write such a file")
+    if path.exists() and not path.is_file():  # reading a pipe would wait for its writer
+        raise ValueError(f"read_dataset: path must name a regular file, got {path}; write the examples to one")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
