@@ -312,6 +312,16 @@ def test_rounding_without_pruning_leaves_all_values_for_the_weights():
     assert len(grouped.weight.unique()) == 2 and int(grouped.weight.count_nonzero()) == 36
 
 
+def test_each_layer_is_rounded_to_its_own_bits_in_one_call(make_mlp):
+    together = prune.obs(make_mlp(), batches(), 0.5, bits={"0": 2, "*": 3}, refine=1)
+    assert [len(together[place].weight.unique()) for place in (0, 2)] == [4, 8]
+    apart = prune.obs(make_mlp(), batches(), 0.5, bits=2, refine=1, targets="0")
+    prune.obs(apart, batches(), 0.5, bits=3, refine=1, targets="2")
+    assert all(torch.equal(value, apart.state_dict()[name]) for name, value in together.state_dict().items())
+    some = prune.obs(make_mlp(), batches(), 0.5, bits={"2": 2})
+    assert live_weight(some[0], "weight").compressed.codebook is None and len(some[2].weight.unique()) == 4
+
+
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_the_same_data_gives_the_same_bits_and_the_state_loads(make_mlp, solver):
     first, second = make_mlp(), make_mlp()
@@ -404,6 +414,13 @@ def test_statistics_of_batch_norm_are_taken_anew_afterwards(network):
         ({"sparsity": 0.5, "damping": 0, "solver": "full"}, ValueError, "damping must be more than 0 with solver"),
         ({"sparsity": 0.5, "block_size": 0}, ValueError, "block_size must be at least 1, got 0"),
         ({"sparsity": 0.5, "bits": 9}, ValueError, "bits must be from 1 to 8, got 9"),
+        ({"sparsity": 0.5, "bits": {"0": 4.0}}, TypeError, "bits['0'] must be an int, got 4.0"),
+        ({"sparsity": 0.5, "bits": {"fc": 4}}, ValueError, "bits must match weights of two or more dimensions, got"),
+        (
+            {"sparsity": {"0": 0.5}, "bits": {"2": 4}},
+            ValueError,
+            "bits must name layers that are pruned, got '2'; add it to sparsity, with 0",
+        ),
         (
             {"sparsity": 0.5, "bits": 4, "solver": "exactobs"},
             ValueError,
