@@ -211,6 +211,33 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(model, task, accuracy, tmp_
     assert all(torch.equal(tensor, whole.state_dict()[name]) for name, tensor in again.state_dict().items())
 
 
+def test_trials_prune_by_a_method_of_the_callers(model, task, accuracy, tmp_path):
+    asked = []
+
+    def method(tried, sparsities):
+        asked.append(sparsities)
+        tt.prune.obs(tried, [task[1]], sparsities, refine=1)
+
+    whole = file_bytes(model, tmp_path / "m.terse")
+    arguments = {"max_drop": 1.0, "budget": whole // 2, "sparsities": GRID, "folder": tmp_path / "run"}
+    found = tt.prune_to_budget(model, accuracy, method=method, **arguments)
+    assert asked == [trial.sparsities for trial in found.trials] and sum(found.sparsities.values()) > 0
+    expected = tt.prune.obs(copy.deepcopy(task[0]), [task[1]], found.sparsities, refine=1)
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in expected.state_dict().items())
+    with pytest.raises(ValueError, match="folder must hold a run with the same model and arguments, got another"):
+        tt.prune_to_budget(copy.deepcopy(task[0]), accuracy, **arguments)
+
+
+def test_a_method_that_makes_another_model_is_refused(model, accuracy):
+    def method(tried, sparsities):
+        tt.quantize.kmeans(tried)
+
+    losses = {name: dict.fromkeys(GRID, 0.0) for name in "024"}
+    with pytest.raises(ValueError, match="prune_to_budget: method must leave the model's modules, masks and shapes"):
+        tt.prune_to_budget(model, accuracy, max_drop=1, losses=losses, sparsities=GRID, method=method)
+    assert not is_live(model)
+
+
 def replaces_a_layer(model):
     model[0] = nn.Linear(16, 64)
 
@@ -340,6 +367,7 @@ def test_blocks_and_progress(model, accuracy):
     [
         ({"evaluate": 3}, TypeError, "evaluate must be callable, got int"),
         ({"retrain": 3}, TypeError, "retrain must be callable, got int"),
+        ({"method": "obs"}, TypeError, "method must be callable, got str"),
         ({"max_drop": -1}, ValueError, "max_drop must be finite and at least 0, got -1"),
         ({"budget": "1 MB"}, TypeError, "budget must be a number, got '1 MB'"),
         (

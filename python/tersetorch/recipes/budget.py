@@ -35,6 +35,7 @@ from tersetorch.zoo.ranks import alike, everyone, from_rank_0
 SPARSITIES = (0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97)
 # How often sparsities are chosen within a budget of bytes: each time by what the last file took beyond the curves.
 ATTEMPTS = 8
+Method = Callable[[nn.Module, dict[str, float]], object]
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,7 @@ def prune_to_budget(
     sparsities: Sequence[float] = SPARSITIES,
     trials: int = 6,
     pattern: str | None = None,
+    method: Method | None = None,
     targets: Patterns | None = None,
     ignore: Patterns | None = None,
     folder: str | os.PathLike[str] | None = None,
@@ -141,8 +143,8 @@ def prune_to_budget(
     With a budget, one trial: the sparsities that lose least within it. Bytes are those of the file that tersetorch.save
     writes of the pruned, retrained and finalized model: where it exceeds the budget, there is another trial within a
     lower limit, 8 at most. Without a budget, `trials` of them, which halve the range of limits: the least cost at which
-    the score still keeps the floor, baseline - max_drop. A trial prunes a copy by magnitude, retrains it, and scores
-    it; the chosen one's weights and masks are then loaded into model, which is ready to train on, as after
+    the score still keeps the floor, baseline - max_drop. A trial prunes a copy by method, retrains it, and scores it;
+    the chosen one's weights and masks are then loaded into model, which is ready to train on, as after
     prune.magnitude. When no trial keeps the floor, model stays as it was and the report's chosen is None.
 
     What a layer loses is added up over the layers: by prune.sensitivity the drop of the score when it alone is pruned
@@ -169,6 +171,9 @@ def prune_to_budget(
         sparsities: to choose from, each in [0, 1).
         trials: at most so many without a budget, at least 1.
         pattern: blocks "RxC" as in prune.magnitude, or None.
+        method: prunes a copy in place, as method(model, {layer name: sparsity}); prune.magnitude unless given, such as
+            lambda model, sparsities: tt.prune.obs(model, batches, sparsities, refine=3). It must leave the same on
+            every rank. Sensitivity and costs, which only say what to try, come from magnitude all the same.
         targets: as in prune.magnitude.
         ignore: as in prune.magnitude.
         folder: where every score, cost and the best weights so far are stored: the same call goes on from there after
@@ -178,8 +183,8 @@ def prune_to_budget(
     Raises:
         TypeError: an argument has another type.
         ValueError: an argument is out of range, no choice tried costs as little as budget, folder holds another run
-            or weights that do not fit, retrain leaves other tensors in the state than it was given, ranks were called
-            with other arguments, or as prune.magnitude. model is as it was.
+            or weights that do not fit, method or retrain leaves other tensors in the state than masks and weights,
+            ranks were called with other arguments, or as prune.magnitude. model is as it was.
     """
     where = "prune_to_budget"
     with failing_together(everyone()):
@@ -195,6 +200,7 @@ def prune_to_budget(
             sparsities,
             trials,
             pattern,
+            method,
             targets,
             ignore,
         )
@@ -209,6 +215,7 @@ def prune_to_budget(
         "max_drop": max_drop,
         "trials": trials,
         "pattern": pattern,
+        "method": method is not None,
         "losses": None if losses is None else _digest(losses),
         "example_inputs": _shapes(example_inputs),
     }
@@ -216,7 +223,7 @@ def prune_to_budget(
     run = RunFolder(where, folder, settings, sensitivity=None, costs=None, trials=[])
     told = _scan(run, where, model, evaluate, losses, chosen, grid, pattern, progress)
     curves = _costs(run, model, chosen, grid, unit, example_inputs, pattern, progress)
-    searched = _Search(where, model, evaluate, retrain, told, curves, max_drop, unit, budget, pattern, run)
+    searched = _Search(where, model, evaluate, retrain, told, curves, max_drop, unit, budget, pattern, method, run)
     dense = curves.total(dict.fromkeys(curves.layers, grid[0]))
     least = curves.total(dict.fromkeys(curves.layers, grid[-1]))
     task = None if progress is None else progress.add_task("trials", total=trials if budget is None else 1)
@@ -247,12 +254,13 @@ class _Search:
         unit: Unit,
         budget: float | None,
         pattern: str | None,
+        method: Method | None,
         run: RunFolder,
     ) -> None:
         self.where, self.model, self.evaluate, self.retrain = where, model, evaluate, retrain
         self.baseline, self.losses = told
         self.floor = self.baseline - max_drop
-        self.curves, self.pattern, self.run = curves, pattern, run
+        self.curves, self.pattern, self.method, self.run = curves, pattern, method, run
         self.unit, self.budget = unit, budget
         self.least = sum(min(curve.values()) for curve in curves.layers.values())
         self.trials: list[BudgetTrial] = []
@@ -338,18 +346,25 @@ class _Search:
         )
 
     def _prune(self, sparsities: Mapping[str, float]) -> nn.Module:
-        candidate = copy.deepcopy(self.model)
-        prune.magnitude(candidate, dict(sparsities), pattern=self.pattern)
+        candidate = prune.magnitude(copy.deepcopy(self.model), 0.0, targets=list(sparsities))
+        masked = _layout(candidate.state_dict())
+        if self.method is None:
+            prune.magnitude(candidate, dict(sparsities), pattern=self.pattern)
+        else:
+            self.method(candidate, dict(sparsities))
+            self._check_layout("method", masked, candidate)
         if self.retrain is not None:
-            before = _layout(candidate.state_dict())
             self.retrain(candidate)
-            changed = {name for name, _ in before.items() ^ _layout(candidate.state_dict()).items()}
-            if changed:
-                raise ValueError(
-                    f"{self.where}: retrain must leave the model's modules, masks and shapes, got another "
-                    f"{min(changed)!r}; train in place, and finalize or share weights afterwards"
-                )
+            self._check_layout("retrain", masked, candidate)
         return candidate
+
+    def _check_layout(self, name: str, masked: dict[str, tuple[torch.dtype, torch.Size]], model: nn.Module) -> None:
+        changed = {tensor for tensor, _ in masked.items() ^ _layout(model.state_dict()).items()}
+        if changed:
+            raise ValueError(
+                f"{self.where}: {name} must leave the model's modules, masks and shapes, got another "
+                f"{min(changed)!r}; prune and train in place, and finalize or share weights afterwards"
+            )
 
     def _cost(self, candidate: nn.Module, sparsities: dict[str, float]) -> float:
         if self.unit != "bytes":
@@ -479,6 +494,7 @@ def _check(
     sparsities: object,
     trials: int,
     pattern: str | None,
+    method: object,
     targets: Patterns | None,
     ignore: Patterns | None,
 ) -> list[Target]:
@@ -486,6 +502,10 @@ def _check(
         raise TypeError(f"{where}: evaluate must be callable, got {type(evaluate).__name__}; pass evaluate(model)")
     if retrain is not None and not callable(retrain):
         raise TypeError(f"{where}: retrain must be callable, got {type(retrain).__name__}; pass retrain(model)")
+    if method is not None and not callable(method):
+        raise TypeError(
+            f"{where}: method must be callable, got {type(method).__name__}; pass method(model, sparsities)"
+        )
     check_number(where, "max_drop", max_drop, 0, math.inf)
     if budget is not None:
         check_number(where, "budget", budget, 0, math.inf)
