@@ -95,7 +95,7 @@ def quick_lenet_5_plan() -> LeNetPlan:
     """The same with one epoch where it has more."""
     plan = lenet_5_plan()
     prune, share = plan.recipe.prune, plan.recipe.share
-    assert prune is not None and share is not None
+    assert prune is not None and prune.train is not None and share is not None and share.train is not None
     dense, pruned, shared = (each.model_copy(update={"epochs": 1}) for each in (plan.dense, prune.train, share.train))
     short = DeepCompressionRecipe(
         prune=prune.model_copy(update={"ramp_epochs": 1, "train": pruned}),

@@ -111,7 +111,7 @@ def _rises(record: dict[str, Any], init: str, kind: str) -> list[float]:
 def _shorter(plan: LeNetPlan, *, dense: int, prune: int, ramp: int) -> LeNetPlan:
     """The plan with these epochs, up to pruning."""
     stage = plan.recipe.prune
-    assert stage is not None
+    assert stage is not None and stage.train is not None
     train = stage.train.model_copy(update={"epochs": prune})
     pruned = PruneStage(sparsity=stage.sparsity, ramp_epochs=ramp, train=train)
     return replace(

@@ -20,6 +20,7 @@ BASE = ("compress", "dense.terse", "--recipe", "recipe.yaml", "--data", "images.
 CASES = {
     "untrained": ("--recipe", "untrained.yaml"),
     "trained": (),
+    "calibrated": ("--recipe", "calibrated.yaml"),
     "budget": ("--budget", "8x", "--max-drop", "99"),
     "drop": ("--max-drop", "60"),
     "dry": ("--dry-run",),
@@ -57,6 +58,7 @@ def files(folder):
         training = f"train: {{epochs: {epochs}, lr: 0.05}}"
         stages = f"prune: {{sparsity: 0.8, rounds: 1, {training}}}\nshare: {{bits: 4, {training}}}\n"
         (folder / f"{name}.yaml").write_text(stages)
+    (folder / "calibrated.yaml").write_text("prune: {method: obs, sparsity: 0.8}\nshare: {bits: 4}\n")
     (folder / "my_code.py").write_text(MY_CODE)
 
 

@@ -181,6 +181,23 @@ def test_a_dry_run_says_what_would_be_done(tersetorch, files):
     assert "found within the limits" in words and "for each trial" in words
 
 
+def test_a_recipe_without_training(tersetorch, files):
+    (files / "recipe.yaml").write_text("prune: {method: obs, sparsity: 0.5}\nshare: {bits: 4}")
+    words = tersetorch("compress", "dense.terse", *BASE, "--dry-run").stdout
+    assert "prune by second derivatives (calibrated on up to 512 training examples), without training" in words
+    done = tersetorch("compress", "dense.terse", *BASE)
+    assert done.returncode == 0, done.stderr
+    assert "pruned by second derivatives, calibrated on up to 512 training examples, not retrained" in done.stdout
+    small, digits = tt.load("small.terse"), tt.zoo.load("digits")
+    order = torch.randperm(len(digits.train_images), generator=torch.Generator().manual_seed(0))[:512]
+    batches = digits.train_images[order].split(32)
+    expected = tt.prune.obs(tt.load("dense.terse"), batches, 0.5, refine=3)
+    tt.finalize(tt.prune.obs(expected, batches, 0.0, bits=4, refine=3))
+    assert all(torch.equal(value, small.state_dict()[name]) for name, value in expected.state_dict().items())
+    found = json.loads(tersetorch("compress", "dense.terse", *BASE, "--seed", "1", "--json").stdout)
+    assert found["recipe"]["prune"]["method"] == "obs" and found["points"] == []
+
+
 @pytest.mark.parametrize(
     "arguments,code,sentence",
     [
@@ -211,6 +228,12 @@ def test_a_typo_in_a_recipe_names_the_field(tersetorch, files):
     (files / "recipe.yaml").write_text("prune: {sparsty: 0.9, rounds: 1, train: {epochs: 1, lr: 0.1, optimizer: sdg}}")
     done = tersetorch("compress", "dense.terse", *BASE)
     assert done.returncode == 1 and "did you mean sparsity?" in done.stderr and "'sgd' or 'adam'" in done.stderr
+    (files / "recipe.yaml").write_text("prune: {method: obs, sparsity: 0.9, calibraton: 9}")
+    done = tersetorch("compress", "dense.terse", *BASE)
+    assert done.returncode == 1 and "did you mean calibration?" in done.stderr
+    (files / "recipe.yaml").write_text("prune: {sparsity: 0.9, calibration: 9}")
+    done = tersetorch("compress", "dense.terse", *BASE)
+    assert done.returncode == 1 and "calibration must be left out where method is 'magnitude', got 9" in done.stderr
 
 
 def test_the_shell_completes_names():

@@ -16,7 +16,7 @@ import tersetorch as tt
 
 SCRIPT = Path(__file__).with_name("compressing_ranks.py")
 ON_RANKS = runpy.run_path(str(SCRIPT))
-FAST = ("untrained", "trained", "budget", "no recipe", "one fails", "others")
+FAST = ("untrained", "calibrated", "trained", "budget", "no recipe", "one fails", "others")
 
 
 def free_ports(count):
@@ -71,12 +71,13 @@ def same_everywhere(found, case):
     return first, json.loads(record)
 
 
-def test_ranks_write_the_bytes_of_one_process_where_nothing_is_trained(found, folder, tersetorch, monkeypatch):
-    same_everywhere(found, "untrained")
+@pytest.mark.parametrize("case", ["untrained", "calibrated"])
+def test_ranks_write_the_bytes_of_one_process_where_nothing_is_trained(found, folder, tersetorch, monkeypatch, case):
+    same_everywhere(found, case)
     monkeypatch.chdir(folder)
-    alone = tersetorch(*ON_RANKS["BASE"], *ON_RANKS["CASES"]["untrained"], "-o", "alone.terse")
+    alone = tersetorch(*ON_RANKS["BASE"], *ON_RANKS["CASES"][case], "-o", "alone.terse")
     assert alone.returncode == 0, alone.stderr
-    assert (folder / "alone.terse").read_bytes() == (folder / "untrained.terse").read_bytes()
+    assert (folder / "alone.terse").read_bytes() == (folder / f"{case}.terse").read_bytes()
 
 
 def test_ranks_train_one_model_and_rank_0_stores_it(found, folder):

@@ -159,6 +159,104 @@ def test_a_stopped_run_goes_on_to_the_same_file(trained, digits, train, tmp_path
     assert again.points == whole.points and again.before == whole.before
 
 
+OBS = {"prune": {"method": "obs", "sparsity": {"fc1": 0.8, "fc2": 0.7}}, "share": {"bits": 4}}
+by_obs = tt.recipes.DeepCompressionRecipe.from_mapping(OBS)
+
+
+def test_obs_without_training_is_what_one_gets_by_hand(trained, network, digits, tmp_path):
+    def fails(model, stage):
+        raise AssertionError("nothing is to be trained")
+
+    record = compress(network, by_obs, digits, fails, path=tmp_path / "small.terse", batch_size=64, seed=3)
+    drawn = torch.randperm(len(digits.train_images), generator=torch.Generator().manual_seed(3))[:512]
+    batches = digits.train_images[drawn].split(64)
+    expected = tt.prune.obs(copy.deepcopy(trained), batches, {"fc1": 0.8, "fc2": 0.7}, refine=3)
+    tt.finalize(tt.prune.obs(expected, batches, 0.0, bits=4, refine=3))
+    assert all(torch.equal(value, network.state_dict()[name]) for name, value in expected.state_dict().items())
+    assert record.points == [] and record.after.error_percent == error(expected, digits)
+    assert record.how_pruned == (
+        "pruned by second derivatives, calibrated on up to 512 training examples, not retrained"
+    )
+    assert record.recipe["prune"]["method"] == "obs" and record.recipe["prune"]["calibration"] == 512
+
+
+def test_obs_loses_less_than_magnitude_without_training(trained, digits):
+    """Of all layers: 80 % pruned and 3 bits, where magnitude pruning loses much."""
+    errors = {}
+    for method in ("magnitude", "obs"):
+        plan = {"prune": {"method": method, "sparsity": 0.8}, "share": {"bits": 3}}
+        batches = digits.train_images[:512].split(128)
+        model = tt.deep_compression(copy.deepcopy(trained), plan, calibration=batches)
+        errors[method] = error(model, digits)
+    assert errors["obs"] < errors["magnitude"] / 2
+
+
+def test_a_plan_says_in_words_what_obs_would_do(network):
+    plan = plan_compression(network, by_obs)
+    assert plan.trainings == (
+        "prune by second derivatives (calibrated on up to 512 training examples), without training",
+        "share weights by second derivatives, without training",
+    )
+    training = {"epochs": 1, "lr": 0.1}
+    stages = {"prune": OBS["prune"] | {"calibration": 1, "train": training}, "share": {"bits": 4, "train": training}}
+    plan = plan_compression(network, tt.recipes.DeepCompressionRecipe.from_mapping(stages), limited=True)
+    assert plan.trainings == (
+        "prune by second derivatives (calibrated on up to 1 training example) and retrain, 1 epoch, for each trial",
+        "share weights by second derivatives and train the shared values, 1 epoch",
+    )
+
+
+def test_limits_are_kept_by_the_recipes_method(trained, digits, tmp_path):
+    """A layer that cannot be calibrated is left alone, and shared as without calibration."""
+
+    class Reads(nn.Sequential):
+        def forward(self, x):
+            read = nn.functional.linear(x.flatten(1), self.read.weight)
+            for layer in list(self)[:-1]:
+                x = layer(x)
+            return x + 0 * read
+
+    network = Reads(OrderedDict([*copy.deepcopy(trained).named_children(), ("read", nn.Linear(64, 10))]))
+    budget, asked, obs = plan_compression(network, by_obs).dense_bytes // 6, [], tt.prune.obs
+
+    def noted(model, batches, sparsity, **options):
+        asked.append((sum(map(len, batches)), options.get("bits")))
+        return obs(model, batches, sparsity, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tt.prune, "obs", noted)
+        record = compress(network, by_obs, digits, untrained, path=tmp_path / "small.terse", budget=budget)
+    assert record.after.file_bytes == (tmp_path / "small.terse").stat().st_size <= budget
+    assert [point.label for point in record.points] == ["pruned", "shared"]
+    assert {examples for examples, _ in asked} == {512} and asked[0][1] is None
+    bits = asked[-1][1]
+    assert set(bits) == {"fc1", "fc2", "fc3"} and network.fc1.weight.unique().numel() <= 2 ** bits["fc1"]
+    assert bool(network.read.weight.all()) and not bool(network.fc1.weight.all())
+    assert network.read.weight.unique().numel() <= 256
+
+
+def test_a_run_with_obs_goes_on_with_the_same_examples_alone(trained, digits, tmp_path):
+    options = {"folder": tmp_path / "run", "path": tmp_path / "small.terse"}
+    compress(copy.deepcopy(trained), by_obs, digits, untrained, **options)
+    first = (tmp_path / "small.terse").read_bytes()
+    compress(copy.deepcopy(trained), by_obs, digits, untrained, **options)
+    assert (tmp_path / "small.terse").read_bytes() == first
+    with pytest.raises(ValueError, match="folder must hold a run with the same model and arguments, got another"):
+        compress(copy.deepcopy(trained), by_obs, digits, untrained, seed=1, **options)
+
+
+def test_layers_that_cannot_be_calibrated_are_named_at_once(digits, tmp_path):
+    class Reads(nn.Sequential):
+        def forward(self, x):
+            return nn.functional.linear(x.flatten(1), self.read.weight)
+
+    model = Reads(OrderedDict(read=nn.Linear(64, 10, bias=False)))
+    plan = tt.recipes.DeepCompressionRecipe.from_mapping({"prune": {"method": "obs", "sparsity": 0.5}})
+    with pytest.raises(ValueError, match=r"compress: recipe\.prune\.sparsity must name Linear .* got 'read'"):
+        compress(model, plan, digits, untrained, path=tmp_path / "small.terse", folder=tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
 class Two(nn.Module):
     def __init__(self):
         super().__init__()

@@ -18,6 +18,27 @@ def test_what_is_written_is_read(tmp_path):
     assert CompressionRecord.read(path) == record()
 
 
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [
+        (
+            {"prune": {"sparsity": 0.5, "rounds": 1, "train": {"epochs": 1, "lr": 0.1}}},
+            "pruned by magnitude, retrained",
+        ),
+        (
+            {"prune": {"sparsity": 0.5, "method": "obs", "calibration": 9}},
+            "pruned by second derivatives, calibrated on up to 9 training examples, not retrained",
+        ),
+        ({"prune": {"sparsity": 0.5, "method": "obs", "calibration": 10**5000}}, ""),
+        ({"share": {"bits": 4}}, ""),
+        ({"a": 1}, ""),
+        ({}, ""),
+    ],
+)
+def test_how_it_was_pruned_is_said_in_words(recipe, words):
+    assert record().model_copy(update={"recipe": recipe}).how_pruned == words
+
+
 @pytest.mark.parametrize("text,where", [("", "the file"), ("[]", "the file"), ('{"format": 2}', "format")])
 def test_what_is_no_record_is_refused(tmp_path, text, where):
     (tmp_path / "x.json").write_text(text)

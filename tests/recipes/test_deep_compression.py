@@ -7,14 +7,15 @@ from rich.progress import Progress
 from torch import nn
 
 import tersetorch as tt
-from tersetorch.methods import finalize
+from tersetorch.methods import finalize, prune, quantize
 from tersetorch.methods.parametrization import is_live
 from tersetorch.methods.selection import find_weights
-from tersetorch.recipes import DeepCompressionRecipe, deep_compression
+from tersetorch.recipes import DeepCompressionRecipe, Stage, deep_compression
 from tersetorch.recipes.deep_compression import PUBLISHED
 from tersetorch.zoo import NETWORKS, LeNet5, LeNet300100, error_rate, fit, load, steps_per_epoch
 
 TRAINING = {"epochs": 1, "lr": 0.1}
+OBS = {"method": "obs", "sparsity": 0.5}
 
 
 def network(dropout=0.0):
@@ -34,6 +35,17 @@ def distinct(model):
 
 def ignore(model, stage):
     pass
+
+
+def batches(seed=0):
+    """64 inputs of the network, whose features depend on each other, 24 at a time."""
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(64, 20, generator=generator) @ torch.randn(20, 20, generator=generator)).split(24)
+
+
+def same(model, other):
+    ours, theirs = model.state_dict(), other.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
 def test_rounds_follow_the_cubic_curve_with_training_after_each():
@@ -98,6 +110,90 @@ def test_both_stages_keep_zero_among_the_values():
     assert distinct(model) == [8, 8]
 
 
+def by_hand(model, data, sparsity, bits, solver="blocked", refine=3):
+    prune.obs(model, data, sparsity, solver=solver, refine=refine if solver == "blocked" else 0)
+    return model if bits is None else prune.obs(model, data, 0.0, bits=bits, refine=refine)
+
+
+@pytest.mark.parametrize(
+    ("stage", "bits"),
+    [
+        ({}, None),
+        ({}, 3),
+        ({"refine": 0}, 2),
+        ({"solver": "exactobs", "refine": 1}, {"0": 2, "*": 3}),
+    ],
+)
+def test_obs_prunes_and_shares_as_by_hand_without_training(stage, bits):
+    recipe = {"prune": OBS | stage} | ({} if bits is None else {"share": {"bits": bits}})
+    model = network()
+    assert deep_compression(model, recipe, calibration=iter(batches())) is model
+    assert same(model, by_hand(network(), batches(), 0.5, bits, **stage))
+    assert zeros(model) == [300, 150]
+
+
+def test_obs_looks_at_as_many_examples_as_asked_in_whole_batches():
+    found = deep_compression(network(), {"prune": OBS | {"calibration": 25}}, calibration=batches())
+    assert same(found, by_hand(network(), batches()[:2], 0.5, None))
+    labelled = [(x, torch.zeros(len(x))) for x in batches()]
+    assert same(deep_compression(network(), {"prune": OBS | {"calibration": 48}}, calibration=labelled), found)
+    assert not same(deep_compression(network(), {"prune": OBS | {"calibration": 24}}, calibration=batches()), found)
+
+
+def test_obs_in_rounds_is_retrained_and_calibrated_again():
+    seen = []
+
+    def train(model, stage):
+        seen.append((stage.name, stage.round, zeros(model)))
+        jitter(model, stage)
+
+    recipe = {"prune": OBS | {"sparsity": 0.8, "rounds": 2, "train": TRAINING}, "share": {"bits": 3, "train": TRAINING}}
+    model = deep_compression(network(), recipe, train, calibration=batches())
+    assert seen == [("prune", 1, [420, 210]), ("prune", 2, [480, 240]), ("share", 1, [480, 240])]
+    expected = network()
+    for part, stage in enumerate(("prune", "prune", "share")):
+        if stage == "prune":
+            prune.obs(expected, batches(), 0.8 * (1 - (1 - (part + 1) / 2) ** 3), refine=3)
+        else:
+            prune.obs(expected, batches(), 0.0, bits=3, refine=3)
+        jitter(expected, Stage(stage, part % 2 + 1, 2, None, lambda: None))
+    assert same(model, expected)
+
+
+class Words(nn.Module):
+    """An embedding, and a layer that no data reaches: attention reads its weight itself."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.words = nn.Embedding(30, 8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.out = nn.Linear(8, 5)
+
+    def forward(self, tokens):
+        x = self.words(tokens)
+        return self.out(self.attention(x, x, x, need_weights=False)[0])
+
+
+def test_what_obs_cannot_calibrate_is_shared_by_kmeans():
+    data = [torch.randint(0, 30, (16, 6), generator=torch.Generator().manual_seed(0))]
+    recipe = {"prune": OBS | {"sparsity": {"out": 0.5}}, "share": {"bits": {"out": 2, "*": 3}}}
+    found = deep_compression(Words(), recipe, calibration=data)
+    expected = prune.obs(Words(), data, {"out": 0.5}, refine=3)
+    prune.obs(expected, data, 0.0, bits=2, refine=3, targets="out")
+    assert same(found, quantize.kmeans(expected, 3, targets="*", ignore="out"))
+    model = Words()
+    for sparsity, name in ((0.5, r"attention\.out_proj"), ({"words": 0.5}, "words")):
+        with pytest.raises(ValueError, match=f"must name Linear and Conv layers that inputs reach .* got '{name}'"):
+            deep_compression(model, {"prune": OBS | {"sparsity": sparsity}}, calibration=data)
+    assert not is_live(model)
+
+
+def test_magnitude_needs_no_training_either():
+    model = deep_compression(network(), {"prune": {"sparsity": 0.5}, "share": {"bits": 3}})
+    assert same(model, quantize.kmeans(prune.magnitude(network(), 0.5), 3))
+
+
 @pytest.mark.parametrize(("rule", "rate"), [(True, 0.4 * 0.25**0.5), (False, 0.4)])
 def test_dropout_rule(rule, rate):
     model = network(dropout=0.4)
@@ -116,6 +212,12 @@ def test_yaml_round_trip(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(recipe.to_yaml())
     assert DeepCompressionRecipe.from_yaml(path) == recipe
+    short = DeepCompressionRecipe.from_mapping({"prune": OBS, "share": {"bits": 4}})
+    path.write_text(short.to_yaml())
+    assert DeepCompressionRecipe.from_yaml(path) == short
+    assert DeepCompressionRecipe.from_mapping(short.model_dump()) == short
+    stage = short.prune
+    assert (stage.rounds, stage.solver, stage.calibration, stage.refine) == (1, "blocked", 512, 3)
     model = network()
     path.write_text("share: {bits: 1, train: {epochs: 1, lr: 0.1}}")
     deep_compression(model, path, ignore)
@@ -135,9 +237,29 @@ def test_yaml_round_trip(tmp_path):
         ({"prune": {"sparsity": 0.5, "ramp_epochs": 2, "train": TRAINING}}, "ramp_epochs must be at most .* got 2"),
         ({"prune": {"sparsity": 0.5, "rounds": 0, "train": TRAINING}}, r"prune\.rounds.* got 0"),
         ({"share": {"bits": 9, "train": TRAINING}}, "less than or equal to 8, got 9"),
-        ({"share": {"bits": 4}}, r"share\.train: Field required"),
+        ({"share": {"bits": 4, "train": {"epochs": 1}}}, r"share\.train\.lr: Field required"),
         ({"share": {"bits": 4, "train": TRAINING | {"lr": 0}}}, r"share\.train\.lr: .*greater than 0, got 0"),
         ({"share": {"bits": 4, "train": TRAINING | {"lr": float("inf")}}}, r"lr: .*finite number, got inf"),
+        ({"prune": {"sparsity": 0.5, "ramp_epochs": 1}}, "ramp_epochs must be left out where train is, got 1; add"),
+        ({"prune": {"sparsity": 0.5, "rounds": 2}}, "rounds must be 1 where train is left out, got 2; add train"),
+        ({"prune": OBS | {"rounds": 2}}, "rounds must be 1 where train is left out, got 2; add train"),
+        ({"prune": OBS | {"method": "obd"}}, r"prune\.method: .*'magnitude' or 'obs', got 'obd'"),
+        ({"prune": OBS | {"solver": "full"}}, r"prune\.solver: .*'blocked' or 'exactobs', got 'full'"),
+        ({"prune": OBS | {"calibration": 0}}, r"prune\.calibration: .*greater than or equal to 1, got 0"),
+        ({"prune": OBS | {"calibration": 1.5}}, r"prune\.calibration: .*valid integer, got 1.5"),
+        ({"prune": OBS | {"refine": -1}}, r"prune\.refine: .*greater than or equal to 0, got -1"),
+        ({"prune": OBS | {"refin": 1}}, r"prune\.refin, where only .* may stand \(did you mean refine\?\)"),
+        ({"prune": {"method": "obs"}}, r"prune\.sparsity: Field required"),
+        (
+            {"prune": OBS | {"ramp_epochs": 1, "train": TRAINING}},
+            "ramp_epochs must be left out where method is 'obs', got 1; give rounds, with train",
+        ),
+        *(
+            ({"prune": {"sparsity": 0.5, field: value}}, f"{field} must be left out where method is 'magnitude', got")
+            for field, value in (("solver", "blocked"), ("calibration", 512), ("refine", 0))
+        ),
+        ({"prune": OBS, "share": {"bits": 4, "init": "linear"}}, "share.init must be 'exact' where prune.method is"),
+        ({"prune": OBS}, "calibration must be given where recipe.prune.method is 'obs', got None; pass batches"),
         ({"shear": {}}, r"shear, where only prune, share may stand \(did you mean share\?\)"),
         (
             {"prune": {"sparsity": 0.5, "rounds": 1, "train": {"epochs": 1, "lr": 0.1, "momentom": 0.9}}},
@@ -172,6 +294,10 @@ def test_a_pattern_without_a_layer_is_refused_before_anything_changes(stage):
         ({"model": "net"}, TypeError, "model must be an nn.Module, got str"),
         ({"recipe": 3}, TypeError, "recipe must be a DeepCompressionRecipe, a mapping, a name or the path .* got int"),
         ({"train": None}, TypeError, r"train must be callable as train\(model, stage\), got NoneType"),
+        ({"recipe": {"prune": OBS}, "train": 3}, TypeError, r"train must be callable as .* got int"),
+        ({"recipe": {"prune": OBS}, "calibration": torch.ones(9, 20)}, TypeError, "calibration must be an iterable of"),
+        ({"recipe": {"prune": OBS}, "calibration": []}, ValueError, "calibration must hold at least one example, got"),
+        ({"recipe": {"prune": OBS}, "calibration": [torch.ones(0, 20)]}, ValueError, "calibration must hold at least"),
         ({"steps_per_epoch": None}, ValueError, "steps_per_epoch must be at least 1 .* got None"),
         ({"steps_per_epoch": 0}, ValueError, "steps_per_epoch must be at least 1 .* got 0"),
         ({"steps_per_epoch": 1.5}, TypeError, "steps_per_epoch must be an int, got 1.5"),
@@ -319,6 +445,36 @@ def test_a_stopped_run_goes_on_to_the_same_bits(recipe, stopped_at, tmp_path):
     assert is_live(model) and model[2].p == whole[2].p < 0.4
     assert model.state_dict().keys() == whole.state_dict().keys()
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in whole.state_dict().items())
+
+
+@pytest.mark.parametrize("stopped_at", [1, 2, 3, "share", None])
+def test_a_stopped_run_with_obs_goes_on_to_the_same_bits(stopped_at, tmp_path, monkeypatch):
+    """What stops it is the call of prune.obs of that number, or a training."""
+    recipe = {"prune": OBS | {"rounds": 2, "train": TRAINING}, "share": {"bits": 3, "train": TRAINING}}
+    whole = deep_compression(network(dropout=0.4), recipe, jitter, calibration=batches())
+    calls, obs = [], prune.obs
+
+    def stops(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) == stopped_at:
+            raise KeyboardInterrupt
+        return obs(*arguments, **options)
+
+    def train(model, stage):
+        if stage.name == stopped_at:
+            raise KeyboardInterrupt
+        jitter(model, stage)
+
+    monkeypatch.setattr(prune, "obs", stops)
+    with suppress(KeyboardInterrupt):
+        deep_compression(network(dropout=0.4), recipe, train, calibration=batches(), folder=tmp_path / "run")
+    model = deep_compression(network(dropout=0.4), recipe, jitter, calibration=batches(), folder=tmp_path / "run")
+    assert len(calls) == (3 if stopped_at is None else 4)
+    assert same(model, whole) and model[2].p == whole[2].p < 0.4
+    for changes, seed in (({"refine": 1}, 0), ({}, 1)):
+        other = recipe | {"prune": recipe["prune"] | changes}
+        with pytest.raises(ValueError, match="folder must hold a run with the same model and arguments, got another"):
+            deep_compression(network(), other, jitter, calibration=batches(seed), folder=tmp_path / "run")
 
 
 def test_a_folder_of_another_run_is_refused(tmp_path):

@@ -59,7 +59,7 @@ def compress(
     ] = None,
     dry_run: Annotated[bool, typer.Option(help="Say what would be done, and how large the file would be.")] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples a step.")] = 128,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of held-out examples and of training.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of held-out examples, of training and of calibration.")] = 0,
     coders: CodersOption = "smallest",
     folder: Annotated[
         Path | None,
@@ -70,7 +70,7 @@ def compress(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON instead of the table.")] = False,
 ) -> None:
-    """Prunes a model, shares its weights and stores it: Deep Compression by a recipe, with retraining.
+    """Prunes a model, shares its weights and stores it: Deep Compression by a recipe, with retraining or without.
 
     With --budget or --max-drop the recipe gives the trainings, and the sparsities are found. A run that is stopped goes
     on where it was when the same command is given again.
@@ -94,7 +94,7 @@ def compress(
         planned = plan_compression(compressed, plan, limited=limited)
         most = _bytes(budget, planned.dense_bytes) if budget else None
         loaded = in_dtype(read_data("compress", data, seed), compressed)
-        check_fit(compressed, loaded)
+        check_fit(compressed, loaded, None if limited else plan)
     if dry_run and rank() == 0:
         print(json.dumps(planned.to_dict(), indent=1) if as_json else _text(planned))
     if dry_run:
@@ -109,6 +109,7 @@ def compress(
             budget=most,
             max_drop=max_drop,
             batch_size=batch_size,
+            seed=seed,
             coders=coders,
             folder=run,
             progress=progress,
@@ -156,9 +157,10 @@ def _bytes(text: str, dense: int) -> int:
 
 def _summary(record: CompressionRecord, target: Path) -> str:
     before, after = record.before, record.after
+    how = f"{record.how_pruned}\n" if record.how_pruned else ""
     return (
         f"error on {record.examples:,} held-out examples: {before.error_percent:.2f} % before, "
-        f"{after.error_percent:.2f} % after\n"
+        f"{after.error_percent:.2f} % after\n{how}"
         f"{target}: {after.file_bytes:,} bytes, {before.file_bytes / after.file_bytes:.1f} times smaller than the "
         f"{before.file_bytes:,} of the same kind of file before; its story is in {record_path(target).name}, and "
         f"'tersetorch report {target} -o report.html' draws it"

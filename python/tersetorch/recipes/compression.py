@@ -8,7 +8,7 @@ import math
 import os
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,15 +26,26 @@ from tersetorch.methods.prune.calibration import evaluating
 from tersetorch.methods.selection import select
 from tersetorch.recipes.bits import share_to_budget
 from tersetorch.recipes.budget import prune_to_budget
+from tersetorch.recipes.calibrated import (
+    calibrated_layers,
+    check_calibrated,
+    drawn_batches,
+    prune_calibrated,
+    share_calibrated,
+)
 from tersetorch.recipes.compression_record import CompressionRecord, Point, SensitivityCurves, record_path
 from tersetorch.recipes.cost_curves import file_bytes
 from tersetorch.recipes.deep_compression import (
     DeepCompressionRecipe,
     Stage,
     Train,
+    Training,
     by_pattern,
+    calibration_words,
     deep_compression,
     layer_values,
+    pruning_words,
+    sharing_words,
 )
 from tersetorch.recipes.run_folder import RunFolder, fingerprint
 from tersetorch.storage import save
@@ -73,10 +84,10 @@ class CompressionPlan:
 
     Attributes:
         layers: all that it would change.
-        trainings: words for each training, in order.
+        trainings: words for each training, in order, and for each stage that goes without.
         dense_bytes: of the file that tersetorch.save writes of the model as it is.
-        file_bytes: of the model pruned and shared without training, near what training leaves; None where limits
-            decide.
+        file_bytes: of the model pruned by magnitude and shared without training, near what comes of other methods and
+            of training; None where limits decide.
     """
 
     layers: tuple[PlannedLayer, ...]
@@ -111,12 +122,13 @@ def plan_compression(model: nn.Module, recipe: DeepCompressionRecipe, *, limited
     )
     trainings = []
     if recipe.prune is not None:
-        rounds, epochs = recipe.prune.rounds or 1, recipe.prune.train.epochs
-        trainings += [f"prune and retrain, {_count(epochs, 'epoch')}"] * (1 if limited else rounds)
+        detail = f" ({words})" if (words := calibration_words(recipe.prune)) else ""
+        words = f"{pruning_words(recipe.prune, detail)}, {_epochs(recipe.prune.train)}"
+        trainings += [words] * (1 if limited else recipe.prune.rounds or 1)
         if limited:
             trainings[-1] += ", for each trial"
     if recipe.share is not None:
-        trainings.append(f"share weights and train the shared values, {_count(recipe.share.train.epochs, 'epoch')}")
+        trainings.append(f"{sharing_words(recipe)}, {_epochs(recipe.share.train)}")
     size = None
     if not limited:
         tried = copy.deepcopy(model)
@@ -129,16 +141,18 @@ def plan_compression(model: nn.Module, recipe: DeepCompressionRecipe, *, limited
 
 
 @torch.no_grad()
-def check_fit(model: nn.Module, data: Dataset) -> None:
+def check_fit(model: nn.Module, data: Dataset, recipe: DeepCompressionRecipe | None = None) -> None:
     """Calls model with two of data's images, so that what does not fit together is said before hours of training.
 
     Args:
         model: it is not changed.
         data: what compress would train it on.
+        recipe: the plan, where its sparsities are followed; with method "obs" they must be of layers that can be
+            calibrated.
 
     Raises:
-        ValueError: model does not take the images, or does not give logits [N, classes] with one for each class of
-            data.
+        ValueError: model does not take the images, does not give logits [N, classes] with one for each class of data,
+            or recipe prunes layers that cannot be calibrated.
     """
     images = data.validation_images[:2]
     try:
@@ -162,6 +176,9 @@ def check_fit(model: nn.Module, data: Dataset) -> None:
             "pass the data that it was trained on; losses other than cross-entropy over classes need "
             "tersetorch.prune and tersetorch.quantize in a loop of your own"
         )
+    if recipe is not None and recipe.prune is not None and recipe.prune.method == "obs":
+        pruned = layer_values(model, "recipe.prune.sparsity", recipe.prune.sparsity)
+        check_calibrated(WHERE, model, pruned, [images])
 
 
 def compress(
@@ -174,6 +191,7 @@ def compress(
     budget: int | None = None,
     max_drop: float | None = None,
     batch_size: int = 128,
+    seed: int = 0,
     coders: Literal["smallest", "fast"] = "smallest",
     folder: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
@@ -181,11 +199,11 @@ def compress(
     """Compresses model in place by a recipe, stores it at path, and its record beside it.
 
     Without limits this is deep_compression, with the errors and sizes of the models on the way. With a budget or a
-    largest drop, recipe.prune.sparsity is not followed: prune_to_budget finds the sparsities, with the trainings of the
-    recipe, and the bits of recipe.share are raised (at most to 8) while the drop is too large, or chosen by
-    share_to_budget within the budget. Half of the drop is for pruning where weights are shared after it; where no
-    sparsity that is tried keeps it, and no budget asks for one, nothing is pruned. Nothing is written where the limits
-    cannot be kept.
+    largest drop, recipe.prune.sparsity is not followed: prune_to_budget finds the sparsities, with the method and the
+    trainings of the recipe, and the bits of recipe.share are raised (at most to 8) while the drop is too large, or
+    chosen by share_to_budget within the budget. Half of the drop is for pruning where weights are shared after it;
+    where no sparsity that is tried keeps it, and no budget asks for one, nothing is pruned. Nothing is written where
+    the limits cannot be kept.
 
     Where torch.distributed has started, every rank must call it with the same arguments: all start from rank 0's model,
     train shares out its batches as tersetorch.zoo.fit does, rank 0 alone measures and writes, and what it found decides
@@ -195,12 +213,14 @@ def compress(
     Args:
         model: a trained network that gives logits.
         recipe: the plan.
-        data: train_images are for train; errors are counted on validation_images, which nobody trains on.
+        data: train_images are for train and calibration; errors are counted on validation_images, which nobody trains
+            on.
         train: as in deep_compression.
         path: the .terse file. The record goes to the same name with the suffix .record.json.
         budget: most bytes of the file.
         max_drop: most percentage points by which the error on held-out images may rise.
-        batch_size: images a step of train.
+        batch_size: images a step of train, and of calibration where recipe.prune.method is "obs".
+        seed: of train; draws the training images that are calibrated on, which are the first that it draws.
         coders: of the file, as tersetorch.save takes it.
         folder: where states are kept: the same call goes on from there after an interruption. Made where it is
             missing.
@@ -211,6 +231,7 @@ def compress(
         ValueError: an argument is out of range, the limits cannot be kept, ranks were called with other layers, data or
             arguments, or as check_fit, deep_compression and prune_to_budget.
     """
+    limited = budget is not None or max_drop is not None
     with failing_together(everyone()):
         check_choice(WHERE, "coders", coders, CODERS)
         if budget is not None:
@@ -219,9 +240,9 @@ def compress(
             check_number(WHERE, "max_drop", max_drop, 0, 100)
         target = target_of(WHERE, path)
         target_of(WHERE, record_path(target))  # its name is longer
-        check_fit(model, data)
+        check_fit(model, data, None if limited else recipe)
     if everyone() is not None:
-        asked = (recipe.model_dump(), budget, max_drop, batch_size, coders, folder is None)
+        asked = (recipe.model_dump(), budget, max_drop, batch_size, seed, coders, folder is None)
         check_alike(WHERE, "arguments", asked, everyone())
         check_alike(WHERE, "data", _digest(data), everyone())
         alike(model)
@@ -233,6 +254,9 @@ def compress(
     def point(label: str, tried: nn.Module) -> Point:
         return Point(label=label, file_bytes=_bytes(tried), error_percent=error(tried))
 
+    calibration = None
+    if recipe.prune is not None and recipe.prune.calibration is not None:
+        calibration = drawn_batches(data.train_images, recipe.prune.calibration, batch_size, seed)
     kept = None if folder is None else Path(folder)
     settings = {
         "weights": fingerprint(model),
@@ -240,6 +264,7 @@ def compress(
         "budget": budget,
         "max_drop": max_drop,
         "recipe": recipe.model_dump(),
+        "calibration": None if calibration is None else [batch_size, seed],
     }
     run = RunFolder(WHERE, kept, settings, points=[], before=None)
     if run.record["before"] is None:
@@ -255,7 +280,7 @@ def compress(
         return found
 
     sensitivity = None
-    if budget is None and max_drop is None:
+    if not limited:
 
         def trained(tried: nn.Module, stage: Stage) -> None:
             train(tried, stage)
@@ -263,9 +288,13 @@ def compress(
                 note("pruned" if stage.name == "prune" else "shared", tried)
 
         steps = steps_per_epoch(len(data.train_images), batch_size)
-        deep_compression(model, recipe, trained, steps_per_epoch=steps, folder=inner, progress=progress)
+        deep_compression(
+            model, recipe, trained, calibration=calibration, steps_per_epoch=steps, folder=inner, progress=progress
+        )
     else:
-        limits = _Limits(model, recipe, train, error, note, before, budget, max_drop, inner, progress)
+        limits = _Limits(
+            model, recipe, train, calibration or [], error, note, before, budget, max_drop, inner, progress
+        )
         sensitivity = limits.search()
     finalize(model)
     error_after = error(model)
@@ -309,6 +338,7 @@ class _Limits:
         model: nn.Module,
         recipe: DeepCompressionRecipe,
         train: Train,
+        batches: Sequence[Tensor],
         error: Callable[[nn.Module], float],
         note: Callable[[str, nn.Module], Point],
         before: Point,
@@ -318,11 +348,12 @@ class _Limits:
         progress: Progress | None,
     ) -> None:
         self.model, self.recipe, self.train, self.error, self.note = model, recipe, train, error, note
+        self.batches = batches
         self.before, self.budget, self.folder, self.progress = before, budget, folder, progress
         self.max_drop = 100.0 if max_drop is None else max_drop
         if recipe.prune is None:
             raise ValueError(
-                f"{WHERE}: recipe must have a stage prune where budget or max_drop is given, got none; add its training"
+                f"{WHERE}: recipe must have a stage prune where budget or max_drop is given, got none; add one"
             )
         self.prune = recipe.prune
 
@@ -337,6 +368,8 @@ class _Limits:
                 lambda tried: 100 - self.error(tried),
                 max_drop=part * self.max_drop,
                 budget=pruned_budget,
+                method=self._prune if self.prune.method == "obs" else None,
+                ignore=self._not_calibrated(),
                 retrain=self._retrain,
                 folder=self.folder,
                 progress=self.progress,
@@ -376,7 +409,19 @@ class _Limits:
     def _retrain(self, tried: nn.Module) -> None:
         if self.prune.dropout_rule:
             prune.rescale_dropout(tried)
-        self.train(tried, Stage("prune", 1, 1, self.prune.train, lambda: None))
+        if self.prune.train is not None:
+            self.train(tried, Stage("prune", 1, 1, self.prune.train, lambda: None))
+
+    def _not_calibrated(self) -> list[str] | None:
+        """Layers that the recipe's method cannot prune."""
+        if self.prune.method == "magnitude":
+            return None
+        names = [target.name for target in select(WHERE, self.model, None, None)]
+        found = calibrated_layers(self.model, names, self.batches)
+        return [name for name in names if name not in found] or None
+
+    def _prune(self, tried: nn.Module, sparsities: dict[str, float]) -> None:
+        prune_calibrated(tried, sparsities, self.prune, self.batches, self.progress)
 
     def _pruned_budget(self) -> int | None:
         """Bytes that the pruned file may take so that the shared one can keep the budget."""
@@ -391,6 +436,7 @@ class _Limits:
     def _share(self) -> None:
         """Shares at the recipe's bits, or more of them, or at what the budget pays."""
         assert self.recipe.share is not None
+        by_obs, train = self.prune.method == "obs", self.recipe.share.train
         pruned = copy.deepcopy(self.model.state_dict())
         release_graphs(self.model)
         plain = copy.deepcopy(self.model)
@@ -401,11 +447,16 @@ class _Limits:
             tried = copy.deepcopy(plain)
             if limit is None:
                 widths = {name: min(width + attempt, MAX_BITS) for name, width in asked.items()}
-                quantize.kmeans(tried, {**widths}, init=self.recipe.share.init)
+                init = self.recipe.share.init
             else:
                 widths = from_rank_0(partial(self._bits, plain, limit, list(asked)))
-                quantize.kmeans(tried, {**widths})
-            self.train(tried, Stage("share", 1, 1, self.recipe.share.train, lambda: None))
+                init = "exact"
+            if by_obs:
+                share_calibrated(tried, widths, self.prune, self.batches, self.progress)
+            else:
+                quantize.kmeans(tried, {**widths}, init=init)
+            if train is not None:
+                self.train(tried, Stage("share", 1, 1, train, lambda: None))
             point = self.note("shared", tried)
             if self._fits(point):
                 self.model.load_state_dict(pruned)
@@ -441,6 +492,10 @@ class _Limits:
     def _words(self) -> str:
         error = f"an error of at most {min(self.before.error_percent + self.max_drop, 100):.2f} %"
         return error if self.budget is None else f"{error} and {self.budget} bytes"
+
+
+def _epochs(training: Training | None) -> str:
+    return "without training" if training is None else _count(training.epochs, "epoch")
 
 
 def _count(number: int, word: str) -> str:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from tersetorch.recipes.deep_compression import DeepCompressionRecipe, calibration_words
 from tersetorch.storage.arguments import target_of, write_whole
 
 SUFFIX = ".record.json"
@@ -70,6 +71,18 @@ class CompressionRecord(_Part):
     recipe: dict[str, Any] = {}
     seconds: float = 0.0
     sha256: str = ""
+
+    @property
+    def how_pruned(self) -> str:
+        """How recipe prunes, in words, such as "pruned by magnitude"; empty where it does not, or is none."""
+        try:
+            stage = DeepCompressionRecipe.from_mapping(self.recipe).prune
+            if stage is None:
+                return ""
+            how = "magnitude" if stage.method == "magnitude" else f"second derivatives, {calibration_words(stage)}"
+            return f"pruned by {how}, {'not retrained' if stage.train is None else 'retrained'}"
+        except ValueError:  # whatever a file says, a number of thousands of digits too
+            return ""
 
     def is_of(self, file: Path) -> bool:
         """Whether file is the one that this is about, as far as this says."""

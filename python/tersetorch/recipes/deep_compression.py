@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import reprlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,13 @@ from tersetorch.methods import prune, quantize
 from tersetorch.methods.arguments import check_choice, did_you_mean
 from tersetorch.methods.distributed import check_alike, failing_together
 from tersetorch.methods.selection import Pattern, assign, select
+from tersetorch.recipes.calibrated import (
+    check_calibrated,
+    fingerprint_of_batches,
+    first_batches,
+    prune_calibrated,
+    share_calibrated,
+)
 from tersetorch.recipes.run_folder import RunFolder, fingerprint
 from tersetorch.storage import save
 from tersetorch.storage.arguments import target_of
@@ -41,6 +48,8 @@ PUBLISHED = {path.stem: path for path in sorted(Path(__file__).parent.glob("*.ya
 Value = TypeVar("Value", int, float)
 
 
+# What a stage of method "obs" has where it does not say; one of magnitude has none of it.
+OBS = {"solver": "blocked", "calibration": 512, "refine": 3}
 # Keys of a mapping, those that it merges counted each time.
 MAX_MERGED = 10_000
 # What came, in an error: lists of lists by alias (*a) may be far longer than their file.
@@ -103,24 +112,65 @@ class PruneStage(_Plan):
 
     Attributes:
         sparsity: part of each layer's weights to prune, one number for all layers or one for each name or pattern.
+        method: "magnitude" prunes the least weights; "obs" those that cost the outputs least by second derivatives,
+            calibrated on examples, and lets the others make up for them (prune.obs): little is lost then without any
+            training. Weights are also shared so afterwards.
         rounds: prune to a larger part `rounds` times, retraining after each (Han et al.); the part after round r of R
-            is sparsity * (1 - (1 - r / R)^3). Left out when ramp_epochs is given.
+            is sparsity * (1 - (1 - r / R)^3). Left out when ramp_epochs is given; 1 unless given where method is "obs"
+            or there is no training.
         ramp_epochs: prune while training, along the same curve, for this many epochs of one training (Zhu and Gupta);
-            the rest of its epochs retrain what is left.
+            the rest of its epochs retrain what is left. Not with "obs".
         frequency: optimizer steps from one pruning to the next during the ramp.
         dropout_rule: scale dropout by the square root of the connections kept (Han et al. 2015, section 3.2).
-        train: the training of each round, or of the whole ramp.
+        solver: of "obs", "blocked" unless given, or "exactobs", which loses less the more is pruned, and takes
+            rows * inputs^3 operations for a layer: up to 1,000 inputs.
+        calibration: of "obs", 512 unless given: how many training examples it looks at, without their labels.
+        refine: of "obs", 3 unless given: rounds of refinement after each sweep, of the "blocked" one that prunes and of
+            that which shares.
+        train: the training of each round, or of the whole ramp; left out, there is none.
     """
 
     sparsity: Fractions
+    method: Literal["magnitude", "obs"] = "magnitude"
     rounds: Annotated[int, Field(ge=1)] | None = None
     ramp_epochs: Annotated[int, Field(ge=1)] | None = None
     frequency: Annotated[int, Field(ge=1)] = 25
     dropout_rule: bool = True
-    train: Training
+    solver: Literal["blocked", "exactobs"] | None = None
+    calibration: Annotated[int, Field(ge=1)] | None = None
+    refine: Annotated[int, Field(ge=0)] | None = None
+    train: Training | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_defaults(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping) or given.get("method") != "obs":
+            return given
+        return OBS | {"rounds": 1} | {name: value for name, value in given.items() if value is not None}
+
+    @model_validator(mode="after")
+    def _one_method(self) -> Self:
+        if self.method == "magnitude":
+            for name in OBS:
+                came = getattr(self, name)
+                if came is not None:
+                    raise ValueError(
+                        f"{name} must be left out where method is 'magnitude', got {came}; set method: obs"
+                    )
+        elif self.ramp_epochs is not None:
+            raise ValueError(
+                f"ramp_epochs must be left out where method is 'obs', got {self.ramp_epochs}; give rounds, with train"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_schedule(self) -> Self:
+        if self.train is None:
+            if self.ramp_epochs is not None:
+                raise ValueError(f"ramp_epochs must be left out where train is, got {self.ramp_epochs}; add train")
+            if self.rounds is not None and self.rounds > 1:
+                raise ValueError(f"rounds must be 1 where train is left out, got {self.rounds}; add train")
+            return self
         if (self.rounds is None) == (self.ramp_epochs is None):
             raise ValueError("exactly one of rounds and ramp_epochs must be given")
         if self.ramp_epochs is not None and self.ramp_epochs > self.train.epochs:
@@ -133,13 +183,13 @@ class ShareStage(_Plan):
 
     Attributes:
         bits: 2^bits values a layer, zero among them; one number for all layers or one for each name or pattern.
-        init: how the values start, as in quantize.kmeans.
-        train: the training of the shared values.
+        init: how the values start, as in quantize.kmeans; "exact" where prune's method is "obs".
+        train: the training of the shared values; left out, there is none.
     """
 
     bits: SharedBits
     init: Literal["exact", "linear", "density", "random"] = "exact"
-    train: Training
+    train: Training | None = None
 
 
 class DeepCompressionRecipe(_Plan):
@@ -157,6 +207,11 @@ class DeepCompressionRecipe(_Plan):
     def _some_stage(self) -> Self:
         if self.prune is None and self.share is None:
             raise ValueError("at least one of prune and share must be given")
+        by_obs = self.prune is not None and self.prune.method == "obs"
+        if by_obs and self.share is not None and self.share.init != "exact":
+            raise ValueError(
+                f"share.init must be 'exact' where prune.method is 'obs', got {self.share.init!r}; leave it out"
+            )
         return self
 
     @classmethod
@@ -270,8 +325,9 @@ class _Step:
 def deep_compression(
     model: nn.Module,
     recipe: DeepCompressionRecipe | Mapping[str, Any] | str | os.PathLike[str],
-    train: Train,
+    train: Train | None = None,
     *,
+    calibration: Iterable[Any] | None = None,
     steps_per_epoch: int | None = None,
     path: str | os.PathLike[str] | None = None,
     coders: Literal["smallest", "fast"] = "smallest",
@@ -281,8 +337,14 @@ def deep_compression(
     """Prunes model and shares its weights by the recipe, in place; returns it with its parametrizations live.
 
     After each pruning and after sharing, train(model, stage) retrains what is left; it trains the parameters of model
-    that require gradients, with an optimizer of its own, and calls stage.after_step() after every step. The third
-    stage of the paper, entropy coding, is tersetorch.save's, which path asks for.
+    that require gradients, with an optimizer of its own, and calls stage.after_step() after every step. A stage of the
+    recipe without train is not trained. The third stage of the paper, entropy coding, is tersetorch.save's, which path
+    asks for.
+
+    Where prune.method is "obs", prune.obs prunes, and weights are shared by it too, in a second sweep over what is left
+    (and was retrained): each is rounded so that those still to come make up for it. This is nearer to the network than
+    quantize.kmeans, and than pruning and rounding in one sweep. Linear and Conv layers that the data reaches are shared
+    so, whether prune names them or not; others, such as embeddings, by quantize.kmeans.
 
     Where torch.distributed has started, every rank must call it with the same arguments: all start from rank 0's model,
     and end with the same bits where train leaves them alike, as tersetorch.zoo.fit does. Rank 0 alone writes to folder
@@ -297,24 +359,32 @@ def deep_compression(
         tt.deep_compression(model, "lenet_5", train, steps_per_epoch=steps, path="lenet5.terse", folder="run")
         print(tt.inspect("lenet5.terse"))  # where every byte went
 
+        # without training
+        recipe = {"prune": {"method": "obs", "sparsity": 0.5}, "share": {"bits": 4}}
+        tt.deep_compression(model, recipe, calibration=images.split(128), path="small.terse")
+
     Args:
         model: a trained network.
         recipe: the plan, a mapping with its fields, the name of a recipe that comes with the package (see
             DeepCompressionRecipe.named), or the path of a YAML file.
-        train: retrains model in place; what it returns is not looked at.
+        train: retrains model in place; what it returns is not looked at. Not needed where the recipe has no training.
+        calibration: batches of inputs as prune.obs takes them, the same on every rank; needed where recipe.prune.method
+            is "obs". The first that together hold recipe.prune.calibration examples are looked at, or all there are.
         steps_per_epoch: optimizer steps that train takes in an epoch; needed when recipe.prune.ramp_epochs is given.
         path: the file to store the compressed model in, as tersetorch.save does; None to store none.
         coders: of that file, as tersetorch.save takes it.
         folder: where the model's state is kept after each training: the same call, with the model as it came, goes on
             from there after an interruption and ends with the same bits, if train is deterministic. Made where it is
-            missing.
+            missing. The batches of calibration must be the same then.
         progress: a bar that counts trainings is added to it.
 
     Raises:
-        TypeError: model is no module, recipe is no recipe, or train cannot be called.
+        TypeError: model is no module, recipe is no recipe, train cannot be called, or calibration is no iterable of
+            batches.
         ValueError: the recipe is not valid, a pattern matches no layer, steps_per_epoch is missing or not positive,
-            folder holds another run, train did not call stage.after_step() often enough for the ramp to end, or ranks
-            were called with other layers or arguments.
+            calibration is missing or empty, prune.obs refuses it or a layer, folder holds another run, train did not
+            call stage.after_step() often enough for the ramp to end, or ranks were called with other layers or
+            arguments.
         FileNotFoundError: recipe names no file, or path's folder does not exist. What is wrong with recipe, path and
             folder is said before anything changes.
 
@@ -324,12 +394,19 @@ def deep_compression(
     """
     with failing_together(everyone()):
         plan, layers = _check(model, recipe, train, steps_per_epoch, path, coders)
-    asked = (plan.model_dump(), steps_per_epoch, layers, path is None, coders, folder is None)
+        batches = _batches(model, plan, calibration)
+        seen = fingerprint_of_batches(batches)
+    asked = (plan.model_dump(), seen, steps_per_epoch, layers, path is None, coders, folder is None)
     check_alike("deep_compression", "layers and arguments", asked, everyone())
-    steps = _steps(model, plan, train, steps_per_epoch)
+    steps = _steps(model, plan, train, batches, steps_per_epoch, progress)
     alike(model)
     weights = None if folder is None else fingerprint(model)
-    settings = {"recipe": plan.model_dump(), "steps_per_epoch": steps_per_epoch, "weights": weights}
+    settings = {
+        "recipe": plan.model_dump(),
+        "calibration": seen,
+        "steps_per_epoch": steps_per_epoch,
+        "weights": weights,
+    }
     run = RunFolder("deep_compression", folder, settings, done=0)
     done = _resume(model, plan, run, layers, len(steps))
     task = None if progress is None else progress.add_task("deep compression", total=len(steps), completed=done)
@@ -351,7 +428,7 @@ def deep_compression(
 def _check(
     model: nn.Module,
     recipe: DeepCompressionRecipe | Mapping[str, Any] | str | os.PathLike[str],
-    train: Train,
+    train: Train | None,
     steps_per_epoch: int | None,
     path: str | os.PathLike[str] | None,
     coders: str,
@@ -360,7 +437,8 @@ def _check(
     if not isinstance(model, nn.Module):
         raise TypeError(f"deep_compression: model must be an nn.Module, got {type(model).__name__}; pass the network")
     plan = _plan(recipe)
-    if not callable(train):
+    trained = any(stage is not None and stage.train is not None for stage in (plan.prune, plan.share))
+    if not callable(train) and (trained or train is not None):
         raise TypeError(
             f"deep_compression: train must be callable as train(model, stage), got {type(train).__name__}; "
             "pass a function that retrains the model"
@@ -384,6 +462,16 @@ def _check(
     if plan.share is not None:
         layers += layer_values(model, "recipe.share.bits", plan.share.bits)
     return plan, list(dict.fromkeys(layers))
+
+
+def _batches(model: nn.Module, plan: DeepCompressionRecipe, calibration: Iterable[Any] | None) -> list[Any]:
+    """What second derivatives are calibrated on; nothing where the recipe does not ask for them."""
+    if plan.prune is None or plan.prune.calibration is None:
+        return []
+    where = "deep_compression"
+    batches = first_batches(where, calibration, plan.prune.calibration)
+    check_calibrated(where, model, layer_values(model, "recipe.prune.sparsity", plan.prune.sparsity), batches)
+    return batches
 
 
 def _plan(recipe: DeepCompressionRecipe | Mapping[str, Any] | str | os.PathLike[str]) -> DeepCompressionRecipe:
@@ -438,29 +526,75 @@ def _resume(model: nn.Module, plan: DeepCompressionRecipe, run: RunFolder, layer
     return done
 
 
-def _steps(model: nn.Module, plan: DeepCompressionRecipe, train: Train, steps_per_epoch: int | None) -> list[_Step]:
+def _steps(
+    model: nn.Module,
+    plan: DeepCompressionRecipe,
+    train: Train | None,
+    batches: Sequence[Any],
+    steps_per_epoch: int | None,
+    progress: Progress | None,
+) -> list[_Step]:
+    def trained(stage: Stage) -> None:
+        assert train is not None
+        train(model, stage)
+
     steps = []
-    if plan.prune is not None and plan.prune.rounds is not None:
-        rounds = plan.prune.rounds
+    if plan.prune is not None and plan.prune.ramp_epochs is None:
+        rounds = plan.prune.rounds or 1
         for index in range(1, rounds + 1):
-            words = f"prune and retrain, round {index} of {rounds}"
-            steps.append(_Step(words, partial(_prune_round, model, plan.prune, train, index, rounds)))
+            words = f"{pruning_words(plan.prune)}, round {index} of {rounds}"
+            steps.append(
+                _Step(words, partial(_prune_round, model, plan.prune, trained, batches, index, rounds, progress))
+            )
     if plan.prune is not None and plan.prune.ramp_epochs is not None and steps_per_epoch is not None:
         ramp = plan.prune.ramp_epochs * steps_per_epoch
-        steps.append(_Step("prune and retrain", partial(_prune_while_training, model, plan.prune, train, ramp)))
+        steps.append(_Step("prune and retrain", partial(_prune_while_training, model, plan.prune, trained, ramp)))
     if plan.share is not None:
-        steps.append(_Step("share weights and train the shared values", partial(_share, model, plan.share, train)))
+        steps.append(_Step(sharing_words(plan), partial(_share, model, plan, trained, batches, progress)))
     return steps
 
 
-def _prune_round(model: nn.Module, plan: PruneStage, train: Train, index: int, rounds: int) -> None:
-    prune.magnitude(model, _scaled(plan.sparsity, 1 - (1 - index / rounds) ** 3))
+def calibration_words(plan: PruneStage) -> str:
+    """What a stage is calibrated on, said to a person; nothing where it is not."""
+    examples = plan.calibration
+    return "" if examples is None else f"calibrated on up to {examples} training example{'s' if examples > 1 else ''}"
+
+
+def pruning_words(plan: PruneStage, detail: str = "") -> str:
+    """What a stage does, said to a person."""
+    how = "" if plan.method == "magnitude" else " by second derivatives"
+    return f"prune{how}{detail}" + (" and retrain" if plan.train is not None else "")
+
+
+def sharing_words(plan: DeepCompressionRecipe) -> str:
+    """The same of the stage share."""
+    how = " by second derivatives" if plan.prune is not None and plan.prune.method == "obs" else ""
+    then = " and train the shared values" if plan.share is not None and plan.share.train is not None else ""
+    return f"share weights{how}{then}"
+
+
+def _prune_round(
+    model: nn.Module,
+    plan: PruneStage,
+    train: Callable[[Stage], None],
+    batches: Sequence[Any],
+    index: int,
+    rounds: int,
+    progress: Progress | None,
+) -> None:
+    sparsity = _scaled(plan.sparsity, 1 - (1 - index / rounds) ** 3)
+    if plan.method == "obs":
+        prune_calibrated(model, sparsity, plan, batches, progress)
+    else:
+        prune.magnitude(model, sparsity)
     if plan.dropout_rule:
         prune.rescale_dropout(model)
-    train(model, _stage("prune", plan.train, index, rounds))
+    if plan.train is not None:
+        train(_stage("prune", plan.train, index, rounds))
 
 
-def _prune_while_training(model: nn.Module, plan: PruneStage, train: Train, steps: int) -> None:
+def _prune_while_training(model: nn.Module, plan: PruneStage, train: Callable[[Stage], None], steps: int) -> None:
+    assert plan.train is not None
     pruner = prune.GradualPruner(
         model, sparsity=by_pattern(plan.sparsity), begin_step=0, end_step=steps, frequency=plan.frequency
     )
@@ -474,7 +608,7 @@ def _prune_while_training(model: nn.Module, plan: PruneStage, train: Train, step
         if plan.dropout_rule and pruner.sparsity != before:
             prune.rescale_dropout(model)
 
-    train(model, _stage("prune", plan.train, after_step=after_step))
+    train(_stage("prune", plan.train, after_step=after_step))
     if taken < steps:
         raise ValueError(
             f"deep_compression: train must call stage.after_step() at least {steps} times, got {taken}; "
@@ -482,9 +616,21 @@ def _prune_while_training(model: nn.Module, plan: PruneStage, train: Train, step
         )
 
 
-def _share(model: nn.Module, plan: ShareStage, train: Train) -> None:
-    quantize.kmeans(model, by_pattern(plan.bits), init=plan.init)
-    train(model, _stage("share", plan.train))
+def _share(
+    model: nn.Module,
+    plan: DeepCompressionRecipe,
+    train: Callable[[Stage], None],
+    batches: Sequence[Any],
+    progress: Progress | None,
+) -> None:
+    assert plan.share is not None
+    if plan.prune is not None and plan.prune.method == "obs":
+        bits = layer_values(model, "recipe.share.bits", plan.share.bits)
+        share_calibrated(model, bits, plan.prune, batches, progress)
+    else:
+        quantize.kmeans(model, by_pattern(plan.share.bits), init=plan.share.init)
+    if plan.share.train is not None:
+        train(_stage("share", plan.share.train))
 
 
 def by_pattern(values: Value | dict[str, Value]) -> Value | dict[Pattern, Value]:

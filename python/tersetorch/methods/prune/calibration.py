@@ -37,15 +37,15 @@ class Moments:
     samples: int
 
 
-def check_data(where: str, data: object, passes: int) -> None:
+def check_data(where: str, data: object, passes: int, name: str = "data") -> None:
     """Refuses what is no iterable of batches, or can be gone through only once where more passes are needed."""
     if isinstance(data, Tensor | Mapping | str) or not isinstance(data, Iterable):
         raise TypeError(
-            f"{where}: data must be an iterable of batches, got {type(data).__name__}; pass a list or a DataLoader"
+            f"{where}: {name} must be an iterable of batches, got {type(data).__name__}; pass a list or a DataLoader"
         )
     if passes > 1 and iter(data) is data:
         raise TypeError(
-            f"{where}: data must be iterable {passes} times, got {type(data).__name__}, which is used up after one; "
+            f"{where}: {name} must be iterable {passes} times, got {type(data).__name__}, which is used up after one; "
             "pass a list or a DataLoader"
         )
 
@@ -103,13 +103,18 @@ def check_layers(where: str, targets: Sequence[Target]) -> None:
             raise ValueError(f"{where}: the weight of {target.name!r} must {problem}; pass ignore=[{target.name!r}]")
 
 
-@torch.no_grad()
 def in_order_of_use(model: nn.Module, targets: Sequence[Target], data: Iterable[Any]) -> list[int]:
     """The places in targets in the order in which a first batch reaches their layers; the unreached ones last."""
-    reached: list[int] = []
+    return list(dict.fromkeys([*reached(model, targets, data), *range(len(targets))]))
+
+
+@torch.no_grad()
+def reached(model: nn.Module, targets: Sequence[Target], data: Iterable[Any]) -> list[int]:
+    """The places of the targets whose layers a first batch reaches, in the order in which it does."""
+    found: list[int] = []
 
     def note(place: int) -> Callable[..., None]:
-        return lambda *_: reached.append(place)
+        return lambda *_: found.append(place)
 
     hooks = [
         module.register_forward_pre_hook(note(place))
@@ -124,7 +129,7 @@ def in_order_of_use(model: nn.Module, targets: Sequence[Target], data: Iterable[
     finally:
         for hook in hooks:
             hook.remove()
-    return list(dict.fromkeys([*reached, *range(len(targets))]))
+    return list(dict.fromkeys(found))
 
 
 @torch.no_grad()

@@ -187,7 +187,7 @@ def obs(
     settings = (parts, solver, pattern, damping, block_size, widths, refine, max_increase, one_pass, dtype)
     check_alike(where, "the layers and arguments", settings, ranks.group)
     steps = 1 if solver == "full" else len(pruned)
-    tick = _ticker(progress, steps)
+    tick = _ticker(progress, steps, "sharing weights" if bits is not None and sparsity == 0 else "pruning")
     notes: Sequence[LayerError | DeletedWeight]
     codebooks: dict[str, tuple[Tensor, Tensor]] = {}
     with torch.no_grad(), _all_or_nothing(pruned):
@@ -470,11 +470,11 @@ def _all_or_nothing(targets: Sequence[Target]) -> Iterator[None]:
         raise
 
 
-def _ticker(progress: Progress | None, total: int) -> Callable[[float], None]:
+def _ticker(progress: Progress | None, total: int, words: str) -> Callable[[float], None]:
     """What moves a bar that is added to progress: it is told how much of the total is done."""
     if progress is None:
         return lambda done: None
-    task = progress.add_task("pruning", total=total)
+    task = progress.add_task(words, total=total)
     return lambda done: progress.update(task, completed=done)
 
 

@@ -155,7 +155,9 @@ def _sensitivity(record: CompressionRecord | None) -> Picture:
     if record is None or record.sensitivity is None:
         return Picture(title, "", "No record of a sensitivity scan: run 'tersetorch compress' with --max-drop.")
     before = record.before.error_percent
-    words = f"Error with one layer pruned at a time; the dashed line is the model as it came, {before:.2f} %."
+    words = (
+        f"Error with one layer pruned at a time, by magnitude; the dashed line is the model as it came, {before:.2f} %."
+    )
     return Picture(title, charts.sensitivity(record.sensitivity), words)
 
 
@@ -167,7 +169,8 @@ def _error_by_size(record: CompressionRecord | None) -> Picture:
         f"{point.label}: {nbytes(point.file_bytes)}, {point.error_percent:.2f} %"
         for point in (record.before, *record.points, record.after)
     )
-    return Picture(title, charts.error_by_size(record), f"Models on the way. {points}.")
+    how = f", {record.how_pruned}" if record.how_pruned else ""
+    return Picture(title, charts.error_by_size(record), f"Models on the way{how}. {points}.")
 
 
 def _roofline(measured: Measurements | None, table: list[Row]) -> Picture:
