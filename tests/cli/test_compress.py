@@ -1,6 +1,8 @@
+import importlib
 import json
 import os
 import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -114,6 +116,9 @@ def test_compress_goes_on_with_the_same_data_alone_and_ends_no_input(tersetorch,
     monkeypatch.setattr(trainer, "fit", stops)
     own = (*BASE, "--data", "digits.npz")
     assert tersetorch("compress", "dense.terse", *own).returncode != 0 and (files / "small.run").is_dir()
+    for other in (("--seed", "1"), ("--batch-size", "16")):
+        again = tersetorch("compress", "dense.terse", *own, *other)
+        assert again.returncode == 1 and "folder must hold a run with the same model and arguments" in again.stderr
     stored = dict(np.load("digits.npz"))
     np.savez("digits.npz", images=stored["images"], labels=stored["labels"][::-1])
     again = tersetorch("compress", "dense.terse", *own)
@@ -179,6 +184,34 @@ def test_a_dry_run_says_what_would_be_done(tersetorch, files):
     assert plan["file_bytes"] == pytest.approx((files / "small.terse").stat().st_size, rel=0.1)
     words = tersetorch("compress", "dense.terse", *BASE, "--dry-run", "--max-drop", "1").stdout
     assert "found within the limits" in words and "for each trial" in words
+
+
+def test_what_a_recipe_leaves_as_it_is_is_said(tersetorch, files):
+    (files / "my_rnn.py").write_text(
+        "from torch import nn\n\n\nclass Words(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
+        "        self.rnn, self.fc = nn.LSTM(8, 16, batch_first=True), nn.Linear(16, 10)\n\n"
+        "    def forward(self, x):\n        return self.fc(self.rnn(x.flatten(1, -2))[0][:, -1])\n"
+    )
+    words = ("dense.pt", *BASE, "--dry-run", "--network", "my_rnn:Words")
+    sys.path.insert(0, str(files))
+    try:
+        torch.save(importlib.import_module("my_rnn").Words().state_dict(), "dense.pt")
+        (files / "recipe.yaml").write_text("share: {bits: 4}")
+        done = tersetorch("compress", *words, "--json")
+        assert done.returncode == 0, done.stderr
+        assert "91 % of the weights stay as they are; name them in the recipe" in done.stderr
+        assert json.loads(done.stdout)["untouched"] == {"rnn.weight_ih_l0": 512, "rnn.weight_hh_l0": 1024}
+        (files / "recipe.yaml").write_text("share: {bits: {'rnn.weight_*': 4, fc: 3}}")
+        done = tersetorch("compress", *words, "--json")
+        assert "stay as they are" not in done.stderr
+        plan = json.loads(done.stdout)
+        assert [(layer["name"], layer["bits"]) for layer in plan["layers"]] == [
+            ("rnn.weight_ih_l0", 4),
+            ("rnn.weight_hh_l0", 4),
+            ("fc", 3),
+        ]
+    finally:
+        sys.path.remove(str(files))
 
 
 def test_a_recipe_without_training(tersetorch, files):

@@ -342,9 +342,23 @@ def test_a_missing_or_broken_file_is_said(tmp_path):
         "1.5; prune.train: Input should be a mapping, got 3; share.bits: Input should be a valid integer, got 'many'; "
         "mend them there"
     )
+    path.write_text("{prune: {sparsity: 0.5, rounds: 1000000000, train: {epochs: 1, lr: 1e-3}}}")
+    with pytest.raises(
+        ValueError, match=r"got prune\.rounds: Input should be less than or equal to 1000, got 1000000000; "
+    ):
+        deep_compression(network(), path, ignore)
     path.write_text("just words")
     with pytest.raises(ValueError, match=r"recipe must have valid fields, got .*'just words'"):
         deep_compression(network(), path, ignore)
+
+
+@pytest.mark.parametrize("lr", ["1e-3", "1E-3", "+1.e-3", "1.0e-3", "10.0e-4"])
+def test_numbers_with_an_exponent_are_numbers(tmp_path, lr):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"share: {{bits: 4, train: {{epochs: 1, lr: {lr}}}}}")
+    assert DeepCompressionRecipe.from_yaml(path).share.train.lr == 1e-3
+    path.write_text("share: {bits: {1e3a: 4, e5: 3}}")
+    assert DeepCompressionRecipe.from_yaml(path).share.bits == {"1e3a": 4, "e5": 3}
 
 
 # Percentages of each layer's weights that are left, and of all: tables 1 to 5 of Deep Compression (2016), and the file

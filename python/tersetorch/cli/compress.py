@@ -28,6 +28,7 @@ from tersetorch.recipes.trainer import trainer
 from tersetorch.storage.arguments import target_of
 from tersetorch.zoo.ranks import everyone, rank
 
+NAMES_SHOWN = 6
 UNITS = {"": 1, "b": 1, "kb": 1000, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
@@ -95,6 +96,8 @@ def compress(
         most = _bytes(budget, planned.dense_bytes) if budget else None
         loaded = in_dtype(read_data("compress", data, seed), compressed)
         check_fit(compressed, loaded, None if limited else plan)
+    if planned.untouched and rank() == 0:
+        Console(stderr=True).print(_untouched(planned), markup=False, highlight=False)
     if dry_run and rank() == 0:
         print(json.dumps(planned.to_dict(), indent=1) if as_json else _text(planned))
     if dry_run:
@@ -165,6 +168,15 @@ def _summary(record: CompressionRecord, target: Path) -> str:
         f"{before.file_bytes:,} of the same kind of file before; its story is in {record_path(target).name}, and "
         f"'tersetorch report {target} -o report.html' draws it"
     )
+
+
+def _untouched(planned: CompressionPlan) -> str:
+    """What a person may have meant to compress, such as an LSTM, which a recipe changes only by name."""
+    left = sum(planned.untouched.values())
+    share = left / (left + sum(layer.weights for layer in planned.layers))
+    names = [*planned.untouched][:NAMES_SHOWN] + ["..."] * (len(planned.untouched) > NAMES_SHOWN)
+    shown = ", ".join(names)
+    return f"{100 * share:.2g} % of the weights stay as they are; name them in the recipe to change them: {shown}"
 
 
 def _text(planned: CompressionPlan) -> str:

@@ -23,7 +23,7 @@ from tersetorch.methods.arguments import check_choice, check_int, check_number
 from tersetorch.methods.distributed import check_alike, failing_together
 from tersetorch.methods.parametrization import release_graphs
 from tersetorch.methods.prune.calibration import evaluating
-from tersetorch.methods.selection import select
+from tersetorch.methods.selection import find_weights, select
 from tersetorch.recipes.bits import share_to_budget
 from tersetorch.recipes.budget import prune_to_budget
 from tersetorch.recipes.calibrated import (
@@ -84,6 +84,7 @@ class CompressionPlan:
 
     Attributes:
         layers: all that it would change.
+        untouched: the other weights of two or more dimensions, and how many numbers each has.
         trainings: words for each training, in order, and for each stage that goes without.
         dense_bytes: of the file that tersetorch.save writes of the model as it is.
         file_bytes: of the model pruned by magnitude and shared without training, near what comes of other methods and
@@ -91,6 +92,7 @@ class CompressionPlan:
     """
 
     layers: tuple[PlannedLayer, ...]
+    untouched: dict[str, int]
     trainings: tuple[str, ...]
     dense_bytes: int
     file_bytes: int | None
@@ -114,12 +116,14 @@ def plan_compression(model: nn.Module, recipe: DeepCompressionRecipe, *, limited
     release_graphs(model)
     sparsities = {} if recipe.prune is None else layer_values(model, "recipe.prune.sparsity", recipe.prune.sparsity)
     bits = {} if recipe.share is None else layer_values(model, "recipe.share.bits", recipe.share.bits)
-    targets = {target.name: target for target in select(WHERE, model, None, None)}
+    changed = {*sparsities, *bits, *((target.name for target in select(WHERE, model, None, None)) if limited else ())}
+    sizes = {target.name: target.weight.numel() for target in find_weights(model)}
     layers = tuple(
-        PlannedLayer(name, target.weight.numel(), None if limited else sparsities.get(name, 0.0), bits.get(name))
-        for name, target in targets.items()
-        if limited or name in sparsities or name in bits
+        PlannedLayer(name, size, None if limited else sparsities.get(name, 0.0), bits.get(name))
+        for name, size in sizes.items()
+        if name in changed
     )
+    untouched = {name: size for name, size in sizes.items() if name not in changed}
     trainings = []
     if recipe.prune is not None:
         detail = f" ({words})" if (words := calibration_words(recipe.prune)) else ""
@@ -137,7 +141,7 @@ def plan_compression(model: nn.Module, recipe: DeepCompressionRecipe, *, limited
         if recipe.share is not None:
             quantize.kmeans(tried, by_pattern(recipe.share.bits), init=recipe.share.init)
         size = int(file_bytes(finalize(tried)).whole)
-    return CompressionPlan(layers, tuple(trainings), int(file_bytes(model).whole), size)
+    return CompressionPlan(layers, untouched, tuple(trainings), int(file_bytes(model).whole), size)
 
 
 @torch.no_grad()
@@ -264,7 +268,8 @@ def compress(
         "budget": budget,
         "max_drop": max_drop,
         "recipe": recipe.model_dump(),
-        "calibration": None if calibration is None else [batch_size, seed],
+        "batch_size": batch_size,
+        "seed": seed,
     }
     run = RunFolder(WHERE, kept, settings, points=[], before=None)
     if run.record["before"] is None:

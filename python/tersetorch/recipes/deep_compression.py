@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,7 +38,9 @@ if TYPE_CHECKING:
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Bits = Annotated[int, Field(ge=1, le=8)]
-Epochs = Annotated[int, Field(ge=0)]
+# A recipe of a hundred bytes must not ask for memory, or for time without end.
+Epochs = Annotated[int, Field(ge=0, le=1_000_000)]
+Rounds = Annotated[int, Field(ge=1, le=1_000)]
 # One value for all layers, or one for each: which was meant is seen from the type, and an error speaks of it alone.
 _ONE, _EACH = "one value", "one for each"
 _which = Discriminator(lambda value: _EACH if isinstance(value, dict) else _ONE)
@@ -87,6 +90,12 @@ class _Loader(yaml.SafeLoader):
             )
 
 
+# 1e-3 is a number to everyone but YAML 1.1, which wants 1.0e-3.
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
 class Training(_Plan):
     """What a stage asks of train(model, stage); fit of tersetorch.zoo takes the same words.
 
@@ -132,8 +141,8 @@ class PruneStage(_Plan):
 
     sparsity: Fractions
     method: Literal["magnitude", "obs"] = "magnitude"
-    rounds: Annotated[int, Field(ge=1)] | None = None
-    ramp_epochs: Annotated[int, Field(ge=1)] | None = None
+    rounds: Rounds | None = None
+    ramp_epochs: Annotated[Epochs, Field(ge=1)] | None = None
     frequency: Annotated[int, Field(ge=1)] = 25
     dropout_rule: bool = True
     solver: Literal["blocked", "exactobs"] | None = None
