@@ -50,7 +50,8 @@ nitpick_ignore_regex = [
     # Variables of types.
     ("py:class", r"tersetorch\..*\.(Dense|Format|Model|Result|Value)|Codes|Number"),
     # What pydantic checks beside the type of a field.
-    ("py:class", r"Bits|Count|Epochs|Field(Info)?|Fraction|(annotated_types\.)?[GL][et]|[gl][et]=\S+|NoneType"),
+    ("py:class", r"Bits|Count|Epochs|Fractions?|Rounds|SharedBits"),
+    ("py:class", r"Field(Info)?|(annotated_types\.)?[GL][et]|[gl][et]=\S+|NoneType"),
     # Classes inside, which users meet as results only.
     (
         "py:class",

@@ -17,5 +17,5 @@ def test_the_site_builds_without_a_warning(tmp_path):
     entry = (tmp_path / "docs" / "api" / "tersetorch.prune.html").read_text()
     assert 'id="tersetorch.prune.magnitude"' in entry and "threshold_std" in entry
     methods = (tmp_path / "docs" / "guide" / "methods.html").read_text()
-    assert 'href="../api/tersetorch.prune.html#tersetorch.prune.sensitivity"' in methods
+    assert 'href="../api/tersetorch.prune.html#tersetorch.prune.obs"' in methods
     assert "docs/index.html" in (tmp_path / "index.html").read_text()
