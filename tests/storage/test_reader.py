@@ -379,6 +379,35 @@ def test_ties_are_those_of_the_file(round_trip):
     round_trip(tied, x(2, 4), model=nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
 
 
+def with_dropout(p):
+    encoder = nn.TransformerEncoderLayer(8, 2, 16, dropout=p, batch_first=True)
+    rnn = nn.LSTM(8, 8, num_layers=2, dropout=p)
+    return nn.ModuleDict({"a": nn.Dropout(p), "b": nn.AlphaDropout(p), "encoder": encoder, "rnn": rnn})
+
+
+@pytest.mark.parametrize("before,after", [(0.5, 0.1), (0.1, 0.5), (0.0, 0.25)])
+def test_a_file_has_the_rates_of_dropout_that_pruning_left(before, after, tmp_path):
+    save(with_dropout(after), tmp_path / "m.terse")
+    instance = with_dropout(before)
+    loaded = load(tmp_path / "m.terse", model=instance)
+    layer, rnn = loaded["encoder"], loaded["rnn"]
+    rates = [loaded["a"].p, loaded["b"].p, layer.dropout.p, layer.dropout1.p, layer.dropout2.p]
+    assert [*rates, layer.self_attn.dropout, rnn.dropout] == [after] * 7
+    assert instance["a"].p == before and instance["rnn"].dropout == before
+    assert str(loaded) == str(with_dropout(after))
+
+
+@pytest.mark.parametrize("rate", [1.5, -0.1, True, "0.5", None, [0.5]])
+def test_a_rate_of_dropout_must_be_one(rate, tmp_path):
+    path = tmp_path / "m.terse"
+    save(nn.Sequential(nn.Dropout(0.25)), path)
+    header, data, _, _ = container.unpack(path.read_bytes())
+    header["m"]["m"]["0"]["c"]["p"] = rate
+    path.write_bytes(container.pack(header, container.split(data, [])))
+    with pytest.raises(TerseFileError, match=r"must have a number in \[0, 1\] as p of a Dropout, got"):
+        load(path, model=nn.Sequential(nn.Dropout()))
+
+
 def drop_fc2(model):
     del model.fc2
 

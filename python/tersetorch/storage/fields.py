@@ -29,6 +29,13 @@ def integer(value: Any, owner: str, low: int, high: int) -> int:
     return value
 
 
+def number(value: Any, owner: str, low: float, high: float) -> float:
+    """Returns value, a number in [low, high]."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        refuse(f"have a number in [{low}, {high}] as {owner}", repr(value)[:40])
+    return value
+
+
 def joined(path: str, name: str) -> str:
     """Returns the path of what is called name inside path."""
     if len(path) + len(name) >= MAX_PATH:

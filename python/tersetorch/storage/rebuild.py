@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 
 from rich.progress import Progress
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from tersetorch.conversion.swap import deep_copy
 from tersetorch.formats.vector_codes import VectorCodes, note_codes
@@ -29,6 +30,8 @@ from tersetorch.storage.packed_kinds import (
 from tersetorch.storage.tensors import decode_tensor, vector_codes
 
 _NODE_KEYS = set("kcatmeo")
+# Arguments that only training looks at, with their defaults.
+_DROPOUT = {"p": 0.5, "dropout": 0.0}
 # What a module costs, without its tensors.
 MODULE_BYTES = 4096
 
@@ -267,6 +270,8 @@ def adopt(root: Any, model: nn.Module, tensors: Tensors) -> nn.Module:
             check_layer(twin)
             if "a" in node:
                 _override(twin, registry.named(node["k"]), node)
+            if node.get("k") is not None and (rate := _dropout_of(type(twin))) is not None:
+                _set_dropout(twin, node.get("c", {}).get(rate, _DROPOUT[rate]))
             twin.training = training
         else:
             twin.train(training)
@@ -299,10 +304,14 @@ def _pairs(node: Any, module: nn.Module | None, seen: dict[nn.Module, int], path
         known = registry.named(kind)
         if known is None:
             refuse("consist of kinds that are registered", kind[:60], "read it with the tersetorch it came from")
+        stored = registry.from_json(node.get("c", {}))
+        rate = _dropout_of(known.cls)
+        if rate is not None:
+            fields.number(stored.pop(rate, 0), f"{rate} of a {kind}", 0, 1)
         try:
-            fits = type(module) is known.cls and registry.from_json(known.config(module)) == registry.from_json(
-                node.get("c", {})
-            )
+            own = registry.from_json(known.config(module))
+            own.pop(rate, None)
+            fits = type(module) is known.cls and own == stored
         except Exception:  # a module that was altered so far that its arguments cannot be told
             fits = False
         if not fits and not _stands_for_other(node, module):
@@ -313,6 +322,25 @@ def _pairs(node: Any, module: nn.Module | None, seen: dict[nn.Module, int], path
         mismatch(f"children {list(children)} at {path or 'its root'}", list(module._modules))
     for name, child in children.items():
         yield from _pairs(child, module._modules[name], seen, fields.joined(path, name))
+
+
+def _dropout_of(cls: type[nn.Module]) -> str | None:
+    """The rate of dropout among the arguments of cls, if it has one.
+
+    Pruning rewrites it and no output depends on it, so a file's goes into the user's instance, which may have another.
+    """
+    if issubclass(cls, _DropoutNd):
+        return "p"
+    of_layers = (nn.RNNBase, nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+    return "dropout" if issubclass(cls, of_layers) else None
+
+
+def _set_dropout(module: nn.Module, value: float) -> None:
+    """Also in what a transformer's layer has made of it; nodes of those inside that differ follow."""
+    for each in module.modules():
+        rate = _dropout_of(type(each))
+        if rate is not None and rate not in each._modules:
+            setattr(each, rate, value)
 
 
 def _passing_bytes(module: nn.Module) -> int:
