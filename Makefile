@@ -73,7 +73,8 @@ test-kernels: venv
 # The same tests with every address and every undefined operation checked. SANITIZE=ALL takes the files in that ON, for its
 # time, leaves out.
 SANITIZE := ON
-# -O2 would compile for three times as long; without the other option nothing is fused, on which kernels count.
+# -O2 would compile for three times as long; without the other option nothing is fused, on which kernels count. The tests
+# for races take it too.
 SANITIZED_FLAGS := -O1 -fexpensive-optimizations
 test-sanitized: .venv/cmake
 	cmake -S . -B $(SANITIZED_TESTS) -G Ninja -DTERSETORCH_TESTS=ON -DTERSETORCH_SANITIZE=$(SANITIZE) \
@@ -99,7 +100,7 @@ test-cuda: venv
 # The same tests with the parts of a kernel's work on threads of their own, and every race between them reported.
 test-threads: .venv/cmake
 	cmake -S . -B $(THREAD_TESTS) -G Ninja -DTERSETORCH_TESTS=ON -DTERSETORCH_SANITIZE=THREAD \
-		-DTERSETORCH_CUDA=0 -DCMAKE_BUILD_TYPE=None -DCMAKE_CXX_FLAGS='-O1 -g1' >/dev/null
+		-DTERSETORCH_CUDA=0 -DCMAKE_BUILD_TYPE=None -DCMAKE_CXX_FLAGS='$(SANITIZED_FLAGS) -g1' >/dev/null
 	cmake --build $(THREAD_TESTS)
 	ctest --test-dir $(THREAD_TESTS) --parallel 2 --output-on-failure
 

@@ -48,11 +48,15 @@ class Environment:
         venv.create(self.prefix, with_pip=True)
         self.work.mkdir()
         kept = {name: building[name] for name in building if name.startswith(("PIP_", "SSL_", "CMAKE_", "CCACHE_"))}
-        self.variables = kept | {
-            "PATH": f"{self.prefix}/bin:{os.defpath}",
-            "HOME": "/dev/null",
-            "TMPDIR": str(self.work),
-        }
+        self.variables = (
+            {"CCACHE_DIR": str(self.work / "ccache")}
+            | kept
+            | {  # else in the home
+                "PATH": f"{self.prefix}/bin:{os.defpath}",
+                "HOME": "/dev/null",
+                "TMPDIR": str(self.work),
+            }
+        )
         self.variables["PIP_CACHE_DIR"] = os.environ.get("PIP_CACHE_DIR", str(Path.home() / ".cache" / "pip"))
 
     def run(self, *command, fails=False):

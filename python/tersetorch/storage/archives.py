@@ -28,6 +28,8 @@ def what_is_wrong(archive: zipfile.ZipFile, file_bytes: int, *, deflated: bool =
     parts = archive.infolist()
     if len({part.filename.casefold() for part in parts}) != len(parts):
         return "a name that comes twice"
+    if any(not 0 <= part.header_offset < file_bytes for part in parts):  # zipfile would seek there
+        return "a part that lies outside the file"
     total = sum(part.file_size for part in parts)
     if deflated:
         most = max(FREE_BYTES, RATIO * file_bytes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import os
 from collections.abc import Callable, Sequence
@@ -32,6 +33,8 @@ def start(backend: str = "gloo") -> bool:
     Does as init_process_group does, which after a rank was killed finds the addresses of the ranks that were, and fails
     (seen with torch 2.13, gloo and torchrun --standalone): here those of each restart are kept apart.
 
+    The group ends with the process, if nothing ended it before.
+
     Args:
         backend: "gloo" for models on the CPU, "nccl" for models on CUDA devices.
 
@@ -46,7 +49,14 @@ def start(backend: str = "gloo") -> bool:
     store, place, count = next(rendezvous("env://"))
     _meeting = PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     distributed.init_process_group(backend, timeout=WAIT, store=_meeting, rank=place, world_size=count)
+    atexit.register(_end)
     return True
+
+
+def _end() -> None:
+    """Ends the group where the script did not: threads of gloo that still run would abort the process."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def first_to_fail() -> bool:

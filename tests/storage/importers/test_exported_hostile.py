@@ -254,3 +254,13 @@ def test_expressions_of_dynamic_sizes_are_read(tmp_path):
     x = torch.randn(2, 3, 21, 33)
     for found, want in zip(import_exported(tmp_path / "m.pt2")(x), model(x), strict=True):
         assert found.equal(want)
+
+
+def test_a_part_before_the_file_is_refused(honest, tmp_path):
+    path = forged(honest, tmp_path / "m.pt2")
+    raw = bytearray(path.read_bytes())
+    at = raw.rfind(b"PK\5\6") + 16
+    raw[at : at + 4] = (int.from_bytes(raw[at : at + 4], "little") + 2).to_bytes(4, "little")
+    path.write_bytes(raw)
+    with pytest.raises(ValueError, match="with a part that lies outside the file"):
+        import_exported(path)
