@@ -46,6 +46,30 @@ def test_what_does_not_suit_a_layer_is_said():
         quantize_(network(), CodebookConfig(bits=9))
 
 
+@pytest.mark.parametrize("name", ["PruneConfig", "CodebookConfig", "ConvertConfig"])
+def test_a_layer_that_is_refused_stays_as_it_is(name):
+    from torchao.quantization import quantize_
+
+    from tersetorch.conversion import torchao_configs
+
+    config = getattr(torchao_configs, name)(*{"PruneConfig": (0.5,), "CodebookConfig": (2,)}.get(name, ("csr",)))
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU())
+    before = model[0].weight.clone()
+    with pytest.raises(ValueError, match=f"{name}: filter_fn must choose layers that it suits, got a Conv2d"):
+        quantize_(model, config, filter_fn=lambda module, path: path == "0")
+    assert torch.equal(model[0].weight, before) and type(model[0]) is nn.Conv2d
+
+
+def test_an_embedding_takes_codes():
+    from torchao.quantization import quantize_
+
+    from tersetorch.conversion.torchao_configs import CodebookConfig
+
+    model = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 2))
+    quantize_(model, CodebookConfig(4, "codebook_embedding"), filter_fn=lambda module, path: path == "0")
+    assert type(model[0]).__name__ == "CodebookEmbedding" and type(model[1]) is nn.Linear
+
+
 def test_without_torchao(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao", None)
     monkeypatch.setitem(sys.modules, "torchao.core.config", None)

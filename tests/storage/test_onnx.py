@@ -44,6 +44,26 @@ def test_a_converted_model_runs_elsewhere(tmp_path):
     assert "times the" in str(found) and isinstance(fast[3], tt.nn.SparseCodebookLinear)
 
 
+def test_an_example_of_one_is_enough_for_any_batch(tmp_path):
+    fast = tt.convert(tt.finalize(network()), plan="sparse")
+    export_onnx(fast, torch.randn(1, 3, 8, 8), tmp_path / "m.onnx")
+    for batch in (1, 2, 5):
+        x = torch.randn(batch, 3, 8, 8)
+        with torch.no_grad():
+            np.testing.assert_allclose(outputs(tmp_path / "m.onnx", x), fast(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_of_one_batch_alone_is_told_how(tmp_path):
+    class OneRow(nn.Linear):
+        def forward(self, x):
+            return super().forward(x.reshape(1, 12))
+
+    with pytest.raises(ValueError, match="pass dynamic_batch=False for a file of this batch alone"):
+        export_onnx(OneRow(12, 3).eval(), torch.randn(1, 12), tmp_path / "m.onnx")
+    export_onnx(OneRow(12, 3).eval(), torch.randn(1, 12), tmp_path / "m.onnx", dynamic_batch=False)
+    assert outputs(tmp_path / "m.onnx", torch.randn(1, 12)).shape == (1, 3)
+
+
 def test_thin_layers_stay_thin_and_live_methods_are_baked(tmp_path):
     model = tt.factorize.svd(tt.finalize(network()), ratio=3, targets="3")
     found = export_onnx(model, (torch.randn(2, 3, 8, 8),), tmp_path / "m.onnx", dynamic_batch=False)

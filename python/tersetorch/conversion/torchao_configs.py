@@ -4,15 +4,20 @@ from torchao.quantization import quantize_
 from tersetorch.conversion.torchao_configs import CodebookConfig, PruneConfig
 
 quantize_(model, CodebookConfig(bits=4), filter_fn=lambda module, name: "mlp" in name)
+
+quantize_ puts layers into the module that holds them: a model that is one layer itself stays as it is. Where a layer is
+refused, those before it have changed, and it and those after it have not.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import nn
 
 from tersetorch.conversion.convert import convert
+from tersetorch.conversion.swap import deep_copy
 from tersetorch.methods import finalize, prune, quantize
 
 try:
@@ -26,6 +31,7 @@ except ImportError as error:
 __all__ = ["CodebookConfig", "ConvertConfig", "PruneConfig"]
 
 ITSELF = ""  # a module's own name, as plan= calls it
+WEIGHT = "weight"  # its weight's, as targets= does
 
 
 @dataclass
@@ -67,14 +73,28 @@ class CodebookConfig(AOBaseConfig):  # type: ignore[misc]  # torchao has no type
 
 @register_quantize_module_handler(ConvertConfig)
 def _convert(module: nn.Module, config: ConvertConfig) -> nn.Module:
-    return convert(module, plan={ITSELF: config.format})
+    return _moved(module, config, lambda layer: layer)
 
 
 @register_quantize_module_handler(PruneConfig)
 def _prune(module: nn.Module, config: PruneConfig) -> nn.Module:
-    return convert(finalize(prune.magnitude(module, config.sparsity)), plan={ITSELF: config.format})
+    return _moved(module, config, lambda layer: prune.magnitude(layer, config.sparsity, targets=WEIGHT))
 
 
 @register_quantize_module_handler(CodebookConfig)
 def _share(module: nn.Module, config: CodebookConfig) -> nn.Module:
-    return convert(finalize(quantize.kmeans(module, config.bits)), plan={ITSELF: config.format})
+    return _moved(module, config, lambda layer: quantize.kmeans(layer, config.bits, targets=WEIGHT))
+
+
+def _moved(
+    module: nn.Module, config: ConvertConfig | PruneConfig | CodebookConfig, change: Callable[[nn.Module], nn.Module]
+) -> nn.Module:
+    """The layer that takes module's place; module itself stays as it is, also where it is refused."""
+    where = type(config).__name__
+    try:
+        return convert(finalize(change(deep_copy(module, verb=where))), plan={ITSELF: config.format})
+    except (TypeError, ValueError) as error:
+        raise type(error)(
+            f"{where}: filter_fn must choose layers that it suits, got a {type(module).__name__} ({error}); "
+            "leave it out"
+        ) from error

@@ -65,9 +65,9 @@ def export_onnx(
 
     Args:
         model: trained, finalized or not, converted or not. It is not changed.
-        example_inputs: as in tersetorch.convert.
+        example_inputs: as in tersetorch.convert; a batch of one will do.
         path: the .onnx file to write.
-        dynamic_batch: the first dimension of every input tensor may be of any size.
+        dynamic_batch: the first dimension of every input tensor may be of any size, the same for all.
 
     Raises:
         TypeError: model is no nn.Module, or example_inputs is none of the three.
@@ -93,14 +93,17 @@ def export_onnx(
             )
     dense = _dense(convert(plain, plan={})).eval()
     lost = _lost(plain, dense)
-    dynamic = _dynamic((args, kwargs)) if dynamic_batch else None
+    dynamic, traced = None, (args, kwargs)
+    if dynamic_batch:
+        dynamic, traced = _dynamic(traced), _two_rows(traced)
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch's own exporter
-            program = torch.export.export(dense, args, kwargs, dynamic_shapes=dynamic)
+            program = torch.export.export(dense, *traced, dynamic_shapes=dynamic)
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{WHERE}: model must pass torch.export, got {type(error).__name__}: {reason}") from error
+        fix = "; pass dynamic_batch=False for a file of this batch alone" if dynamic_batch else ""
+        raise ValueError(f"{WHERE}: model must pass torch.export, got {type(error).__name__}: {reason}{fix}") from error
     with torch.no_grad():
         old, new = plain(*args, **kwargs), dense(*args, **kwargs)
     for first, second in zip(*(torch.utils._pytree.tree_leaves(outputs) for outputs in (old, new)), strict=True):
@@ -149,6 +152,14 @@ def _dynamic(inputs: Any) -> Any:
         lambda value: {0: batch} if isinstance(value, Tensor) and value.ndim else None, inputs
     )
     return args or kwargs
+
+
+def _two_rows(inputs: Any) -> Any:
+    """The same arguments with a batch of two for one of one, whose size the exporter would take for a constant."""
+    batched = [x for x in torch.utils._pytree.tree_leaves(inputs) if isinstance(x, Tensor) and x.ndim]
+    if any(len(x) != 1 for x in batched):
+        return inputs
+    return torch.utils._pytree.tree_map(lambda x: torch.cat([x, x]) if isinstance(x, Tensor) and x.ndim else x, inputs)
 
 
 def _dense(model: nn.Module) -> nn.Module:
