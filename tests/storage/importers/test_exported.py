@@ -39,10 +39,53 @@ def test_layers_have_their_names_and_the_outputs_their_bits(tmp_path):
     found = import_exported(tmp_path / "m.pt2")
     kinds = {name: type(module) for name, module in found.named_modules() if name in dict(model.named_modules())}
     assert kinds["embed"] is nn.Embedding and kinds["stem"] is nn.Conv1d and kinds["blocks.0"] is nn.Conv2d
-    assert kinds["head"] is nn.Linear and kinds["tied"] is not nn.Linear  # two calls use its weight
+    assert kinds["head"] is nn.Linear and kinds["tied"] is nn.Linear  # which is called twice
     assert found.embed.padding_idx == 3 and not found.training
     assert found(x).equal(model(x))
     assert set(found.state_dict()) == set(model.state_dict())
+
+
+class Tied(nn.Module):
+    """Layers that share weights: two Linears, an Embedding and its Linear, one under three names, one in a product."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.head = nn.Embedding(11, 6), nn.Linear(6, 11, bias=False)
+        self.a, self.b, self.other = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+        self.head.weight, self.b.weight = self.words.weight, self.a.weight
+        self.again = nn.Linear(6, 6)
+        self.thrice = nn.Sequential(self.again, nn.Tanh(), self.again)
+        rows = torch.randn(9, 6)
+        self.upper, self.lower = nn.Linear(6, 8, bias=False), nn.Linear(6, 8, bias=False)
+        self.upper.weight, self.lower.weight = nn.Parameter(rows[:8]), nn.Parameter(rows[1:])
+
+    def forward(self, x):
+        x = self.b(self.a(self.words(x)).relu()).relu()
+        x = self.other(x) @ self.other.weight
+        x = self.thrice(x)
+        return self.head(x), self.upper(x), self.lower(x)
+
+
+def test_what_was_tied_is_tied(tmp_path):
+    torch.manual_seed(0)
+    model, x = Tied().eval(), torch.randint(0, 11, (2, 5))
+    torch.export.save(torch.export.export(model, (x,)), tmp_path / "m.pt2")
+    found = import_exported(tmp_path / "m.pt2")
+    assert all(y.equal(z) for y, z in zip(found(x), model(x), strict=True))
+    assert set(found.state_dict()) == set(model.state_dict())
+    assert type(found.words) is nn.Embedding and found.head.weight is found.words.weight
+    assert type(found.a) is type(found.b) is nn.Linear and found.a.weight is found.b.weight
+    assert found.a.bias is not found.b.bias
+    assert found.again is found.thrice.get_submodule("0") is found.thrice.get_submodule("2")
+    assert type(found.other) is not nn.Linear  # something else uses its weight
+    assert found.upper.weight is not found.lower.weight  # a part of each other
+    tt.prune.magnitude(found, 0.5, targets=["a", "again", "head"])
+    assert torch.equal(found.a.weight, found.b.weight) and found.b.weight.count_nonzero() == 18
+    tt.save(tt.finalize(found), tmp_path / "m.terse")
+    names = [tensor.name for tensor in tt.inspect(tmp_path / "m.terse").tensors]
+    assert {"a.weight", "b.weight"} - set(names) == {"b.weight"} and sum("again.weight" in name for name in names) == 1
+    again = tt.load(tmp_path / "m.terse", model=import_exported(tmp_path / "m.pt2"))
+    assert all(y.equal(z) for y, z in zip(again.eval()(x), found.eval()(x), strict=True))
 
 
 def test_methods_convert_and_files_take_it(tmp_path):
