@@ -2,9 +2,14 @@
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
+import tersetorch as tt
+from tersetorch.recipes.compression_record import SensitivityCurves
+from tersetorch.reports.page import build_page
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 SCREENSHOTS = Path(__file__).parents[3] / "build" / "screenshots"
@@ -90,4 +95,51 @@ def test_it_prints(opened):
     opened.emulate_media(media="print")
     assert not opened.get_by_label("Show layers with").is_visible()
     assert opened.evaluate("getComputedStyle(document.querySelector('.scroll')).overflowX") == "visible"
+    breaks = "[...document.querySelectorAll('h2, h3')].map((title) => getComputedStyle(title).breakAfter)"
+    assert set(opened.evaluate(breaks)) == {"avoid"}  # no title alone at the end of a sheet
     opened.emulate_media(media="screen")
+
+
+@pytest.fixture(scope="module")
+def page_of_long_names(terse_file, measured, record):
+    """Names of 230 letters, as a model of blocks in blocks has them."""
+
+    def long(name):
+        layer, dot, tensor = name.partition(".")
+        return f"{'blocks_of_attention_' * 10}{'W' * 27}{layer}{dot}{tensor}"
+
+    file = tt.inspect(terse_file)
+    tensors = tuple(replace(tensor, name=long(tensor.name)) for tensor in file.tensors)
+    energies = {
+        which: replace(energy, layers=tuple(replace(layer, name=long(layer.name)) for layer in energy.layers))
+        for which in ("energy_before", "energy_after")
+        for energy in [getattr(measured, which)]
+    }
+    conversion = replace(
+        measured.conversion,
+        layers=tuple(replace(layer, names=tuple(map(long, layer.names))) for layer in measured.conversion.layers),
+    )
+    curves = SensitivityCurves(baseline=1.64, layers={long(f"fc{i}"): [(0.5, 1.7 + i)] for i in (1, 2, 3)})
+    return build_page(
+        replace(file, tensors=tensors),
+        measured=replace(measured, conversion=conversion, **energies),
+        record=record.model_copy(update={"sensitivity": curves}),
+    )
+
+
+@pytest.mark.parametrize("media,width", [("screen", 360), ("print", 718)])  # a small phone; A4 less its margins
+def test_long_names_leave_room_for_the_rest(browser, page_of_long_names, tmp_path, media, width):
+    (tmp_path / "report.html").write_text(page_of_long_names, encoding="utf-8")
+    tab = browser.new_page(viewport={"width": width, "height": 800})
+    tab.emulate_media(media=media)
+    tab.goto((tmp_path / "report.html").as_uri())
+    assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    assert tab.locator("#layers td:first-child").first.bounding_box()["width"] <= width / 2
+    last = tab.locator("#layers tbody tr:first-child td").last.bounding_box()
+    assert media == "screen" or last["x"] + last["width"] <= width  # on a screen the table scrolls
+    cut = """[...document.querySelectorAll("figure svg text")].filter((text) => {
+        const box = text.getBoundingClientRect(), frame = text.ownerSVGElement.getBoundingClientRect();
+        return box.left < frame.left - 1 || box.right > frame.right + 1;
+    }).map((text) => text.textContent)"""
+    assert tab.evaluate(cut) == []
+    tab.close()

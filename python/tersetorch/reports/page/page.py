@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -12,8 +11,10 @@ from tersetorch.recipes.compression_record import CompressionRecord
 from tersetorch.reports.page import charts
 from tersetorch.reports.page.measurements import Measurements
 from tersetorch.reports.page.rows import Row, rows
+from tersetorch.reports.page.words import joules, nbytes, ratio, short, time
 from tersetorch.storage.inspection import Inspection
 
+MOST_TOLD = 24  # models on the way that a sentence can name
 # No page has them; a record may.
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
@@ -82,15 +83,11 @@ def build_page(
     page = template.render(
         name=Path(inspection.path).name,
         inspection=inspection,
-        headlines=[_size(inspection), _accuracy(record), _latency(measured), _energy(measured)],
+        headlines=[_size(inspection, record), _accuracy(record), _latency(measured), _energy(measured)],
         rows=table,
         parts=[(part, count, 100 * count / inspection.file_bytes) for part, count in inspection.parts.items() if count],
         pictures=[
-            Picture(
-                "What the file is made of",
-                charts.sizes(inspection, table),
-                "Bytes of each layer in the file, stacked by what they are: the same figures are in the tables.",
-            ),
+            _sizes(inspection, table),
             _sensitivity(record),
             _error_by_size(record),
             _roofline(measured, table),
@@ -102,13 +99,20 @@ def build_page(
     return _CONTROLS.sub("", page)
 
 
-def _size(inspection: Inspection) -> Headline:
+def _size(inspection: Inspection, record: CompressionRecord | None) -> Headline:
+    note = "Every byte of the file."
+    if record is not None:  # as compress says it
+        before = record.before.file_bytes
+        note += (
+            f" And {ratio(before, inspection.file_bytes)} smaller than the {nbytes(before)} that the model took in a "
+            ".terse file as it came."
+        )
     return Headline(
         "File",
         nbytes(inspection.file_bytes),
-        nbytes(inspection.dense_bytes),
-        f"{charts.ratio(inspection.dense_bytes, inspection.file_bytes)} smaller",
-        "Every byte of the file, against its weights as float32.",
+        f"{nbytes(inspection.dense_bytes)} as float32",
+        f"{ratio(inspection.dense_bytes, inspection.file_bytes)} smaller than float32",
+        note,
     )
 
 
@@ -132,7 +136,7 @@ def _latency(measured: Measurements | None) -> Headline:
     note = f"A call with inputs of {measured.inputs}, median, on this machine."
     if before is None or after is None:  # no layer won, so there was no other model to time
         return Headline("Time", "as before", "", "every layer stays dense", f"{note} {measured.conversion.reason}")
-    return Headline("Time", _time(after), _time(before), f"{charts.ratio(before, after)} faster", note)
+    return Headline("Time", time(after), time(before), f"{ratio(before, after)} faster than dense", note)
 
 
 def _energy(measured: Measurements | None) -> Headline:
@@ -143,64 +147,71 @@ def _energy(measured: Measurements | None) -> Headline:
     cache = "Weights fit the cache on the chip now, which is most of it." if fits else ""
     return Headline(
         "Energy",
-        _joules(after),
-        _joules(before),
-        "as before" if charts.ratio(before, after) == "1x" else f"{charts.ratio(before, after)} less",
+        joules(after),
+        joules(before),
+        "as before" if ratio(before, after) == "1x" else f"{ratio(before, after)} less than dense",
         f"Of one call by the table of 45 nm, a bound and no measurement. {cache}",
     )
+
+
+def _sizes(inspection: Inspection, table: list[Row]) -> Picture:
+    largest = sorted(table, key=lambda row: -row.nbytes)
+    shown, rest = largest[: charts.MOST_LAYERS], largest[charts.MOST_LAYERS :]
+    others = f"{len(rest):,} smaller layers, {nbytes(sum(row.nbytes for row in rest))}; " if rest else ""
+    own = nbytes(inspection.header_bytes + inspection.container_bytes)
+    words = (
+        f"Bytes of {_of('take most', len(shown), len(table))} in the file, stacked by what they are: the same figures "
+        f"are in the tables. Not drawn: {others}header and container, {own}."
+    )
+    return Picture("What the file is made of", charts.sizes(inspection, shown), words)
 
 
 def _sensitivity(record: CompressionRecord | None) -> Picture:
     title = "What each layer can lose"
     if record is None or record.sensitivity is None:
         return Picture(title, "", "No record of a sensitivity scan: run 'tersetorch compress' with --max-drop.")
-    before = record.before.error_percent
+    layers = record.sensitivity.layers
+    worst = {name: max((error for _, error in points), default=0.0) for name, points in layers.items()}
+    shown = sorted(layers, key=lambda name: -worst[name])[: charts.MOST_LAYERS]
     words = (
-        f"Error with one layer pruned at a time, by magnitude; the dashed line is the model as it came, {before:.2f} %."
+        f"Error with one layer pruned at a time, by magnitude, of {_of('lose most', len(shown), len(layers))}; the dashed line "
+        f"is the model as it came, {record.before.error_percent:.2f} %."
     )
-    return Picture(title, charts.sensitivity(record.sensitivity), words)
+    return Picture(title, charts.sensitivity(record.sensitivity, shown), words)
 
 
 def _error_by_size(record: CompressionRecord | None) -> Picture:
     title = "Error against size"
     if record is None:
         return Picture(title, "", "No record beside the file: 'tersetorch compress' writes one.")
+    shown = charts.spread(record.points, charts.MOST_POINTS)
+    told = shown if len(shown) <= MOST_TOLD else []
     points = "; ".join(
-        f"{point.label}: {nbytes(point.file_bytes)}, {point.error_percent:.2f} %"
-        for point in (record.before, *record.points, record.after)
+        f"{short(point.label)}: {nbytes(point.file_bytes)}, {point.error_percent:.2f} %"
+        for point in (record.before, *told, record.after)
     )
+    between = ""
+    if not told and record.points:
+        drawn = f", of which {len(shown):,} are drawn" if len(shown) < len(record.points) else ""
+        between = f" Between the two lie {len(record.points):,} more{drawn}."
     how = f", {record.how_pruned}" if record.how_pruned else ""
-    return Picture(title, charts.error_by_size(record), f"Models on the way{how}. {points}.")
+    words = f"Models on the way{how}. {points}.{between}"
+    return Picture(title, charts.error_by_size(record.before, shown, record.after), words)
 
 
 def _roofline(measured: Measurements | None, table: list[Row]) -> Picture:
     title = "How near each layer is to what the machine can do"
     if measured is None:
         return Picture(title, "", "Not measured: give --input-shape or --input.")
+    found = charts.reached(measured, table)
+    shown = dict(list(found.items())[: charts.MOST_LAYERS])
     words = (
-        "Operations a second of each layer over its operations a byte moved. Lines are the rates that this machine "
-        "reached just now: reading and arithmetic. Small layers lie far below them, since a call costs time too."
+        f"Operations a second over operations a byte moved, of {_of('take longest', len(shown), len(found))}. Lines "
+        "are the rates that this machine reached just now: reading and arithmetic. Small layers lie far below them, "
+        "since a call costs time too."
     )
-    return Picture(title, charts.roofline(measured, table), words)
+    return Picture(title, charts.roofline(measured.rates, shown), words)
 
 
-def nbytes(count: int) -> str:
-    """Such as "29.2 kB"."""
-    if count < 1000:
-        return f"{count} bytes"
-    value, unit = (count / 1000, "kB") if count < 10**6 else (count / 10**6, "MB")
-    return f"{value:.3g} {unit}" if value < 1000 else f"{value:,.0f} {unit}"
-
-
-def _time(milliseconds: float) -> str:
-    return _scaled(milliseconds, (("us", 1e-3), ("ms", 1), ("s", 1000)))
-
-
-def _joules(picojoules: float) -> str:
-    return _scaled(picojoules, (("nJ", 1e3), ("uJ", 1e6), ("mJ", 1e9), ("J", 1e12)))
-
-
-def _scaled(number: float, units: Sequence[tuple[str, float]]) -> str:
-    """Three digits in the largest unit of which there is at least one, or in the first: never 9.42e+03."""
-    unit, size = next(((unit, size) for unit, size in reversed(units) if number >= 0.9995 * size), units[0])
-    return f"{number / size:.3g} {unit}"
+def _of(which: str, shown: int, layers: int) -> str:
+    return "each layer" if shown == layers else f"the {shown} of {layers:,} layers that {which}"
