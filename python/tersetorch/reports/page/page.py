@@ -173,9 +173,10 @@ def _sensitivity(record: CompressionRecord | None) -> Picture:
     layers = record.sensitivity.layers
     worst = {name: max((error for _, error in points), default=0.0) for name, points in layers.items()}
     shown = sorted(layers, key=lambda name: -worst[name])[: charts.MOST_LAYERS]
+    drawn = _of("lose most", len(shown), len(layers))
     words = (
-        f"Error with one layer pruned at a time, by magnitude, of {_of('lose most', len(shown), len(layers))}; the dashed line "
-        f"is the model as it came, {record.before.error_percent:.2f} %."
+        f"Error with one layer pruned at a time, by magnitude, of {drawn}; the dashed line is the model as it came, "
+        f"{record.before.error_percent:.2f} %."
     )
     return Picture(title, charts.sensitivity(record.sensitivity, shown), words)
 
