@@ -151,7 +151,7 @@ dist: venv
 	rm -rf dist build/dist
 	TERSETORCH_CUDA=0 python -m build --no-isolation --outdir build/dist
 	$(if $(NVCC),TERSETORCH_CUDA=1 python -m pip wheel --no-build-isolation --no-deps --wheel-dir build/dist build/dist/*.tar.gz)
-	auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --wheel-dir dist build/dist/*.whl
+	python -m auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --wheel-dir dist build/dist/*.whl
 	mv build/dist/*.tar.gz dist
 
 # The site in build/docs; every warning is an error. It takes a minute.
