@@ -507,6 +507,16 @@ def test_a_folder_of_another_run_is_refused(tmp_path):
         deep_compression(network(), TWO_ROUNDS, jitter, folder=tmp_path)
 
 
+def test_a_run_of_another_number_of_ranks_is_refused(tmp_path, monkeypatch):
+    from tersetorch.recipes import run_folder
+
+    model = network()
+    deep_compression(copy.deepcopy(model), TWO_ROUNDS, jitter, folder=tmp_path)
+    monkeypatch.setattr(run_folder, "ranks", lambda: 2)
+    with pytest.raises(ValueError, match="folder must hold a run with the same model and arguments"):
+        deep_compression(copy.deepcopy(model), TWO_ROUNDS, jitter, folder=tmp_path)
+
+
 def test_path_stores_what_is_left(tmp_path):
     model, bars = network(), Progress(disable=True)
     deep_compression(model, TWO_ROUNDS, jitter, path=tmp_path / "m.terse", coders="fast", progress=bars)

@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from tersetorch.zoo.ranks import from_rank_0, rank
+from tersetorch.zoo.ranks import from_rank_0, rank, ranks
 
 
 class RunFolder:
@@ -42,6 +42,8 @@ class RunFolder:
         self, where: str, folder: str | os.PathLike[str] | None, settings: dict[str, Any], **parts: Any
     ) -> None:
         self.where = where
+        # Another number of ranks rounds in another way: what it went on with would be the result of neither.
+        settings = settings | ({"ranks": ranks()} if ranks() > 1 else {})
         self.record: dict[str, Any] = {"settings": settings, **parts}
         self.folder = None if folder is None else Path(folder)
         if folder is not None:
