@@ -55,13 +55,16 @@ test-native: venv  # in turn: both build in one folder
 test-python: venv
 	OMP_NUM_THREADS=1 python -m pytest -m 'not slow'
 
-# The last line of the log is stored, what nvcc made of the kernels, and how each seeded bug in them is noticed.
+# The last lines of the logs are stored, what nvcc made of the kernels, and how each seeded bug in them is noticed.
 test-full: SANITIZE := ALL
 test-full: KERNEL_REPORT := --json bench/results/cuda_kernels.json
 test-full: OTHER_ARCHITECTURES := --architectures 75 80 100 --json bench/results/cuda_ptx.json
 test-full: venv test-kernels test-cuda test-sanitized test-threads
-	set -o pipefail; python -m pytest | tee build/test-full.log
-	tail -n 1 build/test-full.log | tr -d '=' > bench/results/test_full.txt
+	set -o pipefail; for part in 'not slow' slow; do \
+	  python -m pytest -m "$$part" | tee "build/$$part.log" && \
+	    echo "$$part:$$(tail -n 1 "build/$$part.log" | tr -d '=')" > "build/$$part.txt" || exit 1; \
+	done
+	cat build/'not slow.txt' build/slow.txt > bench/results/test_full.txt
 	python tests/cuda_emulator/kernel_bugs.py --build $(KERNEL_TESTS) --out bench/results/kernel_bugs.txt
 
 test-kernels: venv
