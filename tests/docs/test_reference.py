@@ -117,6 +117,7 @@ def test_examples_in_docstrings_run(reference, tmp_path, monkeypatch):
             "torch": torch,
             "nn": nn,
             "model": model,
+            "other": tt.zoo.LeNet5(),
             "optimizer": torch.optim.SGD(model.parameters(), lr=0.001),
             "batches": Batches([(images, labels)]),
             "loss": nn.CrossEntropyLoss(),

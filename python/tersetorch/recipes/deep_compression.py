@@ -368,9 +368,9 @@ def deep_compression(
         tt.deep_compression(model, "lenet_5", train, steps_per_epoch=steps, path="lenet5.terse", folder="run")
         print(tt.inspect("lenet5.terse"))  # where every byte went
 
-        # without training
+        # another network, without training
         recipe = {"prune": {"method": "obs", "sparsity": 0.5}, "share": {"bits": 4}}
-        tt.deep_compression(model, recipe, calibration=images.split(128), path="small.terse")
+        tt.deep_compression(other, recipe, calibration=images.split(128), path="small.terse")
 
     Args:
         model: a trained network.
