@@ -397,6 +397,19 @@ def test_a_file_has_the_rates_of_dropout_that_pruning_left(before, after, tmp_pa
     assert str(loaded) == str(with_dropout(after))
 
 
+def test_a_registered_dropout_keeps_its_own_arguments(tmp_path):
+    class Slow(nn.Dropout):
+        def __init__(self, rate):
+            super().__init__(rate / 2)
+            self.rate = rate
+
+    register_module("tests.Slow", Slow, lambda module: {"rate": module.rate})
+    save(nn.Sequential(Slow(0.25)), tmp_path / "m.terse")
+    assert load(tmp_path / "m.terse", model=nn.Sequential(Slow(0.25)))[0].p == 0.125
+    with pytest.raises(ValueError, match="load: model must have"):
+        load(tmp_path / "m.terse", model=nn.Sequential(Slow(0.5)))
+
+
 @pytest.mark.parametrize("rate", [1.5, -0.1, True, "0.5", None, [0.5]])
 def test_a_rate_of_dropout_must_be_one(rate, tmp_path):
     path = tmp_path / "m.terse"

@@ -173,7 +173,7 @@ def _summary(record: CompressionRecord, target: Path) -> str:
 def _untouched(planned: CompressionPlan) -> str:
     """What a person may have meant to compress, such as an LSTM, which a recipe changes only by name."""
     left = sum(planned.untouched.values())
-    share = left / (left + sum(layer.weights for layer in planned.layers))
+    share = left / max(left + sum(layer.weights for layer in planned.layers), 1)
     names = [*planned.untouched][:NAMES_SHOWN] + ["..."] * (len(planned.untouched) > NAMES_SHOWN)
     shown = ", ".join(names)
     return f"{100 * share:.2g} % of the weights stay as they are; name them in the recipe to change them: {shown}"

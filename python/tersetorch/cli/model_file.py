@@ -83,7 +83,6 @@ def read_model(verb: str, path: Path, network: str) -> nn.Module:
     except Exception as error:  # whatever torch makes of a file that holds something else
         reason = " ".join(str(error).split())[:200]
         # torch's own words are long, and advise to run what the file holds
-        # torch's own words are long, and advise to run what the file holds
         if isinstance(error, pickle.UnpicklingError) and (code := re.search(r"GLOBAL ([\w.]+)", str(error))):
             reason = f"it holds {code[1]}, more than tensors and numbers"
         raise ValueError(

@@ -325,10 +325,12 @@ def _pairs(node: Any, module: nn.Module | None, seen: dict[nn.Module, int], path
 
 
 def _dropout_of(cls: type[nn.Module]) -> str | None:
-    """The rate of dropout among the arguments of cls, if it has one.
+    """The rate of dropout among the arguments of cls, a class of torch's, if it has one.
 
     Pruning rewrites it and no output depends on it, so a file's goes into the user's instance, which may have another.
     """
+    if not cls.__module__.startswith("torch.nn."):
+        return None
     if issubclass(cls, _DropoutNd):
         return "p"
     of_layers = (nn.RNNBase, nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
