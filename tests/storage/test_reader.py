@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import prune as torch_prune
 
+import tersetorch as tt
 from tersetorch.nn import (
     SparseCodebookConv1d,
     SparseCodebookConv2d,
@@ -410,15 +411,60 @@ def test_a_registered_dropout_keeps_its_own_arguments(tmp_path):
         load(tmp_path / "m.terse", model=nn.Sequential(Slow(0.5)))
 
 
-@pytest.mark.parametrize("rate", [1.5, -0.1, True, "0.5", None, [0.5]])
-def test_a_rate_of_dropout_must_be_one(rate, tmp_path):
+@pytest.mark.parametrize("rate", [1.5, -0.1, float("nan"), True, "0.5", None, [0.5]])
+@pytest.mark.parametrize(
+    "make,name",
+    [
+        (lambda: nn.Dropout(0.25), "p"),
+        (lambda: nn.MultiheadAttention(4, 2, dropout=0.25), "dropout"),
+        (lambda: nn.TransformerEncoderLayer(4, 2, 4, dropout=0.25), "dropout"),
+    ],
+)
+def test_a_rate_of_dropout_must_be_one(make, name, rate, tmp_path):
     path = tmp_path / "m.terse"
-    save(nn.Sequential(nn.Dropout(0.25)), path)
+    save(nn.Sequential(make()), path)
     header, data, _, _ = container.unpack(path.read_bytes())
-    header["m"]["m"]["0"]["c"]["p"] = rate
-    path.write_bytes(container.pack(header, container.split(data, [])))
-    with pytest.raises(TerseFileError, match=r"must have a number in \[0, 1\] as p of a Dropout, got"):
-        load(path, model=nn.Sequential(nn.Dropout()))
+    header["m"]["m"]["0"]["c"][name] = rate
+    lengths = [stream[1] for entry in header["t"] for stream in entry["x"]]
+    path.write_bytes(container.pack(header, container.split(data, lengths)))
+    for model in (None, nn.Sequential(make())):
+        with pytest.raises(TerseFileError, match=rf"must have a number in \[0, 1\] as {name} of a \w+, got"):
+            load(path, model=model)
+
+
+class WithDropout(nn.Module):
+    """A network of one's own, which loads only into an instance."""
+
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.3, batch_first=True)
+        self.encoder, self.drop, self.out = nn.TransformerEncoder(layer, 2), nn.Dropout(0.5), nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.out(self.drop(self.encoder(x)))
+
+
+def test_a_network_of_ones_own_trains_on_with_the_rates_that_pruning_left(tmp_path):
+    pruned = WithDropout()
+    tt.prune.rescale_dropout(tt.finalize(tt.prune.magnitude(pruned, 0.8)))
+    rates = [module.p for module in pruned.modules() if isinstance(module, nn.Dropout)]
+    assert len(set(rates)) > 1 and pruned.drop.p < 0.5
+    save(pruned, tmp_path / "m.terse")
+    instance = WithDropout()
+    loaded = load(tmp_path / "m.terse", model=instance).train()
+    assert [module.p for module in loaded.modules() if isinstance(module, nn.Dropout)] == rates
+    assert instance.drop.p == 0.5
+    x = torch.randn(3, 5, 8)
+    outputs = []
+    for model in (pruned.train(), loaded):
+        torch.manual_seed(1)
+        outputs.append(model(x))
+    assert outputs[0].equal(outputs[1])
+    outputs[1].sum().backward()
+    assert loaded.out.weight.grad is not None
+    instance.drop = nn.Dropout1d(0.5)
+    with pytest.raises(ValueError, match="must have Dropout"):
+        load(tmp_path / "m.terse", model=instance)
 
 
 def drop_fc2(model):

@@ -186,7 +186,7 @@ class Builder:
         if kind is None:
             refuse("consist of kinds that are registered", node["k"][:60], "read it with the tersetorch it came from")
         try:
-            module = self._construct(kind, registry.from_json(node.get("c", {})), len(node.get("t", {})))
+            module = self._construct(kind, _config(kind, node), len(node.get("t", {})))
         except TerseFileError:
             raise
         except Exception as error:  # whatever a constructor raises for arguments that no save wrote
@@ -304,13 +304,12 @@ def _pairs(node: Any, module: nn.Module | None, seen: dict[nn.Module, int], path
         known = registry.named(kind)
         if known is None:
             refuse("consist of kinds that are registered", kind[:60], "read it with the tersetorch it came from")
-        stored = registry.from_json(node.get("c", {}))
+        stored = _config(known, node)
         rate = _dropout_of(known.cls)
-        if rate is not None:
-            fields.number(stored.pop(rate, 0), f"{rate} of a {kind}", 0, 1)
         try:
             own = registry.from_json(known.config(module))
-            own.pop(rate, None)
+            if rate is not None:
+                own[rate] = stored[rate] = None
             fits = type(module) is known.cls and own == stored
         except Exception:  # a module that was altered so far that its arguments cannot be told
             fits = False
@@ -322,6 +321,15 @@ def _pairs(node: Any, module: nn.Module | None, seen: dict[nn.Module, int], path
         mismatch(f"children {list(children)} at {path or 'its root'}", list(module._modules))
     for name, child in children.items():
         yield from _pairs(child, module._modules[name], seen, fields.joined(path, name))
+
+
+def _config(kind: registry.Kind, node: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a node's kind; a rate of dropout among them is one, which not every constructor asks."""
+    config: dict[str, Any] = registry.from_json(node.get("c", {}))
+    rate = _dropout_of(kind.cls)
+    if rate is not None:
+        fields.number(config.get(rate, 0), f"{rate} of a {kind.name}", 0, 1)
+    return config
 
 
 def _dropout_of(cls: type[nn.Module]) -> str | None:
