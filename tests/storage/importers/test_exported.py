@@ -88,6 +88,31 @@ def test_what_was_tied_is_tied(tmp_path):
     assert all(y.equal(z) for y, z in zip(again.eval()(x), found.eval()(x), strict=True))
 
 
+class Dilated(nn.Module):
+    """Convolutions that share weight and bias, or the weight alone, and differ in how they stride over it."""
+
+    def __init__(self):
+        super().__init__()
+        self.near, self.far = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=2, dilation=2)
+        self.plain = nn.Conv2d(4, 4, 3, padding=1, bias=False)
+        self.far.weight, self.far.bias, self.plain.weight = self.near.weight, self.near.bias, self.near.weight
+        self.alias = self.plain
+
+    def forward(self, x):
+        return self.far(self.alias(self.near(x)))
+
+
+def test_layers_that_share_all_but_their_stride_are_layers(tmp_path):
+    torch.manual_seed(0)
+    model, x = Dilated().eval(), torch.randn(2, 4, 8, 8)
+    torch.export.save(torch.export.export(model, (x,)), tmp_path / "m.pt2")
+    found = import_exported(tmp_path / "m.pt2")
+    assert found(x).equal(model(x)) and set(found.state_dict()) == set(model.state_dict())
+    assert {type(layer) for layer in (found.near, found.far, found.plain, found.alias)} == {nn.Conv2d}
+    assert found.far.dilation == (2, 2) and found.near.bias is found.far.bias
+    assert found.alias is found.plain and found.near.weight is found.plain.weight is found.far.weight
+
+
 def test_methods_convert_and_files_take_it(tmp_path):
     _, x = exported(tmp_path / "m.pt2")
     found = import_exported(tmp_path / "m.pt2")

@@ -186,7 +186,8 @@ def _layers(module: fx.GraphModule, calls: list[_Call], names: list[str]) -> dic
     left = [name.removesuffix(".weight") for name in names if name.endswith(".weight")]
     for index, (kind, call) in enumerate(kinds.items()):
         fit = [path for path in left if _holds(module.get_submodule(path), call)]
-        places[kind] = fit if index == len(kinds) - 1 or call.bias is not None else fit[:1]
+        last = all(other.bias is not call.bias for other in list(kinds.values())[index + 1 :])
+        places[kind] = fit if last else fit[:1]  # the names of one layer are those that no other one needs
         left = [path for path in left if path not in places[kind]]
     built = {kind: _build(call.node.target, call) for kind, call in kinds.items()}
     if not all(places.values()) or None in built.values():
