@@ -210,12 +210,13 @@ def decode_layer(
         positions = positions % rows * columns + positions // rows
         order = np.argsort(positions, kind="stable")
         positions, values = positions[order], values[order]
-    row_of, column_of = np.divmod(positions, max(1, columns))
-    row_offsets = np.zeros(rows + 1, np.int32)
-    np.cumsum(np.bincount(row_of, minlength=rows), out=row_offsets[1:])
+    starts = np.arange(rows + 1)
+    starts *= columns
+    row_offsets = np.searchsorted(positions, starts).astype(np.int32)
+    positions %= max(1, columns)
     pattern: dict[str, Any] = {
         "row_offsets": tensors.from_patterns(row_offsets, torch.int32),
-        "col_indices": tensors.from_patterns(column_of.astype(np.int32), torch.int32),
+        "col_indices": tensors.from_patterns(positions.astype(np.int32), torch.int32),
         "columns": columns,
     }
     weight: Any
@@ -225,6 +226,7 @@ def decode_layer(
         weight = SparseCodebookWeight(codes=codes, codebook=table, **pattern)
     else:
         weight = CsrWeight(values=tensors.from_patterns(values, entry.dtype), **pattern)
+    del positions, values  # a layout takes memory of its own
     layer = make_layer(kind, weight, bias, config, training, budget)
     getattr(layer, layer.parameter_field).requires_grad_(entry.trains)
     return layer

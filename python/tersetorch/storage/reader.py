@@ -67,8 +67,9 @@ def load(
             file's sparse layers are put into the copy, and the copy is returned; model itself never changes. Without
             it, zoo networks and trees of torch.nn modules and our layers are built from the file alone.
         max_bytes: the most bytes that the tensors may take; None allows 64 MiB or 4096 times the file's size, whichever
-            is more. Packed codes may take as much again, and so may modules with layouts (64 MiB at least); a tensor
-            that is being decoded takes up to 16 times its bytes. What asks for more is refused before it is allocated.
+            is more. Packed codes may take as much again, and so may modules with layouts (64 MiB at least). What asks
+            for more is refused before it is allocated. At the peak come the file's bytes and, while a tensor is being
+            decoded, twice its bytes and 8 for each number, or 48 for each weight that a sparse layer stores.
         progress: a bar of the tensors' bytes is added to it.
 
     Raises:

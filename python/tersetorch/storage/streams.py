@@ -170,8 +170,9 @@ def _encode_plane(plane: Array) -> bytes:
 
 def _decode_planes(data: bytes, dtype: np.dtype[Any], count: int) -> Array:
     start = 0
-    planes = []
-    for _ in range(dtype.itemsize):
+    # Written plane by plane and turned in place: a tensor's peak of memory is here.
+    turned = np.empty((count, dtype.itemsize), np.uint8)
+    for number in range(dtype.itemsize):
         if len(data) - start < _PLANE.size:
             refuse(f"hold {dtype.itemsize} byte planes", f"{len(data)} bytes")
         coded, length = _PLANE.unpack_from(data, start)
@@ -180,14 +181,13 @@ def _decode_planes(data: bytes, dtype: np.dtype[Any], count: int) -> Array:
         if length != len(body) or coded > 1 or (not coded and length != count):
             refuse(f"hold whole byte planes of {count} values", f"{len(body)} bytes")
         start += length
-        planes.append(_native.rans_decode(body, 256, count) if coded else np.frombuffer(body, np.uint8))
+        turned[:, number] = _native.rans_decode(body, 256, count) if coded else np.frombuffer(body, np.uint8)
     if start != len(data):
         refuse("end after the last byte plane", f"{len(data) - start} more bytes")
-    turned = np.empty((count, dtype.itemsize), np.uint8)
-    for number, plane in enumerate(planes):
-        turned[:, number] = plane
     whole: Array = turned.reshape(-1).view(dtype)
-    values: Array = (whole >> dtype.type(1)) | (whole << dtype.type(8 * dtype.itemsize - 1))
+    values: Array = whole >> dtype.type(1)
+    whole <<= dtype.type(8 * dtype.itemsize - 1)
+    values |= whole
     return values
 
 

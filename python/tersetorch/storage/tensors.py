@@ -122,19 +122,35 @@ def decode_tensor(entry: Entry, data: list[bytes]) -> Tensor:
     if entry.form == "vectors":
         return _from_bits(entry, patterns(vectors.numbers(entry, vector_codes(entry, data)).to(entry.dtype)))
     positions = positions_of(entry, data) if entry.is_sparse else None
-    bits = values_of(entry, data, pattern, positions)
-    if positions is not None:
-        dense = np.full(entry.numel, entry.base, pattern)
-        dense[positions] = bits
-        bits = dense.reshape(-1, entry.shape[0]).T.ravel() if entry.down_columns and entry.numel else dense
-    if entry.dtype is torch.bool and entry.numel and int(bits.max()) > 1:
-        refuse("hold 0 or 1 for bool", int(bits.max()))
-    return _from_bits(entry, bits)
+    values = values_of(entry, data, pattern, positions)
+    if positions is None:
+        flat = from_patterns(values, entry.real_dtype)
+    else:
+        flat = torch.empty(entry.numel, dtype=entry.real_dtype)
+        _scatter(entry, values, positions, patterns(flat))
+    if entry.dtype is torch.bool and entry.numel and int(patterns(flat).max()) > 1:
+        refuse("hold 0 or 1 for bool", int(patterns(flat).max()))
+    return _shaped(entry, flat)
+
+
+def _scatter(entry: Entry, values: Array, positions: NDArray[np.int64], out: Array) -> None:
+    """Fills out with the bit patterns of a sparse form, in C order."""
+    if not entry.down_columns or not entry.numel:
+        out.fill(entry.base)
+        out[positions] = values
+        return
+    columns = np.full(entry.numel, entry.base, out.dtype)
+    columns[positions] = values
+    out.reshape(entry.shape[0], -1)[:] = columns.reshape(-1, entry.shape[0]).T
 
 
 def _from_bits(entry: Entry, bits: Array) -> Tensor:
     """The tensor of an entry from its bit patterns, in C order."""
-    flat = from_patterns(bits, entry.real_dtype)
+    return _shaped(entry, from_patterns(bits, entry.real_dtype))
+
+
+def _shaped(entry: Entry, flat: Tensor) -> Tensor:
+    """The tensor of an entry from its real numbers, in C order."""
     shape = entry.shape
     result = torch.view_as_complex(flat.reshape(*shape, 2)) if entry.dtype in REAL else flat.reshape(shape)
     if entry.order:
@@ -324,8 +340,9 @@ def _sign_bits(entry: Entry, data: list[bytes], pattern: np.dtype[Any]) -> Array
         refuse("hold magnitudes of rows that are not negative", int(scales.max()))
     codes = streams.decode_codes(data[1], sign_spec.coder, 2, entry.stored, _sign_context(entry, pattern))
     rows = codes.reshape(entry.shape[0], -1).astype(pattern)
-    bits: Array = (rows << pattern.type(8 * pattern.itemsize - 1) | scales[:, None]).reshape(-1)
-    return bits
+    rows <<= pattern.type(8 * pattern.itemsize - 1)
+    rows |= scales[:, None]
+    return rows.reshape(-1)
 
 
 def vector_codes(entry: Entry, data: list[bytes]) -> VectorCodes:
