@@ -2,9 +2,10 @@
 
 Reads from stdin, a line of JSON for each: program, environment and the files that take its output. Answers with its
 return code, negative for a signal, as subprocess does. A program finds what a fresh interpreter would have after
-``import torch``, and none of what another program did.
+``import torch``, and of the modules that the arguments name, and none of what another program did.
 """
 
+import importlib
 import json
 import os
 import signal
@@ -14,6 +15,9 @@ import traceback
 import torch  # noqa: F401  what the programs would wait for
 
 LIMIT_S = 120
+
+for module in sys.argv[1:]:
+    importlib.import_module(module)
 
 
 def run(program: str, environment: dict[str, str], stdout: str, stderr: str) -> int:
