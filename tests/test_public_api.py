@@ -105,5 +105,17 @@ def test_the_public_api_is_the_listed_one():
     assert not found - stored, f"new: {rule}"
 
 
+def test_packages_of_methods_are_imported_by_their_short_names():
+    from tersetorch.prune import obs
+
+    assert obs is tersetorch.prune.obs
+    for package in ("binarize", "factorize", "prune", "quantize"):
+        assert importlib.import_module(f"tersetorch.{package}") is getattr(tersetorch, package)
+    # Nothing is loaded twice, whichever name it is asked by.
+    obd = importlib.import_module("tersetorch.methods.prune.obd")
+    assert importlib.import_module("tersetorch.prune.obd") is obd
+    assert callable(tersetorch.prune.obd)
+
+
 if __name__ == "__main__":
     LISTING.write_text("\n".join(listing()) + "\n")
