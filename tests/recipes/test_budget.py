@@ -211,6 +211,24 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(model, task, accuracy, tmp_
     assert all(torch.equal(tensor, whole.state_dict()[name]) for name, tensor in again.state_dict().items())
 
 
+def test_a_run_goes_on_with_other_limits(model, task, accuracy, tmp_path):
+    whole = file_bytes(model, tmp_path / "m.terse")
+    arguments = {"sparsities": GRID, "folder": tmp_path / "run"}
+    with pytest.raises(ValueError, match="budget must be at least"):
+        tt.prune_to_budget(copy.deepcopy(model), accuracy, max_drop=1, budget=10, **arguments)
+    first = tt.prune_to_budget(copy.deepcopy(model), accuracy, max_drop=1.0, budget=whole // 2, **arguments)
+    calls = []
+
+    def counted(tried):
+        calls.append(tried)
+        return accuracy(tried)
+
+    fresh = tt.prune_to_budget(copy.deepcopy(task[0]), accuracy, max_drop=1.0, budget=whole // 3, sparsities=GRID)
+    found = tt.prune_to_budget(model, counted, max_drop=1.0, budget=whole // 3, **arguments)
+    assert found == fresh and found.sparsities != first.sparsities
+    assert len(calls) == len(found.trials), "what each layer loses is known from the first call"
+
+
 def test_trials_prune_by_a_method_of_the_callers(model, task, accuracy, tmp_path):
     asked = []
 

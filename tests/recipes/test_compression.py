@@ -131,7 +131,8 @@ def test_what_cannot_be_kept_leaves_no_file(network, digits, tmp_path):
         ValueError, match=r"must not rise by more than 0.5 points, half of the 1 that .* at the best of"
     ):
         compress(network, plan, digits, ruins, path=tmp_path / "a.terse", max_drop=1.0, budget=dense // 10)
-    with pytest.raises(ValueError, match="budget must have room for the layers at their sparsest, shared, got 300"):
+    least = r"budget must be at least about \d+ bytes, what the layers take at their sparsest, and shared, got 300"
+    with pytest.raises(ValueError, match=least):
         compress(network, plan, digits, untrained, path=tmp_path / "a.terse", budget=300)
     assert list(tmp_path.iterdir()) == []
 
@@ -241,8 +242,22 @@ def test_a_run_with_obs_goes_on_with_the_same_examples_alone(trained, digits, tm
     first = (tmp_path / "small.terse").read_bytes()
     compress(copy.deepcopy(trained), by_obs, digits, untrained, **options)
     assert (tmp_path / "small.terse").read_bytes() == first
-    with pytest.raises(ValueError, match="folder must hold a run with the same model and arguments, got another"):
+    with pytest.raises(
+        ValueError, match=r"same model and arguments, got another in .*record\.json, with other seed; pass"
+    ):
         compress(copy.deepcopy(trained), by_obs, digits, untrained, seed=1, **options)
+
+
+def test_a_run_goes_on_with_other_limits(trained, digits, train, tmp_path):
+    whole = compress(copy.deepcopy(trained), recipe(), digits, train, path=tmp_path / "a.terse", budget=12_000)
+    options = {"path": tmp_path / "b.terse", "folder": tmp_path / "run"}
+    with pytest.raises(ValueError, match="budget must be at least about"):
+        compress(copy.deepcopy(trained), recipe(), digits, train, budget=300, **options)
+    record = compress(copy.deepcopy(trained), recipe(), digits, train, budget=12_000, **options)
+    assert (tmp_path / "b.terse").read_bytes() == (tmp_path / "a.terse").read_bytes()
+    assert record.points == whole.points and record.after.file_bytes <= 12_000
+    with pytest.raises(ValueError, match="with other limited; pass another folder"):
+        compress(copy.deepcopy(trained), recipe(), digits, train, **options)
 
 
 def test_layers_that_cannot_be_calibrated_are_named_at_once(digits, tmp_path):

@@ -1,6 +1,7 @@
 """The verbs of the tersetorch command; each lives in a file of its own."""
 
 import sys
+import warnings
 
 import typer
 
@@ -33,6 +34,8 @@ def _sentence(error: Exception) -> str:
 
 def main() -> None:
     """Runs the command. Exit codes: 0 done, 1 it could not be done (one sentence on stderr says why), 2 wrong usage."""
+    # torch warns about its own classes wherever an exported program is copied.
+    warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`", FutureWarning)
     try:
         app()
     except Exception as error:  # a person gets the sentence, never a traceback

@@ -177,7 +177,8 @@ def prune_to_budget(
         targets: as in prune.magnitude.
         ignore: as in prune.magnitude.
         folder: where every score, cost and the best weights so far are stored: the same call goes on from there after
-            an interruption and ends with the same bits, if retrain is deterministic. Made where it is missing.
+            an interruption and ends with the same bits, if retrain is deterministic, and one with another budget,
+            max_drop or trials from the scores and costs of single layers. Made where it is missing.
         progress: bars are added to it.
 
     Raises:
@@ -211,16 +212,15 @@ def prune_to_budget(
         "layers": [target.name for target in chosen],
         "sparsities": grid,
         "unit": unit,
-        "budget": budget,
-        "max_drop": max_drop,
-        "trials": trials,
         "pattern": pattern,
         "method": method is not None,
         "losses": None if losses is None else _digest(losses),
         "example_inputs": _shapes(example_inputs),
     }
-    check_alike(where, "layers and arguments", settings, everyone())
-    run = RunFolder(where, folder, settings, sensitivity=None, costs=None, trials=[])
+    # What the layers lose and cost was measured for any of these.
+    limits = {"budget": budget, "max_drop": max_drop, "trials": trials}
+    check_alike(where, "layers and arguments", settings | limits, everyone())
+    run = RunFolder(where, folder, settings, limits, restart=["trials"], sensitivity=None, costs=None, trials=[])
     told = _scan(run, where, model, evaluate, losses, chosen, grid, pattern, progress)
     curves = _costs(run, model, chosen, grid, unit, example_inputs, pattern, progress)
     searched = _Search(where, model, evaluate, retrain, told, curves, max_drop, unit, budget, pattern, method, run)
@@ -237,6 +237,21 @@ def prune_to_budget(
             break
         low, high = (low, limit) if kept else (limit, high)
     return searched.finish(dense)
+
+
+class BudgetError(ValueError):
+    """No choice of sparsities keeps the budget.
+
+    Attributes:
+        least: the least budget that there is a choice for.
+    """
+
+    def __init__(self, where: str, least: float, what: str, budget: float) -> None:
+        super().__init__(
+            f"{where}: budget must be at least {least:.6g}, {what}, got {budget:.6g}; raise it, or add larger "
+            "sparsities"
+        )
+        self.least = least
 
 
 class _Search:
@@ -279,19 +294,14 @@ class _Search:
                 break
             # Below what the curves expected of this choice, so that it is another one each time.
             limit = max(whole, budget - (cost - expected))
-        raise ValueError(
-            f"{self.where}: budget must be at least {min(trial.cost for trial in self.trials):.6g}, the least that was "
-            f"reached once pruned and retrained, got {budget:.6g}; raise it, or add larger sparsities"
-        )
+        least = min(trial.cost for trial in self.trials)
+        raise BudgetError(self.where, least, "the least that was reached once pruned and retrained", budget)
 
     def trial(self, limit: float) -> bool:
         """Tries the best sparsities within limit; whether they keep the floor."""
         whole = self.curves.fixed + self.least
         if limit < whole * (1 - 1e-12):
-            raise ValueError(
-                f"{self.where}: budget must be at least {whole:.6g}, the cost at the largest sparsities, got "
-                f"{limit:.6g}; raise it, or add larger sparsities"
-            )
+            raise BudgetError(self.where, whole, "the cost at the largest sparsities", limit)
         # Rounding of the sum must not leave less room than the cheapest choice takes.
         sparsities = allocate(self.losses, self.curves.layers, max(limit - self.curves.fixed, self.least))
         index = len(self.trials)

@@ -25,7 +25,7 @@ from tersetorch.methods.parametrization import release_graphs
 from tersetorch.methods.prune.calibration import evaluating
 from tersetorch.methods.selection import find_weights, select
 from tersetorch.recipes.bits import share_to_budget
-from tersetorch.recipes.budget import prune_to_budget
+from tersetorch.recipes.budget import BudgetError, prune_to_budget
 from tersetorch.recipes.calibrated import (
     calibrated_layers,
     check_calibrated,
@@ -226,8 +226,8 @@ def compress(
         batch_size: images a step of train, and of calibration where recipe.prune.method is "obs".
         seed: of train; draws the training images that are calibrated on, which are the first that it draws.
         coders: of the file, as tersetorch.save takes it.
-        folder: where states are kept: the same call goes on from there after an interruption. Made where it is
-            missing.
+        folder: where states are kept: the same call goes on from there after an interruption, and where there was a
+            budget or max_drop, one with others from what each layer loses. Made where it is missing.
         progress: bars are added to it.
 
     Raises:
@@ -265,13 +265,14 @@ def compress(
     settings = {
         "weights": fingerprint(model),
         "data": [[*shape, checksum] for shape, checksum in _digest(data)],
-        "budget": budget,
-        "max_drop": max_drop,
+        "limited": limited,
         "recipe": recipe.model_dump(),
         "batch_size": batch_size,
         "seed": seed,
     }
-    run = RunFolder(WHERE, kept, settings, points=[], before=None)
+    run = RunFolder(
+        WHERE, kept, settings, {"budget": budget, "max_drop": max_drop}, restart=["points"], points=[], before=None
+    )
     if run.record["before"] is None:
         run.store(before=point("as it came", model).model_dump())
     before = Point(**run.record["before"])
@@ -379,12 +380,13 @@ class _Limits:
                 folder=self.folder,
                 progress=self.progress,
             )
-        except ValueError as error:
-            if pruned_budget == self.budget or "budget must" not in str(error):
-                raise
+        except BudgetError as error:
+            assert self.budget is not None and pruned_budget is not None
+            least = math.ceil(error.least * self.budget / pruned_budget)
+            about, shared = ("about ", ", and shared") if self.recipe.share is not None else ("", "")
             raise ValueError(
-                f"{WHERE}: budget must have room for the layers at their sparsest, shared, got {self.budget} bytes, "
-                f"which is about {pruned_budget} before sharing ({error}); raise it"
+                f"{WHERE}: budget must be at least {about}{least} bytes, what the layers take at their "
+                f"sparsest{shared}, got {self.budget}; raise it"
             ) from error
         trials = found.trials
         if found.sparsities is not None:

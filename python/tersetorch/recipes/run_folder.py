@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ class RunFolder:
         where: the public function, for errors.
         folder: made where it is missing; None for a run that leaves nothing.
         settings: what decides the run; JSON-able.
+        limits: what may be others the next time: then the parts that restart names are as at the start again.
+        restart: names of parts.
         **parts: of the record, as they are at the start.
 
     Raises:
@@ -39,17 +41,26 @@ class RunFolder:
     """
 
     def __init__(
-        self, where: str, folder: str | os.PathLike[str] | None, settings: dict[str, Any], **parts: Any
+        self,
+        where: str,
+        folder: str | os.PathLike[str] | None,
+        settings: dict[str, Any],
+        limits: dict[str, Any] | None = None,
+        restart: Sequence[str] = (),
+        **parts: Any,
     ) -> None:
         self.where = where
         # Another number of ranks rounds in another way: what it went on with would be the result of neither.
         settings = settings | ({"ranks": ranks()} if ranks() > 1 else {})
-        self.record: dict[str, Any] = {"settings": settings, **parts}
+        limits = limits or {}
+        self.record: dict[str, Any] = {"settings": settings, "limits": limits, **parts}
         self.folder = None if folder is None else Path(folder)
         if folder is not None:
-            self.record = from_rank_0(lambda: self._found(Path(folder), settings))
+            self.record = from_rank_0(lambda: self._found(Path(folder)))
+            if self.record.get("limits", {}) != limits:
+                self.store(limits=limits, **{name: parts[name] for name in restart})
 
-    def _found(self, folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    def _found(self, folder: Path) -> dict[str, Any]:
         """The record that folder holds, which is made where it is missing; ours where there is none."""
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -61,15 +72,16 @@ class RunFolder:
         if path.exists():
             try:
                 found = json.loads(path.read_text(encoding="utf-8"))
-                same = found["settings"] == json.loads(json.dumps(settings))
-            except (ValueError, KeyError, TypeError) as error:
+                theirs, ours = found["settings"], json.loads(json.dumps(self.record["settings"]))
+                others = sorted(key for key in {*theirs, *ours} if theirs.get(key) != ours.get(key))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(
                     f"{self.where}: folder must hold a run's record, got {path} ({error}); delete it"
                 ) from error
-            if not same:
+            if others:
                 raise ValueError(
-                    f"{self.where}: folder must hold a run with the same model and arguments, got another in {path}; "
-                    "pass another folder, or delete it"
+                    f"{self.where}: folder must hold a run with the same model and arguments, got another in {path}, "
+                    f"with other {', '.join(others)}; pass another folder, or delete it"
                 )
             return dict(found)
         return self.record
