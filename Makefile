@@ -44,16 +44,18 @@ venv: .venv/package
 demo: venv
 	tersetorch demo
 
-# With --jobs 2 the Python tests keep one core busy and the others the second one.
+# With --jobs 2 both at once.
 test: test-native test-python
 
 test-native: venv  # in turn: both build in one folder
 	$(MAKE) test-kernels
 	$(MAKE) test-cuda
 
-# Tests that are about threads say how many; the others' would wait for each other where something runs beside them.
+# A process a core; files go to them in the order of their names, which has the long ones before the end. Tests that are
+# about threads say how many; the others' would wait for each other where something runs beside them.
+PARALLEL := --numprocesses $(shell nproc) --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 test-python: venv
-	OMP_NUM_THREADS=1 python -m pytest -m 'not slow'
+	OMP_NUM_THREADS=1 python -m pytest $(PARALLEL) -m 'not slow'
 
 # The last lines of the logs are stored, what nvcc made of the kernels, and how each seeded bug in them is noticed.
 test-full: SANITIZE := ALL
