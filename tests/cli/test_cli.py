@@ -71,6 +71,9 @@ def test_convert_follows_a_plan(tersetorch, terse_file, tmp_path):
     done = tersetorch("convert", terse_file, output, "--plan", "codebook", "--json")
     assert done.returncode == 0, done.stderr
     assert {layer["chosen"] for layer in json.loads(done.stdout)["layers"]} == {"sparse_codebook"}
+    assert json.loads(done.stdout)["max_difference"] is None
+    seen = tersetorch("convert", terse_file, output, "--plan", "codebook", "--json", "--input-shape", "3x40")
+    assert json.loads(seen.stdout)["max_difference"] < 1e-5
     fast, dense = tt.load(output), tt.load(terse_file)
     assert isinstance(fast[0], tt.nn.SparseCodebookLinear)
     x = torch.randn(3, 40, generator=torch.Generator().manual_seed(0))
@@ -139,6 +142,7 @@ def test_convert_reads_a_quantised_state_dict(tersetorch, tmp_path):
         (["reproduce", "trade_off", "--json", "missing/x.json"], "--json must name a file in a folder"),
         (["bench", "nothing"], "SUITE must be one of sparse, codebook, product, binary, binary_networks, fixed, "),
         (["bench", "sparse", "--density", "2"], "should be less than or equal to 1"),
+        (["report", "m.terse", "-o", "report.pdf"], "--output must end in .html, got report.pdf"),
         (["frobnicate"], "No such command"),
     ],
 )
@@ -244,8 +248,9 @@ def test_inputs_come_from_a_file(tersetorch, tmp_path, monkeypatch):
         ("empty.npz", 1, "--input must hold an array for each argument"),
         ("two.pt", 2, "--input must be a .npz or .safetensors file"),
     ):
-        done = tersetorch(*common, "--input", name)
-        assert done.returncode == code and words in " ".join(done.stderr.replace("│", " ").split()), done.stderr
+        for plan in ("measure", "sparse"):  # which measures nothing, but says how much the outputs differ
+            done = tersetorch(*common, "--input", name, "--plan", plan)
+            assert done.returncode == code and words in " ".join(done.stderr.replace("│", " ").split()), done.stderr
     both = tersetorch(*common, "--input", "by_name.npz", "--input-shape", "1x4")
     assert both.returncode == 2 and "must not come together" in both.stderr
 
@@ -382,6 +387,17 @@ def test_convert_refuses_a_state_that_is_not_real(tersetorch, tmp_path):
     done = tersetorch(*arguments)
     assert done.returncode == 1 and f"{name} must be real, got a complex tensor" in done.stderr
     assert not (tmp_path / "y.terse").exists()
+
+
+def test_a_state_with_masks_is_to_be_finalized_first(tersetorch, tmp_path):
+    model = tt.prune.magnitude(tt.zoo.NETWORKS["lenet-300-100"](), 0.5)
+    torch.save(model.state_dict(), tmp_path / "x.pt")
+    arguments = ("convert", tmp_path / "x.pt", tmp_path / "y.terse", "--network", "lenet-300-100", "--plan", "sparse")
+    done = tersetorch(*arguments)
+    assert done.returncode == 1 and "have parametrizations" in done.stderr, done.stderr
+    assert "call tersetorch.finalize(model) before" in done.stderr
+    torch.save(tt.finalize(model).state_dict(), tmp_path / "x.pt")
+    assert tersetorch(*arguments).returncode == 0
 
 
 def test_outputs_are_checked_before_any_work(tersetorch, tmp_path, monkeypatch):

@@ -1,3 +1,4 @@
+import io
 import json
 import struct
 import zlib
@@ -5,6 +6,7 @@ import zlib
 import numpy as np
 import pytest
 import safetensors.numpy
+import torch
 
 from tersetorch.storage import TerseFileError, container
 
@@ -60,6 +62,13 @@ def test_other_safetensors_files_are_refused():
         container.unpack(raw)
     with pytest.raises(TerseFileError, match="be a terse file"):
         container.unpack(b"")
+
+
+def test_an_archive_of_torch_is_named():
+    file = io.BytesIO()
+    torch.save({"weight": torch.zeros(3)}, file)
+    with pytest.raises(TerseFileError, match=r"must be a terse file, got an archive as torch\.save and torch\.export"):
+        container.unpack(file.getvalue())
 
 
 @pytest.mark.parametrize("length", [0, 1, 1025, 1 << 40, (1 << 64) - 1])

@@ -27,8 +27,13 @@ def convert(
     input_shape: InputShapeOption = "",
     input_file: InputOption = None,
     plan: Annotated[
-        Literal["measure", "sparse", "codebook", "product", "residual", "binary"],
-        typer.Option(help="measure keeps, for each layer, what is fastest here; the others are told, not measured."),
+        Literal[
+            "measure", "sparse", "codebook", "product", "residual", "binary", "fixed", "low_rank", "multiplied_out"
+        ],
+        typer.Option(
+            help="measure keeps, for each layer, what is fastest here; the others are told, not measured, and take an "
+            "input only to say how much the outputs differ."
+        ),
     ] = "measure",
     network: NetworkOption = "",
     coders: CodersOption = "smallest",
@@ -40,16 +45,13 @@ def convert(
     target_of("convert", target)  # looked at before minutes of measuring
     keep_inputs(target, model, input_file, network)
     dense = read_model("convert", model, network)
-    if plan == "measure":
-        example = read_example("convert", input_shape, input_file, dense)
-        if example is None:
-            raise typer.BadParameter(
-                "measuring needs --input-shape or --input; or name a --plan such as sparse, codebook or binary"
-            )
-        with console.status("measuring each layer"):
-            fast = conversion.convert(dense, example)
-    else:
-        fast = conversion.convert(dense, plan=plan)
+    example = read_example("convert", input_shape, input_file, dense)
+    if plan == "measure" and example is None:
+        raise typer.BadParameter(
+            "measuring needs --input-shape or --input; or name a --plan such as sparse, codebook or binary"
+        )
+    with console.status("measuring each layer" if plan == "measure" else "converting"):
+        fast = conversion.convert(dense, example, plan=None if plan == "measure" else plan)
     with file_bar() as progress:
         storage.save(fast, target, coders=coders, progress=progress)
     report = conversion.report(fast)

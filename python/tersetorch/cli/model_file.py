@@ -2,7 +2,7 @@
 
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -69,11 +69,15 @@ def read_model(verb: str, path: Path, network: str) -> nn.Module:
     model = _network(verb, network)
     if path.suffix == ".safetensors" and is_quantized_file(path):
         return storage.import_quantized(path, model).eval()
+    fix = "write it with torch.save(model.state_dict(), path)"
     try:
         if path.suffix != ".safetensors":
             check_stored(path)
         stored = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
         state = _plain_state(stored, model)
+        if _parametrized(state) and not _parametrized(model.state_dict()):
+            fix = "call tersetorch.finalize(model) before, which leaves plain weights"
+            raise ValueError("its weights have parametrizations, as masks and codebooks that still train")
         wide = [name for name, value in state.items() if isinstance(value, torch.Tensor) and value.is_complex()]
         if wide:
             raise ValueError(f"{wide[0]} must be real, got a complex tensor, whose imaginary part would be lost")
@@ -86,10 +90,13 @@ def read_model(verb: str, path: Path, network: str) -> nn.Module:
         if isinstance(error, pickle.UnpicklingError) and (code := re.search(r"GLOBAL ([\w.]+)", str(error))):
             reason = f"it holds {code[1]}, more than tensors and numbers"
         raise ValueError(
-            f"{verb}: MODEL must hold a state dict of {network}, got {path} ({type(error).__name__}: {reason}); "
-            "write it with torch.save(model.state_dict(), path)"
+            f"{verb}: MODEL must hold a state dict of {network}, got {path} ({type(error).__name__}: {reason}); {fix}"
         ) from error
     return model.eval()
+
+
+def _parametrized(state: Iterable[str]) -> bool:
+    return any("parametrizations" in str(name).split(".") for name in state)
 
 
 def _plain_state(stored: Any, model: nn.Module) -> Any:

@@ -39,6 +39,8 @@ def report(
     target = target_of("report", output)  # looked at before minutes of measuring
     found = record or record_path(file)
     keep_inputs(output, file, found, input_file, network)
+    if output.suffix not in (".html", ".htm"):
+        raise typer.BadParameter(f"--output must end in .html, got {output}")
     inspection = storage.inspect(file)
     story = CompressionRecord.read(found) if record is not None or found.exists() else None
     if story is not None and not story.is_of(file):

@@ -82,6 +82,8 @@ def check_start(raw: bytes, file_bytes: int) -> tuple[int, int, int]:
     """
     if min(len(raw), file_bytes) < 8:  # a file of /sys has fewer than it says
         refuse("be a terse file", f"{min(len(raw), file_bytes)} bytes")
+    if raw.startswith(b"PK\x03\x04"):
+        refuse("be a terse file", "an archive as torch.save and torch.export.save write it")
     (head_length,) = struct.unpack_from("<Q", raw)
     if not 2 <= head_length <= min(HEAD_CAP, file_bytes - 8):
         refuse(f"begin with the length of a head of at most {HEAD_CAP} bytes", f"{head_length} in {file_bytes} bytes")
