@@ -1,6 +1,7 @@
 import copy
 import itertools
 import json
+import re
 
 import pytest
 import torch
@@ -81,7 +82,7 @@ def test_data_moves_bits_to_the_layer_whose_inputs_weigh(model):
         ({}, ValueError, "exactly one of nbytes and error must be given, got none"),
         ({"nbytes": 9, "error": 1.0}, ValueError, "exactly one of nbytes and error must be given, got both"),
         ({"nbytes": 0}, ValueError, "nbytes must be at least 1, got 0"),
-        ({"nbytes": 400}, ValueError, "nbytes must be at least .*, what the layers take at the best, got 400"),
+        ({"nbytes": 400}, ValueError, "nbytes must be at least .*, what the file takes at the best, got 400"),
         ({"error": 1e-12}, ValueError, "error must be at least .*, got 1e-12; raise it"),
         ({"error": 0}, ValueError, "error must be positive, got 0"),
         ({"error": float("nan")}, ValueError, "error must be finite and at least 0, got nan"),
@@ -95,3 +96,12 @@ def test_bad_arguments_change_nothing(model, arguments, error, message):
     with pytest.raises(error, match=f"share_to_budget: {message}"):
         share_to_budget(model, **arguments)
     assert type(model[0]) is nn.Linear
+
+
+def test_the_least_that_is_named_is_enough(model):
+    with pytest.raises(ValueError) as refused:
+        tt.share_to_budget(copy.deepcopy(model), nbytes=10)
+    least = int(re.search(r"at least (\d+)", str(refused.value))[1])
+    assert tt.share_to_budget(copy.deepcopy(model), nbytes=least).nbytes == least
+    with pytest.raises(ValueError, match=f"must be at least {least}, what the file takes at the best, got {least - 1}"):
+        tt.share_to_budget(model, nbytes=least - 1)

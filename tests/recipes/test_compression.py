@@ -1,4 +1,5 @@
 import copy
+import re
 from collections import OrderedDict
 from dataclasses import replace
 
@@ -246,6 +247,29 @@ def test_a_run_with_obs_goes_on_with_the_same_examples_alone(trained, digits, tm
         ValueError, match=r"same model and arguments, got another in .*record\.json, with other seed; pass"
     ):
         compress(copy.deepcopy(trained), by_obs, digits, untrained, seed=1, **options)
+
+
+@pytest.mark.parametrize("bits", [1, 8])  # of which the one expects too little of the pruned file, the other too much
+def test_every_budget_down_to_the_least_is_kept(network, digits, tmp_path, bits):
+    plan = recipe(prune={"sparsity": 0.5, "rounds": 1, "train": {"epochs": 0, "lr": 0.1}}, share={"bits": bits})
+    path = tmp_path / "a.terse"
+    with pytest.raises(ValueError, match="budget must be at least about") as refused:
+        compress(copy.deepcopy(network), plan, digits, untrained, path=path, budget=100)
+    least = int(re.search(r"about (\d+)", str(refused.value))[1])
+    for budget in (least, least + 10, least + 50, 2 * least):
+        record = compress(copy.deepcopy(network), plan, digits, untrained, path=path, budget=budget)
+        assert record.after.file_bytes == path.stat().st_size <= budget
+    assert tt.load(path)[1].weight.count_nonzero() > 0
+
+
+def test_a_budget_alone_allows_any_drop(network, digits, tmp_path):
+    def ruins(model, stage):
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.zero_()
+
+    record = compress(network, recipe(), digits, ruins, path=tmp_path / "a.terse", budget=4000)
+    assert record.after.error_percent > record.before.error_percent + 50
 
 
 def test_a_run_goes_on_with_other_limits(trained, digits, train, tmp_path):

@@ -14,6 +14,18 @@ Curves: TypeAlias = Mapping[str, Mapping[float, float]]
 STATES = 2**15
 
 
+class BudgetError(ValueError):
+    """No choice keeps a budget.
+
+    Attributes:
+        least: the least budget that there is a choice for.
+    """
+
+    def __init__(self, message: str, least: float = 0.0) -> None:
+        super().__init__(message)
+        self.least = least
+
+
 def allocate(losses: Curves, costs: Curves, budget: float) -> dict[str, float]:
     """The sparsity of each layer that minimises the sum of losses while the sum of costs is at most budget.
 

@@ -17,7 +17,7 @@ from tersetorch.methods.prune.calibration import check_data, check_layers, input
 from tersetorch.methods.quantize.kmeans import MAX_BITS
 from tersetorch.methods.quantize.sharing import Per
 from tersetorch.methods.selection import Patterns, Target, select
-from tersetorch.recipes.allocation import Curves, allocate
+from tersetorch.recipes.allocation import BudgetError, Curves, allocate
 from tersetorch.recipes.cost_curves import file_bytes
 
 # The header of a mixed choice may be so many bytes shorter than that of any one number of bits.
@@ -138,27 +138,31 @@ def share_to_budget(
         if progress is not None and task is not None:
             progress.advance(task)
     if nbytes is not None:
-        limit, curves, name = nbytes - min(headers) + HEADER_SLACK, sizes, "nbytes"
+        limit, curves = nbytes - min(headers) + HEADER_SLACK, sizes
     else:
-        limit, curves, name = error or 0.0, errors, "error"
+        limit, curves = error or 0.0, errors
     least = sum(min(curve.values()) for curve in curves.values())
-    reached: list[float] = []
+    if nbytes is None and limit < least:
+        raise ValueError(f"{where}: error must be at least {least:.6g}, the sum at the best, got {error}; raise it")
+    reached: list[int] = []
     while True:
-        if limit < least:
-            asked = nbytes if nbytes is not None else error
-            smallest = f"{min(reached, default=least + max(headers)):.0f}" if nbytes is not None else f"{least:.6g}"
-            raise ValueError(
-                f"{where}: {name} must be at least {smallest}, what the layers take at the best, got {asked}; raise it"
-            )
-        found = _allocated(sizes if nbytes is None else errors, curves, limit)
-        size = file_bytes(finalize(shared(found))).whole
+        # The last one is the smallest whatever its header takes.
+        last = limit <= least
+        found = _allocated(sizes if nbytes is None else errors, curves, max(limit, least))
+        size = int(file_bytes(finalize(shared(found))).whole)
         if nbytes is None or size <= nbytes:
             break
-        # The header took more than expected; the next choice is a smaller one, by a byte or more.
         reached.append(size)
+        if last:
+            raise BudgetError(
+                f"{where}: nbytes must be at least {min(reached)}, what the file takes at the best, got {nbytes}; "
+                "raise it",
+                min(reached),
+            )
+        # The header took more than expected; the next choice is a smaller one, by a byte or more.
         limit = sum(sizes[name][width] for name, width in found.items()) - max(1.0, (size - nbytes) / 2)
     quantize.kmeans(model, found, per=per, data=data, bfloat16=bfloat16)
-    return BitsReport(found, int(size), sum(errors[name][width] for name, width in found.items()), errors, sizes)
+    return BitsReport(found, size, sum(errors[name][width] for name, width in found.items()), errors, sizes)
 
 
 def _relative_error(before: Target, after: Target, importance: Tensor | None) -> float:

@@ -27,7 +27,7 @@ from tersetorch.methods.parametrization import release_graphs
 from tersetorch.methods.prune import Sensitivity
 from tersetorch.methods.prune.patterns import blocks
 from tersetorch.methods.selection import Patterns, Target, select
-from tersetorch.recipes.allocation import Curves, allocate
+from tersetorch.recipes.allocation import BudgetError, Curves, allocate
 from tersetorch.recipes.cost_curves import CostCurves, Unit, cost_curves, file_bytes
 from tersetorch.recipes.run_folder import RunFolder, fingerprint
 from tersetorch.zoo.ranks import alike, everyone, from_rank_0
@@ -239,21 +239,6 @@ def prune_to_budget(
     return searched.finish(dense)
 
 
-class BudgetError(ValueError):
-    """No choice of sparsities keeps the budget.
-
-    Attributes:
-        least: the least budget that there is a choice for.
-    """
-
-    def __init__(self, where: str, least: float, what: str, budget: float) -> None:
-        super().__init__(
-            f"{where}: budget must be at least {least:.6g}, {what}, got {budget:.6g}; raise it, or add larger "
-            "sparsities"
-        )
-        self.least = least
-
-
 class _Search:
     """Trials on copies of a model, and the best of them."""
 
@@ -295,13 +280,13 @@ class _Search:
             # Below what the curves expected of this choice, so that it is another one each time.
             limit = max(whole, budget - (cost - expected))
         least = min(trial.cost for trial in self.trials)
-        raise BudgetError(self.where, least, "the least that was reached once pruned and retrained", budget)
+        raise self._refused(least, "the least that was reached once pruned and retrained", budget)
 
     def trial(self, limit: float) -> bool:
         """Tries the best sparsities within limit; whether they keep the floor."""
         whole = self.curves.fixed + self.least
         if limit < whole * (1 - 1e-12):
-            raise BudgetError(self.where, whole, "the cost at the largest sparsities", limit)
+            raise self._refused(whole, "the cost at the largest sparsities", limit)
         # Rounding of the sum must not leave less room than the cheapest choice takes.
         sparsities = allocate(self.losses, self.curves.layers, max(limit - self.curves.fixed, self.least))
         index = len(self.trials)
@@ -325,6 +310,13 @@ class _Search:
         if self._is_best(index):
             self.chosen = index
         return self.trials[index].score >= self.floor
+
+    def _refused(self, least: float, what: str, budget: float) -> BudgetError:
+        return BudgetError(
+            f"{self.where}: budget must be at least {least:.6g}, {what}, got {budget:.6g}; raise it, or add larger "
+            "sparsities",
+            least,
+        )
 
     def finish(self, dense: float) -> BudgetReport:
         """Loads the chosen trial into the model."""

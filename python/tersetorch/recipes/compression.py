@@ -24,8 +24,9 @@ from tersetorch.methods.distributed import check_alike, failing_together
 from tersetorch.methods.parametrization import release_graphs
 from tersetorch.methods.prune.calibration import evaluating
 from tersetorch.methods.selection import find_weights, select
+from tersetorch.recipes.allocation import BudgetError
 from tersetorch.recipes.bits import share_to_budget
-from tersetorch.recipes.budget import BudgetError, prune_to_budget
+from tersetorch.recipes.budget import SPARSITIES, BudgetReport, prune_to_budget
 from tersetorch.recipes.calibrated import (
     calibrated_layers,
     check_calibrated,
@@ -59,6 +60,9 @@ MAX_BITS = 8
 ATTEMPTS = 6
 # A sparsity at which shared weights' bytes are compared with plain ones', to split a budget between the two stages.
 TYPICAL_SPARSITY = 0.8
+ANY_DROP = 100.0
+# What is left for a file to be smaller or larger than expected.
+MARGIN = 0.97
 
 
 @dataclass(frozen=True)
@@ -356,7 +360,7 @@ class _Limits:
         self.model, self.recipe, self.train, self.error, self.note = model, recipe, train, error, note
         self.batches = batches
         self.before, self.budget, self.folder, self.progress = before, budget, folder, progress
-        self.max_drop = 100.0 if max_drop is None else max_drop
+        self.max_drop = ANY_DROP if max_drop is None else max_drop
         if recipe.prune is None:
             raise ValueError(
                 f"{WHERE}: recipe must have a stage prune where budget or max_drop is given, got none; add one"
@@ -365,29 +369,54 @@ class _Limits:
 
     def search(self) -> SensitivityCurves | None:
         """Leaves model within the limits; what each layer loses at each sparsity."""
-        # Sharing needs a part of what may be lost.
-        part = 1.0 if self.recipe.share is None else 0.5
         pruned_budget = self._pruned_budget()
-        try:
-            found = prune_to_budget(
-                self.model,
-                lambda tried: 100 - self.error(tried),
-                max_drop=part * self.max_drop,
-                budget=pruned_budget,
-                method=self._prune if self.prune.method == "obs" else None,
-                ignore=self._not_calibrated(),
-                retrain=self._retrain,
-                folder=self.folder,
-                progress=self.progress,
-            )
-        except BudgetError as error:
-            assert self.budget is not None and pruned_budget is not None
-            least = math.ceil(error.least * self.budget / pruned_budget)
-            about, shared = ("about ", ", and shared") if self.recipe.share is not None else ("", "")
-            raise ValueError(
-                f"{WHERE}: budget must be at least {about}{least} bytes, what the layers take at their "
-                f"sparsest{shared}, got {self.budget}; raise it"
-            ) from error
+        release_graphs(self.model)
+        plain = copy.deepcopy(self.model)
+        sparsest = False
+        for attempt in range(1, ATTEMPTS + 1):
+            last = attempt == ATTEMPTS
+            try:
+                found = self._pruned(pruned_budget)
+            except BudgetError as error:
+                if self.recipe.share is None or last or pruned_budget is None or error.least <= pruned_budget:
+                    raise self._too_small(error.least) from error
+                # That budget was only expected to do: what the shared file takes is known once it is shared.
+                pruned_budget, sparsest = error.least, True
+                continue
+            if self.recipe.share is None:
+                break
+            try:
+                self._share()
+                break
+            except BudgetError as error:
+                if last or sparsest or self.budget is None or pruned_budget is None:
+                    raise self._too_small(error.least) from error
+                # Less and less, and in the end whatever is the least.
+                pruned_budget *= (MARGIN * self.budget / error.least) ** attempt if attempt < ATTEMPTS // 2 else 0
+                _restore(self.model, plain)
+        return SensitivityCurves(
+            baseline=self.before.error_percent,
+            layers={
+                name: [(sparsity, 100 - found.baseline + loss) for sparsity, loss in sorted(curve.items())]
+                for name, curve in found.losses.items()
+            },
+        )
+
+    def _pruned(self, budget: float | None) -> BudgetReport:
+        """Prunes to a budget, or to what may be lost alone."""
+        # Sharing needs a part of what may be lost, where that has an end.
+        part = 1.0 if self.recipe.share is None or self.max_drop == ANY_DROP else 0.5
+        found = prune_to_budget(
+            self.model,
+            lambda tried: 100 - self.error(tried),
+            max_drop=part * self.max_drop,
+            budget=budget,
+            method=self._prune if self.prune.method == "obs" else None,
+            ignore=self._not_calibrated(),
+            retrain=self._retrain,
+            folder=self.folder,
+            progress=self.progress,
+        )
         trials = found.trials
         if found.sparsities is not None:
             if self.prune.dropout_rule:
@@ -403,14 +432,13 @@ class _Limits:
                 "allow a larger drop or budget, or train longer"
             )
         # Else every sparsity that was tried lost too much: the model stays unpruned, and sharing has the whole drop.
-        if self.recipe.share is not None:
-            self._share()
-        return SensitivityCurves(
-            baseline=self.before.error_percent,
-            layers={
-                name: [(sparsity, 100 - found.baseline + loss) for sparsity, loss in sorted(curve.items())]
-                for name, curve in found.losses.items()
-            },
+        return found
+
+    def _too_small(self, least: float) -> ValueError:
+        shared = ", and shared" if self.recipe.share is not None else ""
+        return ValueError(
+            f"{WHERE}: budget must be at least about {math.ceil(least)} bytes, what the layers take at their "
+            f"sparsest{shared}, got {self.budget}; raise it"
         )
 
     def _retrain(self, tried: nn.Module) -> None:
@@ -430,15 +458,23 @@ class _Limits:
     def _prune(self, tried: nn.Module, sparsities: dict[str, float]) -> None:
         prune_calibrated(tried, sparsities, self.prune, self.batches, self.progress)
 
-    def _pruned_budget(self) -> int | None:
-        """Bytes that the pruned file may take so that the shared one can keep the budget."""
+    def _pruned_budget(self) -> float | None:
+        """Bytes that the pruned file may take so that the shared one can be expected to keep the budget.
+
+        Raises:
+            ValueError: no shared one can.
+        """
         if self.budget is None or self.recipe.share is None:
             return self.budget
         release_graphs(self.model)
-        tried = prune.magnitude(copy.deepcopy(self.model), TYPICAL_SPARSITY)
+        sparsest = prune.magnitude(copy.deepcopy(self.model), SPARSITIES[-1], ignore=self._not_calibrated())
+        quantize.kmeans(sparsest, dict.fromkeys(layer_values(sparsest, WHERE, self.recipe.share.bits), 1))
+        if (least := _bytes(sparsest)) > self.budget / MARGIN:
+            raise self._too_small(least)
+        tried = prune.magnitude(copy.deepcopy(self.model), TYPICAL_SPARSITY, ignore=self._not_calibrated())
         pruned = _bytes(tried)
         quantize.kmeans(tried, by_pattern(self.recipe.share.bits), init=self.recipe.share.init)
-        return math.floor(self.budget * pruned / _bytes(tried))
+        return self.budget * pruned / _bytes(tried)
 
     def _share(self) -> None:
         """Shares at the recipe's bits, or more of them, or at what the budget pays."""
@@ -499,6 +535,14 @@ class _Limits:
     def _words(self) -> str:
         error = f"an error of at most {min(self.before.error_percent + self.max_drop, 100):.2f} %"
         return error if self.budget is None else f"{error} and {self.budget} bytes"
+
+
+def _restore(model: nn.Module, plain: nn.Module) -> None:
+    """Gives model the weights and rates that its copy has kept, and no masks."""
+    finalize(model).load_state_dict(plain.state_dict())
+    for module, kept in zip(model.modules(), plain.modules(), strict=True):
+        if isinstance(module, nn.modules.dropout._DropoutNd) and isinstance(kept, nn.modules.dropout._DropoutNd):
+            module.p = kept.p
 
 
 def _epochs(training: Training | None) -> str:
