@@ -32,6 +32,7 @@ from tersetorch.storage.tensors import decode_tensor, vector_codes
 _NODE_KEYS = set("kcatmeo")
 # Arguments that only training looks at, with their defaults.
 _DROPOUT = {"p": 0.5, "dropout": 0.0}
+IMPORTED = "tersetorch.storage.import_exported of the .pt2 file that it came from"
 # What a module costs, without its tensors.
 MODULE_BYTES = 4096
 
@@ -153,10 +154,13 @@ class Builder:
         check_node(node)
         if "o" in node:
             name, reason = node["o"]
+            fix = "pass model=, an instance of the network's class, or --network to a command"
+            if _is_program(node):
+                fix = f"pass model={IMPORTED}, or --network and that file to a command"
             refuse(
                 "consist of modules that tt.load can rebuild by itself",
                 f"{name} at {path or 'the model itself'} ({reason})",
-                "pass model=, an instance of the network's class, or --network to a command",
+                fix,
             )
         training = node.get("e", training)
         kind = node.get("k")
@@ -229,7 +233,12 @@ def adopt(root: Any, model: nn.Module, tensors: Tensors) -> nn.Module:
         ValueError: model cannot be copied, or its modules or tensors are not those of the file.
         TerseFileError: a node is damaged.
     """
-    pairs = list(_pairs(root, model, {}))
+    try:
+        pairs = list(_pairs(root, model, {}))
+    except ValueError as error:
+        if isinstance(error, TerseFileError) or not _is_program(root):
+            raise
+        raise ValueError(f"{error}, here {IMPORTED}") from error
     # Layers go in through the copy's memo, so that every reference to the replaced ones follows.
     memo: dict[int, Any] = {}
     for node, module, path in pairs:
@@ -276,6 +285,11 @@ def adopt(root: Any, model: nn.Module, tensors: Tensors) -> nn.Module:
         else:
             twin.train(training)
     return copied
+
+
+def _is_program(node: Any) -> bool:
+    """Whether a module was the graph of an exported program, which has fewer modules than the class it came from."""
+    return isinstance(node, dict) and "o" in node and str(node["o"]).count("GraphModule") > 0
 
 
 def _pairs(node: Any, module: nn.Module | None, seen: dict[nn.Module, int], path: str = "") -> Iterator[Any]:

@@ -137,6 +137,19 @@ def repacked(source, target, change):
                 new.writestr(name, data)
 
 
+def test_what_a_file_of_a_program_goes_into_is_named(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 2)).eval()
+    torch.export.save(torch.export.export(model, (torch.randn(3, 6),)), tmp_path / "m.pt2")
+    tt.save(import_exported(tmp_path / "m.pt2"), tmp_path / "m.terse")
+    with pytest.raises(tt.TerseFileError, match=r"model=tersetorch\.storage\.import_exported of the \.pt2 file"):
+        tt.load(tmp_path / "m.terse")
+    with pytest.raises(ValueError, match=r"here tersetorch\.storage\.import_exported of the \.pt2 file"):
+        tt.load(tmp_path / "m.terse", model=model)
+    again = tt.load(tmp_path / "m.terse", model=import_exported(tmp_path / "m.pt2"))
+    assert torch.equal(again(torch.ones(3, 6)), model(torch.ones(3, 6)))
+
+
 class Harm:
     def __reduce__(self):
         return (print, ("this ran",))
