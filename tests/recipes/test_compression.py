@@ -1,4 +1,5 @@
 import copy
+import importlib
 import re
 from collections import OrderedDict
 from dataclasses import replace
@@ -48,6 +49,10 @@ def train(digits):
 
 def untrained(model, stage):
     """A train that changes nothing."""
+
+
+def interrupt(*arguments, **named):
+    raise KeyboardInterrupt
 
 
 def error(model, digits):
@@ -294,6 +299,37 @@ def test_layers_that_cannot_be_calibrated_are_named_at_once(digits, tmp_path):
     with pytest.raises(ValueError, match=r"compress: recipe\.prune\.sparsity must name Linear .* got 'read'"):
         compress(model, plan, digits, untrained, path=tmp_path / "small.terse", folder=tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
+
+
+class Attending(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.into, self.attention = nn.Linear(8, 16), nn.MultiheadAttention(16, 2, batch_first=True)
+        self.read = nn.Linear(16, 10)
+
+    def forward(self, x):
+        y = self.into(x.flatten(1).view(-1, 8, 8))
+        return self.read(self.attention(y, y, y, need_weights=False)[0].mean(1))
+
+
+def test_every_layer_is_every_one_that_calibration_reaches(digits, tmp_path):
+    torch.manual_seed(0)
+    model = Attending()
+    plan = {"prune": {"method": "obs", "sparsity": 0.5}, "share": {"bits": 4}}
+    plan = tt.recipes.DeepCompressionRecipe.from_mapping(plan)
+    planned = {layer.name: layer.sparsity for layer in plan_compression(model, plan).layers}
+    assert planned == {"into": 0.5, "attention.out_proj": 0, "read": 0.5}
+    options = {"path": tmp_path / "a.terse", "folder": tmp_path / "run"}
+    compress(copy.deepcopy(model), plan, digits, untrained, path=tmp_path / "b.terse")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(importlib.import_module("tersetorch.recipes.deep_compression"), "share_calibrated", interrupt)
+        compress(copy.deepcopy(model), plan, digits, untrained, **options)
+    compress(model, plan, digits, untrained, **options)
+    assert (tmp_path / "a.terse").read_bytes() == (tmp_path / "b.terse").read_bytes()
+    assert model.into.weight.count_nonzero() <= 64 and model.attention.out_proj.weight.unique().numel() <= 16
+    named = {"prune": {"method": "obs", "sparsity": {"*": 0.5}}}
+    with pytest.raises(ValueError, match=r"got 'attention\.(in_proj_weight|out_proj)'"):
+        check_fit(model, digits, tt.recipes.DeepCompressionRecipe.from_mapping(named))
 
 
 class Two(nn.Module):

@@ -183,7 +183,7 @@ def test_what_obs_cannot_calibrate_is_shared_by_kmeans():
     prune.obs(expected, data, 0.0, bits=2, refine=3, targets="out")
     assert same(found, quantize.kmeans(expected, 3, targets="*", ignore="out"))
     model = Words()
-    for sparsity, name in ((0.5, r"attention\.out_proj"), ({"words": 0.5}, "words")):
+    for sparsity, name in (({"*out_proj": 0.5}, r"attention\.out_proj"), ({"words": 0.5}, "words")):
         with pytest.raises(ValueError, match=f"must name Linear and Conv layers that inputs reach .* got '{name}'"):
             deep_compression(model, {"prune": OBS | {"sparsity": sparsity}}, calibration=data)
     assert not is_live(model)

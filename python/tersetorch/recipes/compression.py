@@ -45,6 +45,7 @@ from tersetorch.recipes.deep_compression import (
     calibration_words,
     deep_compression,
     layer_values,
+    pruned_layers,
     pruning_words,
     sharing_words,
 )
@@ -118,7 +119,7 @@ def plan_compression(model: nn.Module, recipe: DeepCompressionRecipe, *, limited
         ValueError: a pattern of the recipe matches no layer.
     """
     release_graphs(model)
-    sparsities = {} if recipe.prune is None else layer_values(model, "recipe.prune.sparsity", recipe.prune.sparsity)
+    sparsities = {} if recipe.prune is None else pruned_layers(model, recipe.prune)
     bits = {} if recipe.share is None else layer_values(model, "recipe.share.bits", recipe.share.bits)
     changed = {*sparsities, *bits, *((target.name for target in select(WHERE, model, None, None)) if limited else ())}
     sizes = {target.name: target.weight.numel() for target in find_weights(model)}
@@ -141,7 +142,7 @@ def plan_compression(model: nn.Module, recipe: DeepCompressionRecipe, *, limited
     if not limited:
         tried = copy.deepcopy(model)
         if recipe.prune is not None:
-            prune.magnitude(tried, by_pattern(recipe.prune.sparsity))
+            prune.magnitude(tried, {**sparsities})
         if recipe.share is not None:
             quantize.kmeans(tried, by_pattern(recipe.share.bits), init=recipe.share.init)
         size = int(file_bytes(finalize(tried)).whole)
@@ -185,8 +186,7 @@ def check_fit(model: nn.Module, data: Dataset, recipe: DeepCompressionRecipe | N
             "tersetorch.prune and tersetorch.quantize in a loop of your own"
         )
     if recipe is not None and recipe.prune is not None and recipe.prune.method == "obs":
-        pruned = layer_values(model, "recipe.prune.sparsity", recipe.prune.sparsity)
-        check_calibrated(WHERE, model, pruned, [images])
+        check_calibrated(WHERE, model, pruned_layers(model, recipe.prune), [images])
 
 
 def compress(
@@ -468,7 +468,8 @@ class _Limits:
             return self.budget
         release_graphs(self.model)
         sparsest = prune.magnitude(copy.deepcopy(self.model), SPARSITIES[-1], ignore=self._not_calibrated())
-        quantize.kmeans(sparsest, dict.fromkeys(layer_values(sparsest, WHERE, self.recipe.share.bits), 1))
+        shared = layer_values(sparsest, "recipe.share.bits", self.recipe.share.bits)
+        quantize.kmeans(sparsest, dict.fromkeys(shared, 1))
         if (least := _bytes(sparsest)) > self.budget / MARGIN:
             raise self._too_small(least)
         tried = prune.magnitude(copy.deepcopy(self.model), TYPICAL_SPARSITY, ignore=self._not_calibrated())

@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 from rich.progress import Progress
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from tersetorch.methods import prune, quantize
 from tersetorch.methods.arguments import check_choice, did_you_mean
@@ -467,7 +468,7 @@ def _check(
         target_of("deep_compression", path)
     layers: list[str] = []
     if plan.prune is not None:
-        layers += layer_values(model, "recipe.prune.sparsity", plan.prune.sparsity)
+        layers += pruned_layers(model, plan.prune)
     if plan.share is not None:
         layers += layer_values(model, "recipe.share.bits", plan.share.bits)
     return plan, list(dict.fromkeys(layers))
@@ -479,7 +480,7 @@ def _batches(model: nn.Module, plan: DeepCompressionRecipe, calibration: Iterabl
         return []
     where = "deep_compression"
     batches = first_batches(where, calibration, plan.prune.calibration)
-    check_calibrated(where, model, layer_values(model, "recipe.prune.sparsity", plan.prune.sparsity), batches)
+    check_calibrated(where, model, pruned_layers(model, plan.prune), batches)
     return batches
 
 
@@ -512,6 +513,22 @@ def layer_values(model: nn.Module, name: str, values: Value | dict[str, Value]) 
     if isinstance(values, dict):
         return {target.name: value for target, value in assign("deep_compression", name, model, {**values}, None)}
     return {target.name: values for target in select("deep_compression", model, None, None)}
+
+
+def pruned_layers(model: nn.Module, stage: PruneStage) -> dict[str, float]:
+    """For each layer that a stage prunes, its sparsity.
+
+    Of every layer, second derivatives leave out the out_proj of nn.MultiheadAttention, whose weight the attention reads
+    itself, so that no input of the layer's is ever seen.
+
+    Raises:
+        ValueError: a pattern matches no layer.
+    """
+    found = layer_values(model, "recipe.prune.sparsity", stage.sparsity)
+    if stage.method == "magnitude" or isinstance(stage.sparsity, dict):
+        return found
+    read = {name for name, module in model.named_modules() if isinstance(module, NonDynamicallyQuantizableLinear)}
+    return {name: sparsity for name, sparsity in found.items() if name not in read}
 
 
 def _resume(model: nn.Module, plan: DeepCompressionRecipe, run: RunFolder, layers: list[str], steps: int) -> int:
@@ -591,11 +608,12 @@ def _prune_round(
     rounds: int,
     progress: Progress | None,
 ) -> None:
-    sparsity = _scaled(plan.sparsity, 1 - (1 - index / rounds) ** 3)
+    part = 1 - (1 - index / rounds) ** 3
     if plan.method == "obs":
-        prune_calibrated(model, sparsity, plan, batches, progress)
+        sparsities = {name: part * sparsity for name, sparsity in pruned_layers(model, plan).items()}
+        prune_calibrated(model, sparsities, plan, batches, progress)
     else:
-        prune.magnitude(model, sparsity)
+        prune.magnitude(model, _scaled(plan.sparsity, part))
     if plan.dropout_rule:
         prune.rescale_dropout(model)
     if plan.train is not None:
