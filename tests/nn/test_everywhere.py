@@ -52,9 +52,12 @@ def test_inference_mode_autocast_and_copies(kind):
         want = layer(x)
     with torch.inference_mode():
         torch.testing.assert_close(layer(x), want)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        found = layer(x).to(want.dtype)
-        torch.testing.assert_close(found, want, rtol=0.05, atol=0.05 * float(want.abs().max()))
+    for dtype in (torch.bfloat16, torch.float16):
+        # As it comes from a layer that knows nothing of autocast, and from one that follows it.
+        for y in (x, x.to(dtype)) if x.is_floating_point() else (x,):
+            with torch.no_grad(), torch.autocast("cpu", dtype):
+                found = layer(y).to(want.dtype)
+            torch.testing.assert_close(found, want, rtol=0.05, atol=0.05 * float(want.abs().max()))
     stored = io.BytesIO()
     torch.save(layer.state_dict(), stored)
     stored.seek(0)

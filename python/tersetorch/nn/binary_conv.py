@@ -193,7 +193,8 @@ class BinaryConv2d(ConvSizes[nn.Conv2d], SignModule):
 
     def forward(self, input: Tensor) -> Tensor:
         """Applies the layer to input, float [N, in_channels, H, W] or [in_channels, H, W], or packed images."""
-        self._checked(input)
+        given = input
+        input = self._checked(input)
         if input.dim() not in (3, 4) or (self.inputs != "signs" and input.shape[-3] != self.in_channels):
             raise ValueError(
                 f"BinaryConv2d: input must be [N, {self.in_channels}, H, W], [{self.in_channels}, H, W] or packed "
@@ -208,7 +209,7 @@ class BinaryConv2d(ConvSizes[nn.Conv2d], SignModule):
         if self.inputs == "real":
             y = self._of_numbers(x)
         else:
-            y = self._finished(self._of_signs(x) if self.inputs == "signs" else self._of_pixels(x), input.dtype)
+            y = self._finished(self._of_signs(x) if self.inputs == "signs" else self._of_pixels(x), given.dtype)
         if self._buffers["thresholds"] is None and not (x.dtype != torch.int64 and _is_channels_last(x)):
             y = y.contiguous()
         return y if input.dim() == 4 else y.squeeze(0)

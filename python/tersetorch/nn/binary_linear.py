@@ -122,7 +122,8 @@ class BinaryLinear(LinearSizes, SignModule):
 
     def forward(self, input: Tensor) -> Tensor:
         """Applies the layer to input, float [..., in_features], or packed signs."""
-        self._checked(input)
+        given = input
+        input = self._checked(input)
         if self.batched and input.dim() != 2:
             raise ValueError(
                 f"BinaryLinear: input must be [N, {self.in_features}], since the layer computes the batch norm behind "
@@ -130,7 +131,7 @@ class BinaryLinear(LinearSizes, SignModule):
                 "example_inputs"
             )
         if self.inputs != "signs":
-            return self._products(input) if self.inputs == "real" else self._of_pixels(input)
+            return self._products(input) if self.inputs == "real" else self._of_pixels(input, given.dtype)
         x = input
         if x.dtype != torch.int64 and self.taps > 1 and x.shape[-1] == self.in_features:
             x = ops.sign_pack(x.unflatten(-1, (self._channels, self.taps)).transpose(-1, -2)).flatten(-2)
@@ -139,9 +140,9 @@ class BinaryLinear(LinearSizes, SignModule):
         y: Tensor = _xnor_matmul(
             x, held["bits"], self.in_features, self.out_features, held["scale"], held["bias"], held["thresholds"]
         )
-        return self._finished(y, input.dtype)
+        return self._finished(y, given.dtype)
 
-    def _of_pixels(self, x: Tensor) -> Tensor:
+    def _of_pixels(self, x: Tensor, given: torch.dtype) -> Tensor:
         """The product with pixels, floats of which the nearest counts."""
         pixels, step, zero = self._pixels(x)
         held = self._buffers
@@ -157,4 +158,4 @@ class BinaryLinear(LinearSizes, SignModule):
             held["bias"],
             held["thresholds"],
         )
-        return self._finished(y, x.dtype)
+        return self._finished(y, given)

@@ -13,7 +13,7 @@ from tersetorch.formats import FixedFormat, FixedWeight
 from tersetorch.formats.fixed_format import FixedFormats, as_fixed, noted_formats
 from tersetorch.nn.dense_form import DenseForm
 from tersetorch.nn.sparse_module import State, state_of
-from tersetorch.ops._floats import FLOATS, floats_beside, refusal
+from tersetorch.ops._floats import FLOATS, computable, floats_beside, refusal
 
 NARROW, WIDE = 8, 16
 
@@ -230,6 +230,7 @@ class FixedPointModule(DenseForm[Any]):
         name = type(self).__name__
         if not isinstance(x, Tensor):
             raise TypeError(f"{name}: input must be a tensor, got {type(x).__name__}; pass a torch.Tensor")
+        x = computable(x)
         if x.dtype not in floats_beside(x):
             raise refusal(name, "input", x, floats_beside(x))
         f = self.input_format

@@ -13,7 +13,7 @@ from tersetorch import ops
 from tersetorch.formats import SignWeight
 from tersetorch.nn.dense_form import DenseForm
 from tersetorch.nn.shared_module import records
-from tersetorch.ops._floats import FLOATS, either, floats_beside
+from tersetorch.ops._floats import FLOATS, computable, either, floats_beside
 
 PIXEL_INPUTS = ("pixels", "signed_pixels")
 INPUTS = ("signs", "real", *PIXEL_INPUTS)
@@ -189,15 +189,16 @@ class SignModule(DenseForm[Any]):
             dense.bias = nn.Parameter(self.bias.to(self.dtype, copy=True))
         return dense.train(self.training)
 
-    def _checked(self, x: object) -> None:
-        """Refuses what is no tensor of floats or packed signs."""
+    def _checked(self, x: object) -> Tensor:
+        """Refuses what is no tensor of floats or packed signs; what it is computed with."""
         if not isinstance(x, Tensor):
             raise TypeError(
                 f"{type(self).__name__}: input must be a tensor, got {type(x).__name__}; pass a torch.Tensor"
             )
+        x = computable(x)
         floats = floats_beside(x)
         if x.dtype in floats:
-            return
+            return x
         name = type(self).__name__
         if self.inputs == "real":
             got = "packed signs; unpack" if x.dtype == torch.int64 else f"{x.dtype}; convert it"
@@ -205,6 +206,7 @@ class SignModule(DenseForm[Any]):
         other = (torch.int64, "packed signs, int64") if self.inputs == "signs" else (torch.uint8, "uint8")
         if x.dtype != other[0]:
             raise TypeError(f"{name}: input must be {either(floats, other[1])}, got {x.dtype}; convert it")
+        return x
 
     def unit_scale(self) -> Tensor | None:
         """The scale of the integer product, float32 [rows], or None for 1: of pixels it counts 255ths."""

@@ -22,6 +22,11 @@ def floats_of(x: Any) -> tuple[torch.dtype, ...]:
     return _WITH_HALF if enabled_for(x) else floats_beside(x)
 
 
+def computable(x: Tensor) -> Tensor:
+    """x, or in float32 where it is float16 only because of autocast, and is not computed with where it lies."""
+    return x.float() if x.dtype == torch.float16 and x.dtype not in floats_beside(x) and enabled_for(x) else x
+
+
 def either(dtypes: Sequence[torch.dtype], *more: str) -> str:
     """The names of dtypes, and more, as alternatives."""
     *others, last = (*(str(dtype).removeprefix("torch.") for dtype in dtypes), *more)
