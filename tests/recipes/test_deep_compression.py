@@ -189,6 +189,19 @@ def test_what_obs_cannot_calibrate_is_shared_by_kmeans():
     assert not is_live(model)
 
 
+def test_what_cannot_be_changed_is_refused_in_a_recipe_s_words():
+    recipe = {"prune": {"sparsity": 0.5, "rounds": 1}}
+    model = network()
+    model[0].weight.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"on it, or name the other layers in recipe\.prune\.sparsity$"):
+        deep_compression(model, recipe)
+    with pytest.raises(ValueError, match=r"a Linear or Conv layer, got none; name others in recipe\.prune\.sparsity"):
+        deep_compression(nn.Sequential(nn.Embedding(4, 3)), recipe)
+    fast = tt.convert(nn.Sequential(nn.Linear(8, 4)), plan={"0": "csr"})
+    with pytest.raises(ValueError, match=r"got SparseLinear and the like, .*; pass the model that was converted"):
+        deep_compression(fast, recipe)
+
+
 def test_magnitude_needs_no_training_either():
     model = deep_compression(network(), {"prune": {"sparsity": 0.5}, "share": {"bits": 3}})
     assert same(model, quantize.kmeans(prune.magnitude(network(), 0.5), 3))

@@ -121,7 +121,7 @@ def plan_compression(model: nn.Module, recipe: DeepCompressionRecipe, *, limited
     release_graphs(model)
     sparsities = {} if recipe.prune is None else pruned_layers(model, recipe.prune)
     bits = {} if recipe.share is None else layer_values(model, "recipe.share.bits", recipe.share.bits)
-    changed = {*sparsities, *bits, *((target.name for target in select(WHERE, model, None, None)) if limited else ())}
+    changed = {*sparsities, *bits, *(layer_values(model, "recipe.prune.sparsity", 0.0) if limited else ())}
     sizes = {target.name: target.weight.numel() for target in find_weights(model)}
     layers = tuple(
         PlannedLayer(name, size, None if limited else sparsities.get(name, 0.0), bits.get(name))

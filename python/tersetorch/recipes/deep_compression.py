@@ -508,11 +508,25 @@ def layer_values(model: nn.Module, name: str, values: Value | dict[str, Value]) 
     """For each layer that a recipe's field names, its value.
 
     Raises:
-        ValueError: a pattern matches no layer.
+        ValueError: a pattern matches no layer, or one that cannot be changed.
     """
-    if isinstance(values, dict):
-        return {target.name: value for target, value in assign("deep_compression", name, model, {**values}, None)}
-    return {target.name: values for target in select("deep_compression", model, None, None)}
+    where = "deep_compression"
+    try:
+        if isinstance(values, dict):
+            return {target.name: value for target, value in assign(where, name, model, {**values}, None)}
+        return {target.name: values for target in select(where, model, None, None)}
+    except ValueError as error:
+        packed = next((type(module).__name__ for module in model.modules() if hasattr(module, "to_dense")), None)
+        if "got none" in str(error) and packed is not None:
+            raise ValueError(
+                f"{where}: model must have a Linear or Conv layer, got {packed} and the like, which convert makes "
+                "of them; pass the model that was converted"
+            ) from error
+        # A recipe has neither targets nor ignore.
+        words = (
+            str(error).replace(" that ignore leaves", "").replace("name layers in targets", f"name others in {name}")
+        )
+        raise ValueError(re.sub(r"or pass ignore=\[.*\]$", f"or name the other layers in {name}", words)) from error
 
 
 def pruned_layers(model: nn.Module, stage: PruneStage) -> dict[str, float]:

@@ -317,6 +317,12 @@ REFUSED = [
     (convolutions, {"energy": 1.01}, ValueError, r"energy of '0' must be in \[0, 1\], got 1.01"),
     (convolutions, {"energy": float("nan")}, ValueError, "energy of '0' must be in"),
     (convolutions, {"budget": 100}, ValueError, "budget must be at least 885 parameters, what the model takes with"),
+    (
+        convolutions,
+        {"ratio": 99},
+        ValueError,
+        r"ratio must be at most [\d.]+, .* 885 of \d+ parameters, got 99",
+    ),
     (convolutions, {"budget": 1.5}, TypeError, "budget must be an int"),
     (convolutions, {"ratio": 0.5}, ValueError, "ratio must be finite and at least 1, got 0.5"),
     (convolutions, {"ratio": 2, "unit": "flop"}, ValueError, "unit must be one of parameters, bytes, macs, got 'flop'"),

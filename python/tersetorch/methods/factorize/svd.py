@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, get_args
 
@@ -232,6 +233,12 @@ def _within(
     found = joint_ranks(curves, budget - rest)
     if found is None:
         least = rest + sum(min(curve.dense, curve.per_rank) for curve in curves)
+        if limit[0] is None:
+            most = math.floor(100 * whole / least) / 100
+            raise ValueError(
+                f"{where}: ratio must be at most {most:.2f}, that of the model with rank 1 everywhere, {least} of "
+                f"{whole} {unit}, got {limit[1]:g}; lower it, or name more layers"
+            )
         raise ValueError(
             f"{where}: budget must be at least {least} {unit}, what the model takes with rank 1 everywhere, got "
             f"{budget} of {whole}; raise it, or name more layers"
