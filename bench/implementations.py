@@ -64,7 +64,7 @@ class Implementation:
         """Why it cannot run here, or None."""
         absent = [name for name in self.needs if find_spec(name) is None]
         if absent:
-            return f"{', '.join(absent)} not installed (make bench installs what does)"
+            return f"{', '.join(absent)} not installed (pip install 'tersetorch[bench]' has most of them)"
         if self.threads is not None and threads > self.threads:
             return f"uses {self.threads} thread"
         if not self.batches[0] <= batch <= self.batches[1]:

@@ -218,6 +218,14 @@ class Two(nn.Module):
     def forward(self, ids, other):
         return self.layer(self.words(ids).mean(1)) + self.other(other)
 
+class Said(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn, self.read = nn.GRU(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.read(self.rnn(x)[0])
+
 def half():
     return nn.Sequential(nn.Linear(4, 3)).bfloat16()
 """
@@ -262,6 +270,22 @@ def test_random_inputs_have_the_type_of_the_weights(tersetorch, tmp_path, monkey
     torch.save(importlib.import_module("half_nets").half().state_dict(), "half.pt")
     done = tersetorch("convert", "half.pt", "o.terse", "--network", "half_nets:half", "--input-shape", "2x4")
     assert done.returncode == 0, done.stderr
+
+
+def test_convert_names_the_weights_that_no_kernel_takes(tersetorch, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    (tmp_path / "said_nets.py").write_text(NETS)
+    torch.save(importlib.import_module("said_nets").Said().state_dict(), "said.pt")
+    done = tersetorch("convert", "said.pt", "o.terse", "--network", "said_nets:Said", "--plan", "sparse")
+    assert "no kernels are for these, which stay dense: rnn.weight_ih_l0, rnn.weight_hh_l0\n" in done.stderr
+
+
+def test_a_terminal_without_lines_for_tables_gets_what_it_can(terse_file):
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(["tersetorch", "inspect", terse_file], env=environment, capture_output=True, check=False)
+    assert done.returncode == 0 and b"? bytes ?" in done.stdout, done.stderr
 
 
 def test_doctor_checks_every_level(tersetorch):

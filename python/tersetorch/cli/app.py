@@ -1,5 +1,6 @@
 """The verbs of the tersetorch command; each lives in a file of its own."""
 
+import io
 import sys
 import warnings
 
@@ -34,6 +35,9 @@ def _sentence(error: Exception) -> str:
 
 def main() -> None:
     """Runs the command. Exit codes: 0 done, 1 it could not be done (one sentence on stderr says why), 2 wrong usage."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # hours of work are not lost to a terminal without lines for tables
     # torch warns about its own classes wherever an exported program is copied.
     warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`", FutureWarning)
     try:

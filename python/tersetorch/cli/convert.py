@@ -12,6 +12,7 @@ from tersetorch.cli.coders import CodersOption
 from tersetorch.cli.example_input import InputOption, InputShapeOption, read_example
 from tersetorch.cli.model_file import NetworkOption, file_bar, read_model
 from tersetorch.cli.output import OutputArgument, OutputOption, keep_inputs, one_output
+from tersetorch.methods.selection import NAMES_SHOWN, find_weights
 from tersetorch.storage.arguments import target_of
 
 
@@ -56,4 +57,9 @@ def convert(
         storage.save(fast, target, coders=coders, progress=progress)
     report = conversion.report(fast)
     print(json.dumps(report.to_dict(), indent=1) if as_json else report)
+    reported = {name for layer in report.layers for name in layer.names}
+    others = [weight.name for weight in find_weights(dense) if reported.isdisjoint(weight.names)]
+    if others:
+        names = [*others[:NAMES_SHOWN], *["..."] * (len(others) > NAMES_SHOWN)]
+        console.print(f"no kernels are for these, which stay dense: {', '.join(names)}", markup=False, highlight=False)
     console.print(f"{target}: {target.stat().st_size:,} bytes")

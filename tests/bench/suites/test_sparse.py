@@ -144,7 +144,7 @@ def test_filters_choose_groups_and_rows():
 
 def test_what_is_missing_is_said(monkeypatch):
     row = Implementation("x", "dense", "float32", None, needs=("nothing_of_the_kind",), threads=1, batches=(4, 8))
-    assert row.missing(4, 1) == "nothing_of_the_kind not installed (make bench installs what does)"
+    assert row.missing(4, 1) == "nothing_of_the_kind not installed (pip install 'tersetorch[bench]' has most of them)"
     assert dataclasses.replace(row, needs=()).missing(4, 2) == "uses 1 thread"
     assert dataclasses.replace(row, needs=()).missing(3, 1) == "meant for 4 to 8 samples"
     assert dataclasses.replace(row, needs=()).missing(4, 1) is None
