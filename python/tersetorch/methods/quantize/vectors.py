@@ -85,7 +85,10 @@ def product(
 
     def steps(target: Target) -> int:
         columns = target.weight.flatten(1).shape[1]
-        return -(-columns // segment_width(f"{where}: {target.name}", columns, segments, sub_vector))
+        try:
+            return -(-columns // segment_width(f"{where}: {target.name}", columns, segments, sub_vector))
+        except ValueError as error:
+            raise ValueError(f"{error}, or ignore=[{target.name!r}]") from error
 
     return _apply(where, model, entries, quantize, steps, data, targets, ignore, seed, progress)
 
