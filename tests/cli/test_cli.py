@@ -282,6 +282,15 @@ def test_convert_names_the_weights_that_no_kernel_takes(tersetorch, tmp_path, mo
     assert "no kernels are for these, which stay dense: rnn.weight_ih_l0, rnn.weight_hh_l0\n" in done.stderr
 
 
+def test_a_narrow_terminal_gets_a_narrow_table(tersetorch, terse_file, monkeypatch):
+    wide = tersetorch("inspect", terse_file).stdout
+    monkeypatch.setenv("COLUMNS", "60")
+    narrow = tersetorch("inspect", terse_file).stdout
+    assert max(map(len, wide.splitlines())) > 60 >= max(map(len, narrow.splitlines()))
+    for tensor in tt.inspect(terse_file).tensors:
+        assert f"│ {tensor.name}" in narrow and f" {tensor.nbytes} │" in narrow
+
+
 def test_a_terminal_without_lines_for_tables_gets_what_it_can(terse_file):
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run(["tersetorch", "inspect", terse_file], env=environment, capture_output=True, check=False)

@@ -106,6 +106,6 @@ def test_what_is_no_file_is_refused(tmp_path):
         inspect(None)
     with pytest.raises(FileNotFoundError):
         inspect(tmp_path / "m.terse")
-    (tmp_path / "m.terse").write_bytes(b"PK\3\4 no terse file at all")
+    (tmp_path / "m.terse").write_bytes(b"no terse file at all")
     with pytest.raises(TerseFileError, match=r"inspect: .*m\.terse must begin with the length of a head"):
         inspect(tmp_path / "m.terse")

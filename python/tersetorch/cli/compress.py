@@ -17,7 +17,7 @@ from tersetorch.cli.coders import CodersOption
 from tersetorch.cli.data_source import DataOption, in_dtype, read_data
 from tersetorch.cli.model_file import NetworkOption, read_model
 from tersetorch.cli.on_ranks import on_ranks
-from tersetorch.cli.output import OutputArgument, OutputOption, keep_inputs, one_output
+from tersetorch.cli.output import OutputArgument, OutputOption, columns, keep_inputs, one_output
 from tersetorch.methods.arguments import did_you_mean
 from tersetorch.methods.distributed import failing_together
 from tersetorch.recipes.compression import CompressionPlan, check_fit, plan_compression
@@ -125,7 +125,7 @@ def compress(
     if as_json:
         print(json.dumps({"file": inspection.to_dict(), **record.model_dump()}, indent=1))
         return
-    print(inspection)
+    print(inspection.text(columns()))
     print(_summary(record, target))
 
 

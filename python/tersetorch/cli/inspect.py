@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from tersetorch.cli.output import columns
 from tersetorch.storage import inspect as inspect_file
 
 
@@ -15,4 +16,4 @@ def inspect(
 ) -> None:
     """Itemises every byte of a .terse file; the items add up to the file's size."""
     inspection = inspect_file(file)
-    print(json.dumps(inspection.to_dict(), indent=1) if as_json else inspection)
+    print(json.dumps(inspection.to_dict(), indent=1) if as_json else inspection.text(columns()))

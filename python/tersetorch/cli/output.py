@@ -1,15 +1,22 @@
-"""The file that a verb writes: told as an argument or as --output."""
+"""What a verb writes: a file, told as an argument or as --output, and text as wide as the terminal."""
 
 import os
+import shutil
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from tersetorch.cli.importable import files_of, is_importable
+from tersetorch.storage.inspection import WIDE
 
 OutputArgument = Annotated[Path | None, typer.Argument(help="The .terse file to write.", metavar="OUTPUT")]
 OutputOption = Annotated[Path | None, typer.Option("--output", "-o", help="The same, by name.")]
+
+
+def columns() -> int:
+    """Columns that are there for text: the terminal's, or many where it goes to a file or another program."""
+    return shutil.get_terminal_size((WIDE, 24)).columns
 
 
 def one_output(argument: Path | None, option: Path | None) -> Path:

@@ -49,6 +49,9 @@ _NAME_PARTS = {"signs": "signs", "scale": "scales", "thresholds": "thresholds", 
 # The same of layers of codes, whatever they are coded with.
 _CODE_PARTS = {"plain_codes": "codes", "codes": "codes", "codebook": "codebooks", "codebooks": "codebooks"}
 
+# Columns of the whole table of tensors.
+WIDE = 150
+
 
 @dataclass(frozen=True)
 class StoredTensor:
@@ -143,8 +146,19 @@ class Inspection:
         return asdict(self) | {"tensors": tensors} | totals
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=150, color_system=None, markup=False, emoji=False, highlight=False)
-        console.print(self._tensor_table())
+        return self.text()
+
+    def text(self, width: int = WIDE) -> str:
+        """Tables of tensors and of parts; below 150 columns without what each tensor is made of.
+
+        Args:
+            width: in characters, at least 1.
+        """
+        wide = width >= WIDE
+        console = Console(
+            file=io.StringIO(), width=width, color_system=None, markup=False, emoji=False, highlight=False
+        )
+        console.print(self._tensor_table(wide))
         console.print(self._part_table())
         console.print(
             f"{self.file_bytes} bytes for {self.parameters} numbers, {self.dense_bytes} bytes as plain float32: "
@@ -153,11 +167,11 @@ class Inspection:
         assert isinstance(console.file, io.StringIO)
         return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
 
-    def _tensor_table(self) -> Table:
+    def _tensor_table(self, wide: bool) -> Table:
         table = Table(title=self.path)
-        used = [part for part in PARTS if any(tensor.parts.get(part) for tensor in self.tensors)]
+        used = [part for part in PARTS if wide and any(tensor.parts.get(part) for tensor in self.tensors)]
         for heading in ("tensor", "shape", "stored as", "kept"):
-            table.add_column(heading)
+            table.add_column(heading, overflow="ellipsis" if wide else "fold")
         for heading in (*used, "bytes", "of dense"):
             table.add_column(heading, justify="right")
         for tensor in self.tensors:
