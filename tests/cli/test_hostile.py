@@ -5,12 +5,19 @@ import os
 import sys
 import zipfile
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import tersetorch as tt
-from tersetorch.recipes.compression_record import CompressionRecord, Point, SensitivityCurves, record_path
+from tersetorch.recipes.compression_record import (
+    MOST_BYTES,
+    CompressionRecord,
+    Point,
+    SensitivityCurves,
+    record_path,
+)
 from tersetorch.storage import container
 
 ESCAPE = "\x1b]0;gone\x07\x1b[2J"
@@ -172,3 +179,67 @@ def test_damaged_files_end_in_a_sentence(tersetorch, tmp_path):
                 done = tersetorch("convert", tmp_path / name, tmp_path / "o.terse", *given)
             assert done.returncode in (1, 2) and done.stderr and "Traceback" not in done.stderr
             assert not (tmp_path / "o.terse").exists()
+
+
+def endless(path, kind):
+    """A file that a reader would never come to the end of."""
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_what_lies_beside_a_file_is_no_record_unless_it_ends(tersetorch, tmp_path, kind):
+    tt.save(nn.Linear(3, 2), tmp_path / "m.terse")
+    endless(record_path(tmp_path / "m.terse"), kind)
+    for how in ((), ("--record", record_path(tmp_path / "m.terse"))):
+        done = tersetorch("report", tmp_path / "m.terse", "-o", tmp_path / "r.html", *how)
+        assert done.returncode == 1 and "path must name a regular file, got the device or pipe" in done.stderr
+    record_path(tmp_path / "m.terse").unlink()
+    with open(record_path(tmp_path / "m.terse"), "wb") as file:
+        file.truncate(MOST_BYTES + 1)
+    done = tersetorch("report", tmp_path / "m.terse", "-o", tmp_path / "r.html")
+    assert done.returncode == 1 and "path must name a file of at most 16,777,216 bytes, got 16,777,217" in done.stderr
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+@pytest.mark.parametrize("name", ["x.npz", "x.safetensors"])
+def test_inputs_come_from_files_that_end(tersetorch, tmp_path, name, kind):
+    tt.save(nn.Linear(3, 2), tmp_path / "m.terse")
+    endless(tmp_path / name, kind)
+    done = tersetorch("report", tmp_path / "m.terse", "-o", tmp_path / "r.html", "--input", tmp_path / name)
+    assert done.returncode == 1 and "report: --input must name a regular file, got the device or pipe" in done.stderr
+
+
+def test_inputs_do_not_inflate_without_end(tersetorch, tmp_path):
+    tt.save(nn.Linear(3, 2), tmp_path / "m.terse")
+    np.savez_compressed(tmp_path / "x.npz", np.zeros(17 << 20, np.float32))
+    done = tersetorch("convert", tmp_path / "m.terse", tmp_path / "n.terse", "--input", tmp_path / "x.npz")
+    assert done.returncode == 1 and "71303296 bytes in parts of" in done.stderr
+    (tmp_path / "x.npz").write_bytes(b"PK")
+    done = tersetorch("convert", tmp_path / "m.terse", tmp_path / "n.terse", "--input", tmp_path / "x.npz")
+    assert done.returncode == 1 and "--input must hold arrays of numbers" in done.stderr
+
+
+@pytest.mark.parametrize("verb", [("bench", "rates"), ("reproduce", "gong")])
+def test_figures_go_to_files_that_end(tersetorch, tmp_path, verb):
+    os.mkfifo(tmp_path / "x.json")
+    done = tersetorch(*verb, "--quick", "--json", tmp_path / "x.json")
+    assert done.returncode == 1 and "--json must name a regular file, got the device or pipe" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda path: tt.storage.import_exported(path),
+        lambda path: tt.storage.import_quantized(path.with_suffix(".safetensors"), nn.Linear(3, 2)),
+        lambda path: tt.storage.read_quantized(path.with_suffix(".gguf")),
+        lambda path: tt.storage.read_deep_compression(path, {"a": [2, 3]}),
+    ],
+)
+def test_importers_do_not_wait_for_a_pipe(tmp_path, read):
+    for suffix in (".net", ".safetensors", ".gguf"):
+        os.mkfifo(tmp_path / f"x{suffix}")
+    with pytest.raises(ValueError, match="must name a regular file, got the device or pipe"):
+        read(tmp_path / "x.net")

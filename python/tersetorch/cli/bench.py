@@ -12,6 +12,7 @@ from tersetorch.bench.cuda import rates as cuda_rates
 from tersetorch.bench.options import Options
 from tersetorch.bench.records import CUDA_SUITES, SUITES, Run, missing, table
 from tersetorch.methods.arguments import did_you_mean
+from tersetorch.storage.arguments import check_regular
 
 SUITES_OF = {"cpu": SUITES, "cuda": CUDA_SUITES}
 NAMES = {device: (*suites, "rates") for device, suites in SUITES_OF.items()}
@@ -50,6 +51,7 @@ def bench(
             meant = did_you_mean(name, NAMES[device])
             raise typer.BadParameter(f"SUITE must be one of {', '.join(NAMES[device])}, got {name}{meant}")
     if json_file:  # before anything is measured
+        check_regular("bench", "--json", json_file)
         try:
             json_file.parent.mkdir(parents=True, exist_ok=True)
             json_file.open("a").close()

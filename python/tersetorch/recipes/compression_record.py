@@ -10,9 +10,11 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tersetorch.recipes.deep_compression import DeepCompressionRecipe, calibration_words
-from tersetorch.storage.arguments import target_of, write_whole
+from tersetorch.storage.arguments import check_regular, target_of, write_whole
 
 SUFFIX = ".record.json"
+# Curves of a thousand layers take 2 MB.
+MOST_BYTES = 16 << 20
 Count = Annotated[int, Field(ge=0)]
 
 
@@ -97,12 +99,13 @@ class CompressionRecord(_Part):
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Self:
-        """The record that write left.
+        """The record that write left, of at most MOST_BYTES.
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: it holds something else.
+            ValueError: it holds something else, is larger or no regular file.
         """
+        check_regular("CompressionRecord", "path", Path(path), MOST_BYTES)
         try:
             return cls.model_validate_json(Path(path).read_bytes())
         except ValidationError as error:
