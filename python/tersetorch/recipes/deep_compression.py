@@ -29,7 +29,7 @@ from tersetorch.recipes.calibrated import (
 )
 from tersetorch.recipes.run_folder import RunFolder, fingerprint
 from tersetorch.storage import save
-from tersetorch.storage.arguments import target_of
+from tersetorch.storage.arguments import check_regular, target_of
 from tersetorch.storage.streams import CODERS
 from tersetorch.zoo.ranks import alike, everyone, from_rank_0
 
@@ -53,10 +53,23 @@ Value = TypeVar("Value", int, float)
 
 # What a stage of method "obs" has where it does not say; one of magnitude has none of it.
 OBS = {"solver": "blocked", "calibration": 512, "refine": 3}
+# Of a file: the parser takes up to 20 microseconds for each byte.
+MOST_BYTES = 64 << 10
 # Keys of a mapping, those that it merges counted each time.
 MAX_MERGED = 10_000
-# What came, in an error: lists of lists by alias (*a) may be far longer than their file.
-_SHORT = reprlib.Repr()
+# Of a number in a file: Python shows none of more than 4300 digits.
+MAX_DIGITS = 100
+
+
+class _Short(reprlib.Repr):
+    """What came, in an error: lists of lists by alias (*a) may be far longer than their file."""
+
+    def repr_int(self, x: int, level: int) -> str:
+        """As Repr's, which cannot show numbers of thousands of digits."""
+        return super().repr_int(x, level) if x.bit_length() < 1000 else f"a number of {x.bit_length()} bits"
+
+
+_SHORT = _Short()
 _SHORT.maxlevel = 3
 _SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 200
 
@@ -67,7 +80,15 @@ class _Plan(BaseModel):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML whose mappings have each key once: of two, one would be lost unseen."""
+    """YAML whose mappings have each key once (of two, one would be lost unseen), with numbers of MAX_DIGITS at most."""
+
+    def construct_scalar(self, node: yaml.ScalarNode) -> Any:
+        """As SafeLoader's, but for numbers that are too long."""
+        if node.tag.endswith((":int", ":float")) and len(node.value) > MAX_DIGITS:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"a number of more than {MAX_DIGITS} characters", node.start_mark
+            )
+        return super().construct_scalar(node)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """As SafeLoader's, with keys compared before merges (<<), which may be overruled."""
@@ -240,12 +261,14 @@ class DeepCompressionRecipe(_Plan):
 
     @classmethod
     def from_yaml(cls, path: str | os.PathLike[str]) -> Self:
-        """Reads a recipe from a YAML file.
+        """Reads a recipe from a YAML file of at most MOST_BYTES; it names layers by names and globs.
 
         Raises:
-            ValueError: the file is no YAML, or no recipe; the message names what is wrong where.
+            ValueError: the file is larger, no regular one, no YAML, or no recipe; the message names what is wrong
+                where.
             FileNotFoundError: there is no such file.
         """
+        check_regular("DeepCompressionRecipe", "path", Path(path), MOST_BYTES)
         try:
             plan = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
         except OSError:
