@@ -612,3 +612,14 @@ def test_numbers_of_thousands_of_digits_are_refused_where_they_stand(tmp_path):
         DeepCompressionRecipe.from_yaml(path)
     with pytest.raises(ValueError, match=r"got share\.bits: .*, got a number of 16610 bits; mend"):
         DeepCompressionRecipe.from_mapping({"share": {"bits": 10**5000}})
+
+
+@pytest.mark.parametrize("field", ["prune.sparsity", "share.bits"])
+def test_files_of_recipes_run_no_regular_expressions(tmp_path, field):
+    stage, name = field.split(".")
+    plan = {stage: {name: {"re:(a+)+$": 0.5 if stage == "prune" else 4}}}
+    recipe = DeepCompressionRecipe.from_mapping(plan)  # the caller's own
+    path = tmp_path / "stranger.yaml"
+    path.write_text(recipe.to_yaml())
+    with pytest.raises(ValueError, match=rf"stranger\.yaml must name layers in {field} by names or globs"):
+        deep_compression(network(), path, ignore)

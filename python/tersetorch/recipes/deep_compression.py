@@ -261,7 +261,10 @@ class DeepCompressionRecipe(_Plan):
 
     @classmethod
     def from_yaml(cls, path: str | os.PathLike[str]) -> Self:
-        """Reads a recipe from a YAML file of at most MOST_BYTES; it names layers by names and globs.
+        """Reads a recipe from a YAML file of at most MOST_BYTES.
+
+        Layers are named by names and globs: recipes in Python may have "re:..." patterns too, but a file may be a
+        stranger's, and some regular expressions never end.
 
         Raises:
             ValueError: the file is larger, no regular one, no YAML, or no recipe; the message names what is wrong
@@ -278,7 +281,19 @@ class DeepCompressionRecipe(_Plan):
             if isinstance(error, yaml.MarkedYAMLError) and error.problem and error.problem_mark:
                 came = f"{error.problem} in line {error.problem_mark.line + 1}"
             raise ValueError(f"DeepCompressionRecipe: {path} must be YAML, got {came:.1000}; mend the file") from error
-        return cls.from_mapping(plan)
+        recipe = cls.from_mapping(plan)
+        for field, values in (
+            ("prune.sparsity", recipe.prune and recipe.prune.sparsity),
+            ("share.bits", recipe.share and recipe.share.bits),
+        ):
+            for pattern in values if isinstance(values, dict) else ():
+                if pattern.startswith("re:"):
+                    raise ValueError(
+                        f"DeepCompressionRecipe: {path} must name layers in {field} by names or globs, such as "
+                        f"'encoder.*', got the regular expression {_SHORT.repr(pattern)}; use globs, or pass the "
+                        "recipe in Python as a mapping"
+                    )
+        return recipe
 
     @classmethod
     def from_mapping(cls, plan: Mapping[str, Any]) -> Self:
@@ -296,7 +311,7 @@ class DeepCompressionRecipe(_Plan):
             ) from error
 
     def to_yaml(self) -> str:
-        """The recipe as YAML that from_yaml reads back."""
+        """The recipe as YAML that from_yaml reads back, unless it has "re:..." patterns."""
         return yaml.safe_dump(self.model_dump(exclude_none=True), sort_keys=False)
 
 
