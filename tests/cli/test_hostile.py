@@ -243,3 +243,55 @@ def test_importers_do_not_wait_for_a_pipe(tmp_path, read):
         os.mkfifo(tmp_path / f"x{suffix}")
     with pytest.raises(ValueError, match="must name a regular file, got the device or pipe"):
         read(tmp_path / "x.net")
+
+
+def pickled(path, pickle):
+    """The file of a state dict, with another pickle in it."""
+    torch.save({}, path)
+    with zipfile.ZipFile(path) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in parts.items():
+            archive.writestr(name, pickle if name.endswith("data.pkl") else data)
+
+
+def most(name):
+    """A pickle that calls name with 8 GiB."""
+    return b"\x80\x02c" + name + b"\n\x8a\x05\x00\x00\x00\x00\x02\x85R."
+
+
+@pytest.mark.parametrize("name", [b"__builtin__\nbytearray", b"_codecs\nencode", b"torch\nTensor"])
+def test_states_make_no_objects_as_large_as_they_like(tersetorch, tmp_path, name):
+    path = tmp_path / "x.pt"
+    pickled(path, most(name))
+    done = tersetorch("convert", path, tmp_path / "y.terse", "--network", "lenet-5", "--plan", "sparse")
+    assert done.returncode == 1 and f"got one with {name.decode().replace(chr(10), '.')} in it" in done.stderr
+    with pytest.raises(ValueError, match=r"read_pruned_state: .*x\.pt must be an archive that torch\.save wrote"):
+        tt.storage.read_pruned_state(path)
+    archive = path.read_bytes()
+    # torch takes the second for an old file by its start, zipfile for a zip archive by its end
+    for text in (most(name), most(name) + archive):
+        path.write_bytes(text)
+        done = tersetorch("convert", path, tmp_path / "y.terse", "--network", "lenet-5", "--plan", "sparse")
+        assert done.returncode == 1 and "must be a whole zip archive, as torch.save writes since 1.6" in done.stderr
+        with pytest.raises(ValueError, match="load an older file once and save it again"):
+            tt.storage.read_pruned_state(path)
+
+
+def test_states_in_files_of_before_1_6_are_told_from_others(tersetorch, tmp_path):
+    state = tt.zoo.NETWORKS["lenet-300-100"]().state_dict()
+    torch.save(state, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    given = ("--network", "lenet-300-100", "--plan", "sparse")
+    done = tersetorch("convert", tmp_path / "old.pt", tmp_path / "y.terse", *given)
+    assert done.returncode == 1 and "load an older file once and save it again" in done.stderr
+    torch.save(torch.load(tmp_path / "old.pt"), tmp_path / "new.pt")
+    assert tersetorch("convert", tmp_path / "new.pt", tmp_path / "y.terse", *given).returncode == 0
+
+
+def test_every_kind_of_tensor_is_read_from_a_state(tmp_path):
+    kept = nn.Parameter(torch.ones(2))
+    kept.note = "text"
+    state = {"kept": kept, "empty": torch.empty(0, 3), "sparse": torch.eye(3).to_sparse(), "meta": torch.ones(2).bool()}
+    state |= {str(dtype): torch.ones(2).to(dtype) for dtype in (torch.float8_e4m3fn, torch.uint16, torch.complex64)}
+    torch.save(state, tmp_path / "x.pt")
+    assert set(tt.storage.read_pruned_state(tmp_path / "x.pt")) == set(state)
