@@ -15,7 +15,10 @@ from tersetorch.storage.arguments import check_regular, target_of, write_whole
 SUFFIX = ".record.json"
 # Curves of a thousand layers take 2 MB.
 MOST_BYTES = 16 << 20
-Count = Annotated[int, Field(ge=0)]
+# A record may be a stranger's: no number in it may be one that a page cannot draw.
+Count = Annotated[int, Field(ge=0, lt=2**53)]
+Percent = Annotated[float, Field(ge=-0.01, le=100.01)]  # a sum of floats may lie a hair beyond
+Part = Annotated[float, Field(ge=0, le=1)]
 
 
 class _Part(BaseModel):
@@ -33,7 +36,7 @@ class Point(_Part):
 
     label: str
     file_bytes: Count
-    error_percent: float
+    error_percent: Percent
 
 
 class SensitivityCurves(_Part):
@@ -44,8 +47,8 @@ class SensitivityCurves(_Part):
         layers: for each layer, (part pruned, error in percent) by rising part.
     """
 
-    baseline: float
-    layers: dict[str, list[tuple[float, float]]]
+    baseline: Percent
+    layers: dict[str, list[tuple[Part, Percent]]]
 
 
 class CompressionRecord(_Part):
@@ -71,7 +74,7 @@ class CompressionRecord(_Part):
     points: list[Point] = []
     sensitivity: SensitivityCurves | None = None
     recipe: dict[str, Any] = {}
-    seconds: float = 0.0
+    seconds: Annotated[float, Field(ge=0, le=1e10)] = 0.0
     sha256: str = ""
 
     @property
