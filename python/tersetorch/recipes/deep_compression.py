@@ -82,9 +82,9 @@ class _Plan(BaseModel):
 class _Loader(yaml.SafeLoader):
     """YAML whose mappings have each key once (of two, one would be lost unseen), with numbers of MAX_DIGITS at most."""
 
-    def construct_scalar(self, node: yaml.ScalarNode) -> Any:
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
         """As SafeLoader's, but for numbers that are too long."""
-        if node.tag.endswith((":int", ":float")) and len(node.value) > MAX_DIGITS:
+        if isinstance(node, yaml.ScalarNode) and node.tag.endswith((":int", ":float")) and len(node.value) > MAX_DIGITS:
             raise yaml.constructor.ConstructorError(
                 None, None, f"a number of more than {MAX_DIGITS} characters", node.start_mark
             )
