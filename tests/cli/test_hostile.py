@@ -256,8 +256,8 @@ def pickled(path, pickle):
 
 
 def most(name):
-    """A pickle that calls name with 8 GiB."""
-    return b"\x80\x02c" + name + b"\n\x8a\x05\x00\x00\x00\x00\x02\x85R."
+    """A pickle that calls name with 256 MiB."""
+    return b"\x80\x02c" + name + b"\nJ\x00\x00\x00\x10\x85R."
 
 
 @pytest.mark.parametrize("name", [b"__builtin__\nbytearray", b"_codecs\nencode", b"torch\nTensor"])
