@@ -66,7 +66,10 @@ def ops():
 
 
 def commands():
-    for verb, command in typer.main.get_command(app).commands.items():
+    whole = typer.main.get_command(app)
+    for parameter in whole.params:
+        yield f"command tersetorch {'/'.join(parameter.opts)}"
+    for verb, command in whole.commands.items():
         yield f"command tersetorch {verb}"
         for parameter in command.params:
             spelling = "/".join([*parameter.opts, *parameter.secondary_opts])

@@ -42,6 +42,11 @@ def test_help_names_every_verb(tersetorch):
         assert verb in done.stdout
 
 
+def test_the_version_is_told(tersetorch):
+    done = tersetorch("--version")
+    assert (done.returncode, done.stdout) == (0, f"tersetorch {tt.__version__}\n")
+
+
 def test_the_script_is_installed():
     done = subprocess.run(["tersetorch", "inspect"], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 2 and "Missing argument" in done.stderr

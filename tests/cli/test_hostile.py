@@ -5,12 +5,19 @@ import os
 import sys
 import zipfile
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import tersetorch as tt
-from tersetorch.recipes.compression_record import CompressionRecord, Point, SensitivityCurves, record_path
+from tersetorch.recipes.compression_record import (
+    MOST_BYTES,
+    CompressionRecord,
+    Point,
+    SensitivityCurves,
+    record_path,
+)
 from tersetorch.storage import container
 
 ESCAPE = "\x1b]0;gone\x07\x1b[2J"
@@ -172,3 +179,119 @@ def test_damaged_files_end_in_a_sentence(tersetorch, tmp_path):
                 done = tersetorch("convert", tmp_path / name, tmp_path / "o.terse", *given)
             assert done.returncode in (1, 2) and done.stderr and "Traceback" not in done.stderr
             assert not (tmp_path / "o.terse").exists()
+
+
+def endless(path, kind):
+    """A file that a reader would never come to the end of."""
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_what_lies_beside_a_file_is_no_record_unless_it_ends(tersetorch, tmp_path, kind):
+    tt.save(nn.Linear(3, 2), tmp_path / "m.terse")
+    endless(record_path(tmp_path / "m.terse"), kind)
+    for how in ((), ("--record", record_path(tmp_path / "m.terse"))):
+        done = tersetorch("report", tmp_path / "m.terse", "-o", tmp_path / "r.html", *how)
+        assert done.returncode == 1 and "path must name a regular file, got the device or pipe" in done.stderr
+    record_path(tmp_path / "m.terse").unlink()
+    with open(record_path(tmp_path / "m.terse"), "wb") as file:
+        file.truncate(MOST_BYTES + 1)
+    done = tersetorch("report", tmp_path / "m.terse", "-o", tmp_path / "r.html")
+    assert done.returncode == 1 and "path must name a file of at most 16,777,216 bytes, got 16,777,217" in done.stderr
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+@pytest.mark.parametrize("name", ["x.npz", "x.safetensors"])
+def test_inputs_come_from_files_that_end(tersetorch, tmp_path, name, kind):
+    tt.save(nn.Linear(3, 2), tmp_path / "m.terse")
+    endless(tmp_path / name, kind)
+    done = tersetorch("report", tmp_path / "m.terse", "-o", tmp_path / "r.html", "--input", tmp_path / name)
+    assert done.returncode == 1 and "report: --input must name a regular file, got the device or pipe" in done.stderr
+
+
+def test_inputs_do_not_inflate_without_end(tersetorch, tmp_path):
+    tt.save(nn.Linear(3, 2), tmp_path / "m.terse")
+    np.savez_compressed(tmp_path / "x.npz", np.zeros(17 << 20, np.float32))
+    done = tersetorch("convert", tmp_path / "m.terse", tmp_path / "n.terse", "--input", tmp_path / "x.npz")
+    assert done.returncode == 1 and "71303296 bytes in parts of" in done.stderr
+    (tmp_path / "x.npz").write_bytes(b"PK")
+    done = tersetorch("convert", tmp_path / "m.terse", tmp_path / "n.terse", "--input", tmp_path / "x.npz")
+    assert done.returncode == 1 and "--input must hold arrays of numbers" in done.stderr
+
+
+@pytest.mark.parametrize("verb", [("bench", "rates"), ("reproduce", "gong")])
+def test_figures_go_to_files_that_end(tersetorch, tmp_path, verb):
+    os.mkfifo(tmp_path / "x.json")
+    done = tersetorch(*verb, "--quick", "--json", tmp_path / "x.json")
+    assert done.returncode == 2 and "--json must name a" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda path: tt.storage.import_exported(path),
+        lambda path: tt.storage.import_quantized(path.with_suffix(".safetensors"), nn.Linear(3, 2)),
+        lambda path: tt.storage.read_quantized(path.with_suffix(".gguf")),
+        lambda path: tt.storage.read_deep_compression(path, {"a": [2, 3]}),
+    ],
+)
+def test_importers_do_not_wait_for_a_pipe(tmp_path, read):
+    for suffix in (".net", ".safetensors", ".gguf"):
+        os.mkfifo(tmp_path / f"x{suffix}")
+    with pytest.raises(ValueError, match="must name a regular file, got the device or pipe"):
+        read(tmp_path / "x.net")
+
+
+def pickled(path, pickle):
+    """The file of a state dict, with another pickle in it."""
+    torch.save({}, path)
+    with zipfile.ZipFile(path) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in parts.items():
+            archive.writestr(name, pickle if name.endswith("data.pkl") else data)
+
+
+def most(name):
+    """A pickle that calls name with 256 MiB."""
+    return b"\x80\x02c" + name + b"\nJ\x00\x00\x00\x10\x85R."
+
+
+@pytest.mark.parametrize("name", [b"__builtin__\nbytearray", b"_codecs\nencode", b"torch\nTensor"])
+def test_states_make_no_objects_as_large_as_they_like(tersetorch, tmp_path, name):
+    path = tmp_path / "x.pt"
+    pickled(path, most(name))
+    done = tersetorch("convert", path, tmp_path / "y.terse", "--network", "lenet-5", "--plan", "sparse")
+    assert done.returncode == 1 and f"got one with {name.decode().replace(chr(10), '.')} in it" in done.stderr
+    with pytest.raises(ValueError, match=r"read_pruned_state: .*x\.pt must be an archive that torch\.save wrote"):
+        tt.storage.read_pruned_state(path)
+    archive = path.read_bytes()
+    # torch takes the second for an old file by its start, zipfile for a zip archive by its end
+    for text in (most(name), most(name) + archive):
+        path.write_bytes(text)
+        done = tersetorch("convert", path, tmp_path / "y.terse", "--network", "lenet-5", "--plan", "sparse")
+        assert done.returncode == 1 and "must be a whole zip archive, as torch.save writes since 1.6" in done.stderr
+        with pytest.raises(ValueError, match="load an older file once and save it again"):
+            tt.storage.read_pruned_state(path)
+
+
+def test_states_in_files_of_before_1_6_are_told_from_others(tersetorch, tmp_path):
+    state = tt.zoo.NETWORKS["lenet-300-100"]().state_dict()
+    torch.save(state, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    given = ("--network", "lenet-300-100", "--plan", "sparse")
+    done = tersetorch("convert", tmp_path / "old.pt", tmp_path / "y.terse", *given)
+    assert done.returncode == 1 and "load an older file once and save it again" in done.stderr
+    torch.save(torch.load(tmp_path / "old.pt"), tmp_path / "new.pt")
+    assert tersetorch("convert", tmp_path / "new.pt", tmp_path / "y.terse", *given).returncode == 0
+
+
+def test_every_kind_of_tensor_is_read_from_a_state(tmp_path):
+    kept = nn.Parameter(torch.ones(2))
+    kept.note = "text"
+    state = {"kept": kept, "empty": torch.empty(0, 3), "sparse": torch.eye(3).to_sparse(), "meta": torch.ones(2).bool()}
+    state |= {str(dtype): torch.ones(2).to(dtype) for dtype in (torch.float8_e4m3fn, torch.uint16, torch.complex64)}
+    torch.save(state, tmp_path / "x.pt")
+    assert set(tt.storage.read_pruned_state(tmp_path / "x.pt")) == set(state)

@@ -1,4 +1,5 @@
 import copy
+import os
 from contextlib import suppress
 
 import pytest
@@ -594,6 +595,9 @@ MERGES = "a: &a {x: 1}\n" + "".join(
         "prune: &a {<<: *a}",
         LAUGHS + "prune: *i",
         MERGES + "prune: *i",
+        f"share: {{bits: 0x{'f' * 4000}}}",
+        f"share: {{bits: {'1:' * 3000}1}}",
+        f"share: {{bits: {'1:' * 3000}1.5}}",
     ],
 )
 def test_yaml_that_no_parser_expects_is_refused_in_a_short_sentence(tmp_path, text):
@@ -602,3 +606,33 @@ def test_yaml_that_no_parser_expects_is_refused_in_a_short_sentence(tmp_path, te
     with pytest.raises(ValueError, match=r"must (be YAML|have valid fields), got ") as refusal:
         DeepCompressionRecipe.from_yaml(path)
     assert len(str(refusal.value)) < 10_000
+
+
+def test_a_file_of_a_recipe_is_short_and_a_regular_one(tmp_path):
+    path = tmp_path / "long.yaml"
+    path.write_text(f"x: [1{',1' * 33_000}]")
+    with pytest.raises(ValueError, match=r"must name a file of at most 65,536 bytes, got 66,006 in .*long\.yaml"):
+        DeepCompressionRecipe.from_yaml(path)
+    os.mkfifo(tmp_path / "pipe.yaml")
+    with pytest.raises(ValueError, match="must name a regular file, got the device or pipe"):
+        DeepCompressionRecipe.from_yaml(tmp_path / "pipe.yaml")
+
+
+def test_numbers_of_thousands_of_digits_are_refused_where_they_stand(tmp_path):
+    path = tmp_path / "long.yaml"
+    path.write_text(f"share:\n  bits: 0x{'f' * 4000}")
+    with pytest.raises(ValueError, match=r"long\.yaml must be YAML, got a number of more than 100 .* in line 2"):
+        DeepCompressionRecipe.from_yaml(path)
+    with pytest.raises(ValueError, match=r"got share\.bits: .*, got a number of 16610 bits; mend"):
+        DeepCompressionRecipe.from_mapping({"share": {"bits": 10**5000}})
+
+
+@pytest.mark.parametrize("field", ["prune.sparsity", "share.bits"])
+def test_files_of_recipes_run_no_regular_expressions(tmp_path, field):
+    stage, name = field.split(".")
+    plan = {stage: {name: {"re:(a+)+$": 0.5 if stage == "prune" else 4}}}
+    recipe = DeepCompressionRecipe.from_mapping(plan)  # the caller's own
+    path = tmp_path / "stranger.yaml"
+    path.write_text(recipe.to_yaml())
+    with pytest.raises(ValueError, match=rf"stranger\.yaml must name layers in {field} by names or globs"):
+        deep_compression(network(), path, ignore)

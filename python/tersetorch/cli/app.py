@@ -3,9 +3,11 @@
 import io
 import sys
 import warnings
+from typing import Annotated
 
 import typer
 
+from tersetorch import __version__
 from tersetorch.cli.bench import bench
 from tersetorch.cli.compress import compress
 from tersetorch.cli.convert import convert
@@ -20,10 +22,24 @@ from tersetorch.zoo.ranks import told
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Makes trained PyTorch networks smaller and faster, and measures both.",
 )
 for verb in (demo, compress, convert, inspect, report, doctor, bench, reproduce):
     app.command()(verb)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"tersetorch {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _whole(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Makes trained PyTorch networks smaller and faster, and measures both."""
 
 
 def _sentence(error: Exception) -> str:

@@ -1,5 +1,6 @@
 """tersetorch bench [SUITE...]."""
 
+import errno
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -51,6 +52,8 @@ def bench(
             raise typer.BadParameter(f"SUITE must be one of {', '.join(NAMES[device])}, got {name}{meant}")
     if json_file:  # before anything is measured
         try:
+            if json_file.exists() and not json_file.is_file():  # opening a pipe would wait for its reader
+                raise OSError(errno.EINVAL, "no regular file")
             json_file.parent.mkdir(parents=True, exist_ok=True)
             json_file.open("a").close()
         except OSError as error:

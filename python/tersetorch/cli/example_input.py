@@ -2,16 +2,16 @@
 
 from pathlib import Path
 from typing import Annotated
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
 import typer
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tersetorch.cli.shape import parse_shape
+from tersetorch.storage.archives import check_npz
+from tersetorch.storage.arguments import check_regular
 
 Example = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
 SUFFIXES = (".npz", ".safetensors")
@@ -36,7 +36,7 @@ def read_example(verb: str, shape: str, file: Path | None, model: nn.Module) -> 
     Raises:
         typer.BadParameter: both are given, the shape is none, or the file's name says something else.
         FileNotFoundError: there is no such file.
-        ValueError: it holds something else.
+        ValueError: it holds something else, inflates to more than it may, or is no regular file.
     """
     if shape and file is not None:
         raise typer.BadParameter("--input-shape and --input must not come together, got both; leave one of them out")
@@ -67,15 +67,17 @@ def _shape(tensor: Tensor) -> str:
 
 
 def _arrays(verb: str, file: Path) -> dict[str, Tensor]:
+    check_regular(verb, "--input", file)
     try:
         if file.suffix == ".safetensors":
             arrays = load_file(file)
         else:
+            check_npz(file)
             with np.load(file, allow_pickle=False) as stored:
                 arrays = {name: torch.from_numpy(stored[name]) for name in stored.files}
     except FileNotFoundError:
         raise FileNotFoundError(f"{verb}: --input must exist, got {file}; pass a file that does") from None
-    except (SafetensorError, ValueError, TypeError, OSError, BadZipFile, EOFError) as error:
+    except Exception as error:  # whatever readers make of a damaged file
         raise ValueError(
             f"{verb}: --input must hold arrays of numbers, got {file} ({error}); write it with numpy.savez or "
             "safetensors"

@@ -10,10 +10,15 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tersetorch.recipes.deep_compression import DeepCompressionRecipe, calibration_words
-from tersetorch.storage.arguments import target_of, write_whole
+from tersetorch.storage.arguments import check_regular, target_of, write_whole
 
 SUFFIX = ".record.json"
-Count = Annotated[int, Field(ge=0)]
+# Curves of a thousand layers take 2 MB.
+MOST_BYTES = 16 << 20
+# A record may be a stranger's: no number in it may be one that a page cannot draw.
+Count = Annotated[int, Field(ge=0, lt=2**53)]
+Percent = Annotated[float, Field(ge=-0.01, le=100.01)]  # a sum of floats may lie a hair beyond
+Part = Annotated[float, Field(ge=0, le=1)]
 
 
 class _Part(BaseModel):
@@ -31,7 +36,7 @@ class Point(_Part):
 
     label: str
     file_bytes: Count
-    error_percent: float
+    error_percent: Percent
 
 
 class SensitivityCurves(_Part):
@@ -42,8 +47,8 @@ class SensitivityCurves(_Part):
         layers: for each layer, (part pruned, error in percent) by rising part.
     """
 
-    baseline: float
-    layers: dict[str, list[tuple[float, float]]]
+    baseline: Percent
+    layers: dict[str, list[tuple[Part, Percent]]]
 
 
 class CompressionRecord(_Part):
@@ -69,7 +74,7 @@ class CompressionRecord(_Part):
     points: list[Point] = []
     sensitivity: SensitivityCurves | None = None
     recipe: dict[str, Any] = {}
-    seconds: float = 0.0
+    seconds: Annotated[float, Field(ge=0, le=1e10)] = 0.0
     sha256: str = ""
 
     @property
@@ -97,12 +102,13 @@ class CompressionRecord(_Part):
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Self:
-        """The record that write left.
+        """The record that write left, of at most MOST_BYTES.
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: it holds something else.
+            ValueError: it holds something else, is larger or no regular file.
         """
+        check_regular("CompressionRecord", "path", Path(path), MOST_BYTES)
         try:
             return cls.model_validate_json(Path(path).read_bytes())
         except ValidationError as error:

@@ -30,7 +30,7 @@ from tersetorch.recipes.calibrated import (
 )
 from tersetorch.recipes.run_folder import RunFolder, fingerprint
 from tersetorch.storage import save
-from tersetorch.storage.arguments import target_of
+from tersetorch.storage.arguments import check_regular, target_of
 from tersetorch.storage.streams import CODERS
 from tersetorch.zoo.ranks import alike, everyone, from_rank_0
 
@@ -54,10 +54,23 @@ Value = TypeVar("Value", int, float)
 
 # What a stage of method "obs" has where it does not say; one of magnitude has none of it.
 OBS = {"solver": "blocked", "calibration": 512, "refine": 3}
+# Of a file: the parser takes up to 20 microseconds for each byte.
+MOST_BYTES = 64 << 10
 # Keys of a mapping, those that it merges counted each time.
 MAX_MERGED = 10_000
-# What came, in an error: lists of lists by alias (*a) may be far longer than their file.
-_SHORT = reprlib.Repr()
+# Of a number in a file: Python shows none of more than 4300 digits.
+MAX_DIGITS = 100
+
+
+class _Short(reprlib.Repr):
+    """What came, in an error: lists of lists by alias (*a) may be far longer than their file."""
+
+    def repr_int(self, x: int, level: int) -> str:
+        """As Repr's, which cannot show numbers of thousands of digits."""
+        return super().repr_int(x, level) if x.bit_length() < 1000 else f"a number of {x.bit_length()} bits"
+
+
+_SHORT = _Short()
 _SHORT.maxlevel = 3
 _SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 200
 
@@ -68,7 +81,15 @@ class _Plan(BaseModel):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML whose mappings have each key once: of two, one would be lost unseen."""
+    """YAML whose mappings have each key once (of two, one would be lost unseen), with numbers of MAX_DIGITS at most."""
+
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
+        """As SafeLoader's, but for numbers that are too long."""
+        if isinstance(node, yaml.ScalarNode) and node.tag.endswith((":int", ":float")) and len(node.value) > MAX_DIGITS:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"a number of more than {MAX_DIGITS} characters", node.start_mark
+            )
+        return super().construct_scalar(node)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """As SafeLoader's, with keys compared before merges (<<), which may be overruled."""
@@ -241,12 +262,17 @@ class DeepCompressionRecipe(_Plan):
 
     @classmethod
     def from_yaml(cls, path: str | os.PathLike[str]) -> Self:
-        """Reads a recipe from a YAML file.
+        """Reads a recipe from a YAML file of at most MOST_BYTES.
+
+        Layers are named by names and globs: recipes in Python may have "re:..." patterns too, but a file may be a
+        stranger's, and some regular expressions never end.
 
         Raises:
-            ValueError: the file is no YAML, or no recipe; the message names what is wrong where.
+            ValueError: the file is larger, no regular one, no YAML, or no recipe; the message names what is wrong
+                where.
             FileNotFoundError: there is no such file.
         """
+        check_regular("DeepCompressionRecipe", "path", Path(path), MOST_BYTES)
         try:
             plan = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
         except OSError:
@@ -256,7 +282,19 @@ class DeepCompressionRecipe(_Plan):
             if isinstance(error, yaml.MarkedYAMLError) and error.problem and error.problem_mark:
                 came = f"{error.problem} in line {error.problem_mark.line + 1}"
             raise ValueError(f"DeepCompressionRecipe: {path} must be YAML, got {came:.1000}; mend the file") from error
-        return cls.from_mapping(plan)
+        recipe = cls.from_mapping(plan)
+        for field, values in (
+            ("prune.sparsity", recipe.prune and recipe.prune.sparsity),
+            ("share.bits", recipe.share and recipe.share.bits),
+        ):
+            for pattern in values if isinstance(values, dict) else ():
+                if pattern.startswith("re:"):
+                    raise ValueError(
+                        f"DeepCompressionRecipe: {path} must name layers in {field} by names or globs, such as "
+                        f"'encoder.*', got the regular expression {_SHORT.repr(pattern)}; use globs, or pass the "
+                        "recipe in Python as a mapping"
+                    )
+        return recipe
 
     @classmethod
     def from_mapping(cls, plan: Mapping[str, Any]) -> Self:
@@ -274,7 +312,7 @@ class DeepCompressionRecipe(_Plan):
             ) from error
 
     def to_yaml(self) -> str:
-        """The recipe as YAML that from_yaml reads back."""
+        """The recipe as YAML that from_yaml reads back, unless it has "re:..." patterns."""
         return yaml.safe_dump(self.model_dump(exclude_none=True), sort_keys=False)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import pickletools
+import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +15,10 @@ import numpy as np
 # Deflated parts may be this large, or this many times the file.
 FREE_BYTES = 64 << 20
 RATIO = 64
+_ZIP = b"PK\x03\x04"
+# What torch lets a pickle call, and makes much of little: bytearray(n), encode(encode(x, "hex"), "hex"), Tensor(lists
+# of the same lists). torch.save rebuilds tensors from their bytes by other names.
+_GROWING = re.compile(r"(?s:.*)(bytearray|encode|Tensor)")
 _NPY_HEADERS: dict[tuple[int, int], Callable[..., tuple[Any, Any, np.dtype[Any]]]] = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
@@ -40,21 +46,42 @@ def what_is_wrong(archive: zipfile.ZipFile, file_bytes: int, *, deflated: bool =
 
 
 def check_stored(path: Path) -> None:
-    """Refuses a zip file whose parts take more than itself; another kind of file passes.
+    """Refuses what torch.load(path, weights_only=True) would take far more memory for than path has bytes.
+
+    That is a file whose parts take more than itself, one that makes objects as large as a number says, and one that is
+    no zip archive, as torch wrote before 1.6: there a number says how large a tensor is, too.
 
     Raises:
         ValueError: it is such a file, or a damaged one.
         OSError: it cannot be read.
     """
-    if not zipfile.is_zipfile(path):
-        return
+    with open(path, "rb") as file:
+        start = file.read(len(_ZIP))
+    if start != _ZIP or not zipfile.is_zipfile(path):  # torch looks at the start, zipfile at the end
+        raise ValueError(
+            "must be a whole zip archive, as torch.save writes since 1.6, got another; load an older file once and "
+            "save it again"
+        )
     try:
         with zipfile.ZipFile(path) as archive:
-            wrong = what_is_wrong(archive, path.stat().st_size)
+            wrong = what_is_wrong(archive, path.stat().st_size) or _growing(archive)
     except (zipfile.BadZipFile, NotImplementedError) as error:
         raise ValueError(f"must be a whole archive, got a damaged one ({error})") from error
     if wrong is not None:
-        raise ValueError(f"must be an archive that torch.save wrote, got one with {wrong}")
+        raise ValueError(f"must be an archive that torch.save wrote of tensors, numbers and text, got one with {wrong}")
+
+
+def _growing(archive: zipfile.ZipFile) -> str | None:
+    """An object of archive's pickle that may be larger than the pickle, in words."""
+    for part in archive.infolist():
+        if part.filename.casefold().endswith("data.pkl"):
+            try:
+                for code, name, _ in pickletools.genops(archive.read(part)):
+                    if code.name == "GLOBAL" and _GROWING.fullmatch(str(name)):
+                        return f"{str(name).replace(' ', '.')} in it"
+            except ValueError as error:
+                return f"a pickle that cannot be read ({error})"
+    return None
 
 
 def check_npz(path: Path) -> None:

@@ -55,6 +55,34 @@ def target_of(where: str, path: str | PathLike[str]) -> Path:
     return target
 
 
+def check_regular(where: str, name: str, path: Path, most: int | None = None) -> None:
+    """Refuses what nobody should open to read: a pipe waits for its writer, a device may never end.
+
+    A path that names nothing passes: who opens it says so.
+
+    Args:
+        where: the function or verb, for the error.
+        name: its argument, for the error.
+        path: a link counts as what it names.
+        most: bytes that the file may have.
+
+    Raises:
+        ValueError: path names a folder, a device or a pipe, or a file of more bytes.
+    """
+    try:
+        found = path.stat()
+    except OSError:
+        return
+    if not stat.S_ISREG(found.st_mode):
+        kind = "folder" if stat.S_ISDIR(found.st_mode) else "device or pipe"
+        raise ValueError(f"{where}: {name} must name a regular file, got the {kind} {path}; copy it to a file")
+    if most is not None and found.st_size > most:
+        raise ValueError(
+            f"{where}: {name} must name a file of at most {most:,} bytes, got {found.st_size:,} in {path}; name the "
+            "right one"
+        )
+
+
 def write_whole(where: str, target: Path, data: bytes) -> None:
     """Puts data at target whole or not at all.
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tersetorch.storage.archives import check_npz
+from tersetorch.storage.arguments import check_regular
 from tersetorch.zoo.checks import check_seed
 from tersetorch.zoo.data import HELD_OUT, Dataset
 
@@ -66,8 +67,7 @@ def read_dataset(path: str | os.PathLike[str], *, seed: int = 0) -> Dataset:
 def _arrays(path: Path) -> dict[str, Tensor]:
     if path.suffix not in SUFFIXES:
         raise ValueError(f"read_dataset: path must end in {' or '.join(SUFFIXES)}, got {path}; write such a file")
-    if path.exists() and not path.is_file():  # reading a pipe would wait for its writer
-        raise ValueError(f"read_dataset: path must name a regular file, got {path}; write the examples to one")
+    check_regular("read_dataset", "path", path)
     try:
         if path.suffix == ".safetensors":
             return load_file(path)

@@ -72,6 +72,17 @@ def test_headings_sort_by_number_and_by_word(opened):
     assert first_column(opened) == ["fc3", "fc2", "fc1"]  # 10x100, 100x300, 300x784
 
 
+def test_names_like_numbers_sort_as_names(browser, terse_file, tmp_path):
+    file = tt.inspect(terse_file)
+    tensors = [replace(file.tensors[0], name=f"{name}.weight") for name in ("a", "1e3", "20", "0x1", "3", "Infinity")]
+    (tmp_path / "report.html").write_text(build_page(replace(file, tensors=tuple(tensors))), encoding="utf-8")
+    tab = browser.new_page()
+    tab.goto((tmp_path / "report.html").as_uri())
+    tab.locator("#layers th", has_text="layer").locator("button").click()
+    assert first_column(tab) == ["0x1", "1e3", "3", "20", "a", "Infinity"]
+    tab.close()
+
+
 def test_the_filter_keeps_rows_that_match(opened):
     opened.get_by_label("Show layers with").fill("FC2")
     assert first_column(opened) == ["fc2"] and opened.get_by_role("status").inner_text() == "1 of 3"

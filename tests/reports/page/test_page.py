@@ -1,4 +1,5 @@
 import re
+import warnings
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -189,3 +190,14 @@ def test_without_jinja2(monkeypatch, terse_file):
     monkeypatch.setitem(__import__("sys").modules, "jinja2", None)
     with pytest.raises(ModuleNotFoundError, match="filled in by jinja2, got no such package"):
         build_page(tt.inspect(terse_file))
+
+
+def test_names_in_any_script_are_drawn_without_a_warning(terse_file, record):
+    point = record.before.model_copy(update={"label": "\u5b57 \u0e01"})
+    curves = SensitivityCurves(baseline=1.0, layers={"\u5377\u7a4d": [(0.5, 1.0)]})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        page = build_page(
+            tt.inspect(terse_file), record=record.model_copy(update={"points": [point], "sensitivity": curves})
+        )
+    assert "\u5377\u7a4d" in page and "\u5b57 \u0e01" in page

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -242,8 +243,11 @@ def _svg(name: str, draw: Callable[[Any], None], height: float = 3.6) -> str:
     plain = rc_context({"text.parse_math": False})
     with (
         plain,
+        warnings.catch_warnings(),
         rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif", "font.size": 11}),
     ):
+        # The text stays text in an SVG, drawn in a font of who reads it; only its width here is a guess.
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
         figure = figure_type(figsize=(5.2, height), layout="constrained")
         axes = figure.subplots()
         draw(axes)

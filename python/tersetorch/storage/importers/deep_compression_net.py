@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from tersetorch.formats import SparseCodebookWeight
-from tersetorch.storage.arguments import naming, path_of, target_of, write_whole
+from tersetorch.storage.arguments import check_regular, naming, path_of, target_of, write_whole
 
 COUNT_BYTES = 4
 FLOAT_BYTES = 4
@@ -219,6 +219,7 @@ def read_deep_compression(
         a byte over, decode.py fails with today's numpy; here the half is passed over.
     """
     file = path_of("read_deep_compression", path)
+    check_regular("read_deep_compression", "path", file)
     layers = _check_shapes(shapes)
     largest = COUNT_BYTES * len(layers) + sum(_layer_bytes(shape, prod(shape)) for shape in layers.values())
     with (

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from tersetorch.storage.arguments import path_of
+from tersetorch.storage.arguments import check_regular, path_of
 from tersetorch.storage.importers.exported_archive import MODEL, HarmfulError, rewritten
 
 WHERE = "import_exported"
@@ -51,6 +51,7 @@ def import_exported(path: str | PathLike[str]) -> nn.Module:
         FileNotFoundError: there is no such file.
     """
     file = path_of(WHERE, path)
+    check_regular(WHERE, "path", file)
     try:
         archive = rewritten(file)
     except FileNotFoundError:

@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tersetorch.storage.archives import check_stored
+
 WHERE = "read_pruned_state"
 ORIGINAL, MASK = "_orig", "_mask"
 VALUES, BITS, SHAPE, OFFSETS = ".compressed", ".bitmask", ".shape", ".row_offsets"
@@ -29,7 +31,8 @@ def read_pruned_state(source: Mapping[str, Tensor] | str | Path) -> dict[str, Te
     prune.keep_zeros then makes masks of the zeros.
 
     Args:
-        source: a state dict, or the path of a .safetensors file or of a file that torch.load reads as a state dict.
+        source: a state dict, or the path of a .safetensors file or of a file that torch.load reads as a state dict,
+            written by torch 1.6 or later, without pickled bytes.
 
     Raises:
         TypeError: source is neither, or holds something else than tensors by name.
@@ -77,6 +80,10 @@ def _load(path: Path) -> Mapping[str, Tensor]:
         raise FileNotFoundError(f"{WHERE}: source must be a file, got {path}; pass one that exists")
     if path.suffix == ".safetensors":
         return load_file(path)
+    try:
+        check_stored(path)
+    except ValueError as error:
+        raise ValueError(f"{WHERE}: {path} {error}") from error
     found = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(found, Mapping):
         raise TypeError(f"{WHERE}: {path} must hold a state dict, got {type(found).__name__}; save model.state_dict()")

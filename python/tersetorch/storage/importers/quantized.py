@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from tersetorch.conversion.swap import deep_copy
-from tersetorch.storage.arguments import naming, path_of
+from tersetorch.storage.arguments import check_regular, naming, path_of
 from tersetorch.storage.importers import bitsandbytes, gguf, torch_ao, torchao
 from tersetorch.storage.importers.quantized_weight import QuantizedWeight
 from tersetorch.storage.importers.refusal import WHERE, refuse
@@ -57,6 +57,7 @@ def read_quantized(source: Source) -> dict[str, Tensor | QuantizedWeight]:
         return _read_state(state, {})
     if isinstance(source, str | PathLike):
         path = path_of(WHERE, source)
+        check_regular(WHERE, "source", path)
         if path.suffix == ".gguf":
             with naming(WHERE, path, "name a file that can be read", "pass a .gguf file"):
                 return gguf.read_file(path)
