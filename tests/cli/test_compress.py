@@ -7,8 +7,10 @@ import sys
 import numpy as np
 import pytest
 import torch
+import typer
 
 import tersetorch as tt
+from tersetorch.cli.compress import _bytes
 from tersetorch.cli.data_source import _complete_data
 from tersetorch.cli.model_file import _complete_network
 from tersetorch.recipes.compression_record import CompressionRecord
@@ -255,6 +257,16 @@ def test_bad_arguments_get_a_sentence(tersetorch, files, arguments, code, senten
     assert done.returncode == code and "Traceback" not in done.stderr
     assert sentence in " ".join(done.stderr.replace("│", " ").split())
     assert not (files / "small.terse").exists()
+
+
+@pytest.mark.parametrize("text", ["1" + 400 * "0", "1" + 304 * "0" + "gb", 400 * "9" + "x", "9999x", "0.5", "1 2", ""])
+def test_a_budget_that_is_no_number_of_bytes_is_refused(text):
+    with pytest.raises(typer.BadParameter, match=r"^--budget must be a number .{,150}; give another"):
+        _bytes(text, 2000)
+
+
+def test_a_budget_as_a_person_types_it():
+    assert [_bytes(text, 2000) for text in ("1.5MB", "30000", "2 KiB", "20x")] == [1_500_000, 30_000, 2048, 100]
 
 
 def test_a_typo_in_a_recipe_names_the_field(tersetorch, files):

@@ -1,6 +1,7 @@
 """tersetorch compress MODEL --recipe RECIPE --data DATA -o OUTPUT."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -151,11 +152,15 @@ def _bytes(text: str, dense: int) -> int:
         typer.BadParameter: it is none.
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
-    if found is None or found[2] not in (*UNITS, "x") or float(found[1]) <= 0:
+    most = 0.0
+    if found is not None and found[2] in (*UNITS, "x") and float(found[1]) > 0:
+        most = dense / float(found[1]) if found[2] == "x" else float(found[1]) * UNITS[found[2]]
+    if not 1 <= most < math.inf:
         raise typer.BadParameter(
-            f"--budget must be a number of bytes, with kB, MB, KiB or MiB where wanted, or such as 20x, got {text}"
+            "--budget must be a number of bytes, 1 at least, with kB, MB, KiB or MiB where wanted, or such as 20x, got "
+            f"{text if len(text) <= 60 else text[:60] + '...'}; give another"
         )
-    return int(dense / float(found[1])) if found[2] == "x" else int(float(found[1]) * UNITS[found[2]])
+    return int(most)
 
 
 def _summary(record: CompressionRecord, target: Path) -> str:
