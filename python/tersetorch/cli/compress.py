@@ -5,6 +5,7 @@ import math
 import os
 import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -25,6 +26,7 @@ from tersetorch.recipes.compression import CompressionPlan, check_fit, plan_comp
 from tersetorch.recipes.compression import compress as run_compression
 from tersetorch.recipes.compression_record import CompressionRecord, record_path
 from tersetorch.recipes.deep_compression import PUBLISHED, DeepCompressionRecipe
+from tersetorch.recipes.run_folder import LOCK, RECORD, locked
 from tersetorch.recipes.trainer import trainer
 from tersetorch.storage.arguments import target_of
 from tersetorch.zoo.ranks import everyone, rank
@@ -121,7 +123,8 @@ def compress(
     if rank() > 0:
         return
     if folder is None:
-        shutil.rmtree(run)
+        with suppress(ValueError), locked("compress", run):  # which another run keeps where one has begun since
+            shutil.rmtree(run)
     inspection = storage.inspect(target)
     if as_json:
         print(json.dumps({"file": inspection.to_dict(), **record.model_dump()}, indent=1))
@@ -138,7 +141,9 @@ def _check_own(run: Path) -> None:
     """
     if run.is_symlink() or run.exists():
         ours = not run.is_symlink() and run.is_dir() and run.stat().st_uid == os.getuid()
-        if not ours or not ((run / "record.json").is_file() or not any(run.iterdir())):
+        # A run that was stopped at once has left a lock, and perhaps a part of its record.
+        begun = {LOCK, f"{RECORD}.partial"}
+        if not ours or not ((run / RECORD).is_file() or all(each.name in begun for each in run.iterdir())):
             raise ValueError(
                 f"compress: {run} must be free to keep the run in, got something else of this name; rename it, or name "
                 "a --folder"
