@@ -7,11 +7,14 @@ import sys
 import numpy as np
 import pytest
 import torch
+import typer
 
 import tersetorch as tt
+from tersetorch.cli.compress import _bytes
 from tersetorch.cli.data_source import _complete_data
 from tersetorch.cli.model_file import _complete_network
 from tersetorch.recipes.compression_record import CompressionRecord
+from tersetorch.recipes.run_folder import locked
 
 RECIPE = """
 prune: {sparsity: {fc1: 0.8, fc2: 0.7}, rounds: 1, train: {epochs: 8, lr: 0.1}}
@@ -255,6 +258,29 @@ def test_bad_arguments_get_a_sentence(tersetorch, files, arguments, code, senten
     assert done.returncode == code and "Traceback" not in done.stderr
     assert sentence in " ".join(done.stderr.replace("│", " ").split())
     assert not (files / "small.terse").exists()
+
+
+def test_two_runs_at_once_in_one_folder_are_refused(tersetorch, files):
+    (files / "recipe.yaml").write_text("share: {bits: 4}")
+    run = files / "small.run"
+    run.mkdir()
+    with locked("compress", run):
+        second = tersetorch("compress", "dense.terse", *BASE)
+    assert second.returncode == 1 and not (files / "small.terse").exists()
+    assert f"compress: folder must be in use by no other run, got {run}, which is; wait" in second.stderr
+    assert [path.name for path in run.iterdir()] == ["lock"]
+    done = tersetorch("compress", "dense.terse", *BASE)
+    assert done.returncode == 0 and not run.exists(), done.stderr
+
+
+@pytest.mark.parametrize("text", ["1" + 400 * "0", "1" + 304 * "0" + "gb", 400 * "9" + "x", "9999x", "0.5", "1 2", ""])
+def test_a_budget_that_is_no_number_of_bytes_is_refused(text):
+    with pytest.raises(typer.BadParameter, match=r"^--budget must be a number .{,150}; give another"):
+        _bytes(text, 2000)
+
+
+def test_a_budget_as_a_person_types_it():
+    assert [_bytes(text, 2000) for text in ("1.5MB", "30000", "2 KiB", "20x")] == [1_500_000, 30_000, 2048, 100]
 
 
 def test_a_typo_in_a_recipe_names_the_field(tersetorch, files):

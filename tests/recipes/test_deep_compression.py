@@ -514,11 +514,30 @@ def test_a_folder_of_another_run_is_refused(tmp_path):
         with pytest.raises(ValueError, match="folder must hold a run with the same model and arguments, got another"):
             deep_compression(model, recipe, jitter, steps_per_epoch=4, folder=tmp_path)
     (tmp_path / "after_3.safetensors").write_bytes(b"nothing of the kind")
-    with pytest.raises(ValueError, match=r"folder must hold whole states, got .*after_3"):
+    with pytest.raises(ValueError, match=r"folder must hold each state as it was stored, got .*after_3"):
         deep_compression(network(), TWO_ROUNDS, jitter, folder=tmp_path)
     (tmp_path / "after_3.safetensors").unlink()
     with pytest.raises(ValueError, match="folder must hold the state after step 3, got none"):
         deep_compression(network(), TWO_ROUNDS, jitter, folder=tmp_path)
+
+
+def test_a_run_stopped_between_a_state_and_its_record_goes_on_to_the_same_bits(tmp_path, monkeypatch):
+    from tersetorch.recipes.run_folder import RunFolder
+
+    whole = deep_compression(network(), TWO_ROUNDS, jitter)
+    store = RunFolder.store
+
+    def stops(run, **parts):
+        if parts.get("done") == 2:
+            raise KeyboardInterrupt
+        store(run, **parts)
+
+    monkeypatch.setattr(RunFolder, "store", stops)
+    with pytest.raises(KeyboardInterrupt):
+        deep_compression(network(), TWO_ROUNDS, jitter, folder=tmp_path)
+    assert {"after_1.safetensors", "after_2.safetensors"} < {path.name for path in tmp_path.iterdir()}
+    monkeypatch.setattr(RunFolder, "store", store)
+    assert same(deep_compression(network(), TWO_ROUNDS, jitter, folder=tmp_path), whole)
 
 
 def test_a_run_of_another_number_of_ranks_is_refused(tmp_path, monkeypatch):

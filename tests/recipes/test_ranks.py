@@ -23,7 +23,7 @@ def test_a_killed_rank_goes_on_from_the_last_checkpoint_to_the_same_bits(tmp_pat
     for name, tensor in states[0].items():
         assert all(torch.equal(state[name], tensor) for state in states[1:]), name
     assert (tmp_path / "model.terse").read_bytes() == (tmp_path / "whole.terse").read_bytes()
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["after_3.safetensors", "record.json"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["after_3.safetensors", "lock", "record.json"]
 
 
 @pytest.mark.slow

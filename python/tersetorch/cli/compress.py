@@ -1,9 +1,11 @@
 """tersetorch compress MODEL --recipe RECIPE --data DATA -o OUTPUT."""
 
 import json
+import math
 import os
 import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -24,6 +26,7 @@ from tersetorch.recipes.compression import CompressionPlan, check_fit, plan_comp
 from tersetorch.recipes.compression import compress as run_compression
 from tersetorch.recipes.compression_record import CompressionRecord, record_path
 from tersetorch.recipes.deep_compression import PUBLISHED, DeepCompressionRecipe
+from tersetorch.recipes.run_folder import LOCK, RECORD, locked
 from tersetorch.recipes.trainer import trainer
 from tersetorch.storage.arguments import target_of
 from tersetorch.zoo.ranks import everyone, rank
@@ -120,7 +123,8 @@ def compress(
     if rank() > 0:
         return
     if folder is None:
-        shutil.rmtree(run)
+        with suppress(ValueError), locked("compress", run):  # which another run keeps where one has begun since
+            shutil.rmtree(run)
     inspection = storage.inspect(target)
     if as_json:
         print(json.dumps({"file": inspection.to_dict(), **record.model_dump()}, indent=1))
@@ -137,7 +141,9 @@ def _check_own(run: Path) -> None:
     """
     if run.is_symlink() or run.exists():
         ours = not run.is_symlink() and run.is_dir() and run.stat().st_uid == os.getuid()
-        if not ours or not ((run / "record.json").is_file() or not any(run.iterdir())):
+        # A run that was stopped at once has left a lock, and perhaps a part of its record.
+        begun = {LOCK, f"{RECORD}.partial"}
+        if not ours or not ((run / RECORD).is_file() or all(each.name in begun for each in run.iterdir())):
             raise ValueError(
                 f"compress: {run} must be free to keep the run in, got something else of this name; rename it, or name "
                 "a --folder"
@@ -151,11 +157,15 @@ def _bytes(text: str, dense: int) -> int:
         typer.BadParameter: it is none.
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
-    if found is None or found[2] not in (*UNITS, "x") or float(found[1]) <= 0:
+    most = 0.0
+    if found is not None and found[2] in (*UNITS, "x") and float(found[1]) > 0:
+        most = dense / float(found[1]) if found[2] == "x" else float(found[1]) * UNITS[found[2]]
+    if not 1 <= most < math.inf:
         raise typer.BadParameter(
-            f"--budget must be a number of bytes, with kB, MB, KiB or MiB where wanted, or such as 20x, got {text}"
+            "--budget must be a number of bytes, 1 at least, with kB, MB, KiB or MiB where wanted, or such as 20x, got "
+            f"{text if len(text) <= 60 else text[:60] + '...'}; give another"
         )
-    return int(dense / float(found[1])) if found[2] == "x" else int(float(found[1]) * UNITS[found[2]])
+    return int(most)
 
 
 def _summary(record: CompressionRecord, target: Path) -> str:

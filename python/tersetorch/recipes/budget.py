@@ -184,8 +184,9 @@ def prune_to_budget(
     Raises:
         TypeError: an argument has another type.
         ValueError: an argument is out of range, no choice tried costs as little as budget, folder holds another run
-            or weights that do not fit, method or retrain leaves other tensors in the state than masks and weights,
-            ranks were called with other arguments, or as prune.magnitude. model is as it was.
+            or one that was changed since, another run uses it, method or retrain leaves other tensors in the state than
+            masks and weights, ranks were called with other arguments, or as prune.magnitude. model is as it was.
+        OSError: folder cannot be written.
     """
     where = "prune_to_budget"
     with failing_together(everyone()):
@@ -220,23 +221,24 @@ def prune_to_budget(
     # What the layers lose and cost was measured for any of these.
     limits = {"budget": budget, "max_drop": max_drop, "trials": trials}
     check_alike(where, "layers and arguments", settings | limits, everyone())
-    run = RunFolder(where, folder, settings, limits, restart=["trials"], sensitivity=None, costs=None, trials=[])
-    told = _scan(run, where, model, evaluate, losses, chosen, grid, pattern, progress)
-    curves = _costs(run, model, chosen, grid, unit, example_inputs, pattern, progress)
-    searched = _Search(where, model, evaluate, retrain, told, curves, max_drop, unit, budget, pattern, method, run)
-    dense = curves.total(dict.fromkeys(curves.layers, grid[0]))
-    least = curves.total(dict.fromkeys(curves.layers, grid[-1]))
-    task = None if progress is None else progress.add_task("trials", total=trials if budget is None else 1)
-    low, high = least, dense
-    for index in range(trials if budget is None else 1):
-        limit = low if index == 0 else (low + high) / 2
-        kept = searched.trial(limit) if budget is None else searched.within(budget)
-        if progress is not None and task is not None:
-            progress.advance(task)
-        if kept and index == 0:
-            break
-        low, high = (low, limit) if kept else (limit, high)
-    return searched.finish(dense)
+    parts: dict[str, Any] = {"sensitivity": None, "costs": None, "trials": []}
+    with RunFolder(where, folder, settings, limits, restart=["trials"], **parts) as run:
+        told = _scan(run, where, model, evaluate, losses, chosen, grid, pattern, progress)
+        curves = _costs(run, model, chosen, grid, unit, example_inputs, pattern, progress)
+        searched = _Search(where, model, evaluate, retrain, told, curves, max_drop, unit, budget, pattern, method, run)
+        dense = curves.total(dict.fromkeys(curves.layers, grid[0]))
+        least = curves.total(dict.fromkeys(curves.layers, grid[-1]))
+        task = None if progress is None else progress.add_task("trials", total=trials if budget is None else 1)
+        low, high = least, dense
+        for index in range(trials if budget is None else 1):
+            limit = low if index == 0 else (low + high) / 2
+            kept = searched.trial(limit) if budget is None else searched.within(budget)
+            if progress is not None and task is not None:
+                progress.advance(task)
+            if kept and index == 0:
+                break
+            low, high = (low, limit) if kept else (limit, high)
+        return searched.finish(dense)
 
 
 class _Search:
@@ -305,9 +307,11 @@ class _Search:
                 cost = self._cost(candidate, sparsities)
             self.trials.append(BudgetTrial(limit, cost, drop, sparsities, score))
             if candidate is not None and self._is_best(index):
-                self.state = self.run.keep(candidate, "best")
+                self.state = self.run.keep(candidate, f"trial_{index}")
             self.run.store(trials=[asdict(each) for each in self.trials])
         if self._is_best(index):
+            if self.chosen is not None:
+                self.run.forget(f"trial_{self.chosen}")
             self.chosen = index
         return self.trials[index].score >= self.floor
 
@@ -321,16 +325,9 @@ class _Search:
     def finish(self, dense: float) -> BudgetReport:
         """Loads the chosen trial into the model."""
         if self.chosen is not None:
-            state = self.state if self.state is not None else self.run.kept("best")
+            state = self.state if self.state is not None else self.run.kept(f"trial_{self.chosen}")
             if state is None:  # the run was stored, its weights were deleted
                 state = self._prune(self.trials[self.chosen].sparsities).state_dict()
-            elif self.state is None:
-                ready = prune.magnitude(copy.deepcopy(self.model), 0.0, targets=list(self.curves.layers))
-                if _layout(ready.state_dict()) != _layout(state):
-                    raise ValueError(
-                        f"{self.where}: folder must hold weights of this model in best.safetensors, got others; delete "
-                        "it"
-                    )
             names = list(self.curves.layers)
             prune.magnitude(self.model, 0.0, targets=names)
             self.model.load_state_dict(state)

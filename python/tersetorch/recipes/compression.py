@@ -274,58 +274,57 @@ def compress(
         "batch_size": batch_size,
         "seed": seed,
     }
-    run = RunFolder(
-        WHERE, kept, settings, {"budget": budget, "max_drop": max_drop}, restart=["points"], points=[], before=None
-    )
-    if run.record["before"] is None:
-        run.store(before=point("as it came", model).model_dump())
-    before = Point(**run.record["before"])
-    inner = None if kept is None else kept / "steps"
+    limits = {"budget": budget, "max_drop": max_drop}
+    with RunFolder(WHERE, kept, settings, limits, restart=["points"], points=[], before=None) as run:
+        if run.record["before"] is None:
+            run.store(before=point("as it came", model).model_dump())
+        before = Point(**run.record["before"])
+        inner = None if kept is None else kept / "steps"
 
-    def note(label: str, tried: nn.Module) -> Point:
-        """Stores a model on the way; one that a resumed run meets again replaces itself."""
-        found = point(label, tried)
-        others = [old for old in run.record["points"] if old["label"] != label]
-        run.store(points=[*others, found.model_dump()])
-        return found
+        def note(label: str, tried: nn.Module) -> Point:
+            """Stores a model on the way; one that a resumed run meets again replaces itself."""
+            found = point(label, tried)
+            others = [old for old in run.record["points"] if old["label"] != label]
+            run.store(points=[*others, found.model_dump()])
+            return found
 
-    sensitivity = None
-    if not limited:
+        sensitivity = None
+        if not limited:
 
-        def trained(tried: nn.Module, stage: Stage) -> None:
-            train(tried, stage)
-            if stage.round == stage.rounds:
-                note("pruned" if stage.name == "prune" else "shared", tried)
+            def trained(tried: nn.Module, stage: Stage) -> None:
+                train(tried, stage)
+                if stage.round == stage.rounds:
+                    note("pruned" if stage.name == "prune" else "shared", tried)
 
-        steps = steps_per_epoch(len(data.train_images), batch_size)
-        deep_compression(
-            model, recipe, trained, calibration=calibration, steps_per_epoch=steps, folder=inner, progress=progress
-        )
-    else:
-        limits = _Limits(
-            model, recipe, train, calibration or [], error, note, before, budget, max_drop, inner, progress
-        )
-        sensitivity = limits.search()
-    finalize(model)
-    error_after = error(model)
+            steps = steps_per_epoch(len(data.train_images), batch_size)
+            deep_compression(
+                model, recipe, trained, calibration=calibration, steps_per_epoch=steps, folder=inner, progress=progress
+            )
+        else:
+            search = _Limits(
+                model, recipe, train, calibration or [], error, note, before, budget, max_drop, inner, progress
+            )
+            sensitivity = search.search()
+        finalize(model)
+        error_after = error(model)
 
-    def written() -> CompressionRecord:
-        save(model, target, coders=coders, progress=progress)
-        record = CompressionRecord(
-            data=data.name,
-            examples=len(data.validation_labels),
-            before=before,
-            after=Point(label="in the file", file_bytes=target.stat().st_size, error_percent=error_after),
-            points=[Point(**old) for old in run.record["points"]],
-            sensitivity=sensitivity,
-            recipe=recipe.model_dump(exclude_none=True),
-            seconds=time.monotonic() - started,
-            sha256=hashlib.sha256(target.read_bytes()).hexdigest(),
-        )
-        record.write(record_path(target))
-        return record
+        def written() -> CompressionRecord:
+            save(model, target, coders=coders, progress=progress)
+            record = CompressionRecord(
+                data=data.name,
+                examples=len(data.validation_labels),
+                before=before,
+                after=Point(label="in the file", file_bytes=target.stat().st_size, error_percent=error_after),
+                points=[Point(**old) for old in run.record["points"]],
+                sensitivity=sensitivity,
+                recipe=recipe.model_dump(exclude_none=True),
+                seconds=time.monotonic() - started,
+                sha256=hashlib.sha256(target.read_bytes()).hexdigest(),
+            )
+            record.write(record_path(target))
+            return record
 
-    return from_rank_0(written)
+        return from_rank_0(written)
 
 
 def _digest(data: Dataset) -> list[tuple[tuple[int, ...], int]]:

@@ -103,11 +103,23 @@ class Measured:
 
 
 def file_bytes(model: nn.Module, example_inputs: Any = None) -> Measured:
-    """What the file that tersetorch.save writes holds of each layer, and all of it."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.terse"
-        save(model, path)
-        inspection = inspect(path)
+    """What the file that tersetorch.save writes holds of each layer, and all of it.
+
+    Raises:
+        OSError: the system's folder for temporary files has no room for it.
+    """
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model.terse"
+            save(model, path)
+            inspection = inspect(path)
+    except OSError as error:
+        cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
+        raise OSError(
+            "tersetorch: the folder for temporary files, where the size of a model's file is measured, must have room "
+            f"for it, got {tempfile.tempdir} ({cause.strerror or cause}); make room there, "
+            "allow larger files, or name another in the environment variable TMPDIR"
+        ) from error
     return Measured({tensor.name: tensor.nbytes for tensor in inspection.tensors}, inspection.file_bytes)
 
 

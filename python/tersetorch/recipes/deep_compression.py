@@ -430,9 +430,10 @@ def deep_compression(
         TypeError: model is no module, recipe is no recipe, train cannot be called, or calibration is no iterable of
             batches.
         ValueError: the recipe is not valid, a pattern matches no layer, steps_per_epoch is missing or not positive,
-            calibration is missing or empty, prune.obs refuses it or a layer, folder holds another run, train did not
-            call stage.after_step() often enough for the ramp to end, or ranks were called with other layers or
-            arguments.
+            calibration is missing or empty, prune.obs refuses it or a layer, folder holds another run or one that was
+            changed since, another run uses it, train did not call stage.after_step() often enough for the ramp to end,
+            or ranks were called with other layers or arguments.
+        OSError: folder or path cannot be written.
         FileNotFoundError: recipe names no file, or path's folder does not exist. What is wrong with recipe, path and
             folder is said before anything changes.
 
@@ -455,19 +456,19 @@ def deep_compression(
         "steps_per_epoch": steps_per_epoch,
         "weights": weights,
     }
-    run = RunFolder("deep_compression", folder, settings, done=0)
-    done = _resume(model, plan, run, layers, len(steps))
-    task = None if progress is None else progress.add_task("deep compression", total=len(steps), completed=done)
-    for index, step in enumerate(steps[done:], done + 1):
-        if progress is not None and task is not None:
-            progress.update(task, description=f"deep compression: {step.words}")
-        step.run()
-        if folder is not None:
-            run.keep(model, f"after_{index}")
-            run.store(done=index)
-            run.forget(f"after_{index - 1}")
-        if progress is not None and task is not None:
-            progress.advance(task)
+    with RunFolder("deep_compression", folder, settings, done=0) as run:
+        done = _resume(model, plan, run, layers)
+        task = None if progress is None else progress.add_task("deep compression", total=len(steps), completed=done)
+        for index, step in enumerate(steps[done:], done + 1):
+            if progress is not None and task is not None:
+                progress.update(task, description=f"deep compression: {step.words}")
+            step.run()
+            if folder is not None:
+                run.keep(model, f"after_{index}")
+                run.store(done=index)
+                run.forget(f"after_{index - 1}")
+            if progress is not None and task is not None:
+                progress.advance(task)
     if path is not None:
         from_rank_0(partial(save, model, path, coders=coders, progress=progress))
     return model
@@ -583,19 +584,16 @@ def pruned_layers(model: nn.Module, stage: PruneStage) -> dict[str, float]:
     return {name: sparsity for name, sparsity in found.items() if name not in read}
 
 
-def _resume(model: nn.Module, plan: DeepCompressionRecipe, run: RunFolder, layers: list[str], steps: int) -> int:
+def _resume(model: nn.Module, plan: DeepCompressionRecipe, run: RunFolder, layers: list[str]) -> int:
     """Loads what the folder keeps into model; how many steps are done."""
-    done = run.record.get("done")
-    if not isinstance(done, int) or not 0 <= done <= steps:
-        raise ValueError(
-            f"deep_compression: folder must hold a record of {steps} steps, got done = {done!r}; delete {run.folder}"
-        )
+    done: int = run.record["done"]
     if not done:
         return 0
     state = run.kept(f"after_{done}")
     if state is None:
         raise ValueError(
-            f"deep_compression: folder must hold the state after step {done}, got none; delete {run.folder}"
+            f"deep_compression: folder must hold the state after step {done}, got none; delete the folder "
+            f"{run.folder}, or name another"
         )
     prune.magnitude(model, 0.0, targets=layers)  # makes room for the masks
     model.load_state_dict(state)
