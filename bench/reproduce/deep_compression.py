@@ -157,18 +157,19 @@ def table(record: dict[str, Any]) -> Table:
 def _one(network: str, plan: LeNetPlan, folder: Path | None, seed: int, *, progress: Progress | None) -> dict[str, Any]:
     data = load_data("mnist", seed=seed)
     own = None if folder is None else folder / f"seed_{seed}"
-    run = RunFolder("run", own, {})
-    state = run.kept("dense")
-    training = plan.dense if state is None else plan.dense.model_copy(update={"epochs": 0})
-    dense: nn.Module
-    if network == "lenet_5":
-        dense = train_dense(network, training, plan.batch_size, data, seed, progress)
-    else:
-        dense = train_lenet(data, replace(plan, dense=training), seed=seed, progress=progress)
-    if state is None:
-        run.keep(dense, "dense")
-    else:
-        dense.load_state_dict(state)
+    with RunFolder("run", own, {}) as run:
+        state = run.kept("dense")
+        training = plan.dense if state is None else plan.dense.model_copy(update={"epochs": 0})
+        dense: nn.Module
+        if network == "lenet_5":
+            dense = train_dense(network, training, plan.batch_size, data, seed, progress)
+        else:
+            dense = train_lenet(data, replace(plan, dense=training), seed=seed, progress=progress)
+        if state is None:
+            run.keep(dense, "dense")
+            run.store()
+        else:
+            dense.load_state_dict(state)
     kept = None if own is None else own / "recipe"
     compressed = compress_lenet(copy.deepcopy(dense), data, plan, seed=seed, progress=progress, folder=kept)
     return _measured(dense, compressed, data, PAPER[network]["layers"])
