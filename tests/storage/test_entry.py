@@ -91,3 +91,9 @@ def test_sizes_of_what_will_be_decoded():
 def test_contradictions_are_refused(data, match):
     with pytest.raises(TerseFileError, match=match):
         Entry.from_json(data)
+
+
+@pytest.mark.parametrize(("stream", "places"), [(["gaps-rans", 9, 4], 1 << 36), (["gaps", 9, 4], 0)])
+def test_steps_over_gaps_that_take_no_bits_count(stream, places):
+    entry = Entry.from_json({"s": [15, 1 << 36], "d": "f32", "f": "sparse", "n": 1, "x": [stream, ["raw", 4]]})
+    assert entry.places_read == places

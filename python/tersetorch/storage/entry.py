@@ -213,8 +213,13 @@ class Entry:
 
     @property
     def places_read(self) -> int:
-        """Places that a coder of positions looks at one by one, whatever is stored."""
-        return self.numel if self.is_sparse and self.streams[0].coder == "contexts" else 0
+        """Places that a coder of positions looks at one by one, and steps over gaps that take no bits."""
+        if not self.is_sparse:
+            return 0
+        first = self.streams[0]
+        if first.coder == "gaps-rans":
+            return self.numel // ((1 << (first.width or 1)) - 1)
+        return self.numel if first.coder == "contexts" else 0
 
     def with_streams(self, streams: list[Stream]) -> Entry:
         """This entry with what the header has to know of its streams."""

@@ -203,7 +203,9 @@ void Gaps(Input input) {
   Arguments arguments(input);
   const auto coder = static_cast<GapCoder>(arguments.Take(1, 0, 2));
   const int width = static_cast<int>(arguments.Take(1, 1, kMaxGapWidth));
-  const std::int64_t size = arguments.Take(6, 0, std::int64_t{1} << 48);
+  std::int64_t size = arguments.Take(6, 0, std::int64_t{1} << 48);
+  // Symbols that only go on may take no bits: the reader of files bounds how many there can be (Entry.places_read).
+  if (coder == GapCoder::kRans) size = std::min(size, ((std::int64_t{1} << width) - 1) << 22);
   const std::int64_t count = TakeCount(arguments, arguments.Left(), coder == GapCoder::kRans);
   const Bytes stream = arguments.Rest();
   Positions found(static_cast<std::size_t>(count));
